@@ -1,0 +1,85 @@
+"""Centralized training: the large-batch rivals, one machine that sees every image."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+
+from fedsim.config import Config
+from fedsim.data import batches, check_shards, load_dataset, sample_order, shard
+from fedsim.engine import evaluate, take_steps
+from fedsim.errors import RunFailed, UserError
+from fedsim.models import build_model, set_dropout_stream
+from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
+from fedsim.records import Run
+from fedsim.schedule import schedule_of
+from fedsim.streams import numpy_stream, torch_stream
+
+
+def train_centralized(config: Config, run: Run) -> None:
+    """Train for ``config.epochs`` (resolved configuration), from the run's checkpoint if it has one.
+
+    An epoch is to this what a round is to the only client of LocalSGD: the same shard, the same streams.
+    """
+    torch.set_num_threads(config.threads)
+    data = load_dataset(config)
+    check_shards(config, len(data.train), 1)
+    model = build_model(config.model, data.classes, config.seed, config.device)
+    optimizer = build_optimizer(config, model)
+    images = shard(len(data.train), 1, 0, config.seed)
+    steps_per_epoch = -(-len(images) // config.batch_size)
+    epochs = whole("epochs", config.epochs)
+    lr = schedule_of(config, Fraction(steps_per_epoch), epochs)
+    last = min(epochs, whole("stop-after-epochs", config.stop_after_epochs) or epochs)
+
+    done = 0
+    if checkpoint := run.resume():
+        model.load_state_dict(checkpoint["model"])
+        load_optimizer_state(model, optimizer, checkpoint["optimizer"])
+        done = checkpoint["round"]
+
+    for epoch in range(done, last):
+        order = sample_order(len(images), epoch * len(images), len(images), config.seed, 0, epoch, "epoch")
+        augment = numpy_stream(config.seed, 0, epoch, "augment")
+        set_dropout_stream(model, torch_stream(config.seed, 0, epoch, "dropout", torch.device(config.device)))
+        first_step = epoch * steps_per_epoch
+        loss = take_steps(
+            model, optimizer, batches(data.train, images[order], config.batch_size, augment), lr, first_step
+        )
+
+        if not math.isfinite(loss):
+            raise RunFailed(f"the training loss of epoch {epoch + 1} is {loss}: a lower --lr may help")
+        tested = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == epochs
+        test_loss, test_accuracy = evaluate(model, data.test) if tested else (None, None)
+        steps = first_step + steps_per_epoch
+        run.add(
+            {
+                "round": epoch + 1,
+                "epoch": float(epoch + 1),
+                "local_steps": steps,
+                "syncs": 0,
+                "bytes_up": 0,
+                "bytes_down": 0,
+                "lr": lr(steps - 1),
+                "train_loss": loss,
+                "test_loss": test_loss,
+                "test_accuracy": test_accuracy,
+                "left_out": {},
+            }
+        )
+        if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == last:
+            state = {"model": model.state_dict(), "optimizer": optimizer_state(model, optimizer)}
+            run.save_checkpoint({"round": epoch + 1, **state})
+
+    run.save_model(model.state_dict())
+    if last == epochs:
+        run.finish(sum(p.numel() for p in model.parameters()), config.device)
+
+
+def whole(name: str, epochs: float) -> int:
+    """`epochs` as the whole number that this mode can run."""
+    if epochs != int(epochs):
+        raise UserError(f"{name} = {epochs}: centralized training runs whole epochs, give a whole number")
+    return int(epochs)

@@ -1,0 +1,151 @@
+"""The command line. Every configuration key is a flag; what goes wrong is one line and an exit code."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import Any, Optional
+
+import typer
+from rich.console import Console
+
+from fedsim.config import ANY, FIELDS, Mode, kebab
+from fedsim.errors import RunFailed, UserError
+
+cli = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    help="LocalSGD and its large-batch rivals: how often must machines that train together talk?",
+)
+KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "BOOLEAN"}
+
+
+def main() -> None:
+    """Run the command; exit with 2 on bad input, 1 on a failed run, 130 on Ctrl-C."""
+    import click
+
+    try:
+        cli(standalone_mode=False)
+    except click.UsageError as error:
+        _fail(error.format_message().replace("\n", " "), 2)
+    except (UserError, RunFailed) as error:
+        _fail(str(error), error.exit_code)
+    except (KeyboardInterrupt, click.Abort):
+        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+
+
+def _fail(message: str, code: int) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+def keys_of(mode: Mode, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command one flag for every key of `mode`; it receives those that were used as its argument `keys`."""
+
+    def with_flags(command: Callable[..., None]) -> Callable[..., None]:
+        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "keys"]
+        names = [name for name, item in FIELDS.items() if mode in item.metadata["modes"] and kebab(name) not in without]
+
+        def run(**arguments: Any) -> None:
+            given = {kebab(name): arguments.pop(name) for name in names}
+            command(**arguments, keys={name: value for name, value in given.items() if value is not None})
+
+        parameters = own + [_flag(name) for name in names]
+        run.__name__, run.__doc__ = command.__name__, command.__doc__
+        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        run.__annotations__ = {p.name: p.annotation for p in parameters}
+        return run
+
+    return with_flags
+
+
+def _flag(name: str) -> inspect.Parameter:
+    """A key as an option that is None where it is not used; the key's own check says what is wrong with a value."""
+    item = FIELDS[name]
+    boolean = isinstance(item.default, bool)
+    accepts = "" if item.metadata["accepts"] is ANY else f"; {item.metadata['accepts'].words}"
+    default = "empty" if item.default == "" else str(item.default).lower() if boolean else item.default
+    option = typer.Option(
+        None,
+        f"--{kebab(name)}" + (f"/--no-{kebab(name)}" if boolean else ""),
+        help=f"{item.metadata['help']}{accepts} (default: {default})",
+        metavar=None if boolean else KINDS[type(item.default)],
+        show_default=False,
+        rich_help_panel="Keys",
+    )
+    annotation: Any = Optional[bool if boolean else str]
+    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
+
+
+PRESET = typer.Option("", "--preset", help="fill in the settings of fedsim/studies/NAME.toml; explicit flags win", metavar="NAME")
+RERUN = typer.Option(False, "--rerun", help="run again what is finished or broken off")
+ENGINE = typer.Option("fleet", "--engine", help="fleet: in this process; flower: by flwr run, on Ray", metavar="NAME")
+
+
+@cli.command()
+@keys_of("centralized")
+def centralized(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN) -> None:
+    """Train on one machine that sees all images: the large-batch rivals."""
+    _run("centralized", keys, preset, rerun)
+
+
+@cli.command()
+@keys_of("localsgd")
+def localsgd(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN, engine: str = ENGINE) -> None:
+    """Train by LocalSGD: K clients, J local steps a round, one average."""
+    _run("localsgd", keys, preset, rerun, engine)
+
+
+@cli.command()
+@keys_of("localsgd", without=("clients", "local-steps", "seed"))
+def grid(
+    keys: dict[str, Any],
+    clients: str = typer.Option("4,12", "--clients", help="the K of the cells, with commas", metavar="LIST"),
+    local_steps: str = typer.Option("10,20,30", "--local-steps", help="the J of the cells, with commas", metavar="LIST"),
+    seeds: str = typer.Option("2025", "--seeds", help="the seeds of each cell, with commas", metavar="LIST"),
+    preset: str = PRESET,
+    rerun: bool = RERUN,
+    engine: str = ENGINE,
+) -> None:
+    """Run every cell of a K/J grid, then its table, CSV and plot."""
+    from fedsim.grid import Grid, integers, run_grid
+
+    cells = Grid(integers("clients", clients), integers("local-steps", local_steps), integers("seeds", seeds))
+    run_grid(cells, keys, preset, _engine(engine), rerun, Console())
+
+
+@cli.command()
+def demo(
+    results_dir: str = typer.Option("results", "--results-dir", help="folder of the runs' folders", metavar="TEXT"),
+    rerun: bool = RERUN,
+) -> None:
+    """A small K/J grid on synthetic images: offline, two cores, about a minute."""
+    from fedsim.grid import run_demo
+
+    run_demo(results_dir, rerun, Console())
+
+
+def _engine(name: str) -> Any:
+    if name not in ("fleet", "flower"):
+        raise UserError(f"engine = {name!r} is unknown: it must be one of fleet, flower")
+    return name
+
+
+def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str = "fleet") -> None:
+    from fedsim.machine import resolve  # torch takes seconds to import: --help does not wait for it
+    from fedsim.presets import configure
+    from fedsim.records import read_summary, run_folder
+    from fedsim.runs import execute
+    from fedsim.show import print_row
+
+    config = resolve(configure(keys, preset), mode)
+    folder = run_folder(config, mode)
+    print(f"{mode} on {config.device} in {folder}", flush=True)
+    execute(config, mode, _engine(engine), print_row, rerun)
+    if summary := read_summary(folder):
+        best, final = summary["best_test_accuracy"], summary["final_test_accuracy"]
+        print(f"finished: test accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")
+    else:
+        print("stopped early: the same command without its --stop-after goes on from here")

@@ -1,0 +1,194 @@
+"""Images as tensors on the training device: CIFAR-100 and a synthetic set, shards, augmented batches.
+
+An image is kept as 32-bit words, one a pixel (red, green, blue and a spare byte), inside a border of black
+pixels. A random crop of a whole batch is then one gather of words, six times faster than gathering bytes.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from fedsim.config import Config
+from fedsim.errors import UserError
+from fedsim.streams import numpy_stream
+
+SIDE = 32  # pixels
+PAD = 4  # black pixels around an image, as in the usual CIFAR augmentation
+WIDTH = SIDE + 2 * PAD
+CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
+CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+
+
+class Images:
+    """N labelled images on a device.
+
+    `pixels`: (N, 32, 32, 3) uint8; `labels`: (N,) integers; `moments`: mean and standard deviation of each
+    channel, of pixel / 255, by which batches are normalised.
+    """
+
+    def __init__(
+        self,
+        pixels: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        moments: tuple[tuple[float, ...], tuple[float, ...]],
+        device: torch.device | str,
+    ) -> None:
+        words = np.zeros((len(pixels), WIDTH, WIDTH, 4), np.uint8)
+        words[:, PAD:-PAD, PAD:-PAD, :3] = pixels
+        self._words = torch.from_numpy(words).view(torch.int32).flatten().to(device)
+        self._within = torch.arange(SIDE, device=device)
+        self.labels = torch.from_numpy(labels).to(device)
+        mean, deviation = torch.tensor(moments, dtype=torch.float64)
+        self._scale = (1 / (255 * deviation)).float().to(device)
+        self._shift = (mean / deviation).float().to(device)
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def crop(self, index: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+        """(B, 3, 32, 32) normalised float32 crops, channels-last.
+
+        Image `index[i]` in its black border, cut `top[i]` pixels from above and `left[i]` from the left
+        (0 to 8; 4 is the image itself) and, where `flip[i]`, mirrored. All four: (B,) integers.
+        """
+        rows = top[:, None] + self._within
+        columns = left[:, None] + torch.where(flip[:, None] != 0, SIDE - 1 - self._within, self._within)
+        words = (index[:, None] * WIDTH + rows)[:, :, None] * WIDTH + columns[:, None, :]
+        pixels = self._words.index_select(0, words.flatten()).view(torch.uint8).view(-1, SIDE, SIDE, 4)[..., :3]
+        return (pixels.float() * self._scale - self._shift).permute(0, 3, 1, 2)
+
+    def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Images and labels `start` to `stop` in order, normalised, not augmented."""
+        index = torch.arange(start, min(stop, len(self)), device=self.labels.device)
+        middle = torch.full_like(index, PAD)
+        return self.crop(index, middle, middle, torch.zeros_like(index)), self.labels[index]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    train: Images
+    test: Images
+    classes: int
+
+
+def load_dataset(config: Config) -> Dataset:
+    """The data set of `config` on its (resolved) device; kept, so that a process reads it once."""
+    if config.dataset == "cifar100":
+        return _cifar100(str(data_folder(config)), config.normalize, config.device)
+    return _synthetic(config.synthetic_classes, config.synthetic_images, config.normalize, config.device)
+
+
+def data_folder(config: Config) -> Path:
+    """The folder that holds ``cifar-100-python``: the key, the environment's, or the user's cache."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(config.data_dir or os.environ.get("FEDSIM_DATA") or f"{cache}/fedsim").expanduser().absolute()
+
+
+@functools.lru_cache(maxsize=2)
+def _cifar100(folder: str, normalize: str, device: str) -> Dataset:
+    moments = CIFAR10 if normalize == "cifar10" else CIFAR100
+    train, test = (Images(*_read_cifar100(Path(folder), split), moments, device) for split in (True, False))
+    return Dataset(train, test, classes=100)
+
+
+def _read_cifar100(folder: Path, train: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """The official files by torchvision, which checks their sums; downloaded where there are none."""
+    from torchvision.datasets import CIFAR100 as Official
+
+    try:
+        missing = not (folder / Official.base_folder).exists()
+        if missing:
+            print(f"no CIFAR-100 in {folder}: downloading it there (169 MB)", file=sys.stderr)
+        official = Official(str(folder), train=train, download=missing)
+    except (RuntimeError, EOFError) as error:
+        raise UserError(
+            f"data-dir = {folder} holds a damaged {Official.base_folder} ({_first_line(error)}): "
+            "remove it and start again to download it anew"
+        ) from error
+    except OSError as error:
+        raise UserError(
+            f"data-dir = {folder} has no CIFAR-100 and it could not be downloaded or read ({_first_line(error)}): "
+            f"put {Official.filename} there, or give --dataset synthetic"
+        ) from error
+    return official.data, np.array(official.targets, np.int64)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+@functools.lru_cache(maxsize=2)
+def _synthetic(classes: int, images: int, normalize: str, device: str) -> Dataset:
+    """A learnable set: each class is a coarse colour pattern, each image shifts it and drowns it in noise."""
+    rng = np.random.default_rng(np.random.SeedSequence((classes, images)))
+    patterns = rng.normal(size=(classes, 8, 8, 3)).repeat(4, axis=1).repeat(4, axis=2)
+
+    def draw(count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+        labels = rng.permutation(np.arange(count) % classes)
+        shifts = rng.integers(-4, 5, size=(count, 2))
+        pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
+        for i, (label, shift) in enumerate(zip(labels, shifts, strict=True)):
+            shifted = np.roll(patterns[label], tuple(shift), axis=(0, 1))
+            noise = rng.normal(size=shifted.shape)
+            pixels[i] = (127.5 + 20 * shifted + 50 * noise).clip(0, 255)
+        return pixels, labels.astype(np.int64)
+
+    moments = CIFAR10 if normalize == "cifar10" else ((0.5,) * 3, (0.21,) * 3)
+    train, test = draw(images), draw(max(images // 4, 1))
+    return Dataset(Images(*train, moments, device), Images(*test, moments, device), classes)
+
+
+def shard(images: int, workers: int, worker: int, seed: int) -> NDArray[np.int64]:
+    """The images of one worker: IID shards, disjoint, covering, their sizes at most one apart."""
+    return np.array_split(numpy_stream(seed, 0, 0, "shard").permutation(images), workers)[worker]
+
+
+def check_shards(config: Config, images: int, workers: int) -> None:
+    """Fail where `images` cannot give every one of `workers` a shard of a batch or more."""
+    if workers > images:
+        raise UserError(f"clients = {workers} is more than the {images} training images: give fewer clients")
+    if config.batch_size > images // workers:
+        raise UserError(
+            f"batch-size = {config.batch_size} is more than a shard of {images // workers} images: "
+            "give a smaller batch-size or fewer clients"
+        )
+
+
+def sample_order(
+    size: int, first: int, count: int, seed: int, worker: int, round: int, reshuffle: str
+) -> NDArray[np.int64]:
+    """Which `count` of a shard's `size` images to take next.
+
+    reshuffle = epoch: places `first` to `first + count` of an endless row of shuffled passes, so that every
+    image is seen once before any is seen again, whatever the rounds. round: a shuffled pass begun at `round`.
+    """
+    if reshuffle == "round":
+        rng = numpy_stream(seed, worker, round, "shuffle")
+        return np.concatenate([rng.permutation(size) for _ in range(-(-count // size))])[:count]
+    passes = range(first // size, (first + count - 1) // size + 1)
+    order = np.concatenate([numpy_stream(seed, worker, p, "shuffle").permutation(size) for p in passes])
+    return order[first - passes[0] * size :][:count]
+
+
+def batches(
+    images: Images, index: NDArray[np.int64], batch_size: int, augment: np.random.Generator
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented batches of the images `index`: random crop in a border of 4, random mirror.
+
+    Yields ((B, 3, 32, 32) float32, (B,) labels); the last batch is smaller where batch_size does not divide.
+    """
+    draws = np.stack([index, *augment.integers(0, 2 * PAD + 1, (2, len(index))), augment.integers(0, 2, len(index))])
+    chosen, top, left, flip = torch.from_numpy(draws).to(images.labels.device)
+    for start in range(0, len(index), batch_size):
+        part = slice(start, start + batch_size)
+        yield images.crop(chosen[part], top[part], left[part], flip[part]), images.labels[chosen[part]]

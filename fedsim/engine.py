@@ -1,0 +1,61 @@
+"""The one training step of both modes, and the test of a model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from fedsim.data import Images
+from fedsim.optim import set_lr
+from fedsim.pool import thread_pool
+
+TEST_BATCH = 250  # images; larger ones outgrow a core's cache
+
+
+def take_steps(
+    model: nn.Module,
+    optimizer: Optimizer,
+    batches: Iterable[tuple[Tensor, Tensor]],
+    lr: Callable[[int], float],
+    first_step: int,
+) -> float:
+    """One optimizer step on each batch; returns the mean training loss over their samples.
+
+    `lr` gives the rate of a local step, counted from `first_step` on. The loss of a batch is the one before
+    its step, in train mode. The device is waited for once, at the end.
+    """
+    model.train()
+    loss_sum: Tensor | float = 0.0
+    samples = 0
+    for step, (images, labels) in enumerate(batches, first_step):
+        set_lr(optimizer, lr(step))
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(images), labels)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        loss_sum += loss.detach().double() * len(labels)
+        samples += len(labels)
+    return float(loss_sum) / samples
+
+
+def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
+    """Mean cross-entropy and accuracy (a fraction) of `model`, in eval mode, over all `images`.
+
+    On the CPU each core tests batches of its own on one thread, so that the result is the same on any number.
+    """
+    model.eval()
+
+    @torch.inference_mode()
+    def test(start: int) -> tuple[Tensor, Tensor]:
+        inputs, labels = images.plain(start, start + TEST_BATCH)
+        logits = model(inputs)
+        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+        return loss_sum.double(), (logits.argmax(1) == labels).sum()
+
+    with thread_pool(images.labels.device, threads=1) as pool:
+        losses, correct = zip(*pool.map(test, range(0, len(images), TEST_BATCH)), strict=True)
+    return float(sum(losses)) / len(images), int(sum(correct)) / len(images)

@@ -1,0 +1,161 @@
+"""``flwr run`` for the user: the app on Flower's simulation engine (Ray), with nothing left behind.
+
+Flower would start a SuperLink of the user's that outlives the command, install the app's dependencies anew,
+and exit with 0 where the run failed. Here the run has a FLWR_HOME, a SuperLink, a port and a copy of the app
+of its own, and its true outcome is told.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from fedsim.config import Config, cpu_count
+from fedsim.errors import RunFailed, UserError
+from fedsim.records import origin
+
+CHECKOUT = Path(__file__).resolve().parents[1]
+APP = ("pyproject.toml", "README.md", "LICENSE", "fedsim", "strategies")
+CONNECTION = "fedsim"
+START_SECONDS = 60
+STOP_SECONDS = 20
+
+
+def run_with_flwr(config: Config) -> None:
+    """Run `config` (resolved) by ``flwr run`` on Ray; fails where the run did not complete."""
+    if not (CHECKOUT / "pyproject.toml").exists():
+        raise UserError(f"engine = flower needs fedsim's checkout, and {CHECKOUT} is none: install it with pip install -e")
+    with tempfile.TemporaryDirectory(prefix="fedsim-") as folder, superlink(Path(folder)) as env:
+        app = copy_app(Path(folder) / "app")
+        keys = Path(folder) / "run-config.toml"
+        keys.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in config.as_keys().items()))
+        command = [_tool("flwr"), "run", str(app), CONNECTION, "--stream", "--run-config", str(keys)]
+        run_id = _stream([*command, "--federation-config", federation(config)], env)
+        status = _status(run_id, env) if run_id else "not started"
+        if status != "finished:completed":
+            raise RunFailed(f"flwr run did not complete (its status: {status}); the reason stands in the log above")
+
+
+def federation(config: Config) -> str:
+    """Flower's federation config: K nodes that share this machine's cores and GPUs."""
+    gpus = 0.0
+    if config.device.startswith("cuda"):
+        gpus = min(1.0, torch.cuda.device_count() / config.clients)
+    return (
+        f"num-supernodes={config.clients} client-resources-num-cpus={min(config.threads, cpu_count())} "
+        f"client-resources-num-gpus={gpus}"
+    )
+
+
+def copy_app(app: Path) -> Path:
+    """What the app consists of, in a folder whose name Flower accepts and where no other checkout's code lies."""
+    app.mkdir()
+    for name in APP:
+        source = CHECKOUT / name
+        if source.is_dir():
+            shutil.copytree(source, app / name, ignore=shutil.ignore_patterns("__pycache__"))
+        elif source.exists():
+            shutil.copy(source, app / name)
+    return app
+
+
+@contextlib.contextmanager
+def superlink(folder: Path) -> Iterator[dict[str, str]]:
+    """A SuperLink for simulations in `folder`, ended afterwards; yields the environment to reach it by."""
+    port, control = _free_port(), _free_port()
+    (folder / "config.toml").write_text(
+        f'[superlink]\ndefault = "{CONNECTION}"\n\n'
+        f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
+    )
+    env = {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "FLWR_HOME": str(folder),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "FEDSIM_ORIGIN": json.dumps(origin()),
+    }
+    command = [_tool("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    command += ["--control-api-address", f"127.0.0.1:{control}"]
+    log = folder / "superlink.log"
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            command, env=env, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
+        )
+    try:
+        _wait_until_healthy(process, port, log)
+        yield env
+    finally:
+        _end(process)
+
+
+def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    deadline = time.monotonic() + START_SECONDS
+    while time.monotonic() < deadline and process.poll() is None:
+        with contextlib.suppress(urllib.error.URLError, OSError):
+            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+                return
+        time.sleep(0.1)
+    raise RunFailed(f"the SuperLink did not start:\n{log.read_text(errors='replace')[-2000:]}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End the SuperLink and what it started: asked first, then killed."""
+    for signal_number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal_number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+
+
+def _stream(command: list[str], env: dict[str, str]) -> str:
+    """Run ``flwr run --stream``, its log passed on; returns the run's id, or nothing if it did not start."""
+    run_id = ""
+    with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        for line in process.stdout:
+            print(line, end="", flush=True)
+            if found := re.search(r"Successfully started run (\d+)", line):
+                run_id = found[1]
+    return run_id
+
+
+def _status(run_id: str, env: dict[str, str]) -> str:
+    """Flower's word for how the run ended; a moment passes between the last line of its log and its end."""
+    command = [_tool("flwr"), "list", CONNECTION, "--run-id", run_id, "--format", "json"]
+    deadline = time.monotonic() + STOP_SECONDS
+    while True:
+        answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout
+        runs = json.loads(answer).get("runs", [])
+        status = runs[0]["status"] if runs else "unknown"
+        if status.startswith("finished") or time.monotonic() > deadline:
+            return str(status)
+
+
+def _tool(name: str) -> str:
+    """The command `name` of the environment that this Python belongs to."""
+    return str(Path(sys.executable).with_name(name))
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

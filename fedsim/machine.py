@@ -1,0 +1,23 @@
+"""What `auto` means on this machine: the device and the CPU threads of a run."""
+
+from __future__ import annotations
+
+import torch
+
+from fedsim.config import Config, Mode, cpu_count
+from fedsim.errors import UserError
+
+
+def resolve(config: Config, mode: Mode) -> Config:
+    """`config` with the device and threads that it will run on; a device that is not there fails."""
+    device = config.device
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    kind, _, index = device.partition(":")
+    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+        raise UserError(f"device = {device} is not on this machine: give --device cpu or one that is")
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise UserError("device = mps is not on this machine: give --device cpu or one that is")
+    # Two clients on a thread each train faster than one client on two threads; on a GPU the CPU only launches.
+    threads = config.threads or (cpu_count() if mode == "centralized" and kind == "cpu" else 1)
+    return config.changed({"device": device, "threads": threads})

@@ -1,0 +1,241 @@
+"""A run's folder: its configuration, its rows, its checkpoint, its model and its summary.
+
+    results/NAME/config.json     every key that shapes the result, and the mode
+                 metrics.jsonl   one row a round (centralized: an epoch), flushed as it is made
+                 checkpoint.pt   what the run needs to go on, bitwise
+                 model.pt        the last global model, a state_dict
+                 summary.json    written when the run is finished
+
+Files but the growing metrics.jsonl are written whole or not at all. Nothing else writes to a run's folder.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import importlib.metadata
+import json
+import math
+import os
+import pickle
+import platform
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from fedsim import __version__
+from fedsim.config import Config, Mode
+from fedsim.errors import UserError
+
+Row = dict[str, Any]
+CHECKPOINT_VERSION = 1
+PACKAGES = ("flwr", "torch", "torchvision", "torch-optimizer", "numpy")
+
+
+class Run:
+    """One run's folder, opened to begin the run, to go on with it, or to find it finished."""
+
+    def __init__(self, config: Config, mode: Mode, show: Callable[[Row], None] | None = None) -> None:
+        """Open the folder of `config` (resolved), created where it is not there yet.
+
+        A folder that holds another configuration fails and stays as it is. `show` is called with each row.
+        """
+        self.folder = run_folder(config, mode)
+        self.mode: Mode = mode
+        self.show = show or (lambda row: None)
+        self._check_identity(config)
+        self.rows: list[Row] = []
+        self._began = time.perf_counter()
+        self._seconds_before = 0.0
+
+    @property
+    def finished(self) -> bool:
+        return (self.folder / "summary.json").exists()
+
+    @property
+    def seconds(self) -> float:
+        """Wall-clock seconds of this run, those before an interruption (up to the checkpoint) included."""
+        return self._seconds_before + time.perf_counter() - self._began
+
+    def resume(self) -> dict[str, Any] | None:
+        """The checkpoint to go on from, if there is one; rows made after it are dropped."""
+        path = self.folder / "checkpoint.pt"
+        if not path.exists():
+            self._rewrite_rows([])
+            return None
+        try:
+            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
+            version = checkpoint["version"]
+        except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
+            raise UserError(f"name = {self.folder.name}: {path} is damaged: remove it to begin the run anew") from error
+        if version != CHECKPOINT_VERSION:
+            raise UserError(f"name = {self.folder.name}: {path} is of another version of fedsim: give another --name")
+        self._rewrite_rows([row for row in read_rows(self.folder) if row["round"] <= checkpoint["round"]])
+        self._seconds_before = checkpoint["seconds"]
+        self._began = time.perf_counter()
+        return checkpoint
+
+    def add(self, row: Row) -> None:
+        """Append a row, timed, and flush it; a number that is not finite is written as null."""
+        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        row["seconds"] = round(self.seconds, 3)
+        with (self.folder / "metrics.jsonl").open("a") as file:
+            file.write(json.dumps(row, allow_nan=False) + "\n")
+        self.rows.append(row)
+        self.show(row)
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Save what the run needs to go on after ``state["round"]`` rounds (centralized: epochs)."""
+        with written_whole(self.folder / "checkpoint.pt") as file:
+            torch.save({"version": CHECKPOINT_VERSION, "seconds": self.seconds, **state}, file)
+
+    def save_model(self, state: Mapping[str, Tensor]) -> None:
+        """Save the global model as a contiguous CPU state_dict."""
+        with written_whole(self.folder / "model.pt") as file:
+            torch.save({name: value.detach().cpu().contiguous() for name, value in state.items()}, file)
+
+    def finish(self, parameters: int, device: str) -> None:
+        """Write the summary: the run is done."""
+        tested = [row["test_accuracy"] for row in self.rows if row["test_accuracy"] is not None]
+        last = self.rows[-1]
+        _write_json(
+            self.folder / "summary.json",
+            {
+                "best_test_accuracy": max(tested),
+                "final_test_accuracy": tested[-1],
+                **{name: last[name] for name in ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")},
+                "seconds": last["seconds"],
+                "parameters": parameters,
+                **provenance(device),
+            },
+        )
+
+    def discard(self) -> None:
+        """Forget a run of this same configuration, so that it is run again."""
+        for name in ("summary.json", "checkpoint.pt", "metrics.jsonl", "model.pt"):
+            (self.folder / name).unlink(missing_ok=True)
+
+    def _check_identity(self, config: Config) -> None:
+        identity = {"mode": self.mode, **config.identity(self.mode)}
+        path = self.folder / "config.json"
+        if path.exists():
+            held = _read_json(path)
+            differing = [name for name in sorted(held.keys() | identity) if held.get(name) != identity.get(name)]
+            if differing:
+                first = differing[0]
+                raise UserError(
+                    f"name = {self.folder.name}: {self.folder} holds a run of another configuration "
+                    f"({first} = {held.get(first)}, not {identity.get(first)}): give another --name or --results-dir"
+                )
+            return
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            if any(self.folder.iterdir()):
+                raise UserError(
+                    f"name = {self.folder.name}: {self.folder} is not empty and no run's folder: "
+                    "give another --name or --results-dir"
+                )
+            _write_json(path, identity)
+        except OSError as error:
+            raise UserError(
+                f"results-dir = {config.results_dir} cannot be written ({error.strerror}): give another --results-dir"
+            ) from error
+
+    def _rewrite_rows(self, rows: list[Row]) -> None:
+        self.rows = rows
+        with written_whole(self.folder / "metrics.jsonl") as file:
+            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+
+def run_folder(config: Config, mode: Mode) -> Path:
+    """The folder of a run: its name, or one made from what distinguishes it."""
+    return Path(config.results_dir).expanduser().absolute() / (config.name or default_name(config, mode))
+
+
+def default_name(config: Config, mode: Mode) -> str:
+    """A name made from the configuration; its last part tells apart what the others do not show."""
+    # The machine is left out, so that a run is found again (and refused, if it differs) under the same name
+    identity = {k: v for k, v in config.identity(mode).items() if k not in ("device", "threads")}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+    shape = f"-k{config.clients}-j{config.local_steps}" if mode == "localsgd" else ""
+    return f"{mode}-{config.optimizer}-b{config.batch_size}{shape}-seed{config.seed}-{digest}"
+
+
+def read_rows(folder: Path) -> list[Row]:
+    """The rows of a run; a last line cut short by a broken-off run is left out."""
+    path = folder / "metrics.jsonl"
+    lines = path.read_text().splitlines() if path.exists() else []
+    rows: list[Row] = []
+    for number, line in enumerate(lines, 1):
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError as error:
+            if number == len(lines):
+                break
+            raise UserError(f"{path} line {number} is damaged: remove the folder to begin the run anew") from error
+    return rows
+
+
+def read_summary(folder: Path) -> dict[str, Any] | None:
+    """The summary of a finished run, or None."""
+    path = folder / "summary.json"
+    return _read_json(path) if path.exists() else None
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """Where a result comes from: device, commit, command and versions."""
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {
+        "device": f"{device} ({name})",
+        **(json.loads(os.environ.get("FEDSIM_ORIGIN", "null")) or origin()),
+        "versions": {"python": platform.python_version(), "fedsim": __version__, **versions},
+    }
+
+
+def origin() -> dict[str, str]:
+    """The commit of the checkout and the command of this process; a process started for it inherits both."""
+    return {"commit": _commit(), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
+def _commit() -> str:
+    """The checkout's commit, with + where files differ from it; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+@contextlib.contextmanager
+def written_whole(path: Path) -> Iterator[BinaryIO]:
+    """A file that appears under `path` only when all of it is on the disk."""
+    part = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        with part.open("wb") as file:
+            yield file
+            file.flush()
+            os.fsync(file.fileno())
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+def _write_json(path: Path, content: Mapping[str, Any]) -> None:
+    with written_whole(path) as file:
+        file.write((json.dumps(content, indent=2) + "\n").encode())
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(f"{path} is damaged or cannot be read: give another --name or --results-dir") from error
+    return content

@@ -1,0 +1,45 @@
+"""One run, in either mode, on either engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from fedsim.centralized import train_centralized
+from fedsim.client_app import app as client_app
+from fedsim.config import Config, Mode
+from fedsim.data import check_shards, load_dataset
+from fedsim.fleet import FleetGrid
+from fedsim.flower import run_with_flwr
+from fedsim.records import Row, Run
+from fedsim.server_app import train_localsgd
+
+Engine = Literal["fleet", "flower"]
+
+
+def execute(
+    config: Config,
+    mode: Mode,
+    engine: Engine = "fleet",
+    show: Callable[[Row], None] | None = None,
+    rerun: bool = False,
+) -> Run:
+    """Run `config` (resolved) to its end, or its stop; go on where it broke off; leave it if it is finished.
+
+    `show` is called with each row (not by the engine flower, whose log is streamed instead); `rerun` begins
+    anew. Data and shards are checked before anything is written.
+    """
+    check_shards(config, len(load_dataset(config).train), config.clients if mode == "localsgd" else 1)
+    run = Run(config, mode, show)
+    if rerun:
+        run.discard()
+    if run.finished:
+        return run
+    if mode == "centralized":
+        train_centralized(config, run)
+    elif engine == "flower":
+        run_with_flwr(config.changed({"name": run.folder.name, "results-dir": str(run.folder.parent)}))
+    else:
+        with FleetGrid(client_app, config) as grid:
+            train_localsgd(grid, config, run)
+    return run

@@ -1,0 +1,116 @@
+"""The server: rounds of LocalSGD, each averaged by the strategy, tested, recorded and saved."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.serverapp import Grid, ServerApp
+
+from fedsim.config import Config
+from fedsim.data import check_shards, load_dataset
+from fedsim.engine import evaluate
+from fedsim.errors import RunFailed, UserError
+from fedsim.machine import resolve
+from fedsim.models import build_model
+from fedsim.nodes import collect_states, payload, restore_states, roll_call
+from fedsim.optim import zero_state
+from fedsim.records import Run
+from fedsim.show import print_row
+from fedsim.sync import join, plan, split
+from strategies import STRATEGIES, LocalSGD
+
+app = ServerApp()
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run LocalSGD as the run-config says."""
+    config = resolve(Config().changed(dict(context.run_config)), "localsgd")
+    run = Run(config, "localsgd", show=print_row)
+    print(f"run folder: {run.folder}", flush=True)
+    if run.finished:
+        raise UserError(f"name = {run.folder.name}: the run in {run.folder} is finished: give another --name")
+    train_localsgd(grid, config, run)
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    round: int
+    arrays: ArrayRecord
+    bytes_up: int = 0
+    bytes_down: int = 0
+
+
+def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
+    """The rounds of `config` (resolved), from the run's checkpoint on if it has one."""
+    torch.set_num_threads(config.threads)
+    data = load_dataset(config)
+    check_shards(config, len(data.train), config.clients)
+    planned = plan(config, len(data.train))
+    nodes = roll_call(grid, config.clients)
+    strategy = STRATEGIES[config.strategy](workers=nodes, batchnorm_at_sync=config.batchnorm_at_sync)
+
+    model = build_model(config.model, data.classes, config.seed, config.device)
+    averaged_state = zero_state(config, model) if config.momentum_at_sync == "average" else {}
+    progress = Progress(0, ArrayRecord(join(model.state_dict(), averaged_state)))
+    if checkpoint := run.resume():
+        restore_states(grid, nodes, checkpoint["clients"])
+        counters = {name: checkpoint[name] for name in ("round", "bytes_up", "bytes_down")}
+        progress = Progress(arrays=ArrayRecord(checkpoint["arrays"]), **counters)
+
+    for round in range(progress.round + 1, planned.last_round + 1):
+        metrics = train_round(grid, strategy, progress)
+
+        tested = round % config.evaluate_every == 0 or round == planned.rounds
+        model.load_state_dict(split(progress.arrays.to_torch_state_dict())[0])
+        test_loss, test_accuracy = evaluate(model, data.test) if tested else (None, None)
+
+        steps = round * config.local_steps
+        run.add(
+            {
+                "round": round,
+                "epoch": float(steps / planned.lr.steps_per_epoch),
+                "local_steps": steps,
+                "syncs": round,
+                "bytes_up": progress.bytes_up,
+                "bytes_down": progress.bytes_down,
+                "lr": planned.lr(steps - 1),
+                "train_loss": metrics["train-loss"],
+                "test_loss": test_loss,
+                "test_accuracy": test_accuracy,
+                "left_out": {str(worker): reason for worker, reason in strategy.left_out.items()},
+            }
+        )
+        if round % config.checkpoint_every == 0 or round == planned.last_round:
+            states = collect_states(grid, nodes) if config.momentum_at_sync == "keep" else {}
+            run.save_checkpoint(
+                {
+                    "round": round,
+                    "arrays": progress.arrays.to_torch_state_dict(),
+                    "bytes_up": progress.bytes_up,
+                    "bytes_down": progress.bytes_down,
+                    "clients": states,
+                }
+            )
+
+    run.save_model(model.state_dict())
+    if planned.last_round == planned.rounds:
+        run.finish(sum(p.numel() for p in model.parameters()), config.device)
+
+
+def train_round(grid: Grid, strategy: LocalSGD, progress: Progress) -> MetricRecord:
+    """One round: `progress` moves on to the averaged arrays; the workers' mean metrics are returned."""
+    progress.round += 1
+    messages = list(strategy.configure_train(progress.round, progress.arrays, ConfigRecord(), grid))
+    replies = list(grid.send_and_receive(messages))
+    averaged, metrics = strategy.aggregate_train(progress.round, replies)
+    progress.bytes_down += payload(messages)
+    progress.bytes_up += payload(replies)
+    if averaged is None or metrics is None:
+        raise RunFailed(f"round {progress.round}: no client sent a usable update ({strategy.left_out})")
+    progress.arrays = averaged
+    return metrics

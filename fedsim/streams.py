@@ -1,0 +1,30 @@
+"""Random streams: one per (seed, worker, round, purpose), never the process's global state.
+
+Shuffling and augmentation are drawn by NumPy on the CPU, so that a run sees the same batches on every device.
+Dropout masks are drawn on the device itself and so depend on its kind.
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import numpy as np
+import torch
+
+Purpose = Literal["shard", "init", "shuffle", "augment", "dropout"]
+_CODES: dict[Purpose, int] = {"shard": 0, "init": 1, "shuffle": 2, "augment": 3, "dropout": 4}
+
+
+def _sequence(seed: int, worker: int, round: int, purpose: Purpose) -> np.random.SeedSequence:
+    return np.random.SeedSequence((seed, worker, round, _CODES[purpose]))
+
+
+def numpy_stream(seed: int, worker: int, round: int, purpose: Purpose) -> np.random.Generator:
+    """A NumPy generator of this stream's own."""
+    return np.random.default_rng(_sequence(seed, worker, round, purpose))
+
+
+def torch_stream(seed: int, worker: int, round: int, purpose: Purpose, device: torch.device) -> torch.Generator:
+    """A torch generator of this stream's own, on `device`."""
+    state = int(_sequence(seed, worker, round, purpose).generate_state(1, np.uint64)[0])
+    return torch.Generator(device).manual_seed(state & (2**63 - 1))

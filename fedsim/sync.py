@@ -1,0 +1,51 @@
+"""What server and clients agree on: the length of the run, its schedule, and which arrays of a message are what."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fractions import Fraction
+from typing import NamedTuple
+
+from torch import Tensor
+
+from fedsim.config import Config
+from fedsim.schedule import Schedule, schedule_of
+
+OPTIMIZER = "optimizer/"  # prefix of the optimizer state that is averaged with the model
+
+
+class Plan(NamedTuple):
+    """A run of LocalSGD: its rounds, the one to stop after for now, and the rate of each local step."""
+
+    rounds: int
+    last_round: int
+    lr: Schedule
+
+
+def plan(config: Config, images: int) -> Plan:
+    """The plan of `config` on `images` training images; an epoch is counted over all clients together."""
+    steps_per_epoch = Fraction(images, config.clients * config.batch_size)
+
+    def rounds_of(epochs: float) -> int:
+        return max(1, round(epochs * steps_per_epoch / config.local_steps))
+
+    rounds = config.rounds or rounds_of(config.epochs)
+    stops = [rounds]
+    if config.stop_after_rounds:
+        stops.append(config.stop_after_rounds)
+    if config.stop_after_epochs:
+        stops.append(rounds_of(config.stop_after_epochs))
+    epochs = float(rounds * config.local_steps / steps_per_epoch)
+    return Plan(rounds, min(stops), schedule_of(config, steps_per_epoch, epochs))
+
+
+def join(weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The arrays of a message: the model's state_dict and the optimizer state that is averaged with it."""
+    return {**weights, **{OPTIMIZER + name: value for name, value in optimizer.items()}}
+
+
+def split(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """A message's arrays as the model's state_dict and the optimizer state."""
+    weights = {name: value for name, value in arrays.items() if not name.startswith(OPTIMIZER)}
+    state = {name.removeprefix(OPTIMIZER): value for name, value in arrays.items() if name.startswith(OPTIMIZER)}
+    return weights, state

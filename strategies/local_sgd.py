@@ -1,0 +1,148 @@
+"""LocalSGD (Stich 2019, "Local SGD Converges Fast and Communicates Little"): average what every worker sends.
+
+The mean is FedAvg's, made exact and repeatable:
+
+- replies are sorted by worker before they are summed, so that the order of their arrival changes no bit;
+- sums are taken in float64, so that K identical workers average to themselves for every K;
+- BatchNorm's running statistics are averaged like any other array, or taken from worker 0;
+- integer arrays (BN's ``num_batches_tracked``) stay integers: the largest is taken, not a rounded mean;
+- an update that is not finite, misshapen or badly weighted is left out, named in the log and in `left_out`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from logging import WARNING
+from typing import Any, NamedTuple
+
+import numpy as np
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.common.logger import log
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
+from numpy.typing import NDArray
+
+BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class Update(NamedTuple):
+    """What one worker sent."""
+
+    weight: float
+    arrays: dict[str, NDArray]
+    metrics: MetricRecord
+
+
+class LocalSGD(FedAvg):
+    """Average the arrays of all workers, weighted by ``num-examples``.
+
+    `workers` maps node ids to worker numbers (Flower's node ids are random): who is asked, and the order of
+    the sum. Without it every connected node is asked, in the order of node ids. `batchnorm_at_sync` is
+    ``average`` or ``worker-0``. Other arguments are FedAvg's.
+    """
+
+    def __init__(
+        self, workers: Mapping[int, int] | None = None, batchnorm_at_sync: str = "average", **fedavg: Any
+    ) -> None:
+        super().__init__(**fedavg)
+        self.workers = dict(workers or {})
+        self.batchnorm_at_sync = batchnorm_at_sync
+        self.left_out: dict[int, str] = {}  # worker -> reason, of the last round
+        self._sent: dict[str, tuple[str, tuple[int, ...]]] = {}  # name -> dtype, shape of this round's arrays
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """One train message with the global arrays for each worker, in their order."""
+        self._sent = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
+        config["server-round"] = server_round
+        record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+        nodes = sorted(self.workers or grid.get_node_ids(), key=self._worker)
+        return self._construct_messages(record, nodes, MessageType.TRAIN)
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """The weighted mean of arrays and of metrics over the usable replies; None, None where there are none."""
+        self.left_out = {}
+        updates: list[Update] = []
+        for reply in sorted(replies, key=lambda reply: self._worker(reply.metadata.src_node_id)):
+            try:
+                updates.append(self._usable(reply))
+            except _Unusable as reason:
+                worker = self._worker(reply.metadata.src_node_id)
+                self.left_out[worker] = str(reason)
+                log(WARNING, "round %s: worker %s is left out of the average: %s", server_round, worker, reason)
+        if not updates:
+            return None, None
+        total = math.fsum(update.weight for update in updates)
+        weights = [update.weight / total for update in updates]
+        averaged = ArrayRecord()
+        for name in self._sent:
+            averaged[name] = Array(self._combine(name, [update.arrays[name] for update in updates], weights))
+        return averaged, self._mean_metrics([update.metrics for update in updates], weights)
+
+    def _worker(self, node_id: int) -> int:
+        return self.workers.get(node_id, node_id)
+
+    def _combine(self, name: str, parts: list[NDArray], weights: list[float]) -> NDArray:
+        if self.batchnorm_at_sync == "worker-0" and name.rpartition(".")[2] in BATCHNORM_STATISTICS:
+            return parts[0]
+        if np.issubdtype(parts[0].dtype, np.integer):
+            return np.asarray(np.maximum.reduce(parts))
+        return weighted_mean(parts, weights)
+
+    def _usable(self, reply: Message) -> Update:
+        """The update in a reply, checked against what was sent."""
+        if reply.has_error():
+            raise _Unusable(f"its client failed ({reply.error.reason})")
+        arrays = reply.content.array_records.get(self.arrayrecord_key)
+        if arrays is None or len(reply.content.metric_records) != 1:
+            raise _Unusable(f"it sent no {self.arrayrecord_key} or not one record of metrics")
+        metrics = next(iter(reply.content.metric_records.values()))
+        weight = metrics.get(self.weighted_by_key)
+        if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
+            raise _Unusable(f"{self.weighted_by_key} is {weight}")
+        if arrays.keys() != self._sent.keys():
+            raise _Unusable(f"its arrays are others than those sent: {sorted(arrays.keys() ^ self._sent.keys())[0]}")
+        return Update(float(weight), {name: self._usable_array(name, arrays[name]) for name in self._sent}, metrics)
+
+    def _usable_array(self, name: str, array: Array) -> NDArray:
+        try:
+            values = array.numpy()
+        except (TypeError, ValueError, EOFError) as error:
+            raise _Unusable(f"{name} cannot be read ({error})") from error
+        if (str(values.dtype), values.shape) != self._sent[name]:
+            raise _Unusable(f"{name} is {values.dtype} {list(values.shape)}, not as it was sent")
+        if not np.isfinite(values).all():
+            raise _Unusable(f"{name} is not finite")
+        return values
+
+    def _mean_metrics(self, records: list[MetricRecord], weights: list[float]) -> MetricRecord:
+        """The weighted mean of every number that all workers report."""
+        names = [name for name in records[0] if name != self.weighted_by_key]
+        return MetricRecord(
+            {
+                name: math.fsum(weight * float(record[name]) for weight, record in zip(weights, records, strict=True))
+                for name in names
+                if all(isinstance(record.get(name), int | float) for record in records)
+            }
+        )
+
+
+def weighted_mean(parts: list[NDArray], weights: list[float]) -> NDArray:
+    """The mean of equally shaped arrays, summed in float64 in their order, in their own precision.
+
+    `weights` sum to one. The first array is taken as the origin: sum w_i (x_i - x_0) + x_0 gives exactly x_0
+    where all x_i are equal, whatever the rounding of the weights.
+    """
+    origin = parts[0].astype(np.float64)
+    offset = np.zeros_like(origin)
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        offset += weight * (part - origin)
+    return np.asarray(origin + offset, dtype=parts[0].dtype)
+
+
+class _Unusable(Exception):
+    """Why an update cannot be averaged."""
