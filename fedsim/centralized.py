@@ -30,9 +30,8 @@ def train_centralized(config: Config, run: Run) -> None:
     optimizer = build_optimizer(config, model)
     images = shard(len(data.train), 1, 0, config.seed)
     steps_per_epoch = -(-len(images) // config.batch_size)
-    epochs = whole("epochs", config.epochs)
+    epochs, last = whole_epochs(config)
     lr = schedule_of(config, Fraction(steps_per_epoch), epochs)
-    last = min(epochs, whole("stop-after-epochs", config.stop_after_epochs) or epochs)
 
     done = 0
     if checkpoint := run.resume():
@@ -78,8 +77,9 @@ def train_centralized(config: Config, run: Run) -> None:
         run.finish(sum(p.numel() for p in model.parameters()), config.device)
 
 
-def whole(name: str, epochs: float) -> int:
-    """`epochs` as the whole number that this mode can run."""
-    if epochs != int(epochs):
-        raise UserError(f"{name} = {epochs}: centralized training runs whole epochs, give a whole number")
-    return int(epochs)
+def whole_epochs(config: Config) -> tuple[int, int]:
+    """The epochs to run in all, and the one to stop after for now; a part of an epoch fails."""
+    for name, epochs in (("epochs", config.epochs), ("stop-after-epochs", config.stop_after_epochs)):
+        if not epochs.is_integer():
+            raise UserError(f"{name} = {epochs}: centralized training runs whole epochs, give a whole number")
+    return int(config.epochs), int(min(config.epochs, config.stop_after_epochs or config.epochs))

@@ -79,7 +79,7 @@ def _flag(name: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 
-PRESET = typer.Option("", "--preset", help="fill in the settings of fedsim/studies/NAME.toml; explicit flags win", metavar="NAME")
+PRESET = typer.Option("", "--preset", help="settings of fedsim/studies/NAME.toml; flags win over it", metavar="NAME")
 RERUN = typer.Option(False, "--rerun", help="run again what is finished or broken off")
 ENGINE = typer.Option("fleet", "--engine", help="fleet: in this process; flower: by flwr run, on Ray", metavar="NAME")
 
@@ -102,9 +102,9 @@ def localsgd(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN, en
 @keys_of("localsgd", without=("clients", "local-steps", "seed"))
 def grid(
     keys: dict[str, Any],
-    clients: str = typer.Option("4,12", "--clients", help="the K of the cells, with commas", metavar="LIST"),
-    local_steps: str = typer.Option("10,20,30", "--local-steps", help="the J of the cells, with commas", metavar="LIST"),
-    seeds: str = typer.Option("2025", "--seeds", help="the seeds of each cell, with commas", metavar="LIST"),
+    clients: str = typer.Option("4,12", "--clients", help="the K of cells, with commas", metavar="LIST"),
+    local_steps: str = typer.Option("10,20,30", "--local-steps", help="the J of cells, with commas", metavar="LIST"),
+    seeds: str = typer.Option("2025", "--seeds", help="the seeds of cells, with commas", metavar="LIST"),
     preset: str = PRESET,
     rerun: bool = RERUN,
     engine: str = ENGINE,

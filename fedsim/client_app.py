@@ -66,8 +66,10 @@ def train(message: Message, context: Context) -> Message:
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
     """Which shard this node holds, of how many."""
-    held = {name: int(context.node_config[name]) for name in ("partition-id", "num-partitions")}
-    return Message(RecordDict({"partition": MetricRecord(held)}), reply_to=message)
+    held = MetricRecord()
+    for name in ("partition-id", "num-partitions"):
+        held[name] = int(context.node_config[name])
+    return Message(RecordDict({"partition": held}), reply_to=message)
 
 
 @app.query("state")

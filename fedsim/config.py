@@ -31,6 +31,7 @@ class Range:
 
 
 def one_of(*names: str) -> Range:
+    """One of a few names."""
     return Range(lambda value: value in names, "one of " + ", ".join(names))
 
 
@@ -50,7 +51,8 @@ def key(default: Value, accepts: Range, help: str, modes: tuple[Mode, ...] = BOT
     Keys that do not shape the result (where the data lies, when to stop for today) are left out of a run's
     identity: changing them does not make it another run.
     """
-    return field(default=default, metadata=dict(accepts=accepts, help=help, modes=modes, shapes_result=shapes_result))
+    metadata = {"accepts": accepts, "help": help, "modes": modes, "shapes_result": shapes_result}
+    return field(default=default, metadata=metadata)
 
 
 def _device(value: str) -> bool:
@@ -138,7 +140,9 @@ class Config:
 
     # The run
     seed: int = key(2025, NOT_NEGATIVE, "seed of shards, initial weights, shuffling, augmentation and dropout")
-    device: str = key("auto", Range(_device, "auto, cpu, cuda, cuda:N or mps"), "auto: cuda where there is one, else cpu")
+    device: str = key(
+        "auto", Range(_device, "auto, cpu, cuda, cuda:N or mps"), "where to train; auto: cuda if there is one, else cpu"
+    )
     threads: int = key(
         0, NOT_NEGATIVE, "CPU threads of one training step; 0: one for a client, every core in centralized mode"
     )
@@ -167,7 +171,8 @@ class Config:
 
     def changed(self, changes: Mapping[str, Any]) -> Config:
         """This configuration with some keys (kebab-case) changed; unknown keys and bad values fail."""
-        return dataclasses.replace(self, **{spelled(k): typed(k, v) for k, v in changes.items()})
+        values: dict[str, Any] = {spelled(name): typed(name, value) for name, value in changes.items()}
+        return dataclasses.replace(self, **values)
 
     def as_keys(self) -> dict[str, Value]:
         """Every key in kebab-case, as Flower's run-config wants them."""
@@ -186,6 +191,7 @@ FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
 
 def kebab(name: str) -> str:
+    """The key of a field's name."""
     return name.replace("_", "-")
 
 
@@ -199,9 +205,9 @@ def spelled(name: str) -> str:
     return attribute
 
 
-def typed(name: str, value: Any) -> Value:
+def typed(name: str, value: Any) -> Any:
     """`value` (a string from a flag, or a TOML value) as the type of its key."""
-    kind = type(FIELDS[spelled(name)].default)
+    kind: type[Any] = type(FIELDS[spelled(name)].default)
     if isinstance(value, str) and kind is not str:
         try:
             value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
@@ -211,7 +217,7 @@ def typed(name: str, value: Any) -> Value:
         value = float(value)
     if type(value) is not kind:
         raise UserError(f"{name} = {value!r} is not {_KINDS[kind]}")
-    return value  # type: ignore[no-any-return]
+    return value
 
 
 _KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
@@ -221,7 +227,8 @@ def _check(item: dataclasses.Field[Any], value: Any) -> None:
     accepts: Range = item.metadata["accepts"]
     finite = not isinstance(value, float) or math.isfinite(value)
     if not finite or not accepts.accepts(value):
-        raise UserError(f"{kebab(item.name)} = {value!r} is out of range: it must be {accepts.words}{_near(item, value)}")
+        words = f"{accepts.words}{_near(item, value)}"
+        raise UserError(f"{kebab(item.name)} = {value!r} is out of range: it must be {words}")
 
 
 def _near(item: dataclasses.Field[Any], value: Any) -> str:

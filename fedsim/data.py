@@ -65,7 +65,8 @@ class Images:
         columns = left[:, None] + torch.where(flip[:, None] != 0, SIDE - 1 - self._within, self._within)
         words = (index[:, None] * WIDTH + rows)[:, :, None] * WIDTH + columns[:, None, :]
         pixels = self._words.index_select(0, words.flatten()).view(torch.uint8).view(-1, SIDE, SIDE, 4)[..., :3]
-        return (pixels.float() * self._scale - self._shift).permute(0, 3, 1, 2)
+        normalised: Tensor = pixels.float() * self._scale - self._shift
+        return normalised.permute(0, 3, 1, 2)
 
     def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Images and labels `start` to `stop` in order, normalised, not augmented."""
@@ -76,6 +77,8 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
+    """Training and test images, and the number of classes that their labels run over."""
+
     train: Images
     test: Images
     classes: int

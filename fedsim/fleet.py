@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Iterable, Mapping
-from typing import Any
+from collections.abc import Iterable
 
 import torch
 from flwr.app import Context, Error, Message, RecordDict

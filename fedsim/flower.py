@@ -18,7 +18,6 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
@@ -39,7 +38,7 @@ STOP_SECONDS = 20
 def run_with_flwr(config: Config) -> None:
     """Run `config` (resolved) by ``flwr run`` on Ray; fails where the run did not complete."""
     if not (CHECKOUT / "pyproject.toml").exists():
-        raise UserError(f"engine = flower needs fedsim's checkout, and {CHECKOUT} is none: install it with pip install -e")
+        raise UserError(f"engine = flower needs fedsim's checkout, which {CHECKOUT} is not: use pip install -e there")
     with tempfile.TemporaryDirectory(prefix="fedsim-") as folder, superlink(Path(folder)) as env:
         app = copy_app(Path(folder) / "app")
         keys = Path(folder) / "run-config.toml"
@@ -109,9 +108,8 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(urllib.error.URLError, OSError):
-            with urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-                return
+        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
+            return
         time.sleep(0.1)
     raise RunFailed(f"the SuperLink did not start:\n{log.read_text(errors='replace')[-2000:]}")
 

@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from fedsim.config import Config
 from fedsim.data import check_shards, load_dataset
 from fedsim.errors import RunFailed, UserError
 from fedsim.machine import resolve
 from fedsim.presets import configure
-from fedsim.records import default_name
+from fedsim.records import Row, default_name
 from fedsim.report import grid_table, plot_grid, read_cells, write_csv
 from fedsim.runs import Engine, execute
 from fedsim.sync import plan
@@ -70,7 +79,7 @@ def run_grid(grid: Grid, keys: Mapping[str, Any], preset: str, engine: Engine, r
             rounds = plan(config, len(load_dataset(config).train)).last_round
             task = progress.add_task(config.name, total=rounds)
             try:
-                execute(config, "localsgd", engine, lambda row: progress.update(task, completed=row["round"]), rerun)
+                execute(config, "localsgd", engine, functools.partial(_advance, progress, task), rerun)
             except RunFailed as error:
                 failures[config.name] = str(error)
                 progress.console.print(f"[red]{config.name} failed:[/red] {error}", highlight=False)
@@ -88,8 +97,12 @@ def run_grid(grid: Grid, keys: Mapping[str, Any], preset: str, engine: Engine, r
 
 def grid_folder(base: Config) -> Path:
     """The folder of a grid's cells: its name, or one made from what all cells share."""
-    name = base.name or default_name(base.changed({"clients": 1, "local-steps": 1, "seed": 0}), "localsgd")
-    return Path(base.results_dir).expanduser().absolute() / name.replace("localsgd-", "grid-").replace("-k1-j1-seed0", "")
+    if base.name:
+        name = base.name
+    else:
+        common = default_name(base.changed({"clients": 1, "local-steps": 1, "seed": 0}), "localsgd")
+        name = "grid" + common.removeprefix("localsgd").replace("-k1-j1-seed0", "")
+    return Path(base.results_dir).expanduser().absolute() / name
 
 
 def cell(clients: int, local_steps: int, seed: int, keys: Mapping[str, Any], preset: str, folder: Path) -> Config:
@@ -99,6 +112,10 @@ def cell(clients: int, local_steps: int, seed: int, keys: Mapping[str, Any], pre
     config = resolve(configure({**keys, **own, **place}, preset), "localsgd")
     check_shards(config, len(load_dataset(config).train), clients)
     return config
+
+
+def _advance(progress: Progress, task: TaskID, row: Row) -> None:
+    progress.update(task, completed=row["round"])
 
 
 def _progress(console: Console) -> Progress:

@@ -30,7 +30,8 @@ def roll_call(grid: Grid, clients: int) -> Nodes:
         for reply in ask(grid, "query.partition", [node for node in grid.get_node_ids() if node not in nodes]):
             held = reply.content.metric_records["partition"]
             if held["num-partitions"] != clients:
-                raise UserError(f"clients = {clients}, but the federation has {held['num-partitions']} nodes: make them equal")
+                number = held["num-partitions"]
+                raise UserError(f"clients = {clients}, but the federation has {number} nodes: make them equal")
             nodes[reply.metadata.src_node_id] = int(held["partition-id"])  # type: ignore[arg-type]
         if len(nodes) >= clients:
             break
@@ -38,7 +39,8 @@ def roll_call(grid: Grid, clients: int) -> Nodes:
             raise UserError(f"clients = {clients}, but only {len(nodes)} nodes are connected: connect the others")
         time.sleep(0.2)
     if sorted(nodes.values()) != list(range(clients)):
-        raise UserError(f"clients = {clients}, but the nodes hold the shards {sorted(nodes.values())}: give each its own")
+        shards = sorted(nodes.values())
+        raise UserError(f"clients = {clients}, but the nodes hold the shards {shards}: give each node its own")
     return dict(sorted(nodes.items(), key=lambda node: node[1]))
 
 

@@ -61,6 +61,7 @@ def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
+    """Let the next step of every group take the rate `lr`."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 

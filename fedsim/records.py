@@ -57,6 +57,7 @@ class Run:
 
     @property
     def finished(self) -> bool:
+        """Whether the run has come to the end of its budget."""
         return (self.folder / "summary.json").exists()
 
     @property
@@ -191,7 +192,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 def provenance(device: str) -> dict[str, Any]:
     """Where a result comes from: device, commit, command and versions."""
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else platform.processor() or platform.machine()
+    cpu = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
     versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
         "device": f"{device} ({name})",

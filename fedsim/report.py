@@ -56,9 +56,8 @@ def grid_table(cells: Sequence[Cell]) -> Table:
     """Final test accuracy in %, J down and K across; mean and standard deviation where there are several seeds."""
     clients = sorted({cell["clients"] for cell in cells})
     seeds = sorted({cell["seed"] for cell in cells})
-    table = Table(title="Final test accuracy, %", caption=f"seeds {', '.join(map(str, seeds))}; mean ± standard deviation")
-    if len(seeds) == 1:
-        table.caption = f"seed {seeds[0]}"
+    spread = "; mean ± standard deviation" if len(seeds) > 1 else ""
+    table = Table(title="Final test accuracy, %", caption=f"seed {', '.join(map(str, seeds))}{spread}")
     table.add_column("J", justify="right")
     for k in clients:
         table.add_column(f"K={k}", justify="right")
@@ -73,8 +72,9 @@ def plot_grid(cells: Sequence[Cell], path: Path) -> None:
 
     figure = Figure(figsize=(9, 3.8), layout="constrained")
     by_steps, by_syncs = figure.subplots(1, 2, sharey=True)
-    for k in sorted({cell["clients"] for cell in cells}):
-        finished = [cell for cell in cells if cell["clients"] == k and cell["final_test_accuracy"] is not None]
+    done = [cell for cell in cells if cell["final_test_accuracy"] is not None]
+    for k in sorted({cell["clients"] for cell in done}):
+        finished = [cell for cell in done if cell["clients"] == k]
         steps = sorted({cell["local_steps_per_round"] for cell in finished})
         values = [[100 * a for a in _accuracies(finished, k, j)] for j in steps]
         mean = [statistics.mean(v) for v in values]
@@ -83,11 +83,16 @@ def plot_grid(cells: Sequence[Cell], path: Path) -> None:
         by_steps.errorbar(steps, mean, spread, marker="o", capsize=3, label=f"K = {k}")
         by_syncs.errorbar(syncs, mean, spread, marker="o", capsize=3, label=f"K = {k}")
     for axes, label in ((by_steps, "local steps a round, J"), (by_syncs, "syncs in the whole run")):
-        axes.set_xscale("log")
         axes.set_xlabel(label)
         axes.grid(alpha=0.3)
     by_steps.set_ylabel("final test accuracy, %")
-    by_steps.legend()
+    if done:
+        by_steps.set_xscale("log", base=2)
+        by_steps.set_xticks(sorted({cell["local_steps_per_round"] for cell in done}))
+        by_syncs.set_xscale("log")
+        by_steps.xaxis.set_major_formatter("{x:g}")
+        by_syncs.xaxis.set_major_formatter("{x:g}")
+        by_steps.legend()
     figure.savefig(path, dpi=150)
 
 

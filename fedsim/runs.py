@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Literal
 
-from fedsim.centralized import train_centralized
+from fedsim.centralized import train_centralized, whole_epochs
 from fedsim.client_app import app as client_app
 from fedsim.config import Config, Mode
 from fedsim.data import check_shards, load_dataset
@@ -27,9 +27,9 @@ def execute(
     """Run `config` (resolved) to its end, or its stop; go on where it broke off; leave it if it is finished.
 
     `show` is called with each row (not by the engine flower, whose log is streamed instead); `rerun` begins
-    anew. Data and shards are checked before anything is written.
+    anew. What can be known to be wrong is found before anything is written.
     """
-    check_shards(config, len(load_dataset(config).train), config.clients if mode == "localsgd" else 1)
+    check(config, mode)
     run = Run(config, mode, show)
     if rerun:
         run.discard()
@@ -43,3 +43,13 @@ def execute(
         with FleetGrid(client_app, config) as grid:
             train_localsgd(grid, config, run)
     return run
+
+
+def check(config: Config, mode: Mode) -> None:
+    """Fail where the data is not there, or cannot be shared out or passed over as `config` asks."""
+    images = len(load_dataset(config).train)
+    if mode == "centralized":
+        check_shards(config, images, 1)
+        whole_epochs(config)
+    else:
+        check_shards(config, images, config.clients)

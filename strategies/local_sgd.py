@@ -23,6 +23,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from numpy.typing import NDArray
 
+Values = NDArray[Any]
+
 BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
 
@@ -30,7 +32,7 @@ class Update(NamedTuple):
     """What one worker sent."""
 
     weight: float
-    arrays: dict[str, NDArray]
+    arrays: dict[str, Values]
     metrics: MetricRecord
 
 
@@ -86,7 +88,7 @@ class LocalSGD(FedAvg):
     def _worker(self, node_id: int) -> int:
         return self.workers.get(node_id, node_id)
 
-    def _combine(self, name: str, parts: list[NDArray], weights: list[float]) -> NDArray:
+    def _combine(self, name: str, parts: list[Values], weights: list[float]) -> Values:
         if self.batchnorm_at_sync == "worker-0" and name.rpartition(".")[2] in BATCHNORM_STATISTICS:
             return parts[0]
         if np.issubdtype(parts[0].dtype, np.integer):
@@ -108,7 +110,7 @@ class LocalSGD(FedAvg):
             raise _Unusable(f"its arrays are others than those sent: {sorted(arrays.keys() ^ self._sent.keys())[0]}")
         return Update(float(weight), {name: self._usable_array(name, arrays[name]) for name in self._sent}, metrics)
 
-    def _usable_array(self, name: str, array: Array) -> NDArray:
+    def _usable_array(self, name: str, array: Array) -> Values:
         try:
             values = array.numpy()
         except (TypeError, ValueError, EOFError) as error:
@@ -121,17 +123,16 @@ class LocalSGD(FedAvg):
 
     def _mean_metrics(self, records: list[MetricRecord], weights: list[float]) -> MetricRecord:
         """The weighted mean of every number that all workers report."""
-        names = [name for name in records[0] if name != self.weighted_by_key]
-        return MetricRecord(
-            {
-                name: math.fsum(weight * float(record[name]) for weight, record in zip(weights, records, strict=True))
-                for name in names
-                if all(isinstance(record.get(name), int | float) for record in records)
-            }
-        )
+        means = MetricRecord()
+        for name in records[0]:
+            values = [record.get(name) for record in records]
+            numbers = [value for value in values if isinstance(value, int | float)]
+            if name != self.weighted_by_key and len(numbers) == len(records):
+                means[name] = math.fsum(weight * number for weight, number in zip(weights, numbers, strict=True))
+        return means
 
 
-def weighted_mean(parts: list[NDArray], weights: list[float]) -> NDArray:
+def weighted_mean(parts: list[Values], weights: list[float]) -> Values:
     """The mean of equally shaped arrays, summed in float64 in their order, in their own precision.
 
     `weights` sum to one. The first array is taken as the origin: sum w_i (x_i - x_0) + x_0 gives exactly x_0

@@ -1,0 +1,79 @@
+"""What the tests share: small configurations, runs in a temporary folder, and the real data where it is present."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fedsim.config import Config, Mode
+from fedsim.data import data_folder
+from fedsim.machine import resolve
+from fedsim.records import Run
+from fedsim.runs import execute
+
+SMALL: dict[str, Any] = {
+    "dataset": "synthetic",
+    "synthetic-images": 512,
+    "model": "lenet5",
+    "batch-size": 16,
+    "clients": 4,
+    "local-steps": 2,
+    "epochs": 2.0,
+    "threads": 1,
+    "device": "cpu",
+}
+
+Execute = Callable[..., Run]
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Config:
+    """A run of a second on the CPU: 8 rounds of 4 clients in 2 epochs of 512 images."""
+    return Config().changed({**SMALL, "results-dir": str(tmp_path)})
+
+
+@pytest.fixture
+def run(small: Config) -> Execute:
+    """Execute `small` with some keys changed, in `mode`; returns the run."""
+
+    def execute_small(mode: Mode = "localsgd", **changes: Any) -> Run:
+        keys = {name.replace("_", "-"): value for name, value in changes.items()}
+        return execute(resolve(small.changed(keys), mode), mode)
+
+    return execute_small
+
+
+@pytest.fixture
+def real_data() -> str:
+    """The folder of the real CIFAR-100; tests that need it are skipped where it is not."""
+    folder = data_folder(Config())
+    if not (folder / "cifar-100-python" / "train").exists():
+        pytest.skip(f"no CIFAR-100 in {folder}: set FEDSIM_DATA")
+    return str(folder)
+
+
+def final_model(run: Run | Path) -> dict[str, Tensor]:
+    """The global model that a run left in its folder."""
+    folder = run.folder if isinstance(run, Run) else run
+    state: dict[str, Tensor] = torch.load(folder / "model.pt", weights_only=True)
+    return state
+
+
+def rows_of(run: Run | Path) -> list[dict[str, Any]]:
+    """The rows of a run but for their seconds."""
+    folder = run.folder if isinstance(run, Run) else run
+    rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
+    """The same names, and under each the same bits."""
+    assert one.keys() == other.keys()
+    different = [name for name in one if not torch.equal(one[name], other[name])]
+    assert not different, f"these differ: {different}"

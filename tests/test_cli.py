@@ -1,0 +1,147 @@
+"""The command line as a user meets it."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from fedsim import cli
+from fedsim.config import FIELDS, kebab
+
+ROOT = Path(__file__).parents[1]
+TINY = (
+    "--dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 16 --clients 2 --local-steps 2 "
+    "--rounds 3 --device cpu --threads 1"
+).split()
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Call the command line in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def called(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return called
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("localsgd --local-step 3", "--local-step"),
+        ("localsgd --local-step 3", "--local-steps"),
+        ("centralized --clients 3", "--clients"),
+        ("localsgd --clients 0", "clients = 0 is out of range: it must be a whole number of at least 1"),
+        ("localsgd --clients two", "clients = 'two' is not a whole number"),
+        ("localsgd --lr -1", "lr = -1.0 is out of range: it must be a number greater than 0"),
+        ("localsgd --dataset imagenet", "dataset = 'imagenet' is out of range: it must be one of cifar100, synthetic"),
+        ("localsgd --model lenet", "did you mean lenet5?"),
+        ("localsgd --optimizer adam", "optimizer = 'adam' is out of range: it must be one of sgdm, lars, lamb"),
+        ("localsgd --strategy fedprox", "strategy = 'fedprox' is out of range: it must be one of localsgd"),
+        ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of fleet, flower"),
+        ("localsgd --preset table3", "unknown preset table3: it must be one of table1, table2"),
+        ("localsgd --dataset synthetic --clients 9000", "clients = 9000 is more than the 8000 training images"),
+        ("localsgd --dataset synthetic --clients 1000", "batch-size = 64 is more than a shard of 8 images"),
+        ("centralized --dataset synthetic --batch-size 8001", "batch-size = 8001 is more than a shard of 8000 images"),
+        ("centralized --dataset synthetic --epochs 1.5", "epochs = 1.5: centralized training runs whole epochs"),
+        ("localsgd --data-dir {folder}/damaged", "holds a damaged cifar-100-python"),
+        ("localsgd --dataset synthetic --device cuda:99", "device = cuda:99 is not on this machine"),
+        ("localsgd --dataset synthetic --results-dir {folder}/file", "results-dir = {folder}/file cannot be written"),
+        ("localsgd --dataset synthetic --name a/b", "name = 'a/b' is no plain folder name"),
+        ("grid --dataset synthetic --clients 4,x", "clients = '4,x' is no list of whole numbers"),
+        ("grid --dataset synthetic --clients 4,9000", "clients = 9000 is more than the 8000 training images"),
+        ("grid --dataset synthetic --engine ray", "engine = 'ray' is unknown"),
+        ("train", "train"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(call: Call, tmp_path: Path, arguments: str, words: str) -> None:
+    (tmp_path / "file").write_text("")
+    (tmp_path / "damaged" / "cifar-100-python").mkdir(parents=True)
+    before = sorted(tmp_path.rglob("*"))
+    code, _, err = call(*(part.format(folder=tmp_path) for part in arguments.split()))
+    assert code == 2
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert words.format(folder=tmp_path) in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_another_configuration_under_the_same_name_is_refused(call: Call, tmp_path: Path) -> None:
+    assert call("localsgd", *TINY, "--name", "mine")[0] == 0
+    before = {path: path.read_bytes() for path in (tmp_path / "results" / "mine").iterdir()}
+    code, _, err = call("localsgd", *TINY, "--name", "mine", "--lr", "0.5")
+    assert (code, err.count("\n")) == (2, 1)
+    assert "lr = 0.01, not 0.5" in err
+    assert {path: path.read_bytes() for path in (tmp_path / "results" / "mine").iterdir()} == before
+
+
+def test_a_run_is_left_alone_when_finished_and_run_again_when_asked(call: Call, tmp_path: Path) -> None:
+    code, out, _ = call("localsgd", *TINY)
+    assert code == 0
+    assert out.count("round ") == 3
+    assert "finished: test accuracy" in out
+    (folder,) = (tmp_path / "results").iterdir()
+    assert {path.name for path in folder.iterdir()} == {
+        "config.json",
+        "metrics.jsonl",
+        "checkpoint.pt",
+        "model.pt",
+        "summary.json",
+    }
+    code, out, _ = call("localsgd", *TINY)
+    assert (code, out.count("round ")) == (0, 0)
+    assert "finished: test accuracy" in out
+    assert call("localsgd", *TINY, "--rerun")[1].count("round ") == 3
+
+
+def test_stop_after_says_how_to_go_on(call: Call) -> None:
+    code, out, _ = call("localsgd", *TINY, "--stop-after-rounds", "2")
+    assert (code, out.count("round ")) == (0, 2)
+    assert "stopped early" in out
+    assert call("localsgd", *TINY)[1].count("round ") == 1
+
+
+def test_a_failed_run_is_one_line_and_exit_code_1(call: Call) -> None:
+    arguments = "centralized --dataset synthetic --model lenet5 --device cpu --lr 1e9 --momentum 0.99 --epochs 4"
+    code, _, err = call(*arguments.split())
+    assert (code, err.count("\n")) == (1, 1)
+    assert "is nan: a lower --lr may help" in err
+
+
+def test_every_key_is_a_flag_with_its_default_in_the_help() -> None:
+    environment = {"COLUMNS": "400", "PATH": "", "TERM": "dumb"}
+    for command in ("localsgd", "centralized", "grid"):
+        answer = subprocess.run(
+            [sys.executable, str(ROOT / "run.py"), command, "--help"], capture_output=True, text=True, env=environment
+        )
+        assert answer.returncode == 0
+        for name, item in FIELDS.items():
+            mode = "localsgd" if command == "grid" else command
+            offered = mode in item.metadata["modes"] and (command, name) != ("grid", "seed")  # it has --seeds
+            assert (f"--{kebab(name)} " in answer.stdout) == offered, name
+
+
+def test_the_real_command_runs_and_records_itself(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), "centralized", *TINY[:-10], "--epochs", "1", "--name", "one"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((tmp_path / "results" / "one" / "summary.json").read_text())
+    assert summary["command"].startswith("run.py centralized --dataset synthetic")
+    bad = subprocess.run([*command, "--lr", "0"], cwd=tmp_path, capture_output=True, text=True)
+    assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
+    assert "Traceback" not in bad.stderr

@@ -1,0 +1,61 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedsim.errors import UserError
+from fedsim.models import Dropout, LeNetBN, build_model, set_dropout_stream
+
+
+@pytest.mark.parametrize(
+    ("name", "classes", "parameters"), [("lenet-bn", 100, 1_774_052), ("lenet5", 10, 62_006), ("lenet5", 100, 69_656)]
+)
+def test_parameters(name: str, classes: int, parameters: int) -> None:
+    model = build_model(name, classes, seed=0)
+    assert sum(p.numel() for p in model.parameters()) == parameters
+    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, classes)
+
+
+def test_an_unknown_model_names_the_known_ones() -> None:
+    with pytest.raises(UserError, match="unknown model resnet: it must be one of lenet-bn, lenet5"):
+        build_model("resnet", 10, 0)
+
+
+def test_lenet_bn_is_the_papers_layers_in_their_order() -> None:
+    model = LeNetBN(100).eval()
+    x = torch.randn(3, 3, 32, 32)
+    h = F.max_pool2d(F.relu(model.bn1(F.conv2d(x, model.conv1.weight, model.conv1.bias, padding=2))), 2)
+    h = F.max_pool2d(F.relu(model.bn2(F.conv2d(h, model.conv2.weight, model.conv2.bias, padding=2))), 2)
+    h = F.relu(F.linear(h.reshape(3, 4096), model.fc1.weight, model.fc1.bias))
+    h = F.relu(F.linear(h, model.fc2.weight, model.fc2.bias))
+    torch.testing.assert_close(model(x), F.linear(h, model.fc3.weight, model.fc3.bias))
+
+
+def test_initial_weights_are_the_seeds_and_pytorchs_default() -> None:
+    torch.manual_seed(123)
+    before = torch.get_rng_state()
+    one, same, other = (build_model("lenet5", 10, seed).state_dict() for seed in (1, 1, 2))
+    assert torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(one[name], same[name]) for name in one)
+    assert not torch.equal(one["fc1.weight"], other["fc1.weight"])
+    bound = (16 * 5 * 5) ** -0.5  # nn.Linear's default: uniform in 1 / sqrt(inputs)
+    assert 0.99 * bound < one["fc1.weight"].abs().max() <= bound
+
+
+def test_dropout_follows_its_stream_and_keeps_the_mean() -> None:
+    layer = Dropout(0.25)
+    model = nn.Sequential(layer)
+    x = torch.ones(100_000)
+
+    def masked(seed: int) -> torch.Tensor:
+        set_dropout_stream(model, torch.Generator().manual_seed(seed))
+        y: torch.Tensor = model(x)
+        return y
+
+    assert torch.equal(masked(1), masked(1))
+    assert not torch.equal(masked(1), masked(2))
+    assert masked(1).unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert float(masked(1).mean()) == pytest.approx(1, abs=0.01)
+    assert torch.equal(model.eval()(x), x)

@@ -1,0 +1,102 @@
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+import torch_optimizer
+from torch import Tensor, nn
+
+from fedsim.config import Config
+from fedsim.models import build_model
+from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state, set_lr, zero_state
+
+EVERY: list[dict[str, Any]] = [
+    {"optimizer": "sgdm"},
+    {"optimizer": "sgdm", "nesterov": True},
+    {"optimizer": "lars", "decay-on": "matrices"},
+    {"optimizer": "lamb", "decay-on": "matrices"},
+]
+
+
+def take(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
+    for step in steps:
+        x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(step))
+        set_lr(optimizer, 0.01 / (1 + step))
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+
+@pytest.mark.parametrize("keys", EVERY)
+def test_state_taken_out_and_put_into_another_optimizer_goes_on_bitwise(keys: dict[str, Any]) -> None:
+    config = Config().changed(keys)
+    model = build_model("lenet5", 10, 0)
+    optimizer = build_optimizer(config, model)
+    take(model, optimizer, range(3))
+    state = optimizer_state(model, optimizer)
+    assert state
+    other = copy.deepcopy(model)
+    other_optimizer = build_optimizer(config, other)
+    load_optimizer_state(other, other_optimizer, state)
+    take(model, optimizer, range(3, 6))  # first, so that a shared buffer would show
+    take(other, other_optimizer, range(3, 6))
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, other.state_dict()[name]), name
+
+
+@pytest.mark.parametrize("keys", EVERY)
+def test_zero_state_is_a_new_optimizers(keys: dict[str, Any]) -> None:
+    config = Config().changed(keys)
+    models = [build_model("lenet5", 10, 0) for _ in range(2)]
+    optimizers = [build_optimizer(config, model) for model in models]
+    load_optimizer_state(models[1], optimizers[1], zero_state(config, models[1]))
+    for model, optimizer in zip(models, optimizers, strict=True):
+        take(model, optimizer, range(3))
+    for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(one, other)
+
+
+def test_groups_decay_all_or_matrices_alone() -> None:
+    model = build_model("lenet-bn", 10, 0)
+    (every,) = build_optimizer(Config(weight_decay=0.1, decay_on="all"), model).param_groups
+    assert every["weight_decay"] == 0.1
+    assert len(every["params"]) == len(list(model.parameters()))
+    decayed, undecayed = build_optimizer(Config(weight_decay=0.1, decay_on="matrices"), model).param_groups
+    assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0)
+    assert {p.ndim for p in decayed["params"]} == {2, 4}
+    assert {p.ndim for p in undecayed["params"]} == {1}
+
+
+def test_fused_sgdm_is_momentum_as_it_is_written() -> None:
+    parameter = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
+    module = nn.Module()
+    module.weight = parameter
+    optimizer = build_optimizer(Config(lr=0.1, momentum=0.5, weight_decay=0.2), module)
+    weight, buffer = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
+    for gradient in (torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 2.0])):
+        parameter.grad = gradient.double()
+        optimizer.step()
+        buffer = 0.5 * buffer + gradient.double() + 0.2 * weight
+        weight = weight - 0.1 * buffer
+    torch.testing.assert_close(parameter.data, weight, rtol=0, atol=1e-15)
+
+
+def test_lars_and_lamb_are_torch_optimizers_with_our_keys() -> None:
+    model = build_model("lenet5", 10, 0)
+    lars = build_optimizer(Config(optimizer="lars", trust_coefficient=0.05, nesterov=True), model)
+    assert type(lars) is torch_optimizer.LARS
+    assert (lars.param_groups[0]["trust_coefficient"], lars.param_groups[0]["nesterov"]) == (0.05, True)
+    lamb = build_optimizer(Config(optimizer="lamb", beta1=0.8, beta2=0.9), model)
+    assert type(lamb) is torch_optimizer.Lamb
+    assert (lamb.param_groups[0]["betas"], lamb.param_groups[0]["eps"]) == ((0.8, 0.9), 1e-6)
+
+
+def test_empty_state_forgets() -> None:
+    model = build_model("lenet5", 10, 0)
+    optimizer = build_optimizer(Config(), model)
+    take(model, optimizer, range(1))
+    load_optimizer_state(model, optimizer, {})
+    state: dict[str, Tensor] = optimizer_state(model, optimizer)
+    assert state == {}

@@ -1,0 +1,206 @@
+"""Whole runs in this process: both modes, their equalities, their records, their failures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedsim import client_app, pool
+from fedsim.config import Config
+from fedsim.errors import RunFailed, UserError
+from fedsim.fleet import FleetGrid
+from fedsim.machine import resolve
+from fedsim.records import Run, read_summary
+from fedsim.server_app import train_localsgd
+from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+
+BN_AND_DROPOUT: dict[str, Any] = {"model": "lenet-bn", "synthetic-images": 128, "batch-size": 16, "momentum": 0.9}
+
+
+@pytest.mark.parametrize("optimizer", ["sgdm", "lars", "lamb"])
+def test_one_client_is_centralized_training_bitwise(run: Execute, optimizer: str) -> None:
+    """Every batch, crop, mask, rate and update: with BN, dropout, warm-up, cosine and momentum over the syncs."""
+    keys = {
+        **BN_AND_DROPOUT,
+        "optimizer": optimizer,
+        "schedule": "cosine",
+        "warmup-epochs": 1.0,
+        "trust-coefficient": 0.1,
+        "decay-on": "matrices",
+    }
+    local = run("localsgd", clients=1, local_steps=8, name="local", **keys)
+    central = run("centralized", name="central", **keys)
+    assert_same_bits(final_model(local), final_model(central))
+    for one, other in zip(rows_of(local), rows_of(central), strict=True):
+        assert {k: one[k] for k in ("train_loss", "test_loss", "lr", "epoch", "local_steps")} == {
+            k: other[k] for k in ("train_loss", "test_loss", "lr", "epoch", "local_steps")
+        }
+
+
+@pytest.mark.parametrize("momentum_at_sync", ["keep", "reset", "average"])
+@pytest.mark.parametrize("optimizer", ["sgdm", "lamb"])
+def test_stopped_and_resumed_is_never_stopped_bitwise(run: Execute, momentum_at_sync: str, optimizer: str) -> None:
+    keys = {"momentum-at-sync": momentum_at_sync, "optimizer": optimizer, "schedule": "cosine", "evaluate-every": 3}
+    whole = run(name="whole", **keys)
+    for stop in (1, 4, 7):
+        part = run(name="parts", stop_after_rounds=stop, **keys)
+        assert (len(rows_of(part)), part.finished) == (stop, False)
+    part = run(name="parts", **keys)
+    assert part.finished
+    assert_same_bits(final_model(part), final_model(whole))
+    assert rows_of(part) == rows_of(whole)
+
+
+def test_a_broken_off_run_goes_on_from_its_last_checkpoint(run: Execute) -> None:
+    whole = run(name="whole")
+    broken = run(name="broken", stop_after_rounds=5, checkpoint_every=2)
+    lines = (broken.folder / "metrics.jsonl").read_text()
+    run(name="broken", stop_after_rounds=7)
+    # as if it had been killed in the middle of the row after the checkpoint of round 5
+    checkpoint = torch.load(broken.folder / "checkpoint.pt", weights_only=True)
+    assert checkpoint["round"] == 7
+    (broken.folder / "metrics.jsonl").write_text(lines + '{"round": 8, "epo')
+    again = run(name="broken")
+    assert_same_bits(final_model(again), final_model(whole))
+
+
+def test_centralized_stopped_and_resumed_is_never_stopped_bitwise(run: Execute) -> None:
+    keys = {**BN_AND_DROPOUT, "epochs": 3.0, "schedule": "cosine", "schedule-unit": "epoch"}
+    whole = run("centralized", name="whole", **keys)
+    run("centralized", name="parts", stop_after_epochs=1.0, **keys)
+    part = run("centralized", name="parts", **keys)
+    assert_same_bits(final_model(part), final_model(whole))
+    assert rows_of(part) == rows_of(whole)
+
+
+def test_cores_and_threads_of_the_pool_change_nothing(run: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    for cores in (1, 4):
+        monkeypatch.setattr(pool, "cpu_count", lambda cores=cores: cores)
+        models.append(final_model(run(name=f"cores-{cores}", **BN_AND_DROPOUT)))
+    assert_same_bits(*models)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"momentum-at-sync": "keep"}, {"momentum-at-sync": "reset"}),
+        ({"momentum-at-sync": "keep"}, {"momentum-at-sync": "average"}),
+        ({"batchnorm-at-sync": "average"}, {"batchnorm-at-sync": "worker-0"}),
+        ({"reshuffle": "epoch", "local-steps": 1}, {"reshuffle": "round", "local-steps": 1}),
+        ({"seed": 1}, {"seed": 2}),
+        ({"normalize": "dataset"}, {"normalize": "cifar10"}),
+        ({"decay-on": "all", "weight-decay": 0.1}, {"decay-on": "matrices", "weight-decay": 0.1}),
+    ],
+)
+def test_a_visible_choice_is_seen(run: Execute, one: dict[str, Any], other: dict[str, Any]) -> None:
+    first, second = (final_model(run(name=n, **BN_AND_DROPOUT, **keys)) for n, keys in (("a", one), ("b", other)))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_rows_and_summary_tell_the_cost(run: Execute) -> None:
+    result = run(name="cost", evaluate_every=3)
+    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 8  # 2 epochs of 512 images in rounds of 4 clients, 2 steps, 16 images
+    last = rows[-1]
+    assert (last["round"], last["epoch"], last["local_steps"], last["syncs"]) == (8, 2.0, 16, 8)
+    assert last["bytes_up"] == last["bytes_down"] == 8 * 4 * 62_006 * 4  # rounds, clients, parameters, bytes
+    assert [row["test_accuracy"] is not None for row in rows] == [False, False, True] * 2 + [False, True]
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+    summary = read_summary(result.folder)
+    assert summary is not None
+    assert summary["final_test_accuracy"] == last["test_accuracy"]
+    assert summary["best_test_accuracy"] == max(
+        row["test_accuracy"] for row in rows if row["test_accuracy"] is not None
+    )
+    assert summary["parameters"] == 62_006
+    assert {"device", "commit", "command", "versions", "seconds", "round", "epoch"} <= summary.keys()
+    config = json.loads((result.folder / "config.json").read_text())
+    assert (config["mode"], config["clients"], config["device"]) == ("localsgd", 4, "cpu")
+
+
+def test_averaged_momentum_travels_with_the_model(run: Execute) -> None:
+    kept, averaged = (rows_of(run(name=policy, momentum_at_sync=policy))[-1] for policy in ("keep", "average"))
+    assert averaged["bytes_up"] == 2 * kept["bytes_up"]
+
+
+def test_learning_happens(run: Execute) -> None:
+    keys = {"synthetic-images": 2000, "lr": 0.05, "epochs": 6.0, "evaluate-every": 1000}
+    assert rows_of(run(name="local", **keys))[-1]["test_accuracy"] > 0.8  # 10 classes
+    central = run("centralized", name="central", **{**keys, "batch-size": 64})
+    assert rows_of(central)[-1]["test_accuracy"] > 0.8
+
+
+def test_a_finished_run_is_left_alone_unless_asked(run: Execute) -> None:
+    first = run(name="once")
+    written = (first.folder / "metrics.jsonl").stat().st_mtime_ns
+    assert run(name="once").finished
+    assert (first.folder / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def hostile(clients: dict[int, str]) -> ClientApp:
+    """fedsim's client, but some workers do what `clients` says."""
+    app = ClientApp()
+    app.query("partition")(client_app.partition)
+    app.query("state")(client_app.state)
+
+    @app.train()
+    def train(message: Message, context: Context) -> Message:
+        what = clients.get(int(context.node_config["partition-id"]))
+        if what == "raise":
+            raise OSError("no space left on device")
+        reply = client_app.train(message, context)
+        if what == "nan":
+            arrays = reply.content.array_records["arrays"]
+            state = arrays.to_torch_state_dict()
+            state["fc3.bias"][0] = torch.nan
+            reply.content["arrays"] = type(arrays)(state)
+        return reply
+
+    return app
+
+
+def test_a_client_that_fails_is_left_out_and_named_in_the_row(small: Config, caplog: pytest.LogCaptureFixture) -> None:
+    config = resolve(small.changed({"name": "hostile"}), "localsgd")
+    run = Run(config, "localsgd")
+    with FleetGrid(hostile({1: "nan", 2: "raise"}), config) as grid:
+        train_localsgd(grid, config, run)
+    for row in rows_of(run):
+        assert row["left_out"] == {
+            "1": "fc3.bias is not finite",
+            "2": "its client failed (OSError: no space left on device)",
+        }
+    assert all(value.isfinite().all() for value in final_model(run).values())
+    assert "round 3: worker 1 is left out of the average: fc3.bias is not finite" in caplog.text
+
+
+def test_all_clients_failing_ends_the_run_as_failed(small: Config) -> None:
+    config = resolve(small.changed({"name": "hopeless"}), "localsgd")
+    run = Run(config, "localsgd")
+    with (
+        FleetGrid(hostile(dict.fromkeys(range(4), "nan")), config) as grid,
+        pytest.raises(RunFailed, match="round 1: no client sent a usable update"),
+    ):
+        train_localsgd(grid, config, run)
+    assert not run.finished
+
+
+def test_a_diverging_centralized_run_fails_and_keeps_its_checkpoint(run: Execute, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"the training loss of epoch \d+ is nan: a lower --lr may help"):
+        run("centralized", name="diverging", lr=1e6, momentum=0.99, epochs=5.0)
+    assert not (tmp_path / "diverging" / "summary.json").exists()
+
+
+def test_another_number_of_nodes_is_an_error_not_a_wait(small: Config) -> None:
+    config = resolve(small.changed({"name": "count"}), "localsgd")
+    with (
+        FleetGrid(client_app.app, config.changed({"clients": 3})) as grid,
+        pytest.raises(UserError, match="clients = 4, but the federation has 3 nodes"),
+    ):
+        train_localsgd(grid, config, Run(config, "localsgd"))
