@@ -73,8 +73,7 @@ def train_centralized(config: Config, run: Run) -> None:
             run.save_checkpoint({"round": epoch + 1, **state})
 
     run.save_model(model.state_dict())
-    if last == epochs:
-        run.finish(sum(p.numel() for p in model.parameters()), config.device)
+    run.end(last == epochs, sum(p.numel() for p in model.parameters()), config.device)
 
 
 def whole_epochs(config: Config) -> tuple[int, int]:

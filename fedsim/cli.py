@@ -141,11 +141,10 @@ def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str
     from fedsim.show import print_row
 
     config = resolve(configure(keys, preset), mode)
-    folder = run_folder(config, mode)
-    print(f"{mode} on {config.device} in {folder}", flush=True)
-    execute(config, mode, _engine(engine), print_row, rerun)
-    if summary := read_summary(folder):
+    print(f"{mode} on {config.device} in {run_folder(config, mode)}", flush=True)
+    run = execute(config, mode, _engine(engine), print_row, rerun)
+    if not run.finished:
+        print("stopped early: the same command without its --stop-after goes on from here")
+    elif summary := read_summary(run.folder):
         best, final = summary["best_test_accuracy"], summary["final_test_accuracy"]
         print(f"finished: test accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")
-    else:
-        print("stopped early: the same command without its --stop-after goes on from here")

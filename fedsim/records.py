@@ -4,7 +4,7 @@
                  metrics.jsonl   one row a round (centralized: an epoch), flushed as it is made
                  checkpoint.pt   what the run needs to go on, bitwise
                  model.pt        the last global model, a state_dict
-                 summary.json    written when the run is finished
+                 summary.json    the outcome and where it comes from, written at the end or an early stop
 
 Files but the growing metrics.jsonl are written whole or not at all. Nothing else writes to a run's folder.
 """
@@ -58,7 +58,8 @@ class Run:
     @property
     def finished(self) -> bool:
         """Whether the run has come to the end of its budget."""
-        return (self.folder / "summary.json").exists()
+        summary = read_summary(self.folder)
+        return summary is not None and summary["finished"]
 
     @property
     def seconds(self) -> float:
@@ -102,15 +103,16 @@ class Run:
         with written_whole(self.folder / "model.pt") as file:
             torch.save({name: value.detach().cpu().contiguous() for name, value in state.items()}, file)
 
-    def finish(self, parameters: int, device: str) -> None:
-        """Write the summary: the run is done."""
+    def end(self, finished: bool, parameters: int, device: str) -> None:
+        """Write the summary: of the whole run, or of one that stops early. Accuracies are None before any test."""
         tested = [row["test_accuracy"] for row in self.rows if row["test_accuracy"] is not None]
         last = self.rows[-1]
         _write_json(
             self.folder / "summary.json",
             {
-                "best_test_accuracy": max(tested),
-                "final_test_accuracy": tested[-1],
+                "finished": finished,
+                "best_test_accuracy": max(tested, default=None),
+                "final_test_accuracy": tested[-1] if tested else None,
                 **{name: last[name] for name in ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")},
                 "seconds": last["seconds"],
                 "parameters": parameters,
@@ -185,7 +187,7 @@ def read_rows(folder: Path) -> list[Row]:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of a finished run, or None."""
+    """The summary of a run that has ended or stopped, or None."""
     path = folder / "summary.json"
     return _read_json(path) if path.exists() else None
 

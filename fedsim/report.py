@@ -38,7 +38,8 @@ def read_cells(folder: Path) -> list[Cell]:
     for path in sorted(folder.glob("*/config.json")):
         config = json.loads(path.read_text())
         rows = read_rows(path.parent)
-        result = read_summary(path.parent) or (rows[-1] if rows else {})
+        summary = read_summary(path.parent)
+        result = summary if summary and summary["finished"] else rows[-1] if rows else {}
         head = {"clients": config["clients"], "local_steps_per_round": config["local-steps"], "seed": config["seed"]}
         cells.append({**{name: result.get(name) for name in COLUMNS}, **head})
     return sorted(cells, key=lambda cell: (cell["clients"], cell["local_steps_per_round"], cell["seed"]))

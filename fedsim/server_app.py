@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
+from torch import nn
 
 from fedsim.config import Config
 from fedsim.data import check_shards, load_dataset
@@ -66,8 +67,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         metrics = train_round(grid, strategy, progress)
 
         tested = round % config.evaluate_every == 0 or round == planned.rounds
-        model.load_state_dict(split(progress.arrays.to_torch_state_dict())[0])
-        test_loss, test_accuracy = evaluate(model, data.test) if tested else (None, None)
+        test_loss, test_accuracy = evaluate(loaded(model, progress), data.test) if tested else (None, None)
 
         steps = round * config.local_steps
         run.add(
@@ -97,9 +97,15 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
                 }
             )
 
-    run.save_model(model.state_dict())
-    if planned.last_round == planned.rounds:
-        run.finish(sum(p.numel() for p in model.parameters()), config.device)
+    run.save_model(loaded(model, progress).state_dict())
+    finished = planned.last_round == planned.rounds
+    run.end(finished, sum(p.numel() for p in model.parameters()), config.device)
+
+
+def loaded(model: nn.Module, progress: Progress) -> nn.Module:
+    """`model` with the global weights that `progress` has come to."""
+    model.load_state_dict(split(progress.arrays.to_torch_state_dict())[0])
+    return model
 
 
 def train_round(grid: Grid, strategy: LocalSGD, progress: Progress) -> MetricRecord:

@@ -93,7 +93,8 @@ def test_reshuffle_round_begins_a_pass_at_every_round() -> None:
 
 
 def test_workers_draw_apart() -> None:
-    assert not np.array_equal(*(sample_order(100, 0, 100, 1, worker, 0, "epoch") for worker in (0, 1)))
+    one, other = (sample_order(100, 0, 100, 1, worker, 0, "epoch") for worker in (0, 1))
+    assert not np.array_equal(one, other)
 
 
 def test_synthetic_images_are_the_same_every_time_and_balanced() -> None:

@@ -130,7 +130,7 @@ class Quadratic(nn.Module):
         optimizer = torch.optim.SGD(self.parameters(), lr=lr)
         for _ in range(steps):
             optimizer.zero_grad()
-            (self.x @ self.hessian @ self.x / 2 - self.linear @ self.x).backward()
+            (self.x @ self.hessian @ self.x / 2 - self.linear @ self.x).backward()  # type: ignore[no-untyped-call]
             optimizer.step()
         return self.x.detach()
 
@@ -167,6 +167,6 @@ def test_quadratic_workers_settle_where_theory_says(local_steps: int) -> None:
 def test_equal_hessians_make_local_steps_central_ones() -> None:
     workers, start = quadratics(equal_hessians=True), torch.ones(4, dtype=torch.float64)
     x = averaged(workers, start, rounds=3, local_steps=7, lr=0.05)
-    linear = sum(b for _, b in workers) / 3
+    linear = torch.stack([b for _, b in workers]).mean(0)
     central = Quadratic(workers[0][0], linear, start).descend(21, 0.05)
     torch.testing.assert_close(x, central, rtol=0, atol=1e-14)

@@ -56,6 +56,6 @@ def test_dropout_follows_its_stream_and_keeps_the_mean() -> None:
 
     assert torch.equal(masked(1), masked(1))
     assert not torch.equal(masked(1), masked(2))
-    assert masked(1).unique().tolist() == pytest.approx([0.0, 4 / 3])
+    assert sorted(set(masked(1).tolist())) == pytest.approx([0.0, 4 / 3])
     assert float(masked(1).mean()) == pytest.approx(1, abs=0.01)
     assert torch.equal(model.eval()(x), x)

@@ -197,6 +197,22 @@ def test_a_diverging_centralized_run_fails_and_keeps_its_checkpoint(run: Execute
     assert not (tmp_path / "diverging" / "summary.json").exists()
 
 
+def test_a_stop_that_has_been_passed_changes_nothing(run: Execute) -> None:
+    part = run(name="part", stop_after_rounds=3)
+    model, rows = final_model(part), rows_of(part)
+    part = run(name="part", stop_after_rounds=2)
+    assert_same_bits(final_model(part), model)
+    assert rows_of(part) == rows
+
+
+def test_an_early_stop_tells_where_its_rows_come_from(run: Execute) -> None:
+    part = run(name="part", stop_after_rounds=2, evaluate_every=3)
+    summary = read_summary(part.folder)
+    assert summary is not None
+    assert (summary["finished"], summary["round"], summary["final_test_accuracy"]) == (False, 2, None)
+    assert {"device", "commit", "command", "versions"} <= summary.keys()
+
+
 def test_another_number_of_nodes_is_an_error_not_a_wait(small: Config) -> None:
     config = resolve(small.changed({"name": "count"}), "localsgd")
     with (
