@@ -20,10 +20,11 @@ from fedsim.config import Config, Value
 from fedsim.data import batches, load_dataset, sample_order, shard
 from fedsim.engine import take_steps
 from fedsim.machine import resolve
-from fedsim.models import build_model, set_dropout_stream
+from fedsim.models import blank_model, set_dropout_stream
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.streams import numpy_stream, torch_stream
 from fedsim.sync import join, plan, split
+from strategies import tensor_record, tensors_of
 
 app = ClientApp()
 
@@ -47,20 +48,21 @@ def train(message: Message, context: Context) -> Message:
     round = int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
     replica = _replica(config)
 
-    weights, averaged_state = split(message.content.array_records["arrays"].to_torch_state_dict())
+    weights, averaged_state = split(tensors_of(message.content.array_records["arrays"]))
     replica.model.load_state_dict(weights)
-    kept = context.state.array_records.get("optimizer")
-    state = {"keep": kept.to_torch_state_dict() if kept else {}, "reset": {}, "average": averaged_state}
+    kept_state = tensors_of(context.state.array_records.get("optimizer", ArrayRecord()))
+    state = {"keep": kept_state, "reset": {}, "average": averaged_state}
     load_optimizer_state(replica.model, replica.optimizer, state[config.momentum_at_sync])
 
     loss, samples = _local_round(config, replica, worker, round - 1)
 
     state_now = optimizer_state(replica.model, replica.optimizer)
     if config.momentum_at_sync == "keep":
-        context.state["optimizer"] = ArrayRecord(state_now)
-    arrays = join(replica.model.state_dict(), state_now if config.momentum_at_sync == "average" else {})
+        context.state["optimizer"] = tensor_record(state_now)
+    weights = {name: value.clone() for name, value in replica.model.state_dict().items()}
+    arrays = join(weights, state_now if config.momentum_at_sync == "average" else {})
     metrics = MetricRecord({"num-examples": samples, "train-loss": loss})
-    return Message(RecordDict({"arrays": ArrayRecord(arrays), "metrics": metrics}), reply_to=message)
+    return Message(RecordDict({"arrays": tensor_record(arrays), "metrics": metrics}), reply_to=message)
 
 
 @app.query("partition")
@@ -104,7 +106,7 @@ def _replica(config: Config) -> Replica:
     """This thread's replica for `config`: as many live as there are threads, however many clients."""
     if getattr(_of_thread, "config", None) != config:
         torch.set_num_threads(config.threads)
-        model = build_model(config.model, load_dataset(config).classes, config.seed, config.device)
+        model = blank_model(config.model, load_dataset(config).classes, config.device)
         _of_thread.config, _of_thread.replica = config, Replica(model, build_optimizer(config, model))
     replica: Replica = _of_thread.replica
     return replica

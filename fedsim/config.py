@@ -91,6 +91,9 @@ class Config:
     # Model and optimizer
     model: str = key("lenet-bn", one_of("lenet-bn", "lenet5"), "the network")
     optimizer: str = key("sgdm", one_of("sgdm", "lars", "lamb"), "the optimizer, on each client or of the one machine")
+    optimizer_backend: str = key(
+        "fedsim", one_of("fedsim", "torch-optimizer"), "whose lars and lamb: fedsim's faster ones, or torch-optimizer's"
+    )
     lr: float = key(0.01, POSITIVE, "peak learning rate")
     reference_batch: int = key(
         0, NOT_NEGATIVE, "scale lr by batch-size / reference-batch (Goyal et al. 2017); 0: do not scale"
@@ -102,8 +105,17 @@ class Config:
         "all", one_of("all", "matrices"), "decay all parameters, or only those of more than one dimension"
     )
     trust_coefficient: float = key(0.001, POSITIVE, "lars: the trust coefficient")
+    lars_lr_in_momentum: bool = key(False, ANY, "lars: the rate inside the momentum, as algorithm 1 of its paper")
+    lars_adapt_undecayed: bool = key(False, ANY, "lars: a trust ratio for undecayed parameters too")
     beta1: float = key(0.9, FRACTION, "lamb: decay of the mean of gradients")
     beta2: float = key(0.999, FRACTION, "lamb: decay of the mean of squared gradients")
+    lamb_bias_correction: str = key(
+        "none",
+        one_of("none", "step-size", "moments"),
+        "lamb: none, of the step size (torch-optimizer's debias), or of the moments (algorithm 2 of its paper)",
+    )
+    lamb_clamp: float = key(10.0, NOT_NEGATIVE, "lamb: the largest weight norm that the ratio sees; 0: any")
+    lamb_adapt_undecayed: bool = key(True, ANY, "lamb: a trust ratio for undecayed parameters too")
 
     # Schedule and budget
     schedule: str = key("constant", one_of("constant", "cosine", "multistep"), "the rate after the warm-up")
@@ -164,6 +176,10 @@ class Config:
             _check(item, getattr(self, item.name))
         if self.nesterov and (self.momentum == 0 or self.optimizer == "lamb"):
             raise UserError("nesterov = true needs optimizer sgdm or lars with a momentum above 0")
+        if self.optimizer_backend == "torch-optimizer":
+            for name in OF_FEDSIM_ALONE:
+                if getattr(self, name) != FIELDS[name].default:
+                    raise UserError(f"{kebab(name)} is not known to torch-optimizer: give --optimizer-backend fedsim")
         if self.schedule == "multistep" and not self.milestones:
             raise UserError("milestones is empty: schedule = multistep needs them, for instance --milestones 50,60")
         if Path(self.name).name != self.name or self.name in (".", ".."):
@@ -187,6 +203,13 @@ class Config:
         }
 
 
+OF_FEDSIM_ALONE = (
+    "lars_lr_in_momentum",
+    "lars_adapt_undecayed",
+    "lamb_bias_correction",
+    "lamb_clamp",
+    "lamb_adapt_undecayed",
+)
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
 

@@ -18,8 +18,8 @@ import subprocess
 import sys
 import tempfile
 import time
-import urllib.request
 from collections.abc import Iterator
+from http.client import HTTPConnection
 from pathlib import Path
 
 import torch
@@ -84,6 +84,7 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
     env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "NO_PROXY": "127.0.0.1",  # a proxy of the user's is not for the way to this machine's own server
         "FLWR_HOME": str(folder),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -108,8 +109,10 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
 def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=1):
-            return
+        with contextlib.suppress(OSError), contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=1)) as http:
+            http.request("GET", "/health")
+            if http.getresponse().status == 200:
+                return
         time.sleep(0.1)
     raise RunFailed(f"the SuperLink did not start:\n{log.read_text(errors='replace')[-2000:]}")
 

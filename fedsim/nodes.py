@@ -12,6 +12,7 @@ from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedsim.errors import RunFailed, UserError
+from strategies import tensor_record, tensors_of
 
 JOIN_SECONDS = 60  # how long nodes that are known to exist may take to connect
 
@@ -48,7 +49,7 @@ def collect_states(grid: Grid, nodes: Nodes) -> dict[str, dict[str, Tensor]]:
     """The optimizer state that each worker keeps between rounds, for the checkpoint."""
     replies = ask(grid, "query.state", nodes)
     return {
-        str(nodes[reply.metadata.src_node_id]): reply.content.array_records["optimizer"].to_torch_state_dict()
+        str(nodes[reply.metadata.src_node_id]): tensors_of(reply.content.array_records["optimizer"])
         for reply in replies
     }
 
@@ -56,7 +57,7 @@ def collect_states(grid: Grid, nodes: Nodes) -> dict[str, dict[str, Tensor]]:
 def restore_states(grid: Grid, nodes: Nodes, states: Mapping[str, Mapping[str, Tensor]]) -> None:
     """Hand each worker the state that it kept when the checkpoint was made."""
     by_node = {node: states[str(worker)] for node, worker in nodes.items() if str(worker) in states}
-    ask(grid, "query.state", by_node, {node: {"optimizer": ArrayRecord(dict(s))} for node, s in by_node.items()})
+    ask(grid, "query.state", by_node, {node: {"optimizer": tensor_record(s)} for node, s in by_node.items()})
 
 
 def ask(

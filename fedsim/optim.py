@@ -13,6 +13,8 @@ from torch.optim import Optimizer
 
 from fedsim.config import Config
 from fedsim.errors import UserError
+from fedsim.lamb import LAMB
+from fedsim.lars import LARS
 
 Groups = list[dict[str, Any]]
 
@@ -37,17 +39,29 @@ def _sgdm(groups: Groups, config: Config) -> Optimizer:
 
 
 def _lars(groups: Groups, config: Config) -> Optimizer:
-    return torch_optimizer.LARS(
-        groups,
-        lr=config.lr,
-        momentum=config.momentum,
-        nesterov=config.nesterov,
-        trust_coefficient=config.trust_coefficient,
-    )
+    common: dict[str, Any] = {
+        "lr": config.lr,
+        "momentum": config.momentum,
+        "nesterov": config.nesterov,
+        "trust_coefficient": config.trust_coefficient,
+    }
+    if config.optimizer_backend == "torch-optimizer":
+        return torch_optimizer.LARS(groups, **common)
+    switches = {"lr_in_momentum": config.lars_lr_in_momentum, "adapt_undecayed": config.lars_adapt_undecayed}
+    return LARS(groups, **common, **switches)
 
 
 def _lamb(groups: Groups, config: Config) -> Optimizer:
-    return torch_optimizer.Lamb(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+    if config.optimizer_backend == "torch-optimizer":
+        return torch_optimizer.Lamb(groups, lr=config.lr, betas=(config.beta1, config.beta2))
+    return LAMB(
+        groups,
+        lr=config.lr,
+        betas=(config.beta1, config.beta2),
+        bias_correction=config.lamb_bias_correction,
+        clamp_value=config.lamb_clamp or None,
+        adapt_undecayed=config.lamb_adapt_undecayed,
+    )
 
 
 OPTIMIZERS: dict[str, Callable[[Groups, Config], Optimizer]] = {"sgdm": _sgdm, "lars": _lars, "lamb": _lamb}
@@ -71,9 +85,10 @@ def _names(model: nn.Module) -> dict[nn.Parameter, str]:
 
 
 def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Copies of all that `optimizer` remembers: ``PARAMETER/ENTRY`` -> tensor; a step count is an int64.
+    """Copies of all that `optimizer` remembers: ``PARAMETER/ENTRY`` -> tensor.
 
-    Lamb also notes the norms of its last step; they are recomputed and so not part of the state.
+    torch-optimizer's Lamb counts its steps in a Python int, here an int64; the norms of its last step, which
+    it notes too, are recomputed and so not part of the state.
     """
     state: dict[str, Tensor] = {}
     for parameter, name in _names(model).items():
@@ -81,7 +96,7 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[f"{name}/{entry}"] = value.detach().clone()
             elif entry == "step":
-                state[f"{name}/{entry}"] = torch.tensor(value)
+                state[f"{name}/{entry}"] = torch.as_tensor(value).clone()
     return state
 
 
@@ -93,8 +108,10 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
         name, _, entry = key.rpartition("/")
         parameter = parameters[name]
         remembered = optimizer.state[parameter]
-        # Lamb counts its steps in a Python int; everything else is a tensor laid out like its parameter
-        remembered[entry] = int(value) if entry == "step" else torch.empty_like(parameter).copy_(value).detach()
+        if value.shape == parameter.shape:
+            remembered[entry] = torch.empty_like(parameter).copy_(value).detach()  # laid out like its parameter
+        else:
+            remembered[entry] = value.to(parameter.device, copy=True) if value.is_floating_point() else int(value)
 
 
 def zero_state(config: Config, model: nn.Module) -> dict[str, Tensor]:

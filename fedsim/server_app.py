@@ -20,7 +20,7 @@ from fedsim.optim import zero_state
 from fedsim.records import Run
 from fedsim.show import print_row
 from fedsim.sync import join, plan, split
-from strategies import STRATEGIES, LocalSGD
+from strategies import STRATEGIES, LocalSGD, tensor_record, tensors_of
 
 app = ServerApp()
 
@@ -56,12 +56,13 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     strategy = STRATEGIES[config.strategy](workers=nodes, batchnorm_at_sync=config.batchnorm_at_sync)
 
     model = build_model(config.model, data.classes, config.seed, config.device)
+    initial = {name: value.clone() for name, value in model.state_dict().items()}
     averaged_state = zero_state(config, model) if config.momentum_at_sync == "average" else {}
-    progress = Progress(0, ArrayRecord(join(model.state_dict(), averaged_state)))
+    progress = Progress(0, tensor_record(join(initial, averaged_state)))
     if checkpoint := run.resume():
         restore_states(grid, nodes, checkpoint["clients"])
         counters = {name: checkpoint[name] for name in ("round", "bytes_up", "bytes_down")}
-        progress = Progress(arrays=ArrayRecord(checkpoint["arrays"]), **counters)
+        progress = Progress(arrays=tensor_record(checkpoint["arrays"]), **counters)
 
     for round in range(progress.round + 1, planned.last_round + 1):
         metrics = train_round(grid, strategy, progress)
@@ -90,7 +91,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
             run.save_checkpoint(
                 {
                     "round": round,
-                    "arrays": progress.arrays.to_torch_state_dict(),
+                    "arrays": tensors_of(progress.arrays),
                     "bytes_up": progress.bytes_up,
                     "bytes_down": progress.bytes_down,
                     "clients": states,
@@ -104,7 +105,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
 
 def loaded(model: nn.Module, progress: Progress) -> nn.Module:
     """`model` with the global weights that `progress` has come to."""
-    model.load_state_dict(split(progress.arrays.to_torch_state_dict())[0])
+    model.load_state_dict(split(tensors_of(progress.arrays))[0])
     return model
 
 

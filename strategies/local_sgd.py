@@ -3,7 +3,7 @@
 The mean is FedAvg's, made exact and repeatable:
 
 - replies are sorted by worker before they are summed, so that the order of their arrival changes no bit;
-- sums are taken in float64, so that K identical workers average to themselves for every K;
+- sums are taken in float64, where the updates are, so that K identical workers average to themselves for every K;
 - BatchNorm's running statistics are averaged like any other array, or taken from worker 0;
 - integer arrays (BN's ``num_batches_tracked``) stay integers: the largest is taken, not a rounded mean;
 - an update that is not finite, misshapen or badly weighted is left out, named in the log and in `left_out`.
@@ -16,14 +16,14 @@ from collections.abc import Iterable, Mapping
 from logging import WARNING
 from typing import Any, NamedTuple
 
-import numpy as np
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
-from numpy.typing import NDArray
+from torch import Tensor
 
-Values = NDArray[Any]
+from strategies.tensor_array import dtype_name, tensor_of, tensor_record
 
 BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -32,7 +32,7 @@ class Update(NamedTuple):
     """What one worker sent."""
 
     weight: float
-    arrays: dict[str, Values]
+    arrays: dict[str, Tensor]
     metrics: MetricRecord
 
 
@@ -80,19 +80,19 @@ class LocalSGD(FedAvg):
             return None, None
         total = math.fsum(update.weight for update in updates)
         weights = [update.weight / total for update in updates]
-        averaged = ArrayRecord()
-        for name in self._sent:
-            averaged[name] = Array(self._combine(name, [update.arrays[name] for update in updates], weights))
-        return averaged, self._mean_metrics([update.metrics for update in updates], weights)
+        averaged = {
+            name: self._combine(name, [update.arrays[name] for update in updates], weights) for name in self._sent
+        }
+        return tensor_record(averaged), self._mean_metrics([update.metrics for update in updates], weights)
 
     def _worker(self, node_id: int) -> int:
         return self.workers.get(node_id, node_id)
 
-    def _combine(self, name: str, parts: list[Values], weights: list[float]) -> Values:
+    def _combine(self, name: str, parts: list[Tensor], weights: list[float]) -> Tensor:
         if self.batchnorm_at_sync == "worker-0" and name.rpartition(".")[2] in BATCHNORM_STATISTICS:
             return parts[0]
-        if np.issubdtype(parts[0].dtype, np.integer):
-            return np.asarray(np.maximum.reduce(parts))
+        if not parts[0].is_floating_point():
+            return torch.stack(parts).amax(0)
         return weighted_mean(parts, weights)
 
     def _usable(self, reply: Message) -> Update:
@@ -108,18 +108,20 @@ class LocalSGD(FedAvg):
             raise _Unusable(f"{self.weighted_by_key} is {weight}")
         if arrays.keys() != self._sent.keys():
             raise _Unusable(f"its arrays are others than those sent: {sorted(arrays.keys() ^ self._sent.keys())[0]}")
-        return Update(float(weight), {name: self._usable_array(name, arrays[name]) for name in self._sent}, metrics)
+        tensors = {name: self._usable_tensor(name, arrays[name]) for name in self._sent}
+        finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
+        if not all(finite):  # asked once, so that a GPU is waited for once
+            raise _Unusable(f"{list(tensors)[finite.index(False)]} is not finite")
+        return Update(float(weight), tensors, metrics)
 
-    def _usable_array(self, name: str, array: Array) -> Values:
+    def _usable_tensor(self, name: str, array: Array) -> Tensor:
         try:
-            values = array.numpy()
+            tensor = tensor_of(array)
         except (TypeError, ValueError, EOFError) as error:
             raise _Unusable(f"{name} cannot be read ({error})") from error
-        if (str(values.dtype), values.shape) != self._sent[name]:
-            raise _Unusable(f"{name} is {values.dtype} {list(values.shape)}, not as it was sent")
-        if not np.isfinite(values).all():
-            raise _Unusable(f"{name} is not finite")
-        return values
+        if (dtype_name(tensor), tuple(tensor.shape)) != self._sent[name]:
+            raise _Unusable(f"{name} is {dtype_name(tensor)} {list(tensor.shape)}, not as it was sent")
+        return tensor
 
     def _mean_metrics(self, records: list[MetricRecord], weights: list[float]) -> MetricRecord:
         """The weighted mean of every number that all workers report."""
@@ -132,17 +134,18 @@ class LocalSGD(FedAvg):
         return means
 
 
-def weighted_mean(parts: list[Values], weights: list[float]) -> Values:
-    """The mean of equally shaped arrays, summed in float64 in their order, in their own precision.
+def weighted_mean(parts: list[Tensor], weights: list[float]) -> Tensor:
+    """The mean of equally shaped tensors, summed in float64 in their order, in their own precision.
 
-    `weights` sum to one. The first array is taken as the origin: sum w_i (x_i - x_0) + x_0 gives exactly x_0
-    where all x_i are equal, whatever the rounding of the weights.
+    `weights` sum to one. The first tensor is taken as the origin: sum w_i (x_i - x_0) + x_0 gives exactly x_0
+    where all x_i are equal, whatever the rounding of the weights. Every operation rounds by itself (no fused
+    multiply-add), so that the layout of the tensors, and the device, change no bit.
     """
-    origin = parts[0].astype(np.float64)
-    offset = np.zeros_like(origin)
+    origin = parts[0].double()
+    offset = torch.zeros_like(origin)
     for part, weight in zip(parts[1:], weights[1:], strict=True):
-        offset += weight * (part - origin)
-    return np.asarray(origin + offset, dtype=parts[0].dtype)
+        offset.add_(part.double().sub_(origin).mul_(weight))
+    return offset.add_(origin).to(parts[0].dtype)
 
 
 class _Unusable(Exception):

@@ -55,6 +55,10 @@ def test_values_are_read_from_text_and_from_toml() -> None:
         ({"milestones": "60,50"}, "milestones = '60,50' is out of range: it must be ascending epochs"),
         ({"schedule": "multistep"}, "milestones is empty"),
         ({"nesterov": True, "optimizer": "lamb"}, "nesterov = true needs optimizer sgdm or lars"),
+        (
+            {"optimizer-backend": "torch-optimizer", "lamb-clamp": 0.0},
+            "lamb-clamp is not known to torch-optimizer: give --optimizer-backend fedsim",
+        ),
         ({"name": "a/b"}, "name = 'a/b' is no plain folder name"),
         ({"name": ".."}, "name = '..' is no plain folder name"),
     ],

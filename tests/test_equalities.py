@@ -43,9 +43,7 @@ def mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The strategy's mean of the workers' float arrays; the first worker's integers."""
     weights = [1 / len(states)] * len(states)
     return {
-        name: torch.from_numpy(weighted_mean([state[name].numpy() for state in states], weights))
-        if first.is_floating_point()
-        else first
+        name: weighted_mean([state[name] for state in states], weights) if first.is_floating_point() else first
         for name, first in states[0].items()
     }
 
@@ -146,8 +144,8 @@ def quadratics(equal_hessians: bool) -> list[tuple[Tensor, Tensor]]:
 
 def averaged(workers: list[tuple[Tensor, Tensor]], x: Tensor, rounds: int, local_steps: int, lr: float) -> Tensor:
     for _ in range(rounds):
-        ends = [Quadratic(a, b, x).descend(local_steps, lr).numpy() for a, b in workers]
-        x = torch.from_numpy(weighted_mean(ends, [1 / 3] * 3))
+        ends = [Quadratic(a, b, x).descend(local_steps, lr) for a, b in workers]
+        x = weighted_mean(ends, [1 / 3] * 3)
     return x
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
@@ -126,8 +127,15 @@ def test_the_order_of_replies_changes_no_bit(grid: FleetGrid) -> None:
 @pytest.mark.parametrize("clients", [1, 3, 4, 10, 12])
 def test_identical_workers_average_to_themselves(clients: int) -> None:
     for dtype, seed in itertools.product((np.float32, np.float64), range(20)):
-        value = np.random.default_rng(seed).normal(size=1000).astype(dtype)
-        assert np.array_equal(weighted_mean([value] * clients, [1 / clients] * clients), value)
+        value = torch.from_numpy(np.random.default_rng(seed).normal(size=1000).astype(dtype))
+        assert torch.equal(weighted_mean([value] * clients, [1 / clients] * clients), value)
+
+
+def test_layout_changes_no_bit_of_the_mean() -> None:
+    parts = [torch.randn(5, 7, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    plain = weighted_mean(parts, [0.2, 0.3, 0.5])
+    last = weighted_mean([part.to(memory_format=torch.channels_last) for part in parts], [0.2, 0.3, 0.5])
+    assert torch.equal(plain, last)
 
 
 def test_a_plain_float32_mean_would_not_be_exact() -> None:

@@ -6,7 +6,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from fedsim.errors import UserError
-from fedsim.models import Dropout, LeNetBN, build_model, set_dropout_stream
+from fedsim.models import Dropout, LeNetBN, blank_model, build_model, set_dropout_stream
 
 
 @pytest.mark.parametrize(
@@ -42,6 +42,15 @@ def test_initial_weights_are_the_seeds_and_pytorchs_default() -> None:
     assert not torch.equal(one["fc1.weight"], other["fc1.weight"])
     bound = (16 * 5 * 5) ** -0.5  # nn.Linear's default: uniform in 1 / sqrt(inputs)
     assert 0.99 * bound < one["fc1.weight"].abs().max() <= bound
+
+
+def test_a_blank_model_is_laid_out_like_a_built_one_and_draws_nothing() -> None:
+    before = torch.get_rng_state()
+    blank, built = blank_model("lenet-bn", 10), build_model("lenet-bn", 10, 0)
+    assert torch.equal(torch.get_rng_state(), before)
+    for name, value in built.state_dict().items():
+        assert blank.state_dict()[name].stride() == value.stride()
+        assert blank.state_dict()[name].device == value.device
 
 
 def test_dropout_follows_its_stream_and_keeps_the_mean() -> None:

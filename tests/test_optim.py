@@ -9,6 +9,8 @@ import torch_optimizer
 from torch import Tensor, nn
 
 from fedsim.config import Config
+from fedsim.lamb import LAMB
+from fedsim.lars import LARS
 from fedsim.models import build_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state, set_lr, zero_state
 
@@ -17,6 +19,8 @@ EVERY: list[dict[str, Any]] = [
     {"optimizer": "sgdm", "nesterov": True},
     {"optimizer": "lars", "decay-on": "matrices"},
     {"optimizer": "lamb", "decay-on": "matrices"},
+    {"optimizer": "lars", "decay-on": "matrices", "optimizer-backend": "torch-optimizer"},
+    {"optimizer": "lamb", "decay-on": "matrices", "optimizer-backend": "torch-optimizer"},
 ]
 
 
@@ -83,14 +87,39 @@ def test_fused_sgdm_is_momentum_as_it_is_written() -> None:
     torch.testing.assert_close(parameter.data, weight, rtol=0, atol=1e-15)
 
 
-def test_lars_and_lamb_are_torch_optimizers_with_our_keys() -> None:
+@pytest.mark.parametrize(
+    ("backend", "lars_class", "lamb_class"),
+    [("fedsim", LARS, LAMB), ("torch-optimizer", torch_optimizer.LARS, torch_optimizer.Lamb)],
+)
+def test_lars_and_lamb_take_our_keys(backend: str, lars_class: type, lamb_class: type) -> None:
     model = build_model("lenet5", 10, 0)
-    lars = build_optimizer(Config(optimizer="lars", trust_coefficient=0.05, nesterov=True), model)
-    assert type(lars) is torch_optimizer.LARS
+    config = Config(optimizer="lars", trust_coefficient=0.05, nesterov=True, optimizer_backend=backend)
+    lars = build_optimizer(config, model)
+    assert type(lars) is lars_class
     assert (lars.param_groups[0]["trust_coefficient"], lars.param_groups[0]["nesterov"]) == (0.05, True)
-    lamb = build_optimizer(Config(optimizer="lamb", beta1=0.8, beta2=0.9), model)
-    assert type(lamb) is torch_optimizer.Lamb
+    lamb = build_optimizer(Config(optimizer="lamb", beta1=0.8, beta2=0.9, optimizer_backend=backend), model)
+    assert type(lamb) is lamb_class
     assert (lamb.param_groups[0]["betas"], lamb.param_groups[0]["eps"]) == ((0.8, 0.9), 1e-6)
+
+
+@pytest.mark.parametrize("optimizer", ["lars", "lamb"])
+def test_both_backends_train_alike(optimizer: str) -> None:
+    weights = []
+    for backend in ("fedsim", "torch-optimizer"):
+        model = build_model("lenet5", 10, 0)
+        config = Config(optimizer=optimizer, optimizer_backend=backend, decay_on="matrices", trust_coefficient=0.1)
+        take(model, build_optimizer(config, model), range(10))
+        weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
+    torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
+
+
+def test_the_papers_switches_reach_fedsims_optimizers() -> None:
+    model = build_model("lenet5", 10, 0)
+    (group,) = build_optimizer(Config(optimizer="lars", lars_lr_in_momentum=True), model).param_groups
+    assert (group["lr_in_momentum"], group["adapt_undecayed"]) == (True, False)
+    keys = {"lamb-bias-correction": "moments", "lamb-clamp": 0.0, "lamb-adapt-undecayed": False}
+    (group,) = build_optimizer(Config(optimizer="lamb").changed(keys), model).param_groups
+    assert (group["bias_correction"], group["clamp_value"], group["adapt_undecayed"]) == ("moments", None, False)
 
 
 def test_empty_state_forgets() -> None:
