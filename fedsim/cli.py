@@ -127,6 +127,26 @@ def demo(
     run_demo(results_dir, rerun, Console())
 
 
+@cli.command()
+@keys_of("localsgd", without=("clients", "dataset", "synthetic-images", "synthetic-classes", "results-dir", "name"))
+def bench(
+    keys: dict[str, Any],
+    clients: str = typer.Option("1,4,12,64", "--clients", help="the K to measure, with commas", metavar="LIST"),
+    contestants: str = typer.Option(
+        "limit,fleet,loop,flower,plain", "--contestants", help="what to measure, with commas", metavar="LIST"
+    ),
+    timed: int = typer.Option(3, "--timed", help="timed rounds in each pass", min=1),
+    passes: int = typer.Option(2, "--passes", help="turns that each contestant takes", min=1),
+    grow: bool = typer.Option(True, help="measure too how a round grows with K (to 1,000) and J"),
+    output: str = typer.Option("results/bench.json", "--output", "-o", help="the file of the figures", metavar="FILE"),
+) -> None:
+    """Time a round by every way there is, in turn, beside centralized training at batch K * B."""
+    from fedsim.bench import run_bench
+    from fedsim.grid import integers
+
+    run_bench(keys, integers("clients", clients), contestants.split(","), timed, passes, grow, output, Console())
+
+
 def _engine(name: str) -> Any:
     if name not in ("fleet", "flower"):
         raise UserError(f"engine = {name!r} is unknown: it must be one of fleet, flower")

@@ -130,6 +130,9 @@ class Config:
     clients: int = key(4, COUNT, "K, the clients", LOCAL)
     local_steps: int = key(10, COUNT, "J, the local steps of each client in a round", LOCAL)
     batch_size: int = key(64, COUNT, "images a step, on each client")
+    fraction: float = key(
+        1.0, Range(lambda v: 0 < v <= 1, "above 0 and at most 1"), "share of the clients that each round samples", LOCAL
+    )
     strategy: str = key("localsgd", one_of("localsgd"), "what the server does with the updates", LOCAL)
     momentum_at_sync: str = key(
         "keep",

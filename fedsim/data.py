@@ -55,6 +55,11 @@ class Images:
     def __len__(self) -> int:
         return len(self.labels)
 
+    def pixels(self) -> NDArray[np.uint8]:
+        """(N, 32, 32, 3) the images as they were given."""
+        bordered = self._words.cpu().view(torch.uint8).view(-1, WIDTH, WIDTH, 4).numpy()
+        return bordered[:, PAD:-PAD, PAD:-PAD, :3]
+
     def crop(self, index: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
         """(B, 3, 32, 32) normalised float32 crops, channels-last.
 
@@ -134,16 +139,16 @@ def _first_line(error: Exception) -> str:
 def _synthetic(classes: int, images: int, normalize: str, device: str) -> Dataset:
     """A learnable set: each class is a coarse colour pattern, each image shifts it and drowns it in noise."""
     rng = np.random.default_rng(np.random.SeedSequence((classes, images)))
-    patterns = rng.normal(size=(classes, 8, 8, 3)).repeat(4, axis=1).repeat(4, axis=2)
+    patterns = rng.standard_normal((classes, 8, 8, 3), np.float32).repeat(4, axis=1).repeat(4, axis=2)
 
     def draw(count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         labels = rng.permutation(np.arange(count) % classes)
-        shifts = rng.integers(-4, 5, size=(count, 2))
+        rows, columns = (np.arange(SIDE) - rng.integers(-4, 5, size=(2, count, 1))) % SIDE
         pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
-        for i, (label, shift) in enumerate(zip(labels, shifts, strict=True)):
-            shifted = np.roll(patterns[label], tuple(shift), axis=(0, 1))
-            noise = rng.normal(size=shifted.shape)
-            pixels[i] = (127.5 + 20 * shifted + 50 * noise).clip(0, 255)
+        for start in range(0, count, 1000):  # a part at a time, to spare memory
+            part = slice(start, start + 1000)
+            shifted = patterns[labels[part, None, None], rows[part, :, None], columns[part, None, :]]
+            pixels[part] = (127.5 + 20 * shifted + 50 * rng.standard_normal(shifted.shape, np.float32)).clip(0, 255)
         return pixels, labels.astype(np.int64)
 
     moments = CIFAR10 if normalize == "cifar10" else ((0.5,) * 3, (0.21,) * 3)

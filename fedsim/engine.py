@@ -29,17 +29,17 @@ def take_steps(
     its step, in train mode. The device is waited for once, at the end.
     """
     model.train()
-    loss_sum: Tensor | float = 0.0
-    samples = 0
+    losses, sizes = [], []
     for step, (images, labels) in enumerate(batches, first_step):
         set_lr(optimizer, lr(step))
         optimizer.zero_grad()
         loss = F.cross_entropy(model(images), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
-        loss_sum += loss.detach().double() * len(labels)
-        samples += len(labels)
-    return float(loss_sum) / samples
+        losses.append(loss.detach())
+        sizes.append(len(labels))
+    sums = torch.stack(losses).double().cpu() * torch.tensor(sizes)
+    return float(sums.sum()) / sum(sizes)
 
 
 def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:

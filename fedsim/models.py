@@ -46,8 +46,8 @@ class LeNetBN(nn.Module):
         self.fc3 = nn.Linear(192, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.bn1(self.conv1(x)).relu())
-        x = self.pool(self.bn2(self.conv2(x)).relu())
+        x = self.pool(self.bn1(self.conv1(x))).relu()  # pool(relu(x)), bit for bit, on a quarter of the values
+        x = self.pool(self.bn2(self.conv2(x))).relu()
         x = self.dropout1(self.fc1(x.flatten(1)).relu())
         x = self.dropout2(self.fc2(x).relu())
         return self.fc3(x)  # type: ignore[no-any-return]
@@ -69,8 +69,8 @@ class LeNet5(nn.Module):
         self.fc3 = nn.Linear(84, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.conv1(x).relu())
-        x = self.pool(self.conv2(x).relu())
+        x = self.pool(self.conv1(x)).relu()
+        x = self.pool(self.conv2(x)).relu()
         return self.fc3(self.fc2(self.fc1(x.flatten(1)).relu()).relu())  # type: ignore[no-any-return]
 
 

@@ -53,7 +53,12 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     check_shards(config, len(data.train), config.clients)
     planned = plan(config, len(data.train))
     nodes = roll_call(grid, config.clients)
-    strategy = STRATEGIES[config.strategy](workers=nodes, batchnorm_at_sync=config.batchnorm_at_sync)
+    strategy = STRATEGIES[config.strategy](
+        workers=nodes,
+        batchnorm_at_sync=config.batchnorm_at_sync,
+        seed=config.seed,
+        fraction_train=config.fraction,
+    )
 
     model = build_model(config.model, data.classes, config.seed, config.device)
     initial = {name: value.clone() for name, value in model.state_dict().items()}

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.schedule import Schedule, schedule_of
+from strategies import sample_size
 
 OPTIMIZER = "optimizer/"  # prefix of the optimizer state that is averaged with the model
 
@@ -23,8 +24,8 @@ class Plan(NamedTuple):
 
 
 def plan(config: Config, images: int) -> Plan:
-    """The plan of `config` on `images` training images; an epoch is counted over all clients together."""
-    steps_per_epoch = Fraction(images, config.clients * config.batch_size)
+    """The plan of `config` on `images` training images; an epoch is counted over all sampled clients together."""
+    steps_per_epoch = Fraction(images, sample_size(config.clients, config.fraction) * config.batch_size)
 
     def rounds_of(epochs: float) -> int:
         return max(1, round(epochs * steps_per_epoch / config.local_steps))

@@ -12,6 +12,7 @@ The mean is FedAvg's, made exact and repeatable:
 from __future__ import annotations
 
 import math
+import random
 from collections.abc import Iterable, Mapping
 from logging import WARNING
 from typing import Any, NamedTuple
@@ -39,15 +40,21 @@ class Update(NamedTuple):
 class LocalSGD(FedAvg):
     """Average the arrays of all workers, weighted by ``num-examples``.
 
-    `workers` maps node ids to worker numbers (Flower's node ids are random): who is asked, and the order of
-    the sum. Without it every connected node is asked, in the order of node ids. `batchnorm_at_sync` is
-    ``average`` or ``worker-0``. Other arguments are FedAvg's.
+    `workers` maps node ids to worker numbers (Flower's node ids are random): who may be asked, and the order of
+    the sum. Without it every connected node may be asked, in the order of node ids. Of these, `fraction_train` are
+    sampled in each round, by `seed` and the round: the same workers in every run. `batchnorm_at_sync` is
+    ``average`` or ``worker-0`` (the first of those sampled). Other arguments are FedAvg's.
     """
 
     def __init__(
-        self, workers: Mapping[int, int] | None = None, batchnorm_at_sync: str = "average", **fedavg: Any
+        self,
+        workers: Mapping[int, int] | None = None,
+        batchnorm_at_sync: str = "average",
+        seed: int = 0,
+        **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
+        self.seed = seed
         self.workers = dict(workers or {})
         self.batchnorm_at_sync = batchnorm_at_sync
         self.left_out: dict[int, str] = {}  # worker -> reason, of the last round
@@ -56,11 +63,14 @@ class LocalSGD(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One train message with the global arrays for each worker, in their order."""
+        """One train message with the global arrays for each sampled worker, in their order."""
         self._sent = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
         config["server-round"] = server_round
         record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         nodes = sorted(self.workers or grid.get_node_ids(), key=self._worker)
+        if self.fraction_train < 1:
+            chance = random.Random(f"{self.seed}/{server_round}")
+            nodes = sorted(chance.sample(nodes, sample_size(len(nodes), self.fraction_train)), key=self._worker)
         return self._construct_messages(record, nodes, MessageType.TRAIN)
 
     def aggregate_train(
@@ -132,6 +142,11 @@ class LocalSGD(FedAvg):
             if name != self.weighted_by_key and len(numbers) == len(records):
                 means[name] = math.fsum(weight * number for weight, number in zip(weights, numbers, strict=True))
         return means
+
+
+def sample_size(workers: int, fraction: float) -> int:
+    """How many of `workers` a round samples: the nearest whole number, at least one."""
+    return max(1, round(fraction * workers))
 
 
 def weighted_mean(parts: list[Tensor], weights: list[float]) -> Tensor:

@@ -75,6 +75,21 @@ def test_without_workers_every_connected_node_is_asked(grid: FleetGrid) -> None:
     assert [message.metadata.dst_node_id for message in messages] == list(range(2, 14))
 
 
+def test_a_fraction_of_the_workers_is_sampled_by_seed_and_round_not_by_node_id(grid: FleetGrid) -> None:
+    def sampled(node_of_worker: list[int], seed: int, round: int) -> list[int]:
+        workers = {node: worker for worker, node in enumerate(node_of_worker)}
+        strategy = LocalSGD(workers=workers, fraction_train=0.25, seed=seed)
+        messages = strategy.configure_train(round, ArrayRecord(_record(SENT)), ConfigRecord(), grid)
+        return [workers[message.metadata.dst_node_id] for message in messages]
+
+    nodes = list(range(2, 14))
+    every = [sampled(nodes, 1, round) for round in range(1, 40)]
+    assert every == [sampled(nodes[::-1], 1, round) for round in range(1, 40)]
+    assert every != [sampled(nodes, 2, round) for round in range(1, 40)]
+    assert all(len(workers) == 3 and workers == sorted(workers) for workers in every)
+    assert {worker for workers in every for worker in workers} == set(range(12))
+
+
 def test_the_mean_by_hand(grid: FleetGrid) -> None:
     strategy, messages = begin(grid, 2)
     updates: list[Arrays] = [

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.errors import UserError
@@ -23,14 +23,26 @@ def test_an_unknown_model_names_the_known_ones() -> None:
         build_model("resnet", 10, 0)
 
 
-def test_lenet_bn_is_the_papers_layers_in_their_order() -> None:
-    model = LeNetBN(100).eval()
-    x = torch.randn(3, 3, 32, 32)
+def papers_lenet_bn(model: LeNetBN, x: Tensor) -> Tensor:
+    """The paper's layers in the paper's order, without dropout."""
     h = F.max_pool2d(F.relu(model.bn1(F.conv2d(x, model.conv1.weight, model.conv1.bias, padding=2))), 2)
     h = F.max_pool2d(F.relu(model.bn2(F.conv2d(h, model.conv2.weight, model.conv2.bias, padding=2))), 2)
-    h = F.relu(F.linear(h.reshape(3, 4096), model.fc1.weight, model.fc1.bias))
+    h = F.relu(F.linear(h.flatten(1), model.fc1.weight, model.fc1.bias))
     h = F.relu(F.linear(h, model.fc2.weight, model.fc2.bias))
-    torch.testing.assert_close(model(x), F.linear(h, model.fc3.weight, model.fc3.bias))
+    return F.linear(h, model.fc3.weight, model.fc3.bias)
+
+
+def test_lenet_bn_is_the_papers_layers_in_their_order_bitwise() -> None:
+    """Loss and gradients: that ReLU comes after the pooling here changes no bit."""
+    model = build_model("lenet-bn", 100, 0)
+    assert isinstance(model, LeNetBN)
+    model.dropout1.p = model.dropout2.p = 0.0
+    x = torch.randn(16, 3, 32, 32).to(memory_format=torch.channels_last)
+    gradients = []
+    for logits in (model(x), papers_lenet_bn(model, x)):
+        loss = F.cross_entropy(logits, torch.arange(16))
+        gradients.append([loss.detach(), *torch.autograd.grad(loss, list(model.parameters()))])
+    assert all(torch.equal(one, other) for one, other in zip(*gradients, strict=True))
 
 
 def test_initial_weights_are_the_seeds_and_pytorchs_default() -> None:

@@ -125,6 +125,16 @@ def test_rows_and_summary_tell_the_cost(run: Execute) -> None:
     assert (config["mode"], config["clients"], config["device"]) == ("localsgd", 4, "cpu")
 
 
+def test_a_fraction_trains_fewer_clients_for_more_rounds(run: Execute) -> None:
+    half = run(name="half", fraction=0.5)
+    rows = rows_of(half)
+    assert (len(rows), rows[-1]["epoch"]) == (16, 2.0)  # twice the rounds of all 4 clients, for the same samples
+    assert rows[-1]["bytes_up"] == 16 * 2 * 62_006 * 4
+    parts = run(name="parts", fraction=0.5, stop_after_rounds=5)
+    assert_same_bits(final_model(run(name="parts", fraction=0.5)), final_model(half))
+    assert parts.folder.name == "parts"
+
+
 def test_averaged_momentum_travels_with_the_model(run: Execute) -> None:
     kept, averaged = (rows_of(run(name=policy, momentum_at_sync=policy))[-1] for policy in ("keep", "average"))
     assert averaged["bytes_up"] == 2 * kept["bytes_up"]
