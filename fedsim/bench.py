@@ -8,6 +8,7 @@ pass, so that a machine that slows down slows all of them. Figures are medians o
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -33,13 +34,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.bench_plain import plain_rounds
 from fedsim.client_app import app as client_app
+from fedsim.client_app import train_together
 from fedsim.config import Config, cpu_count
 from fedsim.data import batches, check_shards, load_dataset
 from fedsim.engine import take_steps
 from fedsim.errors import UserError
-from fedsim.fleet import FleetGrid
+from fedsim.fleet import FleetGrid, TrainTogether
 from fedsim.flower import CHECKOUT, run_with_flwr
-from fedsim.machine import resolve
+from fedsim.machine import prepare, resolve
 from fedsim.models import build_model
 from fedsim.nodes import roll_call
 from fedsim.optim import build_optimizer
@@ -69,25 +71,26 @@ class Figure:
 
 def centralized_rounds(config: Config, rounds: int) -> list[float]:
     """The limit: J steps at batch K * B."""
-    torch.set_num_threads(config.threads)
+    prepare(config)
     data = load_dataset(config)
     model = build_model(config.model, data.classes, config.seed, config.device)
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(config, dict(model.named_parameters()))
     lr = schedule_of(config, Fraction(1), 1.0)
     batch = config.clients * config.batch_size
     order = np.resize(np.arange(len(data.train)), batch * config.local_steps)
 
     def one_round() -> None:
-        take_steps(model, optimizer, batches(data.train, order, batch, np.random.default_rng(0)), lr, 0)
+        stream = batches(data.train, order, batch, np.random.default_rng(0))
+        take_steps(model, optimizer, stream, lr, 0, config.precision)
 
     return _timed(one_round, rounds, config.device)
 
 
-def fleet_rounds(config: Config, rounds: int) -> list[float]:
+def fleet_rounds(config: Config, rounds: int, train_together: TrainTogether | None = None) -> list[float]:
     """LocalSGD in this process: ``FleetGrid`` and the strategy, nothing tested or saved."""
     data = load_dataset(config)
     model = build_model(config.model, data.classes, config.seed, config.device)
-    with FleetGrid(client_app, config) as grid:
+    with FleetGrid(client_app, config, train_together) as grid:
         strategy = LocalSGD(workers=roll_call(grid, config.clients))
         progress = Progress(0, tensor_record(model.state_dict()))
         return _timed(lambda: train_round(grid, strategy, progress), rounds, config.device)
@@ -106,6 +109,7 @@ def flower_rounds(config: Config, rounds: int) -> list[float]:
 CONTESTANTS: dict[str, tuple[Rounds, str]] = {
     "limit": (centralized_rounds, "centralized training at batch K * B"),
     "fleet": (fleet_rounds, "fedsim in one process"),
+    "fused": (functools.partial(fleet_rounds, train_together=train_together), "the same, its replicas side by side"),
     "loop": (fleet_rounds, "the same, one client after the other on all cores"),
     "flower": (flower_rounds, "fedsim's app by flwr run, on Ray"),
     "plain": (plain_rounds, "a plain PyTorch loop: DataLoader, per-image transforms, one model after the other"),
@@ -156,7 +160,7 @@ def bench(config: Config, clients: Sequence[int], contestants: Sequence[str], ro
 
 def contest(config: Config, clients: int, contestant: str) -> Config:
     """`config` at K = `clients`; on the CPU every way gets all cores, as one step's threads or as clients at once."""
-    alone = config.device == "cpu" and contestant in ("limit", "loop", "plain")
+    alone = config.device == "cpu" and contestant in ("limit", "fused", "loop", "plain")
     return config.changed({"clients": clients, "threads": cpu_count() if alone else 1})
 
 
@@ -193,7 +197,7 @@ def _timed(one_round: Callable[[], Any], rounds: int, device: str) -> list[float
 
 def flop_per_image(config: Config) -> float:
     """Floating-point operations of a training step, for each image: those of convolutions and matrix products."""
-    model = build_model(config.model, config.synthetic_classes, config.seed)
+    model = build_model(config.model, config.synthetic_classes, config.seed).eval()
     inputs = torch.zeros(8, 3, 32, 32)
     with FlopCounterMode(display=False) as counter:
         model(inputs).sum().backward()

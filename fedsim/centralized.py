@@ -11,7 +11,8 @@ from fedsim.config import Config
 from fedsim.data import batches, check_shards, load_dataset, sample_order, shard
 from fedsim.engine import evaluate, take_steps
 from fedsim.errors import RunFailed, UserError
-from fedsim.models import build_model, set_dropout_stream
+from fedsim.machine import prepare
+from fedsim.models import build_model, set_dropout_streams
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.records import Run
 from fedsim.schedule import schedule_of
@@ -23,11 +24,12 @@ def train_centralized(config: Config, run: Run) -> None:
 
     An epoch is to this what a round is to the only client of LocalSGD: the same shard, the same streams.
     """
-    torch.set_num_threads(config.threads)
+    prepare(config)
     data = load_dataset(config)
     check_shards(config, len(data.train), 1)
-    model = build_model(config.model, data.classes, config.seed, config.device)
-    optimizer = build_optimizer(config, model)
+    model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
+    named = dict(model.named_parameters())
+    optimizer = build_optimizer(config, named)
     images = shard(len(data.train), 1, 0, config.seed)
     steps_per_epoch = -(-len(images) // config.batch_size)
     epochs, last = whole_epochs(config)
@@ -36,22 +38,21 @@ def train_centralized(config: Config, run: Run) -> None:
     done = 0
     if checkpoint := run.resume():
         model.load_state_dict(checkpoint["model"])
-        load_optimizer_state(model, optimizer, checkpoint["optimizer"])
+        load_optimizer_state(named, optimizer, checkpoint["optimizer"])
         done = checkpoint["round"]
 
     for epoch in range(done, last):
         order = sample_order(len(images), epoch * len(images), len(images), config.seed, 0, epoch, "epoch")
         augment = numpy_stream(config.seed, 0, epoch, "augment")
-        set_dropout_stream(model, torch_stream(config.seed, 0, epoch, "dropout", torch.device(config.device)))
+        set_dropout_streams(model, [torch_stream(config.seed, 0, epoch, "dropout", torch.device(config.device))])
         first_step = epoch * steps_per_epoch
-        loss = take_steps(
-            model, optimizer, batches(data.train, images[order], config.batch_size, augment), lr, first_step
-        )
+        stream = batches(data.train, images[order], config.batch_size, augment)
+        loss = take_steps(model, optimizer, stream, lr, first_step, config.precision)
 
         if not math.isfinite(loss):
             raise RunFailed(f"the training loss of epoch {epoch + 1} is {loss}: a lower --lr may help")
         tested = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == epochs
-        test_loss, test_accuracy = evaluate(model, data.test) if tested else (None, None)
+        test_loss, test_accuracy = evaluate(model, data.test, config.precision) if tested else (None, None)
         steps = first_step + steps_per_epoch
         run.add(
             {
@@ -69,7 +70,7 @@ def train_centralized(config: Config, run: Run) -> None:
             }
         )
         if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == last:
-            state = {"model": model.state_dict(), "optimizer": optimizer_state(model, optimizer)}
+            state = {"model": model.state_dict(), "optimizer": optimizer_state(named, optimizer)}
             run.save_checkpoint({"round": epoch + 1, **state})
 
     run.save_model(model.state_dict())

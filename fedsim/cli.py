@@ -81,7 +81,7 @@ def _flag(name: str) -> inspect.Parameter:
 
 PRESET = typer.Option("", "--preset", help="settings of fedsim/studies/NAME.toml; flags win over it", metavar="NAME")
 RERUN = typer.Option(False, "--rerun", help="run again what is finished or broken off")
-ENGINE = typer.Option("fleet", "--engine", help="fleet: in this process; flower: by flwr run, on Ray", metavar="NAME")
+ENGINE = typer.Option("fleet", "--engine", help="fleet or fused: in this process; flower: on Ray", metavar="NAME")
 
 
 @cli.command()
@@ -133,7 +133,7 @@ def bench(
     keys: dict[str, Any],
     clients: str = typer.Option("1,4,12,64", "--clients", help="the K to measure, with commas", metavar="LIST"),
     contestants: str = typer.Option(
-        "limit,fleet,loop,flower,plain", "--contestants", help="what to measure, with commas", metavar="LIST"
+        "limit,fleet,fused,loop,flower,plain", "--contestants", help="what to measure, with commas", metavar="LIST"
     ),
     timed: int = typer.Option(3, "--timed", help="timed rounds in each pass", min=1),
     passes: int = typer.Option(2, "--passes", help="turns that each contestant takes", min=1),
@@ -148,8 +148,8 @@ def bench(
 
 
 def _engine(name: str) -> Any:
-    if name not in ("fleet", "flower"):
-        raise UserError(f"engine = {name!r} is unknown: it must be one of fleet, flower")
+    if name not in ("fleet", "fused", "flower"):
+        raise UserError(f"engine = {name!r} is unknown: it must be one of fleet, fused, flower")
     return name
 
 

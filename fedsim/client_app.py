@@ -7,62 +7,32 @@ or takes back the optimizer state that it keeps between rounds, so that the serv
 from __future__ import annotations
 
 import functools
-import threading
-from dataclasses import dataclass
+from collections.abc import Sequence
 
-import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
-from torch import nn
-from torch.optim import Optimizer
 
+from fedsim import fused
 from fedsim.config import Config, Value
-from fedsim.data import batches, load_dataset, sample_order, shard
-from fedsim.engine import take_steps
+from fedsim.local_round import End, Start, take_round
 from fedsim.machine import resolve
-from fedsim.models import blank_model, set_dropout_stream
-from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
-from fedsim.streams import numpy_stream, torch_stream
-from fedsim.sync import join, plan, split
+from fedsim.sync import join, split
 from strategies import tensor_record, tensors_of
 
 app = ClientApp()
 
 
-@dataclass
-class Replica:
-    """A model and its optimizer, lent to one client at a time: its state comes with every message."""
-
-    model: nn.Module
-    optimizer: Optimizer
-
-
-_of_thread = threading.local()
-
-
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """J local steps from the global arrays; replies with the arrays, the loss and the samples seen."""
-    config = _config(tuple(context.run_config.items()))
-    worker = int(context.node_config["partition-id"])
-    round = int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
-    replica = _replica(config)
+    return _reply(message, context, take_round(_config(context), _start(message, context)))
 
-    weights, averaged_state = split(tensors_of(message.content.array_records["arrays"]))
-    replica.model.load_state_dict(weights)
-    kept_state = tensors_of(context.state.array_records.get("optimizer", ArrayRecord()))
-    state = {"keep": kept_state, "reset": {}, "average": averaged_state}
-    load_optimizer_state(replica.model, replica.optimizer, state[config.momentum_at_sync])
 
-    loss, samples = _local_round(config, replica, worker, round - 1)
-
-    state_now = optimizer_state(replica.model, replica.optimizer)
-    if config.momentum_at_sync == "keep":
-        context.state["optimizer"] = tensor_record(state_now)
-    weights = {name: value.clone() for name, value in replica.model.state_dict().items()}
-    arrays = join(weights, state_now if config.momentum_at_sync == "average" else {})
-    metrics = MetricRecord({"num-examples": samples, "train-loss": loss})
-    return Message(RecordDict({"arrays": tensor_record(arrays), "metrics": metrics}), reply_to=message)
+def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    """`train` for several clients of one process at once, their replicas side by side."""
+    starts = [_start(message, context) for message, context in zip(messages, contexts, strict=True)]
+    ends = fused.take_rounds(_config(contexts[0]), starts)
+    return [_reply(*reply) for reply in zip(messages, contexts, ends, strict=True)]
 
 
 @app.query("partition")
@@ -83,30 +53,30 @@ def state(message: Message, context: Context) -> Message:
     return Message(RecordDict({"optimizer": held}), reply_to=message)
 
 
-def _local_round(config: Config, replica: Replica, worker: int, round: int) -> tuple[float, int]:
-    """Take the local steps of `round` (counted from 0): mean training loss and samples seen."""
-    data = load_dataset(config)
-    images = shard(len(data.train), config.clients, worker, config.seed)
-    samples = config.local_steps * config.batch_size
-    order = sample_order(len(images), round * samples, samples, config.seed, worker, round, config.reshuffle)
-    augment = numpy_stream(config.seed, worker, round, "augment")
-    dropout = torch_stream(config.seed, worker, round, "dropout", torch.device(config.device))
-    set_dropout_stream(replica.model, dropout)
-    lr = plan(config, len(data.train)).lr
-    stream = batches(data.train, images[order], config.batch_size, augment)
-    return take_steps(replica.model, replica.optimizer, stream, lr, round * config.local_steps), samples
+def _start(message: Message, context: Context) -> Start:
+    weights, averaged_state = split(tensors_of(message.content.array_records["arrays"]))
+    kept_state = tensors_of(context.state.array_records.get("optimizer", ArrayRecord()))
+    return Start(
+        worker=int(context.node_config["partition-id"]),
+        round=int(message.content.config_records["config"]["server-round"]) - 1,  # type: ignore[arg-type]
+        weights=weights,
+        state={"keep": kept_state, "reset": {}, "average": averaged_state}[_config(context).momentum_at_sync],
+    )
+
+
+def _reply(message: Message, context: Context, end: End) -> Message:
+    policy = _config(context).momentum_at_sync
+    if policy == "keep":
+        context.state["optimizer"] = tensor_record(end.state)
+    arrays = tensor_record(join(end.weights, end.state if policy == "average" else {}))
+    metrics = MetricRecord({"num-examples": end.samples, "train-loss": end.loss})
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def _config(context: Context) -> Config:
+    return _resolved(tuple(context.run_config.items()))
 
 
 @functools.lru_cache(maxsize=8)
-def _config(items: tuple[tuple[str, Value], ...]) -> Config:
-    return resolve(Config().changed(dict(items)), "localsgd")
-
-
-def _replica(config: Config) -> Replica:
-    """This thread's replica for `config`: as many live as there are threads, however many clients."""
-    if getattr(_of_thread, "config", None) != config:
-        torch.set_num_threads(config.threads)
-        model = blank_model(config.model, load_dataset(config).classes, config.device)
-        _of_thread.config, _of_thread.replica = config, Replica(model, build_optimizer(config, model))
-    replica: Replica = _of_thread.replica
-    return replica
+def _resolved(keys: tuple[tuple[str, Value], ...]) -> Config:
+    return resolve(Config().changed(dict(keys)), "localsgd")

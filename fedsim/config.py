@@ -158,6 +158,11 @@ class Config:
     device: str = key(
         "auto", Range(_device, "auto, cpu, cuda, cuda:N or mps"), "where to train; auto: cuda if there is one, else cpu"
     )
+    precision: str = key(
+        "fp32",
+        one_of("fp32", "tf32", "bf16", "fp64"),
+        "of convolutions and matrix products; all else is in fp32 (fp64: in fp64, for comparisons)",
+    )
     threads: int = key(
         0, NOT_NEGATIVE, "CPU threads of one training step; 0: one for a client, every core in centralized mode"
     )

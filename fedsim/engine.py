@@ -12,6 +12,7 @@ from torch.optim import Optimizer
 from fedsim.data import Images
 from fedsim.optim import set_lr
 from fedsim.pool import thread_pool
+from fedsim.precision import products_in
 
 TEST_BATCH = 250  # images; larger ones outgrow a core's cache
 
@@ -22,6 +23,7 @@ def take_steps(
     batches: Iterable[tuple[Tensor, Tensor]],
     lr: Callable[[int], float],
     first_step: int,
+    precision: str = "fp32",
 ) -> float:
     """One optimizer step on each batch; returns the mean training loss over their samples.
 
@@ -29,11 +31,13 @@ def take_steps(
     its step, in train mode. The device is waited for once, at the end.
     """
     model.train()
+    parameter = next(model.parameters())
     losses, sizes = [], []
     for step, (images, labels) in enumerate(batches, first_step):
         set_lr(optimizer, lr(step))
         optimizer.zero_grad()
-        loss = F.cross_entropy(model(images), labels)
+        with products_in(precision, parameter.device):
+            loss = F.cross_entropy(model(images.to(parameter.dtype)), labels)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         losses.append(loss.detach())
@@ -42,18 +46,20 @@ def take_steps(
     return float(sums.sum()) / sum(sizes)
 
 
-def evaluate(model: nn.Module, images: Images) -> tuple[float, float]:
+def evaluate(model: nn.Module, images: Images, precision: str = "fp32") -> tuple[float, float]:
     """Mean cross-entropy and accuracy (a fraction) of `model`, in eval mode, over all `images`.
 
     On the CPU each core tests batches of its own on one thread, so that the result is the same on any number.
     """
     model.eval()
+    parameter = next(model.parameters())
 
     @torch.inference_mode()
     def test(start: int) -> tuple[Tensor, Tensor]:
         inputs, labels = images.plain(start, start + TEST_BATCH)
-        logits = model(inputs)
-        loss_sum = F.cross_entropy(logits, labels, reduction="sum")
+        with products_in(precision, parameter.device):
+            logits = model(inputs.to(parameter.dtype))
+            loss_sum = F.cross_entropy(logits, labels, reduction="sum")
         return loss_sum.double(), (logits.argmax(1) == labels).sum()
 
     with thread_pool(images.labels.device, threads=1) as pool:

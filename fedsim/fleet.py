@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import itertools
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from flwr.app import Context, Error, Message, RecordDict
+from flwr.app import Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 from flwr.supercore.run import Run as FlowerRun
@@ -16,6 +16,7 @@ from flwr.supercore.task_identity import TaskIdentity
 from fedsim.config import Config
 from fedsim.pool import thread_pool
 
+TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
 SERVER_ID = 1  # Flower's node id of the server
 CLIENT_FAILED = 2  # Flower's error code of a ClientApp that raised
 
@@ -23,12 +24,14 @@ CLIENT_FAILED = 2  # Flower's error code of a ClientApp that raised
 class FleetGrid(Grid):
     """K clients on this machine's cores: each message is handled by `client_app` in a thread of a pool.
 
+    With `train_together`, a function of all train messages and their contexts, these are handled at once instead.
     A client's `Context`, and what it keeps in ``context.state``, lives as long as the grid. On a GPU clients
     take turns.
     """
 
-    def __init__(self, client_app: ClientApp, config: Config) -> None:
+    def __init__(self, client_app: ClientApp, config: Config, train_together: TrainTogether | None = None) -> None:
         self._client_app = client_app
+        self._train_together = train_together
         self._run = FlowerRun.create_empty(run_id=1)
         self._contexts = {
             node: Context(
@@ -72,7 +75,11 @@ class FleetGrid(Grid):
         messages = list(messages)
         for message in messages:
             message.metadata.__dict__["_message_id"] = str(next(self._message_ids))
-        replies = list(self._pool.map(self._handle, messages))
+        if self._train_together and messages and messages[0].metadata.message_type == MessageType.TRAIN:
+            contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
+            replies = self._train_together(messages, contexts)
+        else:
+            replies = list(self._pool.map(self._handle, messages))
         ids = [message.metadata.message_id for message in messages]
         self._replies.update(zip(ids, replies, strict=True))
         return ids

@@ -6,6 +6,7 @@ import torch
 
 from fedsim.config import Config, Mode, cpu_count
 from fedsim.errors import UserError
+from fedsim.precision import set_tf32
 
 
 def resolve(config: Config, mode: Mode) -> Config:
@@ -18,6 +19,14 @@ def resolve(config: Config, mode: Mode) -> Config:
         raise UserError(f"device = {device} is not on this machine: give --device cpu or one that is")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("device = mps is not on this machine: give --device cpu or one that is")
+    if config.precision == "tf32" and kind != "cuda":
+        raise UserError(f"precision = tf32 needs a CUDA device, not {device}: give --precision fp32")
     # Two clients on a thread each train faster than one client on two threads; on a GPU the CPU only launches.
     threads = config.threads or (cpu_count() if mode == "centralized" and kind == "cpu" else 1)
     return config.changed({"device": device, "threads": threads})
+
+
+def prepare(config: Config) -> None:
+    """Let torch compute in this thread as `config` (resolved) says."""
+    torch.set_num_threads(config.threads)
+    set_tf32(config.precision)

@@ -8,47 +8,77 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.errors import UserError
+from fedsim.precision import parameter_dtype
 from fedsim.streams import numpy_stream
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) that draws its masks from `generator` instead of the global state."""
+    """Dropout (Srivastava et al. 2014) whose masks come from `generators`, one for each replica, not the global one."""
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.generator: torch.Generator | None = None
+        self.generators: list[torch.Generator] = []
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
         keep = 1 - self.p
-        return x * torch.empty_like(x).bernoulli_(keep, generator=self.generator).div_(keep)
+        mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for part, generator in zip(mask.view(len(self.generators), -1), self.generators, strict=True):
+            part.bernoulli_(keep, generator=generator)
+        return x * mask.div_(keep)
+
+
+class Linear(nn.Linear):
+    """`replicas` fully connected layers side by side: (K, B, inputs) -> (K, B, outputs), a batched product.
+
+    One alone is `nn.Linear`: (B, inputs) -> (B, outputs).
+    """
+
+    def __init__(self, inputs: int, outputs: int, replicas: int) -> None:
+        super().__init__(inputs, outputs * replicas)
+        self.replicas = replicas
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.replicas == 1:
+            return super().forward(x)
+        weight = self.weight.view(self.replicas, -1, self.in_features)
+        return torch.baddbmm(self.bias.view(self.replicas, 1, -1), x, weight.mT)
+
+
+def _flatten(x: Tensor, replicas: int) -> Tensor:
+    """(B, K * C, H, W) -> (K, B, C * H * W); without the K for one replica."""
+    if replicas == 1:
+        return x.flatten(1)
+    return x.contiguous().view(len(x), replicas, -1).transpose(0, 1)
 
 
 class LeNetBN(nn.Module):
     """The course paper's "LeNet-5 variant": two wide 5x5 convolutions with BN, three fully connected layers.
 
-    (B, 3, 32, 32) images -> (B, classes) logits; 1,774,052 parameters with 100 classes.
+    (B, 3, 32, 32) images -> (B, classes) logits; 1,774,052 parameters with 100 classes. K `replicas` side by side:
+    (B, K * 3, 32, 32) -> (K, B, classes).
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, replicas: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 5, padding=2)
-        self.bn1 = nn.BatchNorm2d(64)
-        self.conv2 = nn.Conv2d(64, 64, 5, padding=2)
-        self.bn2 = nn.BatchNorm2d(64)
+        self.replicas = replicas
+        self.conv1 = nn.Conv2d(3 * replicas, 64 * replicas, 5, padding=2, groups=replicas)
+        self.bn1 = nn.BatchNorm2d(64 * replicas)
+        self.conv2 = nn.Conv2d(64 * replicas, 64 * replicas, 5, padding=2, groups=replicas)
+        self.bn2 = nn.BatchNorm2d(64 * replicas)
         self.pool = nn.MaxPool2d(2)
-        self.fc1 = nn.Linear(64 * 8 * 8, 384)
+        self.fc1 = Linear(64 * 8 * 8, 384, replicas)
         self.dropout1 = Dropout(0.5)
-        self.fc2 = nn.Linear(384, 192)
+        self.fc2 = Linear(384, 192, replicas)
         self.dropout2 = Dropout(0.5)
-        self.fc3 = nn.Linear(192, classes)
+        self.fc3 = Linear(192, classes, replicas)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.bn1(self.conv1(x))).relu()  # pool(relu(x)), bit for bit, on a quarter of the values
         x = self.pool(self.bn2(self.conv2(x))).relu()
-        x = self.dropout1(self.fc1(x.flatten(1)).relu())
+        x = self.dropout1(self.fc1(_flatten(x, self.replicas)).relu())
         x = self.dropout2(self.fc2(x).relu())
         return self.fc3(x)  # type: ignore[no-any-return]
 
@@ -56,28 +86,33 @@ class LeNetBN(nn.Module):
 class LeNet5(nn.Module):
     """The classic LeNet-5 (LeCun et al. 1998) with ReLU and max-pooling; for small machines.
 
-    (B, 3, 32, 32) images -> (B, classes) logits; 62,006 parameters with 10 classes.
+    (B, 3, 32, 32) images -> (B, classes) logits; 62,006 parameters with 10 classes. K `replicas` side by side:
+    (B, K * 3, 32, 32) -> (K, B, classes).
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, replicas: int = 1) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 6, 5)
-        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.replicas = replicas
+        self.conv1 = nn.Conv2d(3 * replicas, 6 * replicas, 5, groups=replicas)
+        self.conv2 = nn.Conv2d(6 * replicas, 16 * replicas, 5, groups=replicas)
         self.pool = nn.MaxPool2d(2)
-        self.fc1 = nn.Linear(16 * 5 * 5, 120)
-        self.fc2 = nn.Linear(120, 84)
-        self.fc3 = nn.Linear(84, classes)
+        self.fc1 = Linear(16 * 5 * 5, 120, replicas)
+        self.fc2 = Linear(120, 84, replicas)
+        self.fc3 = Linear(84, classes, replicas)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pool(self.conv1(x)).relu()
         x = self.pool(self.conv2(x)).relu()
-        return self.fc3(self.fc2(self.fc1(x.flatten(1)).relu()).relu())  # type: ignore[no-any-return]
+        x = self.fc2(self.fc1(_flatten(x, self.replicas)).relu()).relu()
+        return self.fc3(x)  # type: ignore[no-any-return]
 
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {"lenet-bn": LeNetBN, "lenet5": LeNet5}
+MODELS: dict[str, Callable[[int, int], nn.Module]] = {"lenet-bn": LeNetBN, "lenet5": LeNet5}
 
 
-def build_model(name: str, classes: int, seed: int, device: torch.device | str = "cpu") -> nn.Module:
+def build_model(
+    name: str, classes: int, seed: int, device: torch.device | str = "cpu", precision: str = "fp32"
+) -> nn.Module:
     """The model with PyTorch's default initialisation drawn from `seed`, channels-last on `device`.
 
     It is drawn on the CPU: the same weights on every device. Channels-last trains 1.3 to 2.8 times faster.
@@ -85,29 +120,31 @@ def build_model(name: str, classes: int, seed: int, device: torch.device | str =
     with torch.random.fork_rng(devices=[]):  # nn.Module's initialisation knows only the global stream
         torch.manual_seed(int(numpy_stream(seed, 0, 0, "init").integers(2**63)))
         model = _network(name, classes)
-    return model.to(device, memory_format=torch.channels_last)  # type: ignore[call-overload,no-any-return]
+    return model.to(device, parameter_dtype(precision)).to(memory_format=torch.channels_last)
 
 
-def blank_model(name: str, classes: int, device: torch.device | str = "cpu") -> nn.Module:
-    """The model as `build_model` lays it out, its values not set: for a state_dict to be loaded.
+def blank_model(
+    name: str, classes: int, device: torch.device | str = "cpu", precision: str = "fp32", replicas: int = 1
+) -> nn.Module:
+    """The model, or `replicas` side by side, as `build_model` lays it out, its values not set: for others to be loaded.
 
     It draws nothing, so that client threads may build theirs at once: two that touch torch's global stream
     deadlock, one in `get_rng_state`, which holds its lock and waits for the GIL, one in `manual_seed`.
     """
     with torch.device("meta"):
-        model = _network(name, classes)
+        model = _network(name, classes, replicas)
     model = model.to_empty(device=device)
-    return model.to(memory_format=torch.channels_last)
+    return model.to(parameter_dtype(precision)).to(memory_format=torch.channels_last)
 
 
-def _network(name: str, classes: int) -> nn.Module:
+def _network(name: str, classes: int, replicas: int = 1) -> nn.Module:
     if name not in MODELS:
         raise UserError(f"unknown model {name}: it must be one of {', '.join(MODELS)}")
-    return MODELS[name](classes)
+    return MODELS[name](classes, replicas)
 
 
-def set_dropout_stream(model: nn.Module, generator: torch.Generator) -> None:
-    """Let every dropout layer of `model` draw its masks from `generator`."""
+def set_dropout_streams(model: nn.Module, generators: list[torch.Generator]) -> None:
+    """Let every dropout layer of `model` draw its masks from `generators`, one for each replica."""
     for module in model.modules():
         if isinstance(module, Dropout):
-            module.generator = generator
+            module.generators = generators

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch_optimizer
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fedsim.config import Config
@@ -17,14 +16,14 @@ from fedsim.lamb import LAMB
 from fedsim.lars import LARS
 
 Groups = list[dict[str, Any]]
+Named = Mapping[str, Tensor]  # parameters by their names
 
 
-def parameter_groups(model: nn.Module, weight_decay: float, decay_on: str) -> Groups:
+def parameter_groups(parameters: Sequence[Tensor], weight_decay: float, decay_on: str) -> Groups:
     """One group that decays and, with decay-on = matrices, one that does not: biases and BN's parameters.
 
     torch-optimizer's LARS gives a group without decay no trust ratio either: it takes the raw rate.
     """
-    parameters = list(model.parameters())
     if decay_on == "all":
         return [{"params": parameters, "weight_decay": weight_decay}]
     return [
@@ -67,11 +66,12 @@ def _lamb(groups: Groups, config: Config) -> Optimizer:
 OPTIMIZERS: dict[str, Callable[[Groups, Config], Optimizer]] = {"sgdm": _sgdm, "lars": _lars, "lamb": _lamb}
 
 
-def build_optimizer(config: Config, model: nn.Module) -> Optimizer:
-    """The optimizer of `config` over the parameters of `model`."""
+def build_optimizer(config: Config, parameters: Named) -> Optimizer:
+    """The optimizer of `config` over `parameters`."""
     if config.optimizer not in OPTIMIZERS:
         raise UserError(f"unknown optimizer {config.optimizer}: it must be one of {', '.join(OPTIMIZERS)}")
-    return OPTIMIZERS[config.optimizer](parameter_groups(model, config.weight_decay, config.decay_on), config)
+    groups = parameter_groups(list(parameters.values()), config.weight_decay, config.decay_on)
+    return OPTIMIZERS[config.optimizer]([group for group in groups if group["params"]], config)
 
 
 def set_lr(optimizer: Optimizer, lr: float) -> None:
@@ -80,18 +80,14 @@ def set_lr(optimizer: Optimizer, lr: float) -> None:
         group["lr"] = lr
 
 
-def _names(model: nn.Module) -> dict[nn.Parameter, str]:
-    return {parameter: name for name, parameter in model.named_parameters()}
-
-
-def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Copies of all that `optimizer` remembers: ``PARAMETER/ENTRY`` -> tensor.
+def optimizer_state(parameters: Named, optimizer: Optimizer) -> dict[str, Tensor]:
+    """Copies of all that `optimizer` remembers of `parameters`: ``PARAMETER/ENTRY`` -> tensor.
 
     torch-optimizer's Lamb counts its steps in a Python int, here an int64; the norms of its last step, which
     it notes too, are recomputed and so not part of the state.
     """
     state: dict[str, Tensor] = {}
-    for parameter, name in _names(model).items():
+    for name, parameter in parameters.items():
         for entry, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
                 state[f"{name}/{entry}"] = value.detach().clone()
@@ -100,10 +96,10 @@ def optimizer_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Tensor]
     return state
 
 
-def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Let `optimizer` remember copies of `state` and nothing else; an empty state is a new optimizer's."""
-    optimizer.state.clear()
-    parameters = dict(model.named_parameters())
+def load_optimizer_state(parameters: Named, optimizer: Optimizer, state: Mapping[str, Tensor]) -> None:
+    """Let `optimizer` remember of `parameters` copies of `state` and nothing else; an empty state is a new one's."""
+    for parameter in parameters.values():
+        optimizer.state.pop(parameter, None)
     for key, value in state.items():
         name, _, entry = key.rpartition("/")
         parameter = parameters[name]
@@ -114,11 +110,11 @@ def load_optimizer_state(model: nn.Module, optimizer: Optimizer, state: Mapping[
             remembered[entry] = value.to(parameter.device, copy=True) if value.is_floating_point() else int(value)
 
 
-def zero_state(config: Config, model: nn.Module) -> dict[str, Tensor]:
+def zero_state(config: Config, parameters: Named) -> dict[str, Tensor]:
     """The state of a new optimizer, every entry there and zero: what clients that average theirs begin with."""
-    replica = copy.deepcopy(model)
-    for parameter in replica.parameters():
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer = build_optimizer(config, replica)
+    stand_ins = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for stand_in in stand_ins.values():
+        stand_in.grad = torch.zeros_like(stand_in)
+    optimizer = build_optimizer(config, stand_ins)
     optimizer.step()
-    return {name: torch.zeros_like(value) for name, value in optimizer_state(replica, optimizer).items()}
+    return {name: torch.zeros_like(value) for name, value in optimizer_state(stand_ins, optimizer).items()}

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fedsim.centralized import train_centralized, whole_epochs
 from fedsim.client_app import app as client_app
+from fedsim.client_app import train_together
 from fedsim.config import Config, Mode
 from fedsim.data import check_shards, load_dataset
 from fedsim.fleet import FleetGrid
@@ -14,7 +15,7 @@ from fedsim.flower import run_with_flwr
 from fedsim.records import Row, Run
 from fedsim.server_app import train_localsgd
 
-Engine = Literal["fleet", "flower"]
+Engine = Literal["fleet", "fused", "flower"]
 
 
 def execute(
@@ -40,7 +41,7 @@ def execute(
     elif engine == "flower":
         run_with_flwr(config.changed({"name": run.folder.name, "results-dir": str(run.folder.parent)}))
     else:
-        with FleetGrid(client_app, config) as grid:
+        with FleetGrid(client_app, config, train_together if engine == "fused" else None) as grid:
             train_localsgd(grid, config, run)
     return run
 

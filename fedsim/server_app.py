@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
@@ -13,7 +12,7 @@ from fedsim.config import Config
 from fedsim.data import check_shards, load_dataset
 from fedsim.engine import evaluate
 from fedsim.errors import RunFailed, UserError
-from fedsim.machine import resolve
+from fedsim.machine import prepare, resolve
 from fedsim.models import build_model
 from fedsim.nodes import collect_states, payload, restore_states, roll_call
 from fedsim.optim import zero_state
@@ -48,7 +47,7 @@ class Progress:
 
 def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     """The rounds of `config` (resolved), from the run's checkpoint on if it has one."""
-    torch.set_num_threads(config.threads)
+    prepare(config)
     data = load_dataset(config)
     check_shards(config, len(data.train), config.clients)
     planned = plan(config, len(data.train))
@@ -60,9 +59,9 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         fraction_train=config.fraction,
     )
 
-    model = build_model(config.model, data.classes, config.seed, config.device)
+    model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
     initial = {name: value.clone() for name, value in model.state_dict().items()}
-    averaged_state = zero_state(config, model) if config.momentum_at_sync == "average" else {}
+    averaged_state = zero_state(config, dict(model.named_parameters())) if config.momentum_at_sync == "average" else {}
     progress = Progress(0, tensor_record(join(initial, averaged_state)))
     if checkpoint := run.resume():
         restore_states(grid, nodes, checkpoint["clients"])
@@ -73,7 +72,9 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         metrics = train_round(grid, strategy, progress)
 
         tested = round % config.evaluate_every == 0 or round == planned.rounds
-        test_loss, test_accuracy = evaluate(loaded(model, progress), data.test) if tested else (None, None)
+        test_loss, test_accuracy = None, None
+        if tested:
+            test_loss, test_accuracy = evaluate(loaded(model, progress), data.test, config.precision)
 
         steps = round * config.local_steps
         run.add(

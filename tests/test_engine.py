@@ -19,7 +19,9 @@ def test_steps_are_gradient_descent_and_the_loss_is_the_mean_over_samples() -> N
     model = nn.Linear(2, 2, bias=False).double()
     weight = model.weight.detach().clone()
     batches = [(torch.randn(n, 2).double(), torch.zeros(n, dtype=torch.int64)) for n in (4, 4, 1)]
-    loss = take_steps(model, build_optimizer(CONFIG, model), batches, lambda step: 0.1 * step, first_step=5)
+    loss = take_steps(
+        model, build_optimizer(CONFIG, dict(model.named_parameters())), batches, lambda step: 0.1 * step, first_step=5
+    )
     losses = []
     for step, (x, y) in enumerate(batches, 5):
         weight.requires_grad_()

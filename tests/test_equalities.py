@@ -57,11 +57,12 @@ def local_sgd(model: nn.Module, config: Config, rounds: list[list[list[Batch]]])
         for worker, batches in enumerate(workers):
             replica = copy.deepcopy(model)
             replica.load_state_dict(glob)
-            optimizer = build_optimizer(config, replica)
-            load_optimizer_state(replica, optimizer, {} if config.momentum_at_sync == "reset" else states[worker])
+            named = dict(replica.named_parameters())
+            optimizer = build_optimizer(config, named)
+            load_optimizer_state(named, optimizer, {} if config.momentum_at_sync == "reset" else states[worker])
             take_steps(replica, optimizer, batches, lambda step: config.lr / (1 + step), round * len(batches))
             replies.append(replica.state_dict())
-            states[worker] = optimizer_state(replica, optimizer)
+            states[worker] = optimizer_state(named, optimizer)
         glob = mean(replies)
         if config.momentum_at_sync == "average":
             states = [mean(states)] * WORKERS
@@ -73,7 +74,13 @@ def large_batch(model: nn.Module, config: Config, rounds: list[list[list[Batch]]
     replica = copy.deepcopy(model)
     steps = [step for workers in rounds for step in zip(*workers, strict=True)]
     union = [(torch.cat([x for x, _ in step]), torch.cat([y for _, y in step])) for step in steps]
-    take_steps(replica, build_optimizer(config, replica), union, lambda step: config.lr / (1 + step), 0)
+    take_steps(
+        replica,
+        build_optimizer(config, dict(replica.named_parameters())),
+        union,
+        lambda step: config.lr / (1 + step),
+        0,
+    )
     return replica.state_dict()
 
 

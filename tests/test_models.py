@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.errors import UserError
-from fedsim.models import Dropout, LeNetBN, blank_model, build_model, set_dropout_stream
+from fedsim.models import Dropout, LeNetBN, blank_model, build_model, set_dropout_streams
 
 
 @pytest.mark.parametrize(
@@ -15,7 +15,7 @@ from fedsim.models import Dropout, LeNetBN, blank_model, build_model, set_dropou
 def test_parameters(name: str, classes: int, parameters: int) -> None:
     model = build_model(name, classes, seed=0)
     assert sum(p.numel() for p in model.parameters()) == parameters
-    assert model(torch.zeros(2, 3, 32, 32)).shape == (2, classes)
+    assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, classes)
 
 
 def test_an_unknown_model_names_the_known_ones() -> None:
@@ -36,7 +36,8 @@ def test_lenet_bn_is_the_papers_layers_in_their_order_bitwise() -> None:
     """Loss and gradients: that ReLU comes after the pooling here changes no bit."""
     model = build_model("lenet-bn", 100, 0)
     assert isinstance(model, LeNetBN)
-    model.dropout1.p = model.dropout2.p = 0.0
+    model.dropout1.eval()
+    model.dropout2.eval()
     x = torch.randn(16, 3, 32, 32).to(memory_format=torch.channels_last)
     gradients = []
     for logits in (model(x), papers_lenet_bn(model, x)):
@@ -71,7 +72,7 @@ def test_dropout_follows_its_stream_and_keeps_the_mean() -> None:
     x = torch.ones(100_000)
 
     def masked(seed: int) -> torch.Tensor:
-        set_dropout_stream(model, torch.Generator().manual_seed(seed))
+        set_dropout_streams(model, [torch.Generator().manual_seed(seed)])
         y: torch.Tensor = model(x)
         return y
 

@@ -24,6 +24,10 @@ EVERY: list[dict[str, Any]] = [
 ]
 
 
+def named(model: nn.Module) -> dict[str, Tensor]:
+    return dict(model.named_parameters())
+
+
 def take(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> None:
     for step in steps:
         x = torch.randn(8, 3, 32, 32, generator=torch.Generator().manual_seed(step))
@@ -37,13 +41,13 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> No
 def test_state_taken_out_and_put_into_another_optimizer_goes_on_bitwise(keys: dict[str, Any]) -> None:
     config = Config().changed(keys)
     model = build_model("lenet5", 10, 0)
-    optimizer = build_optimizer(config, model)
+    optimizer = build_optimizer(config, named(model))
     take(model, optimizer, range(3))
-    state = optimizer_state(model, optimizer)
+    state = optimizer_state(named(model), optimizer)
     assert state
     other = copy.deepcopy(model)
-    other_optimizer = build_optimizer(config, other)
-    load_optimizer_state(other, other_optimizer, state)
+    other_optimizer = build_optimizer(config, named(other))
+    load_optimizer_state(named(other), other_optimizer, state)
     take(model, optimizer, range(3, 6))  # first, so that a shared buffer would show
     take(other, other_optimizer, range(3, 6))
     for name, value in model.state_dict().items():
@@ -54,8 +58,8 @@ def test_state_taken_out_and_put_into_another_optimizer_goes_on_bitwise(keys: di
 def test_zero_state_is_a_new_optimizers(keys: dict[str, Any]) -> None:
     config = Config().changed(keys)
     models = [build_model("lenet5", 10, 0) for _ in range(2)]
-    optimizers = [build_optimizer(config, model) for model in models]
-    load_optimizer_state(models[1], optimizers[1], zero_state(config, models[1]))
+    optimizers = [build_optimizer(config, named(model)) for model in models]
+    load_optimizer_state(named(models[1]), optimizers[1], zero_state(config, named(models[1])))
     for model, optimizer in zip(models, optimizers, strict=True):
         take(model, optimizer, range(3))
     for one, other in zip(models[0].parameters(), models[1].parameters(), strict=True):
@@ -64,10 +68,10 @@ def test_zero_state_is_a_new_optimizers(keys: dict[str, Any]) -> None:
 
 def test_groups_decay_all_or_matrices_alone() -> None:
     model = build_model("lenet-bn", 10, 0)
-    (every,) = build_optimizer(Config(weight_decay=0.1, decay_on="all"), model).param_groups
+    (every,) = build_optimizer(Config(weight_decay=0.1, decay_on="all"), named(model)).param_groups
     assert every["weight_decay"] == 0.1
     assert len(every["params"]) == len(list(model.parameters()))
-    decayed, undecayed = build_optimizer(Config(weight_decay=0.1, decay_on="matrices"), model).param_groups
+    decayed, undecayed = build_optimizer(Config(weight_decay=0.1, decay_on="matrices"), named(model)).param_groups
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0)
     assert {p.ndim for p in decayed["params"]} == {2, 4}
     assert {p.ndim for p in undecayed["params"]} == {1}
@@ -77,7 +81,7 @@ def test_fused_sgdm_is_momentum_as_it_is_written() -> None:
     parameter = nn.Parameter(torch.tensor([1.0, -2.0], dtype=torch.float64))
     module = nn.Module()
     module.weight = parameter
-    optimizer = build_optimizer(Config(lr=0.1, momentum=0.5, weight_decay=0.2), module)
+    optimizer = build_optimizer(Config(lr=0.1, momentum=0.5, weight_decay=0.2), named(module))
     weight, buffer = torch.tensor([1.0, -2.0], dtype=torch.float64), torch.zeros(2, dtype=torch.float64)
     for gradient in (torch.tensor([3.0, 1.0]), torch.tensor([-1.0, 2.0])):
         parameter.grad = gradient.double()
@@ -94,10 +98,10 @@ def test_fused_sgdm_is_momentum_as_it_is_written() -> None:
 def test_lars_and_lamb_take_our_keys(backend: str, lars_class: type, lamb_class: type) -> None:
     model = build_model("lenet5", 10, 0)
     config = Config(optimizer="lars", trust_coefficient=0.05, nesterov=True, optimizer_backend=backend)
-    lars = build_optimizer(config, model)
+    lars = build_optimizer(config, named(model))
     assert type(lars) is lars_class
     assert (lars.param_groups[0]["trust_coefficient"], lars.param_groups[0]["nesterov"]) == (0.05, True)
-    lamb = build_optimizer(Config(optimizer="lamb", beta1=0.8, beta2=0.9, optimizer_backend=backend), model)
+    lamb = build_optimizer(Config(optimizer="lamb", beta1=0.8, beta2=0.9, optimizer_backend=backend), named(model))
     assert type(lamb) is lamb_class
     assert (lamb.param_groups[0]["betas"], lamb.param_groups[0]["eps"]) == ((0.8, 0.9), 1e-6)
 
@@ -108,24 +112,24 @@ def test_both_backends_train_alike(optimizer: str) -> None:
     for backend in ("fedsim", "torch-optimizer"):
         model = build_model("lenet5", 10, 0)
         config = Config(optimizer=optimizer, optimizer_backend=backend, decay_on="matrices", trust_coefficient=0.1)
-        take(model, build_optimizer(config, model), range(10))
+        take(model, build_optimizer(config, named(model)), range(10))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
 
 
 def test_the_papers_switches_reach_fedsims_optimizers() -> None:
     model = build_model("lenet5", 10, 0)
-    (group,) = build_optimizer(Config(optimizer="lars", lars_lr_in_momentum=True), model).param_groups
+    (group,) = build_optimizer(Config(optimizer="lars", lars_lr_in_momentum=True), named(model)).param_groups
     assert (group["lr_in_momentum"], group["adapt_undecayed"]) == (True, False)
     keys = {"lamb-bias-correction": "moments", "lamb-clamp": 0.0, "lamb-adapt-undecayed": False}
-    (group,) = build_optimizer(Config(optimizer="lamb").changed(keys), model).param_groups
+    (group,) = build_optimizer(Config(optimizer="lamb").changed(keys), named(model)).param_groups
     assert (group["bias_correction"], group["clamp_value"], group["adapt_undecayed"]) == ("moments", None, False)
 
 
 def test_empty_state_forgets() -> None:
     model = build_model("lenet5", 10, 0)
-    optimizer = build_optimizer(Config(), model)
+    optimizer = build_optimizer(Config(), named(model))
     take(model, optimizer, range(1))
-    load_optimizer_state(model, optimizer, {})
-    state: dict[str, Tensor] = optimizer_state(model, optimizer)
+    load_optimizer_state(named(model), optimizer, {})
+    state: dict[str, Tensor] = optimizer_state(named(model), optimizer)
     assert state == {}
