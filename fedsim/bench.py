@@ -42,12 +42,13 @@ from fedsim.errors import UserError
 from fedsim.fleet import FleetGrid, TrainTogether
 from fedsim.flower import CHECKOUT, run_with_flwr
 from fedsim.machine import prepare, resolve
-from fedsim.models import build_model
+from fedsim.models import build_model, set_dropout_streams
 from fedsim.nodes import roll_call
 from fedsim.optim import build_optimizer
 from fedsim.records import provenance, read_rows, run_folder, written_whole
 from fedsim.schedule import schedule_of
 from fedsim.server_app import Progress, train_round
+from fedsim.streams import torch_stream
 from strategies import LocalSGD, tensor_record
 
 Rounds = Callable[[Config, int], list[float]]
@@ -74,6 +75,7 @@ def centralized_rounds(config: Config, rounds: int) -> list[float]:
     prepare(config)
     data = load_dataset(config)
     model = build_model(config.model, data.classes, config.seed, config.device)
+    set_dropout_streams(model, [torch_stream(config.seed, 0, 0, "dropout", torch.device(config.device))])
     optimizer = build_optimizer(config, dict(model.named_parameters()))
     lr = schedule_of(config, Fraction(1), 1.0)
     batch = config.clients * config.batch_size
