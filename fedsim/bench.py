@@ -234,7 +234,8 @@ def start_up(device: str) -> float:
 
 def table(figures: Sequence[Figure], flop: float) -> Table:
     """The figures, each beside the limit at its K."""
-    result = Table(title="Rounds of LocalSGD beside centralized training at batch K * B, medians (least to most)")
+    legend = "\n".join(f"{name}: {CONTESTANTS[name][1]}" for name in dict.fromkeys(f.contestant for f in figures))
+    result = Table(title="A round of LocalSGD: medians (least to most)", caption=legend, caption_justify="left")
     for name in ("K", "contestant", "s a round", "images/s", "GFLOP/s", "of the limit", "peak MiB"):
         result.add_column(name, justify="left" if name == "contestant" else "right")
     limits = {figure.config.clients: figure.images_per_second for figure in figures if figure.contestant == "limit"}

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.errors import UserError
@@ -13,7 +14,10 @@ from fedsim.streams import numpy_stream
 
 
 class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) whose masks come from `generators`, one for each replica, not the global one."""
+    """Dropout (Srivastava et al. 2014) whose masks come from `generators`, one for each replica.
+
+    Without them it is `nn.Dropout`, which draws from the process's global stream.
+    """
 
     def __init__(self, p: float) -> None:
         super().__init__()
@@ -21,8 +25,8 @@ class Dropout(nn.Module):
         self.generators: list[torch.Generator] = []
 
     def forward(self, x: Tensor) -> Tensor:
-        if not self.training:
-            return x
+        if not self.training or not self.generators:
+            return F.dropout(x, self.p, self.training)
         keep = 1 - self.p
         mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for part, generator in zip(mask.view(len(self.generators), -1), self.generators, strict=True):
