@@ -147,4 +147,4 @@ def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str
         print("stopped early: the same command without its --stop-after goes on from here")
     elif summary := read_summary(run.folder):
         best, final = summary["best_test_accuracy"], summary["final_test_accuracy"]
-        print(f"finished: test accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")
+        print(f"finished: {run.tested_on} accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import statistics
+from dataclasses import dataclass, field
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Context, MetricRecord
+from flwr.app import ArrayRecord, ConfigRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
@@ -19,7 +20,7 @@ from fedsim.nodes import collect_states, payload, restore_states, roll_call
 from fedsim.optim import zero_state
 from fedsim.records import Run
 from fedsim.show import print_row
-from fedsim.sync import join, plan, split
+from fedsim.sync import completes, join, plan, split
 from strategies import STRATEGIES, LocalSGD, tensor_record, tensors_of
 
 app = ServerApp()
@@ -44,6 +45,8 @@ class Progress:
     arrays: ArrayRecord
     bytes_up: int = 0
     bytes_down: int = 0
+    losses: list[float] = field(default_factory=list)  # of each round since the last row
+    left_out: dict[str, str] = field(default_factory=dict)  # since the last row
 
 
 def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
@@ -65,9 +68,11 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         progress = Progress(arrays=tensor_record(checkpoint["arrays"]), **counters)
 
     for round in range(progress.round + 1, planned.last_round + 1):
-        metrics = train_round(grid, strategy, progress)
+        train_round(grid, strategy, progress)
+        if not completes(config, planned, round, 1) and round != planned.last_round:
+            continue
 
-        tested = round % config.evaluate_every == 0 or round == planned.rounds
+        tested = completes(config, planned, round, config.evaluate_every) or round == planned.rounds
         test_loss, test_accuracy = evaluate(loaded(model, progress), data.test) if tested else (None, None)
 
         steps = round * config.local_steps
@@ -80,13 +85,14 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
                 "bytes_up": progress.bytes_up,
                 "bytes_down": progress.bytes_down,
                 "lr": planned.lr(steps - 1),
-                "train_loss": metrics["train-loss"],
+                "train_loss": statistics.fmean(progress.losses),
                 "test_loss": test_loss,
                 "test_accuracy": test_accuracy,
-                "left_out": {str(worker): reason for worker, reason in strategy.left_out.items()},
+                "left_out": progress.left_out,
             }
         )
-        if round % config.checkpoint_every == 0 or round == planned.last_round:
+        progress.losses, progress.left_out = [], {}
+        if completes(config, planned, round, config.checkpoint_every) or round == planned.last_round:
             states = collect_states(grid, nodes) if config.momentum_at_sync == "keep" else {}
             run.save_checkpoint(
                 {
@@ -109,8 +115,8 @@ def loaded(model: nn.Module, progress: Progress) -> nn.Module:
     return model
 
 
-def train_round(grid: Grid, strategy: LocalSGD, progress: Progress) -> MetricRecord:
-    """One round: `progress` moves on to the averaged arrays; the workers' mean metrics are returned."""
+def train_round(grid: Grid, strategy: LocalSGD, progress: Progress) -> None:
+    """One round: `progress` moves on to the averaged arrays and keeps the workers' mean loss."""
     progress.round += 1
     messages = list(strategy.configure_train(progress.round, progress.arrays, ConfigRecord(), grid))
     replies = list(grid.send_and_receive(messages))
@@ -120,4 +126,5 @@ def train_round(grid: Grid, strategy: LocalSGD, progress: Progress) -> MetricRec
     if averaged is None or metrics is None:
         raise RunFailed(f"round {progress.round}: no client sent a usable update ({strategy.left_out})")
     progress.arrays = averaged
-    return metrics
+    progress.losses.append(float(metrics["train-loss"]))  # type: ignore[arg-type]
+    progress.left_out |= {str(worker): reason for worker, reason in strategy.left_out.items()}

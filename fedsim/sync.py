@@ -36,7 +36,15 @@ def plan(config: Config, images: int) -> Plan:
     if config.stop_after_epochs:
         stops.append(rounds_of(config.stop_after_epochs))
     epochs = float(rounds * config.local_steps / steps_per_epoch)
-    return Plan(rounds, min(stops), schedule_of(config, steps_per_epoch, epochs))
+    return Plan(rounds, min(stops), schedule_of(config, steps_per_epoch, epochs, config.clients))
+
+
+def completes(config: Config, planned: Plan, round: int, every: int) -> bool:
+    """Whether `round` is the one that completes another `every` rounds, or, where ``record-by`` says so, epochs."""
+    if config.record_by == "round":
+        return round % every == 0
+    before, after = (Fraction(r * config.local_steps) / planned.lr.steps_per_epoch for r in (round - 1, round))
+    return before // every < after // every
 
 
 def join(weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
