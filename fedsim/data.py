@@ -102,6 +102,8 @@ def load_dataset(config: Config) -> Dataset:
     """
     if config.validation >= (available := _training_images(config)):
         raise UserError(f"validation = {config.validation} leaves none of the {available} training images: give less")
+    read: Callable[..., Dataset]
+    key: tuple[Any, ...]
     if config.dataset == "cifar100":
         read, key = _cifar100, (str(data_folder(config)), config.normalize, config.device)
     else:
