@@ -10,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsim.cells import cost, fail_if_any, placed, run_cells
+from fedsim.records import written_whole
 from fedsim.report import accuracy_table
 from fedsim.results import read_groups
 from fedsim.runs import Engine
@@ -52,7 +53,8 @@ def run_studies(
     failures: dict[str, str] = {}
     for study, folder, cells in plans:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / KEPT).write_text(study.text)
+        with written_whole(folder / KEPT) as file:
+            file.write(study.text.encode())
         failed = run_cells(cells, engine, rerun, console)
         failures |= {f"{study.name}/{name}": why for name, why in failed.items()}
         _show(study, folder, console)

@@ -120,7 +120,8 @@ def plan_table(planned: Sequence[Planned], group: Group, target: float) -> Table
         reached = f"{len(plan.seconds)} of {len(plan.cell.runs)}"
         if not plan.seconds:
             best = percent([best_accuracy(plan.cell)])
-            table.add_row(label(group.axes, plan.cell.place), f"never (best {best} %)", "–", "–", "–", reached)
+            never = "never" if all(run.finished for run in plan.cell.runs) else "not yet"
+            table.add_row(label(group.axes, plan.cell.place), f"{never} (best {best} %)", "–", "–", "–", reached)
             continue
         spread = f" ± {statistics.stdev(plan.seconds):.3g}" if len(plan.seconds) > 1 else ""
         means = [statistics.fmean(values) for values in (plan.epochs, plan.syncs, plan.bytes)]
@@ -151,7 +152,7 @@ def plot_plan(planned: Sequence[Planned], group: Group, target: float, name: str
     seconds = {plan.cell.place: plan.seconds for plan in planned if plan.seconds}
     never = len(planned) - len(seconds)
     caption = f"Time to {100 * target:g} % accuracy" + (
-        f"; {never} of {len(planned)} cells never reach it" * (never > 0)
+        f"; {never} of {len(planned)} cells do not reach it" * (never > 0)
     )
     plot = by_place(group, seconds, name, caption, "seconds to the target", log=True)
     return dataclasses.replace(plot, header=HEADER, rows=plan_rows(planned, group))

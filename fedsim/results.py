@@ -189,11 +189,8 @@ def cell_identity(config: Mapping[str, Value]) -> dict[str, Value]:
 def _groups_of(name: str, folder: Path, results: list[Result], warn: Warn) -> list[Group]:
     """The folder's runs as the table of the study of its name, then those that are not as the study says."""
     results = _once_each(results, warn)
-    if (folder / KEPT).is_file():
-        study = read_study(str(folder / KEPT))
-    elif folder.name in study_names():
-        study = read_study(folder.name)
-    else:
+    study = _study_of(folder, warn)
+    if study is None:
         return [dataclasses.replace(inferred_group(folder, results), name=name)]
     cells: dict[Place, list[Cell]] = {}
     for cell in study.cells():
@@ -213,6 +210,18 @@ def _groups_of(name: str, folder: Path, results: list[Result], warn: Warn) -> li
         title = f"{study.name}: other configurations"
         groups.append(dataclasses.replace(other, name=f"{name}-other", title=title))
     return groups
+
+
+def _study_of(folder: Path, warn: Warn) -> Study | None:
+    """The study that is kept beside the runs, or else the one of the folder's name."""
+    kept = folder / KEPT
+    try:
+        if kept.is_file():
+            return read_study(str(kept))
+    except UserError as error:
+        warn(f"{folder}: {error}; the folder is shown without its study")
+        return None
+    return read_study(folder.name) if folder.name in study_names() else None
 
 
 def _once_each(results: list[Result], warn: Warn) -> list[Result]:

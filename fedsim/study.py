@@ -88,7 +88,7 @@ class Study:
             name = "-".join([*(_part(*item) for item in own.items()), f"seed{seed}"])
             config = self.configure({**(keys or {}), **own, "seed": seed, "name": name})
             found.append(Cell(tuple(own.values()), self.mode, config))
-        return found + _twins(found) if self.twins else found
+        return sorted(found + _twins(found), key=lambda cell: cell.config.seed) if self.twins else found
 
 
 def _part(name: str, value: Value) -> str:
@@ -124,6 +124,11 @@ def study_names() -> list[str]:
     return sorted(file.stem for file in FOLDER.glob("*.toml"))
 
 
+def paper_tables() -> list[str]:
+    """The tables of ``paper.csv``."""
+    return sorted({line.split(",")[0] for line in (FOLDER / "paper.csv").read_text().splitlines()[1:]})
+
+
 def _checked(name: str, held: dict[str, Any], text: str) -> Study:
     known = ("title", "mode", "twins", "compare", "grid", "set", "case")
     for other in held.keys() - set(known):
@@ -133,6 +138,12 @@ def _checked(name: str, held: dict[str, Any], text: str) -> Study:
             raise UserError(f"{needed} is missing")
     if held["mode"] not in ("centralized", "localsgd"):
         raise UserError(f"mode = {held['mode']!r} is unknown: it must be one of centralized, localsgd")
+    if not isinstance(held.get("twins", False), bool):
+        raise UserError(f"twins = {held['twins']!r} is not true or false")
+    if held.get("compare", "") not in ("", *(tables := paper_tables())):
+        raise UserError(
+            f"compare = {held['compare']!r} is no table of the paper: it must be one of {', '.join(tables)}"
+        )
     cases = [{"when": _lists("when", case["when"]), "set": _typed(case["set"])} for case in _cases(held)]
     grid = _lists("grid", held.get("grid", {}))
     settings = _typed(held.get("set", {}))
