@@ -125,6 +125,21 @@ def test_stop_after_says_how_to_go_on(call: Call) -> None:
     assert call("localsgd", *TINY)[1].count("round ") == 1
 
 
+def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None:
+    keys = {"dataset": "synthetic", "model": "lenet5", "synthetic-images": 128, "batch-size": 16, "epochs": 1.0}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in keys.items()]
+    head = ['title = "Mine"', 'mode = "localsgd"', "[grid]", "local-steps = [1, 2]", "seed = [1]", "[set]"]
+    (tmp_path / "mine.toml").write_text("\n".join([*head, *lines]))
+    code, out, _ = call("paper", "mine.toml", "--seeds", "1,2", "--device", "cpu", "--threads", "1")
+    assert (code, "cells" in out) == (0, True)
+    assert len(list((tmp_path / "results" / "mine").glob("j*-seed[12]/summary.json"))) == 4
+    assert call("report")[0] == 0
+    assert "Mine" in (tmp_path / "report" / "index.html").read_text()
+    assert call("plan", "--bandwidth", "100Mbit", "--latency", "20ms", "--target", "0.01")[0] == 0
+    assert (tmp_path / "report" / "plan-mine.csv").exists()
+    assert "kj-small" in call("paper")[1]
+
+
 def test_a_failed_run_is_one_line_and_exit_code_1(call: Call) -> None:
     arguments = "centralized --dataset synthetic --model lenet5 --device cpu --lr 1e9 --momentum 0.99 --epochs 4"
     code, _, err = call(*arguments.split())
