@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, Optional
 
 import typer
@@ -82,6 +84,7 @@ def _flag(name: str) -> inspect.Parameter:
 PRESET = typer.Option("", "--preset", help="settings of fedsim/studies/NAME.toml; flags win over it", metavar="NAME")
 RERUN = typer.Option(False, "--rerun", help="run again what is finished or broken off")
 ENGINE = typer.Option("fleet", "--engine", help="fleet or fused: in this process; flower: on Ray", metavar="NAME")
+STUDIES = typer.Argument(None, metavar="[STUDY]...", help="names of fedsim/studies/, or TOML files")
 
 
 @cli.command()
@@ -147,6 +150,77 @@ def bench(
     run_bench(keys, integers("clients", clients), contestants.split(","), timed, passes, grow, output, Console())
 
 
+@cli.command()
+def paper(
+    studies: list[str] = STUDIES,
+    seeds: str = typer.Option("", "--seeds", help="seeds of every cell, with commas (default: the study's)"),
+    results_dir: str = typer.Option("results", "--results-dir", help="folder of the studies' folders", metavar="TEXT"),
+    data_dir: str = typer.Option("", "--data-dir", help="as for localsgd", metavar="TEXT"),
+    device: str = typer.Option("auto", "--device", help="as for localsgd", metavar="TEXT"),
+    threads: str = typer.Option("0", "--threads", help="as for localsgd", metavar="INTEGER"),
+    stop_after_epochs: str = typer.Option("0", "--stop-after-epochs", help="as for localsgd", metavar="NUMBER"),
+    rerun: bool = RERUN,
+    engine: str = ENGINE,
+) -> None:
+    """Run the studies named, or, with none named, list them and what they would cost."""
+    from fedsim.grid import integers
+    from fedsim.paper import list_studies, run_studies
+
+    chosen = integers("seeds", seeds) if seeds else []
+    if not studies:
+        list_studies(chosen, Console())
+        return
+    keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
+    run_studies(studies, chosen, keys, Path(results_dir), _engine(engine), rerun, Console())
+
+
+OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")
+RESULTS = typer.Argument("results", help="folder of results, or one study's in it", metavar="[RESULTS]")
+
+
+@cli.command()
+def report(
+    results: str = RESULTS,
+    out: str = OUT,
+    figure: str = typer.Option("", "--figure", help="make this one picture and its CSV alone", metavar="NAME"),
+) -> None:
+    """Make a page, a Markdown file, pictures and CSV of what is under a folder of results."""
+    from fedsim.report import build_report
+
+    build_report(Path(results), Path(out), figure, Console())
+
+
+@cli.command()
+def plan(
+    results: str = RESULTS,
+    bandwidth: str = typer.Option(..., "--bandwidth", help="of a link, for instance 100Mbit or 12.5MB a second"),
+    latency: str = typer.Option(..., "--latency", help="of a message one way, for instance 20ms"),
+    target: float = typer.Option(..., "--target", help="the accuracy to reach, a fraction"),
+    compute: str = typer.Option("", "--compute", help="a worker's time a step, for instance 10ms (default: measured)"),
+    link: str = typer.Option("worker", "--link", help="worker: a link for each; server: all share one", metavar="NAME"),
+    out: str = OUT,
+) -> None:
+    """Plan the time to a target accuracy on a network, for each cell under a folder of results.
+
+    seconds = local_steps * compute + syncs * 2 * latency + bytes_on_the_link / bandwidth, of the first test at the
+    target. With --link worker a link carries a worker's own bytes, up and down; with --link server those of all. The
+    large batch on one machine counts as data-parallel SGD: a sync a step, of 4 bytes a parameter, worker and way.
+    Compute time is measured as the median over the runs of seconds / images computed, tests included, times the
+    images of a worker's step: each worker is taken to be as fast as the machine that made the records.
+    """
+    from fedsim.network import Network, duration, rate
+    from fedsim.planner import plan_results
+
+    if link not in ("worker", "server"):
+        raise UserError(f"link = {link!r} is unknown: it must be one of worker, server")
+    network = Network(
+        rate(bandwidth), duration("latency", latency, zero=True), "worker" if link == "worker" else "server"
+    )
+    step = duration("compute", compute) if compute else None
+    command = shlex.join(["python", "run.py", *sys.argv[1:]])
+    plan_results(Path(results), target, network, step, Path(out), command, Console())
+
+
 def _engine(name: str) -> Any:
     if name not in ("fleet", "fused", "flower"):
         raise UserError(f"engine = {name!r} is unknown: it must be one of fleet, fused, flower")
@@ -167,4 +241,4 @@ def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str
         print("stopped early: the same command without its --stop-after goes on from here")
     elif summary := read_summary(run.folder):
         best, final = summary["best_test_accuracy"], summary["final_test_accuracy"]
-        print(f"finished: test accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")
+        print(f"finished: {run.tested_on} accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")

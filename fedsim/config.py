@@ -88,6 +88,10 @@ class Config:
     synthetic_classes: int = key(10, Range(lambda v: 2 <= v <= 1000, "from 2 to 1000"), "classes of the synthetic set")
     synthetic_images: int = key(8000, COUNT, "training images of the synthetic set; a quarter as many test it")
 
+    validation: int = key(
+        0, NOT_NEGATIVE, "training images held out, drawn by the seed; tests are then on them, not on the test images"
+    )
+
     # Model and optimizer
     model: str = key("lenet-bn", one_of("lenet-bn", "lenet5"), "the network")
     optimizer: str = key("sgdm", one_of("sgdm", "lars", "lamb"), "the optimizer, on each client or of the one machine")
@@ -96,7 +100,12 @@ class Config:
     )
     lr: float = key(0.01, POSITIVE, "peak learning rate")
     reference_batch: int = key(
-        0, NOT_NEGATIVE, "scale lr by batch-size / reference-batch (Goyal et al. 2017); 0: do not scale"
+        0, NOT_NEGATIVE, "scale lr by the batch of all clients together / reference-batch; 0: do not scale"
+    )
+    scaling: str = key(
+        "linear",
+        one_of("linear", "sqrt"),
+        "lr with a reference-batch: by the ratio (Goyal et al. 2017), or by its root (Krizhevsky 2014)",
     )
     momentum: float = key(0.9, FRACTION, "momentum of sgdm and lars")
     nesterov: bool = key(False, ANY, "Nesterov's momentum, for sgdm and lars")
@@ -166,9 +175,15 @@ class Config:
     threads: int = key(
         0, NOT_NEGATIVE, "CPU threads of one training step; 0: one for a client, every core in centralized mode"
     )
-    evaluate_every: int = key(1, COUNT, "rounds (centralized: epochs) between tests of the global model")
+    record_by: str = key(
+        "round",
+        one_of("round", "epoch"),
+        "a row, evaluate-every and checkpoint-every count rounds, or epochs of all clients together",
+        LOCAL,
+    )
+    evaluate_every: int = key(1, COUNT, "rounds or epochs (see record-by; centralized: epochs) between tests")
     checkpoint_every: int = key(
-        10, COUNT, "rounds (centralized: epochs) between checkpoints; the last always has one", shapes_result=False
+        10, COUNT, "rounds or epochs between checkpoints; the last always has one", shapes_result=False
     )
     stop_after_epochs: float = key(
         0.0, NOT_NEGATIVE, "end early after so many epochs, to be gone on with later; 0: do not", shapes_result=False

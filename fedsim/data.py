@@ -6,12 +6,14 @@ pixels. A random crop of a whole batch is then one gather of words, six times fa
 
 from __future__ import annotations
 
+import copy
 import functools
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -73,6 +75,14 @@ class Images:
         normalised: Tensor = pixels.float() * self._scale - self._shift
         return normalised.permute(0, 3, 1, 2)
 
+    def subset(self, index: NDArray[np.int64]) -> Images:
+        """A copy that holds the images `index` alone, in that order."""
+        part = copy.copy(self)
+        chosen = torch.from_numpy(index).to(self.labels.device)
+        part._words = self._words.view(len(self), -1)[chosen].flatten()
+        part.labels = self.labels[chosen]
+        return part
+
     def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Images and labels `start` to `stop` in order, normalised, not augmented."""
         index = torch.arange(start, min(stop, len(self)), device=self.labels.device)
@@ -82,7 +92,7 @@ class Images:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training and test images, and the number of classes that their labels run over."""
+    """Images to train on and to test on, and the number of classes that their labels run over."""
 
     train: Images
     test: Images
@@ -90,10 +100,37 @@ class Dataset:
 
 
 def load_dataset(config: Config) -> Dataset:
-    """The data set of `config` on its (resolved) device; kept, so that a process reads it once."""
+    """The data set of `config` on its (resolved) device; kept, so that a process reads it once.
+
+    With a validation split, `train` lacks the images held out and `test` is those: the test images are out of
+    reach of whoever chooses by what such a run reports. Server and clients draw the same split from the seed.
+    """
+    if config.validation >= (available := _training_images(config)):
+        raise UserError(f"validation = {config.validation} leaves none of the {available} training images: give less")
+    read: Callable[..., Dataset]
+    key: tuple[Any, ...]
     if config.dataset == "cifar100":
-        return _cifar100(str(data_folder(config)), config.normalize, config.device)
-    return _synthetic(config.synthetic_classes, config.synthetic_images, config.normalize, config.device)
+        read, key = _cifar100, (str(data_folder(config)), config.normalize, config.device)
+    else:
+        shape = (config.synthetic_classes, config.synthetic_images)
+        read, key = _synthetic, (*shape, config.normalize, config.device)
+    return _hold_out(read, key, config.validation, config.seed) if config.validation else read(*key)
+
+
+def training_images(config: Config) -> int:
+    """The images that `config` trains on, known without reading them."""
+    return _training_images(config) - config.validation
+
+
+def _training_images(config: Config) -> int:
+    return 50_000 if config.dataset == "cifar100" else config.synthetic_images
+
+
+@functools.lru_cache(maxsize=1)  # a split is a copy of the images
+def _hold_out(read: Callable[..., Dataset], key: tuple[Any, ...], count: int, seed: int) -> Dataset:
+    whole = read(*key)
+    order = numpy_stream(seed, 0, 0, "validation").permutation(len(whole.train))
+    return Dataset(whole.train.subset(order[count:]), whole.train.subset(order[:count]), whole.classes)
 
 
 def data_folder(config: Config) -> Path:

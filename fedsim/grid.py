@@ -2,32 +2,23 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
 
+from fedsim.cells import fail_if_any, placed, run_cells
 from fedsim.config import Config
-from fedsim.data import check_shards, load_dataset
-from fedsim.errors import RunFailed, UserError
-from fedsim.machine import resolve
+from fedsim.errors import UserError
+from fedsim.figures import DPI, plot_accuracy
 from fedsim.presets import configure
-from fedsim.records import Row, default_name
-from fedsim.report import grid_table, plot_grid, read_cells, write_csv
-from fedsim.runs import Engine, execute
-from fedsim.sync import plan
+from fedsim.records import default_name
+from fedsim.report import accuracy_table, write_runs
+from fedsim.results import inferred_group, read_results
+from fedsim.runs import Engine
+from fedsim.study import Cell
 
 
 class Grid(NamedTuple):
@@ -71,28 +62,16 @@ def run_grid(grid: Grid, keys: Mapping[str, Any], preset: str, engine: Engine, r
     does not keep the others from running.
     """
     folder = grid_folder(configure(keys, preset))
-    cells = [cell(k, j, seed, keys, preset, folder) for k, j, seed in itertools.product(*grid)]
-    failures: dict[str, str] = {}
-    with _progress(console) as progress:
-        overall = progress.add_task("cells", total=len(cells))
-        for config in cells:
-            rounds = plan(config, len(load_dataset(config).train)).last_round
-            task = progress.add_task(config.name, total=rounds)
-            try:
-                execute(config, "localsgd", engine, functools.partial(_advance, progress, task), rerun)
-            except RunFailed as error:
-                failures[config.name] = str(error)
-                progress.console.print(f"[red]{config.name} failed:[/red] {error}", highlight=False)
-            progress.remove_task(task)
-            progress.advance(overall)
+    cells = placed([cell(k, j, seed, keys, preset) for k, j, seed in itertools.product(*grid)], folder)
+    failures = run_cells(cells, engine, rerun, console)
 
-    rows = read_cells(folder)
-    console.print(grid_table(rows))
-    write_csv(rows, folder / "grid.csv")
-    plot_grid(rows, folder / "grid.png")
+    results = read_results(folder, lambda warning: console.print(f"warning: {warning}", soft_wrap=True))
+    group = inferred_group(folder, results, axes=("clients", "local-steps"))
+    console.print(accuracy_table(group))
+    write_runs(group, folder / "grid.csv")
+    plot_accuracy(group).figure.savefig(folder / "grid.png", dpi=DPI)
     console.print(f"{folder / 'grid.csv'}\n{folder / 'grid.png'}", soft_wrap=True, highlight=False)
-    if failures:
-        raise RunFailed(f"{len(failures)} of {len(cells)} cells failed: {', '.join(failures)}")
+    fail_if_any(failures, len(cells))
 
 
 def grid_folder(base: Config) -> Path:
@@ -105,25 +84,12 @@ def grid_folder(base: Config) -> Path:
     return Path(base.results_dir).expanduser().absolute() / name
 
 
-def cell(clients: int, local_steps: int, seed: int, keys: Mapping[str, Any], preset: str, folder: Path) -> Config:
-    """The resolved configuration of one cell, checked against the data."""
-    own = {"clients": clients, "local-steps": local_steps, "seed": seed}
-    place = {"results-dir": str(folder), "name": f"k{clients}-j{local_steps}-seed{seed}"}
-    config = resolve(configure({**keys, **own, **place}, preset), "localsgd")
-    check_shards(config, len(load_dataset(config).train), clients)
-    return config
-
-
-def _advance(progress: Progress, task: TaskID, row: Row) -> None:
-    progress.update(task, completed=row["round"])
-
-
-def _progress(console: Console) -> Progress:
-    return Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        MofNCompleteColumn(),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        console=console,
-    )
+def cell(clients: int, local_steps: int, seed: int, keys: Mapping[str, Any], preset: str) -> Cell:
+    """One cell of the grid."""
+    own = {
+        "clients": clients,
+        "local-steps": local_steps,
+        "seed": seed,
+        "name": f"k{clients}-j{local_steps}-seed{seed}",
+    }
+    return Cell((clients, local_steps), "localsgd", configure({**keys, **own}, preset))

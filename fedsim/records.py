@@ -36,6 +36,7 @@ from fedsim.errors import UserError
 
 Row = dict[str, Any]
 CHECKPOINT_VERSION = 1
+COSTS = ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
 PACKAGES = ("flwr", "torch", "torchvision", "torch-optimizer", "numpy")
 
 
@@ -49,6 +50,7 @@ class Run:
         """
         self.folder = run_folder(config, mode)
         self.mode: Mode = mode
+        self.tested_on = "validation" if config.validation else "test"
         self.show = show or (lambda row: None)
         self._check_identity(config)
         self.rows: list[Row] = []
@@ -87,6 +89,7 @@ class Run:
     def add(self, row: Row) -> None:
         """Append a row, timed, and flush it; a number that is not finite is written as null."""
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        row["tested_on"] = self.tested_on
         row["seconds"] = round(self.seconds, 3)
         with (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
@@ -106,15 +109,19 @@ class Run:
     def end(self, finished: bool, parameters: int, device: str) -> None:
         """Write the summary: of the whole run, or of one that stops early. Accuracies are None before any test."""
         tested = [row["test_accuracy"] for row in self.rows if row["test_accuracy"] is not None]
-        last = self.rows[-1]
+        last = self.rows[-1] if self.rows else {}
         _write_json(
             self.folder / "summary.json",
             {
                 "finished": finished,
+                "tested_on": self.tested_on,
                 "best_test_accuracy": max(tested, default=None),
                 "final_test_accuracy": tested[-1] if tested else None,
-                **{name: last[name] for name in ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")},
-                "seconds": last["seconds"],
+                **{
+                    name: last.get(name, 0)
+                    for name in ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
+                },
+                "seconds": last.get("seconds", 0.0),
                 "parameters": parameters,
                 **provenance(device),
             },
@@ -127,9 +134,10 @@ class Run:
 
     def _check_identity(self, config: Config) -> None:
         identity = {"mode": self.mode, **config.identity(self.mode)}
+        defaults = Config().identity(self.mode)
         path = self.folder / "config.json"
         if path.exists():
-            held = _read_json(path)
+            held = {**defaults, **_read_json(path)}  # a key that is younger than the run had its default's effect
             differing = [name for name in sorted(held.keys() | identity) if held.get(name) != identity.get(name)]
             if differing:
                 first = differing[0]

@@ -9,7 +9,7 @@ def print_row(row: Row) -> None:
     """Round, epoch, rate, losses and accuracy of a row, on one line."""
     tested = ""
     if row["test_accuracy"] is not None:
-        tested = f"  test {row['test_accuracy']:6.2%} loss {_loss(row['test_loss'])}"
+        tested = f"  {row['tested_on']} {row['test_accuracy']:6.2%} loss {_loss(row['test_loss'])}"
     print(
         f"round {row['round']:>4}  epoch {row['epoch']:7.2f}  lr {row['lr']:.5f}  "
         f"train loss {_loss(row['train_loss'])}{tested}  {row['seconds']:8.1f} s",

@@ -11,8 +11,8 @@ from typing import Literal
 import numpy as np
 import torch
 
-Purpose = Literal["shard", "init", "shuffle", "augment", "dropout"]
-_CODES: dict[Purpose, int] = {"shard": 0, "init": 1, "shuffle": 2, "augment": 3, "dropout": 4}
+Purpose = Literal["shard", "init", "shuffle", "augment", "dropout", "validation"]
+_CODES: dict[Purpose, int] = {"shard": 0, "init": 1, "shuffle": 2, "augment": 3, "dropout": 4, "validation": 5}
 
 
 def _sequence(seed: int, worker: int, round: int, purpose: Purpose) -> np.random.SeedSequence:

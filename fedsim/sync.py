@@ -25,7 +25,8 @@ class Plan(NamedTuple):
 
 def plan(config: Config, images: int) -> Plan:
     """The plan of `config` on `images` training images; an epoch is counted over all sampled clients together."""
-    steps_per_epoch = Fraction(images, sample_size(config.clients, config.fraction) * config.batch_size)
+    sampled = sample_size(config.clients, config.fraction)
+    steps_per_epoch = Fraction(images, sampled * config.batch_size)
 
     def rounds_of(epochs: float) -> int:
         return max(1, round(epochs * steps_per_epoch / config.local_steps))
@@ -37,7 +38,15 @@ def plan(config: Config, images: int) -> Plan:
     if config.stop_after_epochs:
         stops.append(rounds_of(config.stop_after_epochs))
     epochs = float(rounds * config.local_steps / steps_per_epoch)
-    return Plan(rounds, min(stops), schedule_of(config, steps_per_epoch, epochs))
+    return Plan(rounds, min(stops), schedule_of(config, steps_per_epoch, epochs, sampled))
+
+
+def completes(config: Config, planned: Plan, round: int, every: int) -> bool:
+    """Whether `round` is the one that completes another `every` rounds, or, where ``record-by`` says so, epochs."""
+    if config.record_by == "round":
+        return round % every == 0
+    before, after = (Fraction(r * config.local_steps) / planned.lr.steps_per_epoch for r in (round - 1, round))
+    return before // every < after // every
 
 
 def join(weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:

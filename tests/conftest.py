@@ -16,6 +16,7 @@ from fedsim.data import data_folder
 from fedsim.machine import resolve
 from fedsim.records import Run
 from fedsim.runs import execute
+from fedsim.study import TWIN, read_study
 
 SMALL: dict[str, Any] = {
     "dataset": "synthetic",
@@ -77,3 +78,79 @@ def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert not different, f"these differ: {different}"
+
+
+def write_run(
+    folder: Path,
+    config: Config,
+    mode: Mode,
+    accuracies: list[float | None],
+    finished: bool = True,
+    **costs: float,
+) -> Path:
+    """A run's records by hand: a row a round with these accuracies; `costs` are of one round (or epoch)."""
+    each = {"local_steps": 10, "syncs": 1, "bytes_up": 1000, "bytes_down": 1000, "seconds": 2.0, **costs}
+    rows: list[dict[str, Any]] = [
+        {
+            "round": round,
+            "epoch": float(round),
+            **{name: round * value for name, value in each.items()},
+            "test_accuracy": accuracy,
+        }
+        for round, accuracy in enumerate(accuracies, 1)
+    ]
+    tested = [accuracy for accuracy in accuracies if accuracy is not None]
+    summary = {
+        "finished": finished,
+        "best_test_accuracy": max(tested, default=None),
+        "final_test_accuracy": tested[-1] if tested else None,
+        **{name: value for name, value in rows[-1].items() if name != "test_accuracy"},
+        "parameters": 250,
+        "device": "cpu (of the test)",
+        "commit": "abc",
+        "command": "run.py paper",
+        "versions": {"torch": "1"},
+    }
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"mode": mode, **config.identity(mode)}))
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    if finished:
+        (folder / "summary.json").write_text(json.dumps(summary))
+    return folder
+
+
+STUDY = """title = "A study of the tests"
+mode = "localsgd"
+twins = true
+[grid]
+clients = [2, 4]
+local-steps = [1, 8]
+seed = [1, 2]
+[set]
+dataset = "synthetic"
+batch-size = 16
+"""
+
+
+@pytest.fixture
+def study(tmp_path: Path) -> Path:
+    """Records by hand of `STUDY`: all of K = 2; of K = 4 one seed at J = 1, one begun at J = 8, and no twin."""
+    folder = tmp_path / "results" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "study.toml").write_text(STUDY)
+    for cell in read_study(str(folder / "study.toml")).cells():
+        k, down, seed = cell.config.clients, cell.place[1], cell.config.seed
+        if (k, seed) == (4, 2) or (k, down) == (4, TWIN):
+            continue
+        final = 0.4 + 0.02 * seed + (0.1 if down == 8 else 0.0)
+        sent = 0.0 if down == TWIN else k * (1000.0 if down == 8 else 8000.0)
+        costs = {"local_steps": 8, "syncs": {1: 8, 8: 1, TWIN: 0}[down], "bytes_up": sent, "bytes_down": sent}
+        write_run(
+            folder / cell.config.name,
+            cell.config,
+            cell.mode,
+            [0.1, None, final + 0.01, final],
+            (k, down) != (4, 8),
+            **costs,
+        )
+    return folder

@@ -54,7 +54,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --optimizer adam", "optimizer = 'adam' is out of range: it must be one of sgdm, lars, lamb"),
         ("localsgd --strategy fedprox", "strategy = 'fedprox' is out of range: it must be one of localsgd"),
         ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of fleet, fused, flower"),
-        ("localsgd --preset table3", "unknown preset table3: it must be one of table1, table2"),
+        ("localsgd --preset table3", "unknown preset table3: it must be one of kj-equal-epochs, kj-rate"),
         ("localsgd --dataset synthetic --clients 9000", "clients = 9000 is more than the 8000 training images"),
         ("localsgd --dataset synthetic --clients 1000", "batch-size = 64 is more than a shard of 8 images"),
         ("centralized --dataset synthetic --batch-size 8001", "batch-size = 8001 is more than a shard of 8000 images"),
@@ -66,6 +66,15 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("grid --dataset synthetic --clients 4,x", "clients = '4,x' is no list of whole numbers"),
         ("grid --dataset synthetic --clients 4,9000", "clients = 9000 is more than the 8000 training images"),
         ("grid --dataset synthetic --engine ray", "engine = 'ray' is unknown"),
+        ("paper table3", "unknown study table3: it must be one of kj-equal-epochs"),
+        ("paper table1 --seeds 1,x", "seeds = '1,x' is no list of whole numbers"),
+        ("paper table1 --engine ray", "engine = 'ray' is unknown"),
+        ("report nowhere", "nowhere holds no runs"),
+        ("plan nowhere --bandwidth 1Mbit --latency 1ms --target 0.5", "nowhere holds no runs"),
+        ("plan --bandwidth fast --latency 1ms --target 0.5", "bandwidth = 'fast' is not a number above 0 with one of"),
+        ("plan --bandwidth 1Mbit --latency 1 --target 0.5", "latency = '1' is not a number with one of us, ms, s"),
+        ("plan --bandwidth 1Mbit --latency 1ms --target 50", "target = 50.0 is no accuracy: give a fraction"),
+        ("plan --bandwidth 1Mbit --latency 1ms --target 0.5 --link tree", "link = 'tree' is unknown"),
         ("train", "train"),
     ],
 )
@@ -114,6 +123,21 @@ def test_stop_after_says_how_to_go_on(call: Call) -> None:
     assert (code, out.count("round ")) == (0, 2)
     assert "stopped early" in out
     assert call("localsgd", *TINY)[1].count("round ") == 1
+
+
+def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None:
+    keys = {"dataset": "synthetic", "model": "lenet5", "synthetic-images": 128, "batch-size": 16, "epochs": 1.0}
+    lines = [f"{name} = {json.dumps(value)}" for name, value in keys.items()]
+    head = ['title = "Mine"', 'mode = "localsgd"', "[grid]", "local-steps = [1, 2]", "seed = [1]", "[set]"]
+    (tmp_path / "mine.toml").write_text("\n".join([*head, *lines]))
+    code, out, _ = call("paper", "mine.toml", "--seeds", "1,2", "--device", "cpu", "--threads", "1")
+    assert (code, "cells" in out) == (0, True)
+    assert len(list((tmp_path / "results" / "mine").glob("j*-seed[12]/summary.json"))) == 4
+    assert call("report")[0] == 0
+    assert "Mine" in (tmp_path / "report" / "index.html").read_text()
+    assert call("plan", "--bandwidth", "100Mbit", "--latency", "20ms", "--target", "0.01")[0] == 0
+    assert (tmp_path / "report" / "plan-mine.csv").exists()
+    assert "kj-small" in call("paper")[1]
 
 
 def test_a_failed_run_is_one_line_and_exit_code_1(call: Call) -> None:

@@ -10,7 +10,17 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from fedsim.config import Config
-from fedsim.data import CIFAR100, Images, batches, check_shards, data_folder, load_dataset, sample_order, shard
+from fedsim.data import (
+    CIFAR100,
+    Images,
+    batches,
+    check_shards,
+    data_folder,
+    load_dataset,
+    sample_order,
+    shard,
+    training_images,
+)
 from fedsim.errors import UserError
 
 
@@ -162,3 +172,23 @@ def test_a_damaged_copy_of_the_real_data_is_found_out(real_data: str, tmp_path: 
         file.write(b"\0\1\2\3")
     with pytest.raises(UserError, match="holds a damaged cifar-100-python"):
         load_dataset(Config(data_dir=str(tmp_path), device="cpu"))
+
+
+def test_a_validation_split_is_seeded_disjoint_covering_and_out_of_training() -> None:
+    config = Config(dataset="synthetic", synthetic_images=60, device="cpu")
+    whole = load_dataset(config).train.plain(0, 60)[0]
+    split = load_dataset(config.changed({"validation": 20}))
+    again = load_dataset(config.changed({"validation": 20}))
+    other = load_dataset(config.changed({"validation": 20, "seed": 1}))
+    assert (len(split.train), len(split.test), training_images(config.changed({"validation": 20}))) == (40, 20, 40)
+    parts = torch.cat([split.train.plain(0, 40)[0], split.test.plain(0, 20)[0]])
+    places = [int((whole == image).flatten(1).all(1).nonzero()) for image in parts]
+    assert sorted(places) == list(range(60))
+    assert torch.equal(split.test.labels, load_dataset(config).train.labels[places[40:]])
+    assert torch.equal(split.test.plain(0, 20)[0], again.test.plain(0, 20)[0])
+    assert not torch.equal(split.test.plain(0, 20)[0], other.test.plain(0, 20)[0])
+
+
+def test_a_validation_split_that_leaves_nothing_is_refused() -> None:
+    with pytest.raises(UserError, match="validation = 60 leaves none of the 60 training images"):
+        load_dataset(Config(dataset="synthetic", synthetic_images=60, validation=60, device="cpu"))

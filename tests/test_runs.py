@@ -230,3 +230,43 @@ def test_another_number_of_nodes_is_an_error_not_a_wait(small: Config) -> None:
         pytest.raises(UserError, match="clients = 4, but the federation has 3 nodes"),
     ):
         train_localsgd(grid, config, Run(config, "localsgd"))
+
+
+def test_validation_is_what_the_records_say_was_tested_on(run: Execute) -> None:
+    for mode in ("localsgd", "centralized"):
+        plain, held = (run(mode, name=f"{mode}-{n}", validation=n, epochs=1.0) for n in (0, 128))
+        for result, words in ((plain, "test"), (held, "validation")):
+            summary = read_summary(result.folder)
+            assert summary is not None
+            assert {row["tested_on"] for row in rows_of(result)} == {summary["tested_on"]} == {words}
+        assert rows_of(held)[-1]["local_steps"] == rows_of(plain)[-1]["local_steps"] * 384 // 512
+        assert rows_of(held)[-1]["test_loss"] != rows_of(plain)[-1]["test_loss"]
+
+
+def test_records_by_epoch_change_neither_the_model_nor_the_mean_loss(run: Execute) -> None:
+    by_round = run(name="rounds", local_steps=3)  # 512 images are 2 2/3 rounds of 4 clients, 3 steps, 16 images
+    by_epoch = run(name="epochs", local_steps=3, record_by="epoch")
+    assert_same_bits(final_model(by_round), final_model(by_epoch))
+    rounds, (first, second) = rows_of(by_round), rows_of(by_epoch)
+    assert [row["round"] for row in (first, second)] == [3, 5]  # the first to pass an epoch, and the last
+    assert first["train_loss"] == pytest.approx(sum(row["train_loss"] for row in rounds[:3]) / 3)
+    assert {**second, "train_loss": 0} == {**rounds[4], "train_loss": 0}
+
+
+def test_a_run_recorded_by_epoch_goes_on_bitwise(run: Execute) -> None:
+    whole = run(name="whole", record_by="epoch", local_steps=3, epochs=4.0)
+    part = {"record_by": "epoch", "local_steps": 3, "epochs": 4.0, "checkpoint_every": 1}
+    run(name="part", stop_after_rounds=6, **part)
+    resumed = run(name="part", **part)
+    assert_same_bits(final_model(whole), final_model(resumed))
+    assert rows_of(whole) == rows_of(resumed)
+
+
+def test_a_run_older_than_a_key_is_still_that_run(run: Execute) -> None:
+    first = run(name="old")
+    path = first.folder / "config.json"
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in held.items() if name != "validation"}))
+    assert run(name="old").finished
+    with pytest.raises(UserError, match="validation = 0, not 16"):
+        run(name="old", validation=16)

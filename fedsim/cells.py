@@ -1,0 +1,105 @@
+"""Many runs one after the other: all checked before the first begins, finished ones skipped, failures named."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedsim.centralized import whole_epochs
+from fedsim.config import Config, Mode
+from fedsim.data import training_images
+from fedsim.errors import RunFailed
+from fedsim.machine import resolve
+from fedsim.records import Row
+from fedsim.runs import Engine, check, execute
+from fedsim.study import Cell
+from fedsim.sync import plan
+from strategies import sample_size
+
+
+class Cost(NamedTuple):
+    """What a run takes: training images (each counted as often as it is seen), local steps of a worker, syncs."""
+
+    images: float
+    local_steps: int
+    syncs: int
+
+
+def cost(config: Config, mode: Mode) -> Cost:
+    """The cost of `config` to its end, known without running it."""
+    images = training_images(config)
+    if mode == "centralized":
+        epochs, _ = whole_epochs(config)
+        return Cost(float(epochs * images), epochs * -(-images // config.batch_size), 0)
+    rounds = plan(config, images).rounds
+    steps = rounds * config.local_steps
+    sampled = sample_size(config.clients, config.fraction)
+    return Cost(float(steps * sampled * config.batch_size), steps, rounds)
+
+
+def placed(cells: Sequence[Cell], folder: Path) -> list[Cell]:
+    """`cells` resolved for this machine, in `folder`, checked against the data; nothing is written yet."""
+    found = []
+    for cell in cells:
+        config = resolve(cell.config.changed({"results-dir": str(folder)}), cell.mode)
+        check(config, cell.mode)
+        found.append(cell._replace(config=config))
+    return found
+
+
+def run_cells(cells: Sequence[Cell], engine: Engine, rerun: bool, console: Console) -> dict[str, str]:
+    """Run all `cells` (placed); a cell that fails does not keep the others from running.
+
+    Returns why each that failed did, by its name.
+    """
+    failures: dict[str, str] = {}
+    with _progress(console) as progress:
+        overall = progress.add_task("cells", total=len(cells))
+        for _, mode, config in cells:
+            task = progress.add_task(config.name, total=_last_round(config, mode))
+            try:
+                execute(config, mode, engine, functools.partial(_advance, progress, task), rerun)
+            except RunFailed as error:
+                failures[config.name] = str(error)
+                progress.console.print(f"[red]{config.name} failed:[/red] {error}", highlight=False)
+            progress.remove_task(task)
+            progress.advance(overall)
+    return failures
+
+
+def fail_if_any(failures: dict[str, str], cells: int) -> None:
+    """Fail, naming the cells that did; called when everything else has been told."""
+    if failures:
+        raise RunFailed(f"{len(failures)} of {cells} cells failed: {', '.join(failures)}")
+
+
+def _last_round(config: Config, mode: Mode) -> int:
+    return whole_epochs(config)[1] if mode == "centralized" else plan(config, training_images(config)).last_round
+
+
+def _advance(progress: Progress, task: TaskID, row: Row) -> None:
+    progress.update(task, completed=row["round"])
+
+
+def _progress(console: Console) -> Progress:
+    return Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        TimeRemainingColumn(),
+        console=console,
+    )

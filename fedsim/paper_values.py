@@ -1,0 +1,36 @@
+"""What the paper's code printed, from ``studies/paper.csv``: accuracies in %, the best test epoch and the last."""
+
+from __future__ import annotations
+
+import csv
+import functools
+from typing import NamedTuple
+
+from fedsim.results import CellResults, Group
+from fedsim.study import FOLDER
+
+CHOOSING = ("optimizer", "batch-size", "clients", "local-steps")  # an empty column fits every cell
+
+
+class PaperValue(NamedTuple):
+    """Accuracies in %; the last epoch's is not known of every cell."""
+
+    best: float
+    final: float | None
+
+
+def paper_value(group: Group, cell: CellResults) -> PaperValue | None:
+    """The paper's value to set beside `cell`, if its study names a table and that has one."""
+    if group.study is None or not group.study.compare:
+        return None
+    for row in _rows():
+        fits = all(row[name] in ("", str(cell.config.get(name))) for name in CHOOSING)
+        if row["table"] == group.study.compare and fits:
+            return PaperValue(float(row["best"]), float(row["final"]) if row["final"] else None)
+    return None
+
+
+@functools.cache
+def _rows() -> list[dict[str, str]]:
+    with (FOLDER / "paper.csv").open() as file:
+        return list(csv.DictReader(file))
