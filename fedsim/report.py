@@ -83,8 +83,9 @@ def protocol(group: Group) -> str:
             f"Protocol: tested on {', '.join(map(str, held))} training images held out of training (key validation), "
             "never on the test images. For choosing hyper-parameters by, not for reporting."
         )
+    split = f"in some runs {', '.join(map(str, held))} validation images instead" if held else "no validation split"
     return (
-        f"Protocol: tested on the {group.tested_on} images, no validation split. Best is the best of a run's tests, "
+        f"Protocol: tested on the test images, {split}. Best is the best of a run's tests, "
         "chosen on those same images, as the paper's code printed it, and so optimistic; final is the last test."
     )
 
