@@ -112,7 +112,7 @@ def mean_curve(cell: CellResults, axis: Axis) -> list[Point]:
 
 def plot_curves(group: Group, axis: Axis) -> Plot:
     """Test accuracy along `axis`: a panel for each column of the table, a line for each row."""
-    begun = {cell.place[: group.across] for cell in group.cells if cell.runs}
+    begun = {cell.place[: group.across] for cell in group.cells if any(run.tested for run in cell.runs)}
     columns = [column for column in group.columns if column in begun]
     figure, panels = _panels(len(columns))
     colors = _colors(group.rows)
@@ -164,7 +164,8 @@ def by_place(
     figure, (axes,) = _panels(1, width=6.4)
     rows: list[Sequence[Any]] = []
     for index, column in enumerate(group.columns):
-        cells = [(tick, cell) for tick, row in enumerate(group.rows) if (cell := group.at(column, row))]
+        aside = 0.06 * (index - (len(group.columns) - 1) / 2)  # so that no bar hides another
+        cells = [(tick + aside, cell) for tick, row in enumerate(group.rows) if (cell := group.at(column, row))]
         shown = [(tick, cell.place, *_mean_and_spread(values.get(cell.place, []))) for tick, cell in cells]
         rows += [(*place, mean, spread, len(values[place])) for _, place, mean, spread in shown if values.get(place)]
         _draw_column(axes, shown, label(group.axes, column) or "runs", f"C{index}")
@@ -187,7 +188,7 @@ def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
     return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
 
 
-def _draw_column(axes: Axes, shown: Sequence[tuple[int, Place, float, float]], words: str, color: str) -> None:
+def _draw_column(axes: Axes, shown: Sequence[tuple[float, Place, float, float]], words: str, color: str) -> None:
     """A line through the cells that follow one another, and the twin, which does not, as a square."""
     for twin in (False, True):
         own = [(tick, mean, spread) for tick, place, mean, spread in shown if (place[-1:] == (TWIN,)) == twin]

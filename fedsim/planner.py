@@ -121,12 +121,14 @@ def plan_table(planned: Sequence[Planned], group: Group, target: float) -> Table
         if not plan.seconds:
             best = percent([best_accuracy(plan.cell)])
             never = "never" if all(run.finished for run in plan.cell.runs) else "not yet"
-            table.add_row(label(group.axes, plan.cell.place), f"{never} (best {best} %)", "–", "–", "–", reached)
+            table.add_row(
+                label(group.axes, plan.cell.place) or group.name, f"{never} (best {best} %)", "–", "–", "–", reached
+            )
             continue
         spread = f" ± {statistics.stdev(plan.seconds):.3g}" if len(plan.seconds) > 1 else ""
         means = [statistics.fmean(values) for values in (plan.epochs, plan.syncs, plan.bytes)]
         table.add_row(
-            label(group.axes, plan.cell.place),
+            label(group.axes, plan.cell.place) or group.name,
             f"{statistics.fmean(plan.seconds):,.1f}{spread} s",
             f"{means[0]:.2f}",
             f"{means[1]:,.0f}",
@@ -142,7 +144,7 @@ def plan_rows(planned: Sequence[Planned], group: Group) -> list[list[Any]]:
     for plan in planned:
         means = [statistics.fmean(v) if v else "" for v in (plan.seconds, plan.epochs, plan.syncs, plan.bytes)]
         spread = statistics.stdev(plan.seconds) if len(plan.seconds) > 1 else ""
-        head = [label(group.axes, plan.cell.place), plan.cell.workers, plan.compute, len(plan.cell.runs)]
+        head = [label(group.axes, plan.cell.place) or group.name, plan.cell.workers, plan.compute, len(plan.cell.runs)]
         rows.append([*head, len(plan.seconds), means[0], spread, *means[1:], best_accuracy(plan.cell)])
     return rows
 

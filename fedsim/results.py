@@ -149,7 +149,7 @@ def read_results(root: Path, warn: Warn) -> list[Result]:
     results = []
     for path in sorted(root.rglob("config.json")):
         config = _read_object(path, warn)
-        if config is None or not config.keys() >= NEEDED or config["mode"] not in ("centralized", "localsgd"):
+        if not config or not config.keys() >= NEEDED or config["mode"] not in ("centralized", "localsgd"):
             warn(f"{path.parent}: no run's configuration, the folder is left out")
             continue
         summary = _read_object(path.with_name("summary.json"), warn)
@@ -257,7 +257,7 @@ def _read_object(path: Path, warn: Warn) -> dict[str, Any] | None:
     except (OSError, ValueError) as error:
         warn(f"{path}: damaged ({error}), it is left out")
         return None
-    return content if isinstance(content, dict) else None
+    return content if isinstance(content, dict) else {}
 
 
 def _read_rows(path: Path, warn: Warn) -> list[Row]:

@@ -56,10 +56,11 @@ def test_a_damaged_configuration_costs_its_run_alone(study: Path, content: str) 
     assert sum(len(cell.runs) for cell in group.cells) == 7
 
 
-def test_a_damaged_summary_makes_a_run_unfinished(study: Path) -> None:
-    (study / "k2-j1-seed1" / "summary.json").write_text("{}")
+@pytest.mark.parametrize("content", ["{}", "[]", "{"])
+def test_a_damaged_summary_makes_a_run_unfinished(study: Path, content: str) -> None:
+    (study / "k2-j1-seed1" / "summary.json").write_text(content)
     group, (warning,) = only(study)
-    assert "summary.json: no run's summary" in warning
+    assert "summary.json: " in warning
     cell = group.at((2,), (1,))
     assert cell is not None
     assert (len(cell.finished), len(cell.runs)) == (1, 2)
