@@ -19,6 +19,7 @@ from fedsim.config import FIELDS, Config, Mode, Value, kebab
 from fedsim.errors import UserError
 from fedsim.records import Row
 from fedsim.study import KEPT, TWIN, Cell, Study, read_study, study_names
+from strategies import sample_size
 
 NOT_OF_THE_CELL = ("seed", "device", "threads")  # runs of one cell may differ in these
 NEEDED = {"mode", "seed", "optimizer", "batch-size"}  # what no run's configuration lacks
@@ -65,7 +66,7 @@ class CellResults:
 
     place: Place
     config: Mapping[str, Value]
-    workers: int  # that compute at once; of a twin those of its column
+    workers: int  # that compute at once: those sampled in a round; of a twin those of its column
     runs: Sequence[Result]
     expected: int
 
@@ -175,10 +176,17 @@ def inferred_group(folder: Path, results: Sequence[Result], axes: Sequence[str] 
         differing = ["run"]
     seeds = len({result.config["seed"] for result in results})
     found = [
-        CellResults(place, cells[place][0].config, int(cells[place][0].config.get("clients", 1)), cells[place], seeds)
+        CellResults(place, cells[place][0].config, _at_once(cells[place][0].config), cells[place], seeds)
         for place in sorted(cells, key=lambda place: [(isinstance(v, str), v) for v in place])
     ]
     return Group(folder.name, folder.name, folder, tuple(differing), found)
+
+
+def _at_once(config: Mapping[str, Value]) -> int:
+    """The workers that a round of `config` trains; one where it is centralized."""
+    if config.get("mode") != "localsgd":
+        return 1
+    return sample_size(int(config["clients"]), float(config.get("fraction", 1.0)))
 
 
 def cell_identity(config: Mapping[str, Value]) -> dict[str, Value]:
@@ -200,7 +208,7 @@ def _groups_of(name: str, folder: Path, results: list[Result], warn: Warn) -> li
         identity = cell_identity({"mode": cell.mode, **cell.config.identity(cell.mode)})
         own = [result for result in results if result.identity == identity]
         strangers = [result for result in strangers if result.identity != identity]
-        workers = int(place[0]) if place[-1] == TWIN else cell.config.clients if cell.mode == "localsgd" else 1
+        workers = int(place[0]) if place[-1] == TWIN else _at_once(identity)
         found.append(CellResults(place, identity, workers, own, max(len(study.seeds), len(own))))
     groups = [Group(name, study.title, folder, study.axes, found, study)]
     if strangers:

@@ -141,7 +141,7 @@ def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None
 
 
 def test_a_failed_run_is_one_line_and_exit_code_1(call: Call) -> None:
-    arguments = "centralized --dataset synthetic --model lenet5 --device cpu --lr 1e9 --momentum 0.99 --epochs 4"
+    arguments = "centralized --dataset synthetic --model lenet5 --synthetic-images 512 --device cpu --lr 1e9"
     code, _, err = call(*arguments.split())
     assert (code, err.count("\n")) == (1, 1)
     assert "is nan: a lower --lr may help" in err

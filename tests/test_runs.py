@@ -57,6 +57,15 @@ def test_stopped_and_resumed_is_never_stopped_bitwise(run: Execute, momentum_at_
     assert rows_of(part) == rows_of(whole)
 
 
+def test_a_stop_within_an_epoch_leaves_no_mark_in_rows_by_epoch(run: Execute) -> None:
+    keys = {"record-by": "epoch", "local-steps": 1}
+    whole = run(name="whole", **keys)
+    assert [row["round"] for row in rows_of(whole)] == [8, 16]
+    assert rows_of(run(name="parts", stop_after_rounds=3, **keys)) == []
+    assert len(rows_of(run(name="parts", stop_after_rounds=11, **keys))) == 1
+    assert rows_of(run(name="parts", **keys)) == rows_of(whole)
+
+
 def test_a_broken_off_run_goes_on_from_its_last_checkpoint(run: Execute) -> None:
     whole = run(name="whole")
     broken = run(name="broken", stop_after_rounds=5, checkpoint_every=2)
