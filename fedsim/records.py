@@ -5,6 +5,7 @@
                  checkpoint.pt   what the run needs to go on, bitwise
                  model.pt        the last global model, a state_dict
                  summary.json    the outcome and where it comes from, written at the end or an early stop
+                 .lock           held by the process that runs it
 
 Files but the growing metrics.jsonl are written whole or not at all. Nothing else writes to a run's folder.
 """
@@ -12,6 +13,7 @@ Files but the growing metrics.jsonl are written whole or not at all. Nothing els
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import hashlib
 import importlib.metadata
 import json
@@ -67,6 +69,18 @@ class Run:
     def seconds(self) -> float:
         """Wall-clock seconds of this run, those before an interruption (up to the checkpoint) included."""
         return self._seconds_before + time.perf_counter() - self._began
+
+    @contextlib.contextmanager
+    def held(self) -> Iterator[None]:
+        """Within it, this process alone runs the run; where another already does, it fails."""
+        with (self.folder / ".lock").open("w") as file:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise UserError(
+                    f"name = {self.folder.name}: another process is running it: wait for it, or give another --name"
+                ) from None
+            yield
 
     def resume(self) -> dict[str, Any] | None:
         """The checkpoint to go on from, if there is one; rows made after it are dropped."""

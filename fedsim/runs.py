@@ -32,17 +32,20 @@ def execute(
     """
     check(config, mode)
     run = Run(config, mode, show)
-    if rerun:
-        run.discard()
-    if run.finished:
-        return run
-    if mode == "centralized":
-        train_centralized(config, run)
-    elif engine == "flower":
-        run_with_flwr(config.changed({"name": run.folder.name, "results-dir": str(run.folder.parent)}))
-    else:
-        with FleetGrid(client_app, config, train_together if engine == "fused" else None) as grid:
-            train_localsgd(grid, config, run)
+    with run.held():
+        if rerun:
+            run.discard()
+        if run.finished:
+            return run
+        if mode == "centralized":
+            train_centralized(config, run)
+            return run
+        if engine != "flower":
+            with FleetGrid(client_app, config, train_together if engine == "fused" else None) as grid:
+                train_localsgd(grid, config, run)
+            return run
+    # Flower's server app holds the run itself
+    run_with_flwr(config.changed({"name": run.folder.name, "results-dir": str(run.folder.parent)}))
     return run
 
 

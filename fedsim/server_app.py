@@ -33,7 +33,8 @@ def main(grid: Grid, context: Context) -> None:
     print(f"run folder: {run.folder}", flush=True)
     if run.finished:
         raise UserError(f"name = {run.folder.name}: the run in {run.folder} is finished: give another --name")
-    train_localsgd(grid, config, run)
+    with run.held():
+        train_localsgd(grid, config, run)
 
 
 @dataclass

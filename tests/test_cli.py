@@ -111,6 +111,7 @@ def test_a_run_is_left_alone_when_finished_and_run_again_when_asked(call: Call, 
         "checkpoint.pt",
         "model.pt",
         "summary.json",
+        ".lock",
     }
     code, out, _ = call("localsgd", *TINY)
     assert (code, out.count("round ")) == (0, 0)

@@ -55,6 +55,13 @@ def test_a_results_dir_that_cannot_be_written_is_named(small: Config, tmp_path: 
         Run(small.changed({"results-dir": str(tmp_path / "file")}), "localsgd")
 
 
+def test_a_run_that_another_process_runs_is_refused(run: Execute) -> None:
+    first = run(name="busy", stop_after_rounds=1)
+    with first.held(), pytest.raises(UserError, match="another process is running it"):
+        run(name="busy")
+    assert run(name="busy").finished
+
+
 def test_a_damaged_checkpoint_is_refused_by_name(run: Execute) -> None:
     part = run(name="cut", stop_after_rounds=3)
     path = part.folder / "checkpoint.pt"
