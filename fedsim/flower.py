@@ -76,37 +76,42 @@ def copy_app(app: Path) -> Path:
 @contextlib.contextmanager
 def superlink(folder: Path) -> Iterator[dict[str, str]]:
     """A SuperLink for simulations in `folder`, ended afterwards; yields the environment to reach it by."""
-    port, control = _free_port(), _free_port()
+    port = free_port()
     (folder / "config.toml").write_text(
         f'[superlink]\ndefault = "{CONNECTION}"\n\n'
         f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    env = {
-        **os.environ,
-        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "NO_PROXY": "127.0.0.1",  # a proxy of the user's is not for the way to this machine's own server
-        "FLWR_HOME": str(folder),
-        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
-        "FLWR_DISABLE_UPDATE_CHECK": "1",
-        "FLWR_TELEMETRY_ENABLED": "0",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "FEDSIM_ORIGIN": json.dumps(origin()),
-    }
+    env = environment(folder)
     command = [_tool("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
-    command += ["--control-api-address", f"127.0.0.1:{control}"]
     log = folder / "superlink.log"
     with log.open("wb") as output:
         process = subprocess.Popen(
             command, env=env, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
         )
     try:
-        _wait_until_healthy(process, port, log)
+        wait_until_healthy(process, port, log)
         yield env
     finally:
-        _end(process)
+        end(process)
 
 
-def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+def environment(home: Path) -> dict[str, str]:
+    """The environment of Flower's commands with `home` as their FLWR_HOME: nothing installed, nothing reported."""
+    return {
+        **os.environ,
+        "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
+        "NO_PROXY": "127.0.0.1",  # a proxy of the user's is not for the way to this machine's own server
+        "FLWR_HOME": str(home),
+        "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+        "FLWR_DISABLE_UPDATE_CHECK": "1",
+        "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "FEDSIM_ORIGIN": json.dumps(origin()),
+    }
+
+
+def wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
+    """Wait until the SuperLink answers; fail with the end of its log if it does not."""
     deadline = time.monotonic() + START_SECONDS
     while time.monotonic() < deadline and process.poll() is None:
         with contextlib.suppress(OSError), contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=1)) as http:
@@ -117,8 +122,8 @@ def _wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) 
     raise RunFailed(f"the SuperLink did not start:\n{log.read_text(errors='replace')[-2000:]}")
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End the SuperLink and what it started: asked first, then killed."""
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process that leads a session, and all that it started: asked first, then killed."""
     for signal_number in (signal.SIGTERM, signal.SIGKILL):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal_number)
@@ -155,7 +160,8 @@ def _tool(name: str) -> str:
     return str(Path(sys.executable).with_name(name))
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """A port of the loopback that nothing listens on now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
