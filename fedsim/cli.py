@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import shlex
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -25,9 +26,11 @@ KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "BOOLEAN"}
 
 
 def main() -> None:
-    """Run the command; exit with 2 on bad input, 1 on a failed run, 130 on Ctrl-C."""
+    """Run the command; exit with 2 on bad input, 1 on a failed run, 130 on Ctrl-C, 143 when asked to end."""
     import click
 
+    # As an exception, so that what was started (a SuperLink) is ended on the way out
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
         cli(standalone_mode=False)
     except click.UsageError as error:

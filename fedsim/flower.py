@@ -12,7 +12,6 @@ import json
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -22,6 +21,7 @@ from collections.abc import Iterator
 from http.client import HTTPConnection
 from pathlib import Path
 
+import psutil
 import torch
 
 from fedsim.config import Config, cpu_count
@@ -32,7 +32,8 @@ CHECKOUT = Path(__file__).resolve().parents[1]
 APP = ("pyproject.toml", "README.md", "LICENSE", "fedsim", "strategies")
 CONNECTION = "fedsim"
 START_SECONDS = 60
-STOP_SECONDS = 20
+STOP_SECONDS = 5
+OUTCOME_SECONDS = 20
 
 
 def run_with_flwr(config: Config) -> None:
@@ -85,9 +86,7 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
     command = [_tool("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
     log = folder / "superlink.log"
     with log.open("wb") as output:
-        process = subprocess.Popen(
-            command, env=env, cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-        )
+        process = subprocess.Popen(command, env=env, cwd=folder, stdout=output, stderr=output, start_new_session=True)
     try:
         wait_until_healthy(process, port, log)
         yield env
@@ -123,12 +122,22 @@ def wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process that leads a session, and all that it started: asked first, then killed."""
-    for signal_number in (signal.SIGTERM, signal.SIGKILL):
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal_number)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(STOP_SECONDS)
+    """End a process and all that it started: asked first, then killed.
+
+    Each is ended by itself: a SuperLink's children begin sessions of their own, and outlive it.
+    """
+    everyone = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        leader = psutil.Process(process.pid)
+        everyone = [leader, *leader.children(recursive=True)]
+    for one in everyone:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.terminate()
+    _, left = psutil.wait_procs(everyone, timeout=STOP_SECONDS)
+    for one in left:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
 
 
 def _stream(command: list[str], env: dict[str, str]) -> str:
@@ -136,17 +145,21 @@ def _stream(command: list[str], env: dict[str, str]) -> str:
     run_id = ""
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
-        for line in process.stdout:
-            print(line, end="", flush=True)
-            if found := re.search(r"Successfully started run (\d+)", line):
-                run_id = found[1]
+        try:
+            for line in process.stdout:
+                print(line, end="", flush=True)
+                if found := re.search(r"Successfully started run (\d+)", line):
+                    run_id = found[1]
+        except BaseException:  # it would follow the log until its SuperLink, which waits for it, ends
+            process.terminate()
+            raise
     return run_id
 
 
 def _status(run_id: str, env: dict[str, str]) -> str:
     """Flower's word for how the run ended; a moment passes between the last line of its log and its end."""
     command = [_tool("flwr"), "list", CONNECTION, "--run-id", run_id, "--format", "json"]
-    deadline = time.monotonic() + STOP_SECONDS
+    deadline = time.monotonic() + OUTCOME_SECONDS
     while True:
         answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout
         runs = json.loads(answer).get("runs", [])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,20 @@ def test_a_run_begun_in_this_process_goes_on_by_flwr_run_bitwise(tmp_path: Path)
     assert run_py(tmp_path, "--name", "parts", "--stop-after-rounds", "1").returncode == 0
     assert run_py(tmp_path, "--name", "parts", "--engine", "flower").returncode == 0
     assert_same_bits(final_model(tmp_path / "parts"), final_model(tmp_path / "whole"))
+
+
+def test_a_run_that_is_asked_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), *SMALL, "--results-dir", str(tmp_path), "--engine", "flower"]
+    env = {**os.environ, "STARTED_BY": str(tmp_path)}
+    long = [*command, "--rounds", "100000"]
+    with subprocess.Popen(long, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "round    2" in line)
+        assert any("flower-superlink" in command for command in started_by(str(tmp_path)))
+        process.terminate()
+        process.communicate(timeout=100)
+    assert process.returncode == 143
+    assert started_by(str(tmp_path)) == []
 
 
 def test_a_run_that_fails_on_flower_is_exit_code_1(tmp_path: Path) -> None:
