@@ -18,6 +18,8 @@ from fedsim.records import Run
 from fedsim.schedule import schedule_of
 from fedsim.streams import numpy_stream, torch_stream
 
+ALONE = {"syncs": 0, "bytes_up": 0, "bytes_down": 0, "left_out": {}}  # what one machine's rows say of others
+
 
 def train_centralized(config: Config, run: Run) -> None:
     """Train for ``config.epochs`` (resolved configuration), from the run's checkpoint if it has one.
@@ -54,21 +56,9 @@ def train_centralized(config: Config, run: Run) -> None:
         tested = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == epochs
         test_loss, test_accuracy = evaluate(model, data.test, config.precision) if tested else (None, None)
         steps = first_step + steps_per_epoch
-        run.add(
-            {
-                "round": epoch + 1,
-                "epoch": float(epoch + 1),
-                "local_steps": steps,
-                "syncs": 0,
-                "bytes_up": 0,
-                "bytes_down": 0,
-                "lr": lr(steps - 1),
-                "train_loss": loss,
-                "test_loss": test_loss,
-                "test_accuracy": test_accuracy,
-                "left_out": {},
-            }
-        )
+        trained = {"round": epoch + 1, "epoch": float(epoch + 1), "local_steps": steps, "lr": lr(steps - 1)}
+        tests = {"test_loss": test_loss, "test_accuracy": test_accuracy}
+        run.add({**trained, **ALONE, "train_loss": loss, **tests})
         if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == last:
             state = {"model": model.state_dict(), "optimizer": optimizer_state(named, optimizer)}
             run.save_checkpoint({"round": epoch + 1, **state})

@@ -195,7 +195,12 @@ def _synthetic(classes: int, images: int, normalize: str, device: str) -> Datase
 
 def shard(images: int, workers: int, worker: int, seed: int) -> NDArray[np.int64]:
     """The images of one worker: IID shards, disjoint, covering, their sizes at most one apart."""
-    return np.array_split(numpy_stream(seed, 0, 0, "shard").permutation(images), workers)[worker]
+    return np.array_split(_shuffled(images, seed), workers)[worker]
+
+
+@functools.lru_cache(maxsize=2)  # every client asks in every round
+def _shuffled(images: int, seed: int) -> NDArray[np.int64]:
+    return numpy_stream(seed, 0, 0, "shard").permutation(images)
 
 
 def check_shards(config: Config, images: int, workers: int) -> None:

@@ -96,10 +96,13 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
 
 def environment(home: Path) -> dict[str, str]:
     """The environment of Flower's commands with `home` as their FLWR_HOME: nothing installed, nothing reported."""
+    # A proxy of the user's is not for the way to this machine's own server
+    direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]))
     return {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
-        "NO_PROXY": "127.0.0.1",  # a proxy of the user's is not for the way to this machine's own server
+        "NO_PROXY": direct,
+        "no_proxy": direct,
         "FLWR_HOME": str(home),
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -162,7 +165,10 @@ def _status(run_id: str, env: dict[str, str]) -> str:
     deadline = time.monotonic() + OUTCOME_SECONDS
     while True:
         answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout
-        runs = json.loads(answer).get("runs", [])
+        try:
+            runs = json.loads(answer).get("runs", [])
+        except json.JSONDecodeError:  # the SuperLink is gone
+            runs = []
         status = runs[0]["status"] if runs else "unknown"
         if status.startswith("finished") or time.monotonic() > deadline:
             return str(status)

@@ -8,6 +8,7 @@ norms (LARS, LAMB) and states stay the workers' own. The arithmetic is that of t
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -53,8 +54,9 @@ def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
     ]
 
 
+@functools.lru_cache(maxsize=1)
 def build_fleet(config: Config, replicas: int) -> Fleet:
-    """A fleet whose values are not set."""
+    """A fleet whose values are not set; kept, so that it is built once for all rounds, each of which sets them."""
     prepare(config)
     model = blank_model(config.model, load_dataset(config).classes, config.device, config.precision, replicas=replicas)
     gradients: list[Tensor] = []
