@@ -43,13 +43,13 @@ from fedsim.fleet import FleetGrid, TrainTogether
 from fedsim.flower import CHECKOUT, run_with_flwr
 from fedsim.machine import prepare, resolve
 from fedsim.models import build_model, set_dropout_streams
-from fedsim.nodes import roll_call
+from fedsim.nodes import Roster
 from fedsim.optim import build_optimizer
 from fedsim.records import provenance, read_rows, run_folder, written_whole
+from fedsim.rounds import build_strategy, train_round
 from fedsim.schedule import schedule_of
-from fedsim.server_app import Progress, train_round
+from fedsim.server_app import new_progress
 from fedsim.streams import torch_stream
-from strategies import LocalSGD, tensor_record
 
 Rounds = Callable[[Config, int], list[float]]
 
@@ -93,9 +93,9 @@ def fleet_rounds(config: Config, rounds: int, train_together: TrainTogether | No
     data = load_dataset(config)
     model = build_model(config.model, data.classes, config.seed, config.device)
     with FleetGrid(client_app, config, train_together) as grid:
-        strategy = LocalSGD(workers=roll_call(grid, config.clients))
-        progress = Progress(0, tensor_record(model.state_dict()))
-        return _timed(lambda: train_round(grid, strategy, progress), rounds, config.device)
+        roster, strategy, progress = Roster(grid, config.clients), build_strategy(config), new_progress(config, model)
+        roster.call(least=config.clients)
+        return _timed(lambda: train_round(grid, config, strategy, roster, progress), rounds, config.device)
 
 
 def flower_rounds(config: Config, rounds: int) -> list[float]:

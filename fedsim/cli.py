@@ -84,6 +84,7 @@ def _flag(name: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 
+RUNS_OWN = ("results-dir", "name", "resume")
 PRESET = typer.Option("", "--preset", help="settings of fedsim/studies/NAME.toml; flags win over it", metavar="NAME")
 RERUN = typer.Option(False, "--rerun", help="run again what is finished or broken off")
 ENGINE = typer.Option("fleet", "--engine", help="fleet or fused: in this process; flower: on Ray", metavar="NAME")
@@ -105,7 +106,7 @@ def localsgd(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN, en
 
 
 @cli.command()
-@keys_of("localsgd", without=("clients", "local-steps", "seed"))
+@keys_of("localsgd", without=("clients", "local-steps", "seed", "resume"))
 def grid(
     keys: dict[str, Any],
     clients: str = typer.Option("4,12", "--clients", help="the K of cells, with commas", metavar="LIST"),
@@ -134,7 +135,9 @@ def demo(
 
 
 @cli.command()
-@keys_of("localsgd", without=("clients", "dataset", "synthetic-images", "synthetic-classes", "results-dir", "name"))
+@keys_of(
+    "localsgd", without=("clients", "dataset", "synthetic-images", "synthetic-classes", "results-dir", "name", "resume")
+)
 def bench(
     keys: dict[str, Any],
     clients: str = typer.Option("1,4,12,64", "--clients", help="the K to measure, with commas", metavar="LIST"),
@@ -233,11 +236,11 @@ def _engine(name: str) -> Any:
 def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str = "fleet") -> None:
     from fedsim.machine import resolve  # torch takes seconds to import: --help does not wait for it
     from fedsim.presets import configure
-    from fedsim.records import read_summary, run_folder
+    from fedsim.records import read_summary, resumed, run_folder
     from fedsim.runs import execute
     from fedsim.show import print_row
 
-    config = resolve(configure(keys, preset), mode)
+    config = resolve(resumed(configure(keys, preset)), mode)
     print(f"{mode} on {config.device} in {run_folder(config, mode)}", flush=True)
     run = execute(config, mode, _engine(engine), print_row, rerun)
     if not run.finished:

@@ -1,7 +1,8 @@
 """The client: a message with the global arrays in, J local steps on this client's shard, a message out.
 
 It answers three messages: ``train``; ``query.partition``, which shard it holds; and ``query.state``, which hands out
-or takes back the optimizer state that it keeps between rounds, so that the server's checkpoint is complete.
+or takes back the optimizer state that it keeps between rounds, so that the server's checkpoint is complete. What
+shapes the result comes with each train message; device and threads are the client's own.
 """
 
 from __future__ import annotations
@@ -9,14 +10,15 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsim import fused
 from fedsim.config import Config, Value
+from fedsim.kept_state import StateLost, keep_state, kept_state, put_state
 from fedsim.local_round import End, Start, take_round
 from fedsim.machine import resolve
-from fedsim.sync import join, split
+from fedsim.sync import SHARED, STATE, STATE_LOST, STATE_ROUNDS, join, split
 from strategies import tensor_record, tensors_of
 
 app = ClientApp()
@@ -25,13 +27,17 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """J local steps from the global arrays; replies with the arrays, the loss and the samples seen."""
-    return _reply(message, context, take_round(_config(context), _start(message, context)))
+    try:
+        start = _start(message, context)
+    except StateLost:  # the server decides what becomes of the round
+        return Message(RecordDict({"metrics": MetricRecord({STATE_LOST: 1})}), reply_to=message)
+    return _reply(message, context, take_round(_config(message, context), start))
 
 
 def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     """`train` for several clients of one process at once, their replicas side by side."""
     starts = [_start(message, context) for message, context in zip(messages, contexts, strict=True)]
-    ends = fused.take_rounds(_config(contexts[0]), starts)
+    ends = fused.take_rounds(_config(messages[0], contexts[0]), starts)
     return [_reply(*reply) for reply in zip(messages, contexts, ends, strict=True)]
 
 
@@ -46,35 +52,52 @@ def partition(message: Message, context: Context) -> Message:
 
 @app.query("state")
 def state(message: Message, context: Context) -> Message:
-    """Take back the optimizer state in the message, if there is one; reply with the state held."""
-    if "optimizer" in message.content:
-        context.state["optimizer"] = message.content["optimizer"]
-    held = context.state.array_records.get("optimizer", ArrayRecord())
-    return Message(RecordDict({"optimizer": held}), reply_to=message)
+    """Take back the optimizer state in the message, if there is one; reply with the state asked for, if it is kept."""
+    round = _state_round(message, context)
+    if STATE in message.content:
+        put_state(context, message.content.array_records[STATE], round)
+    try:
+        return Message(RecordDict({STATE: kept_state(context, round)}), reply_to=message)
+    except StateLost:
+        return Message(RecordDict(), reply_to=message)
 
 
 def _start(message: Message, context: Context) -> Start:
     weights, averaged_state = split(tensors_of(message.content.array_records["arrays"]))
-    kept_state = tensors_of(context.state.array_records.get("optimizer", ArrayRecord()))
-    return Start(
-        worker=int(context.node_config["partition-id"]),
-        round=int(message.content.config_records["config"]["server-round"]) - 1,  # type: ignore[arg-type]
-        weights=weights,
-        state={"keep": kept_state, "reset": {}, "average": averaged_state}[_config(context).momentum_at_sync],
-    )
+    policy = _config(message, context).momentum_at_sync
+    if policy == "keep":
+        state = tensors_of(kept_state(context, _state_round(message, context)))
+    else:
+        state = averaged_state if policy == "average" else {}
+    return Start(worker=_worker(context), round=_round(message) - 1, weights=weights, state=state)
 
 
 def _reply(message: Message, context: Context, end: End) -> Message:
-    policy = _config(context).momentum_at_sync
+    policy = _config(message, context).momentum_at_sync
     if policy == "keep":
-        context.state["optimizer"] = tensor_record(end.state)
+        keep_state(context, tensor_record(end.state), _round(message), _state_round(message, context))
     arrays = tensor_record(join(end.weights, end.state if policy == "average" else {}))
     metrics = MetricRecord({"num-examples": end.samples, "train-loss": end.loss})
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
-def _config(context: Context) -> Config:
-    return _resolved(tuple(context.run_config.items()))
+def _worker(context: Context) -> int:
+    return int(context.node_config["partition-id"])
+
+
+def _round(message: Message) -> int:
+    return int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
+
+
+def _state_round(message: Message, context: Context) -> int:
+    """After which round this client is to begin: the last in which its update counted."""
+    return message.content.config_records["config"][STATE_ROUNDS][_worker(context)]  # type: ignore[index,return-value]
+
+
+def _config(message: Message, context: Context) -> Config:
+    sent = message.content.config_records["config"]
+    of_run = {name: sent[name] for name in SHARED}
+    return _resolved(tuple({**context.run_config, **of_run}.items()))
 
 
 @functools.lru_cache(maxsize=8)

@@ -142,6 +142,20 @@ class Config:
     fraction: float = key(
         1.0, Range(lambda v: 0 < v <= 1, "above 0 and at most 1"), "share of the clients that each round samples", LOCAL
     )
+    min_clients: int = key(
+        0,
+        NOT_NEGATIVE,
+        "the fewest clients that a run begins with and a round is averaged over; 0: begin with all, average over any",
+        LOCAL,
+        False,
+    )
+    round_timeout: float = key(
+        0.0,
+        NOT_NEGATIVE,
+        "seconds after which a round goes on without who has not answered, by Flower's engines; 0: wait for all",
+        LOCAL,
+        False,
+    )
     strategy: str = key("localsgd", one_of("localsgd"), "what the server does with the updates", LOCAL)
     momentum_at_sync: str = key(
         "keep",
@@ -192,6 +206,9 @@ class Config:
         0, NOT_NEGATIVE, "end early after so many rounds, to be gone on with later; 0: do not", LOCAL, False
     )
     results_dir: str = key("results", ANY, "folder of the runs' folders", shapes_result=False)
+    resume: str = key(
+        "", ANY, "a run in results-dir to go on with; what shapes its result is taken from its folder", LOCAL, False
+    )
     name: str = key("", ANY, "the run's folder; empty: made from the configuration", shapes_result=False)
 
     def __post_init__(self) -> None:
@@ -205,8 +222,10 @@ class Config:
                     raise UserError(f"{kebab(name)} is not known to torch-optimizer: give --optimizer-backend fedsim")
         if self.schedule == "multistep" and not self.milestones:
             raise UserError("milestones is empty: schedule = multistep needs them, for instance --milestones 50,60")
-        if Path(self.name).name != self.name or self.name in (".", ".."):
-            raise UserError(f"name = {self.name!r} is no plain folder name: leave out slashes")
+        for name in ("name", "resume"):
+            value = getattr(self, name)
+            if Path(value).name != value or value in (".", ".."):
+                raise UserError(f"{name} = {value!r} is no plain folder name: leave out slashes")
 
     def changed(self, changes: Mapping[str, Any]) -> Config:
         """This configuration with some keys (kebab-case) changed; unknown keys and bad values fail."""

@@ -2,82 +2,129 @@
 
 from __future__ import annotations
 
-import math
 import time
 from collections.abc import Iterable, Mapping
 
-import numpy as np
-from flwr.app import ArrayRecord, Message, RecordDict
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
-from fedsim.errors import RunFailed, UserError
-from strategies import tensor_record, tensors_of
+from fedsim.errors import UserError
+from fedsim.sync import STATE, STATE_ROUNDS
+from strategies import dtype_name, tensor_record, tensors_of
 
-JOIN_SECONDS = 60  # how long nodes that are known to exist may take to connect
+JOIN_SECONDS = 60  # how long nodes may take to connect, at the start and after a failure
+ANSWER_SECONDS = 120  # how long a node may take to answer a question; Flower starts a process for it
 
 Nodes = dict[int, int]  # Flower's (random) node id -> worker, its partition-id
 
 
-def roll_call(grid: Grid, clients: int) -> Nodes:
-    """The nodes by the shards that they hold, in the order of the shards.
+class Roster:
+    """Which node is which worker: asked of each node, since Flower's node ids are random."""
 
-    Every node tells the shard it holds and of how many; another number than `clients` fails at once. Nodes
-    of a deployment may join up to a minute late.
-    """
-    nodes: Nodes = {}
-    deadline = time.monotonic() + JOIN_SECONDS
-    while True:
-        for reply in ask(grid, "query.partition", [node for node in grid.get_node_ids() if node not in nodes]):
-            held = reply.content.metric_records["partition"]
-            if held["num-partitions"] != clients:
-                number = held["num-partitions"]
-                raise UserError(f"clients = {clients}, but the federation has {number} nodes: make them equal")
-            nodes[reply.metadata.src_node_id] = int(held["partition-id"])  # type: ignore[arg-type]
-        if len(nodes) >= clients:
-            break
-        if time.monotonic() > deadline:
-            raise UserError(f"clients = {clients}, but only {len(nodes)} nodes are connected: connect the others")
-        time.sleep(0.2)
-    if sorted(nodes.values()) != list(range(clients)):
-        shards = sorted(nodes.values())
-        raise UserError(f"clients = {clients}, but the nodes hold the shards {shards}: give each node its own")
-    return dict(sorted(nodes.items(), key=lambda node: node[1]))
+    def __init__(self, grid: Grid, clients: int) -> None:
+        self.nodes: Nodes = {}  # in the order of the workers
+        self._grid, self._clients = grid, clients
+        self._strangers: set[int] = set()  # nodes that came later and are of another federation
+
+    def call(self, least: int) -> None:
+        """Ask every node anew. Nodes may join up to a minute late; then `least` of them are enough."""
+        self.nodes = {}
+        deadline = time.monotonic() + JOIN_SECONDS
+        while len(self.nodes) < self._clients:
+            for node, (worker, of) in self._held([n for n in self._grid.get_node_ids() if n not in self.nodes]).items():
+                if of != self._clients:
+                    raise UserError(f"clients = {self._clients}, but the federation has {of} nodes: make them equal")
+                self.nodes[node] = worker
+            if time.monotonic() > deadline:
+                break
+            time.sleep(0.2)
+        self._check(least)
+
+    def update(self) -> None:
+        """Take in nodes that have connected since; one that holds the shard of another takes its place."""
+        new = [n for n in self._grid.get_node_ids() if n not in self.nodes and n not in self._strangers]
+        for node, (worker, of) in self._held(new).items():
+            if of == self._clients and worker < self._clients:
+                self.nodes = {n: w for n, w in self.nodes.items() if w != worker} | {node: worker}
+            else:
+                self._strangers.add(node)
+                print(
+                    f"node {node} holds shard {worker} of {of}: it is of another federation and not asked", flush=True
+                )
+        self._sort()
+
+    def _held(self, nodes: Iterable[int]) -> dict[int, tuple[int, int]]:
+        """The shard that each of `nodes` holds, and of how many; without those that do not answer."""
+        held = {}
+        for node, reply in ask(self._grid, "query.partition", {node: RecordDict() for node in nodes}).items():
+            record = reply.content.metric_records.get("partition", MetricRecord())
+            worker, of = record.get("partition-id"), record.get("num-partitions")
+            if isinstance(worker, int) and isinstance(of, int):
+                held[node] = worker, of
+        return held
+
+    def _check(self, least: int) -> None:
+        shards = sorted(self.nodes.values())
+        if len(shards) < least:
+            raise UserError(
+                f"clients = {self._clients}, but only {len(shards)} nodes are connected: connect the others"
+            )
+        if len(set(shards)) < len(shards) or not set(shards) <= set(range(self._clients)):
+            raise UserError(
+                f"clients = {self._clients}, but the nodes hold the shards {shards}: give each node its own"
+            )
+        self._sort()
+
+    def _sort(self) -> None:
+        self.nodes = dict(sorted(self.nodes.items(), key=lambda node: node[1]))
 
 
-def collect_states(grid: Grid, nodes: Nodes) -> dict[str, dict[str, Tensor]]:
-    """The optimizer state that each worker keeps between rounds, for the checkpoint."""
-    replies = ask(grid, "query.state", nodes)
-    return {
-        str(nodes[reply.metadata.src_node_id]): tensors_of(reply.content.array_records["optimizer"])
-        for reply in replies
-    }
+def collect_states(
+    grid: Grid, nodes: Nodes, rounds: list[int], like: Mapping[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """The optimizer state of each worker after its round in `rounds`; of those that keep one shaped as `like`."""
+    question = ConfigRecord({STATE_ROUNDS: rounds})
+    replies = ask(grid, "query.state", {node: RecordDict({"config": question}) for node in nodes})
+    states = {}
+    for node, reply in replies.items():
+        worker = nodes[node]
+        state = _usable_state(reply, {} if rounds[worker] == 0 else like)
+        if state is not None:
+            states[worker] = state
+    return states
 
 
-def restore_states(grid: Grid, nodes: Nodes, states: Mapping[str, Mapping[str, Tensor]]) -> None:
-    """Hand each worker the state that it kept when the checkpoint was made."""
-    by_node = {node: states[str(worker)] for node, worker in nodes.items() if str(worker) in states}
-    ask(grid, "query.state", by_node, {node: {"optimizer": tensor_record(s)} for node, s in by_node.items()})
+def _usable_state(reply: Message, like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    record = reply.content.array_records.get(STATE)
+    if record is None or record.keys() != like.keys():
+        return None
+    if any((record[n].dtype, tuple(record[n].shape)) != (dtype_name(t), tuple(t.shape)) for n, t in like.items()):
+        return None
+    state = tensors_of(record)
+    return state if all(tensor.isfinite().all() for tensor in state.values()) else None
 
 
-def ask(
-    grid: Grid, question: str, nodes: Iterable[int], records: Mapping[int, Mapping[str, ArrayRecord]] | None = None
-) -> list[Message]:
-    """Every node's answer to a query; a node that cannot answer fails the run."""
-    messages = [Message(RecordDict(dict((records or {}).get(node, {}))), node, question) for node in nodes]
-    replies = list(grid.send_and_receive(messages)) if messages else []
-    for reply in replies:
-        if reply.has_error():
-            raise RunFailed(f"a client cannot answer {question}: {reply.error.reason}")
-    return replies
-
-
-def payload(messages: Iterable[Message]) -> int:
-    """The bytes of all arrays in `messages`, headers not counted."""
-    return sum(
-        np.dtype(array.dtype).itemsize * math.prod(array.shape)
-        for message in messages
-        if message.has_content()
-        for record in message.content.array_records.values()
-        for array in record.values()
+def restore_states(grid: Grid, nodes: Nodes, rounds: list[int], states: Mapping[int, Mapping[str, Tensor]]) -> None:
+    """Hand each worker the state that it kept after its round in `rounds`, when the checkpoint was made."""
+    question = ConfigRecord({STATE_ROUNDS: rounds})
+    ask(
+        grid,
+        "query.state",
+        {
+            node: RecordDict({STATE: tensor_record(states[worker]), "config": question})
+            for node, worker in nodes.items()
+            if worker in states
+        },
     )
+
+
+def ask(grid: Grid, question: str, contents: Mapping[int, RecordDict]) -> dict[int, Message]:
+    """The answers to a query with these contents, by node; one that fails or takes too long is not among them."""
+    messages = [Message(content, node, question) for node, content in contents.items()]
+    replies = list(grid.send_and_receive(messages, timeout=ANSWER_SECONDS)) if messages else []
+    return {
+        reply.metadata.src_node_id: reply
+        for reply in replies
+        if reply.has_content() and reply.metadata.src_node_id in contents
+    }

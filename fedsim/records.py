@@ -2,7 +2,7 @@
 
     results/NAME/config.json     every key that shapes the result, and the mode
                  metrics.jsonl   one row a round (centralized: an epoch), flushed as it is made
-                 checkpoint.pt   what the run needs to go on, bitwise
+                 checkpoint.pt   what the run needs to go on, bitwise; beside it checkpoint-before.pt, the one before
                  model.pt        the last global model, a state_dict
                  summary.json    the outcome and where it comes from, written at the end or an early stop
                  .lock           held by the process that runs it
@@ -16,6 +16,7 @@ import contextlib
 import fcntl
 import hashlib
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -34,10 +35,11 @@ from torch import Tensor
 
 from fedsim import __version__
 from fedsim.config import Config, Mode
-from fedsim.errors import UserError
+from fedsim.errors import RunFailed, UserError
 
 Row = dict[str, Any]
-CHECKPOINT_VERSION = 1
+CHECKPOINT_VERSION = 2
+CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED = "checkpoint.pt", "checkpoint-before.pt", "checkpoint-refused.pt"
 COSTS = ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
 PACKAGES = ("flwr", "torch", "torchvision", "torch-optimizer", "numpy")
 
@@ -54,6 +56,7 @@ class Run:
         self.mode: Mode = mode
         self.tested_on = "validation" if config.validation else "test"
         self.show = show or (lambda row: None)
+        self._identity = {"mode": mode, **config.identity(mode)}
         self._check_identity(config)
         self.rows: list[Row] = []
         self._began = time.perf_counter()
@@ -73,7 +76,9 @@ class Run:
     @contextlib.contextmanager
     def held(self) -> Iterator[None]:
         """Within it, this process alone runs the run; where another already does, it fails."""
-        with (self.folder / ".lock").open("w") as file:
+        with self._writing():
+            file = (self.folder / ".lock").open("w")
+        with file:
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -83,21 +88,44 @@ class Run:
             yield
 
     def resume(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from, if there is one; rows made after it are dropped."""
-        path = self.folder / "checkpoint.pt"
-        if not path.exists():
-            self._rewrite_rows([])
-            return None
+        """The checkpoint to go on from, if there is one; rows made after it are dropped.
+
+        One that is cut short, of another configuration or of another version is named and put aside, and the one
+        before it is used.
+        """
+        refused = ""
+        for path in (self.folder / CHECKPOINT, self.folder / CHECKPOINT_BEFORE):
+            if not path.exists():
+                continue
+            try:
+                checkpoint = self._checkpoint_in(path)
+            except _Refused as reason:
+                refused = f"{path} {reason}"
+                continue
+            if refused:
+                print(
+                    f"warning: {refused}: the one before it, of round {checkpoint['round']}, is used", file=sys.stderr
+                )
+                (self.folder / CHECKPOINT).replace(self.folder / CHECKPOINT_REFUSED)
+            self._rewrite_rows([row for row in read_rows(self.folder) if row["round"] <= checkpoint["round"]])
+            self._seconds_before = checkpoint["seconds"]
+            self._began = time.perf_counter()
+            return checkpoint
+        if refused:
+            raise UserError(f"name = {self.folder.name}: {refused}: remove it to begin the run anew")
+        self._rewrite_rows([])
+        return None
+
+    def _checkpoint_in(self, path: Path) -> dict[str, Any]:
         try:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            version = checkpoint["version"]
+            version, identity = checkpoint["version"], checkpoint.get("config")
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise UserError(f"name = {self.folder.name}: {path} is damaged: remove it to begin the run anew") from error
+            raise _Refused("is damaged") from error
         if version != CHECKPOINT_VERSION:
-            raise UserError(f"name = {self.folder.name}: {path} is of another version of fedsim: give another --name")
-        self._rewrite_rows([row for row in read_rows(self.folder) if row["round"] <= checkpoint["round"]])
-        self._seconds_before = checkpoint["seconds"]
-        self._began = time.perf_counter()
+            raise _Refused("is of another version of fedsim")
+        if identity != self._identity:
+            raise _Refused("is of another configuration")
         return checkpoint
 
     def add(self, row: Row) -> None:
@@ -105,49 +133,54 @@ class Run:
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["tested_on"] = self.tested_on
         row["seconds"] = round(self.seconds, 3)
-        with (self.folder / "metrics.jsonl").open("a") as file:
+        with self._writing(), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         self.rows.append(row)
         self.show(row)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Save what the run needs to go on after ``state["round"]`` rounds (centralized: epochs)."""
-        with written_whole(self.folder / "checkpoint.pt") as file:
-            torch.save({"version": CHECKPOINT_VERSION, "seconds": self.seconds, **state}, file)
+        """Save what the run needs to go on after ``state["round"]`` rounds (centralized: epochs).
+
+        The last one is kept beside it, and is what the run goes on from where this one does not come to be.
+        """
+        last = self.folder / CHECKPOINT
+        header = {"version": CHECKPOINT_VERSION, "config": self._identity, "seconds": self.seconds}
+        with self._writing():
+            if last.exists():
+                last.replace(self.folder / CHECKPOINT_BEFORE)
+            _save_whole(last, {**header, **state})
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Save the global model as a contiguous CPU state_dict."""
-        with written_whole(self.folder / "model.pt") as file:
-            torch.save({name: value.detach().cpu().contiguous() for name, value in state.items()}, file)
+        with self._writing():
+            _save_whole(
+                self.folder / "model.pt", {name: value.detach().cpu().contiguous() for name, value in state.items()}
+            )
 
     def end(self, finished: bool, parameters: int, device: str) -> None:
         """Write the summary: of the whole run, or of one that stops early. Accuracies are None before any test."""
         tested = [row["test_accuracy"] for row in self.rows if row["test_accuracy"] is not None]
         last = self.rows[-1] if self.rows else {}
-        _write_json(
-            self.folder / "summary.json",
-            {
-                "finished": finished,
-                "tested_on": self.tested_on,
-                "best_test_accuracy": max(tested, default=None),
-                "final_test_accuracy": tested[-1] if tested else None,
-                **{
-                    name: last.get(name, 0)
-                    for name in ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
-                },
-                "seconds": last.get("seconds", 0.0),
-                "parameters": parameters,
-                **provenance(device),
-            },
-        )
+        summary = {
+            "finished": finished,
+            "tested_on": self.tested_on,
+            "best_test_accuracy": max(tested, default=None),
+            "final_test_accuracy": tested[-1] if tested else None,
+            **{name: last.get(name, 0) for name in COSTS},
+            "seconds": last.get("seconds", 0.0),
+            "parameters": parameters,
+            **provenance(device),
+        }
+        with self._writing():
+            _write_json(self.folder / "summary.json", summary)
 
     def discard(self) -> None:
         """Forget a run of this same configuration, so that it is run again."""
-        for name in ("summary.json", "checkpoint.pt", "metrics.jsonl", "model.pt"):
+        for name in ("summary.json", CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, "metrics.jsonl", "model.pt"):
             (self.folder / name).unlink(missing_ok=True)
 
     def _check_identity(self, config: Config) -> None:
-        identity = {"mode": self.mode, **config.identity(self.mode)}
+        identity = self._identity
         defaults = Config().identity(self.mode)
         path = self.folder / "config.json"
         if path.exists():
@@ -175,8 +208,42 @@ class Run:
 
     def _rewrite_rows(self, rows: list[Row]) -> None:
         self.rows = rows
-        with written_whole(self.folder / "metrics.jsonl") as file:
+        with self._writing(), written_whole(self.folder / "metrics.jsonl") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        """A full disk, or a folder that has become read-only, ends the run, whose checkpoint is kept."""
+        try:
+            yield
+        except OSError as error:
+            raise RunFailed(
+                f"{self.folder} cannot be written ({error.strerror}): mend that; the same command then goes on"
+            ) from error
+
+
+class _Refused(Exception):
+    """Why a checkpoint cannot be gone on from."""
+
+
+def resumed(config: Config) -> Config:
+    """`config`, or where its key ``resume`` names a run, that run's, to go on with under its name."""
+    if not config.resume:
+        return config
+    folder = run_folder(config.changed({"name": config.resume}), "localsgd")
+    if not (folder / "config.json").exists():
+        raise UserError(
+            f"resume = {config.resume}: there is no run in {folder}: give one's name, with its --results-dir"
+        )
+    held = {**Config().identity("localsgd"), **_read_json(folder / "config.json")}
+    if held.pop("mode") != "localsgd":
+        raise UserError(f"resume = {config.resume}: {folder} is no run of LocalSGD: start it again as it was begun")
+    for name, default in {**Config().identity("localsgd"), "name": ""}.items():
+        given = config.as_keys()[name]
+        if given not in (default, held.get(name, config.resume)):
+            other = held.get(name, config.resume)
+            raise UserError(f"resume = {config.resume}: {name} = {given}, but the run has {other}: leave it out")
+    return config.changed({**held, "name": config.resume, "resume": ""})
 
 
 def run_folder(config: Config, mode: Mode) -> Path:
@@ -252,6 +319,14 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         part.replace(path)
     finally:
         part.unlink(missing_ok=True)
+
+
+def _save_whole(path: Path, content: Mapping[str, Any]) -> None:
+    """`torch.save`, by way of memory: PyTorch's own writing hides why it failed."""
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    with written_whole(path) as file:
+        file.write(buffer.getbuffer())
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

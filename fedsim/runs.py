@@ -14,6 +14,7 @@ from fedsim.fleet import FleetGrid
 from fedsim.flower import run_with_flwr
 from fedsim.records import Row, Run
 from fedsim.server_app import train_localsgd
+from fedsim.sync import plan
 
 Engine = Literal["fleet", "fused", "flower"]
 
@@ -50,10 +51,11 @@ def execute(
 
 
 def check(config: Config, mode: Mode) -> None:
-    """Fail where the data is not there, or cannot be shared out or passed over as `config` asks."""
+    """Fail where the data is not there, or cannot be shared out, passed over or averaged as `config` asks."""
     images = len(load_dataset(config).train)
     if mode == "centralized":
         check_shards(config, images, 1)
         whole_epochs(config)
     else:
         check_shards(config, images, config.clients)
+        plan(config, images)

@@ -1,4 +1,4 @@
-"""What server and clients agree on: the length of the run, its schedule, and which arrays of a message are what."""
+"""What server and clients agree on: the length of the run, its schedule, and what stands where in their messages."""
 
 from __future__ import annotations
 
@@ -9,10 +9,16 @@ from typing import NamedTuple
 from torch import Tensor
 
 from fedsim.config import Config
+from fedsim.errors import UserError
 from fedsim.schedule import Schedule, schedule_of
 from strategies import sample_size
 
 OPTIMIZER = "optimizer/"  # prefix of the optimizer state that is averaged with the model
+STATE = "optimizer"  # record of the optimizer state that a client keeps
+STATE_ROUNDS = "state-rounds"  # for each worker, the last round in which its update counted
+STATE_LOST = "state-lost"  # metric of a client that does not keep the state of that round any more
+# The keys that each train message brings: those that shape the result but for what is the machine's
+SHARED = [name for name in Config().identity("localsgd") if name not in ("device", "threads")]
 
 
 class Plan(NamedTuple):
@@ -26,6 +32,8 @@ class Plan(NamedTuple):
 def plan(config: Config, images: int) -> Plan:
     """The plan of `config` on `images` training images; an epoch is counted over all sampled clients together."""
     sampled = sample_size(config.clients, config.fraction)
+    if config.min_clients > sampled:
+        raise UserError(f"min-clients = {config.min_clients} is more than the {sampled} clients of a round: give fewer")
     steps_per_epoch = Fraction(images, sampled * config.batch_size)
 
     def rounds_of(epochs: float) -> int:

@@ -6,14 +6,15 @@ The mean is FedAvg's, made exact and repeatable:
 - sums are taken in float64, where the updates are, so that K identical workers average to themselves for every K;
 - BatchNorm's running statistics are averaged like any other array, or taken from worker 0;
 - integer arrays (BN's ``num_batches_tracked``) stay integers: the largest is taken, not a rounded mean;
-- an update that is not finite, misshapen or badly weighted is left out, named in the log and in `left_out`.
+- an update that is not finite, misshapen, oversized or badly weighted, and a worker that does not answer, is left
+  out, named in the log and in `left_out`; a late or second reply changes nothing.
 """
 
 from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from logging import WARNING
 from typing import Any, NamedTuple
 
@@ -24,9 +25,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from strategies.tensor_array import dtype_name, tensor_of, tensor_record
+from strategies.tensor_array import TensorArray, array_bytes, dtype_name, tensor_of, tensor_record
 
 BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+MOST_METRICS = 1000  # numbers in a reply
+NPY_HEADER = 1024  # bytes that an array may come with beside its values
 
 
 class Update(NamedTuple):
@@ -42,8 +45,12 @@ class LocalSGD(FedAvg):
 
     `workers` maps node ids to worker numbers (Flower's node ids are random): who may be asked, and the order of
     the sum. Without it every connected node may be asked, in the order of node ids. Of these, `fraction_train` are
-    sampled in each round, by `seed` and the round: the same workers in every run. `batchnorm_at_sync` is
-    ``average`` or ``worker-0`` (the first of those sampled). Other arguments are FedAvg's.
+    sampled in each round, by `seed` and the round: the same workers in every run. `population` is the number of
+    workers that are sampled from, those included whose node is not connected (default: as many as `workers`).
+
+    Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples` and reports
+    each of `metrics` as a finite number. `batchnorm_at_sync` is ``average`` or ``worker-0`` (the first of those
+    averaged). Other arguments are FedAvg's.
     """
 
     def __init__(
@@ -51,52 +58,85 @@ class LocalSGD(FedAvg):
         workers: Mapping[int, int] | None = None,
         batchnorm_at_sync: str = "average",
         seed: int = 0,
+        population: int = 0,
+        min_updates: int = 1,
+        max_examples: float = 2.0**53,
+        metrics: Sequence[str] = (),
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
-        self.seed = seed
         self.workers = dict(workers or {})
         self.batchnorm_at_sync = batchnorm_at_sync
-        self.left_out: dict[int, str] = {}  # worker -> reason, of the last round
-        self._sent: dict[str, tuple[str, tuple[int, ...]]] = {}  # name -> dtype, shape of this round's arrays
+        self.seed = seed
+        self.population = population
+        self.min_updates = min_updates
+        self.max_examples = max_examples
+        self.metrics = metrics
+        self.averaged: list[int] = []  # the workers whose updates made the last average
+        self.left_out: dict[int, str] = {}  # the others of that round -> reason
+        self._sent = ArrayRecord()
+        self._asked: dict[int, int] = {}  # node -> worker
+        self._away: list[int] = []  # sampled workers that are not connected
+        self._messages: list[Message] = []
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One train message with the global arrays for each sampled worker, in their order."""
-        self._sent = {name: (array.dtype, tuple(array.shape)) for name, array in arrays.items()}
+        """One train message with the global arrays for each sampled worker that is connected, in their order."""
+        connected = sorted(grid.get_node_ids())
+        nodes = {self.workers.get(node, node): node for node in connected if not self.workers or node in self.workers}
+        sampled = self._sample(server_round, nodes)
+        self._sent = arrays
+        self._asked = {nodes[worker]: worker for worker in sampled if worker in nodes}
+        self._away = [worker for worker in sampled if worker not in nodes]
         config["server-round"] = server_round
         record = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
-        nodes = sorted(self.workers or grid.get_node_ids(), key=self._worker)
-        if self.fraction_train < 1:
-            chance = random.Random(f"{self.seed}/{server_round}")
-            nodes = sorted(chance.sample(nodes, sample_size(len(nodes), self.fraction_train)), key=self._worker)
-        return self._construct_messages(record, nodes, MessageType.TRAIN)
+        self._messages = list(self._construct_messages(record, list(self._asked), MessageType.TRAIN))
+        return self._messages
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """The weighted mean of arrays and of metrics over the usable replies; None, None where there are none."""
-        self.left_out = {}
-        updates: list[Update] = []
-        for reply in sorted(replies, key=lambda reply: self._worker(reply.metadata.src_node_id)):
-            try:
-                updates.append(self._usable(reply))
-            except _Unusable as reason:
-                worker = self._worker(reply.metadata.src_node_id)
-                self.left_out[worker] = str(reason)
-                log(WARNING, "round %s: worker %s is left out of the average: %s", server_round, worker, reason)
-        if not updates:
+        """The weighted mean of arrays and of metrics over the usable replies; None, None where they are too few."""
+        updates = self._usable_updates(replies)
+        for worker, reason in self.left_out.items():
+            log(WARNING, "round %s: worker %s is left out of the average: %s", server_round, worker, reason)
+        self.averaged = sorted(updates) if len(updates) >= self.min_updates else []
+        if not self.averaged:
             return None, None
-        total = math.fsum(update.weight for update in updates)
-        weights = [update.weight / total for update in updates]
-        averaged = {
-            name: self._combine(name, [update.arrays[name] for update in updates], weights) for name in self._sent
-        }
-        return tensor_record(averaged), self._mean_metrics([update.metrics for update in updates], weights)
+        used = [updates[worker] for worker in self.averaged]
+        total = math.fsum(update.weight for update in used)
+        weights = [update.weight / total for update in used]
+        averaged = {name: self._combine(name, [update.arrays[name] for update in used], weights) for name in self._sent}
+        return tensor_record(averaged), self._mean_metrics([update.metrics for update in used], weights)
 
-    def _worker(self, node_id: int) -> int:
-        return self.workers.get(node_id, node_id)
+    def _sample(self, server_round: int, nodes: Mapping[int, int]) -> list[int]:
+        """The workers of a round: drawn from all there are, connected or not, so that who is away moves no other."""
+        everyone = list(range(self.population)) or sorted(self.workers.values()) or sorted(nodes)
+        if self.fraction_train >= 1:
+            return everyone
+        chance = random.Random(f"{self.seed}/{server_round}")
+        return sorted(chance.sample(everyone, sample_size(len(everyone), self.fraction_train)))
+
+    def _usable_updates(self, replies: Iterable[Message]) -> dict[int, Update]:
+        """The updates by their workers; why the others are left out is noted."""
+        updates: dict[int, Update] = {}
+        self.left_out = dict.fromkeys(self._away, "its node is not connected")
+        ids = {message.metadata.message_id for message in self._messages}
+        for reply in replies:
+            worker = self._asked.get(reply.metadata.src_node_id)
+            late = reply.metadata.reply_to_message_id not in ids
+            # Flower's own word that a node is gone comes from none of the nodes
+            if worker is None or late or worker in updates or worker in self.left_out:
+                continue
+            try:
+                updates[worker] = self._usable(reply)
+            except _Unusable as reason:
+                self.left_out[worker] = str(reason)
+        for worker in self._asked.values():
+            if worker not in updates:
+                self.left_out.setdefault(worker, "it did not answer")
+        return updates
 
     def _combine(self, name: str, parts: list[Tensor], weights: list[float]) -> Tensor:
         if self.batchnorm_at_sync == "worker-0" and name.rpartition(".")[2] in BATCHNORM_STATISTICS:
@@ -110,26 +150,42 @@ class LocalSGD(FedAvg):
         if reply.has_error():
             raise _Unusable(f"its client failed ({reply.error.reason})")
         arrays = reply.content.array_records.get(self.arrayrecord_key)
-        if arrays is None or len(reply.content.metric_records) != 1:
-            raise _Unusable(f"it sent no {self.arrayrecord_key} or not one record of metrics")
+        if arrays is None or len(reply.content.metric_records) != 1 or len(reply.content) != 2:
+            raise _Unusable(f"it sent other records than {self.arrayrecord_key} and one of metrics")
         metrics = next(iter(reply.content.metric_records.values()))
-        weight = metrics.get(self.weighted_by_key)
-        if not isinstance(weight, int | float) or not (math.isfinite(weight) and weight > 0):
-            raise _Unusable(f"{self.weighted_by_key} is {weight}")
+        weight = self._usable_weight(metrics)
         if arrays.keys() != self._sent.keys():
             raise _Unusable(f"its arrays are others than those sent: {sorted(arrays.keys() ^ self._sent.keys())[0]}")
         tensors = {name: self._usable_tensor(name, arrays[name]) for name in self._sent}
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
         if not all(finite):  # asked once, so that a GPU is waited for once
             raise _Unusable(f"{list(tensors)[finite.index(False)]} is not finite")
-        return Update(float(weight), tensors, metrics)
+        return Update(weight, tensors, metrics)
+
+    def _usable_weight(self, metrics: MetricRecord) -> float:
+        """The weight in `metrics`, which must report what is asked for and no flood of numbers."""
+        if sum(len(value) if isinstance(value, list) else 1 for value in metrics.values()) > MOST_METRICS:
+            raise _Unusable(f"its metrics are more than {MOST_METRICS} numbers")
+        for name in self.metrics:
+            value = metrics.get(name)
+            if not isinstance(value, int | float) or not math.isfinite(value):
+                raise _Unusable(f"{name} is {value}")
+        weight = metrics.get(self.weighted_by_key)
+        if not isinstance(weight, int | float) or not 0 < weight <= self.max_examples:
+            raise _Unusable(f"{self.weighted_by_key} is {weight}")
+        return float(weight)
 
     def _usable_tensor(self, name: str, array: Array) -> Tensor:
+        sent = self._sent[name]
+        if (array.dtype, tuple(array.shape)) != (sent.dtype, tuple(sent.shape)):
+            raise _Unusable(f"{name} is {array.dtype} {list(array.shape)}, not as it was sent")
+        if not isinstance(array, TensorArray) and len(array.data) > (most := array_bytes(sent) + NPY_HEADER):
+            raise _Unusable(f"{name} holds {len(array.data)} bytes, more than {most}")
         try:
             tensor = tensor_of(array)
-        except (TypeError, ValueError, EOFError) as error:
+        except Exception as error:  # whatever NumPy makes of foreign bytes
             raise _Unusable(f"{name} cannot be read ({error})") from error
-        if (dtype_name(tensor), tuple(tensor.shape)) != self._sent[name]:
+        if (dtype_name(tensor), tuple(tensor.shape)) != (sent.dtype, tuple(sent.shape)):  # its bytes may say otherwise
             raise _Unusable(f"{name} is {dtype_name(tensor)} {list(tensor.shape)}, not as it was sent")
         return tensor
 

@@ -6,6 +6,7 @@ a SuperLink) such an array becomes a plain one on its way.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -75,3 +76,8 @@ def tensor_of(array: Array) -> Tensor:
 def dtype_name(tensor: Tensor) -> str:
     """The dtype as Flower and NumPy write it, for instance float32."""
     return str(tensor.dtype).removeprefix("torch.")
+
+
+def array_bytes(array: Array) -> int:
+    """The bytes of an array's values."""
+    return np.dtype(array.dtype).itemsize * math.prod(array.shape)

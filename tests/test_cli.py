@@ -148,6 +148,9 @@ def test_a_failed_run_is_one_line_and_exit_code_1(call: Call) -> None:
     assert "is nan: a lower --lr may help" in err
 
 
+GRIDS_OTHERS = (("grid", "seed"), ("grid", "resume"))  # it has --seeds, and goes on with cells by itself
+
+
 def test_every_key_is_a_flag_with_its_default_in_the_help() -> None:
     environment = {"COLUMNS": "400", "PATH": "", "TERM": "dumb"}
     for command in ("localsgd", "centralized", "grid"):
@@ -157,7 +160,7 @@ def test_every_key_is_a_flag_with_its_default_in_the_help() -> None:
         assert answer.returncode == 0
         for name, item in FIELDS.items():
             mode = "localsgd" if command == "grid" else command
-            offered = mode in item.metadata["modes"] and (command, name) != ("grid", "seed")  # it has --seeds
+            offered = mode in item.metadata["modes"] and (command, name) not in GRIDS_OTHERS
             assert (f"--{kebab(name)} " in answer.stdout) == offered, name
 
 

@@ -2,15 +2,19 @@ from __future__ import annotations
 
 import contextlib
 import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
-from fedsim.config import Config
+from fedsim.config import Config, Mode
 from fedsim.errors import UserError
-from fedsim.records import Run, default_name, provenance, read_rows, written_whole
-from tests.conftest import Execute, assert_same_bits, final_model
+from fedsim.machine import resolve
+from fedsim.records import Run, default_name, provenance, read_rows, resumed, written_whole
+from fedsim.runs import execute
+from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
@@ -62,22 +66,86 @@ def test_a_run_that_another_process_runs_is_refused(run: Execute) -> None:
     assert run(name="busy").finished
 
 
-def test_a_damaged_checkpoint_is_refused_by_name(run: Execute) -> None:
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def of_another_version(path: Path) -> None:
+    torch.save({**torch.load(path, weights_only=True), "version": 0}, path)
+
+
+def of_another_configuration(path: Path) -> None:
+    checkpoint = torch.load(path, weights_only=True)
+    torch.save({**checkpoint, "config": {**checkpoint["config"], "lr": 0.5}}, path)
+
+
+REFUSED: dict[Callable[[Path], None], str] = {
+    cut: "checkpoint.pt is damaged",
+    of_another_version: "checkpoint.pt is of another version of fedsim",
+    of_another_configuration: "checkpoint.pt is of another configuration",
+}
+
+
+@pytest.mark.parametrize("spoil", REFUSED)
+@pytest.mark.parametrize("mode", ["localsgd", "centralized"])
+def test_the_checkpoint_before_a_refused_one_is_used(
+    run: Execute, mode: Mode, spoil: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"checkpoint_every": 1, "epochs": 4.0, "stop_after_epochs": 3.0}
+    part = run(mode, name="part", **keys)
+    last, before = (part.folder / f"checkpoint{name}.pt" for name in ("", "-before"))
+    spoil(last)
+    spoilt, good = last.read_bytes(), torch.load(before, weights_only=True)
+    again = run(mode, name="part", epochs=4.0)
+    told = capsys.readouterr().err
+    assert f"{REFUSED[spoil]}: the one before it, of round {good['round']}, is used" in told
+    assert (part.folder / "checkpoint-refused.pt").read_bytes() == spoilt
+    assert_same_bits(final_model(again), final_model(run(mode, name="whole", epochs=4.0)))
+    assert rows_of(again) == rows_of(run(mode, name="whole", epochs=4.0))
+
+
+@pytest.mark.parametrize("spoil", REFUSED)
+def test_with_no_other_checkpoint_a_refused_one_is_an_error(run: Execute, spoil: Callable[[Path], None]) -> None:
     part = run(name="cut", stop_after_rounds=3)
     path = part.folder / "checkpoint.pt"
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(UserError, match=r"checkpoint.pt is damaged: remove it to begin the run anew"):
+    spoil(path)
+    with pytest.raises(UserError, match=REFUSED[spoil] + ": remove it to begin the run anew"):
         run(name="cut")
     path.unlink()
     assert_same_bits(final_model(run(name="cut")), final_model(run(name="whole")))
 
 
-def test_a_checkpoint_of_another_version_is_refused_by_name(run: Execute) -> None:
-    part = run(name="old", stop_after_rounds=1)
-    path = part.folder / "checkpoint.pt"
-    torch.save({**torch.load(path, weights_only=True), "version": 0}, path)
-    with pytest.raises(UserError, match="is of another version of fedsim"):
-        run(name="old")
+def test_killed_between_two_checkpoints_the_older_is_used(run: Execute) -> None:
+    """The new one is written after the last one has been put aside."""
+    part = run(name="part", checkpoint_every=2, stop_after_rounds=4)
+    (part.folder / "checkpoint.pt").unlink()
+    assert_same_bits(final_model(run(name="part")), final_model(run(name="whole")))
+
+
+def test_resume_takes_what_shapes_the_result_from_the_run(run: Execute, small: Config) -> None:
+    whole = run(name="whole", lr=0.03, local_steps=3)
+    run(name="part", lr=0.03, local_steps=3, stop_after_rounds=2)
+    bare = Config(results_dir=small.results_dir, resume="part")
+    again = execute(resolve(resumed(bare), "localsgd"), "localsgd")
+    assert again.folder.name == "part"
+    assert_same_bits(final_model(again), final_model(whole))
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"resume": "nobody"}, "resume = nobody: there is no run in .*nobody: give one's name"),
+        ({"resume": "part", "lr": 0.5}, "resume = part: lr = 0.5, but the run has 0.01: leave it out"),
+        ({"resume": "part", "name": "x"}, "resume = part: name = x, but the run has part: leave it out"),
+        ({"resume": "alone"}, "resume = alone: .*alone is no run of LocalSGD"),
+        ({"resume": "../part"}, "resume = '../part' is no plain folder name"),
+    ],
+)
+def test_resume_of_what_is_not_there_or_differs_is_an_error(run: Execute, keys: dict[str, Any], message: str) -> None:
+    part = run(name="part", stop_after_rounds=1)
+    run("centralized", name="alone", stop_after_epochs=1.0)
+    with pytest.raises(UserError, match=message):
+        resumed(Config().changed({"results-dir": str(part.folder.parent), **keys}))
 
 
 def test_a_damaged_config_is_named(run: Execute) -> None:

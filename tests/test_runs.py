@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
 
 from fedsim import client_app, pool
 from fedsim.config import Config
@@ -162,53 +160,6 @@ def test_a_finished_run_is_left_alone_unless_asked(run: Execute) -> None:
     written = (first.folder / "metrics.jsonl").stat().st_mtime_ns
     assert run(name="once").finished
     assert (first.folder / "metrics.jsonl").stat().st_mtime_ns == written
-
-
-def hostile(clients: dict[int, str]) -> ClientApp:
-    """fedsim's client, but some workers do what `clients` says."""
-    app = ClientApp()
-    app.query("partition")(client_app.partition)
-    app.query("state")(client_app.state)
-
-    @app.train()
-    def train(message: Message, context: Context) -> Message:
-        what = clients.get(int(context.node_config["partition-id"]))
-        if what == "raise":
-            raise OSError("no space left on device")
-        reply = client_app.train(message, context)
-        if what == "nan":
-            arrays = reply.content.array_records["arrays"]
-            state = arrays.to_torch_state_dict()
-            state["fc3.bias"][0] = torch.nan
-            reply.content["arrays"] = type(arrays)(state)
-        return reply
-
-    return app
-
-
-def test_a_client_that_fails_is_left_out_and_named_in_the_row(small: Config, caplog: pytest.LogCaptureFixture) -> None:
-    config = resolve(small.changed({"name": "hostile"}), "localsgd")
-    run = Run(config, "localsgd")
-    with FleetGrid(hostile({1: "nan", 2: "raise"}), config) as grid:
-        train_localsgd(grid, config, run)
-    for row in rows_of(run):
-        assert row["left_out"] == {
-            "1": "fc3.bias is not finite",
-            "2": "its client failed (OSError: no space left on device)",
-        }
-    assert all(value.isfinite().all() for value in final_model(run).values())
-    assert "round 3: worker 1 is left out of the average: fc3.bias is not finite" in caplog.text
-
-
-def test_all_clients_failing_ends_the_run_as_failed(small: Config) -> None:
-    config = resolve(small.changed({"name": "hopeless"}), "localsgd")
-    run = Run(config, "localsgd")
-    with (
-        FleetGrid(hostile(dict.fromkeys(range(4), "nan")), config) as grid,
-        pytest.raises(RunFailed, match="round 1: no client sent a usable update"),
-    ):
-        train_localsgd(grid, config, run)
-    assert not run.finished
 
 
 def test_a_diverging_centralized_run_fails_and_keeps_its_checkpoint(run: Execute, tmp_path: Path) -> None:

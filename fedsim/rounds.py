@@ -1,0 +1,107 @@
+"""One round of LocalSGD, seen from the server: the global arrays out, the clients' arrays in, their average."""
+
+from __future__ import annotations
+
+import statistics
+from dataclasses import dataclass, field
+
+from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp import Grid
+
+from fedsim.config import Config
+from fedsim.nodes import Roster
+from fedsim.records import Row
+from fedsim.sync import SHARED, STATE_LOST, STATE_ROUNDS, Plan
+from strategies import STRATEGIES, LocalSGD, array_bytes
+
+
+@dataclass
+class Progress:
+    """How far a run has come."""
+
+    round: int
+    arrays: ArrayRecord
+    counted: list[int]  # for each worker, the last round in which its update counted; 0: it begins anew
+    bytes_up: int = 0
+    bytes_down: int = 0
+    losses: list[float] = field(default_factory=list)  # of each round since the last row
+    left_out: dict[str, str] = field(default_factory=dict)  # since the last row
+
+
+class TooFewClients(Exception):
+    """No average: too few usable updates; `states_lost` where a client does not keep its optimizer's state any more."""
+
+    def __init__(self, reason: str, states_lost: bool) -> None:
+        super().__init__(reason)
+        self.states_lost = states_lost
+
+
+def build_strategy(config: Config) -> LocalSGD:
+    """The strategy of `config`; who is asked in a round stands in the round's roster."""
+    return STRATEGIES[config.strategy](
+        batchnorm_at_sync=config.batchnorm_at_sync,
+        seed=config.seed,
+        population=config.clients,
+        fraction_train=config.fraction,
+        min_updates=config.min_clients or 1,
+        max_examples=config.local_steps * config.batch_size,
+        metrics=["train-loss"],
+    )
+
+
+def train_round(grid: Grid, config: Config, strategy: LocalSGD, roster: Roster, progress: Progress) -> None:
+    """Take `progress` a round further; where too few clients send a usable update it stays as it is."""
+    roster.update()
+    strategy.workers = roster.nodes
+    round = progress.round + 1
+    shared = {name: value for name, value in config.as_keys().items() if name in SHARED}
+    question = ConfigRecord({**shared, STATE_ROUNDS: progress.counted})
+    messages = list(strategy.configure_train(round, progress.arrays, question, grid))
+    replies = list(grid.send_and_receive(messages, timeout=config.round_timeout or None)) if messages else []
+    averaged, metrics = strategy.aggregate_train(round, replies)
+
+    lost = [roster.nodes[reply.metadata.src_node_id] for reply in replies if _tells_of_lost_state(reply)]
+    strategy.left_out |= dict.fromkeys(lost, "it does not keep its optimizer's state any more and begins anew")
+    if averaged is None or metrics is None:
+        raise TooFewClients(f"round {round}: too few usable updates: {_told(strategy.left_out)}", bool(lost))
+    progress.round = round
+    progress.arrays = averaged
+    for worker in lost:
+        progress.counted[worker] = 0
+    for worker in strategy.averaged:
+        progress.counted[worker] = round
+    progress.bytes_down += len(messages) * payload(progress.arrays)
+    progress.bytes_up += len(strategy.averaged) * payload(progress.arrays)
+    progress.losses.append(float(metrics["train-loss"]))  # type: ignore[arg-type]
+    progress.left_out |= {str(worker): reason for worker, reason in strategy.left_out.items()}
+
+
+def row_of(config: Config, planned: Plan, progress: Progress) -> Row:
+    """The row of what has been trained; tests come to it."""
+    steps = progress.round * config.local_steps
+    return {
+        "round": progress.round,
+        "epoch": float(steps / planned.lr.steps_per_epoch),
+        "local_steps": steps,
+        "syncs": progress.round,
+        "bytes_up": progress.bytes_up,
+        "bytes_down": progress.bytes_down,
+        "lr": planned.lr(steps - 1),
+        "train_loss": statistics.fmean(progress.losses),
+        "left_out": progress.left_out,
+    }
+
+
+def payload(record: ArrayRecord) -> int:
+    """The bytes of all arrays in `record`, headers not counted."""
+    return sum(array_bytes(array) for array in record.values())
+
+
+def _told(left_out: dict[int, str]) -> str:
+    told = [f"worker {worker}: {reason}" for worker, reason in sorted(left_out.items())]
+    more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
+    return "; ".join(told[:3]) + more
+
+
+def _tells_of_lost_state(reply: Message) -> bool:
+    return reply.has_content() and any(STATE_LOST in record for record in reply.content.metric_records.values())
