@@ -13,7 +13,7 @@ from fedsim.errors import UserError
 from fedsim.sync import STATE, STATE_ROUNDS
 from strategies import dtype_name, tensor_record, tensors_of
 
-JOIN_SECONDS = 60  # how long nodes may take to connect, at the start and after a failure
+JOIN_SECONDS = 120  # how long nodes may take to connect: a SuperLink takes a killed one for connected for a minute
 ANSWER_SECONDS = 120  # how long a node may take to answer a question; Flower starts a process for it
 
 Nodes = dict[int, int]  # Flower's (random) node id -> worker, its partition-id
@@ -28,7 +28,7 @@ class Roster:
         self._strangers: set[int] = set()  # nodes that came later and are of another federation
 
     def call(self, least: int) -> None:
-        """Ask every node anew. Nodes may join up to a minute late; then `least` of them are enough."""
+        """Ask every node anew. Nodes may join two minutes late; then `least` of them are enough."""
         self.nodes = {}
         deadline = time.monotonic() + JOIN_SECONDS
         while len(self.nodes) < self._clients:
