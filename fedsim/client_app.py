@@ -13,9 +13,10 @@ from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsim import fused
-from fedsim.config import Config, Value
+from fedsim.config import Config, Value, own_keys
 from fedsim.local_round import End, Start, take_round
 from fedsim.machine import resolve
+from fedsim.node_data import check_named
 from fedsim.sync import join, split
 from strategies import tensor_record, tensors_of
 
@@ -74,9 +75,12 @@ def _reply(message: Message, context: Context, end: End) -> Message:
 
 
 def _config(context: Context) -> Config:
-    return _resolved(tuple(context.run_config.items()))
+    return _resolved(tuple(context.run_config.items()), tuple(own_keys(context.node_config).items()))
 
 
 @functools.lru_cache(maxsize=8)
-def _resolved(keys: tuple[tuple[str, Value], ...]) -> Config:
-    return resolve(Config().changed(dict(keys)), "localsgd")
+def _resolved(keys: tuple[tuple[str, Value], ...], own: tuple[tuple[str, Value], ...]) -> Config:
+    config = resolve(Config().changed({**dict(keys), **dict(own)}), "localsgd")
+    if "data-dir" in dict(own):
+        check_named(config)
+    return config
