@@ -195,9 +195,9 @@ def shard(
     from fedsim.node_data import write_shards
     from fedsim.presets import configure
 
-    config = configure({**keys, "device": "cpu"})
+    config = configure({**keys, "device": "cpu", "batch-size": 1})  # how they are trained on is not known here
     write_shards(config, Path(out))
-    print(f"{config.clients} shards in {out}")
+    print(f"{config.clients} shards in {Path(out)}")
 
 
 @cli.command()
