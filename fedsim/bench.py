@@ -93,7 +93,7 @@ def fleet_rounds(config: Config, rounds: int, train_together: TrainTogether | No
     data = load_dataset(config)
     model = build_model(config.model, data.classes, config.seed, config.device)
     with FleetGrid(client_app, config, train_together) as grid:
-        roster, strategy, progress = Roster(grid, config.clients), build_strategy(config), new_progress(config, model)
+        roster, strategy, progress = Roster(grid, config), build_strategy(config), new_progress(config, model)
         roster.call(least=config.clients)
         return _timed(lambda: train_round(grid, config, strategy, roster, progress), rounds, config.device)
 

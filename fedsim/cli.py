@@ -22,6 +22,7 @@ cli = typer.Typer(
     pretty_exceptions_enable=False,
     help="LocalSGD and its large-batch rivals: how often must machines that train together talk?",
 )
+OF_A_SHARD = ("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed")
 KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "BOOLEAN"}
 
 
@@ -182,6 +183,24 @@ def paper(
 
 OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")
 RESULTS = typer.Argument("results", help="folder of results, or one study's in it", metavar="[RESULTS]")
+
+
+@cli.command()
+@keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in OF_A_SHARD))
+def shard(
+    keys: dict[str, Any],
+    out: str = typer.Option(..., "-o", "--out", help="folder to make, with a folder in it for each client"),
+) -> None:
+    """Write each client's shard to a folder of its own, for SuperNodes that hold their images alone.
+
+    They are the shards of a run with the same keys, as images.npy and labels.npy: name each in its node's data-dir.
+    """
+    from fedsim.node_data import write_shards
+    from fedsim.presets import configure
+
+    config = configure({**keys, "device": "cpu", "batch-size": 1})  # how they are trained on is not known here
+    write_shards(config, Path(out))
+    print(f"{config.clients} shards in {Path(out)}")
 
 
 @cli.command()

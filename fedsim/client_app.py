@@ -14,10 +14,11 @@ from flwr.app import Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsim import fused
-from fedsim.config import Config, Value
+from fedsim.config import Config, Value, own_keys
 from fedsim.kept_state import StateLost, keep_state, kept_state, put_state
 from fedsim.local_round import End, Start, take_round
 from fedsim.machine import resolve
+from fedsim.node_data import check_named
 from fedsim.sync import SHARED, STATE, STATE_LOST, STATE_ROUNDS, join, split
 from strategies import tensor_record, tensors_of
 
@@ -43,7 +44,8 @@ def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> 
 
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
-    """Which shard this node holds, of how many."""
+    """Which shard this node holds, of how many; fails where it cannot run as the run's keys and its own say."""
+    _config(message, context)
     held = MetricRecord()
     for name in ("partition-id", "num-partitions"):
         held[name] = int(context.node_config[name])
@@ -97,9 +99,13 @@ def _state_round(message: Message, context: Context) -> int:
 def _config(message: Message, context: Context) -> Config:
     sent = message.content.config_records["config"]
     of_run = {name: sent[name] for name in SHARED}
-    return _resolved(tuple({**context.run_config, **of_run}.items()))
+    of_node = own_keys(context.node_config)
+    return _resolved(tuple({**context.run_config, **of_run}.items()), tuple(of_node.items()))
 
 
 @functools.lru_cache(maxsize=8)
-def _resolved(keys: tuple[tuple[str, Value], ...]) -> Config:
-    return resolve(Config().changed(dict(keys)), "localsgd")
+def _resolved(keys: tuple[tuple[str, Value], ...], own: tuple[tuple[str, Value], ...]) -> Config:
+    config = resolve(Config().changed({**dict(keys), **dict(own)}), "localsgd")
+    if "data-dir" in dict(own):
+        check_named(config)
+    return config

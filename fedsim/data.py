@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import functools
 import os
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,8 +19,10 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.cifar100 import official_files, read_official
 from fedsim.config import Config
 from fedsim.errors import UserError
+from fedsim.image_cache import Arrays, cached, user_cache
 from fedsim.streams import numpy_stream
 
 SIDE = 32  # pixels
@@ -29,25 +30,35 @@ PAD = 4  # black pixels around an image, as in the usual CIFAR augmentation
 WIDTH = SIDE + 2 * PAD
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+SPLITS = ("train", "test")
+
+Moments = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, of pixel / 255
 
 
 class Images:
     """N labelled images on a device.
 
-    `pixels`: (N, 32, 32, 3) uint8; `labels`: (N,) integers; `moments`: mean and standard deviation of each
-    channel, of pixel / 255, by which batches are normalised.
+    `pixels`: (N, 32, 32, 3) uint8; `labels`: (N,) integers; batches are normalised by `moments`.
     """
 
     def __init__(
-        self,
-        pixels: NDArray[np.uint8],
-        labels: NDArray[np.int64],
-        moments: tuple[tuple[float, ...], tuple[float, ...]],
-        device: torch.device | str,
+        self, pixels: NDArray[np.uint8], labels: NDArray[np.int64], moments: Moments, device: torch.device | str
     ) -> None:
-        words = np.zeros((len(pixels), WIDTH, WIDTH, 4), np.uint8)
-        words[:, PAD:-PAD, PAD:-PAD, :3] = pixels
-        self._words = torch.from_numpy(words).view(torch.int32).flatten().to(device)
+        self._hold(bordered(pixels), labels, moments, device)
+
+    @classmethod
+    def of_words(
+        cls, words: NDArray[np.int32], labels: NDArray[np.int64], moments: Moments, device: torch.device | str
+    ) -> Images:
+        """The images that `bordered` made `words` of; on the CPU they stay where they are, a file for instance."""
+        images = cls.__new__(cls)
+        images._hold(words, labels, moments, device)
+        return images
+
+    def _hold(
+        self, words: NDArray[np.int32], labels: NDArray[np.int64], moments: Moments, device: torch.device | str
+    ) -> None:
+        self._words = torch.from_numpy(words).flatten().to(device)
         self._within = torch.arange(SIDE, device=device)
         self.labels = torch.from_numpy(labels).to(device)
         mean, deviation = torch.tensor(moments, dtype=torch.float64)
@@ -90,6 +101,13 @@ class Images:
         return self.crop(index, middle, middle, torch.zeros_like(index)), self.labels[index]
 
 
+def bordered(pixels: NDArray[np.uint8]) -> NDArray[np.int32]:
+    """(N, 40, 40) words of (N, 32, 32, 3) pixels in their black border."""
+    words = np.zeros((len(pixels), WIDTH, WIDTH, 4), np.uint8)
+    words[:, PAD:-PAD, PAD:-PAD, :3] = pixels
+    return words.view(np.int32)[..., 0]
+
+
 @dataclass(frozen=True)
 class Dataset:
     """Images to train on and to test on, and the number of classes that their labels run over."""
@@ -122,6 +140,18 @@ def training_images(config: Config) -> int:
     return _training_images(config) - config.validation
 
 
+def classes_of(config: Config) -> int:
+    """The classes that its labels run over, known without reading them."""
+    return 100 if config.dataset == "cifar100" else config.synthetic_classes
+
+
+def moments_of(dataset: str, normalize: str) -> Moments:
+    """What images of `dataset` are normalised by."""
+    if normalize == "cifar10":
+        return CIFAR10
+    return CIFAR100 if dataset == "cifar100" else ((0.5,) * 3, (0.21,) * 3)
+
+
 def _training_images(config: Config) -> int:
     return 50_000 if config.dataset == "cifar100" else config.synthetic_images
 
@@ -135,41 +165,25 @@ def _hold_out(read: Callable[..., Dataset], key: tuple[Any, ...], count: int, se
 
 def data_folder(config: Config) -> Path:
     """The folder that holds ``cifar-100-python``: the key, the environment's, or the user's cache."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(config.data_dir or os.environ.get("FEDSIM_DATA") or f"{cache}/fedsim").expanduser().absolute()
+    return Path(config.data_dir or os.environ.get("FEDSIM_DATA") or user_cache()).expanduser().absolute()
 
 
 @functools.lru_cache(maxsize=2)
 def _cifar100(folder: str, normalize: str, device: str) -> Dataset:
-    moments = CIFAR10 if normalize == "cifar10" else CIFAR100
-    train, test = (Images(*_read_cifar100(Path(folder), split), moments, device) for split in (True, False))
+    def decode() -> Arrays:
+        arrays: Arrays = {}
+        for split in SPLITS:
+            pixels, arrays[f"{split}-labels"] = read_official(Path(folder), train=split == "train")
+            arrays[f"{split}-words"] = bordered(pixels)
+        return arrays
+
+    names = [f"{split}-{kind}" for split in SPLITS for kind in ("words", "labels")]
+    arrays = cached(official_files(Path(folder)), names, decode)
+    moments = moments_of("cifar100", normalize)
+    train, test = (
+        Images.of_words(arrays[f"{split}-words"], arrays[f"{split}-labels"], moments, device) for split in SPLITS
+    )
     return Dataset(train, test, classes=100)
-
-
-def _read_cifar100(folder: Path, train: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """The official files by torchvision, which checks their sums; downloaded where there are none."""
-    from torchvision.datasets import CIFAR100 as Official
-
-    try:
-        missing = not (folder / Official.base_folder).exists()
-        if missing:
-            print(f"no CIFAR-100 in {folder}: downloading it there (169 MB)", file=sys.stderr)
-        official = Official(str(folder), train=train, download=missing)
-    except (RuntimeError, EOFError) as error:
-        raise UserError(
-            f"data-dir = {folder} holds a damaged {Official.base_folder} ({_first_line(error)}): "
-            "remove it and start again to download it anew"
-        ) from error
-    except OSError as error:
-        raise UserError(
-            f"data-dir = {folder} has no CIFAR-100 and it could not be downloaded or read ({_first_line(error)}): "
-            f"put {Official.filename} there, or give --dataset synthetic"
-        ) from error
-    return official.data, np.array(official.targets, np.int64)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 @functools.lru_cache(maxsize=2)
@@ -188,7 +202,7 @@ def _synthetic(classes: int, images: int, normalize: str, device: str) -> Datase
             pixels[part] = (127.5 + 20 * shifted + 50 * rng.standard_normal(shifted.shape, np.float32)).clip(0, 255)
         return pixels, labels.astype(np.int64)
 
-    moments = CIFAR10 if normalize == "cifar10" else ((0.5,) * 3, (0.21,) * 3)
+    moments = moments_of("synthetic", normalize)
     train, test = draw(images), draw(max(images // 4, 1))
     return Dataset(Images(*train, moments, device), Images(*test, moments, device), classes)
 

@@ -14,11 +14,11 @@ from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.config import Config
+from fedsim.nodes import CLIENT_FAILED
 from fedsim.pool import thread_pool
 
 TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
 SERVER_ID = 1  # Flower's node id of the server
-CLIENT_FAILED = 2  # Flower's error code of a ClientApp that raised
 
 
 class FleetGrid(Grid):

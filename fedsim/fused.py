@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.data import load_dataset
+from fedsim.data import classes_of, training_images
 from fedsim.local_round import End, Start, dropout_stream, local_batches
 from fedsim.machine import prepare
 from fedsim.models import blank_model, set_dropout_streams
@@ -58,7 +58,7 @@ def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
 def build_fleet(config: Config, replicas: int) -> Fleet:
     """A fleet whose values are not set; kept, so that it is built once for all rounds, each of which sets them."""
     prepare(config)
-    model = blank_model(config.model, load_dataset(config).classes, config.device, config.precision, replicas=replicas)
+    model = blank_model(config.model, classes_of(config), config.device, config.precision, replicas=replicas)
     gradients: list[Tensor] = []
     parts: list[dict[str, Tensor]] = [{} for _ in range(replicas)]
     for name, parameter in model.named_parameters():
@@ -79,7 +79,7 @@ def build_fleet(config: Config, replicas: int) -> Fleet:
 def _take_steps(config: Config, fleet: Fleet, starts: Sequence[Start]) -> Tensor:
     """(K,) mean training losses over the round."""
     fleet.model.train()
-    lr = plan(config, len(load_dataset(config).train)).lr
+    lr = plan(config, training_images(config)).lr
     device, dtype = torch.device(config.device), parameter_dtype(config.precision)
     losses = []
     streams = zip(*(local_batches(config, start) for start in starts), strict=True)

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from fedsim.eager import Optimizer
 from fedsim.trust import (
     Closure,
     Group,

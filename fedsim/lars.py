@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.optim import Optimizer
 from torch.optim.optimizer import ParamsT
 
+from fedsim.eager import Optimizer
 from fedsim.trust import (
     Closure,
     Group,

@@ -6,15 +6,18 @@ import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.data import batches, load_dataset, sample_order, shard
+from fedsim.data import batches, classes_of, load_dataset, sample_order, shard, training_images
 from fedsim.engine import take_steps
 from fedsim.machine import prepare
 from fedsim.models import blank_model, set_dropout_streams
+from fedsim.node_data import own_images
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.streams import numpy_stream, torch_stream
 from fedsim.sync import plan
@@ -58,7 +61,7 @@ def take_round(config: Config, start: Start) -> End:
     replica.model.load_state_dict(start.weights)
     load_optimizer_state(named, replica.optimizer, start.state)
     set_dropout_streams(replica.model, [dropout_stream(config, start)])
-    lr = plan(config, len(load_dataset(config).train)).lr
+    lr = plan(config, training_images(config)).lr
     steps = local_batches(config, start)
     loss = take_steps(replica.model, replica.optimizer, steps, lr, start.round * config.local_steps, config.precision)
     weights = {name: value.clone() for name, value in replica.model.state_dict().items()}
@@ -67,15 +70,22 @@ def take_round(config: Config, start: Start) -> End:
 
 
 def local_batches(config: Config, start: Start) -> Iterator[tuple[Tensor, Tensor]]:
-    """The J augmented batches of a worker's round, all of full size."""
-    images = load_dataset(config).train
-    own = shard(len(images), config.clients, start.worker, config.seed)
+    """The J augmented batches of a worker's round, all of full size, of its own images or of its shard."""
     samples = config.local_steps * config.batch_size
-    order = sample_order(
-        len(own), start.round * samples, samples, config.seed, start.worker, start.round, config.reshuffle
-    )
+
+    def order(size: int) -> NDArray[np.int64]:
+        return sample_order(
+            size, start.round * samples, samples, config.seed, start.worker, start.round, config.reshuffle
+        )
+
+    if own := own_images(config):
+        images, index = own.take(order(len(own)), config), np.arange(samples)
+    else:
+        images = load_dataset(config).train
+        held = shard(len(images), config.clients, start.worker, config.seed)
+        index = held[order(len(held))]
     augment = numpy_stream(config.seed, start.worker, start.round, "augment")
-    return batches(images, own[order], config.batch_size, augment)
+    return batches(images, index, config.batch_size, augment)
 
 
 def dropout_stream(config: Config, start: Start) -> torch.Generator:
@@ -87,7 +97,7 @@ def _replica(config: Config) -> Replica:
     """This thread's replica for `config`: as many live as there are threads, however many clients."""
     if getattr(_of_thread, "config", None) != config:
         prepare(config)
-        model = blank_model(config.model, load_dataset(config).classes, config.device, config.precision)
+        model = blank_model(config.model, classes_of(config), config.device, config.precision)
         optimizer = build_optimizer(config, dict(model.named_parameters()))
         _of_thread.config, _of_thread.replica = config, Replica(model, optimizer)
     replica: Replica = _of_thread.replica

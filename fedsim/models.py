@@ -137,7 +137,10 @@ def blank_model(
     """
     with torch.device("meta"):
         model = _network(name, classes, replicas)
-    model = model.to_empty(device=device)
+    # What `to_empty` does, without the second that it takes to import SymPy for it
+    shapes = model.state_dict().items()
+    values = {name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in shapes}
+    model.load_state_dict(values, assign=True)
     return model.to(parameter_dtype(precision)).to(memory_format=torch.channels_last)
 
 

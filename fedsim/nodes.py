@@ -9,11 +9,13 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
+from fedsim.config import Config
 from fedsim.errors import UserError
-from fedsim.sync import STATE, STATE_ROUNDS
+from fedsim.sync import STATE, STATE_ROUNDS, shared
 from strategies import dtype_name, tensor_record, tensors_of
 
 JOIN_SECONDS = 120  # how long nodes may take to connect: a SuperLink takes a killed one for connected for a minute
+CLIENT_FAILED = 2  # Flower's error code of a ClientApp that raised
 ANSWER_SECONDS = 120  # how long a node may take to answer a question; Flower starts a process for it
 
 Nodes = dict[int, int]  # Flower's (random) node id -> worker, its partition-id
@@ -22,20 +24,21 @@ Nodes = dict[int, int]  # Flower's (random) node id -> worker, its partition-id
 class Roster:
     """Which node is which worker: asked of each node, since Flower's node ids are random."""
 
-    def __init__(self, grid: Grid, clients: int) -> None:
+    def __init__(self, grid: Grid, config: Config) -> None:
         self.nodes: Nodes = {}  # in the order of the workers
-        self._grid, self._clients = grid, clients
-        self._strangers: set[int] = set()  # nodes that came later and are of another federation
+        self._grid, self._clients = grid, config.clients
+        self._question = RecordDict({"config": ConfigRecord({**shared(config)})})
+        self._strangers: set[int] = set()  # nodes that came later and cannot take part
 
     def call(self, least: int) -> None:
-        """Ask every node anew. Nodes may join two minutes late; then `least` of them are enough."""
+        """Ask every node anew. Nodes may join two minutes late; then `least` of them are enough.
+
+        A node that cannot take part fails: one of a federation of another size, or whose own configuration is wrong.
+        """
         self.nodes = {}
         deadline = time.monotonic() + JOIN_SECONDS
         while len(self.nodes) < self._clients:
-            for node, (worker, of) in self._held([n for n in self._grid.get_node_ids() if n not in self.nodes]).items():
-                if of != self._clients:
-                    raise UserError(f"clients = {self._clients}, but the federation has {of} nodes: make them equal")
-                self.nodes[node] = worker
+            self.nodes |= self._workers([node for node in self._grid.get_node_ids() if node not in self.nodes])
             if time.monotonic() > deadline:
                 break
             time.sleep(0.2)
@@ -43,26 +46,34 @@ class Roster:
 
     def update(self) -> None:
         """Take in nodes that have connected since; one that holds the shard of another takes its place."""
-        new = [n for n in self._grid.get_node_ids() if n not in self.nodes and n not in self._strangers]
-        for node, (worker, of) in self._held(new).items():
-            if of == self._clients and worker < self._clients:
-                self.nodes = {n: w for n, w in self.nodes.items() if w != worker} | {node: worker}
-            else:
+        for node in self._grid.get_node_ids():
+            if node in self.nodes or node in self._strangers:
+                continue
+            try:
+                come = self._workers([node])
+            except UserError as error:
                 self._strangers.add(node)
-                print(
-                    f"node {node} holds shard {worker} of {of}: it is of another federation and not asked", flush=True
-                )
+                print(f"a node that has connected is left out: {error}", flush=True)
+                continue
+            self.nodes = {n: worker for n, worker in self.nodes.items() if worker not in come.values()} | come
         self._sort()
 
-    def _held(self, nodes: Iterable[int]) -> dict[int, tuple[int, int]]:
-        """The shard that each of `nodes` holds, and of how many; without those that do not answer."""
-        held = {}
-        for node, reply in ask(self._grid, "query.partition", {node: RecordDict() for node in nodes}).items():
-            record = reply.content.metric_records.get("partition", MetricRecord())
-            worker, of = record.get("partition-id"), record.get("num-partitions")
-            if isinstance(worker, int) and isinstance(of, int):
-                held[node] = worker, of
-        return held
+    def _workers(self, nodes: Iterable[int]) -> Nodes:
+        """The workers that `nodes` are, without those that do not answer."""
+        workers = {}
+        for node, reply in ask(self._grid, "query.partition", dict.fromkeys(nodes, self._question)).items():
+            if reply.has_error():
+                if reply.error.code == CLIENT_FAILED:
+                    raise UserError(f"a node cannot take part: {reply.error.reason}")
+                continue
+            held = reply.content.metric_records.get("partition", MetricRecord())
+            worker, number = held.get("partition-id"), held.get("num-partitions")
+            if number != self._clients:
+                raise UserError(f"clients = {self._clients}, but the federation has {number} nodes: make them equal")
+            if not isinstance(worker, int):
+                raise UserError(f"a node holds shard {worker}: give it a partition-id, a whole number")
+            workers[node] = worker
+        return workers
 
     def _check(self, least: int) -> None:
         shards = sorted(self.nodes.values())
@@ -96,7 +107,7 @@ def collect_states(
 
 
 def _usable_state(reply: Message, like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    record = reply.content.array_records.get(STATE)
+    record = reply.content.array_records.get(STATE) if reply.has_content() else None
     if record is None or record.keys() != like.keys():
         return None
     if any((record[n].dtype, tuple(record[n].shape)) != (dtype_name(t), tuple(t.shape)) for n, t in like.items()):
@@ -120,11 +131,8 @@ def restore_states(grid: Grid, nodes: Nodes, rounds: list[int], states: Mapping[
 
 
 def ask(grid: Grid, question: str, contents: Mapping[int, RecordDict]) -> dict[int, Message]:
-    """The answers to a query with these contents, by node; one that fails or takes too long is not among them."""
+    """The answers to a query with these contents, by node; without the nodes that take too long or are gone."""
     messages = [Message(content, node, question) for node, content in contents.items()]
     replies = list(grid.send_and_receive(messages, timeout=ANSWER_SECONDS)) if messages else []
-    return {
-        reply.metadata.src_node_id: reply
-        for reply in replies
-        if reply.has_content() and reply.metadata.src_node_id in contents
-    }
+    # That a node is gone is said by the SuperLink, in its own name
+    return {reply.metadata.src_node_id: reply for reply in replies if reply.metadata.src_node_id in contents}

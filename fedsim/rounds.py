@@ -11,7 +11,7 @@ from flwr.serverapp import Grid
 from fedsim.config import Config
 from fedsim.nodes import Roster
 from fedsim.records import Row
-from fedsim.sync import SHARED, STATE_LOST, STATE_ROUNDS, Plan
+from fedsim.sync import STATE_LOST, STATE_ROUNDS, Plan, shared
 from strategies import STRATEGIES, LocalSGD, array_bytes
 
 
@@ -54,8 +54,7 @@ def train_round(grid: Grid, config: Config, strategy: LocalSGD, roster: Roster, 
     roster.update()
     strategy.workers = roster.nodes
     round = progress.round + 1
-    shared = {name: value for name, value in config.as_keys().items() if name in SHARED}
-    question = ConfigRecord({**shared, STATE_ROUNDS: progress.counted})
+    question = ConfigRecord({**shared(config), STATE_ROUNDS: progress.counted})
     messages = list(strategy.configure_train(round, progress.arrays, question, grid))
     replies = list(grid.send_and_receive(messages, timeout=config.round_timeout or None)) if messages else []
     averaged, metrics = strategy.aggregate_train(round, replies)

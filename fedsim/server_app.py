@@ -46,7 +46,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     planned = plan(config, len(data.train))
     model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
     new = new_progress(config, model)
-    roster = Roster(grid, config.clients)
+    roster = Roster(grid, config)
     roster.call(least=config.min_clients or config.clients)
     strategy = build_strategy(config)
     progress = begin(grid, run, roster, new)

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from fedsim.config import Config
+from fedsim.config import Config, Value
 from fedsim.errors import UserError
 from fedsim.schedule import Schedule, schedule_of
 from strategies import sample_size
@@ -17,7 +17,7 @@ OPTIMIZER = "optimizer/"  # prefix of the optimizer state that is averaged with 
 STATE = "optimizer"  # record of the optimizer state that a client keeps
 STATE_ROUNDS = "state-rounds"  # for each worker, the last round in which its update counted
 STATE_LOST = "state-lost"  # metric of a client that does not keep the state of that round any more
-# The keys that each train message brings: those that shape the result but for what is the machine's
+# The keys that messages bring from the server: those that shape the result but for what is the machine's
 SHARED = [name for name in Config().identity("localsgd") if name not in ("device", "threads")]
 
 
@@ -55,6 +55,12 @@ def completes(config: Config, planned: Plan, round: int, every: int) -> bool:
         return round % every == 0
     before, after = (Fraction(r * config.local_steps) / planned.lr.steps_per_epoch for r in (round - 1, round))
     return before // every < after // every
+
+
+def shared(config: Config) -> dict[str, Value]:
+    """The keys of `config` that its messages bring."""
+    keys = config.as_keys()
+    return {name: keys[name] for name in SHARED}
 
 
 def join(weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:

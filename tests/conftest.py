@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import tempfile
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,15 @@ SMALL: dict[str, Any] = {
 }
 
 Execute = Callable[..., Run]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def cache() -> Iterator[Path]:
+    """A cache folder of the tests' own, so that images are decoded once for all of them; the data stays where it is."""
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
+        patch.setenv("FEDSIM_DATA", str(data_folder(Config())))
+        patch.setenv("XDG_CACHE_HOME", folder)
+        yield Path(folder)
 
 
 @pytest.fixture

@@ -69,6 +69,10 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("paper table3", "unknown study table3: it must be one of kj-equal-epochs"),
         ("paper table1 --seeds 1,x", "seeds = '1,x' is no list of whole numbers"),
         ("paper table1 --engine ray", "engine = 'ray' is unknown"),
+        ("shard --dataset synthetic", "'--out'"),
+        ("shard --dataset synthetic -o {folder}/damaged", "{folder}/damaged cannot be made (Directory not empty)"),
+        ("shard --dataset synthetic -o {folder}/file", "out = {folder}/file cannot be made (Not a directory)"),
+        ("shard --dataset synthetic --clients 9000 -o new", "clients = 9000 is more than the 8000 training images"),
         ("report nowhere", "nowhere holds no runs"),
         ("plan nowhere --bandwidth 1Mbit --latency 1ms --target 0.5", "nowhere holds no runs"),
         ("plan --bandwidth fast --latency 1ms --target 0.5", "bandwidth = 'fast' is not a number above 0 with one of"),
@@ -139,6 +143,14 @@ def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None
     assert call("plan", "--bandwidth", "100Mbit", "--latency", "20ms", "--target", "0.01")[0] == 0
     assert (tmp_path / "report" / "plan-mine.csv").exists()
     assert "kj-small" in call("paper")[1]
+
+
+def test_shards_are_written_for_nodes(call: Call, tmp_path: Path) -> None:
+    code, out, _ = call(*"shard --dataset synthetic --synthetic-images 70 --clients 3 -o shards/".split())
+    assert (code, out) == (0, "3 shards in shards\n")
+    assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.npy")) == [
+        f"shards/{worker}/{name}.npy" for worker in range(3) for name in ("images", "labels")
+    ]
 
 
 def test_a_failed_run_is_one_line_and_exit_code_1(call: Call) -> None:
