@@ -49,6 +49,7 @@ def cluster(spread: Spread, cells: Sequence[Cell]) -> Iterator[None]:
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of it
+    shares = [share(cell.config, spread) for cell in cells]
     address = spread.address or os.environ.get("RAY_ADDRESS") or "local"
     own: dict[str, Any] = {"num_cpus": cpu_count(), "object_store_memory": STORE_BYTES} if address == "local" else {}
     if not own:
@@ -64,8 +65,8 @@ def cluster(spread: Spread, cells: Sequence[Cell]) -> Iterator[None]:
             **own,
         )
         signal.signal(signal.SIGTERM, asked_to_end)
-        for cell in cells:
-            _check_room(share(cell.config, spread))
+        for needed in shares:
+            _check_room(needed)
         yield
     finally:
         ray.shutdown()

@@ -180,7 +180,7 @@ def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
 
 def runs_of(parent: psutil.Process) -> dict[Path, psutil.Process]:
     """The folders of the runs that the processes below `parent` hold, and which does."""
-    held = {}
+    held: dict[Path, psutil.Process] = {}
     for process in parent.children(recursive=True):
         with contextlib.suppress(psutil.Error):
             files = [Path(file.path) for file in process.open_files()]
