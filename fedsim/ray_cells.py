@@ -17,6 +17,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from pathlib import Path
 from typing import Any
 
@@ -87,9 +88,10 @@ def run_on_ray(
         else:
             needed = share(cell.config, spread)
             remote = _run_cell.options(num_cpus=needed["CPU"], num_gpus=needed["GPU"])
-            waiting[remote.remote(cell, engine, needed["CPU"], code)] = cell
+            waiting[remote.remote(cell, engine, needed["CPU"], code).future()] = cell
     while waiting:
-        ended, _ = ray.wait(list(waiting), timeout=60)
+        # Python's own wait: within Ray's, a signal's exception is lost
+        ended, _ = wait(waiting, timeout=60, return_when=FIRST_COMPLETED)
         for task in ended:
             cell = waiting.pop(task)
             yield cell.config.name, _why_failed(task, cell)
@@ -135,10 +137,10 @@ def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> str:
     return ""
 
 
-def _why_failed(task: ray.ObjectRef[str], cell: Cell) -> str:
+def _why_failed(task: Future[str], cell: Cell) -> str:
     """Why the `task` that has ended failed, or nothing."""
     try:
-        why: str = ray.get(task)
+        why = task.result()
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
