@@ -35,6 +35,9 @@ from fedsim.runs import Engine, execute
 from fedsim.study import Cell
 
 PACKAGES = [str(Path(package.__file__).parent) for package in (fedsim, strategies) if package.__file__]
+CODE = hashlib.sha256(  # of this process, which may be older than what the files hold by now
+    b"".join(file.read_bytes() for package in PACKAGES for file in sorted(Path(package).rglob("*.py")))
+).hexdigest()
 TRIES = 10  # further ones that a cell has when its node or its process dies
 REACH_SECONDS = 15
 LOCK_SECONDS = 300  # a process that is cut off from the cluster may hold its run for so long
@@ -77,7 +80,7 @@ def run_on_ray(
     cells: Sequence[Cell], engine: Engine, rerun: bool, spread: Spread, console: Console
 ) -> Iterator[tuple[str, str]]:
     """Run all `cells` (placed) on the cluster; yields the name of each as it ends, and why it failed or nothing."""
-    waiting, code = {}, code_digest()
+    waiting = {}
     runs = [Run(config, mode) for _, mode, config in cells]  # none is begun where one's name is taken
     for cell, run in zip(cells, runs, strict=True):
         with run.held():
@@ -88,7 +91,7 @@ def run_on_ray(
         else:
             needed = share(cell.config, spread)
             remote = _run_cell.options(num_cpus=needed["CPU"], num_gpus=needed["GPU"])
-            waiting[remote.remote(cell, engine, needed["CPU"], code).future()] = cell
+            waiting[remote.remote(cell, engine, needed["CPU"], CODE).future()] = cell
     while waiting:
         # Python's own wait: within Ray's, a signal's exception is lost
         ended, _ = wait(waiting, timeout=60, return_when=FIRST_COMPLETED)
@@ -109,21 +112,12 @@ def share(config: Config, spread: Spread) -> dict[str, float]:
     return {"CPU": spread.cpus or float(config.threads), "GPU": gpus}
 
 
-def code_digest() -> str:
-    """What tells apart two versions of the code that shapes a run."""
-    digest = hashlib.sha256()
-    for package in PACKAGES:
-        for file in sorted(Path(package).rglob("*.py")):
-            digest.update(f"{file.relative_to(package)}\0".encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
 @ray.remote(max_retries=TRIES)
 def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> str:
     """On a node: run `cell` on so many of its cores; returns why it failed, or nothing."""
     _, mode, config = cell
     here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
-    if code_digest() != code:
+    if code != CODE:
         raise UserError(f"the fedsim in {PACKAGES[0]} on {here} is not the one that asks: bring it to the same commit")
     if not (run_folder(config, mode) / "config.json").exists():
         raise UserError(

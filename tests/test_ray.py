@@ -20,9 +20,11 @@ import torch
 import typer
 
 from fedsim import cli
-from fedsim.config import CORES, cpu_count
+from fedsim.config import CORES, Config, cpu_count
+from fedsim.errors import UserError
 from fedsim.flower import copy_app, end, free_port
 from fedsim.records import read_rows, read_summary
+from fedsim.study import Cell
 from tests.conftest import assert_same_bits, final_model, rows_of
 from tests.test_flower import started_by
 
@@ -242,6 +244,14 @@ def test_cells_run_the_code_of_who_asks_and_the_cluster_stays(tmp_path: Path, no
     for summary in (tmp_path / "results" / "other").glob("k*/summary.json"):
         assert json.loads(summary.read_text())["versions"]["fedsim"].startswith("of-another-checkout-")
     assert answers(nodes.address)
+
+
+def test_a_node_with_other_code_refuses_a_cell(small: Config) -> None:
+    from fedsim import ray_cells
+
+    run_cell: Any = ray_cells._run_cell  # Ray's wrapper of the function
+    with pytest.raises(UserError, match=r"the fedsim in .* is not the one that asks: bring it to the same commit"):
+        run_cell._function(Cell((), "localsgd", small), "fleet", 1.0, "other")
 
 
 def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: Nodes) -> None:
