@@ -1,9 +1,10 @@
-"""Many runs one after the other: all checked before the first begins, finished ones skipped, failures named."""
+"""Many runs, one by one or on Ray: all checked before the first begins, finished ones skipped, failures named."""
 
 from __future__ import annotations
 
+import contextlib
 import functools
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -30,6 +31,14 @@ from fedsim.sync import plan
 from strategies import sample_size
 
 
+class Spread(NamedTuple):
+    """Cells side by side on Ray: its address (empty: a Ray of its own), and the share of a node that each takes."""
+
+    address: str
+    cpus: float | None = None  # the threads of its steps
+    gpus: float | None = None  # a whole one
+
+
 class Cost(NamedTuple):
     """What a run takes: training images (each counted as often as it is seen), local steps of a worker, syncs."""
 
@@ -50,34 +59,67 @@ def cost(config: Config, mode: Mode) -> Cost:
     return Cost(float(steps * sampled * config.batch_size), steps, rounds)
 
 
-def placed(cells: Sequence[Cell], folder: Path) -> list[Cell]:
-    """`cells` resolved for this machine, in `folder`, checked against the data; nothing is written yet."""
+def placed(cells: Sequence[Cell], folder: Path, spread: Spread | None = None) -> list[Cell]:
+    """`cells` resolved for where they will run, in `folder`, checked against the data; nothing is written yet."""
     found = []
     for cell in cells:
-        config = resolve(cell.config.changed({"results-dir": str(folder)}), cell.mode)
-        check(config, cell.mode)
+        config = resolve(cell.config.changed({"results-dir": str(folder)}), cell.mode, here=spread is None)
+        check(config if spread is None else config.changed({"device": "cpu"}), cell.mode)
         found.append(cell._replace(config=config))
     return found
 
 
-def run_cells(cells: Sequence[Cell], engine: Engine, rerun: bool, console: Console) -> dict[str, str]:
-    """Run all `cells` (placed); a cell that fails does not keep the others from running.
+@contextlib.contextmanager
+def room_for(cells: Sequence[Cell], spread: Spread | None) -> Iterator[None]:
+    """Within it, `cells` (placed) can be run: with `spread`, on the Ray cluster that it names."""
+    if spread is None:
+        yield
+        return
+    from fedsim.ray_cells import cluster  # Ray takes its time to import
+
+    with cluster(spread, cells):
+        yield
+
+
+def run_cells(
+    cells: Sequence[Cell], engine: Engine, rerun: bool, console: Console, spread: Spread | None = None
+) -> dict[str, str]:
+    """Run all `cells` (placed, with room for them); a cell that fails does not keep the others from running.
 
     Returns why each that failed did, by its name.
     """
     failures: dict[str, str] = {}
     with _progress(console) as progress:
         overall = progress.add_task("cells", total=len(cells))
-        for _, mode, config in cells:
-            task = progress.add_task(config.name, total=_last_round(config, mode))
-            try:
-                execute(config, mode, engine, functools.partial(_advance, progress, task), rerun)
-            except RunFailed as error:
-                failures[config.name] = str(error)
-                progress.console.print(f"[red]{config.name} failed:[/red] {error}", highlight=False)
-            progress.remove_task(task)
+        for name, why in _outcomes(cells, engine, rerun, progress, spread):
+            if why:
+                failures[name] = why
+                progress.console.print(f"[red]{name} failed:[/red] {why}", highlight=False)
             progress.advance(overall)
     return failures
+
+
+def _outcomes(
+    cells: Sequence[Cell], engine: Engine, rerun: bool, progress: Progress, spread: Spread | None
+) -> Iterator[tuple[str, str]]:
+    """The name of each cell as it ends, and why it failed or nothing."""
+    if spread is None:
+        return _one_by_one(cells, engine, rerun, progress)
+    from fedsim.ray_cells import run_on_ray
+
+    return run_on_ray(cells, engine, rerun, spread, progress.console)
+
+
+def _one_by_one(cells: Sequence[Cell], engine: Engine, rerun: bool, progress: Progress) -> Iterator[tuple[str, str]]:
+    for _, mode, config in cells:
+        task = progress.add_task(config.name, total=_last_round(config, mode))
+        why = ""
+        try:
+            execute(config, mode, engine, functools.partial(_advance, progress, task), rerun)
+        except RunFailed as error:
+            why = str(error)
+        progress.remove_task(task)
+        yield config.name, why
 
 
 def fail_if_any(failures: dict[str, str], cells: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import shlex
 import signal
 import sys
@@ -12,6 +13,7 @@ from typing import Any, Optional
 
 import typer
 from rich.console import Console
+from typer.core import TyperCommand
 
 from fedsim.config import ANY, FIELDS, Mode, kebab
 from fedsim.errors import RunFailed, UserError
@@ -89,7 +91,27 @@ RUNS_OWN = ("results-dir", "name", "resume")
 PRESET = typer.Option("", "--preset", help="settings of fedsim/studies/NAME.toml; flags win over it", metavar="NAME")
 RERUN = typer.Option(False, "--rerun", help="run again what is finished or broken off")
 ENGINE = typer.Option("fleet", "--engine", help="fleet or fused: in this process; flower: on Ray", metavar="NAME")
+RAY = typer.Option(
+    None,
+    "--ray",
+    help="run the cells side by side on a Ray cluster: ADDRESS is its host:port, or auto; without one RAY_ADDRESS, or "
+    "else a Ray of its own on this machine. GPUs that this machine lacks are to be named: --device cuda",
+    metavar="[ADDRESS]",
+)
+CPUS = typer.Option(None, "--cpus-per-cell", help="with --ray: a cell's share of a node's cores (default: --threads)")
+GPUS = typer.Option(None, "--gpus-per-cell", help="with --ray: a cell's share of a GPU, for instance 0.25 (default: 1)")
 STUDIES = typer.Argument(None, metavar="[STUDY]...", help="names of fedsim/studies/, or TOML files")
+
+
+class RayCommand(TyperCommand):
+    """A command whose --ray may stand without its ADDRESS."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        if "--ray" in args:
+            after = args.index("--ray") + 1
+            if after == len(args) or not re.fullmatch("auto|local|[^-].*:.*", args[after]):
+                args = [*args[:after], "", *args[after:]]
+        return super().parse_args(ctx, args)
 
 
 @cli.command()
@@ -106,7 +128,7 @@ def localsgd(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN, en
     _run("localsgd", keys, preset, rerun, engine)
 
 
-@cli.command()
+@cli.command(cls=RayCommand)
 @keys_of("localsgd", without=("clients", "local-steps", "seed", "resume"))
 def grid(
     keys: dict[str, Any],
@@ -116,12 +138,16 @@ def grid(
     preset: str = PRESET,
     rerun: bool = RERUN,
     engine: str = ENGINE,
+    ray: Optional[str] = RAY,
+    cpus_per_cell: Optional[float] = CPUS,
+    gpus_per_cell: Optional[float] = GPUS,
 ) -> None:
     """Run every cell of a K/J grid, then its table, CSV and plot."""
     from fedsim.grid import Grid, integers, run_grid
 
     cells = Grid(integers("clients", clients), integers("local-steps", local_steps), integers("seeds", seeds))
-    run_grid(cells, keys, preset, _engine(engine), rerun, Console())
+    spread = _spread(ray, cpus_per_cell, gpus_per_cell, engine)
+    run_grid(cells, keys, preset, _engine(engine), rerun, Console(), spread)
 
 
 @cli.command()
@@ -157,7 +183,7 @@ def bench(
     run_bench(keys, integers("clients", clients), contestants.split(","), timed, passes, grow, output, Console())
 
 
-@cli.command()
+@cli.command(cls=RayCommand)
 def paper(
     studies: list[str] = STUDIES,
     seeds: str = typer.Option("", "--seeds", help="seeds of every cell, with commas (default: the study's)"),
@@ -168,6 +194,9 @@ def paper(
     stop_after_epochs: str = typer.Option("0", "--stop-after-epochs", help="as for localsgd", metavar="NUMBER"),
     rerun: bool = RERUN,
     engine: str = ENGINE,
+    ray: Optional[str] = RAY,
+    cpus_per_cell: Optional[float] = CPUS,
+    gpus_per_cell: Optional[float] = GPUS,
 ) -> None:
     """Run the studies named, or, with none named, list them and what they would cost."""
     from fedsim.grid import integers
@@ -178,7 +207,8 @@ def paper(
         list_studies(chosen, Console())
         return
     keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
-    run_studies(studies, chosen, keys, Path(results_dir), _engine(engine), rerun, Console())
+    spread = _spread(ray, cpus_per_cell, gpus_per_cell, engine)
+    run_studies(studies, chosen, keys, Path(results_dir), _engine(engine), rerun, Console(), spread)
 
 
 OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")
@@ -250,6 +280,26 @@ def _engine(name: str) -> Any:
     if name not in ("fleet", "fused", "flower"):
         raise UserError(f"engine = {name!r} is unknown: it must be one of fleet, fused, flower")
     return name
+
+
+def _spread(address: str | None, cpus: float | None, gpus: float | None, engine: str) -> Any:
+    """How to spread cells by these flags, or None where they are to be run one by one."""
+    from fedsim.cells import Spread
+
+    for flag, given in (("cpus-per-cell", cpus), ("gpus-per-cell", gpus)):
+        if given is not None and address is None:
+            raise UserError(f"{flag} = {given} is a share of a Ray node: give --ray too")
+    if address is None:
+        return None
+    if engine == "flower":
+        raise UserError("engine = flower with --ray: cells would wait for cores that they hold: leave one of them out")
+    if cpus is not None and not (cpus > 0 and (cpus < 1 or cpus.is_integer())):
+        raise UserError(
+            f"cpus-per-cell = {cpus} is no share of a node: give 1, 2, ... or less than 1, for instance 0.5"
+        )
+    if gpus is not None and not 0 < gpus <= 1:
+        raise UserError(f"gpus-per-cell = {gpus} is no share of a GPU: give above 0 and at most 1, for instance 0.25")
+    return Spread(address, cpus, gpus)
 
 
 def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str = "fleet") -> None:

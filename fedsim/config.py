@@ -316,6 +316,11 @@ def _near(item: dataclasses.Field[Any], value: Any) -> str:
     return f" (did you mean {near[0]}?)" if near and words.startswith("one of ") else ""
 
 
+CORES = "FEDSIM_CORES"  # in the environment of a process that has been given a share of its machine
+
+
 def cpu_count() -> int:
     """The cores that this process may use."""
+    if CORES in os.environ:
+        return int(os.environ[CORES])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -40,7 +40,9 @@ def run_with_flwr(config: Config) -> None:
     """Run `config` (resolved) by ``flwr run`` on Ray; fails where the run did not complete."""
     if not (CHECKOUT / "pyproject.toml").exists():
         raise UserError(f"engine = flower needs fedsim's checkout, which {CHECKOUT} is not: use pip install -e there")
-    with tempfile.TemporaryDirectory(prefix="fedsim-") as folder, superlink(Path(folder)) as env:
+    # The nodes of an existing Ray cluster load the client from it: it lies beside the results, which they share
+    shared = config.results_dir if os.environ.get("RAY_ADDRESS") else None
+    with tempfile.TemporaryDirectory(prefix=".fedsim-", dir=shared) as folder, superlink(Path(folder)) as env:
         app = copy_app(Path(folder) / "app")
         keys = Path(folder) / "run-config.toml"
         keys.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in config.as_keys().items()))
@@ -107,6 +109,7 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
+        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",  # else Ray joins any cluster that runs here
         "RAY_USAGE_STATS_ENABLED": "0",
         "FEDSIM_ORIGIN": json.dumps(origin()),
     }

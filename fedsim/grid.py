@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 from rich.console import Console
 
-from fedsim.cells import fail_if_any, placed, run_cells
+from fedsim.cells import Spread, fail_if_any, placed, room_for, run_cells
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.figures import DPI, plot_accuracy
@@ -55,15 +55,24 @@ def integers(name: str, listed: str) -> list[int]:
         raise UserError(f"{name} = {listed!r} is no list of whole numbers: for instance --{name} 4,12") from None
 
 
-def run_grid(grid: Grid, keys: Mapping[str, Any], preset: str, engine: Engine, rerun: bool, console: Console) -> None:
-    """Run all cells of `grid` with the other `keys`, one after the other, in one folder.
+def run_grid(
+    grid: Grid,
+    keys: Mapping[str, Any],
+    preset: str,
+    engine: Engine,
+    rerun: bool,
+    console: Console,
+    spread: Spread | None = None,
+) -> None:
+    """Run all cells of `grid` with the other `keys`, one by one or as `spread` says, in one folder.
 
     Every cell's configuration is checked before the first begins. A cell that fails is named at the end and
     does not keep the others from running.
     """
     folder = grid_folder(configure(keys, preset))
-    cells = placed([cell(k, j, seed, keys, preset) for k, j, seed in itertools.product(*grid)], folder)
-    failures = run_cells(cells, engine, rerun, console)
+    cells = placed([cell(k, j, seed, keys, preset) for k, j, seed in itertools.product(*grid)], folder, spread)
+    with room_for(cells, spread):
+        failures = run_cells(cells, engine, rerun, console, spread)
 
     results = read_results(folder, lambda warning: console.print(f"warning: {warning}", soft_wrap=True))
     group = inferred_group(folder, results, axes=("clients", "local-steps"))

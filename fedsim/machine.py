@@ -9,13 +9,16 @@ from fedsim.errors import UserError
 from fedsim.precision import set_tf32
 
 
-def resolve(config: Config, mode: Mode) -> Config:
-    """`config` with the device and threads that it will run on; a device that is not there fails."""
+def resolve(config: Config, mode: Mode, here: bool = True) -> Config:
+    """`config` with the device and threads that it will run on; a device that is not there fails.
+
+    A run that will not be `here` may name a GPU that this machine does not have.
+    """
     device = config.device
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     kind, _, index = device.partition(":")
-    if kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
+    if here and kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"device = {device} is not on this machine: give --device cpu or one that is")
     if kind == "mps" and not torch.backends.mps.is_available():
         raise UserError("device = mps is not on this machine: give --device cpu or one that is")

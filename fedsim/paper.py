@@ -9,7 +9,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from fedsim.cells import cost, fail_if_any, placed, run_cells
+from fedsim.cells import Spread, cost, fail_if_any, placed, room_for, run_cells
 from fedsim.records import written_whole
 from fedsim.report import accuracy_table
 from fedsim.results import read_groups
@@ -41,6 +41,7 @@ def run_studies(
     engine: Engine,
     rerun: bool,
     console: Console,
+    spread: Spread | None = None,
 ) -> None:
     """Run the studies one after the other, all checked before the first begins; then each one's table.
 
@@ -49,15 +50,16 @@ def run_studies(
     plans = []
     for study in map(read_study, names):
         folder = results_dir.expanduser().absolute() / study.name
-        plans.append((study, folder, placed(study.cells(seeds, keys), folder)))
+        plans.append((study, folder, placed(study.cells(seeds, keys), folder, spread)))
     failures: dict[str, str] = {}
-    for study, folder, cells in plans:
-        folder.mkdir(parents=True, exist_ok=True)
-        with written_whole(folder / KEPT) as file:
-            file.write(study.text.encode())
-        failed = run_cells(cells, engine, rerun, console)
-        failures |= {f"{study.name}/{name}": why for name, why in failed.items()}
-        _show(study, folder, console)
+    with room_for([cell for _, _, cells in plans for cell in cells], spread):
+        for study, folder, cells in plans:
+            folder.mkdir(parents=True, exist_ok=True)
+            with written_whole(folder / KEPT) as file:
+                file.write(study.text.encode())
+            failed = run_cells(cells, engine, rerun, console, spread)
+            failures |= {f"{study.name}/{name}": why for name, why in failed.items()}
+            _show(study, folder, console)
     fail_if_any(failures, sum(len(cells) for _, _, cells in plans))
 
 

@@ -28,7 +28,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TextIO
 
 import torch
 from torch import Tensor
@@ -74,17 +74,18 @@ class Run:
         return self._seconds_before + time.perf_counter() - self._began
 
     @contextlib.contextmanager
-    def held(self) -> Iterator[None]:
-        """Within it, this process alone runs the run; where another already does, it fails."""
+    def held(self, patience: float = 0.0) -> Iterator[None]:
+        """Within it, this process alone runs the run; where another does, still after `patience` seconds, it fails."""
+        deadline = time.monotonic() + patience
         with self._writing():
             file = (self.folder / ".lock").open("w")
         with file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                raise UserError(
-                    f"name = {self.folder.name}: another process is running it: wait for it, or give another --name"
-                ) from None
+            while not _locked(file):
+                if time.monotonic() >= deadline:
+                    raise UserError(
+                        f"name = {self.folder.name}: another process is running it: wait for it, or give another --name"
+                    )
+                time.sleep(1)
             yield
 
     def resume(self) -> dict[str, Any] | None:
@@ -244,6 +245,15 @@ def resumed(config: Config) -> Config:
             other = held.get(name, config.resume)
             raise UserError(f"resume = {config.resume}: {name} = {given}, but the run has {other}: leave it out")
     return config.changed({**held, "name": config.resume, "resume": ""})
+
+
+def _locked(file: TextIO) -> bool:
+    """Whether this process has come to hold the lock on `file`."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def run_folder(config: Config, mode: Mode) -> Path:

@@ -25,15 +25,17 @@ def execute(
     engine: Engine = "fleet",
     show: Callable[[Row], None] | None = None,
     rerun: bool = False,
+    patience: float = 0.0,
 ) -> Run:
     """Run `config` (resolved) to its end, or its stop; go on where it broke off; leave it if it is finished.
 
     `show` is called with each row (not by the engine flower, whose log is streamed instead); `rerun` begins
-    anew. What can be known to be wrong is found before anything is written.
+    anew. Where another process runs it, it waits for `patience` seconds. What can be known to be wrong is
+    found before anything is written.
     """
     check(config, mode)
     run = Run(config, mode, show)
-    with run.held():
+    with run.held(patience):
         if rerun:
             run.discard()
         if run.finished:

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -64,6 +65,17 @@ def test_a_run_that_another_process_runs_is_refused(run: Execute) -> None:
     with first.held(), pytest.raises(UserError, match="another process is running it"):
         run(name="busy")
     assert run(name="busy").finished
+
+
+def test_who_has_patience_waits_for_another_process(run: Execute) -> None:
+    first = run(name="busy", stop_after_rounds=1)
+    with contextlib.ExitStack() as holding:
+        holding.enter_context(first.held())
+        threading.Timer(1.5, holding.close).start()
+        with first.held(patience=60):
+            pass
+    with first.held(), pytest.raises(UserError, match="another process is running it"), first.held(patience=1):
+        pass
 
 
 def cut(path: Path) -> None:
