@@ -24,7 +24,7 @@ from fedsim.machine import resolve
 from fedsim.records import read_rows
 from fedsim.runs import execute
 from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
-from tests.federation import Running, Started, running
+from tests.federation import BIN, Running, Started, running
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
@@ -41,12 +41,13 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def federation(place: Path) -> Iterator[Running]:
     copy_app(place / "app")
+    (place / "results").mkdir()
     with running(place / "federation", NODES) as here:
         yield here
 
 
 @pytest.fixture(scope="module")
-def whole(place: Path) -> Path:
+def whole(place: Path, federation: Running) -> Path:
     """The undisturbed run, in this process."""
     config = Config().changed({**KEYS, "results-dir": str(place / "results"), "name": "whole"})
     return execute(resolve(config, "localsgd"), "localsgd").folder
@@ -64,8 +65,7 @@ class Trial:
     def start(self, keys: dict[str, Any]) -> None:
         overrides = {**keys, "results-dir": str(self.results)}
         words = " ".join(f"{name}={json.dumps(value)}" for name, value in overrides.items())
-        tool = str(Path(psutil.Process().exe()).with_name("flwr"))
-        command = [tool, "run", str(self.app), "federation", "--stream", "-c", words]
+        command = [f"{BIN}/flwr", "run", str(self.app), "federation", "--stream", "-c", words]
         with (self.results / f"{self.name}.log").open("ab") as log:
             self.process = subprocess.Popen(command, env=self.here.env, stdout=log, stderr=log)
 
