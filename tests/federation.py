@@ -1,0 +1,137 @@
+"""A federation started from the files that ``deploy`` wrote, by its own scripts: real processes on loopback."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from fedsim.deploy import Federation, deploy
+from fedsim.flower import end, wait_until_healthy
+
+BIN = str(Path(sys.executable).parent)
+JOIN_SECONDS = 60
+
+
+class Started:
+    """A script of the federation and the process it has become."""
+
+    def __init__(self, script: Path, log: Path) -> None:
+        self.script = script
+        self.log = log
+        self.start()
+
+    def start(self) -> None:
+        """Start it, or start it again by the same command; its log goes on."""
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                ["bash", str(self.script)],
+                env={**os.environ, "FEDSIM_BIN": BIN},
+                stdout=output,
+                stderr=output,
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self.process.pid
+
+    def kill(self) -> None:
+        """End it without a chance to do anything about it (kill -9)."""
+        self.process.send_signal(signal.SIGKILL)
+        self.process.wait()
+
+    def end(self) -> None:
+        """End it and all that it started."""
+        end(self.process)
+
+    def says(self) -> str:
+        """Its log so far."""
+        return self.log.read_text(errors="replace")
+
+    def wait_for(self, words: str, seconds: float = JOIN_SECONDS, times: int = 1) -> None:
+        """Wait until its log holds `words`, so many times."""
+        deadline = time.monotonic() + seconds
+        while self.says().count(words) < times:
+            assert time.monotonic() < deadline, f"no {words!r} within {seconds} s:\n{self.says()[-2000:]}"
+            time.sleep(0.1)
+
+
+@dataclass
+class Running:
+    """The processes of a federation, its folder, and the environment of its client."""
+
+    folder: Path
+    port: int
+    link: Started
+    nodes: list[Started]
+    env: dict[str, str]
+
+    def flwr(self, *arguments: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+        """Flower's command line as the federation's client; standard error stands in stdout."""
+        command = [f"{BIN}/flwr", *arguments]
+        return subprocess.run(
+            command, env=self.env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=seconds
+        )
+
+    def wait_until_healthy(self) -> None:
+        """Wait until the SuperLink answers; after a restart too."""
+        certificate = self.folder / "client" / "ca.crt"
+        trust = ssl.create_default_context(cafile=certificate) if certificate.exists() else None
+        wait_until_healthy(self.link.process, self.port, self.link.log, trust)
+
+
+@contextlib.contextmanager
+def running(folder: Path, nodes: int = 4, insecure: bool = False) -> Iterator[Running]:
+    """Deploy a federation into the new `folder` and start it: the SuperLink, the registration, the nodes."""
+    port = free_ports(1 + nodes)
+    deploy(Federation(nodes, port=port, insecure=insecure), folder)
+    with contextlib.ExitStack() as started:
+
+        def start(script: str, name: str) -> Started:
+            one = Started(folder / script, folder / f"{name}.log")
+            started.callback(one.end)
+            return one
+
+        link = start("superlink/superlink.sh", "superlink")
+        here = Running(folder, port, link, [], client_environment(folder / "client"))
+        here.wait_until_healthy()
+        if not insecure:
+            subprocess.run(["bash", str(folder / "client" / "register.sh")], env=here.env, check=True, timeout=120)
+        here.nodes += [start(f"nodes/{node}/node.sh", f"node-{node}") for node in range(nodes)]
+        for node in here.nodes:
+            node.wait_for("SuperNode ID")
+        yield here
+
+
+def client_environment(client: Path) -> dict[str, str]:
+    """The environment that the client's env.sh sets."""
+    command = ["bash", "-c", '. "$0"/env.sh && env -0', str(client)]
+    done = subprocess.run(command, env={**os.environ, "FEDSIM_BIN": BIN}, stdout=subprocess.PIPE, text=True, check=True)
+    return dict(line.split("=", 1) for line in done.stdout.split("\0") if line)
+
+
+def free_ports(count: int) -> int:
+    """The first of `count` ports in a row of the loopback that nothing listens on now."""
+    for _ in range(100):
+        with contextlib.ExitStack() as probes, contextlib.suppress(OSError, OverflowError):
+            first: int = _bound(probes, 0)
+            for more in range(1, count):
+                _bound(probes, first + more)
+            return first
+    raise AssertionError(f"no {count} free ports in a row")
+
+
+def _bound(probes: contextlib.ExitStack, port: int) -> int:
+    probe = probes.enter_context(socket.socket())
+    probe.bind(("127.0.0.1", port))
+    bound: int = probe.getsockname()[1]
+    return bound
