@@ -40,7 +40,7 @@ TEMPLATES = Path(__file__).parent / "deployment"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
 COMPOSE_HOST = "superlink"  # the server's name among the containers of compose.yaml
 LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
-DNS_NAME = re.compile(rf"(?=.{{1,253}}$){LABEL}(\.{LABEL})*")
+DNS_NAME = re.compile(rf"(?=.{{1,253}}$)(?!(.*\.)?\d+$){LABEL}(\.{LABEL})*")  # not 1.2.3.400
 SERVER_TLS = "--ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth"
 NODE_TLS = "--root-certificates ca.crt --auth-supernode-private-key node.key"
 

@@ -18,7 +18,9 @@ from fedsim.deploy import Federation, deploy
 from fedsim.flower import end, wait_until_healthy
 
 BIN = str(Path(sys.executable).parent)
+JOINED = "SuperNode ID"  # a node's log says it when the SuperLink has accepted it
 JOIN_SECONDS = 60
+REJOIN_SECONDS = 120
 
 
 class Started:
@@ -44,6 +46,19 @@ class Started:
     def pid(self) -> int:
         return self.process.pid
 
+    def join(self, seconds: float = REJOIN_SECONDS) -> None:
+        """Start a node that was ended again and again, as systemd would, until it has joined.
+
+        After a kill -9 the SuperLink takes it for connected, and refuses it, for a minute.
+        """
+        joined = self.says().count(JOINED)
+        deadline = time.monotonic() + seconds
+        while self.says().count(JOINED) == joined:
+            assert time.monotonic() < deadline, f"not back within {seconds} s:\n{self.says()[-2000:]}"
+            if self.process.poll() is not None:
+                self.start()
+            time.sleep(1)
+
     def kill(self) -> None:
         """End it without a chance to do anything about it (kill -9)."""
         self.process.send_signal(signal.SIGKILL)
@@ -63,6 +78,16 @@ class Started:
         while self.says().count(words) < times:
             assert time.monotonic() < deadline, f"no {words!r} within {seconds} s:\n{self.says()[-2000:]}"
             time.sleep(0.1)
+
+
+@contextlib.contextmanager
+def started(script: Path, log: Path) -> Iterator[Started]:
+    """A script of the federation as a process, ended afterwards."""
+    one = Started(script, log)
+    try:
+        yield one
+    finally:
+        one.end()
 
 
 @dataclass
@@ -94,12 +119,10 @@ def running(folder: Path, nodes: int = 4, insecure: bool = False) -> Iterator[Ru
     """Deploy a federation into the new `folder` and start it: the SuperLink, the registration, the nodes."""
     port = free_ports(1 + nodes)
     deploy(Federation(nodes, port=port, insecure=insecure), folder)
-    with contextlib.ExitStack() as started:
+    with contextlib.ExitStack() as processes:
 
         def start(script: str, name: str) -> Started:
-            one = Started(folder / script, folder / f"{name}.log")
-            started.callback(one.end)
-            return one
+            return processes.enter_context(started(folder / script, folder / f"{name}.log"))
 
         link = start("superlink/superlink.sh", "superlink")
         here = Running(folder, port, link, [], client_environment(folder / "client"))
@@ -108,7 +131,7 @@ def running(folder: Path, nodes: int = 4, insecure: bool = False) -> Iterator[Ru
             subprocess.run(["bash", str(folder / "client" / "register.sh")], env=here.env, check=True, timeout=120)
         here.nodes += [start(f"nodes/{node}/node.sh", f"node-{node}") for node in range(nodes)]
         for node in here.nodes:
-            node.wait_for("SuperNode ID")
+            node.wait_for(JOINED)
         yield here
 
 
