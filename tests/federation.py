@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import os
-import signal
 import socket
 import ssl
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+
+import psutil
 
 from fedsim.deploy import Federation, deploy
 from fedsim.flower import end, wait_until_healthy
@@ -29,6 +31,7 @@ class Started:
     def __init__(self, script: Path, log: Path) -> None:
         self.script = script
         self.log = log
+        self.orphans: list[psutil.Process] = []
         self.start()
 
     def start(self) -> None:
@@ -60,13 +63,17 @@ class Started:
             time.sleep(1)
 
     def kill(self) -> None:
-        """End it without a chance to do anything about it (kill -9)."""
-        self.process.send_signal(signal.SIGKILL)
+        """End it without a chance to do anything about it (kill -9); what it has started is left to itself."""
+        self.orphans += psutil.Process(self.pid).children(recursive=True)
+        self.process.kill()
         self.process.wait()
 
     def end(self) -> None:
-        """End it and all that it started."""
+        """End it and all that it started, before it was killed too."""
         end(self.process)
+        for orphan in self.orphans:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                orphan.kill()
 
     def says(self) -> str:
         """Its log so far."""
@@ -100,7 +107,7 @@ class Running:
     nodes: list[Started]
     env: dict[str, str]
 
-    def flwr(self, *arguments: str, seconds: float = 300) -> subprocess.CompletedProcess[str]:
+    def flwr(self, *arguments: str, seconds: float = 400) -> subprocess.CompletedProcess[str]:
         """Flower's command line as the federation's client; standard error stands in stdout."""
         command = [f"{BIN}/flwr", *arguments]
         return subprocess.run(
@@ -119,20 +126,20 @@ def running(folder: Path, nodes: int = 4, insecure: bool = False) -> Iterator[Ru
     """Deploy a federation into the new `folder` and start it: the SuperLink, the registration, the nodes."""
     port = free_ports(1 + nodes)
     deploy(Federation(nodes, port=port, insecure=insecure), folder)
-    with contextlib.ExitStack() as processes:
-
-        def start(script: str, name: str) -> Started:
-            return processes.enter_context(started(folder / script, folder / f"{name}.log"))
-
-        link = start("superlink/superlink.sh", "superlink")
-        here = Running(folder, port, link, [], client_environment(folder / "client"))
+    link = Started(folder / "superlink" / "superlink.sh", folder / "superlink.log")
+    here = Running(folder, port, link, [], client_environment(folder / "client"))
+    try:
         here.wait_until_healthy()
         if not insecure:
             subprocess.run(["bash", str(folder / "client" / "register.sh")], env=here.env, check=True, timeout=120)
-        here.nodes += [start(f"nodes/{node}/node.sh", f"node-{node}") for node in range(nodes)]
-        for node in here.nodes:
-            node.wait_for(JOINED)
+        for node in range(nodes):
+            here.nodes.append(Started(folder / f"nodes/{node}/node.sh", folder / f"node-{node}.log"))
+        for one in here.nodes:
+            one.wait_for(JOINED)
         yield here
+    finally:
+        with ThreadPoolExecutor() as pool:  # each takes seconds to end
+            list(pool.map(Started.end, [*here.nodes, link]))
 
 
 def client_environment(client: Path) -> dict[str, str]:
