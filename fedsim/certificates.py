@@ -9,11 +9,18 @@ from __future__ import annotations
 import datetime
 from collections.abc import Sequence
 from ipaddress import ip_address
+from typing import NamedTuple
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
-from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, PublicFormat
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 Key = ec.EllipticCurvePrivateKey
@@ -28,25 +35,40 @@ def new_key() -> Key:
     return ec.generate_private_key(ec.SECP384R1())
 
 
-def authority_certificate(key: Key) -> x509.Certificate:
-    """The authority's own certificate, which every machine of the federation trusts."""
-    name = _name("fedsim federation authority")
+class Authority(NamedTuple):
+    """Who signs the server's certificate: all machines of the federation trust its own certificate."""
+
+    certificate: x509.Certificate
+    key: Key
+
+
+def new_authority() -> Authority:
+    """An authority that signs servers' certificates, and no other authority's."""
+    key, name = new_key(), _name("fedsim federation authority")
     builder = _builder(key, name, name, AUTHORITY_DAYS)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
     builder = builder.add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
-    return builder.sign(key, hashes.SHA384())
+    return Authority(builder.sign(key, hashes.SHA384()), key)
 
 
-def server_certificate(key: Key, hosts: Sequence[str], authority: x509.Certificate, signer: Key) -> x509.Certificate:
+def read_authority(certificate: bytes, key: bytes) -> Authority:
+    """The authority whose files have this content; a ValueError where they do not belong together."""
+    authority = Authority(x509.load_pem_x509_certificate(certificate), load_pem_private_key(key, None))  # type: ignore[arg-type]
+    if authority.certificate.public_key() != authority.key.public_key():
+        raise ValueError("another certificate's key")
+    return authority
+
+
+def server_certificate(key: Key, hosts: Sequence[str], authority: Authority) -> x509.Certificate:
     """A certificate for the server under each of `hosts`, DNS names and IP addresses, signed by the authority."""
-    builder = _builder(key, _name(hosts[0][:64]), authority.subject, SERVER_DAYS)
+    builder = _builder(key, _name(hosts[0][:64]), authority.certificate.subject, SERVER_DAYS)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_usage("digital_signature"), critical=True)
     builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
-    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(signer.public_key())
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
     builder = builder.add_extension(issuer, critical=False)
     names = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
-    return builder.add_extension(names, critical=False).sign(signer, hashes.SHA384())
+    return builder.add_extension(names, critical=False).sign(authority.key, hashes.SHA384())
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:

@@ -233,6 +233,7 @@ def deploy(
     ),
     port: int = typer.Option(8000, "--port", help="of the SuperLink; for node I on its own machine, 1 + I more"),
     name: str = typer.Option("federation", "--name", help="of the connection: flwr run . NAME", metavar="NAME"),
+    ca: str = typer.Option("", "--ca", help="an earlier deployment's ca/, to sign with (default: a new authority)"),
     insecure: bool = typer.Option(False, "--insecure", help="no TLS, and whoever reaches the port is a node"),
 ) -> None:
     """Write what the machines of a federation need: keys, certificates, scripts, units, settings."""
@@ -240,7 +241,7 @@ def deploy(
     from fedsim.deploy import deploy as write
 
     hosts = tuple(name.strip() for name in host.split(","))
-    write(Federation(nodes, hosts, port, name, insecure), Path(out))
+    write(Federation(nodes, hosts, port, name, insecure), Path(out), Path(ca) if ca else None)
     print(f"in {out}: superlink/ is for the server, nodes/0/ ... for a machine each, client/ for who calls flwr run;")
     print("docs/deployment.md says how to go on" + ("" if insecure else "; ca/ stays here, ca.key is secret"))
 

@@ -26,12 +26,14 @@ from pathlib import Path
 from typing import NamedTuple
 
 from fedsim.certificates import (
-    authority_certificate,
+    Authority,
     certificate_pem,
+    new_authority,
     new_key,
     private_openssh,
     private_pem,
     public_openssh,
+    read_authority,
     server_certificate,
 )
 from fedsim.errors import UserError
@@ -91,10 +93,22 @@ class File(NamedTuple):
 Files = dict[str, File]
 
 
-def deploy(federation: Federation, out: Path) -> None:
-    """Write the files of `federation` into the new folder `out`, all of them or none."""
+def deploy(federation: Federation, out: Path, ca: Path | None = None) -> None:
+    """Write the files of `federation` into the new folder `out`, all or none; signed by an earlier one's `ca`/."""
     out = out.absolute()
-    write_new(out, _scripts(federation, out) | ({} if federation.insecure else _secrets(federation)))
+    files = _scripts(federation, out)
+    if not federation.insecure:
+        files |= _secrets(federation, _authority(ca) if ca else new_authority())
+    elif ca:
+        raise UserError("ca: there are no certificates to sign with --insecure: leave out one of the two")
+    write_new(out, files)
+
+
+def _authority(folder: Path) -> Authority:
+    try:
+        return read_authority((folder / "ca.crt").read_bytes(), (folder / "ca.key").read_bytes())
+    except (OSError, ValueError, TypeError) as error:
+        raise UserError(f"ca = {folder} holds no ca.crt with its ca.key: give the ca/ of a deployment") from error
 
 
 def _scripts(federation: Federation, out: Path) -> Files:
@@ -133,17 +147,15 @@ def _scripts(federation: Federation, out: Path) -> Files:
     return files | {"compose.yaml": File(compose)}
 
 
-def _secrets(federation: Federation) -> Files:
+def _secrets(federation: Federation, authority: Authority) -> Files:
     """Keys and certificates by their place in the folder."""
-    signer, server = new_key(), new_key()
-    authority = authority_certificate(signer)
     hosts = tuple(dict.fromkeys((*federation.hosts, *LOOPBACK, COMPOSE_HOST)))
-    trusted = File(certificate_pem(authority))
+    server, trusted = new_key(), File(certificate_pem(authority.certificate))
     files = {
-        "ca/ca.key": File(private_pem(signer), 0o600),
+        "ca/ca.key": File(private_pem(authority.key), 0o600),
         "ca/ca.crt": trusted,
         "superlink/ca.crt": trusted,
-        "superlink/server.crt": File(certificate_pem(server_certificate(server, hosts, authority, signer))),
+        "superlink/server.crt": File(certificate_pem(server_certificate(server, hosts, authority))),
         "superlink/server.key": File(private_pem(server), 0o600),
         "client/ca.crt": trusted,
     }

@@ -144,7 +144,7 @@ def running(folder: Path, nodes: int = 4, insecure: bool = False) -> Iterator[Ru
 
 def client_environment(client: Path) -> dict[str, str]:
     """The environment that the client's env.sh sets."""
-    command = ["bash", "-c", '. "$0"/env.sh && env -0', str(client)]
+    command = ["bash", "-c", '(. "$0"/env.sh; env -0)', str(client)]
     done = subprocess.run(command, env={**os.environ, "FEDSIM_BIN": BIN}, stdout=subprocess.PIPE, text=True, check=True)
     return dict(line.split("=", 1) for line in done.stdout.split("\0") if line)
 

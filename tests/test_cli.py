@@ -89,6 +89,8 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("deploy --nodes 2 -o {folder}/damaged", "out = {folder}/damaged exists and is not empty: give another -o"),
         ("deploy --nodes 2 -o {folder}/file", "out = {folder}/file exists and is not empty"),
         ("deploy --nodes 2 -o {folder}/file/below", "out = {folder}/file/below cannot be written"),
+        ("deploy --nodes 2 --ca {folder}/damaged", "ca = {folder}/damaged holds no ca.crt with its ca.key"),
+        ("deploy --nodes 2 --ca damaged --insecure", "ca: there are no certificates to sign with --insecure"),
         ("train", "train"),
     ],
 )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import configparser
+import contextlib
 import os
 import re
 import shutil
@@ -26,7 +27,6 @@ from flwr.cli.supernode.register import try_load_public_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
 
-from fedsim.certificates import authority_certificate, new_key
 from fedsim.deploy import Federation, File, deploy, write_new
 from fedsim.errors import UserError
 from tests.federation import client_environment
@@ -104,9 +104,16 @@ def test_nothing_is_overwritten_and_nothing_half_written(tmp_path: Path) -> None
 
 @pytest.fixture(scope="module")
 def server(folder: Path) -> Iterator[int]:
-    """A server with the deployment's certificate; its port. It greets all who trust it."""
+    """A server with the deployment's certificate; its port."""
+    with serving(folder / "superlink") as port:
+        yield port
+
+
+@contextlib.contextmanager
+def serving(superlink: Path) -> Iterator[int]:
+    """A server with the certificate of `superlink` that greets all who trust it; its port."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-    context.load_cert_chain(folder / "superlink" / "server.crt", folder / "superlink" / "server.key")
+    context.load_cert_chain(superlink / "server.crt", superlink / "server.key")
 
     def serve(listener: socket.socket) -> None:
         while True:
@@ -114,19 +121,17 @@ def server(folder: Path) -> Iterator[int]:
                 connection, _ = listener.accept()
             except OSError:
                 return
-            with connection:
-                try:
-                    with context.wrap_socket(connection, server_side=True) as secure:
-                        secure.sendall(b"hello")
-                except OSError:
-                    continue
+            with contextlib.suppress(OSError), connection, context.wrap_socket(connection, server_side=True) as secure:
+                secure.sendall(b"hello")
 
     with socket.create_server(("127.0.0.1", 0)) as listener:
         thread = threading.Thread(target=serve, args=(listener,))
         thread.start()
-        yield listener.getsockname()[1]
-        listener.shutdown(socket.SHUT_RDWR)
-    thread.join()
+        try:
+            yield listener.getsockname()[1]
+        finally:
+            listener.shutdown(socket.SHUT_RDWR)
+            thread.join()
 
 
 def greeted(port: int, host: str, authority: Path) -> bytes:
@@ -162,7 +167,21 @@ def test_only_the_authority_may_sign(folder: Path) -> None:
     assert not server.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
     assert not server.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign
     assert server.not_valid_after_utc < authority.not_valid_after_utc
-    assert authority_certificate(new_key()).serial_number != authority.serial_number
+
+
+def test_a_renewed_certificate_needs_nothing_new_from_those_who_trust_the_authority(
+    folder: Path, tmp_path: Path
+) -> None:
+    deploy(Federation(4, ("moved.example",)), tmp_path / "renewed", folder / "ca")
+    for name in ("ca/ca.crt", "ca/ca.key"):
+        assert (tmp_path / "renewed" / name).read_bytes() == (folder / name).read_bytes()
+    with serving(tmp_path / "renewed" / "superlink") as port:
+        assert greeted(port, "moved.example", folder / "client" / "ca.crt") == b"hello"
+    shutil.copy(tmp_path / "renewed" / "superlink" / "server.key", tmp_path / "ca.key")
+    shutil.copy(folder / "ca" / "ca.crt", tmp_path)
+    for wrong in (folder, tmp_path):
+        with pytest.raises(UserError, match="holds no ca"):
+            deploy(Federation(1), tmp_path / "none", wrong)
 
 
 def test_flower_reads_each_nodes_key_pair(folder: Path) -> None:

@@ -79,9 +79,8 @@ def test_a_node_is_refused_until_its_key_is_registered(federation: Running, stra
     refused(script, "[code: 2004] Failed to activate SuperNode")
     client = shutil.copytree(federation.folder / "client", tmp_path / "client")
     shutil.copy(strangers / "client" / "keys" / "node-0.pub", client / "keys" / "node-4.pub")
-    done = subprocess.run(
-        ["bash", str(client / "register.sh")], env=federation.env, stdout=subprocess.PIPE, timeout=120
-    )
+    command = ["bash", str(client / "register.sh")]
+    done = subprocess.run(command, env=federation.env, stdout=subprocess.PIPE, text=True, timeout=120)
     known = [f"keys/node-{node}.pub: registered before" for node in range(4)]
     assert done.stdout.splitlines() == [*known, "keys/node-4.pub: registered"]
     with started(script, tmp_path / "accepted.log") as node:
@@ -112,3 +111,8 @@ def test_clients_in_plain_text_or_of_another_authority_are_refused(
         done = replace(federation, env=client_environment(client)).flwr("list", "federation", seconds=60)
         assert done.returncode == 1
         assert "Connection to the SuperLink is unavailable" in done.stdout
+
+
+def test_an_insecure_federation_needs_no_keys(tmp_path: Path) -> None:
+    with running(tmp_path / "open", nodes=1, insecure=True) as federation:
+        assert "online" in federation.flwr("supernode", "list", "federation").stdout
