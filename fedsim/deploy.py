@@ -137,14 +137,20 @@ def _scripts(federation: Federation, out: Path) -> Files:
         files["client/register.sh"] = File(_filled("register.sh", values), 0o755)
     compose = _filled("compose.yaml", values)
     for node in range(federation.nodes):
-        folder, unit = f"nodes/{node}", f"fedsim-node-{node}"
         own = values | {"NODE": node, "OWN_PORT": federation.port + 1 + node}
-        about = {"UNIT": unit, "DESCRIPTION": f"SuperNode {node} of fedsim", "SCRIPT": "node.sh"}
-        files[f"{folder}/env.sh"] = File(env)
-        files[f"{folder}/node.sh"] = File(_filled("node.sh", own), 0o755)
-        files[f"{folder}/{unit}.service"] = File(_unit(out / folder, about))
+        files |= _node_scripts(f"nodes/{node}", own, out) | {f"nodes/{node}/env.sh": File(env)}
         compose += _filled("compose-node.yaml", own)
     return files | {"compose.yaml": File(compose)}
+
+
+def _node_scripts(folder: str, values: Mapping[str, object], out: Path) -> Files:
+    """One node's script and unit."""
+    unit = f"fedsim-node-{values['NODE']}"
+    about = {"UNIT": unit, "DESCRIPTION": f"SuperNode {values['NODE']} of fedsim", "SCRIPT": "node.sh"}
+    return {
+        f"{folder}/node.sh": File(_filled("node.sh", values), 0o755),
+        f"{folder}/{unit}.service": File(_unit(out / folder, about)),
+    }
 
 
 def _secrets(federation: Federation, authority: Authority) -> Files:
@@ -169,20 +175,19 @@ def _secrets(federation: Federation, authority: Authority) -> Files:
 
 def write_new(folder: Path, files: Files) -> None:
     """Write `files` into `folder`, which must not exist or be empty; private ones are so from their first byte."""
-    refusal = UserError(f"out = {folder} exists and is not empty: give another -o, nothing is overwritten")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise refusal
+        raise UserError(f"out = {folder} exists and is not empty: give another -o, nothing is overwritten")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
+        try:
+            for name, file in files.items():
+                _write(part, Path(name), file)
+            part.rename(folder)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise UserError(f"out = {folder} cannot be written: {error.strerror}; give another -o") from error
-    try:
-        for name, file in files.items():
-            _write(part, Path(name), file)
-        part.rename(folder)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
 
 
 def _write(root: Path, name: Path, file: File) -> None:
