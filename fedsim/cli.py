@@ -276,6 +276,28 @@ def plan(
     plan_results(Path(results), target, network, step, Path(out), command, Console())
 
 
+@cli.command()
+def deploy(
+    nodes: int = typer.Option(..., "--nodes", help="how many SuperNodes, one for each shard"),
+    out: str = typer.Option("federation", "-o", "--out", help="the new folder", metavar="FOLDER"),
+    host: str = typer.Option(
+        "127.0.0.1", "--host", help="the SuperLink's DNS names and IP addresses, with commas; the first is the one used"
+    ),
+    port: int = typer.Option(8000, "--port", help="of the SuperLink; for node I on its own machine, 1 + I more"),
+    name: str = typer.Option("federation", "--name", help="of the connection: flwr run . NAME", metavar="NAME"),
+    ca: str = typer.Option("", "--ca", help="an earlier deployment's ca/, to sign with (default: a new authority)"),
+    insecure: bool = typer.Option(False, "--insecure", help="no TLS, and whoever reaches the port is a node"),
+) -> None:
+    """Write what the machines of a federation need: keys, certificates, scripts, units, settings."""
+    from fedsim.deploy import Federation
+    from fedsim.deploy import deploy as write
+
+    hosts = tuple(name.strip() for name in host.split(","))
+    write(Federation(nodes, hosts, port, name, insecure), Path(out), Path(ca) if ca else None)
+    print(f"in {out}: superlink/ is for the server, nodes/0/ ... for a machine each, client/ for who calls flwr run;")
+    print("docs/deployment.md says how to go on" + ("" if insecure else "; ca/ stays here, ca.key is secret"))
+
+
 def _engine(name: str) -> Any:
     if name not in ("fleet", "fused", "flower"):
         raise UserError(f"engine = {name!r} is unknown: it must be one of fleet, fused, flower")

@@ -13,12 +13,13 @@ import os
 import re
 import shutil
 import socket
+import ssl
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from http.client import HTTPConnection
+from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 
 import psutil
@@ -115,11 +116,15 @@ def environment(home: Path) -> dict[str, str]:
     }
 
 
-def wait_until_healthy(process: subprocess.Popen[bytes], port: int, log: Path) -> None:
-    """Wait until the SuperLink answers; fail with the end of its log if it does not."""
+def wait_until_healthy(
+    process: subprocess.Popen[bytes], port: int, log: Path, trust: ssl.SSLContext | None = None
+) -> None:
+    """Wait until the SuperLink answers, by TLS if `trust` is given; fail with the end of its log if it does not."""
     deadline = time.monotonic() + START_SECONDS
+    here = "127.0.0.1"
     while time.monotonic() < deadline and process.poll() is None:
-        with contextlib.suppress(OSError), contextlib.closing(HTTPConnection("127.0.0.1", port, timeout=1)) as http:
+        http = HTTPSConnection(here, port, timeout=1, context=trust) if trust else HTTPConnection(here, port, timeout=1)
+        with contextlib.suppress(OSError), contextlib.closing(http):
             http.request("GET", "/health")
             if http.getresponse().status == 200:
                 return

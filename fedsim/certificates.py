@@ -1,0 +1,124 @@
+"""Keys and certificates of a federation: an authority of its own, the server's certificate, a key for each node.
+
+All keys are on the curve P-384, as Flower asks of a node's. The authority lasts ten years, the server's certificate
+two: renewing it touches no node, for they trust the authority.
+"""
+
+from __future__ import annotations
+
+import datetime
+from collections.abc import Sequence
+from ipaddress import ip_address
+from typing import NamedTuple
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    NoEncryption,
+    PrivateFormat,
+    PublicFormat,
+    load_pem_private_key,
+)
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+Key = ec.EllipticCurvePrivateKey
+
+AUTHORITY_DAYS = 3650
+SERVER_DAYS = 730
+SLACK = datetime.timedelta(hours=1)  # for machines whose clocks are late
+
+
+def new_key() -> Key:
+    """A private key."""
+    return ec.generate_private_key(ec.SECP384R1())
+
+
+class Authority(NamedTuple):
+    """Who signs the server's certificate: all machines of the federation trust its own certificate."""
+
+    certificate: x509.Certificate
+    key: Key
+
+
+def new_authority() -> Authority:
+    """An authority that signs servers' certificates, and no other authority's."""
+    key, name = new_key(), _name("fedsim federation authority")
+    builder = _builder(key, name, name, AUTHORITY_DAYS)
+    builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+    builder = builder.add_extension(_usage("key_cert_sign", "crl_sign"), critical=True)
+    return Authority(builder.sign(key, hashes.SHA384()), key)
+
+
+def read_authority(certificate: bytes, key: bytes) -> Authority:
+    """The authority whose files have this content; a ValueError where they do not belong together."""
+    authority = Authority(x509.load_pem_x509_certificate(certificate), load_pem_private_key(key, None))  # type: ignore[arg-type]
+    if authority.certificate.public_key() != authority.key.public_key():
+        raise ValueError("another certificate's key")
+    return authority
+
+
+def server_certificate(key: Key, hosts: Sequence[str], authority: Authority) -> x509.Certificate:
+    """A certificate for the server under each of `hosts`, DNS names and IP addresses, signed by the authority."""
+    builder = _builder(key, _name(hosts[0][:64]), authority.certificate.subject, SERVER_DAYS)
+    builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+    builder = builder.add_extension(_usage("digital_signature"), critical=True)
+    builder = builder.add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+    issuer = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority.key.public_key())
+    builder = builder.add_extension(issuer, critical=False)
+    names = x509.SubjectAlternativeName([_alternative(host) for host in hosts])
+    return builder.add_extension(names, critical=False).sign(authority.key, hashes.SHA384())
+
+
+def certificate_pem(certificate: x509.Certificate) -> bytes:
+    """A certificate as a file's content."""
+    return certificate.public_bytes(Encoding.PEM)
+
+
+def private_pem(key: Key) -> bytes:
+    """A certificate's private key as a file's content."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+
+
+def private_openssh(key: Key) -> bytes:
+    """A node's private key as a file's content, in the format in which Flower reads it."""
+    return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
+
+
+def public_openssh(key: Key) -> bytes:
+    """A node's public key as a file's content, in the format in which Flower registers it."""
+    return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _builder(key: Key, subject: x509.Name, issuer: x509.Name, days: int) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - SLACK)
+        .not_valid_after(now + datetime.timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
+    )
+
+
+def _usage(*allowed: str) -> x509.KeyUsage:
+    names = (
+        "digital_signature content_commitment key_encipherment data_encipherment key_agreement key_cert_sign crl_sign "
+        "encipher_only decipher_only"
+    )
+    return x509.KeyUsage(**{name: name in allowed for name in names.split()})
+
+
+def _alternative(host: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ip_address(host))
+    except ValueError:
+        return x509.DNSName(host)
