@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
@@ -17,6 +18,7 @@ from strategies import dtype_name, tensor_record, tensors_of
 JOIN_SECONDS = 120  # how long nodes may take to connect: a SuperLink takes a killed one for connected for a minute
 CLIENT_FAILED = 2  # Flower's error code of a ClientApp that raised
 ANSWER_SECONDS = 120  # how long a node may take to answer a question; Flower starts a process for it
+LOOK_SECONDS = 0.1  # between two looks for replies
 
 Nodes = dict[int, int]  # Flower's (random) node id -> worker, its partition-id
 
@@ -37,9 +39,9 @@ class Roster:
         """
         self.nodes = {}
         deadline = time.monotonic() + JOIN_SECONDS
-        while len(self.nodes) < self._clients:
+        while True:
             self.nodes |= self._workers([node for node in self._grid.get_node_ids() if node not in self.nodes])
-            if time.monotonic() > deadline:
+            if len(self.nodes) >= self._clients or time.monotonic() > deadline:
                 break
             time.sleep(0.2)
         self._check(least)
@@ -132,7 +134,25 @@ def restore_states(grid: Grid, nodes: Nodes, rounds: list[int], states: Mapping[
 
 def ask(grid: Grid, question: str, contents: Mapping[int, RecordDict]) -> dict[int, Message]:
     """The answers to a query with these contents, by node; without the nodes that take too long or are gone."""
-    messages = [Message(content, node, question) for node, content in contents.items()]
-    replies = list(grid.send_and_receive(messages, timeout=ANSWER_SECONDS)) if messages else []
+    replies = exchange(grid, [Message(content, node, question) for node, content in contents.items()], ANSWER_SECONDS)
     # That a node is gone is said by the SuperLink, in its own name
     return {reply.metadata.src_node_id: reply for reply in replies if reply.metadata.src_node_id in contents}
+
+
+def exchange(grid: Grid, messages: Sequence[Message], seconds: float = math.inf) -> list[Message]:
+    """The replies to `messages` that come within so many seconds.
+
+    `Grid.send_and_receive` does the same, but in a deployment it looks for replies every three seconds only.
+    """
+    deadline = time.monotonic() + seconds
+    waiting = {id for id in grid.push_messages(messages) if id} if messages else set()
+    replies: list[Message] = []
+    while waiting:
+        come = list(grid.pull_messages(waiting))
+        replies += come
+        waiting -= {reply.metadata.reply_to_message_id for reply in come}
+        if time.monotonic() > deadline:
+            break
+        if waiting:
+            time.sleep(LOOK_SECONDS)
+    return replies

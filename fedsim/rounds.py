@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import statistics
 from dataclasses import dataclass, field
 
@@ -9,7 +10,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from flwr.serverapp import Grid
 
 from fedsim.config import Config
-from fedsim.nodes import Roster
+from fedsim.nodes import Roster, exchange
 from fedsim.records import Row
 from fedsim.sync import STATE_LOST, STATE_ROUNDS, Plan, shared
 from strategies import STRATEGIES, LocalSGD, array_bytes
@@ -56,7 +57,7 @@ def train_round(grid: Grid, config: Config, strategy: LocalSGD, roster: Roster, 
     round = progress.round + 1
     question = ConfigRecord({**shared(config), STATE_ROUNDS: progress.counted})
     messages = list(strategy.configure_train(round, progress.arrays, question, grid))
-    replies = list(grid.send_and_receive(messages, timeout=config.round_timeout or None)) if messages else []
+    replies = exchange(grid, messages, config.round_timeout or math.inf)
     averaged, metrics = strategy.aggregate_train(round, replies)
 
     lost = [roster.nodes[reply.metadata.src_node_id] for reply in replies if _tells_of_lost_state(reply)]
