@@ -37,11 +37,12 @@ def started_by(mark: str) -> list[str]:
     return found
 
 
-@pytest.mark.parametrize("momentum_at_sync", ["keep", "average"])
+@pytest.mark.parametrize(
+    "keys", [("--momentum-at-sync", "keep"), ("--momentum-at-sync", "average", "--validation", "64")]
+)
 def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, momentum_at_sync: str
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
 ) -> None:
-    keys = ("--momentum-at-sync", momentum_at_sync)
     fleet = run_py(tmp_path, "--name", "fleet", *keys)
     assert fleet.returncode == 0, fleet.stderr
     monkeypatch.setenv("STARTED_BY", str(tmp_path))
