@@ -19,7 +19,7 @@ from fedsim.kept_state import StateLost, keep_state, kept_state, put_state
 from fedsim.local_round import End, Start, take_round
 from fedsim.machine import resolve
 from fedsim.node_data import check_named
-from fedsim.sync import SHARED, STATE, STATE_LOST, STATE_ROUNDS, join, split
+from fedsim.sync import SEND_STATE, SHARED, STATE, STATE_LOST, STATE_ROUNDS, join, split
 from strategies import tensor_record, tensors_of
 
 app = ClientApp()
@@ -76,11 +76,15 @@ def _start(message: Message, context: Context) -> Start:
 
 def _reply(message: Message, context: Context, end: End) -> Message:
     policy = _config(message, context).momentum_at_sync
-    if policy == "keep":
-        keep_state(context, tensor_record(end.state), _round(message), _state_round(message, context))
     arrays = tensor_record(join(end.weights, end.state if policy == "average" else {}))
     metrics = MetricRecord({"num-examples": end.samples, "train-loss": end.loss})
-    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+    content = RecordDict({"arrays": arrays, "metrics": metrics})
+    if policy == "keep":
+        state = tensor_record(end.state)
+        keep_state(context, state, _round(message), _state_round(message, context))
+        if message.content.config_records["config"][SEND_STATE]:
+            content[STATE] = state
+    return Message(content, reply_to=message)
 
 
 def _worker(context: Context) -> int:

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 import time
 from collections.abc import Iterable, Mapping, Sequence
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.sync import STATE, STATE_ROUNDS, shared
-from strategies import dtype_name, tensor_record, tensors_of
+from strategies import tensor_record, tensors_like
 
 JOIN_SECONDS = 120  # how long nodes may take to connect: a SuperLink takes a killed one for connected for a minute
 CLIENT_FAILED = 2  # Flower's error code of a ClientApp that raised
@@ -93,29 +94,28 @@ class Roster:
         self.nodes = dict(sorted(self.nodes.items(), key=lambda node: node[1]))
 
 
-def collect_states(
-    grid: Grid, nodes: Nodes, rounds: list[int], like: Mapping[str, Tensor]
-) -> dict[int, dict[str, Tensor]]:
-    """The optimizer state of each worker after its round in `rounds`; of those that keep one shaped as `like`."""
+def collect_states(grid: Grid, nodes: Nodes, rounds: list[int]) -> dict[int, ArrayRecord]:
+    """The optimizer state of each worker after its round in `rounds`; of those that answer."""
     question = ConfigRecord({STATE_ROUNDS: rounds})
     replies = ask(grid, "query.state", {node: RecordDict({"config": question}) for node in nodes})
+    return {
+        nodes[node]: reply.content.array_records[STATE]
+        for node, reply in replies.items()
+        if reply.has_content() and STATE in reply.content.array_records
+    }
+
+
+def usable_states(
+    records: Mapping[int, ArrayRecord], rounds: list[int], like: Mapping[str, Tensor]
+) -> dict[int, dict[str, Tensor]]:
+    """The states of those workers that sent one shaped as `like` and finite; after round 0 there is nothing in it."""
     states = {}
-    for node, reply in replies.items():
-        worker = nodes[node]
-        state = _usable_state(reply, {} if rounds[worker] == 0 else like)
-        if state is not None:
-            states[worker] = state
+    for worker, record in records.items():
+        with contextlib.suppress(ValueError):
+            state = tensors_like(record, tensor_record(like if rounds[worker] else {}))
+            if all(tensor.isfinite().all() for tensor in state.values()):
+                states[worker] = state
     return states
-
-
-def _usable_state(reply: Message, like: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
-    record = reply.content.array_records.get(STATE) if reply.has_content() else None
-    if record is None or record.keys() != like.keys():
-        return None
-    if any((record[n].dtype, tuple(record[n].shape)) != (dtype_name(t), tuple(t.shape)) for n, t in like.items()):
-        return None
-    state = tensors_of(record)
-    return state if all(tensor.isfinite().all() for tensor in state.values()) else None
 
 
 def restore_states(grid: Grid, nodes: Nodes, rounds: list[int], states: Mapping[int, Mapping[str, Tensor]]) -> None:

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fedsim.config import Config
 from fedsim.nodes import Roster, exchange
 from fedsim.records import Row
-from fedsim.sync import STATE_LOST, STATE_ROUNDS, Plan, shared
+from fedsim.sync import SEND_STATE, STATE, STATE_LOST, STATE_ROUNDS, Plan, shared
 from strategies import STRATEGIES, LocalSGD, array_bytes
 
 
@@ -50,14 +50,20 @@ def build_strategy(config: Config) -> LocalSGD:
     )
 
 
-def train_round(grid: Grid, config: Config, strategy: LocalSGD, roster: Roster, progress: Progress) -> None:
-    """Take `progress` a round further; where too few clients send a usable update it stays as it is."""
+def train_round(
+    grid: Grid, config: Config, strategy: LocalSGD, roster: Roster, progress: Progress, with_states: bool = False
+) -> dict[int, ArrayRecord]:
+    """Take `progress` a round further; where too few clients send a usable update it stays as it is.
+
+    Returns, `with_states`, the optimizer's state that each of the workers averaged keeps after it, where it keeps one.
+    """
     roster.update()
     strategy.workers = roster.nodes
     round = progress.round + 1
-    question = ConfigRecord({**shared(config), STATE_ROUNDS: progress.counted})
+    question = ConfigRecord({**shared(config), STATE_ROUNDS: progress.counted, SEND_STATE: with_states})
     messages = list(strategy.configure_train(round, progress.arrays, question, grid))
     replies = exchange(grid, messages, config.round_timeout or math.inf)
+    states = {roster.nodes.get(reply.metadata.src_node_id): _state_taken_out(reply) for reply in replies}
     averaged, metrics = strategy.aggregate_train(round, replies)
 
     lost = [roster.nodes[reply.metadata.src_node_id] for reply in replies if _tells_of_lost_state(reply)]
@@ -74,6 +80,7 @@ def train_round(grid: Grid, config: Config, strategy: LocalSGD, roster: Roster, 
     progress.bytes_up += len(strategy.averaged) * payload(progress.arrays)
     progress.losses.append(float(metrics["train-loss"]))  # type: ignore[arg-type]
     progress.left_out |= {str(worker): reason for worker, reason in strategy.left_out.items()}
+    return {worker: state for worker in strategy.averaged if (state := states[worker]) is not None}
 
 
 def row_of(config: Config, planned: Plan, progress: Progress) -> Row:
@@ -95,6 +102,12 @@ def row_of(config: Config, planned: Plan, progress: Progress) -> Row:
 def payload(record: ArrayRecord) -> int:
     """The bytes of all arrays in `record`, headers not counted."""
     return sum(array_bytes(array) for array in record.values())
+
+
+def _state_taken_out(reply: Message) -> ArrayRecord | None:
+    """The state sent along with an update, of which the strategy knows nothing."""
+    state = reply.content.pop(STATE, None) if reply.has_content() else None
+    return state if isinstance(state, ArrayRecord) else None
 
 
 def _told(left_out: dict[int, str]) -> str:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import fields, replace
 
-from flwr.app import Context
+from flwr.app import ArrayRecord, Context
 from flwr.serverapp import Grid, ServerApp
 from torch import Tensor, nn
 
@@ -14,12 +15,12 @@ from fedsim.engine import evaluate
 from fedsim.errors import RunFailed, UserError
 from fedsim.machine import prepare, resolve
 from fedsim.models import build_model
-from fedsim.nodes import Roster, collect_states, restore_states
+from fedsim.nodes import Roster, collect_states, restore_states, usable_states
 from fedsim.optim import zero_state
 from fedsim.records import Run, resumed
 from fedsim.rounds import Progress, TooFewClients, build_strategy, row_of, train_round
 from fedsim.show import print_row
-from fedsim.sync import completes, join, plan, split
+from fedsim.sync import Plan, completes, join, plan, split
 from strategies import tensor_record, tensors_of
 
 app = ServerApp()
@@ -54,7 +55,8 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     furthest, failures = progress.round, 0  # failures since a round went further than all before it
     while progress.round < planned.last_round:
         try:
-            train_round(grid, config, strategy, roster, progress)
+            saves = is_saved(config, planned, progress.round + 1)
+            states = train_round(grid, config, strategy, roster, progress, with_states=saves)
             ends = progress.round == planned.rounds
 
             if completes(config, planned, progress.round, 1) or ends:
@@ -64,9 +66,8 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
                 run.add(row_of(config, planned, progress) | {"test_loss": test_loss, "test_accuracy": test_accuracy})
                 progress.losses, progress.left_out = [], {}
 
-            stops = progress.round == planned.last_round
-            if completes(config, planned, progress.round, config.checkpoint_every) or stops:
-                save(grid, config, run, roster, progress, model)
+            if saves:
+                save(grid, config, run, roster, progress, model, states)
 
         except TooFewClients as failure:
             failures += 1
@@ -105,13 +106,30 @@ def begin(grid: Grid, run: Run, roster: Roster, new: Progress) -> Progress:
     return progress
 
 
-def save(grid: Grid, config: Config, run: Run, roster: Roster, progress: Progress, model: nn.Module) -> None:
-    """Save all that the run needs to go on; a worker whose state is not to be had would then begin anew."""
+def is_saved(config: Config, planned: Plan, round: int) -> bool:
+    """Whether a checkpoint is made after `round`."""
+    return completes(config, planned, round, config.checkpoint_every) or round == planned.last_round
+
+
+def save(
+    grid: Grid,
+    config: Config,
+    run: Run,
+    roster: Roster,
+    progress: Progress,
+    model: nn.Module,
+    sent: Mapping[int, ArrayRecord],
+) -> None:
+    """Save all that the run needs to go on; a worker whose state is not to be had would then begin anew.
+
+    `sent` are the states that came along with the round's updates; the other workers are asked for theirs.
+    """
     states: dict[int, dict[str, Tensor]] = {}
     counted = progress.counted
     if config.momentum_at_sync == "keep":
+        others = {node: worker for node, worker in roster.nodes.items() if worker not in sent}
         like = zero_state(config, dict(model.named_parameters()))
-        states = collect_states(grid, roster.nodes, counted, like)
+        states = usable_states({**sent, **collect_states(grid, others, counted)}, counted, like)
         counted = [round if worker in states else 0 for worker, round in enumerate(counted)]
         if len(states) < (config.min_clients or 1):
             raise TooFewClients(f"round {progress.round}: only {len(states)} clients keep their state", True)

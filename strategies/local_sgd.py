@@ -19,17 +19,16 @@ from logging import WARNING
 from typing import Any, NamedTuple
 
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from strategies.tensor_array import TensorArray, array_bytes, dtype_name, tensor_of, tensor_record
+from strategies.tensor_array import tensor_record, tensors_like
 
 BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 MOST_METRICS = 1000  # numbers in a reply
-NPY_HEADER = 1024  # bytes that an array may come with beside its values
 
 
 class Update(NamedTuple):
@@ -154,9 +153,10 @@ class LocalSGD(FedAvg):
             raise _Unusable(f"it sent other records than {self.arrayrecord_key} and one of metrics")
         metrics = next(iter(reply.content.metric_records.values()))
         weight = self._usable_weight(metrics)
-        if arrays.keys() != self._sent.keys():
-            raise _Unusable(f"its arrays are others than those sent: {sorted(arrays.keys() ^ self._sent.keys())[0]}")
-        tensors = {name: self._usable_tensor(name, arrays[name]) for name in self._sent}
+        try:
+            tensors = tensors_like(arrays, self._sent)
+        except ValueError as error:
+            raise _Unusable(str(error)) from error
         finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
         if not all(finite):  # asked once, so that a GPU is waited for once
             raise _Unusable(f"{list(tensors)[finite.index(False)]} is not finite")
@@ -174,20 +174,6 @@ class LocalSGD(FedAvg):
         if not isinstance(weight, int | float) or not 0 < weight <= self.max_examples:
             raise _Unusable(f"{self.weighted_by_key} is {weight}")
         return float(weight)
-
-    def _usable_tensor(self, name: str, array: Array) -> Tensor:
-        sent = self._sent[name]
-        if (array.dtype, tuple(array.shape)) != (sent.dtype, tuple(sent.shape)):
-            raise _Unusable(f"{name} is {array.dtype} {list(array.shape)}, not as it was sent")
-        if not isinstance(array, TensorArray) and len(array.data) > (most := array_bytes(sent) + NPY_HEADER):
-            raise _Unusable(f"{name} holds {len(array.data)} bytes, more than {most}")
-        try:
-            tensor = tensor_of(array)
-        except Exception as error:  # whatever NumPy makes of foreign bytes
-            raise _Unusable(f"{name} cannot be read ({error})") from error
-        if (dtype_name(tensor), tuple(tensor.shape)) != (sent.dtype, tuple(sent.shape)):  # its bytes may say otherwise
-            raise _Unusable(f"{name} is {dtype_name(tensor)} {list(tensor.shape)}, not as it was sent")
-        return tensor
 
     def _mean_metrics(self, records: list[MetricRecord], weights: list[float]) -> MetricRecord:
         """The weighted mean of every number that all workers report."""

@@ -184,23 +184,30 @@ def test_all_clients_failing_ends_the_run_as_failed(small: Config) -> None:
         run_with(fail, small.changed({"name": "hopeless"}))
 
 
-def test_a_state_that_is_no_state_is_not_saved(small: Config, run: Execute) -> None:
-    """Worker 1 hands out nonsense for the checkpoint: after a resumption it begins anew, the others go on."""
-    config = resolve(small.changed({"name": "nonsense", "stop-after-rounds": 4}), "localsgd")
+@pytest.mark.parametrize("fraction", [1.0, 0.5])
+def test_a_state_that_is_no_state_is_not_saved(small: Config, run: Execute, fraction: float) -> None:
+    """Worker 1 hands out nonsense for the checkpoint, with its update or when asked; resumed, it begins anew."""
+    keys = {"stop-after-rounds": 4, "fraction": fraction}
+    config = resolve(small.changed({"name": "nonsense", **keys}), "localsgd")
 
-    def state(message: Message, context: Context) -> Message:
-        reply = client_app.state(message, context)
-        if context.node_config["partition-id"] == 1:
+    def nonsense(reply: Message, context: Context) -> Message:
+        if context.node_config["partition-id"] == 1 and "optimizer" in reply.content:
             reply.content["optimizer"] = ArrayRecord({"spam": torch.zeros(3)})
         return reply
 
+    app = faulty(
+        lambda message, context: nonsense(answer(message, context), context),
+        lambda message, context: nonsense(client_app.state(message, context), context),
+    )
     result = Run(config, "localsgd")
-    with FleetGrid(faulty(lambda message, context: None, state), config) as grid:
+    with FleetGrid(app, config) as grid:
         train_localsgd(grid, config, result)
     saved = torch.load(result.folder / "checkpoint.pt", weights_only=True)
-    assert saved["counted"] == [4, 0, 4, 4]
+    whole = torch.load(run(name="whole", **keys).folder / "checkpoint.pt", weights_only=True)
+    assert whole["counted"][1] > 0
+    assert saved["counted"] == [0 if worker == 1 else round for worker, round in enumerate(whole["counted"])]
     assert sorted(saved["clients"]) == [0, 2, 3]
-    assert run(name="nonsense").finished
+    assert run(name="nonsense", fraction=fraction).finished
 
 
 def test_more_clients_asked_for_than_a_round_has_is_an_error(run: Execute) -> None:
