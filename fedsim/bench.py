@@ -36,7 +36,7 @@ from fedsim.bench_plain import plain_rounds
 from fedsim.client_app import app as client_app
 from fedsim.client_app import train_together
 from fedsim.config import Config, cpu_count
-from fedsim.data import batches, check_shards, load_dataset
+from fedsim.data import batches, check_shards, draws, load_dataset
 from fedsim.engine import take_steps
 from fedsim.errors import UserError
 from fedsim.fleet import FleetGrid, TrainTogether
@@ -48,7 +48,6 @@ from fedsim.optim import build_optimizer
 from fedsim.records import provenance, read_rows, run_folder, written_whole
 from fedsim.schedule import schedule_of
 from fedsim.server_app import Progress, train_round
-from fedsim.streams import torch_stream
 from strategies import LocalSGD, tensor_record
 
 Rounds = Callable[[Config, int], list[float]]
@@ -75,14 +74,14 @@ def centralized_rounds(config: Config, rounds: int) -> list[float]:
     prepare(config)
     data = load_dataset(config)
     model = build_model(config.model, data.classes, config.seed, config.device)
-    set_dropout_streams(model, [torch_stream(config.seed, 0, 0, "dropout", torch.device(config.device))])
+    set_dropout_streams(model, [torch.Generator(config.device)])
     optimizer = build_optimizer(config, dict(model.named_parameters()))
     lr = schedule_of(config, Fraction(1), 1.0)
     batch = config.clients * config.batch_size
     order = np.resize(np.arange(len(data.train)), batch * config.local_steps)
 
     def one_round() -> None:
-        stream = batches(data.train, order, batch, np.random.default_rng(0))
+        stream = batches(data.train, draws(order, np.random.default_rng(0)), batch)
         take_steps(model, optimizer, stream, lr, 0, config.precision)
 
     return _timed(one_round, rounds, config.device)

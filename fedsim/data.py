@@ -230,15 +230,18 @@ def sample_order(
     return order[first - passes[0] * size :][:count]
 
 
-def batches(
-    images: Images, index: NDArray[np.int64], batch_size: int, augment: np.random.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented batches of the images `index`: random crop in a border of 4, random mirror.
+def draws(index: NDArray[np.int64], augment: np.random.Generator) -> Tensor:
+    """(4, N) what `Images.crop` takes of the N images `index`, on the CPU: which, from where, and mirrored or not."""
+    corners = augment.integers(0, 2 * PAD + 1, (2, len(index)))
+    return torch.from_numpy(np.stack([index, *corners, augment.integers(0, 2, len(index))]))
+
+
+def batches(images: Images, drawn: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented batches of what `draws` drew: random crop in a border of 4, random mirror.
 
     Yields ((B, 3, 32, 32) float32, (B,) labels); the last batch is smaller where batch_size does not divide.
     """
-    draws = np.stack([index, *augment.integers(0, 2 * PAD + 1, (2, len(index))), augment.integers(0, 2, len(index))])
-    chosen, top, left, flip = torch.from_numpy(draws).to(images.labels.device)
-    for start in range(0, len(index), batch_size):
+    chosen, top, left, flip = drawn.to(images.labels.device)
+    for start in range(0, len(chosen), batch_size):
         part = slice(start, start + batch_size)
         yield images.crop(chosen[part], top[part], left[part], flip[part]), images.labels[chosen[part]]
