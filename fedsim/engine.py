@@ -14,7 +14,8 @@ from fedsim.optim import set_lr
 from fedsim.pool import thread_pool
 from fedsim.precision import products_in
 
-TEST_BATCH = 250  # images; larger ones outgrow a core's cache
+TEST_BATCH = 250  # images on a CPU; larger ones outgrow a core's cache
+GPU_TEST_BATCH = 2500  # smaller ones leave a GPU waiting for their launches
 
 
 def take_steps(
@@ -68,15 +69,16 @@ def evaluate(model: nn.Module, images: Images, precision: str = "fp32") -> tuple
     """
     model.eval()
     parameter = next(model.parameters())
+    batch = TEST_BATCH if parameter.device.type == "cpu" else GPU_TEST_BATCH
 
     @torch.inference_mode()
     def test(start: int) -> tuple[Tensor, Tensor]:
-        inputs, labels = images.plain(start, start + TEST_BATCH)
+        inputs, labels = images.plain(start, start + batch)
         with products_in(precision, parameter.device):
             logits = model(inputs.to(parameter.dtype))
             loss_sum = F.cross_entropy(logits, labels, reduction="sum")
         return loss_sum.double(), (logits.argmax(1) == labels).sum()
 
     with thread_pool(images.labels.device, threads=1) as pool:
-        losses, correct = zip(*pool.map(test, range(0, len(images), TEST_BATCH)), strict=True)
+        losses, correct = zip(*pool.map(test, range(0, len(images), batch)), strict=True)
     return float(sum(losses)) / len(images), int(sum(correct)) / len(images)

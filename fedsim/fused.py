@@ -125,8 +125,10 @@ def _on_streams(config: Config, starts: Sequence[Start]) -> list[End]:
 @functools.lru_cache(maxsize=1)
 def _build_replicas(config: Config, count: int) -> tuple[list[Replica], list[torch.cuda.Stream | None]]:
     replicas = [build_replica(config) for _ in range(count)]
-    on_gpu = config.device.startswith("cuda")
-    return replicas, [torch.cuda.Stream(torch.device(config.device)) if on_gpu else None for _ in range(count)]
+    if not config.device.startswith("cuda"):
+        return replicas, [None] * count
+    device = torch.device(config.device)
+    return replicas, [torch.cuda.Stream(device) for _ in range(count)]  # type: ignore[no-untyped-call]
 
 
 def _split(stacked: Tensor, replicas: int) -> list[Tensor]:

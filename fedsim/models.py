@@ -56,15 +56,15 @@ class Conv2d(nn.Conv2d):
 
 def _patches(x: Tensor, replicas: int) -> Tensor:
     """(B, K * C, H, W) -> (K, B, H - 4, W - 4, 5 * 5 * C) what the 5x5 window sees, channels the innermost."""
-    windows = x.unfold(2, 5, 1).unfold(3, 5, 1).unflatten(1, (replicas, -1))  # (B, K, C, H', W', 5, 5)
-    return windows.permute(1, 0, 3, 4, 5, 6, 2).flatten(4)
+    windows = x.unfold(2, 5, 1).unfold(3, 5, 1)  # (B, K * C, H', W', 5, 5)
+    return windows.view(len(x), replicas, -1, *windows.shape[2:]).permute(1, 0, 3, 4, 5, 6, 2).flatten(4)
 
 
 def side_by_side(x: Tensor, replicas: int) -> Tensor:
     """(K * B, C, H, W) -> (B, K * C, H, W), channels-last: the inputs of K replicas as channels of one network."""
     if replicas == 1:
         return x
-    apart = x.permute(0, 2, 3, 1).unflatten(0, (replicas, -1))  # (K, B, H, W, C)
+    apart = x.permute(0, 2, 3, 1).view(replicas, -1, *x.shape[2:], x.shape[1])  # (K, B, H, W, C)
     return apart.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
 
 

@@ -107,7 +107,7 @@ class StaticSteps:
 
     def _captured(self) -> Callable[[], None]:
         """A step as a CUDA graph: warmed up and captured on a stream of its own, replayed on whichever is current."""
-        stream = torch.cuda.Stream(self._device)
+        stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(stream):
             self.warm_up()
@@ -127,15 +127,20 @@ def capturable(config: Config) -> bool:
 
 
 def steps_of(config: Config, model: nn.Module, optimizer: Optimizer, images: Images, samples: int) -> Steps:
-    """The way in which one model takes the steps of its rounds of `samples` images on the device of `config`.
+    """How one model takes the steps of a round of `samples` images on the device of `config`.
 
-    It takes (4, samples) draws and the rate of each step and returns the mean loss: on a GPU by `StaticSteps`, and
-    the device is not waited for; elsewhere by `take_steps`, whose bits are those of the records.
+    It is given (4, samples) draws and the rate of each step and returns the mean loss: on a GPU by `StaticSteps`, which
+    does not wait for it; elsewhere by `take_steps`, whose bits are those of the records.
     """
-    if config.device.startswith("cuda"):
-        keys = (samples, config.batch_size, config.precision)
-        static = StaticSteps(model, optimizer, images, *keys, capture=capturable(config))
-        return lambda drawn, rates: static.take(drawn[:, None], rates)
+    if not config.device.startswith("cuda"):
+        return simple_steps(config, model, optimizer, images)
+    keys = (samples, config.batch_size, config.precision)
+    static = StaticSteps(model, optimizer, images, *keys, capture=capturable(config))
+    return lambda drawn, rates: static.take(drawn[:, None], rates)
+
+
+def simple_steps(config: Config, model: nn.Module, optimizer: Optimizer, images: Images) -> Steps:
+    """`steps_of` by `take_steps` on any device."""
 
     def take(drawn: Tensor, rates: Sequence[float]) -> float:
         stream = batches(images, drawn, config.batch_size)
