@@ -51,8 +51,9 @@ class Images:
         self._within = torch.arange(SIDE, device=device)
         self.labels = torch.from_numpy(labels).to(device)
         mean, deviation = torch.tensor(moments, dtype=torch.float64)
-        self._scale = (1 / (255 * deviation)).float().to(device)
-        self._shift = (mean / deviation).float().to(device)
+        # for a row of pixels: three values at a time are slow on a CPU
+        self._scale = (1 / (255 * deviation)).float().repeat(SIDE).to(device)
+        self._shift = (mean / deviation).float().repeat(SIDE).to(device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -68,12 +69,12 @@ class Images:
         Image `index[i]` in its black border, cut `top[i]` pixels from above and `left[i]` from the left
         (0 to 8; 4 is the image itself) and, where `flip[i]`, mirrored. All four: (B,) integers.
         """
-        rows = top[:, None] + self._within
+        rows = (index * WIDTH + top)[:, None] + self._within
         columns = left[:, None] + torch.where(flip[:, None] != 0, SIDE - 1 - self._within, self._within)
-        words = (index[:, None] * WIDTH + rows)[:, :, None] * WIDTH + columns[:, None, :]
+        words = (rows * WIDTH)[:, :, None] + columns[:, None, :]
         pixels = self._words.index_select(0, words.flatten()).view(torch.uint8).view(-1, SIDE, SIDE, 4)[..., :3]
-        normalised: Tensor = pixels.float() * self._scale - self._shift
-        return normalised.permute(0, 3, 1, 2)
+        normalised = pixels.float().view(-1, 3 * SIDE).mul_(self._scale).sub_(self._shift)
+        return normalised.view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
 
     def subset(self, index: NDArray[np.int64]) -> Images:
         """A copy that holds the images `index` alone, in that order."""
