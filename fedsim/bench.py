@@ -3,119 +3,43 @@
 The limit is centralized training at batch K * B: the same images and arithmetic, without replicas. A contestant runs
 in a process of its own, a round to warm up and then some to be timed; all contestants take their turn in every
 pass, so that a machine that slows down slows all of them. Figures are medians over rounds and passes.
+
+On a GPU come to it: centralized training at the batches of Table 1, in the precision asked for and in bf16, beside the
+rate of a matrix product; and what the cells of both tables would take at the rates measured, a seed each.
 """
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import io
 import itertools
 import json
-import multiprocessing
-import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import asdict, dataclass
-from fractions import Fraction
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsim.bench_plain import plain_rounds
-from fedsim.client_app import app as client_app
-from fedsim.client_app import train_together
+from fedsim.cells import cost
 from fedsim.config import Config, cpu_count
-from fedsim.data import batches, check_shards, load_dataset
-from fedsim.engine import take_steps
+from fedsim.contestants import CONTESTANTS, ON_CPU, ON_GPU, Figure, in_own_process, timed
+from fedsim.data import check_shards, load_dataset
+from fedsim.engine import evaluate
 from fedsim.errors import UserError
-from fedsim.fleet import FleetGrid, TrainTogether
-from fedsim.flower import CHECKOUT, run_with_flwr
+from fedsim.flower import CHECKOUT
 from fedsim.machine import prepare, resolve
-from fedsim.models import build_model, set_dropout_streams
-from fedsim.nodes import Roster
-from fedsim.optim import build_optimizer
-from fedsim.records import provenance, read_rows, run_folder, written_whole
-from fedsim.rounds import build_strategy, train_round
-from fedsim.schedule import schedule_of
-from fedsim.server_app import new_progress
-from fedsim.streams import torch_stream
+from fedsim.models import build_model
+from fedsim.records import provenance, written_whole
+from fedsim.study import read_study
 
-Rounds = Callable[[Config, int], list[float]]
-
-
-@dataclass(frozen=True)
-class Figure:
-    """The timed rounds of one contestant at one K."""
-
-    contestant: str
-    config: Config
-    seconds: list[float]  # of each round
-    peak_bytes: int  # of the process's memory; on a GPU, of the device's
-
-    @property
-    def images_per_second(self) -> float:
-        """The images trained on in a round over the median of its seconds."""
-        images = self.config.clients * self.config.local_steps * self.config.batch_size
-        return images / statistics.median(self.seconds)
-
-
-def centralized_rounds(config: Config, rounds: int) -> list[float]:
-    """The limit: J steps at batch K * B."""
-    prepare(config)
-    data = load_dataset(config)
-    model = build_model(config.model, data.classes, config.seed, config.device)
-    set_dropout_streams(model, [torch_stream(config.seed, 0, 0, "dropout", torch.device(config.device))])
-    optimizer = build_optimizer(config, dict(model.named_parameters()))
-    lr = schedule_of(config, Fraction(1), 1.0)
-    batch = config.clients * config.batch_size
-    order = np.resize(np.arange(len(data.train)), batch * config.local_steps)
-
-    def one_round() -> None:
-        stream = batches(data.train, order, batch, np.random.default_rng(0))
-        take_steps(model, optimizer, stream, lr, 0, config.precision)
-
-    return _timed(one_round, rounds, config.device)
-
-
-def fleet_rounds(config: Config, rounds: int, train_together: TrainTogether | None = None) -> list[float]:
-    """LocalSGD in this process: ``FleetGrid`` and the strategy, nothing tested or saved."""
-    data = load_dataset(config)
-    model = build_model(config.model, data.classes, config.seed, config.device)
-    with FleetGrid(client_app, config, train_together) as grid:
-        roster, strategy, progress = Roster(grid, config), build_strategy(config), new_progress(config, model)
-        roster.call(least=config.clients)
-        return _timed(lambda: train_round(grid, config, strategy, roster, progress), rounds, config.device)
-
-
-def flower_rounds(config: Config, rounds: int) -> list[float]:
-    """LocalSGD by ``flwr run`` on Ray; the first round is left out, and the last, which tests and saves."""
-    with tempfile.TemporaryDirectory() as folder:
-        run = config.changed({"rounds": rounds + 2, "results-dir": folder, "name": "bench", "evaluate-every": 10**6})
-        with contextlib.redirect_stdout(io.StringIO()):  # Flower's log
-            run_with_flwr(run)
-        ends = [row["seconds"] for row in read_rows(run_folder(run, "localsgd"))]
-    return [end - begin for begin, end in itertools.pairwise(ends[:-1])]
-
-
-CONTESTANTS: dict[str, tuple[Rounds, str]] = {
-    "limit": (centralized_rounds, "centralized training at batch K * B"),
-    "fleet": (fleet_rounds, "fedsim in one process"),
-    "fused": (functools.partial(fleet_rounds, train_together=train_together), "the same, its replicas side by side"),
-    "loop": (fleet_rounds, "the same, one client after the other on all cores"),
-    "flower": (flower_rounds, "fedsim's app by flwr run, on Ray"),
-    "plain": (plain_rounds, "a plain PyTorch loop: DataLoader, per-image transforms, one model after the other"),
-}
+TEST_IMAGES = 10_000  # of CIFAR-100
 
 
 def run_bench(
@@ -128,7 +52,7 @@ def run_bench(
     output: str,
     console: Console,
 ) -> None:
-    """Measure, print the tables, write the file."""
+    """Measure, print the tables, write the file; without `contestants`, those that the device calls for."""
     for name in contestants:
         if name not in CONTESTANTS:
             raise UserError(f"contestants = {name!r} is unknown: it must be one of {', '.join(CONTESTANTS)}")
@@ -136,15 +60,27 @@ def run_bench(
     config = resolve(Config().changed({**keys, **images}), "localsgd")
     for k in clients:
         check_shards(config, config.synthetic_images, k)
+    on_gpu = config.device.startswith("cuda")
     flop, rate, starting = flop_per_image(config), matrix_rate(config.device), start_up(config.device)
-    console.print(f"{config.device}: {rate / 1e9:,.0f} GFLOP/s in a matrix product; a run starts in {starting:.1f} s")
-    figures = bench(config, clients, contestants, rounds, passes)
+    testing = test_rate(config)
+    console.print(
+        f"{config.device}: {rate / 1e9:,.0f} GFLOP/s in a matrix product; a run starts in {starting:.1f} s; "
+        f"{testing:,.0f} images/s are tested"
+    )
+    figures = bench(config, clients, contestants or (ON_GPU if on_gpu else ON_CPU), rounds, passes)
     console.print(table(figures, flop))
+    large = large_batches(config, rounds) if on_gpu else []
+    if large:
+        console.print(large_table(large, flop, rate))
+    estimate = seconds_of_tables(figures, large, testing)
+    if estimate:
+        console.print(f"An estimate from these rates: the cells of Tables 1 and 2, a seed each, take {estimate:,.0f} s")
     grown = growth(config, rounds) if grow else []
     if grown:
         console.print(growth_table(grown))
-    more = {"matrix_flop_per_second": rate, "flop_per_image": flop, "start_up_seconds": starting}
-    write_figures(Path(output), [*figures, *grown], config.device, **more)
+    more: dict[str, Any] = {"matrix_flop_per_second": rate, "flop_per_image": flop, "start_up_seconds": starting}
+    more |= {"tested_images_per_second": testing, "estimated_seconds_of_both_tables": estimate}
+    write_figures(Path(output), [*figures, *large, *grown], config.device, **more)
     console.print(output, soft_wrap=True, highlight=False)
 
 
@@ -162,39 +98,8 @@ def bench(config: Config, clients: Sequence[int], contestants: Sequence[str], ro
 
 def contest(config: Config, clients: int, contestant: str) -> Config:
     """`config` at K = `clients`; on the CPU every way gets all cores, as one step's threads or as clients at once."""
-    alone = config.device == "cpu" and contestant in ("limit", "fused", "loop", "plain")
+    alone = config.device == "cpu" and contestant not in ("fleet", "flower")
     return config.changed({"clients": clients, "threads": cpu_count() if alone else 1})
-
-
-def in_own_process(contestant: str, config: Config, rounds: int) -> Figure:
-    """One turn of a contestant, in a fresh process, whose memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_turn, contestant, config, rounds).result()
-
-
-def _turn(contestant: str, config: Config, rounds: int) -> Figure:
-    seconds = CONTESTANTS[contestant][0](config, rounds)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
-    if config.device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated(config.device)
-    return Figure(contestant, config, seconds, peak)
-
-
-def _timed(one_round: Callable[[], Any], rounds: int, device: str) -> list[float]:
-    """Seconds of each of `rounds` rounds, after one to warm up."""
-
-    def wait() -> None:
-        if device.startswith("cuda"):
-            torch.cuda.synchronize(device)
-
-    seconds = []
-    for _ in range(rounds + 1):
-        wait()
-        began = time.perf_counter()
-        one_round()
-        wait()
-        seconds.append(time.perf_counter() - began)
-    return seconds[1:]
 
 
 def flop_per_image(config: Config) -> float:
@@ -211,8 +116,49 @@ def matrix_rate(device: str) -> float:
     size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
     torch.set_num_threads(cpu_count())
     one = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = _timed(lambda: one @ one, 10, device)
+    seconds = timed(lambda: one @ one, 10, device)
     return 2 * size**3 / min(seconds)
+
+
+def test_rate(config: Config) -> float:
+    """Images that a model is tested on in a second."""
+    prepare(config)
+    data = load_dataset(config)
+    model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
+    return len(data.test) / min(timed(lambda: evaluate(model, data.test, config.precision), 3, config.device))
+
+
+def large_batches(config: Config, rounds: int) -> list[Figure]:
+    """Centralized training at the batches of Table 1, in the precision of `config` and in bf16."""
+    figures = []
+    batches = read_study("table1").grid["batch-size"]
+    for precision, batch in itertools.product(dict.fromkeys((config.precision, "bf16")), batches):
+        one = config.changed({"precision": precision, "batch-size": batch})
+        figures.append(in_own_process("limit", contest(one, 1, "limit"), rounds))
+    return figures
+
+
+def seconds_of_tables(figures: Sequence[Figure], large: Sequence[Figure], testing: float) -> float | None:
+    """What the cells of Tables 1 and 2, a seed each, would take at the best rates measured in one precision.
+
+    None where one of their K or batches was not measured. Starts, and the rows, are not counted.
+    """
+    rates: dict[tuple[str, int], float] = {}
+    for figure in figures:
+        if figure.contestant.startswith(("fleet", "fused")):
+            cell = ("localsgd", figure.config.clients)
+            rates[cell] = max(rates.get(cell, 0.0), figure.images_per_second)
+    for figure in large:
+        if figure.config.precision == figures[0].config.precision:
+            rates["centralized", figure.config.batch_size] = figure.images_per_second
+    seconds = 0.0
+    for _, mode, config in [*read_study("table1").cells([1]), *read_study("table2").cells([1])]:
+        rate = rates.get((mode, config.batch_size if mode == "centralized" else config.clients))
+        if rate is None:
+            return None
+        tests = (config.rounds or config.epochs) / config.evaluate_every
+        seconds += cost(config, mode).images / rate + tests * TEST_IMAGES / testing
+    return seconds
 
 
 def growth(config: Config, rounds: int) -> list[Figure]:
@@ -249,6 +195,24 @@ def table(figures: Sequence[Figure], flop: float) -> Table:
             f"{rate * flop / 1e9:,.1f}",
             f"{rate / limits[k]:.2f}" if k in limits else "",
             f"{figure.peak_bytes / 2**20:,.0f}",
+        )
+    return result
+
+
+def large_table(figures: Sequence[Figure], flop: float, matrix: float) -> Table:
+    """Centralized training by its batch, beside the device's matrix product."""
+    result = Table(title="Centralized training, J steps a round")
+    for name in ("precision", "batch", "ms a step", "images/s", "TFLOP/s", "of the matrix product"):
+        result.add_column(name, justify="right")
+    for figure in figures:
+        config, rate = figure.config, figure.images_per_second
+        result.add_row(
+            config.precision,
+            str(config.batch_size),
+            f"{1000 * statistics.median(figure.seconds) / config.local_steps:.2f}",
+            f"{rate:,.0f}",
+            f"{rate * flop / 1e12:,.2f}",
+            f"{rate * flop / matrix:.3f}",
         )
     return result
 

@@ -8,15 +8,16 @@ from fractions import Fraction
 import torch
 
 from fedsim.config import Config
-from fedsim.data import batches, check_shards, load_dataset, sample_order, shard
-from fedsim.engine import evaluate, take_steps
+from fedsim.data import check_shards, draws, load_dataset, sample_order, shard
+from fedsim.engine import evaluate
 from fedsim.errors import RunFailed, UserError
 from fedsim.machine import prepare
 from fedsim.models import build_model, set_dropout_streams
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.records import Run
 from fedsim.schedule import schedule_of
-from fedsim.streams import numpy_stream, torch_stream
+from fedsim.static_steps import steps_of
+from fedsim.streams import begin_stream, numpy_stream
 
 ALONE = {"syncs": 0, "bytes_up": 0, "bytes_down": 0, "left_out": {}}  # what one machine's rows say of others
 
@@ -32,6 +33,9 @@ def train_centralized(config: Config, run: Run) -> None:
     model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
     named = dict(model.named_parameters())
     optimizer = build_optimizer(config, named)
+    dropout = torch.Generator(config.device)
+    set_dropout_streams(model, [dropout])
+    take_epoch = steps_of(config, model, optimizer, data.train, len(data.train))
     images = shard(len(data.train), 1, 0, config.seed)
     steps_per_epoch = -(-len(images) // config.batch_size)
     epochs, last = whole_epochs(config)
@@ -46,10 +50,10 @@ def train_centralized(config: Config, run: Run) -> None:
     for epoch in range(done, last):
         order = sample_order(len(images), epoch * len(images), len(images), config.seed, 0, epoch, "epoch")
         augment = numpy_stream(config.seed, 0, epoch, "augment")
-        set_dropout_streams(model, [torch_stream(config.seed, 0, epoch, "dropout", torch.device(config.device))])
+        begin_stream(dropout, config.seed, 0, epoch, "dropout")
         first_step = epoch * steps_per_epoch
-        stream = batches(data.train, images[order], config.batch_size, augment)
-        loss = take_steps(model, optimizer, stream, lr, first_step, config.precision)
+        rates = [lr(step) for step in range(first_step, first_step + steps_per_epoch)]
+        loss = float(take_epoch(draws(images[order], augment), rates))
 
         if not math.isfinite(loss):
             raise RunFailed(f"the training loss of epoch {epoch + 1} is {loss}: a lower --lr may help")

@@ -169,7 +169,7 @@ def bench(
     keys: dict[str, Any],
     clients: str = typer.Option("1,4,12,64", "--clients", help="the K to measure, with commas", metavar="LIST"),
     contestants: str = typer.Option(
-        "limit,fleet,fused,loop,flower,plain", "--contestants", help="what to measure, with commas", metavar="LIST"
+        "", "--contestants", help="what to measure, with commas; empty: what the device calls for", metavar="LIST"
     ),
     timed: int = typer.Option(3, "--timed", help="timed rounds in each pass", min=1),
     passes: int = typer.Option(2, "--passes", help="turns that each contestant takes", min=1),
@@ -180,7 +180,16 @@ def bench(
     from fedsim.bench import run_bench
     from fedsim.grid import integers
 
-    run_bench(keys, integers("clients", clients), contestants.split(","), timed, passes, grow, output, Console())
+    run_bench(
+        keys,
+        integers("clients", clients),
+        contestants.split(",") if contestants else [],
+        timed,
+        passes,
+        grow,
+        output,
+        Console(),
+    )
 
 
 @cli.command(cls=RayCommand)

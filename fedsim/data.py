@@ -62,8 +62,9 @@ class Images:
         self._within = torch.arange(SIDE, device=device)
         self.labels = torch.from_numpy(labels).to(device)
         mean, deviation = torch.tensor(moments, dtype=torch.float64)
-        self._scale = (1 / (255 * deviation)).float().to(device)
-        self._shift = (mean / deviation).float().to(device)
+        # for a row of pixels: three values at a time are slow on a CPU
+        self._scale = (1 / (255 * deviation)).float().repeat(SIDE).to(device)
+        self._shift = (mean / deviation).float().repeat(SIDE).to(device)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -79,12 +80,12 @@ class Images:
         Image `index[i]` in its black border, cut `top[i]` pixels from above and `left[i]` from the left
         (0 to 8; 4 is the image itself) and, where `flip[i]`, mirrored. All four: (B,) integers.
         """
-        rows = top[:, None] + self._within
+        rows = (index * WIDTH + top)[:, None] + self._within
         columns = left[:, None] + torch.where(flip[:, None] != 0, SIDE - 1 - self._within, self._within)
-        words = (index[:, None] * WIDTH + rows)[:, :, None] * WIDTH + columns[:, None, :]
+        words = (rows * WIDTH)[:, :, None] + columns[:, None, :]
         pixels = self._words.index_select(0, words.flatten()).view(torch.uint8).view(-1, SIDE, SIDE, 4)[..., :3]
-        normalised: Tensor = pixels.float() * self._scale - self._shift
-        return normalised.permute(0, 3, 1, 2)
+        normalised = pixels.float().view(-1, 3 * SIDE).mul_(self._scale).sub_(self._shift)
+        return normalised.view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
 
     def subset(self, index: NDArray[np.int64]) -> Images:
         """A copy that holds the images `index` alone, in that order."""
@@ -244,15 +245,18 @@ def sample_order(
     return order[first - passes[0] * size :][:count]
 
 
-def batches(
-    images: Images, index: NDArray[np.int64], batch_size: int, augment: np.random.Generator
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented batches of the images `index`: random crop in a border of 4, random mirror.
+def draws(index: NDArray[np.int64], augment: np.random.Generator) -> Tensor:
+    """(4, N) what `Images.crop` takes of the N images `index`, on the CPU: which, from where, and mirrored or not."""
+    corners = augment.integers(0, 2 * PAD + 1, (2, len(index)))
+    return torch.from_numpy(np.stack([index, *corners, augment.integers(0, 2, len(index))]))
+
+
+def batches(images: Images, drawn: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
+    """Augmented batches of what `draws` drew: random crop in a border of 4, random mirror.
 
     Yields ((B, 3, 32, 32) float32, (B,) labels); the last batch is smaller where batch_size does not divide.
     """
-    draws = np.stack([index, *augment.integers(0, 2 * PAD + 1, (2, len(index))), augment.integers(0, 2, len(index))])
-    chosen, top, left, flip = torch.from_numpy(draws).to(images.labels.device)
-    for start in range(0, len(index), batch_size):
+    chosen, top, left, flip = drawn.to(images.labels.device)
+    for start in range(0, len(chosen), batch_size):
         part = slice(start, start + batch_size)
         yield images.crop(chosen[part], top[part], left[part], flip[part]), images.labels[chosen[part]]

@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.data import batches, classes_of, load_dataset, sample_order, shard, training_images
-from fedsim.engine import take_steps
+from fedsim.data import Images, classes_of, draws, load_dataset, sample_order, shard, training_images
 from fedsim.machine import prepare
 from fedsim.models import blank_model, set_dropout_streams
 from fedsim.node_data import own_images
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
-from fedsim.streams import numpy_stream, torch_stream
+from fedsim.static_steps import Steps, steps_of
+from fedsim.streams import begin_stream, numpy_stream
 from fedsim.sync import plan
 
 
@@ -45,10 +43,12 @@ class End:
 
 @dataclass
 class Replica:
-    """A model and its optimizer, lent to one client at a time."""
+    """A model, its optimizer and the generator of its dropout, lent to one client at a time."""
 
     model: nn.Module
     optimizer: Optimizer
+    dropout: torch.Generator
+    steps: Steps
 
 
 _of_thread = threading.local()
@@ -56,49 +56,68 @@ _of_thread = threading.local()
 
 def take_round(config: Config, start: Start) -> End:
     """The local steps of one worker, on this thread's replica."""
-    replica = _replica(config)
+    weights, state, loss = advance(config, _replica(config), start)
+    return End(weights, state, float(loss), config.local_steps * config.batch_size)
+
+
+def advance(
+    config: Config, replica: Replica, start: Start
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | float]:
+    """The weights, the optimizer's state and the mean loss after a worker's local steps on `replica`.
+
+    A GPU is not waited for.
+    """
     named = dict(replica.model.named_parameters())
     replica.model.load_state_dict(start.weights)
     load_optimizer_state(named, replica.optimizer, start.state)
-    set_dropout_streams(replica.model, [dropout_stream(config, start)])
-    lr = plan(config, training_images(config)).lr
-    steps = local_batches(config, start)
-    loss = take_steps(replica.model, replica.optimizer, steps, lr, start.round * config.local_steps, config.precision)
+    begin_dropout(config, start, replica.dropout)
+    loss = replica.steps(local_draws(config, start), local_rates(config, start))
     weights = {name: value.clone() for name, value in replica.model.state_dict().items()}
+    return weights, optimizer_state(named, replica.optimizer), loss
+
+
+def local_images(config: Config) -> Images:
+    """The images that a worker's draws are of: its node's own, or all of the run's."""
+    return own_images(config) or load_dataset(config).train
+
+
+def local_draws(config: Config, start: Start) -> Tensor:
+    """(4, J * B) the images of a worker's round and their augmentation."""
+    own = own_images(config)
+    held = np.arange(len(own)) if own else shard(training_images(config), config.clients, start.worker, config.seed)
     samples = config.local_steps * config.batch_size
-    return End(weights, optimizer_state(named, replica.optimizer), loss, samples)
-
-
-def local_batches(config: Config, start: Start) -> Iterator[tuple[Tensor, Tensor]]:
-    """The J augmented batches of a worker's round, all of full size, of its own images or of its shard."""
-    samples = config.local_steps * config.batch_size
-
-    def order(size: int) -> NDArray[np.int64]:
-        return sample_order(
-            size, start.round * samples, samples, config.seed, start.worker, start.round, config.reshuffle
-        )
-
-    if own := own_images(config):
-        images, index = own.take(order(len(own)), config), np.arange(samples)
-    else:
-        images = load_dataset(config).train
-        held = shard(len(images), config.clients, start.worker, config.seed)
-        index = held[order(len(held))]
+    order = sample_order(
+        len(held), start.round * samples, samples, config.seed, start.worker, start.round, config.reshuffle
+    )
     augment = numpy_stream(config.seed, start.worker, start.round, "augment")
-    return batches(images, index, config.batch_size, augment)
+    return draws(held[order], augment)
 
 
-def dropout_stream(config: Config, start: Start) -> torch.Generator:
-    """The stream of a worker's dropout masks in its round."""
-    return torch_stream(config.seed, start.worker, start.round, "dropout", torch.device(config.device))
+def local_rates(config: Config, start: Start) -> list[float]:
+    """The rates of the J steps of a round."""
+    lr, first = plan(config, training_images(config)).lr, start.round * config.local_steps
+    return [lr(step) for step in range(first, first + config.local_steps)]
+
+
+def begin_dropout(config: Config, start: Start, generator: torch.Generator) -> None:
+    """Let `generator` draw a worker's dropout masks of its round."""
+    begin_stream(generator, config.seed, start.worker, start.round, "dropout")
 
 
 def _replica(config: Config) -> Replica:
     """This thread's replica for `config`: as many live as there are threads, however many clients."""
     if getattr(_of_thread, "config", None) != config:
-        prepare(config)
-        model = blank_model(config.model, classes_of(config), config.device, config.precision)
-        optimizer = build_optimizer(config, dict(model.named_parameters()))
-        _of_thread.config, _of_thread.replica = config, Replica(model, optimizer)
+        _of_thread.config, _of_thread.replica = config, build_replica(config)
     replica: Replica = _of_thread.replica
     return replica
+
+
+def build_replica(config: Config) -> Replica:
+    """A replica whose values are not set, and this thread made ready for it."""
+    prepare(config)
+    model = blank_model(config.model, classes_of(config), config.device, config.precision)
+    optimizer = build_optimizer(config, dict(model.named_parameters()))
+    dropout = torch.Generator(config.device)
+    set_dropout_streams(model, [dropout])
+    steps = steps_of(config, model, optimizer, local_images(config), config.local_steps * config.batch_size)
+    return Replica(model, optimizer, dropout, steps)

@@ -33,3 +33,4 @@ def prepare(config: Config) -> None:
     """Let torch compute in this thread as `config` (resolved) says."""
     torch.set_num_threads(config.threads)
     set_tf32(config.precision)
+    torch.backends.cudnn.deterministic = True  # a run that goes on is, bit for bit, one that never stopped

@@ -34,6 +34,40 @@ class Dropout(nn.Module):
         return x * mask.div_(keep)
 
 
+class Conv2d(nn.Conv2d):
+    """`replicas` 5x5 convolutions side by side: (B, K * inputs, H, W) -> (B, K * outputs, H', W').
+
+    They run as the groups of one convolution or, with `by_products`, as one batched matrix product over the patches.
+    """
+
+    def __init__(self, inputs: int, outputs: int, replicas: int, padding: int = 0) -> None:
+        super().__init__(inputs * replicas, outputs * replicas, 5, padding=padding, groups=replicas)
+        self.by_products = False
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.by_products:
+            return super().forward(x)
+        assert self.bias is not None
+        patches = _patches(F.pad(x, [int(self.padding[0])] * 4), self.groups)  # (K, B, H', W', 5 * 5 * inputs)
+        weight = self.weight.permute(0, 2, 3, 1).reshape(self.groups, -1, patches.shape[-1])
+        y = torch.baddbmm(self.bias.view(self.groups, 1, -1), patches.flatten(1, 3), weight.mT)
+        return side_by_side(y.view(*patches.shape[:-1], -1).flatten(0, 1).permute(0, 3, 1, 2), self.groups)
+
+
+def _patches(x: Tensor, replicas: int) -> Tensor:
+    """(B, K * C, H, W) -> (K, B, H - 4, W - 4, 5 * 5 * C) what the 5x5 window sees, channels the innermost."""
+    windows = x.unfold(2, 5, 1).unfold(3, 5, 1)  # (B, K * C, H', W', 5, 5)
+    return windows.view(len(x), replicas, -1, *windows.shape[2:]).permute(1, 0, 3, 4, 5, 6, 2).flatten(4)
+
+
+def side_by_side(x: Tensor, replicas: int) -> Tensor:
+    """(K * B, C, H, W) -> (B, K * C, H, W), channels-last: the inputs of K replicas as channels of one network."""
+    if replicas == 1:
+        return x
+    apart = x.permute(0, 2, 3, 1).view(replicas, -1, *x.shape[2:], x.shape[1])  # (K, B, H, W, C)
+    return apart.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
+
+
 class Linear(nn.Linear):
     """`replicas` fully connected layers side by side: (K, B, inputs) -> (K, B, outputs), a batched product.
 
@@ -68,9 +102,9 @@ class LeNetBN(nn.Module):
     def __init__(self, classes: int, replicas: int = 1) -> None:
         super().__init__()
         self.replicas = replicas
-        self.conv1 = nn.Conv2d(3 * replicas, 64 * replicas, 5, padding=2, groups=replicas)
+        self.conv1 = Conv2d(3, 64, replicas, padding=2)
         self.bn1 = nn.BatchNorm2d(64 * replicas)
-        self.conv2 = nn.Conv2d(64 * replicas, 64 * replicas, 5, padding=2, groups=replicas)
+        self.conv2 = Conv2d(64, 64, replicas, padding=2)
         self.bn2 = nn.BatchNorm2d(64 * replicas)
         self.pool = nn.MaxPool2d(2)
         self.fc1 = Linear(64 * 8 * 8, 384, replicas)
@@ -97,8 +131,8 @@ class LeNet5(nn.Module):
     def __init__(self, classes: int, replicas: int = 1) -> None:
         super().__init__()
         self.replicas = replicas
-        self.conv1 = nn.Conv2d(3 * replicas, 6 * replicas, 5, groups=replicas)
-        self.conv2 = nn.Conv2d(6 * replicas, 16 * replicas, 5, groups=replicas)
+        self.conv1 = Conv2d(3, 6, replicas)
+        self.conv2 = Conv2d(6, 16, replicas)
         self.pool = nn.MaxPool2d(2)
         self.fc1 = Linear(16 * 5 * 5, 120, replicas)
         self.fc2 = Linear(120, 84, replicas)
@@ -150,8 +184,20 @@ def _network(name: str, classes: int, replicas: int = 1) -> nn.Module:
     return MODELS[name](classes, replicas)
 
 
+def convolve_by_products(model: nn.Module) -> None:
+    """Let every convolution of `model` run as a matrix product over patches: for replicas side by side on a GPU."""
+    for module in model.modules():
+        if isinstance(module, Conv2d):
+            module.by_products = True
+
+
 def set_dropout_streams(model: nn.Module, generators: list[torch.Generator]) -> None:
     """Let every dropout layer of `model` draw its masks from `generators`, one for each replica."""
     for module in model.modules():
         if isinstance(module, Dropout):
             module.generators = generators
+
+
+def dropout_streams(model: nn.Module) -> list[torch.Generator]:
+    """The generators that `set_dropout_streams` gave; none where the model has no dropout."""
+    return next((module.generators for module in model.modules() if isinstance(module, Dropout)), [])

@@ -7,9 +7,9 @@ shard, or ``images.npy`` and ``labels.npy``: this node's images alone. It trains
 
 from __future__ import annotations
 
+import functools
 import shutil
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,40 +18,37 @@ from numpy.typing import NDArray
 
 from fedsim.cifar100 import OFFICIAL
 from fedsim.config import Config
-from fedsim.data import SIDE, Images, check_shards, classes_of, data_folder, load_dataset, moments_of, shard
+from fedsim.data import SIDE, Images, bordered, check_shards, classes_of, data_folder, load_dataset, moments_of, shard
 from fedsim.errors import UserError
+from fedsim.image_cache import cached
 
 IMAGES, LABELS = "images.npy", "labels.npy"
 
 
-@dataclass(frozen=True)
-class OwnImages:
-    """(N, 32, 32, 3) uint8 images and (N,) integer labels, mapped: only what is taken of them is read."""
-
-    pixels: NDArray[np.uint8]
-    labels: NDArray[np.integer[Any]]
-
-    def __len__(self) -> int:
-        return len(self.labels)
-
-    def take(self, index: NDArray[np.int64], config: Config) -> Images:
-        """The images `index` alone, in that order, normalised as the run's are, on its device."""
-        moments = moments_of(config.dataset, config.normalize)
-        return Images(self.pixels[index], self.labels[index].astype(np.int64), moments, config.device)
-
-
-def own_images(config: Config) -> OwnImages | None:
+def own_images(config: Config) -> Images | None:
     """The images that the folder `data-dir` itself holds; None where it holds no such files."""
     folder = data_folder(config)
     if not config.data_dir or not ((folder / IMAGES).exists() or (folder / LABELS).exists()):
         return None
+    return _own_images(config, str(folder), *(_changed(folder / name) for name in (IMAGES, LABELS)))
+
+
+@functools.lru_cache(maxsize=8)
+def _own_images(config: Config, place: str, *changed: int) -> Images:
+    folder = Path(place)
     pixels, labels = (_mapped(folder, name) for name in (IMAGES, LABELS))
     problem = _problem(pixels, labels, config)
     if (folder / OFFICIAL).exists():
         problem = f"it holds {OFFICIAL}/ too: keep one of the two"
     if problem:
         raise UserError(f"data-dir = {folder}: {problem}")
-    return OwnImages(pixels, labels)
+    kept = cached([folder / IMAGES], ["words"], lambda: {"words": bordered(pixels)})
+    moments = moments_of(config.dataset, config.normalize)
+    return Images.of_words(kept["words"], labels.astype(np.int64), moments, config.device)
+
+
+def _changed(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.exists() else 0
 
 
 def check_named(config: Config) -> None:

@@ -78,8 +78,8 @@ def build_optimizer(config: Config, parameters: Named) -> Optimizer:
     return OPTIMIZERS[config.optimizer]([group for group in groups if group["params"]], config)
 
 
-def set_lr(optimizer: Optimizer, lr: float) -> None:
-    """Let the next step of every group take the rate `lr`."""
+def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
+    """Let the next step of every group take the rate `lr`, or that which the tensor `lr` then holds."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -101,17 +101,36 @@ def optimizer_state(parameters: Named, optimizer: Optimizer) -> dict[str, Tensor
 
 
 def load_optimizer_state(parameters: Named, optimizer: Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Let `optimizer` remember of `parameters` copies of `state` and nothing else; an empty state is a new one's."""
-    for parameter in parameters.values():
-        optimizer.state.pop(parameter, None)
+    """Let `optimizer` remember of `parameters` copies of `state`, and zeros besides: what a new one begins with.
+
+    A tensor that it remembers already is filled, not replaced: a CUDA graph of its step holds it.
+    """
+    for name, parameter in parameters.items():
+        remembered = optimizer.state.get(parameter, {})
+        for entry, value in remembered.items():
+            if f"{name}/{entry}" not in state:
+                remembered[entry] = value.zero_() if isinstance(value, Tensor) else 0
+    filled: list[Tensor] = []
+    values: list[Tensor] = []
     for key, value in state.items():
         name, _, entry = key.rpartition("/")
-        parameter = parameters[name]
-        remembered = optimizer.state[parameter]
-        if value.shape == parameter.shape:
-            remembered[entry] = torch.empty_like(parameter).copy_(value).detach()  # laid out like its parameter
-        else:
-            remembered[entry] = value.to(parameter.device, copy=True) if value.is_floating_point() else int(value)
+        remembered = optimizer.state[parameters[name]]
+        if not value.is_floating_point():
+            remembered[entry] = int(value)
+            continue
+        if entry not in remembered:
+            remembered[entry] = _room_for(value, parameters[name])
+        filled.append(remembered[entry])
+        values.append(value)
+    if filled:
+        torch._foreach_copy_(filled, values)  # a launch for all of a layout, where a GPU would take one for each
+
+
+def _room_for(value: Tensor, parameter: Tensor) -> Tensor:
+    """An empty tensor on the parameter's device, and laid out like it where it has its shape."""
+    if value.shape == parameter.shape:
+        return torch.empty_like(parameter).detach()
+    return torch.empty(value.shape, dtype=value.dtype, device=parameter.device)
 
 
 def zero_state(config: Config, parameters: Named) -> dict[str, Tensor]:

@@ -24,7 +24,7 @@ def numpy_stream(seed: int, worker: int, round: int, purpose: Purpose) -> np.ran
     return np.random.default_rng(_sequence(seed, worker, round, purpose))
 
 
-def torch_stream(seed: int, worker: int, round: int, purpose: Purpose, device: torch.device) -> torch.Generator:
-    """A torch generator of this stream's own, on `device`."""
+def begin_stream(generator: torch.Generator, seed: int, worker: int, round: int, purpose: Purpose) -> None:
+    """Let `generator`, which a CUDA graph may hold, draw this stream from its beginning."""
     state = int(_sequence(seed, worker, round, purpose).generate_state(1, np.uint64)[0])
-    return torch.Generator(device).manual_seed(state & (2**63 - 1))
+    generator.manual_seed(state & (2**63 - 1))

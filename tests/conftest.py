@@ -32,6 +32,7 @@ SMALL: dict[str, Any] = {
 }
 
 Execute = Callable[..., Run]
+NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -9,9 +9,10 @@ import pytest
 import torch
 from rich.console import Console
 
-from fedsim.bench import Figure, bench, contest, flop_per_image, table, write_figures
+from fedsim.bench import bench, contest, flop_per_image, large_table, seconds_of_tables, table, write_figures
 from fedsim.bench_plain import PilImages
 from fedsim.config import Config
+from fedsim.contestants import Figure
 from fedsim.data import load_dataset
 from fedsim.machine import resolve
 
@@ -21,7 +22,7 @@ TINY = Config(
 
 
 def test_every_contestant_takes_its_turns_and_is_set_beside_the_limit(tmp_path: Path) -> None:
-    names = ["limit", "fleet", "fused", "loop", "plain"]
+    names = ["limit", "limit-eager", "fleet", "fused", "fused-products", "fused-streams", "loop", "plain"]
     figures = bench(resolve(TINY, "localsgd"), [2], names, rounds=2, passes=1)
     assert [figure.contestant for figure in figures] == names
     assert all(len(figure.seconds) == 2 and min(figure.seconds) > 0 for figure in figures)
@@ -45,6 +46,24 @@ def test_on_the_cpu_every_way_gets_all_cores(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr("fedsim.bench.cpu_count", lambda: 6)
     threads = {name: contest(TINY, 4, name).threads for name in ("limit", "fleet", "fused", "loop", "flower", "plain")}
     assert threads == {"limit": 6, "fleet": 1, "fused": 6, "loop": 6, "flower": 1, "plain": 6}
+
+
+def test_both_tables_are_estimated_from_rates_at_all_their_sizes() -> None:
+    def figure(name: str, images: int, **keys: int) -> Figure:  # at `images` a second
+        config = Config().changed({"local-steps": 1, **{key.replace("_", "-"): value for key, value in keys.items()}})
+        return Figure(name, config, [config.clients * config.batch_size / images], 1)
+
+    large = [figure("limit", 500_000, clients=1, batch_size=256 * 2**power) for power in range(6)]
+    fleets = [figure("fleet", 1_000, clients=k) for k in (4, 12)]
+    fused = [figure("fused-groups", 200_000, clients=k) for k in (4, 12)]
+    # 18 cells of 100 epochs; 200 rounds of 10, 20 and 30 steps of 4 and 12 clients; 100 and 40 tests a cell
+    expected = 18 * 100 * 50_000 / 500_000 + 200 * 60 * 16 * 64 / 200_000 + (1800 + 240) * 10_000 / 1e6
+    assert seconds_of_tables([*fleets, *fused], large, testing=1e6) == pytest.approx(expected)
+    assert seconds_of_tables(fused, large[1:], testing=1e6) is None
+    assert seconds_of_tables(fused[:1], large, testing=1e6) is None
+    console = Console(width=200, record=True, quiet=False)
+    console.print(large_table(large, flop=1e9, matrix=1e15))
+    assert "0.500" in console.export_text()
 
 
 def test_flop_of_lenet5_by_hand() -> None:

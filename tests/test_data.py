@@ -16,6 +16,7 @@ from fedsim.data import (
     batches,
     check_shards,
     data_folder,
+    draws,
     load_dataset,
     sample_order,
     shard,
@@ -57,7 +58,7 @@ def test_batches_crop_everywhere_and_mirror_half() -> None:
     images = Images(pixels, np.zeros(1, np.int64), ((0.0,) * 3, (1.0,) * 3), "cpu")
     order = np.zeros(4000, np.int64)
     found: dict[tuple[int, int], int] = {}
-    for inputs, _ in batches(images, order, 500, np.random.default_rng(0)):
+    for inputs, _ in batches(images, draws(order, np.random.default_rng(0)), 500):
         for row, column in (inputs[:, 0] > 0.5).nonzero()[:, 1:].tolist():
             found[row, column] = found.get((row, column), 0) + 1
     unmirrored = {(20 - y, 14 - x) for y in range(9) for x in range(9)}
@@ -69,9 +70,9 @@ def test_batches_crop_everywhere_and_mirror_half() -> None:
 def test_batches_end_with_the_ragged_one_and_follow_their_stream() -> None:
     images, _ = images_of()
     order = np.arange(20)[::-1].copy()
-    first = list(batches(images, order, 8, np.random.default_rng(3)))
-    again = list(batches(images, order, 8, np.random.default_rng(3)))
-    other = list(batches(images, order, 8, np.random.default_rng(4)))
+    first = list(batches(images, draws(order, np.random.default_rng(3)), 8))
+    again = list(batches(images, draws(order, np.random.default_rng(3)), 8))
+    other = list(batches(images, draws(order, np.random.default_rng(4)), 8))
     assert [len(labels) for _, labels in first] == [8, 8, 4]
     assert torch.cat([labels for _, labels in first]).tolist() == order.tolist()
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again, strict=True))

@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.lamb import LAMB
+from tests.conftest import NEEDS_GPU
 
 STEPS = 100
 GROUPINGS = ("all", "matrices", "none")
@@ -309,7 +310,8 @@ def test_state_is_not_created_inside_a_graph(monkeypatch: pytest.MonkeyPatch) ->
             LAMB([w]).step()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@NEEDS_GPU
 @pytest.mark.parametrize("correction", ["none", "step-size", "moments"])
 def test_replayed_graph_equals_steps(correction: str) -> None:
     def make() -> tuple[nn.Parameter, LAMB]:

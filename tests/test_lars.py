@@ -18,6 +18,7 @@ from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.lars import LARS
+from tests.conftest import NEEDS_GPU
 
 STEPS = 100
 GROUPINGS = ("all", "matrices", "none")
@@ -292,7 +293,8 @@ def test_state_is_not_created_inside_a_graph(monkeypatch: pytest.MonkeyPatch) ->
             LARS([w], momentum=0.9).step()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.gpu
+@NEEDS_GPU
 def test_replayed_graph_equals_steps() -> None:
     def make() -> tuple[nn.Parameter, LARS]:
         w = nn.Parameter(torch.tensor([3.0, 4.0], device="cuda"))

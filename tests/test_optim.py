@@ -126,10 +126,33 @@ def test_the_papers_switches_reach_fedsims_optimizers() -> None:
     assert (group["bias_correction"], group["clamp_value"], group["adapt_undecayed"]) == ("moments", None, False)
 
 
-def test_empty_state_forgets() -> None:
+@pytest.mark.parametrize("keys", EVERY)
+def test_an_empty_state_forgets(keys: dict[str, Any]) -> None:
+    config = Config().changed(keys)
     model = build_model("lenet5", 10, 0)
-    optimizer = build_optimizer(Config(), named(model))
-    take(model, optimizer, range(1))
+    optimizer = build_optimizer(config, named(model))
+    take(model, optimizer, range(2))
     load_optimizer_state(named(model), optimizer, {})
-    state: dict[str, Tensor] = optimizer_state(named(model), optimizer)
-    assert state == {}
+    other = copy.deepcopy(model)
+    take(model, optimizer, range(2))
+    take(other, build_optimizer(config, named(other)), range(2))
+    for one, another in zip(model.parameters(), other.parameters(), strict=True):
+        assert torch.equal(one, another)
+
+
+@pytest.mark.parametrize("keys", EVERY)
+def test_a_state_is_loaded_in_place(keys: dict[str, Any]) -> None:
+    """A CUDA graph holds the tensors themselves."""
+    model = build_model("lenet5", 10, 0)
+    optimizer = build_optimizer(Config().changed(keys), named(model))
+    take(model, optimizer, range(1))
+    state = optimizer_state(named(model), optimizer)
+
+    def places() -> list[int]:
+        held = [value for entries in optimizer.state.values() for value in entries.values()]
+        return [value.data_ptr() for value in held if isinstance(value, Tensor)]
+
+    before = places()
+    for loaded in (state, {}):
+        load_optimizer_state(named(model), optimizer, loaded)
+        assert places() == before
