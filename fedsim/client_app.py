@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Sequence
 
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsim import fused
@@ -20,7 +20,7 @@ from fedsim.local_round import End, Start, take_round
 from fedsim.machine import resolve
 from fedsim.node_data import check_named
 from fedsim.sync import SEND_STATE, SHARED, STATE, STATE_LOST, STATE_ROUNDS, join, split
-from strategies import tensor_record, tensors_of
+from strategies import DECLINED, tensor_record, tensors_of
 
 app = ClientApp()
 
@@ -31,7 +31,7 @@ def train(message: Message, context: Context) -> Message:
     try:
         start = _start(message, context)
     except StateLost:  # the server decides what becomes of the round
-        return Message(RecordDict({"metrics": MetricRecord({STATE_LOST: 1})}), reply_to=message)
+        return Message(RecordDict({DECLINED: ConfigRecord({"reason": STATE_LOST})}), reply_to=message)
     return _reply(message, context, take_round(_config(message, context), start))
 
 

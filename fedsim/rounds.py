@@ -66,8 +66,7 @@ def train_round(
     states = {roster.nodes.get(reply.metadata.src_node_id): _state_taken_out(reply) for reply in replies}
     averaged, metrics = strategy.aggregate_train(round, replies)
 
-    lost = [roster.nodes[reply.metadata.src_node_id] for reply in replies if _tells_of_lost_state(reply)]
-    strategy.left_out |= dict.fromkeys(lost, "it does not keep its optimizer's state any more and begins anew")
+    lost = [worker for worker, reason in strategy.left_out.items() if reason == STATE_LOST]
     if averaged is None or metrics is None:
         raise TooFewClients(f"round {round}: too few usable updates: {_told(strategy.left_out)}", bool(lost))
     progress.round = round
@@ -114,7 +113,3 @@ def _told(left_out: dict[int, str]) -> str:
     told = [f"worker {worker}: {reason}" for worker, reason in sorted(left_out.items())]
     more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
     return "; ".join(told[:3]) + more
-
-
-def _tells_of_lost_state(reply: Message) -> bool:
-    return reply.has_content() and any(STATE_LOST in record for record in reply.content.metric_records.values())

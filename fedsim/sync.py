@@ -17,7 +17,7 @@ OPTIMIZER = "optimizer/"  # prefix of the optimizer state that is averaged with 
 STATE = "optimizer"  # record of the optimizer state that a client keeps
 STATE_ROUNDS = "state-rounds"  # for each worker, the last round in which its update counted
 SEND_STATE = "send-state"  # whether a client is to send its new state along with its update, for a checkpoint
-STATE_LOST = "state-lost"  # metric of a client that does not keep the state of that round any more
+STATE_LOST = "it does not keep its optimizer's state any more and begins anew"  # why a client declines
 # The keys that messages bring from the server: those that shape the result but for what is the machine's
 SHARED = [name for name in Config().identity("localsgd") if name not in ("device", "threads")]
 

@@ -1,11 +1,12 @@
 """Server strategies for any Flower project, by name."""
 
-from strategies.local_sgd import LocalSGD, sample_size
+from strategies.local_sgd import DECLINED, LocalSGD, sample_size
 from strategies.tensor_array import TensorArray, array_bytes, tensor_record, tensors_like, tensors_of
 
 STRATEGIES: dict[str, type[LocalSGD]] = {"localsgd": LocalSGD}
 
 __all__ = [
+    "DECLINED",
     "STRATEGIES",
     "LocalSGD",
     "TensorArray",

@@ -28,6 +28,8 @@ from torch import Tensor
 from strategies.tensor_array import tensor_record, tensors_like
 
 BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+DECLINED = "declined"  # record with the reason of a client that has nothing to send in this round
+MOST_REASON = 200  # characters
 MOST_METRICS = 1000  # numbers in a reply
 
 
@@ -148,6 +150,8 @@ class LocalSGD(FedAvg):
         """The update in a reply, checked against what was sent."""
         if reply.has_error():
             raise _Unusable(f"its client failed ({reply.error.reason})")
+        if DECLINED in reply.content.config_records:
+            raise _Unusable(str(reply.content.config_records[DECLINED].get("reason"))[:MOST_REASON])
         arrays = reply.content.array_records.get(self.arrayrecord_key)
         if arrays is None or len(reply.content.metric_records) != 1 or len(reply.content) != 2:
             raise _Unusable(f"it sent other records than {self.arrayrecord_key} and one of metrics")
