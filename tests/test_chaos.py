@@ -23,6 +23,7 @@ from fedsim.flower import copy_app
 from fedsim.machine import resolve
 from fedsim.records import read_rows
 from fedsim.runs import execute
+from fedsim.sync import STATE_LOST
 from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
 from tests.federation import BIN, Running, Started, running
 
@@ -56,9 +57,9 @@ def whole(place: Path, federation: Running) -> Path:
 class Trial:
     """A run on the federation by ``flwr run``, to be disturbed."""
 
-    def __init__(self, here: Running, place: Path, name: str, **keys: Any) -> None:
-        self.here, self.app, self.results, self.name = here, place / "app", place / "results", name
-        self.folder = self.results / name
+    def __init__(self, here: Running, place: Path, name: str, results: str = "results", **keys: Any) -> None:
+        self.here, self.app, self.results, self.name = here, place / "app", place / results, name
+        self.folder, self.log = self.results / name, place / f"{name}.log"
         self.began = time.monotonic()
         self.start({**KEYS, "name": name, **{key.replace("_", "-"): value for key, value in keys.items()}})
 
@@ -66,7 +67,7 @@ class Trial:
         overrides = {**keys, "results-dir": str(self.results)}
         words = " ".join(f"{name}={json.dumps(value)}" for name, value in overrides.items())
         command = [f"{BIN}/flwr", "run", str(self.app), "federation", "--stream", "-c", words]
-        with (self.results / f"{self.name}.log").open("ab") as log:
+        with self.log.open("ab") as log:
             self.process = subprocess.Popen(command, env=self.here.env, stdout=log, stderr=log)
 
     def resume(self, **keys: Any) -> None:
@@ -94,7 +95,7 @@ class Trial:
     def wait(self, condition: Callable[[], bool]) -> None:
         deadline = time.monotonic() + PATIENCE
         while not condition():
-            assert time.monotonic() < deadline, (self.results / f"{self.name}.log").read_text()[-3000:]
+            assert time.monotonic() < deadline, self.log.read_text()[-3000:]
             time.sleep(0.1)
 
 
@@ -173,11 +174,35 @@ def test_kill_of_a_supernode_that_the_round_can_do_without(federation: Running, 
     missing = [row["left_out"].get("0") for row in rows]
     assert missing[0] is None
     assert missing[1] == "it did not answer"
-    assert set(missing[2:]) <= {None, "it did not answer", "its node is not connected", BEGINS_ANEW}
+    assert set(missing[2:]) <= {None, "it did not answer", "its node is not connected", STATE_LOST}
     assert [row["left_out"].keys() <= {"0"} for row in rows] == [True] * 9
 
 
-BEGINS_ANEW = "it does not keep its optimizer's state any more and begins anew"
+@pytest.mark.parametrize(
+    ("size", "trouble", "remedy", "reason"),
+    [("20m", "ro", "rw", "Read-only file system"), ("1900k", "", "size=20m", "No space left on device")],
+)
+def test_a_servers_folder_becomes_read_only_or_full(
+    federation: Running, place: Path, whole: Path, size: str, trouble: str, remedy: str, reason: str
+) -> None:
+    """A checkpoint is 1.2 MB: of the smaller disk the second one finds no room."""
+    disk = place / remedy
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={size}", "none", str(disk)], check=False).returncode:
+        pytest.skip("no mounts can be made here")
+    try:
+        trial = Trial(federation, place, f"disk-{remedy}", results=disk.name)
+        if trouble:
+            trial.in_the_middle_of_round(3, app_of(federation.nodes[0], "flwr-clientapp"))
+            subprocess.run(["mount", "-o", f"remount,{trouble}", str(disk)], check=True)
+        trial.wait(lambda: trial.process.poll() is not None)
+        assert f"cannot be written ({reason})" in trial.log.read_text()
+        subprocess.run(["mount", "-o", f"remount,{remedy}", str(disk)], check=True)
+        trial.resume()
+        trial.finished()
+        assert_undisturbed(trial, whole)
+    finally:
+        subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
 def test_kill_of_the_superlink(federation: Running, place: Path, whole: Path) -> None:
