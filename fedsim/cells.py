@@ -22,7 +22,7 @@ from rich.progress import (
 from fedsim.centralized import whole_epochs
 from fedsim.config import Config, Mode
 from fedsim.data import training_images
-from fedsim.errors import RunFailed
+from fedsim.errors import RunFailed, UserError
 from fedsim.machine import resolve
 from fedsim.records import Row
 from fedsim.runs import Engine, check, execute
@@ -63,8 +63,11 @@ def placed(cells: Sequence[Cell], folder: Path, spread: Spread | None = None) ->
     """`cells` resolved for where they will run, in `folder`, checked against the data; nothing is written yet."""
     found = []
     for cell in cells:
-        config = resolve(cell.config.changed({"results-dir": str(folder)}), cell.mode, here=spread is None)
-        check(config if spread is None else config.changed({"device": "cpu"}), cell.mode)
+        try:
+            config = resolve(cell.config.changed({"results-dir": str(folder)}), cell.mode, here=spread is None)
+            check(config if spread is None else config.changed({"device": "cpu"}), cell.mode)
+        except UserError as error:
+            raise UserError(f"{cell.config.name}: {error}") from error
         found.append(cell._replace(config=config))
     return found
 
