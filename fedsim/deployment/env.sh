@@ -3,8 +3,6 @@ FLWR_HOME="$(cd "$(dirname "${BASH_SOURCE[0]:-$0}")" && pwd)"
 export FLWR_HOME
 # Nothing is installed for a run, nothing reported; a proxy of yours is not for the way to this machine itself
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 FLWR_DISABLE_UPDATE_CHECK=1 FLWR_TELEMETRY_ENABLED=0
-# A message's process begins as soon as it has come: Flower looks once a second by itself
-export FLWR_SUPEREXEC_TASK_POLL_INTERVAL=0.1
 no_proxy="${no_proxy:-${NO_PROXY:-}}"
 no_proxy="${no_proxy:+$no_proxy,}127.0.0.1,localhost"
 export no_proxy NO_PROXY="$no_proxy"
