@@ -79,7 +79,7 @@ def test_a_run_that_fails_on_flower_is_exit_code_1(tmp_path: Path) -> None:
     failed = run_py(tmp_path, "--name", "nan", "--lr", "1e30", "--engine", "flower")
     assert failed.returncode == 1
     assert "flwr run did not complete (its status: finished:failed)" in failed.stderr
-    assert "no client sent a usable update" in failed.stdout
+    assert "round 1: too few usable updates: worker 0: " in failed.stdout
 
 
 def test_flwr_run_as_flowers_users_run_it(tmp_path: Path) -> None:

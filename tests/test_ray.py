@@ -60,7 +60,7 @@ def test_a_grid_on_ray_is_the_grid_one_by_one(tmp_path: Path) -> None:
     alone, ray = tmp_path / "results" / "alone", tmp_path / "results" / "ray"
     assert_same_grid(alone, ray)
     for cell in ray.glob("k*"):
-        assert {path.name for path in cell.iterdir()} == FILES
+        assert {path.name for path in cell.iterdir()} - {"checkpoint-before.pt"} == FILES
         ours, theirs = (read_summary(folder / cell.name) or {} for folder in (ray, alone))
         assert ours["command"].endswith("--name ray --ray")
         assert {**ours, "command": 0, "seconds": 0} == {**theirs, "command": 0, "seconds": 0}
@@ -80,7 +80,7 @@ def test_cells_that_fail_on_ray_are_named_and_the_others_run(tmp_path: Path) -> 
     assert done.returncode == 1
     assert done.stderr.startswith("error: ")
     assert "of 4 cells failed: " in done.stderr
-    assert "no client sent a usable update" in done.stdout
+    assert "too few usable updates: worker 0: " in done.stdout
     assert (tmp_path / "results" / "nan" / "grid.csv").exists()
 
 
@@ -96,7 +96,7 @@ def test_cells_that_fail_on_ray_are_named_and_the_others_run(tmp_path: Path) -> 
 def test_bad_input_for_ray_is_one_line_within_a_minute(tmp_path: Path, arguments: str, words: str) -> None:
     began = time.monotonic()
     done = run_py(tmp_path, *GRID, *arguments.split())
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert words in done.stderr
     assert time.monotonic() - began < 60
     assert not (tmp_path / "results").exists()
@@ -258,7 +258,7 @@ def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: 
     here = tmp_path / "driver"
     here.mkdir()
     done = run_py(here, *GRID, "--results-dir", "/proc/self/cwd/mine", "--ray", nodes.address)
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "is another folder: give one that all nodes share" in done.stderr
 
 
