@@ -19,7 +19,7 @@ import psutil
 import pytest
 
 from fedsim.config import Config
-from fedsim.flower import copy_app
+from fedsim.flower import copy_app, end
 from fedsim.machine import resolve
 from fedsim.records import read_rows
 from fedsim.runs import execute
@@ -30,6 +30,7 @@ from tests.federation import BIN, Running, Started, running
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 
 NODES = 4
+Begin = Callable[..., "Trial"]
 KEYS = {**SMALL, "rounds": 5, "checkpoint-every": 1, "schedule": "cosine"}
 PATIENCE = 400
 
@@ -99,6 +100,20 @@ class Trial:
             time.sleep(0.1)
 
 
+@pytest.fixture
+def begin(federation: Running, place: Path) -> Iterator[Begin]:
+    """Begins a run of this name and with these keys; whatever becomes of the test, its ``flwr run`` is ended."""
+    trials: list[Trial] = []
+
+    def begin_trial(name: str, **keys: Any) -> Trial:
+        trials.append(Trial(federation, place, name, **keys))
+        return trials[-1]
+
+    yield begin_trial
+    for trial in trials:
+        end(trial.process)
+
+
 def app_of(one: Started, name: str) -> Callable[[], psutil.Process | None]:
     """The process of a ServerApp or ClientApp that a SuperLink or SuperNode has started."""
 
@@ -118,9 +133,9 @@ def assert_undisturbed(trial: Trial, whole: Path) -> None:
     assert rows_of(trial.folder) == rows_of(whole)
 
 
-def test_kill_of_a_supernode(federation: Running, place: Path, whole: Path) -> None:
+def test_kill_of_a_supernode(begin: Begin, federation: Running, whole: Path) -> None:
     """It comes back without its momentum: all clients go back to the last checkpoint."""
-    trial = Trial(federation, place, "supernode", min_clients=NODES)
+    trial = begin("supernode", min_clients=NODES)
     node = federation.nodes[2]
     trial.in_the_middle_of_round(3, app_of(node, "flwr-clientapp"))
     node.kill()
@@ -129,16 +144,16 @@ def test_kill_of_a_supernode(federation: Running, place: Path, whole: Path) -> N
     assert_undisturbed(trial, whole)
 
 
-def test_kill_of_a_client_process(federation: Running, place: Path, whole: Path) -> None:
+def test_kill_of_a_client_process(begin: Begin, federation: Running, whole: Path) -> None:
     """Its SuperNode keeps the momentum: the round is taken again."""
-    trial = Trial(federation, place, "client", min_clients=NODES)
+    trial = begin("client", min_clients=NODES)
     trial.in_the_middle_of_round(3, app_of(federation.nodes[1], "flwr-clientapp")).kill()
     trial.finished()
     assert_undisturbed(trial, whole)
 
 
-def test_kill_of_the_server_app(federation: Running, place: Path, whole: Path) -> None:
-    trial = Trial(federation, place, "serverapp")
+def test_kill_of_the_server_app(begin: Begin, federation: Running, whole: Path) -> None:
+    trial = begin("serverapp")
     trial.in_the_middle_of_round(3, app_of(federation.nodes[0], "flwr-clientapp"))
     trial.in_the_middle_of_round(3, app_of(federation.link, "flwr-serverapp")).kill()
     before = trial.rounds()
@@ -148,8 +163,8 @@ def test_kill_of_the_server_app(federation: Running, place: Path, whole: Path) -
     assert_undisturbed(trial, whole)
 
 
-def test_a_straggler_is_not_waited_for_and_its_late_reply_changes_nothing(federation: Running, place: Path) -> None:
-    trial = Trial(federation, place, "straggler", round_timeout=25.0)
+def test_a_straggler_is_not_waited_for_and_its_late_reply_changes_nothing(begin: Begin, federation: Running) -> None:
+    trial = begin("straggler", round_timeout=25.0)
     slow = trial.in_the_middle_of_round(2, app_of(federation.nodes[3], "flwr-clientapp"))
     slow.send_signal(signal.SIGSTOP)
     trial.wait(lambda: trial.rounds() >= 2)
@@ -162,8 +177,8 @@ def test_a_straggler_is_not_waited_for_and_its_late_reply_changes_nothing(federa
     assert rows[-1]["left_out"] == {}  # and it takes part again
 
 
-def test_kill_of_a_supernode_that_the_round_can_do_without(federation: Running, place: Path) -> None:
-    trial = Trial(federation, place, "without", min_clients=NODES - 1, rounds=9)
+def test_kill_of_a_supernode_that_the_round_can_do_without(begin: Begin, federation: Running) -> None:
+    trial = begin("without", min_clients=NODES - 1, rounds=9)
     node = federation.nodes[0]
     trial.in_the_middle_of_round(2, app_of(node, "flwr-clientapp"))
     node.kill()
@@ -178,14 +193,14 @@ def test_kill_of_a_supernode_that_the_round_can_do_without(federation: Running, 
     assert [row["left_out"].keys() <= {"0"} for row in rows] == [True] * 9
 
 
-def test_a_servers_disk_is_full(federation: Running, place: Path, whole: Path) -> None:
+def test_a_servers_disk_is_full(begin: Begin, place: Path, whole: Path) -> None:
     """A checkpoint is 1.2 MB: the second one finds no room."""
     disk = place / "disk"
     disk.mkdir()
     if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1900k", "none", str(disk)], check=False).returncode:
         pytest.skip("no mounts can be made here")
     try:
-        trial = Trial(federation, place, "full", results=disk.name)
+        trial = begin("full", results=disk.name)
         trial.wait(lambda: trial.process.poll() is not None)
         assert "cannot be written (No space left on device)" in trial.log.read_text()
         subprocess.run(["mount", "-o", "remount,size=20m", str(disk)], check=True)
@@ -196,8 +211,8 @@ def test_a_servers_disk_is_full(federation: Running, place: Path, whole: Path) -
         subprocess.run(["umount", "-l", str(disk)], check=True)
 
 
-def test_a_servers_folder_can_no_longer_be_written(federation: Running, place: Path, whole: Path) -> None:
-    trial = Trial(federation, place, "locked")
+def test_a_servers_folder_can_no_longer_be_written(begin: Begin, federation: Running, whole: Path) -> None:
+    trial = begin("locked")
     trial.in_the_middle_of_round(3, app_of(federation.nodes[0], "flwr-clientapp"))
     if subprocess.run(["chattr", "+i", str(trial.folder)], check=False).returncode:
         pytest.skip("no folder can be locked here")
@@ -211,9 +226,9 @@ def test_a_servers_folder_can_no_longer_be_written(federation: Running, place: P
     assert_undisturbed(trial, whole)
 
 
-def test_kill_of_the_superlink(federation: Running, place: Path, whole: Path) -> None:
+def test_kill_of_the_superlink(begin: Begin, federation: Running, whole: Path) -> None:
     """The server app dies with it; the nodes find it again."""
-    trial = Trial(federation, place, "superlink")
+    trial = begin("superlink")
     trial.in_the_middle_of_round(3, app_of(federation.nodes[0], "flwr-clientapp"))
     federation.link.kill()
     before = trial.rounds()
