@@ -36,6 +36,12 @@ GRID = (
 FILES = {"config.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "model.pt", ".lock"}
 
 
+def saved_round(cell: Path) -> int:
+    """The round of the last checkpoint; the one before it where a kill came between the two."""
+    last, before = cell / "checkpoint.pt", cell / "checkpoint-before.pt"
+    return int(torch.load(last if last.exists() else before, weights_only=True)["round"])
+
+
 def run_py(folder: Path, *arguments: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
     """`run.py` of the checkout `root`, its working directory and its results in `folder`."""
     command = [sys.executable, str(root / "run.py"), *arguments]
@@ -206,7 +212,7 @@ def test_a_node_is_killed_in_the_middle_of_a_grid_and_the_grid_completes(tmp_pat
         wait_for(lambda: any((folder / "checkpoint.pt").exists() for folder in runs_of(nodes.other)))
         (cell,) = runs_of(nodes.other)
         kill_node(nodes.other)
-        reached = torch.load(cell / "checkpoint.pt", weights_only=True)["round"]
+        reached = saved_round(cell)
         before = read_rows(cell)[:reached]
         assert read_summary(cell) is None  # it was in the middle
         _, errors = process.communicate(timeout=250)
@@ -225,7 +231,7 @@ def test_a_cell_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: Pa
         cell = tmp_path / "results" / "killed" / "k2-j1-seed2025"
         wait_for(lambda: (cell / "checkpoint.pt").exists())
         runs_of(psutil.Process(process.pid))[cell].kill()
-        reached = torch.load(cell / "checkpoint.pt", weights_only=True)["round"]
+        reached = saved_round(cell)
         before = read_rows(cell)[:reached]
         assert read_summary(cell) is None
         _, errors = process.communicate(timeout=250)
