@@ -28,18 +28,20 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """J local steps from the global arrays; replies with the arrays, the loss and the samples seen."""
+    config = _config(message, context)
     try:
-        start = _start(message, context)
+        start = _start(config, message, context)
     except StateLost:  # the server decides what becomes of the round
         return Message(RecordDict({DECLINED: ConfigRecord({"reason": STATE_LOST})}), reply_to=message)
-    return _reply(message, context, take_round(_config(message, context), start))
+    return _reply(config, message, context, take_round(config, start))
 
 
 def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     """`train` for several clients of one process at once, their replicas side by side."""
-    starts = [_start(message, context) for message, context in zip(messages, contexts, strict=True)]
-    ends = fused.take_rounds(_config(messages[0], contexts[0]), starts)
-    return [_reply(*reply) for reply in zip(messages, contexts, ends, strict=True)]
+    config = _config(messages[0], contexts[0])
+    starts = [_start(config, *pair) for pair in zip(messages, contexts, strict=True)]
+    ends = fused.take_rounds(config, starts)
+    return [_reply(config, *reply) for reply in zip(messages, contexts, ends, strict=True)]
 
 
 @app.query("partition")
@@ -64,18 +66,15 @@ def state(message: Message, context: Context) -> Message:
         return Message(RecordDict(), reply_to=message)
 
 
-def _start(message: Message, context: Context) -> Start:
-    weights, averaged_state = split(tensors_of(message.content.array_records["arrays"]))
-    policy = _config(message, context).momentum_at_sync
-    if policy == "keep":
+def _start(config: Config, message: Message, context: Context) -> Start:
+    weights, state = split(tensors_of(message.content.array_records["arrays"]))  # averaged, or none
+    if config.momentum_at_sync == "keep":
         state = tensors_of(kept_state(context, _state_round(message, context)))
-    else:
-        state = averaged_state if policy == "average" else {}
     return Start(worker=_worker(context), round=_round(message) - 1, weights=weights, state=state)
 
 
-def _reply(message: Message, context: Context, end: End) -> Message:
-    policy = _config(message, context).momentum_at_sync
+def _reply(config: Config, message: Message, context: Context, end: End) -> Message:
+    policy = config.momentum_at_sync
     arrays = tensor_record(join(end.weights, end.state if policy == "average" else {}))
     metrics = MetricRecord({"num-examples": end.samples, "train-loss": end.loss})
     content = RecordDict({"arrays": arrays, "metrics": metrics})

@@ -253,6 +253,7 @@ OF_FEDSIM_ALONE = (
     "lamb_adapt_undecayed",
 )
 OF_A_NODE = ("data-dir", "device", "threads")
+OF_FLOWER = ("partition-id", "num-partitions")
 FIELDS = {item.name: item for item in dataclasses.fields(Config)}
 
 
@@ -265,10 +266,11 @@ def own_keys(node_config: Mapping[str, Value]) -> dict[str, Value]:
     """The keys of a SuperNode's node config that stand over the run's: where its images lie, and its hardware."""
     own = {}
     for name, value in node_config.items():
-        near = difflib.get_close_matches(name, OF_A_NODE, n=1, cutoff=0.8)
         if name in OF_A_NODE:
             own[name] = value
-        elif near or kebab(name) in map(kebab, FIELDS):
+        elif name in OF_FLOWER:
+            continue
+        elif (near := difflib.get_close_matches(name, OF_A_NODE, n=1, cutoff=0.8)) or kebab(name) in map(kebab, FIELDS):
             hint = f"did you mean {near[0]}?" if near else f"a node may set {', '.join(OF_A_NODE)}; give it to the run"
             raise UserError(f"{name} cannot stand in the node config: {hint}")
     return own

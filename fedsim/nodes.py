@@ -59,7 +59,7 @@ class Roster:
                 print(f"a node that has connected is left out: {error}", flush=True)
                 continue
             self.nodes = {n: worker for n, worker in self.nodes.items() if worker not in come.values()} | come
-        self._sort()
+            self._sort()
 
     def _workers(self, nodes: Iterable[int]) -> Nodes:
         """The workers that `nodes` are, without those that do not answer."""
