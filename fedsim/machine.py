@@ -6,6 +6,7 @@ import torch
 
 from fedsim.config import Config, Mode, cpu_count
 from fedsim.errors import UserError
+from fedsim.memory import keep_freed_memory
 from fedsim.precision import set_tf32
 
 
@@ -31,6 +32,7 @@ def resolve(config: Config, mode: Mode, here: bool = True) -> Config:
 
 def prepare(config: Config) -> None:
     """Let torch compute in this thread as `config` (resolved) says."""
+    keep_freed_memory()
     torch.set_num_threads(config.threads)
     set_tf32(config.precision)
     torch.backends.cudnn.deterministic = True  # a run that goes on is, bit for bit, one that never stopped

@@ -34,7 +34,8 @@ def cells_of(name: str) -> dict[tuple[Value, ...], int]:
         ("kj-small", 3 * 4 + 3, 2),
         ("kj-rate", 15, 1),
         ("momentum", 9, 3),
-        ("precision", 3, 3),
+        ("precision", 2, 3),
+        ("precision-tf32", 2, 3),
     ],
 )
 def test_a_study_has_its_cells_each_with_every_seed_and_a_name_of_its_own(name: str, cells: int, seeds: int) -> None:
