@@ -201,6 +201,7 @@ def paper(
     device: str = typer.Option("auto", "--device", help="as for localsgd", metavar="TEXT"),
     threads: str = typer.Option("0", "--threads", help="as for localsgd", metavar="INTEGER"),
     stop_after_epochs: str = typer.Option("0", "--stop-after-epochs", help="as for localsgd", metavar="NUMBER"),
+    precision: str = typer.Option("", "--precision", help="run each as a study apart, in this", metavar="TEXT"),
     rerun: bool = RERUN,
     engine: str = ENGINE,
     ray: Optional[str] = RAY,
@@ -217,7 +218,7 @@ def paper(
         return
     keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
     spread = _spread(ray, cpus_per_cell, gpus_per_cell, engine)
-    run_studies(studies, chosen, keys, Path(results_dir), _engine(engine), rerun, Console(), spread)
+    run_studies(studies, chosen, keys, Path(results_dir), _engine(engine), rerun, Console(), spread, precision)
 
 
 OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")

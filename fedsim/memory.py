@@ -14,7 +14,6 @@ def keep_freed_memory() -> None:
     By itself glibc maps each large activation anew in every step, and the system zeroes it page by page: a third of the
     time of a step at batch 768. Only where blocks come from changes. Other C libraries than glibc are left as they are.
     """
-    libc = ctypes.CDLL(None) if sys.platform == "linux" else None
-    if hasattr(libc, "mallopt"):
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)

@@ -42,13 +42,16 @@ def run_studies(
     rerun: bool,
     console: Console,
     spread: Spread | None = None,
+    precision: str = "",
 ) -> None:
     """Run the studies one after the other, all checked before the first begins; then each one's table.
 
-    `keys` go to every run; they shape no result but by device and threads.
+    `keys` go to every run; they shape no result but by device and threads. With `precision`, each study is that which
+    `Study.in_precision` makes of it, in a folder of its own.
     """
     plans = []
     for study in map(read_study, names):
+        study = study.in_precision(precision) if precision else study
         folder = results_dir.expanduser().absolute() / study.name
         plans.append((study, folder, placed(study.cells(seeds, keys), folder, spread)))
     failures: dict[str, str] = {}

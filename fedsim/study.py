@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
+import re
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -78,6 +79,17 @@ class Study:
         if "epochs" in explicit:
             settings.pop("rounds", None)  # a budget in epochs replaces the study's budget in rounds
         return Config().changed({**settings, **explicit})
+
+    def in_precision(self, precision: str) -> Study:
+        """This study with its products in `precision`, under a name, a title and a file of its own."""
+        if "precision" in (*self.grid, *self.settings):
+            raise UserError(f"{self.name}: the study says in which precision it runs: leave out --precision")
+        line = f'precision = "{precision}"\n'
+        text = re.sub(r'(?m)^(title = ".*)"$', rf'\1, in {precision}"', self.text)
+        text, tables = re.subn(r"(?m)^\[set\].*\n", rf"\g<0>{line}", text)
+        text = text if tables else f"{text}\n[set]\n{line}"
+        with _naming(Path(f"{self.name}.toml")):
+            return _checked(f"{self.name}-{precision}", tomllib.loads(text), text)
 
     def cells(self, seeds: Sequence[int] = (), keys: Mapping[str, Any] | None = None) -> list[Cell]:
         """Every cell with every seed (`seeds`, or the file's own), named; `keys` win over the file's."""

@@ -13,7 +13,7 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.paper import list_studies, run_studies
 from fedsim.records import read_summary
 from fedsim.results import read_groups
-from fedsim.study import study_names
+from fedsim.study import read_study, study_names
 
 TINY = """title = "Tiny"
 mode = "localsgd"
@@ -56,6 +56,44 @@ def test_a_study_runs_every_cell_and_twin_in_its_folder_and_shows_its_table(tiny
     (group,), warnings = read_groups(folder)
     assert (group.title, warnings) == ("Tiny", [])
     assert [len(cell.finished) for cell in group.cells] == [2, 2, 2, 2]
+
+
+def test_a_study_in_another_precision_is_a_study_apart(tiny: Path) -> None:
+    run(tiny, [1])
+    console = Console(record=True, width=200, file=io.StringIO())
+    run_studies([str(tiny)], [1], HERE, tiny.parent / "results", "fleet", False, console, precision="bf16")
+    groups, warnings = read_groups(tiny.parent / "results")
+    assert [(group.name, group.title) for group in groups] == [("tiny", "Tiny"), ("tiny-bf16", "Tiny, in bf16")]
+    assert warnings == []
+    for group, precision in zip(groups, ("fp32", "bf16"), strict=True):
+        assert {run.config["precision"] for run in group.runs} == {precision}
+        assert [len(cell.finished) for cell in group.cells] == [1] * 4
+
+
+@pytest.mark.parametrize(
+    ("study", "error"),
+    [
+        (TINY.replace("[set]", '[set]\nprecision = "fp64"'), "tiny: the study says in which precision it runs"),
+        (TINY.replace("seed = [1, 2]", 'precision = ["fp32"]'), "tiny: the study says in which precision it runs"),
+    ],
+)
+def test_a_study_that_says_its_precision_keeps_it(tiny: Path, study: str, error: str) -> None:
+    tiny.write_text(study.replace("twins = true\n", ""))
+    with pytest.raises(UserError, match=error):
+        read_study(str(tiny)).in_precision("bf16")
+
+
+def test_an_unknown_precision_of_a_study_is_named(tiny: Path) -> None:
+    with pytest.raises(UserError, match="precision = 'half' is out of range"):
+        read_study(str(tiny)).in_precision("half")
+
+
+def test_every_study_that_leaves_its_precision_open_can_be_run_in_bf16() -> None:
+    for study in map(read_study, study_names()):
+        if "precision" not in study.grid:
+            cells = study.in_precision("bf16").cells()
+            assert [cell.config.precision for cell in cells] == ["bf16"] * len(cells)
+            assert [cell.config.changed({"precision": "fp32"}) for cell in cells] == [c.config for c in study.cells()]
 
 
 def test_broken_off_studies_go_on_and_finished_cells_are_skipped(tiny: Path) -> None:
