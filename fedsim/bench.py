@@ -98,7 +98,7 @@ def bench(config: Config, clients: Sequence[int], contestants: Sequence[str], ro
 
 def contest(config: Config, clients: int, contestant: str) -> Config:
     """`config` at K = `clients`; on the CPU every way gets all cores, as one step's threads or as clients at once."""
-    alone = config.device == "cpu" and contestant not in ("fleet", "flower")
+    alone = config.device == "cpu" and contestant not in ("fleet", "flower", "flower-plain")
     return config.changed({"clients": clients, "threads": cpu_count() if alone else 1})
 
 

@@ -20,6 +20,7 @@ import numpy as np
 import torch
 
 from fedsim import fused
+from fedsim.bench_flower import tutorial_rounds
 from fedsim.bench_plain import plain_rounds
 from fedsim.client_app import app as client_app
 from fedsim.client_app import train_together
@@ -55,12 +56,15 @@ class Figure:
         return images / statistics.median(self.seconds)
 
 
-def centralized_rounds(config: Config, rounds: int, captured: bool = True) -> list[float]:
-    """The limit: J steps at batch K * B; on a GPU captured in a CUDA graph, or not."""
+def centralized_rounds(config: Config, rounds: int, captured: bool = True, compiled: bool = False) -> list[float]:
+    """The limit: J steps at batch K * B; on a GPU captured in a CUDA graph, or not; by torch.compile, or not."""
     prepare(config)
     data = load_dataset(config)
     model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
-    set_dropout_streams(model, [torch.Generator(config.device)])
+    if compiled:
+        model.compile()  # with torch's own dropout: torch.compile knows no generators
+    else:
+        set_dropout_streams(model, [torch.Generator(config.device)])
     optimizer = build_optimizer(config, dict(model.named_parameters()))
     large = config.changed({"batch-size": config.clients * config.batch_size})
     order = np.resize(np.arange(len(data.train)), large.batch_size * config.local_steps)
@@ -105,6 +109,10 @@ def flower_rounds(config: Config, rounds: int) -> list[float]:
 CONTESTANTS: dict[str, tuple[Rounds, str]] = {
     "limit": (centralized_rounds, "centralized training at batch K * B"),
     "limit-eager": (functools.partial(centralized_rounds, captured=False), "the same, not captured in a CUDA graph"),
+    "limit-compiled": (
+        functools.partial(centralized_rounds, compiled=True),
+        "centralized training, its model by torch.compile",
+    ),
     "fleet": (fleet_rounds, "fedsim in one process"),
     "fused": (fused_rounds, "the same, its replicas at once, as --engine fused does"),
     "fused-groups": (functools.partial(fused_rounds, way="groups"), "side by side, convolutions by groups"),
@@ -115,11 +123,16 @@ CONTESTANTS: dict[str, tuple[Rounds, str]] = {
     "fused-streams": (functools.partial(fused_rounds, way="streams"), "each on a CUDA graph and a stream of its own"),
     "loop": (fleet_rounds, "the same, one client after the other on all cores"),
     "flower": (flower_rounds, "fedsim's app by flwr run, on Ray"),
+    "flower-plain": (tutorial_rounds, "Flower alone, on Ray: an app and FedAvg in the way of its tutorials"),
     "plain": (plain_rounds, "a plain PyTorch loop: DataLoader, per-image transforms, one model after the other"),
 }
 
-ON_CPU = ("limit", "fleet", "fused", "loop", "flower", "plain")  # what `bench` measures unless told
-ON_GPU = ("limit", "limit-eager", "fleet", "fused-groups", "fused-products", "fused-streams", "flower", "plain")
+ON_CPU = ("limit", "fleet", "fused", "loop", "flower", "flower-plain", "plain")  # what `bench` measures unless told
+ON_GPU = (
+    *("limit", "limit-eager", "limit-compiled"),
+    *("fleet", "fused-groups", "fused-products", "fused-streams"),
+    *("flower", "flower-plain", "plain"),
+)
 
 
 def in_own_process(contestant: str, config: Config, rounds: int) -> Figure:

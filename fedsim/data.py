@@ -74,18 +74,20 @@ class Images:
         bordered = self._words.cpu().view(torch.uint8).view(-1, WIDTH, WIDTH, 4).numpy()
         return bordered[:, PAD:-PAD, PAD:-PAD, :3]
 
-    def crop(self, index: Tensor, top: Tensor, left: Tensor, flip: Tensor) -> Tensor:
+    def crop(self, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, replicas: int = 1) -> Tensor:
         """(B, 3, 32, 32) normalised float32 crops, channels-last.
 
         Image `index[i]` in its black border, cut `top[i]` pixels from above and `left[i]` from the left
         (0 to 8; 4 is the image itself) and, where `flip[i]`, mirrored. All four: (B,) integers.
+        For K `replicas` side by side they are (K * B,), and the crops (B, K * 3, 32, 32).
         """
         rows = (index * WIDTH + top)[:, None] + self._within
         columns = left[:, None] + torch.where(flip[:, None] != 0, SIDE - 1 - self._within, self._within)
         words = (rows * WIDTH)[:, :, None] + columns[:, None, :]
-        pixels = self._words.index_select(0, words.flatten()).view(torch.uint8).view(-1, SIDE, SIDE, 4)[..., :3]
+        apart = self._words.index_select(0, words.flatten()).view(replicas, -1, SIDE, SIDE)
+        pixels = apart.permute(1, 2, 3, 0).flatten().view(torch.uint8).view(-1, 4)[:, :3]
         normalised = pixels.float().view(-1, 3 * SIDE).mul_(self._scale).sub_(self._shift)
-        return normalised.view(-1, SIDE, SIDE, 3).permute(0, 3, 1, 2)
+        return normalised.view(-1, SIDE, SIDE, 3 * replicas).permute(0, 3, 1, 2)
 
     def subset(self, index: NDArray[np.int64]) -> Images:
         """A copy that holds the images `index` alone, in that order."""

@@ -2,9 +2,10 @@
 
 With `WAY` = groups or products their replicas are side by side in one network: convolutions run as the groups of one,
 or as batched products over patches (`models.Conv2d`), and fully connected layers as one batched product; BN and
-pooling treat channels apart anyway. The optimizer sees each replica's part of every stacked parameter as a parameter
-of its own, so that norms (LARS, LAMB) and states stay the workers' own. With streams each worker has a replica, and
-on a GPU a CUDA graph and a stream, of its own. All are `local_round.take_round`, up to the rounding of the kernels.
+pooling treat channels apart anyway. LARS and LAMB see each replica's part of a stacked parameter as a parameter of its
+own, so that norms stay the workers' own; SGDM, which treats each value apart, sees the stacked one. With streams each
+worker has a replica, and on a GPU a CUDA graph and a stream, of its own. All are `local_round.take_round`, up to the
+rounding of the kernels.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ WAY: Way = "groups"  # the fastest on a CPU; on a GPU not measured yet, `run.py 
 
 @dataclass
 class Fleet:
-    """K replicas side by side: the network, its parts by replica and name, and one optimizer over all parts."""
+    """K replicas side by side: the network, its parts by replica and name, and an optimizer that knows their states."""
 
     model: nn.Module
     parts: list[dict[str, Tensor]]  # of parameters, each with a part of the stacked gradient as its .grad
@@ -88,7 +89,7 @@ def build_fleet(config: Config, replicas: int, way: Way) -> Fleet:
         {name: _split(buffer, replicas)[replica] for name, buffer in model.named_buffers()}
         for replica in range(replicas)
     ]
-    optimizer = build_optimizer(config, _named(parts))
+    optimizer = _sgdm(config, model, parts) if config.optimizer == "sgdm" else build_optimizer(config, _named(parts))
     keys = (config.local_steps * config.batch_size, config.batch_size, config.precision, replicas)
     steps = StaticSteps(model, optimizer, load_dataset(config).train, *keys, capture=capturable(config))
     return Fleet(model, parts, buffers, optimizer, dropout, steps)
@@ -104,6 +105,18 @@ def _parts_with_gradients(model: nn.Module, replicas: int) -> list[dict[str, Ten
             part.grad = of_gradient
             of_replica[name] = part
     return parts
+
+
+def _sgdm(config: Config, model: nn.Module, parts: Sequence[dict[str, Tensor]]) -> Optimizer:
+    """SGDM over the stacked parameters, in which the parts' momenta are parts of the stacked ones."""
+    named = dict(model.named_parameters())
+    optimizer = build_optimizer(config, named)
+    for name, parameter in named.items() if config.momentum else ():
+        momentum = torch.zeros_like(parameter)
+        optimizer.state[parameter]["momentum_buffer"] = momentum
+        for of_replica, part in zip(parts, _split(momentum, len(parts)), strict=True):
+            optimizer.state[of_replica[name]]["momentum_buffer"] = part
+    return optimizer
 
 
 def _on_streams(config: Config, starts: Sequence[Start]) -> list[End]:

@@ -51,7 +51,7 @@ class Conv2d(nn.Conv2d):
         patches = _patches(F.pad(x, [int(self.padding[0])] * 4), self.groups)  # (K, B, H', W', 5 * 5 * inputs)
         weight = self.weight.permute(0, 2, 3, 1).reshape(self.groups, -1, patches.shape[-1])
         y = torch.baddbmm(self.bias.view(self.groups, 1, -1), patches.flatten(1, 3), weight.mT)
-        return side_by_side(y.view(*patches.shape[:-1], -1).flatten(0, 1).permute(0, 3, 1, 2), self.groups)
+        return _side_by_side(y.view(*patches.shape[:-1], -1).flatten(0, 1).permute(0, 3, 1, 2), self.groups)
 
 
 def _patches(x: Tensor, replicas: int) -> Tensor:
@@ -60,10 +60,8 @@ def _patches(x: Tensor, replicas: int) -> Tensor:
     return windows.view(len(x), replicas, -1, *windows.shape[2:]).permute(1, 0, 3, 4, 5, 6, 2).flatten(4)
 
 
-def side_by_side(x: Tensor, replicas: int) -> Tensor:
-    """(K * B, C, H, W) -> (B, K * C, H, W), channels-last: the inputs of K replicas as channels of one network."""
-    if replicas == 1:
-        return x
+def _side_by_side(x: Tensor, replicas: int) -> Tensor:
+    """(K * B, C, H, W) -> (B, K * C, H, W), channels-last."""
     apart = x.permute(0, 2, 3, 1).view(replicas, -1, *x.shape[2:], x.shape[1])  # (K, B, H, W, C)
     return apart.permute(1, 2, 3, 0, 4).flatten(3).permute(0, 3, 1, 2)
 

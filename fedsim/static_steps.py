@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 from fedsim.config import Config
 from fedsim.data import Images, batches
 from fedsim.engine import take_step, take_steps
-from fedsim.models import dropout_streams, side_by_side
+from fedsim.models import dropout_streams
 from fedsim.optim import load_optimizer_state, optimizer_state, set_lr
 
 Steps = Callable[[Tensor, Sequence[float]], Tensor | float]
@@ -86,7 +86,7 @@ class StaticSteps:
         """The next step, on `size` images of each replica."""
         columns = self._step * self._batch_size + self._within[:size]
         index, top, left, flip = self._draws.index_select(2, columns).flatten(1)  # each (K * size,)
-        crops = side_by_side(self._images.crop(index, top, left, flip).to(self._dtype), self._replicas)
+        crops = self._images.crop(index, top, left, flip, self._replicas).to(self._dtype)
         labels = self._images.labels.index_select(0, index)
         self._lr.copy_(self._rates.index_select(0, self._step).squeeze(0))
         losses = take_step(self._model, self._optimizer, crops, labels, self._precision, self._replicas)

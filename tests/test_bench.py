@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from rich.console import Console
 from fedsim.bench import bench, contest, flop_per_image, large_table, seconds_of_tables, table, write_figures
 from fedsim.bench_plain import PilImages
 from fedsim.config import Config
-from fedsim.contestants import Figure
+from fedsim.contestants import ON_CPU, Figure
 from fedsim.data import load_dataset
 from fedsim.machine import resolve
 
@@ -33,6 +34,18 @@ def test_every_contestant_takes_its_turns_and_is_set_beside_the_limit(tmp_path: 
     assert [figure["contestant"] for figure in content["figures"]] == names
 
 
+def test_flower_alone_takes_its_turns() -> None:
+    (figure,) = bench(resolve(TINY, "localsgd"), [2], ["flower-plain"], rounds=2, passes=1)
+    assert len(figure.seconds) == 2
+    assert min(figure.seconds) > 0
+
+
+@pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
+def test_a_compiled_model_takes_its_turns() -> None:
+    (figure,) = bench(resolve(TINY, "localsgd"), [2], ["limit-compiled"], rounds=2, passes=1)
+    assert min(figure.seconds) > 0
+
+
 def test_rates_are_images_over_the_median_second() -> None:
     config = TINY.changed({"clients": 3})
     figures = [Figure("limit", config, [1.0, 9.0, 2.0], 1), Figure("fleet", config, [4.0], 1)]
@@ -44,8 +57,9 @@ def test_rates_are_images_over_the_median_second() -> None:
 
 def test_on_the_cpu_every_way_gets_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsim.bench.cpu_count", lambda: 6)
-    threads = {name: contest(TINY, 4, name).threads for name in ("limit", "fleet", "fused", "loop", "flower", "plain")}
-    assert threads == {"limit": 6, "fleet": 1, "fused": 6, "loop": 6, "flower": 1, "plain": 6}
+    threads = {name: contest(TINY, 4, name).threads for name in ON_CPU}
+    alone = {"fleet", "flower", "flower-plain"}
+    assert threads == {name: 1 if name in alone else 6 for name in ON_CPU}
 
 
 def test_both_tables_are_estimated_from_rates_at_all_their_sizes() -> None:

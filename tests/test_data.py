@@ -35,12 +35,23 @@ def test_crops_are_those_of_torchvision() -> None:
     images, pixels = images_of()
     rng = np.random.default_rng(1)
     index, top, left, flip = (rng.integers(0, n, 50) for n in (20, 9, 9, 2))
-    crops = images.crop(*(torch.from_numpy(x) for x in (index, top, left, flip)))
+    at, y0, x0, mirror = (torch.from_numpy(x) for x in (index, top, left, flip))
+    crops = images.crop(at, y0, x0, mirror)
     normalise = v2.Normalize(*CIFAR100)
     for crop, i, y, x, mirrored in zip(crops, index, top, left, flip, strict=True):
         one = functional.pad(torch.from_numpy(pixels[i]).permute(2, 0, 1), [4])[:, y : y + 32, x : x + 32]
         expected = normalise((one.flip(2) if mirrored else one).float() / 255)
         torch.testing.assert_close(crop, expected, rtol=0, atol=2e-6)
+
+
+def test_crops_of_replicas_stand_side_by_side_as_channels() -> None:
+    images, _ = images_of(24)
+    index, top, left, flip = draws(np.arange(24), np.random.default_rng(0))
+    alone, together = images.crop(index, top, left, flip), images.crop(index, top, left, flip, replicas=3)
+    assert together.shape == (8, 9, 32, 32)
+    assert together.is_contiguous(memory_format=torch.channels_last)
+    for replica in range(3):
+        assert torch.equal(together[:, 3 * replica : 3 * replica + 3], alone[8 * replica : 8 * replica + 8])
 
 
 def test_crops_are_channels_last_and_plain_images_are_whole() -> None:

@@ -42,6 +42,7 @@ def difference(one: End, other: End, but: Sequence[str] = ()) -> float:
     "keys",
     [
         {"optimizer": "sgdm"},
+        {"optimizer": "sgdm", "momentum": 0.0},
         {"optimizer": "sgdm", "nesterov": True, "decay-on": "matrices"},
         {"optimizer": "lars", "decay-on": "matrices", "trust-coefficient": 0.05},
         {"optimizer": "lamb", "decay-on": "matrices"},
