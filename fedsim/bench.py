@@ -32,7 +32,7 @@ from fedsim.config import Config, cpu_count
 from fedsim.contestants import CONTESTANTS, ON_CPU, ON_GPU, Figure, in_own_process, timed
 from fedsim.data import check_shards, load_dataset
 from fedsim.engine import evaluate
-from fedsim.errors import UserError
+from fedsim.errors import RunFailed, UserError
 from fedsim.flower import CHECKOUT
 from fedsim.machine import prepare, resolve
 from fedsim.models import build_model
@@ -67,7 +67,7 @@ def run_bench(
         f"{config.device}: {rate / 1e9:,.0f} GFLOP/s in a matrix product; a run starts in {starting:.1f} s; "
         f"{testing:,.0f} images/s are tested"
     )
-    figures = bench(config, clients, contestants or (ON_GPU if on_gpu else ON_CPU), rounds, passes)
+    figures, failed = bench(config, clients, contestants or (ON_GPU if on_gpu else ON_CPU), rounds, passes)
     console.print(table(figures, flop))
     large = large_batches(config, rounds) if on_gpu else []
     if large:
@@ -82,18 +82,31 @@ def run_bench(
     more |= {"tested_images_per_second": testing, "estimated_seconds_of_both_tables": estimate}
     write_figures(Path(output), [*figures, *large, *grown], config.device, **more)
     console.print(output, soft_wrap=True, highlight=False)
+    if failed:
+        raise RunFailed(f"these failed, the others are in {output}: {'; '.join(failed)}")
 
 
-def bench(config: Config, clients: Sequence[int], contestants: Sequence[str], rounds: int, passes: int) -> list[Figure]:
-    """The figures of every contestant at every K: `rounds` timed rounds in each of `passes`."""
+def bench(
+    config: Config, clients: Sequence[int], contestants: Sequence[str], rounds: int, passes: int
+) -> tuple[list[Figure], list[str]]:
+    """The figures of every contestant at every K: `rounds` timed rounds in each of `passes`; and which failed, why.
+
+    One that fails does not cost the others their turns.
+    """
     figures: dict[tuple[int, str], list[Figure]] = {}
+    failed: dict[tuple[int, str], str] = {}
     for _, k, name in itertools.product(range(passes), clients, contestants):
         print(f"K = {k}: {name}", file=sys.stderr, flush=True)
-        figures.setdefault((k, name), []).append(in_own_process(name, contest(config, k, name), rounds))
-    return [
+        try:
+            figures.setdefault((k, name), []).append(in_own_process(name, contest(config, k, name), rounds))
+        except Exception as error:
+            failed[k, name] = f"{name} at K = {k} ({type(error).__name__}: {error})"
+    measured = [
         Figure(name, parts[0].config, [s for part in parts for s in part.seconds], max(p.peak_bytes for p in parts))
         for (_, name), parts in figures.items()
+        if parts
     ]
+    return measured, list(failed.values())
 
 
 def contest(config: Config, clients: int, contestant: str) -> Config:
@@ -149,7 +162,7 @@ def seconds_of_tables(figures: Sequence[Figure], large: Sequence[Figure], testin
             cell = ("localsgd", figure.config.clients)
             rates[cell] = max(rates.get(cell, 0.0), figure.images_per_second)
     for figure in large:
-        if figure.config.precision == figures[0].config.precision:
+        if figure.config.precision in {other.config.precision for other in figures}:
             rates["centralized", figure.config.batch_size] = figure.images_per_second
     seconds = 0.0
     for _, mode, config in [*read_study("table1").cells([1]), *read_study("table2").cells([1])]:

@@ -24,7 +24,8 @@ TINY = Config(
 
 def test_every_contestant_takes_its_turns_and_is_set_beside_the_limit(tmp_path: Path) -> None:
     names = ["limit", "limit-eager", "fleet", "fused", "fused-products", "fused-streams", "loop", "plain"]
-    figures = bench(resolve(TINY, "localsgd"), [2], names, rounds=2, passes=1)
+    figures, failed = bench(resolve(TINY, "localsgd"), [2], names, rounds=2, passes=1)
+    assert failed == []
     assert [figure.contestant for figure in figures] == names
     assert all(len(figure.seconds) == 2 and min(figure.seconds) > 0 for figure in figures)
     assert all(figure.peak_bytes > 2**20 for figure in figures)
@@ -35,15 +36,24 @@ def test_every_contestant_takes_its_turns_and_is_set_beside_the_limit(tmp_path: 
 
 
 def test_flower_alone_takes_its_turns() -> None:
-    (figure,) = bench(resolve(TINY, "localsgd"), [2], ["flower-plain"], rounds=2, passes=1)
+    (figure,), _ = bench(resolve(TINY, "localsgd"), [2], ["flower-plain"], rounds=2, passes=1)
     assert len(figure.seconds) == 2
     assert min(figure.seconds) > 0
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_takes_its_turns() -> None:
-    (figure,) = bench(resolve(TINY, "localsgd"), [2], ["limit-compiled"], rounds=2, passes=1)
+    (figure,), _ = bench(resolve(TINY, "localsgd"), [2], ["limit-compiled"], rounds=2, passes=1)
     assert min(figure.seconds) > 0
+
+
+def test_a_contestant_that_fails_is_named_and_the_others_have_their_turns() -> None:
+    config = resolve(
+        TINY.changed({"synthetic-images": 10}), "localsgd"
+    )  # shards of 5 for batches of 8: a run is refused
+    figures, failed = bench(config, [2], ["flower", "limit"], rounds=1, passes=1)
+    assert [figure.contestant for figure in figures] == ["limit"]
+    assert [text.split(" at ")[0] for text in failed] == ["flower"]
 
 
 def test_rates_are_images_over_the_median_second() -> None:
