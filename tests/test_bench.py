@@ -48,9 +48,7 @@ def test_a_compiled_model_takes_its_turns() -> None:
 
 
 def test_a_contestant_that_fails_is_named_and_the_others_have_their_turns() -> None:
-    config = resolve(
-        TINY.changed({"synthetic-images": 10}), "localsgd"
-    )  # shards of 5 for batches of 8: a run is refused
+    config = resolve(TINY.changed({"synthetic-images": 10}), "localsgd")  # shards of 5, batches of 8: no run
     figures, failed = bench(config, [2], ["flower", "limit"], rounds=1, passes=1)
     assert [figure.contestant for figure in figures] == ["limit"]
     assert [text.split(" at ")[0] for text in failed] == ["flower"]
