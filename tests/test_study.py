@@ -34,6 +34,7 @@ def cells_of(name: str) -> dict[tuple[Value, ...], int]:
         ("kj-small", 3 * 4 + 3, 2),
         ("kj-rate", 15, 1),
         ("momentum", 9, 3),
+        ("scaled-small", 8, 3),
         ("precision", 2, 3),
         ("precision-tf32", 2, 3),
     ],
