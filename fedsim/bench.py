@@ -161,8 +161,9 @@ def seconds_of_tables(figures: Sequence[Figure], large: Sequence[Figure], testin
         if figure.contestant.startswith(("fleet", "fused")):
             cell = ("localsgd", figure.config.clients)
             rates[cell] = max(rates.get(cell, 0.0), figure.images_per_second)
+    precisions = {figure.config.precision for figure in figures}
     for figure in large:
-        if figure.config.precision in {other.config.precision for other in figures}:
+        if figure.config.precision in precisions:
             rates["centralized", figure.config.batch_size] = figure.images_per_second
     seconds = 0.0
     for _, mode, config in [*read_study("table1").cells([1]), *read_study("table2").cells([1])]:

@@ -129,9 +129,16 @@ CONTESTANTS: dict[str, tuple[Rounds, str]] = {
 
 ON_CPU = ("limit", "fleet", "fused", "loop", "flower", "flower-plain", "plain")  # what `bench` measures unless told
 ON_GPU = (
-    *("limit", "limit-eager", "limit-compiled"),
-    *("fleet", "fused-groups", "fused-products", "fused-streams"),
-    *("flower", "flower-plain", "plain"),
+    "limit",
+    "limit-eager",
+    "limit-compiled",
+    "fleet",
+    "fused-groups",
+    "fused-products",
+    "fused-streams",
+    "flower",
+    "flower-plain",
+    "plain",
 )
 
 
