@@ -196,6 +196,7 @@ def bench(
 def paper(
     studies: list[str] = STUDIES,
     seeds: str = typer.Option("", "--seeds", help="seeds of every cell, with commas (default: the study's)"),
+    cells: str = typer.Option("", "--cells", help="these alone, with commas: 'k12-j20,k4-*' (default: all)"),
     results_dir: str = typer.Option("results", "--results-dir", help="folder of the studies' folders", metavar="TEXT"),
     data_dir: str = typer.Option("", "--data-dir", help="as for localsgd", metavar="TEXT"),
     device: str = typer.Option("auto", "--device", help="as for localsgd", metavar="TEXT"),
@@ -218,7 +219,8 @@ def paper(
         return
     keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
     spread = _spread(ray, cpus_per_cell, gpus_per_cell, engine)
-    run_studies(studies, chosen, keys, Path(results_dir), _engine(engine), rerun, Console(), spread, precision)
+    only = [pattern.strip() for pattern in cells.split(",") if pattern.strip()]
+    run_studies(studies, chosen, keys, Path(results_dir), _engine(engine), rerun, Console(), spread, precision, only)
 
 
 OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")

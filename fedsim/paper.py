@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -10,11 +12,12 @@ from rich.console import Console
 from rich.table import Table
 
 from fedsim.cells import Spread, cost, fail_if_any, placed, room_for, run_cells
+from fedsim.errors import UserError
 from fedsim.records import written_whole
 from fedsim.report import accuracy_table
 from fedsim.results import read_groups
 from fedsim.runs import Engine
-from fedsim.study import KEPT, Study, read_study, study_names
+from fedsim.study import KEPT, Cell, Study, read_study, study_names
 
 IMAGES_A_SECOND = 1000  # the pace at which the list counts hours
 
@@ -43,17 +46,18 @@ def run_studies(
     console: Console,
     spread: Spread | None = None,
     precision: str = "",
+    only: Sequence[str] = (),
 ) -> None:
     """Run the studies one after the other, all checked before the first begins; then each one's table.
 
     `keys` go to every run; they shape no result but by device and threads. With `precision`, each study is that which
-    `Study.in_precision` makes of it, in a folder of its own.
+    `Study.in_precision` makes of it, in a folder of its own. With `only`, its cells whose names fit one of these.
     """
     plans = []
     for study in map(read_study, names):
         study = study.in_precision(precision) if precision else study
         folder = results_dir.expanduser().absolute() / study.name
-        plans.append((study, folder, placed(study.cells(seeds, keys), folder, spread)))
+        plans.append((study, folder, placed(_chosen(study, seeds, keys, only), folder, spread)))
     failures: dict[str, str] = {}
     with room_for([cell for _, _, cells in plans for cell in cells], spread):
         for study, folder, cells in plans:
@@ -64,6 +68,18 @@ def run_studies(
             failures |= {f"{study.name}/{name}": why for name, why in failed.items()}
             _show(study, folder, console)
     fail_if_any(failures, sum(len(cells) for _, _, cells in plans))
+
+
+def _chosen(study: Study, seeds: Sequence[int], keys: Mapping[str, Any], only: Sequence[str]) -> list[Cell]:
+    """The cells of a study whose names, the seed left out, fit one of the patterns `only`; all, without any."""
+    cells = study.cells(seeds, keys)
+    names = [str(cell.config.name).rpartition("-seed")[0] for cell in cells]
+    for pattern in only:
+        if not any(fnmatch(name, pattern) for name in names):
+            there = ", ".join(dict.fromkeys(names))
+            raise UserError(f"cells = {pattern!r} fits no cell of {study.name}: it has {there}")
+    fitting = (any(fnmatch(name, pattern) for pattern in only or ["*"]) for name in names)
+    return list(itertools.compress(cells, fitting))
 
 
 def _show(study: Study, folder: Path, console: Console) -> None:

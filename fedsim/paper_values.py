@@ -1,4 +1,4 @@
-"""What the paper's code printed, from ``studies/paper.csv``: accuracies in %, the best test epoch and the last."""
+"""What the paper prints, from ``studies/paper.csv``: accuracies in %, the best test epoch and the last."""
 
 from __future__ import annotations
 
@@ -13,10 +13,11 @@ CHOOSING = ("optimizer", "batch-size", "clients", "local-steps")  # an empty col
 
 
 class PaperValue(NamedTuple):
-    """Accuracies in %; the last epoch's is not known of every cell."""
+    """Accuracies in %; the last epoch's is not known of every cell. `note`: what is to be known of it, or nothing."""
 
     best: float
     final: float | None
+    note: str
 
 
 def paper_value(group: Group, cell: CellResults) -> PaperValue | None:
@@ -26,7 +27,7 @@ def paper_value(group: Group, cell: CellResults) -> PaperValue | None:
     for row in _rows():
         fits = all(row[name] in ("", str(cell.config.get(name))) for name in CHOOSING)
         if row["table"] == group.study.compare and fits:
-            return PaperValue(float(row["best"]), float(row["final"]) if row["final"] else None)
+            return PaperValue(float(row["best"]), float(row["final"]) if row["final"] else None, row["note"])
     return None
 
 

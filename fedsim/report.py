@@ -68,7 +68,7 @@ def _section(group: Group, root: Path, out: Path) -> Section:
     return Section(
         name=group.name,
         title=group.title,
-        notes=[_progress(group), protocol(group)],
+        notes=[_progress(group), protocol(group), *_notes_on_paper(group)],
         tables=[*_pivots(group), _details(group)],
         figures=figures,
         provenance=_provenance(group),
@@ -88,6 +88,16 @@ def protocol(group: Group) -> str:
         f"Protocol: tested on the test images, {split}. Best is the best of a run's tests, "
         "chosen on those same images, as the paper's code printed it, and so optimistic; final is the last test."
     )
+
+
+def _notes_on_paper(group: Group) -> list[str]:
+    """What is to be known of the paper's values that stand beside those of the group."""
+    values = [(cell, paper_value(group, cell)) for cell in group.cells]
+    return [
+        f"The paper's value at {label(group.axes, cell.place)}: {value.note}."
+        for cell, value in values
+        if value and value.note
+    ]
 
 
 def _progress(group: Group) -> str:

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedsim.figures import BYTES, EPOCHS, SYNCS, mean_curve, pareto_front, plot_accuracy, plots_of, save_plot
-from fedsim.paper_values import paper_value
+from fedsim.paper_values import PaperValue, paper_value
 from fedsim.results import CellResults, Group, read_groups
 from fedsim.study import TWIN, read_study, study_names
 from tests.conftest import write_run
@@ -87,8 +87,8 @@ def test_every_cell_of_the_papers_tables_has_the_papers_value() -> None:
         found = {place: paper_value(group, CellResults(place, keys, 1, [], 1)) for place, keys in cells.items()}
         assert sum(value is not None for value in found.values()) == known.get(name, 0)
         if name == "table1":
-            assert found["lars", 2048] == (56.91, 56.91)
+            assert found["lars", 2048] == PaperValue(56.91, 56.91, "")
         if name == "table1-scaled":
-            assert found["sqrt", 8192] == found["linear", 8192] == (19.74, 19.71)
+            assert found["sqrt", 8192] == found["linear", 8192] == PaperValue(19.74, 19.71, "")
         if name == "table2-bn":
-            assert found[12, 30] == (42.96, None)
+            assert found[12, 30] == PaperValue(42.96, None, "")

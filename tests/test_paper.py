@@ -58,6 +58,17 @@ def test_a_study_runs_every_cell_and_twin_in_its_folder_and_shows_its_table(tiny
     assert [len(cell.finished) for cell in group.cells] == [2, 2, 2, 2]
 
 
+def test_chosen_cells_run_alone_and_one_that_is_not_there_is_named(tiny: Path) -> None:
+    console, folder = Console(file=io.StringIO()), tiny.parent / "results"
+    with pytest.raises(UserError, match=r"cells = 'k3' fits no cell of tiny: it has k1-j2, k2-j2, k1-twin, k2-twin"):
+        run_studies([str(tiny)], [], HERE, folder, "fleet", False, console, only=["k1-*", "k3"])
+    assert not folder.exists()
+    run_studies([str(tiny)], [], HERE, folder, "fleet", False, console, only=["k2-j2"])
+    assert {path.name for path in (folder / "tiny").iterdir()} == {"k2-j2-seed1", "k2-j2-seed2", "study.toml"}
+    run_studies([str(tiny)], [1], HERE, folder, "fleet", False, console, only=["k1-*"])
+    assert {path.name for path in (folder / "tiny").glob("k1-*")} == {"k1-j2-seed1", "k1-twin-seed1"}
+
+
 def test_a_study_in_another_precision_is_a_study_apart(tiny: Path) -> None:
     run(tiny, [1])
     console = Console(record=True, width=200, file=io.StringIO())

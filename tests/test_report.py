@@ -46,6 +46,18 @@ class Links(HTMLParser):
         self.found += [value or "" for name, value in attrs if name in ("src", "href")]
 
 
+def test_what_is_to_be_known_of_the_papers_value_stands_beside_it(tmp_path: Path) -> None:
+    cells = {cell.place: cell for cell in read_study("table2").cells([1])}
+    cell = cells[12, 20]
+    write_run(tmp_path / "results" / "table2" / str(cell.config.name), cell.config, cell.mode, [0.1, 0.3955])
+    report(tmp_path / "results", tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "39.55 (paper 44.73, -5.18)" in text.replace("−", "-")
+    (note,) = (line for line in text.splitlines() if line.startswith("The paper's value at K = 12, J = 20: "))
+    assert "printed 39.28 at best" in note
+    assert "The paper's value at K = 12, J = 30" not in text
+
+
 def test_tables_show_means_deviations_and_what_is_missing(study: Path, tmp_path: Path) -> None:
     out = tmp_path / "report"
     report(study.parent, out)
