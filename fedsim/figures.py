@@ -145,7 +145,7 @@ def plot_accuracy(group: Group) -> Plot:
     which = "best" if paper else "final"
     values = {cell.place: [100 * v for v in cell.values(f"{which}_test_accuracy")] for cell in group.cells}
     spread = " Bars: one standard deviation over the seeds." if any(len(v) > 1 for v in values.values()) else ""
-    hollow = " Hollow: what the paper's code printed." if paper else ""
+    hollow = " Hollow: what the paper prints." if paper else ""
     caption = f"{which.capitalize()} accuracy on {group.tested_on} images.{spread}{hollow}"
     words = f"{which} accuracy, %"
     return by_place(group, values, f"{group.name}-accuracy", caption, words, paper=paper)
@@ -168,10 +168,12 @@ def by_place(
         cells = [(tick + aside, cell) for tick, row in enumerate(group.rows) if (cell := group.at(column, row))]
         shown = [(tick, cell.place, *_mean_and_spread(values.get(cell.place, []))) for tick, cell in cells]
         rows += [(*place, mean, spread, len(values[place])) for _, place, mean, spread in shown if values.get(place)]
-        _draw_column(axes, shown, label(group.axes, column) or "runs", f"C{index}")
+        series = label(group.axes, column) or "runs"
+        _draw_column(axes, shown, series, f"C{index}")
         printed = [(tick, paper[cell.place].best) for tick, cell in cells if paper and cell.place in paper]
         if printed:
-            axes.plot(*zip(*printed, strict=True), "o:", mfc="none", color=f"C{index}", lw=0.8, ms=8)
+            x, y = zip(*printed, strict=True)
+            axes.plot(x, y, "o:", mfc="none", color=f"C{index}", lw=0.8, ms=8, label=f"{series}, paper")
     axes.set_xticks(range(len(group.rows)), [" ".join(map(str, row)) for row in group.rows])
     axes.set_xlabel(", ".join(group.axes[group.across :]))
     axes.set_ylabel(words)
