@@ -145,7 +145,7 @@ def plot_accuracy(group: Group) -> Plot:
     which = "best" if paper else "final"
     values = {cell.place: [100 * v for v in cell.values(f"{which}_test_accuracy")] for cell in group.cells}
     spread = " Bars: one standard deviation over the seeds." if any(len(v) > 1 for v in values.values()) else ""
-    hollow = " Hollow: what the paper prints." if paper else ""
+    hollow = " Hollow: the paper's." if paper else ""
     caption = f"{which.capitalize()} accuracy on {group.tested_on} images.{spread}{hollow}"
     words = f"{which} accuracy, %"
     return by_place(group, values, f"{group.name}-accuracy", caption, words, paper=paper)

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import itertools
+import fnmatch
 from collections.abc import Mapping, Sequence
-from fnmatch import fnmatch
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +74,11 @@ def _chosen(study: Study, seeds: Sequence[int], keys: Mapping[str, Any], only: S
     cells = study.cells(seeds, keys)
     names = [str(cell.config.name).rpartition("-seed")[0] for cell in cells]
     for pattern in only:
-        if not any(fnmatch(name, pattern) for name in names):
+        if not fnmatch.filter(names, pattern):
             there = ", ".join(dict.fromkeys(names))
             raise UserError(f"cells = {pattern!r} fits no cell of {study.name}: it has {there}")
-    fitting = (any(fnmatch(name, pattern) for pattern in only or ["*"]) for name in names)
-    return list(itertools.compress(cells, fitting))
+    fitting = {name for pattern in only or ["*"] for name in fnmatch.filter(names, pattern)}
+    return [cell for cell, name in zip(cells, names, strict=True) if name in fitting]
 
 
 def _show(study: Study, folder: Path, console: Console) -> None:

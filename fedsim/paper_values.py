@@ -1,4 +1,4 @@
-"""What the paper prints, from ``studies/paper.csv``: accuracies in %, the best test epoch and the last."""
+"""The paper's accuracies in %, from ``studies/paper.csv``: the best test epoch, and the last as its code printed it."""
 
 from __future__ import annotations
 

@@ -75,7 +75,13 @@ def test_centralized_studies_have_no_figures_of_traffic(tmp_path: Path) -> None:
     write_run(tmp_path / "table1" / cell.config.name, cell.config, cell.mode, [0.1, 0.5])
     (group,), _ = read_groups(tmp_path)
     assert list(plots_of(group)) == ["table1-epochs", "table1-accuracy"]
-    assert plots_of(group)["table1-accuracy"]().caption.startswith("Best accuracy on test images")
+    accuracy = plots_of(group)["table1-accuracy"]()
+    assert accuracy.caption == "Best accuracy on test images. Hollow: the paper's."
+    (legend,) = accuracy.figure.legends
+    assert [text.get_text() for text in legend.get_texts()] == [
+        "sgdm",
+        *(f"{o}, paper" for o in ("sgdm", "lars", "lamb")),
+    ]
 
 
 def test_every_cell_of_the_papers_tables_has_the_papers_value() -> None:
