@@ -143,7 +143,7 @@ def grid(
     gpus_per_cell: Optional[float] = GPUS,
 ) -> None:
     """Run every cell of a K/J grid, then its table, CSV and plot."""
-    from fedsim.grid import Grid, integers, run_grid
+    from fedsim.experiments.grid import Grid, integers, run_grid
 
     cells = Grid(integers("clients", clients), integers("local-steps", local_steps), integers("seeds", seeds))
     spread = _spread(ray, cpus_per_cell, gpus_per_cell, engine)
@@ -156,7 +156,7 @@ def demo(
     rerun: bool = RERUN,
 ) -> None:
     """A small K/J grid on synthetic images: offline, two cores, about a minute."""
-    from fedsim.grid import run_demo
+    from fedsim.experiments.grid import run_demo
 
     run_demo(results_dir, rerun, Console())
 
@@ -177,8 +177,8 @@ def bench(
     output: str = typer.Option("results/bench.json", "--output", "-o", help="the file of the figures", metavar="FILE"),
 ) -> None:
     """Time a round by every way there is, in turn, beside centralized training at batch K * B."""
-    from fedsim.bench import run_bench
-    from fedsim.grid import integers
+    from fedsim.bench.measure import run_bench
+    from fedsim.experiments.grid import integers
 
     run_bench(
         keys,
@@ -210,8 +210,8 @@ def paper(
     gpus_per_cell: Optional[float] = GPUS,
 ) -> None:
     """Run the studies named, or, with none named, list them and what they would cost."""
-    from fedsim.grid import integers
-    from fedsim.paper import list_studies, run_studies
+    from fedsim.experiments.grid import integers
+    from fedsim.experiments.paper import list_studies, run_studies
 
     chosen = integers("seeds", seeds) if seeds else []
     if not studies:
@@ -237,8 +237,8 @@ def shard(
 
     They are the shards of a run with the same keys, as images.npy and labels.npy: name each in its node's data-dir.
     """
-    from fedsim.node_data import write_shards
-    from fedsim.presets import configure
+    from fedsim.data.local_folder import write_shards
+    from fedsim.experiments.presets import configure
 
     config = configure({**keys, "device": "cpu", "batch-size": 1})  # how they are trained on is not known here
     write_shards(config, Path(out))
@@ -252,7 +252,7 @@ def report(
     figure: str = typer.Option("", "--figure", help="make this one picture and its CSV alone", metavar="NAME"),
 ) -> None:
     """Make a page, a Markdown file, pictures and CSV of what is under a folder of results."""
-    from fedsim.report import build_report
+    from fedsim.report.tables import build_report
 
     build_report(Path(results), Path(out), figure, Console())
 
@@ -275,8 +275,8 @@ def plan(
     Compute time is measured as the median over the runs of seconds / images computed, tests included, times the
     images of a worker's step: each worker is taken to be as fast as the machine that made the records.
     """
-    from fedsim.network import Network, duration, rate
-    from fedsim.planner import plan_results
+    from fedsim.report.network import Network, duration, rate
+    from fedsim.report.time_to_accuracy import plan_results
 
     if link not in ("worker", "server"):
         raise UserError(f"link = {link!r} is unknown: it must be one of worker, server")
@@ -301,8 +301,8 @@ def deploy(
     insecure: bool = typer.Option(False, "--insecure", help="no TLS, and whoever reaches the port is a node"),
 ) -> None:
     """Write what the machines of a federation need: keys, certificates, scripts, units, settings."""
-    from fedsim.deploy import Federation
-    from fedsim.deploy import deploy as write
+    from fedsim.deploy.files import Federation
+    from fedsim.deploy.files import deploy as write
 
     hosts = tuple(name.strip() for name in host.split(","))
     write(Federation(nodes, hosts, port, name, insecure), Path(out), Path(ca) if ca else None)
@@ -318,7 +318,7 @@ def _engine(name: str) -> Any:
 
 def _spread(address: str | None, cpus: float | None, gpus: float | None, engine: str) -> Any:
     """How to spread cells by these flags, or None where they are to be run one by one."""
-    from fedsim.cells import Spread
+    from fedsim.experiments.cells import Spread
 
     for flag, given in (("cpus-per-cell", cpus), ("gpus-per-cell", gpus)):
         if given is not None and address is None:
@@ -337,11 +337,10 @@ def _spread(address: str | None, cpus: float | None, gpus: float | None, engine:
 
 
 def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str = "fleet") -> None:
-    from fedsim.machine import resolve  # torch takes seconds to import: --help does not wait for it
-    from fedsim.presets import configure
-    from fedsim.records import read_summary, resumed, run_folder
-    from fedsim.runs import execute
-    from fedsim.show import print_row
+    from fedsim.device import resolve  # torch takes seconds to import: --help does not wait for it
+    from fedsim.experiments.execute import execute
+    from fedsim.experiments.presets import configure
+    from fedsim.records import print_row, read_summary, resumed, run_folder
 
     config = resolve(resumed(configure(keys, preset)), mode)
     print(f"{mode} on {config.device} in {run_folder(config, mode)}", flush=True)

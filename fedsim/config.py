@@ -227,6 +227,11 @@ class Config:
             if Path(value).name != value or value in (".", ".."):
                 raise UserError(f"{name} = {value!r} is no plain folder name: leave out slashes")
 
+    @property
+    def clients_per_round(self) -> int:
+        """The clients that each round samples: the nearest whole number to fraction * clients, at least one."""
+        return max(1, round(self.fraction * self.clients))
+
     def changed(self, changes: Mapping[str, Any]) -> Config:
         """This configuration with some keys (kebab-case) changed; unknown keys and bad values fail."""
         values: dict[str, Any] = {spelled(name): typed(name, value) for name, value in changes.items()}

@@ -350,3 +350,19 @@ def _read_json(path: Path) -> dict[str, Any]:
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(f"{path} is damaged or cannot be read: give another --name or --results-dir") from error
     return content
+
+
+def print_row(row: Row) -> None:
+    """Round, epoch, rate, losses and accuracy of a row, on one line."""
+    tested = ""
+    if row["test_accuracy"] is not None:
+        tested = f"  {row['tested_on']} {row['test_accuracy']:6.2%} loss {_loss(row['test_loss'])}"
+    print(
+        f"round {row['round']:>4}  epoch {row['epoch']:7.2f}  lr {row['lr']:.5f}  "
+        f"train loss {_loss(row['train_loss'])}{tested}  {row['seconds']:8.1f} s",
+        flush=True,
+    )
+
+
+def _loss(value: float | None) -> str:
+    return "not finite" if value is None else f"{value:.4f}"

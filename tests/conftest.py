@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from fedsim.config import Config, Mode
-from fedsim.data import data_folder
-from fedsim.machine import resolve
+from fedsim.data.datasets import data_folder
+from fedsim.device import resolve
+from fedsim.experiments.execute import execute
+from fedsim.experiments.study import TWIN, read_study
 from fedsim.records import Run
-from fedsim.runs import execute
-from fedsim.study import TWIN, read_study
 
 SMALL: dict[str, Any] = {
     "dataset": "synthetic",

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 
 from fedsim.config import Config
-from fedsim.machine import resolve
+from fedsim.device import resolve
+from fedsim.experiments.execute import execute
 from fedsim.records import read_rows
-from fedsim.runs import execute
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +31,7 @@ def _run(config: Config) -> None:
 def _started(config: Config) -> multiprocessing.process.BaseProcess:
     """The run in a process of its own; the server that it is forked from has imported everything."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedsim.runs", __name__])
+    context.set_forkserver_preload(["fedsim.experiments.execute", __name__])
     process = context.Process(target=_run, args=(config,))
     process.start()
     return process

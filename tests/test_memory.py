@@ -8,7 +8,7 @@ import pytest
 
 FAULTS = """
 import resource, sys, threading, torch
-from fedsim.memory import keep_freed_memory
+from fedsim.device import keep_freed_memory
 
 def faults(blocks, times):
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt

@@ -4,9 +4,8 @@ import pytest
 import torch
 
 from fedsim.config import Config
+from fedsim.device import prepare, products_in, resolve
 from fedsim.errors import UserError
-from fedsim.machine import prepare, resolve
-from fedsim.precision import products_in
 from tests.conftest import Execute, final_model, rows_of
 
 

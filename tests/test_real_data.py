@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from fedsim.machine import resolve
-from fedsim.presets import configure
-from fedsim.runs import execute
+from fedsim.device import resolve
+from fedsim.experiments.execute import execute
+from fedsim.experiments.presets import configure
 from tests.conftest import assert_same_bits, final_model, rows_of
 
 ROOT = Path(__file__).parents[1]

@@ -11,10 +11,10 @@ import pytest
 import torch
 
 from fedsim.config import Config, Mode
+from fedsim.device import resolve
 from fedsim.errors import UserError
-from fedsim.machine import resolve
+from fedsim.experiments.execute import execute
 from fedsim.records import Run, default_name, provenance, read_rows, resumed, written_whole
-from fedsim.runs import execute
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
 

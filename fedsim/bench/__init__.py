@@ -1,0 +1,1 @@
+"""Every way to run a round of LocalSGD, timed in turn."""

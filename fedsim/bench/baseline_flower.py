@@ -1,0 +1,74 @@
+"""The other yardstick of `bench`: LocalSGD as a user would write it with Flower alone, in the way of its tutorials.
+
+A client that builds model, optimizer and DataLoader anew for every message, and Flower's FedAvg, simulated on Ray.
+Nothing of fedsim's engine, strategy or grid is in it. As there, an optimizer forgets its momentum at every sync.
+"""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import time
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+from flwr.serverapp.strategy import FedAvg
+from flwr.simulation import run_simulation
+from torch.utils.data import DataLoader, Subset
+
+from fedsim.bench.baseline_torch import PilImages
+from fedsim.config import Config
+from fedsim.data.datasets import load_dataset
+from fedsim.data.partition import shard
+from fedsim.models import build_model
+
+client = ClientApp()
+
+
+@client.train()
+def train(message: Message, context: Context) -> Message:
+    """J local steps on this client's shard."""
+    sent = dict(message.content.config_records["config"])
+    sent.pop("server-round")
+    config = Config().changed(sent)
+    data = load_dataset(config)
+    model = build_model(config.model, data.classes, config.seed).to(memory_format=torch.contiguous_format)
+    model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
+    model.to(config.device).train()
+    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
+    images = PilImages(data.train.pixels(), data.train.labels.cpu())
+    own = shard(len(images), config.clients, int(context.node_config["partition-id"]), config.seed)
+    loader = DataLoader(Subset(images, own.tolist()), config.batch_size, shuffle=True)
+    for inputs, labels in itertools.islice(itertools.cycle(loader), config.local_steps):
+        optimizer.zero_grad()
+        loss = F.cross_entropy(model(inputs.to(config.device)), labels.to(config.device))
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    metrics = MetricRecord({"num-examples": len(own), "train-loss": loss.item()})
+    return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
+
+
+def tutorial_rounds(config: Config, rounds: int) -> list[float]:
+    """Seconds of each of `rounds` rounds, after one to warm up."""
+    logging.getLogger("flwr").setLevel(logging.ERROR)
+    ends: list[float] = []
+    server = ServerApp()
+
+    @server.main()
+    def main(grid: Grid, context: Context) -> None:
+        model = build_model(config.model, load_dataset(config).classes, config.seed)
+        FedAvg(fraction_evaluate=0.0, min_train_nodes=config.clients, min_available_nodes=config.clients).start(
+            grid,
+            ArrayRecord(model.state_dict()),
+            num_rounds=rounds + 1,
+            train_config=ConfigRecord(dict(config.as_keys())),
+            evaluate_fn=lambda round, arrays: ends.append(time.perf_counter()),  # before the first round, too
+        )
+
+    share: Any = {"num_cpus": float(config.threads), "num_gpus": 0.0 if config.device == "cpu" else 1 / config.clients}
+    run_simulation(server, client, config.clients, backend_config={"client_resources": share})
+    return [end - begin for begin, end in itertools.pairwise(ends)][1:]

@@ -1,0 +1,86 @@
+"""The yardstick of `bench`: LocalSGD as a user would write it in an afternoon, in plain PyTorch.
+
+A DataLoader with torchvision's per-image transforms for each client, a model and an optimizer for each, one client
+after the other, parameters averaged in place. Nothing of fedsim's engine is in it.
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from numpy.typing import NDArray
+from PIL import Image
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision import transforms
+
+from fedsim.config import Config
+from fedsim.data.datasets import CIFAR100, load_dataset
+from fedsim.data.partition import shard
+from fedsim.models import build_model
+
+TRANSFORM = transforms.Compose(
+    [
+        transforms.RandomCrop(32, padding=4),
+        transforms.RandomHorizontalFlip(),
+        transforms.ToTensor(),
+        transforms.Normalize(*CIFAR100),
+    ]
+)
+
+
+class PilImages(Dataset[tuple[Tensor, int]]):
+    """Images as torchvision's CIFAR100 gives them: one PIL image at a time, transformed."""
+
+    def __init__(self, pixels: NDArray[np.uint8], labels: Tensor) -> None:
+        self.pixels, self.labels = pixels, labels.tolist()
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int]:
+        return TRANSFORM(Image.fromarray(self.pixels[index])), self.labels[index]
+
+
+def plain_rounds(config: Config, rounds: int) -> list[float]:
+    """Seconds of each of `rounds` rounds, after one to warm up."""
+    torch.set_num_threads(config.threads)
+    data = load_dataset(config)
+    images = PilImages(data.train.pixels(), data.train.labels.cpu())
+    loaders = [
+        DataLoader(Subset(images, shard(len(images), config.clients, k, config.seed).tolist()), config.batch_size, True)
+        for k in range(config.clients)
+    ]
+    model = build_model(config.model, data.classes, config.seed).to(memory_format=torch.contiguous_format)
+    models = [copy.deepcopy(model).to(config.device) for _ in range(config.clients)]
+    optimizers = [
+        torch.optim.SGD(m.parameters(), config.lr, momentum=config.momentum, weight_decay=config.weight_decay)
+        for m in models
+    ]
+    seconds = []
+    for _ in range(rounds + 1):
+        began = time.perf_counter()
+        for model, optimizer, loader in zip(models, optimizers, loaders, strict=True):
+            model.train()
+            for inputs, labels in itertools.islice(itertools.cycle(loader), config.local_steps):
+                optimizer.zero_grad()
+                loss = F.cross_entropy(model(inputs.to(config.device)), labels.to(config.device))
+                loss.backward()  # type: ignore[no-untyped-call]
+                optimizer.step()
+                loss.item()
+        _average(models)
+        seconds.append(time.perf_counter() - began)
+    return seconds[1:]
+
+
+@torch.no_grad()
+def _average(models: list[torch.nn.Module]) -> None:
+    for values in zip(*(m.state_dict().values() for m in models), strict=True):
+        mean = torch.stack([value.float() for value in values]).mean(0)
+        for value in values:
+            value.copy_(mean)

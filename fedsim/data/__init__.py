@@ -1,0 +1,1 @@
+"""Images, data sets by name, partitions, the decoded cache, a node's own folder."""

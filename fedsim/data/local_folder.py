@@ -1,0 +1,111 @@
+"""What a node has of its own: images in a folder, which never leave it, and the folders that `shard` makes.
+
+A SuperNode's node config may name its `data-dir`. The folder holds the official CIFAR-100, of which the node takes its
+shard, or ``images.npy`` and ``labels.npy``: this node's images alone. It trains on all of these, whatever the run's
+`validation`, which holds out images of the run's dataset, where the server is.
+"""
+
+from __future__ import annotations
+
+import functools
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.config import Config
+from fedsim.data.cache import cached
+from fedsim.data.cifar100 import OFFICIAL
+from fedsim.data.datasets import classes_of, data_folder, load_dataset, moments_of
+from fedsim.data.images import SIDE, Images, bordered
+from fedsim.data.partition import check_shards, shard
+from fedsim.errors import UserError
+
+IMAGES, LABELS = "images.npy", "labels.npy"
+
+
+def own_images(config: Config) -> Images | None:
+    """The images that the folder `data-dir` itself holds; None where it holds no such files."""
+    folder = data_folder(config)
+    if not config.data_dir or not ((folder / IMAGES).exists() or (folder / LABELS).exists()):
+        return None
+    return _own_images(config, str(folder), *(_changed(folder / name) for name in (IMAGES, LABELS)))
+
+
+@functools.lru_cache(maxsize=8)
+def _own_images(config: Config, place: str, *changed: int) -> Images:
+    folder = Path(place)
+    pixels, labels = (_mapped(folder, name) for name in (IMAGES, LABELS))
+    problem = _problem(pixels, labels, config)
+    if (folder / OFFICIAL).exists():
+        problem = f"it holds {OFFICIAL}/ too: keep one of the two"
+    if problem:
+        raise UserError(f"data-dir = {folder}: {problem}")
+    kept = cached([folder / IMAGES], ["words"], lambda: {"words": bordered(pixels)})
+    moments = moments_of(config.dataset, config.normalize)
+    return Images.of_words(kept["words"], labels.astype(np.int64), moments, config.device)
+
+
+def _changed(file: Path) -> int:
+    return file.stat().st_mtime_ns if file.exists() else 0
+
+
+def check_named(config: Config) -> None:
+    """Fail where the folder that a node names holds no images: nothing is downloaded in their stead."""
+    folder = data_folder(config)
+    official = config.dataset == "cifar100" and (folder / OFFICIAL).exists()
+    if own_images(config) is None and not official:
+        wanted = f"{IMAGES} and {LABELS}" + (f", or {OFFICIAL}/" if config.dataset == "cifar100" else "")
+        raise UserError(f"data-dir = {folder} of the node config holds no images: it must hold {wanted}")
+
+
+def _mapped(folder: Path, name: str) -> NDArray[Any]:
+    try:
+        return np.lib.format.open_memmap(folder / name, mode="c")
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"data-dir = {folder}: {name} cannot be read as an array ({reason})") from error
+
+
+def _problem(pixels: NDArray[Any], labels: NDArray[Any], config: Config) -> str:
+    """What is wrong with a node's own images, in words; nothing where they will do."""
+    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (SIDE, SIDE, 3):
+        return f"{IMAGES} holds {pixels.dtype} {list(pixels.shape)}, not uint8 [N, {SIDE}, {SIDE}, 3]"
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        return f"{LABELS} holds {labels.dtype} {list(labels.shape)}, not integers [N]"
+    if len(pixels) != len(labels):
+        return f"{IMAGES} holds {len(pixels)} images and {LABELS} {len(labels)} labels: make them equal"
+    if len(labels) < config.batch_size:
+        return f"batch-size = {config.batch_size} is more than its {len(labels)} images: give a smaller batch-size"
+    if labels.min() < 0 or labels.max() >= classes_of(config):
+        last = classes_of(config) - 1
+        return f"{LABELS} runs from {labels.min()} to {labels.max()}: the classes of {config.dataset} are 0 to {last}"
+    return ""
+
+
+def write_shards(config: Config, out: Path) -> None:
+    """Each client's shard as a folder of its own, `out`/0 to `out`/K-1: the shards that a run of `config` has.
+
+    `out` appears when it is whole; what is there already is left as it is.
+    """
+    images = load_dataset(config).train
+    check_shards(config, len(images), config.clients)
+    pixels, labels = images.pixels(), images.labels.numpy()
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+        try:
+            for worker in range(config.clients):
+                held = shard(len(images), config.clients, worker, config.seed)
+                (part / str(worker)).mkdir()
+                np.save(part / str(worker) / IMAGES, pixels[held])
+                np.save(part / str(worker) / LABELS, labels[held])
+            part.chmod(0o755)  # not this user's alone, as a temporary folder is
+            part.rename(out)
+        finally:
+            shutil.rmtree(part, ignore_errors=True)
+    except OSError as error:
+        raise UserError(f"out = {out} cannot be made ({error.strerror}): give another folder") from error

@@ -1,0 +1,1 @@
+"""What the machines of a federation need: certificates, keys, scripts, units and settings."""

@@ -1,0 +1,1 @@
+"""Studies: lists of configurations, run one by one or on Ray."""

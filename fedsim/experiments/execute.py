@@ -1,0 +1,64 @@
+"""One run, in either mode, on either engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Literal
+
+from fedsim.config import Config, Mode
+from fedsim.data.datasets import load_dataset
+from fedsim.data.partition import check_shards
+from fedsim.federation.client_app import app as client_app
+from fedsim.federation.client_app import train_together
+from fedsim.federation.flwr_run import run_with_flwr
+from fedsim.federation.in_process import FleetGrid
+from fedsim.federation.server_app import train_localsgd
+from fedsim.records import Row, Run
+from fedsim.training.centralized import train_centralized, whole_epochs
+from fedsim.training.run_plan import run_plan
+
+Engine = Literal["fleet", "fused", "flower"]
+
+
+def execute(
+    config: Config,
+    mode: Mode,
+    engine: Engine = "fleet",
+    show: Callable[[Row], None] | None = None,
+    rerun: bool = False,
+    patience: float = 0.0,
+) -> Run:
+    """Run `config` (resolved) to its end, or its stop; go on where it broke off; leave it if it is finished.
+
+    `show` is called with each row (not by the engine flower, whose log is streamed instead); `rerun` begins
+    anew. Where another process runs it, it waits for `patience` seconds. What can be known to be wrong is
+    found before anything is written.
+    """
+    check(config, mode)
+    run = Run(config, mode, show)
+    with run.held(patience):
+        if rerun:
+            run.discard()
+        if run.finished:
+            return run
+        if mode == "centralized":
+            train_centralized(config, run)
+            return run
+        if engine != "flower":
+            with FleetGrid(client_app, config, train_together if engine == "fused" else None) as grid:
+                train_localsgd(grid, config, run)
+            return run
+    # Flower's server app holds the run itself
+    run_with_flwr(config.changed({"name": run.folder.name, "results-dir": str(run.folder.parent)}))
+    return run
+
+
+def check(config: Config, mode: Mode) -> None:
+    """Fail where the data is not there, or cannot be shared out, passed over or averaged as `config` asks."""
+    images = len(load_dataset(config).train)
+    if mode == "centralized":
+        check_shards(config, images, 1)
+        whole_epochs(config)
+    else:
+        check_shards(config, images, config.clients)
+        run_plan(config, images)

@@ -1,0 +1,81 @@
+"""Centralized training: the large-batch rivals, one machine that sees every image."""
+
+from __future__ import annotations
+
+import math
+from fractions import Fraction
+
+import torch
+
+from fedsim.config import Config
+from fedsim.data.datasets import load_dataset
+from fedsim.data.images import draws
+from fedsim.data.partition import check_shards, sample_order, shard
+from fedsim.device import prepare
+from fedsim.errors import RunFailed, UserError
+from fedsim.models import build_model, set_dropout_streams
+from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
+from fedsim.optim.lr_schedule import schedule_of
+from fedsim.records import Run
+from fedsim.rng import begin_stream, numpy_stream
+from fedsim.training.cuda_graph import steps_of
+from fedsim.training.step import evaluate
+
+ALONE = {"syncs": 0, "bytes_up": 0, "bytes_down": 0, "left_out": {}}  # what one machine's rows say of others
+
+
+def train_centralized(config: Config, run: Run) -> None:
+    """Train for ``config.epochs`` (resolved configuration), from the run's checkpoint if it has one.
+
+    An epoch is to this what a round is to the only client of LocalSGD: the same shard, the same streams.
+    """
+    prepare(config)
+    data = load_dataset(config)
+    check_shards(config, len(data.train), 1)
+    model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
+    named = dict(model.named_parameters())
+    optimizer = build_optimizer(config, named)
+    dropout = torch.Generator(config.device)
+    set_dropout_streams(model, [dropout])
+    take_epoch = steps_of(config, model, optimizer, data.train, len(data.train))
+    images = shard(len(data.train), 1, 0, config.seed)
+    steps_per_epoch = -(-len(images) // config.batch_size)
+    epochs, last = whole_epochs(config)
+    lr = schedule_of(config, Fraction(steps_per_epoch), epochs)
+
+    done = 0
+    if checkpoint := run.resume():
+        model.load_state_dict(checkpoint["model"])
+        load_optimizer_state(named, optimizer, checkpoint["optimizer"])
+        done = checkpoint["round"]
+
+    for epoch in range(done, last):
+        order = sample_order(len(images), epoch * len(images), len(images), config.seed, 0, epoch, "epoch")
+        augment = numpy_stream(config.seed, 0, epoch, "augment")
+        begin_stream(dropout, config.seed, 0, epoch, "dropout")
+        first_step = epoch * steps_per_epoch
+        rates = [lr(step) for step in range(first_step, first_step + steps_per_epoch)]
+        loss = float(take_epoch(draws(images[order], augment), rates))
+
+        if not math.isfinite(loss):
+            raise RunFailed(f"the training loss of epoch {epoch + 1} is {loss}: a lower --lr may help")
+        tested = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == epochs
+        test_loss, test_accuracy = evaluate(model, data.test, config.precision) if tested else (None, None)
+        steps = first_step + steps_per_epoch
+        trained = {"round": epoch + 1, "epoch": float(epoch + 1), "local_steps": steps, "lr": lr(steps - 1)}
+        tests = {"test_loss": test_loss, "test_accuracy": test_accuracy}
+        run.add({**trained, **ALONE, "train_loss": loss, **tests})
+        if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == last:
+            state = {"model": model.state_dict(), "optimizer": optimizer_state(named, optimizer)}
+            run.save_checkpoint({"round": epoch + 1, **state})
+
+    run.save_model(model.state_dict())
+    run.end(last == epochs, sum(p.numel() for p in model.parameters()), config.device)
+
+
+def whole_epochs(config: Config) -> tuple[int, int]:
+    """The epochs to run in all, and the one to stop after for now; a part of an epoch fails."""
+    for name, epochs in (("epochs", config.epochs), ("stop-after-epochs", config.stop_after_epochs)):
+        if not epochs.is_integer():
+            raise UserError(f"{name} = {epochs}: centralized training runs whole epochs, give a whole number")
+    return int(config.epochs), int(min(config.epochs, config.stop_after_epochs or config.epochs))

@@ -1,0 +1,86 @@
+"""The plan of a LocalSGD run: how many rounds, how many local steps in each, and the learning rate of every step.
+
+Nothing else multiplies by J. Rounds are counted from 1 and local steps from 0: round r takes the steps
+``first_step(r)`` to ``first_step(r) + steps(r) - 1`` on every worker.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+
+from fedsim.config import Config
+from fedsim.errors import UserError
+from fedsim.optim.lr_schedule import Schedule, schedule_of
+
+
+@dataclass(frozen=True)
+class RunPlan:
+    """A pure function of the configuration and the number of training images.
+
+    `starts` has one entry per round, the number of local steps taken before it, and a last one, the number of
+    steps of the whole run. An epoch is one pass over the training images by all workers of a round together.
+    """
+
+    starts: Sequence[int]
+    last_round: int  # the round to stop after for now; `rounds` unless the run is to stop early
+    batch_size: int  # of each worker
+    steps_per_epoch: Fraction
+    lr: Schedule
+
+    @property
+    def rounds(self) -> int:
+        """The number of rounds of the whole run."""
+        return len(self.starts) - 1
+
+    def first_step(self, round_: int) -> int:
+        """The first local step of a round; of the round after the last one, the number of steps of the run."""
+        return self.starts[round_ - 1]
+
+    def steps(self, round_: int) -> int:
+        """J: the local steps of each worker in a round."""
+        return self.starts[round_] - self.starts[round_ - 1]
+
+    @property
+    def max_steps(self) -> int:
+        """The most local steps that any round has."""
+        return max(map(self.steps, range(1, self.rounds + 1)))
+
+    def samples(self, round_: int) -> int:
+        """The images that each worker trains on in a round."""
+        return self.steps(round_) * self.batch_size
+
+    def rates(self, round_: int) -> list[float]:
+        """The learning rate of each local step of a round."""
+        return [self.lr(step) for step in range(self.first_step(round_), self.first_step(round_ + 1))]
+
+    def epoch(self, round_: int) -> Fraction:
+        """The epochs that are done after a round (0: before the first)."""
+        return self.first_step(round_ + 1) / self.steps_per_epoch
+
+    def completes_epochs(self, round_: int, every: int) -> bool:
+        """Whether the end of a round completes another `every` epochs."""
+        return self.epoch(round_ - 1) // every < self.epoch(round_) // every
+
+
+def run_plan(config: Config, images: int) -> RunPlan:
+    """The plan of `config` on `images` training images."""
+    workers = config.clients_per_round
+    if config.min_clients > workers:
+        raise UserError(f"min-clients = {config.min_clients} is more than the {workers} clients of a round: give fewer")
+    steps_per_epoch = Fraction(images, workers * config.batch_size)
+
+    def rounds_of(epochs: float) -> int:
+        return max(1, round(epochs * steps_per_epoch / config.local_steps))
+
+    rounds = config.rounds or rounds_of(config.epochs)
+    stops = [rounds]
+    if config.stop_after_rounds:
+        stops.append(config.stop_after_rounds)
+    if config.stop_after_epochs:
+        stops.append(rounds_of(config.stop_after_epochs))
+    starts = range(0, rounds * config.local_steps + 1, config.local_steps)
+    epochs = float(starts[-1] / steps_per_epoch)
+    lr = schedule_of(config, steps_per_epoch, epochs, workers)
+    return RunPlan(starts, min(stops), config.batch_size, steps_per_epoch, lr)

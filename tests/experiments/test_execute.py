@@ -1,0 +1,234 @@
+"""Whole runs in this process: both modes, their equalities, their records, their failures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsim import device as pool
+from fedsim.config import Config
+from fedsim.device import resolve
+from fedsim.errors import RunFailed, UserError
+from fedsim.federation import client_app
+from fedsim.federation.in_process import FleetGrid
+from fedsim.federation.server_app import train_localsgd
+from fedsim.records import Run, read_summary
+from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+
+BN_AND_DROPOUT: dict[str, Any] = {"model": "lenet-bn", "synthetic-images": 128, "batch-size": 16, "momentum": 0.9}
+
+
+@pytest.mark.parametrize("optimizer", ["sgdm", "lars", "lamb"])
+def test_one_client_is_centralized_training_bitwise(run: Execute, optimizer: str) -> None:
+    """Every batch, crop, mask, rate and update: with BN, dropout, warm-up, cosine and momentum over the syncs."""
+    keys = {
+        **BN_AND_DROPOUT,
+        "optimizer": optimizer,
+        "schedule": "cosine",
+        "warmup-epochs": 1.0,
+        "trust-coefficient": 0.1,
+        "decay-on": "matrices",
+    }
+    local = run("localsgd", clients=1, local_steps=8, name="local", **keys)
+    central = run("centralized", name="central", **keys)
+    assert_same_bits(final_model(local), final_model(central))
+    for one, other in zip(rows_of(local), rows_of(central), strict=True):
+        assert {k: one[k] for k in ("train_loss", "test_loss", "lr", "epoch", "local_steps")} == {
+            k: other[k] for k in ("train_loss", "test_loss", "lr", "epoch", "local_steps")
+        }
+
+
+@pytest.mark.parametrize("momentum_at_sync", ["keep", "reset", "average"])
+@pytest.mark.parametrize("optimizer", ["sgdm", "lamb"])
+def test_stopped_and_resumed_is_never_stopped_bitwise(run: Execute, momentum_at_sync: str, optimizer: str) -> None:
+    keys = {"momentum-at-sync": momentum_at_sync, "optimizer": optimizer, "schedule": "cosine", "evaluate-every": 3}
+    whole = run(name="whole", **keys)
+    for stop in (1, 4, 7):
+        part = run(name="parts", stop_after_rounds=stop, **keys)
+        assert (len(rows_of(part)), part.finished) == (stop, False)
+    part = run(name="parts", **keys)
+    assert part.finished
+    assert_same_bits(final_model(part), final_model(whole))
+    assert rows_of(part) == rows_of(whole)
+
+
+def test_a_stop_within_an_epoch_leaves_no_mark_in_rows_by_epoch(run: Execute) -> None:
+    keys = {"record-by": "epoch", "local-steps": 1}
+    whole = run(name="whole", **keys)
+    assert [row["round"] for row in rows_of(whole)] == [8, 16]
+    assert rows_of(run(name="parts", stop_after_rounds=3, **keys)) == []
+    assert len(rows_of(run(name="parts", stop_after_rounds=11, **keys))) == 1
+    assert rows_of(run(name="parts", **keys)) == rows_of(whole)
+
+
+def test_a_broken_off_run_goes_on_from_its_last_checkpoint(run: Execute) -> None:
+    whole = run(name="whole")
+    broken = run(name="broken", stop_after_rounds=5)
+    checkpoint = (broken.folder / "checkpoint.pt").read_bytes()
+    run(name="broken", stop_after_rounds=7)
+    # as if it had been killed while it wrote the row of round 8, its last checkpoint that of round 5
+    (broken.folder / "checkpoint.pt").write_bytes(checkpoint)
+    with (broken.folder / "metrics.jsonl").open("a") as rows:
+        rows.write('{"round": 8, "epo')
+    again = run(name="broken")
+    assert_same_bits(final_model(again), final_model(whole))
+    assert rows_of(again) == rows_of(whole)
+
+
+def test_centralized_stopped_and_resumed_is_never_stopped_bitwise(run: Execute) -> None:
+    keys = {**BN_AND_DROPOUT, "epochs": 3.0, "schedule": "cosine", "schedule-unit": "epoch"}
+    whole = run("centralized", name="whole", **keys)
+    run("centralized", name="parts", stop_after_epochs=1.0, **keys)
+    part = run("centralized", name="parts", **keys)
+    assert_same_bits(final_model(part), final_model(whole))
+    assert rows_of(part) == rows_of(whole)
+
+
+def test_cores_and_threads_of_the_pool_change_nothing(run: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
+    models = []
+    for cores in (1, 4):
+        monkeypatch.setattr(pool, "cpu_count", lambda cores=cores: cores)
+        models.append(final_model(run(name=f"cores-{cores}", **BN_AND_DROPOUT)))
+    assert_same_bits(*models)
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"momentum-at-sync": "keep"}, {"momentum-at-sync": "reset"}),
+        ({"momentum-at-sync": "keep"}, {"momentum-at-sync": "average"}),
+        ({"batchnorm-at-sync": "average"}, {"batchnorm-at-sync": "worker-0"}),
+        ({"reshuffle": "epoch", "local-steps": 1}, {"reshuffle": "round", "local-steps": 1}),
+        ({"seed": 1}, {"seed": 2}),
+        ({"normalize": "dataset"}, {"normalize": "cifar10"}),
+        ({"decay-on": "all", "weight-decay": 0.1}, {"decay-on": "matrices", "weight-decay": 0.1}),
+    ],
+)
+def test_a_visible_choice_is_seen(run: Execute, one: dict[str, Any], other: dict[str, Any]) -> None:
+    first, second = (final_model(run(name=n, **BN_AND_DROPOUT, **keys)) for n, keys in (("a", one), ("b", other)))
+    assert any(not torch.equal(first[name], second[name]) for name in first)
+
+
+def test_rows_and_summary_tell_the_cost(run: Execute) -> None:
+    result = run(name="cost", evaluate_every=3)
+    rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
+    assert len(rows) == 8  # 2 epochs of 512 images in rounds of 4 clients, 2 steps, 16 images
+    last = rows[-1]
+    assert (last["round"], last["epoch"], last["local_steps"], last["syncs"]) == (8, 2.0, 16, 8)
+    assert last["bytes_up"] == last["bytes_down"] == 8 * 4 * 62_006 * 4  # rounds, clients, parameters, bytes
+    assert [row["test_accuracy"] is not None for row in rows] == [False, False, True] * 2 + [False, True]
+    assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
+    summary = read_summary(result.folder)
+    assert summary is not None
+    assert summary["final_test_accuracy"] == last["test_accuracy"]
+    assert summary["best_test_accuracy"] == max(
+        row["test_accuracy"] for row in rows if row["test_accuracy"] is not None
+    )
+    assert summary["parameters"] == 62_006
+    assert {"device", "commit", "command", "versions", "seconds", "round", "epoch"} <= summary.keys()
+    config = json.loads((result.folder / "config.json").read_text())
+    assert (config["mode"], config["clients"], config["device"]) == ("localsgd", 4, "cpu")
+
+
+def test_a_fraction_trains_fewer_clients_for_more_rounds(run: Execute) -> None:
+    half = run(name="half", fraction=0.5)
+    rows = rows_of(half)
+    assert (len(rows), rows[-1]["epoch"]) == (16, 2.0)  # twice the rounds of all 4 clients, for the same samples
+    assert rows[-1]["bytes_up"] == 16 * 2 * 62_006 * 4
+    parts = run(name="parts", fraction=0.5, stop_after_rounds=5)
+    assert_same_bits(final_model(run(name="parts", fraction=0.5)), final_model(half))
+    assert parts.folder.name == "parts"
+
+
+def test_averaged_momentum_travels_with_the_model(run: Execute) -> None:
+    kept, averaged = (rows_of(run(name=policy, momentum_at_sync=policy))[-1] for policy in ("keep", "average"))
+    assert averaged["bytes_up"] == 2 * kept["bytes_up"]
+
+
+def test_learning_happens(run: Execute) -> None:
+    keys = {"synthetic-images": 2000, "lr": 0.05, "epochs": 6.0, "evaluate-every": 1000}
+    assert rows_of(run(name="local", **keys))[-1]["test_accuracy"] > 0.8  # 10 classes
+    central = run("centralized", name="central", **{**keys, "batch-size": 64})
+    assert rows_of(central)[-1]["test_accuracy"] > 0.8
+
+
+def test_a_finished_run_is_left_alone_unless_asked(run: Execute) -> None:
+    first = run(name="once")
+    written = (first.folder / "metrics.jsonl").stat().st_mtime_ns
+    assert run(name="once").finished
+    assert (first.folder / "metrics.jsonl").stat().st_mtime_ns == written
+
+
+def test_a_diverging_centralized_run_fails_and_keeps_its_checkpoint(run: Execute, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"the training loss of epoch \d+ is nan: a lower --lr may help"):
+        run("centralized", name="diverging", lr=1e6, momentum=0.99, epochs=5.0)
+    assert not (tmp_path / "diverging" / "summary.json").exists()
+
+
+def test_a_stop_that_has_been_passed_changes_nothing(run: Execute) -> None:
+    part = run(name="part", stop_after_rounds=3)
+    model, rows = final_model(part), rows_of(part)
+    part = run(name="part", stop_after_rounds=2)
+    assert_same_bits(final_model(part), model)
+    assert rows_of(part) == rows
+
+
+def test_an_early_stop_tells_where_its_rows_come_from(run: Execute) -> None:
+    part = run(name="part", stop_after_rounds=2, evaluate_every=3)
+    summary = read_summary(part.folder)
+    assert summary is not None
+    assert (summary["finished"], summary["round"], summary["final_test_accuracy"]) == (False, 2, None)
+    assert {"device", "commit", "command", "versions"} <= summary.keys()
+
+
+def test_another_number_of_nodes_is_an_error_not_a_wait(small: Config) -> None:
+    config = resolve(small.changed({"name": "count"}), "localsgd")
+    with (
+        FleetGrid(client_app.app, config.changed({"clients": 3})) as grid,
+        pytest.raises(UserError, match="clients = 4, but the federation has 3 nodes"),
+    ):
+        train_localsgd(grid, config, Run(config, "localsgd"))
+
+
+def test_validation_is_what_the_records_say_was_tested_on(run: Execute) -> None:
+    for mode in ("localsgd", "centralized"):
+        plain, held = (run(mode, name=f"{mode}-{n}", validation=n, epochs=1.0) for n in (0, 128))
+        for result, words in ((plain, "test"), (held, "validation")):
+            summary = read_summary(result.folder)
+            assert summary is not None
+            assert {row["tested_on"] for row in rows_of(result)} == {summary["tested_on"]} == {words}
+        assert rows_of(held)[-1]["local_steps"] == rows_of(plain)[-1]["local_steps"] * 384 // 512
+        assert rows_of(held)[-1]["test_loss"] != rows_of(plain)[-1]["test_loss"]
+
+
+def test_records_by_epoch_change_neither_the_model_nor_the_mean_loss(run: Execute) -> None:
+    by_round = run(name="rounds", local_steps=3)  # 512 images are 2 2/3 rounds of 4 clients, 3 steps, 16 images
+    by_epoch = run(name="epochs", local_steps=3, record_by="epoch")
+    assert_same_bits(final_model(by_round), final_model(by_epoch))
+    rounds, (first, second) = rows_of(by_round), rows_of(by_epoch)
+    assert [row["round"] for row in (first, second)] == [3, 5]  # the first to pass an epoch, and the last
+    assert first["train_loss"] == pytest.approx(sum(row["train_loss"] for row in rounds[:3]) / 3)
+    assert {**second, "train_loss": 0} == {**rounds[4], "train_loss": 0}
+
+
+def test_a_run_recorded_by_epoch_goes_on_bitwise(run: Execute) -> None:
+    whole = run(name="whole", record_by="epoch", local_steps=3, epochs=4.0)
+    part = {"record_by": "epoch", "local_steps": 3, "epochs": 4.0, "checkpoint_every": 1}
+    run(name="part", stop_after_rounds=6, **part)
+    resumed = run(name="part", **part)
+    assert_same_bits(final_model(whole), final_model(resumed))
+    assert rows_of(whole) == rows_of(resumed)
+
+
+def test_a_run_older_than_a_key_is_still_that_run(run: Execute) -> None:
+    first = run(name="old")
+    path = first.folder / "config.json"
+    held = json.loads(path.read_text())
+    path.write_text(json.dumps({name: value for name, value in held.items() if name != "validation"}))
+    assert run(name="old").finished
+    with pytest.raises(UserError, match="validation = 0, not 16"):
+        run(name="old", validation=16)

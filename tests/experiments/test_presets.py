@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from fedsim.errors import UserError
+from fedsim.experiments.presets import configure
+from fedsim.training.run_plan import run_plan
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"optimizer": "sgdm", "batch-size": 8192}, {"lr": 0.01, "reference-batch": 0, "milestones": "50,60"}),
+        ({"optimizer": "lars", "batch-size": 1024}, {"lr": 0.01, "reference-batch": 128, "warmup-epochs": 5.0}),
+        ({"optimizer": "lamb", "batch-size": 1024}, {"lr": 0.01, "warmup-epochs": 10.0, "decay-on": "matrices"}),
+        ({"optimizer": "lamb", "batch-size": 2048}, {"lr": 0.02, "schedule": "cosine"}),
+    ],
+)
+def test_table1_fills_in_what_fits_the_optimizer_and_the_batch(given: dict[str, Any], expected: dict[str, Any]) -> None:
+    keys = configure(given, "table1").as_keys()
+    assert given.items() <= keys.items()
+    assert expected.items() <= keys.items()
+    assert {
+        "epochs": 100.0,
+        "weight-decay": 4e-4,
+        "normalize": "cifar10",
+        "schedule-unit": "epoch",
+    }.items() <= keys.items()
+
+
+def test_table2_is_200_rounds_whatever_j() -> None:
+    for clients, local_steps, epochs in ((4, 10, 10.24), (12, 30, 92.16)):
+        config = configure({"clients": clients, "local-steps": local_steps}, "table2")
+        planned = run_plan(config, 50_000)
+        assert planned.rounds == 200
+        assert planned.lr.epochs == pytest.approx(epochs)
+        assert (config.batchnorm_at_sync, config.reshuffle, config.momentum_at_sync) == ("worker-0", "round", "keep")
+
+
+def test_explicit_flags_win() -> None:
+    config = configure({"optimizer": "lamb", "batch-size": 4096, "lr": 0.5, "epochs": 7.0}, "table1")
+    assert (config.lr, config.epochs, config.schedule) == (0.5, 7.0, "cosine")
+
+
+def test_a_budget_in_epochs_replaces_the_presets_rounds() -> None:
+    assert configure({"epochs": 2.0}, "table2").rounds == 0
+    assert configure({"rounds": 3}, "table2").rounds == 3
+
+
+def test_equal_epochs_take_the_rounds_that_the_paper_notes() -> None:
+    for clients, rounds in ((4, (1953, 977, 651)), (12, (651, 326, 217))):
+        for local_steps, expected in zip((10, 20, 30), rounds, strict=True):
+            config = configure({"clients": clients, "local-steps": local_steps, "epochs": 100.0}, "table2")
+            assert run_plan(config, 50_000).rounds == expected
+
+
+@pytest.mark.parametrize("name", ["table3", "../config", "table1.toml"])
+def test_an_unknown_preset_names_the_known_ones(name: str) -> None:
+    with pytest.raises(UserError, match=r"it must be one of kj-equal-epochs, .*table1, .*table2"):
+        configure({}, name)

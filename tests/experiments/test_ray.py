@@ -1,0 +1,302 @@
+"""Cells on Ray: a Ray of their own, and a cluster of two nodes on this machine; each bounded in time."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+import pytest
+import torch
+import typer
+
+from fedsim import cli
+from fedsim.config import CORES, Config, cpu_count
+from fedsim.errors import UserError
+from fedsim.experiments.study import Cell
+from fedsim.federation.flwr_run import copy_app, end, free_port
+from fedsim.records import read_rows, read_summary
+from tests.conftest import assert_same_bits, final_model, rows_of
+from tests.federation.test_flwr_run import started_by
+
+ROOT = Path(__file__).parents[2]
+GRID = (
+    "grid --dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 16 --clients 1,2 --local-steps 2 "
+    "--epochs 2 --device cpu --threads 1"
+).split()
+FILES = {"config.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "model.pt", ".lock"}
+
+
+def saved_round(cell: Path) -> int:
+    """The round of the last checkpoint; the one before it where a kill came between the two."""
+    last, before = cell / "checkpoint.pt", cell / "checkpoint-before.pt"
+    return int(torch.load(last if last.exists() else before, weights_only=True)["round"])
+
+
+def run_py(folder: Path, *arguments: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
+    """`run.py` of the checkout `root`, its working directory and its results in `folder`."""
+    command = [sys.executable, str(root / "run.py"), *arguments]
+    shared = {**os.environ, "PYTHONPATH": str(root), **env}
+    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=shared)
+
+
+def assert_same_grid(one: Path, other: Path) -> None:
+    """The same cells with the same rows but for their seconds, and bitwise the same models."""
+    names = sorted(path.name for path in one.iterdir() if path.is_dir())
+    assert names == sorted(path.name for path in other.iterdir() if path.is_dir())
+    assert names
+    for name in names:
+        assert rows_of(one / name) == rows_of(other / name)
+        assert_same_bits(final_model(one / name), final_model(other / name))
+
+
+def test_a_grid_on_ray_is_the_grid_one_by_one(tmp_path: Path) -> None:
+    assert run_py(tmp_path, *GRID, "--name", "alone").returncode == 0
+    done = run_py(tmp_path, *GRID, "--name", "ray", "--ray", STARTED_BY=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    alone, ray = tmp_path / "results" / "alone", tmp_path / "results" / "ray"
+    assert_same_grid(alone, ray)
+    for cell in ray.glob("k*"):
+        assert {path.name for path in cell.iterdir()} - {"checkpoint-before.pt"} == FILES
+        ours, theirs = (read_summary(folder / cell.name) or {} for folder in (ray, alone))
+        assert ours["command"].endswith("--name ray --ray")
+        assert {**ours, "command": 0, "seconds": 0} == {**theirs, "command": 0, "seconds": 0}
+    assert (ray / "grid.csv").exists()
+    assert started_by(str(tmp_path)) == []  # Ray is gone
+
+    before = {path: path.stat().st_mtime_ns for path in ray.rglob("model.pt")}
+    again = run_py(tmp_path, *GRID, "--name", "ray", "--local-steps", "2,4", "--ray")
+    assert again.returncode == 0, again.stderr
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # finished ones were skipped
+    assert len(list(ray.glob("k*/summary.json"))) == 4
+
+
+def test_cells_that_fail_on_ray_are_named_and_the_others_run(tmp_path: Path) -> None:
+    diverging = ["--lr", "1e9", "--momentum", "0.99", "--epochs", "4", "--name", "nan"]
+    done = run_py(tmp_path, *GRID, *diverging, "--clients", "1,4", "--local-steps", "2,4", "--ray")
+    assert done.returncode == 1
+    assert done.stderr.startswith("error: ")
+    assert "of 4 cells failed: " in done.stderr
+    assert "too few usable updates: worker 0: " in done.stdout
+    assert (tmp_path / "results" / "nan" / "grid.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--ray 127.0.0.1:1", "ray = 127.0.0.1:1: no Ray cluster answers there"),
+        ("--ray --cpus-per-cell 4096", "which no node of the cluster has"),
+        ("--ray --gpus-per-cell 0.5", "gpus-per-cell = 0.5, but device = cpu: give --device cuda"),
+        ("--ray --device cuda:1", "device = cuda:1: with --ray it must be cpu or cuda"),
+    ],
+)
+def test_bad_input_for_ray_is_one_line_within_a_minute(tmp_path: Path, arguments: str, words: str) -> None:
+    began = time.monotonic()
+    done = run_py(tmp_path, *GRID, *arguments.split())
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert words in done.stderr
+    assert time.monotonic() - began < 60
+    assert not (tmp_path / "results").exists()
+
+
+def test_a_grid_on_ray_that_is_asked_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), *GRID, "--epochs", "10000", "--name", "long", "--ray"]
+    env = {**os.environ, "STARTED_BY": str(tmp_path)}
+    with subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
+        wait_for(lambda: any(read_rows(folder) for folder in (tmp_path / "results" / "long").glob("k*")))
+        process.terminate()
+        process.communicate(timeout=60)
+    assert process.returncode == 143
+    assert started_by(str(tmp_path)) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "address"),
+    [
+        ("", None),
+        ("--ray", ""),
+        ("--ray --rerun", ""),
+        ("--ray auto", "auto"),
+        ("--ray 10.0.0.1:6379 --rerun", "10.0.0.1:6379"),
+        ("--ray=auto", "auto"),
+    ],
+)
+def test_the_address_of_ray_may_be_left_out(arguments: str, address: str | None) -> None:
+    command: Any = typer.main.get_command(cli.cli)
+    assert command.commands["grid"].make_context("grid", arguments.split()).params["ray"] == address
+
+
+def test_a_process_with_a_share_of_the_cores_uses_no_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv(CORES, "3")
+    assert cpu_count() == 3
+
+
+class Nodes(NamedTuple):
+    """A Ray cluster of a CPU each: its address and the processes of its two nodes."""
+
+    address: str
+    head: psutil.Process
+    other: psutil.Process
+
+
+@pytest.fixture
+def nodes(tmp_path: Path) -> Iterator[Nodes]:
+    """A cluster that no other finds, as it writes its address to a folder of its own (short: it has sockets)."""
+    address = f"127.0.0.1:{free_port()}"
+    small = ["--block", "--num-cpus", "1", "--object-store-memory", "100000000"]
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, contextlib.ExitStack() as stack:
+        home = ["--head", "--port", address.split(":")[1], "--include-dashboard", "false", "--temp-dir", folder]
+        head = stack.enter_context(ray_node([*home, *small], tmp_path))
+        wait_for(lambda: answers(address))
+        other = stack.enter_context(ray_node(["--address", address, *small], tmp_path))
+        wait_for(lambda: any("raylet" in process.name() for process in other.children(recursive=True)))
+        yield Nodes(address, head, other)
+
+
+@contextlib.contextmanager
+def ray_node(arguments: list[str], folder: Path) -> Iterator[psutil.Process]:
+    command = [str(Path(sys.executable).with_name("ray")), "start", *arguments]
+    env = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0"}
+    quiet = subprocess.DEVNULL
+    process = subprocess.Popen(command, env=env, cwd=folder, stdout=quiet, stderr=quiet, start_new_session=True)
+    try:
+        yield psutil.Process(process.pid)
+    finally:
+        end(process)
+
+
+def answers(address: str) -> bool:
+    command = [str(Path(sys.executable).with_name("ray")), "health-check", "--address", address]
+    return subprocess.run(command, capture_output=True, timeout=100).returncode == 0
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come about"
+        time.sleep(0.05)
+
+
+def runs_of(parent: psutil.Process) -> dict[Path, psutil.Process]:
+    """The folders of the runs that the processes below `parent` hold, and which does."""
+    held: dict[Path, psutil.Process] = {}
+    for process in parent.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            files = [Path(file.path) for file in process.open_files()]
+            held |= {file.parent: process for file in files if file.name == ".lock"}
+    return held
+
+
+def kill_node(node: psutil.Process) -> None:
+    """As a power cut: all of its processes at once, with no word to the others."""
+    for process in [node, *node.children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            process.kill()
+
+
+@pytest.mark.chaos
+def test_a_node_is_killed_in_the_middle_of_a_grid_and_the_grid_completes(tmp_path: Path, nodes: Nodes) -> None:
+    keys = [*GRID, "--clients", "1,2", "--local-steps", "1", "--epochs", "6", "--checkpoint-every", "1"]
+    assert run_py(tmp_path, *keys, "--name", "undisturbed").returncode == 0
+    command = [sys.executable, str(ROOT / "run.py"), *keys, "--name", "killed", "--ray", nodes.address]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        wait_for(lambda: any((folder / "checkpoint.pt").exists() for folder in runs_of(nodes.other)))
+        (cell,) = runs_of(nodes.other)
+        kill_node(nodes.other)
+        reached = saved_round(cell)
+        before = read_rows(cell)[:reached]
+        assert read_summary(cell) is None  # it was in the middle
+        _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+    assert reached > 0
+    assert read_rows(cell)[:reached] == before  # down to their seconds: these rounds were not run again
+    assert_same_grid(tmp_path / "results" / "undisturbed", tmp_path / "results" / "killed")
+
+
+@pytest.mark.chaos
+def test_a_cell_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
+    keys = [*GRID, "--clients", "2", "--local-steps", "1", "--epochs", "6", "--checkpoint-every", "1"]
+    assert run_py(tmp_path, *keys, "--name", "undisturbed").returncode == 0
+    command = [sys.executable, str(ROOT / "run.py"), *keys, "--name", "killed", "--rerun", "--ray"]
+    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        cell = tmp_path / "results" / "killed" / "k2-j1-seed2025"
+        wait_for(lambda: (cell / "checkpoint.pt").exists())
+        runs_of(psutil.Process(process.pid))[cell].kill()
+        reached = saved_round(cell)
+        before = read_rows(cell)[:reached]
+        assert read_summary(cell) is None
+        _, errors = process.communicate(timeout=250)
+    assert process.returncode == 0, errors
+    assert read_rows(cell)[:reached] == before
+    assert_same_grid(tmp_path / "results" / "undisturbed", tmp_path / "results" / "killed")
+
+
+def test_cells_run_the_code_of_who_asks_and_the_cluster_stays(tmp_path: Path, nodes: Nodes) -> None:
+    checkout = copy_app(tmp_path / "other")
+    (checkout / "run.py").write_text((ROOT / "run.py").read_text())
+    module = checkout / "fedsim" / "__init__.py"
+    module.write_text(module.read_text().replace('__version__ = "', '__version__ = "of-another-checkout-'))
+    done = run_py(tmp_path, *GRID, "--name", "other", "--ray", nodes.address, root=checkout)
+    assert done.returncode == 0, done.stderr
+    for summary in (tmp_path / "results" / "other").glob("k*/summary.json"):
+        assert json.loads(summary.read_text())["versions"]["fedsim"].startswith("of-another-checkout-")
+    assert answers(nodes.address)
+
+
+def test_a_node_with_other_code_refuses_a_cell(small: Config) -> None:
+    from fedsim.experiments import ray_sweep as ray_cells
+
+    run_cell: Any = ray_cells._run_cell  # Ray's wrapper of the function
+    with pytest.raises(UserError, match=r"the fedsim in .* is not the one that asks: bring it to the same commit"):
+        run_cell._function(Cell((), "localsgd", small), "fleet", 1.0, "other")
+
+
+def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: Nodes) -> None:
+    here = tmp_path / "driver"
+    here.mkdir()
+    done = run_py(here, *GRID, "--results-dir", "/proc/self/cwd/mine", "--ray", nodes.address)
+    assert done.returncode == 2, done.stderr
+    (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))  # Ray may warn beside it
+    assert error.endswith("is another folder: give one that all nodes share")
+
+
+def test_flwr_run_on_an_existing_cluster_is_the_run_in_this_process_bitwise(tmp_path: Path, nodes: Nodes) -> None:
+    keys = [*GRID[1:], "--clients", "3", "--rounds", "4"]
+    assert run_py(tmp_path, "localsgd", *keys, "--name", "fleet").returncode == 0
+    seen: set[int] = set()
+    over = threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.1):
+            for node in (nodes.head, nodes.other):
+                if any("ClientAppActor" in name for name in titles(node)):
+                    seen.add(node.pid)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    flower = run_py(tmp_path, "localsgd", *keys, "--name", "flower", "--engine", "flower", RAY_ADDRESS=nodes.address)
+    over.set()
+    watcher.join()
+    assert flower.returncode == 0, flower.stdout
+    assert seen == {nodes.head.pid, nodes.other.pid}  # its clients were on both nodes
+    assert rows_of(tmp_path / "results" / "flower") == rows_of(tmp_path / "results" / "fleet")
+    assert_same_bits(final_model(tmp_path / "results" / "flower"), final_model(tmp_path / "results" / "fleet"))
+    assert answers(nodes.address)
+
+
+def titles(node: psutil.Process) -> list[str]:
+    """What the processes of `node` call themselves."""
+    found = []
+    for process in node.children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            found.append(" ".join(process.cmdline()))
+    return found

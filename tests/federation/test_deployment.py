@@ -1,0 +1,118 @@
+"""The app as a federation of processes that speak TLS and prove who they are: as deployed, on loopback."""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from fedsim.deploy.files import Federation, deploy
+from fedsim.device import resolve
+from fedsim.experiments.execute import execute
+from fedsim.experiments.presets import configure
+from fedsim.federation.flwr_run import copy_app, free_port
+from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
+from tests.federation.processes import JOINED, Running, client_environment, running, started
+
+pytestmark = pytest.mark.deployment
+
+KEYS = {**SMALL, "rounds": 3}
+
+
+@pytest.fixture(scope="module")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """A SuperLink and four SuperNodes, each with its own shard and its own key."""
+    with running(tmp_path_factory.mktemp("deployment") / "federation") as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def open_door(tmp_path_factory: pytest.TempPathFactory, federation: Running) -> Path:
+    """The folder of an insecure federation for the same SuperLink."""
+    out = tmp_path_factory.mktemp("open") / "federation"
+    deploy(Federation(1, port=federation.port, insecure=True), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def strangers(tmp_path_factory: pytest.TempPathFactory, federation: Running) -> Path:
+    """Another federation's folder for the same SuperLink: its authority and its keys are not this one's."""
+    out = tmp_path_factory.mktemp("strangers") / "federation"
+    deploy(Federation(1, port=federation.port), out)
+    return out
+
+
+def copied(federation: Running, folder: Path) -> Path:
+    """A copy of node 0 with another port of its own; returns its script."""
+    script = shutil.copytree(federation.folder / "nodes" / "0", folder) / "node.sh"
+    script.write_text(re.sub(r"--port \d+", f"--port {free_port()}", script.read_text()))
+    return script
+
+
+def refused(script: Path, words: str) -> None:
+    """Start a node that must end by itself, with `words` in its log, without having joined."""
+    with started(script, script.with_name("refused.log")) as node:
+        assert node.process.wait(60) == 1, node.says()
+        assert words in node.says()
+        assert JOINED not in node.says()
+
+
+def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(federation: Running, tmp_path: Path) -> None:
+    keys = {**KEYS, "results-dir": str(tmp_path), "name": "deployed"}
+    overrides = " ".join(f'{name}="{v}"' if isinstance(v, str) else f"{name}={v}" for name, v in keys.items())
+    done = federation.flwr("run", str(copy_app(tmp_path / "app")), "federation", "--stream", "-c", overrides)
+    assert (tmp_path / "deployed" / "summary.json").exists(), done.stdout
+    fleet = execute(resolve(configure({**keys, "name": "fleet"}), "localsgd"), "localsgd")
+    assert len(rows_of(fleet)) == 3
+    assert rows_of(tmp_path / "deployed") == rows_of(fleet)
+    assert_same_bits(final_model(tmp_path / "deployed"), final_model(fleet))
+
+
+def test_a_node_is_refused_until_its_key_is_registered(federation: Running, strangers: Path, tmp_path: Path) -> None:
+    script = copied(federation, tmp_path / "node")
+    shutil.copy(strangers / "nodes" / "0" / "node.key", script.parent)
+    refused(script, "[code: 2004] Failed to activate SuperNode")
+    client = shutil.copytree(federation.folder / "client", tmp_path / "client")
+    shutil.copy(strangers / "client" / "keys" / "node-0.pub", client / "keys" / "node-4.pub")
+    command = ["bash", str(client / "register.sh")]
+    done = subprocess.run(command, env=federation.env, stdout=subprocess.PIPE, text=True, timeout=120)
+    known = [f"keys/node-{node}.pub: registered before" for node in range(4)]
+    assert done.stdout.splitlines() == [*known, "keys/node-4.pub: registered"]
+    with started(script, tmp_path / "accepted.log") as node:
+        node.wait_for(JOINED)
+
+
+def test_a_node_that_trusts_another_authority_does_not_connect(
+    federation: Running, strangers: Path, tmp_path: Path
+) -> None:
+    script = copied(federation, tmp_path / "node")
+    shutil.copy(strangers / "nodes" / "0" / "ca.crt", script.parent)
+    refused(script, "CERTIFICATE_VERIFY_FAILED")
+
+
+def test_a_node_in_plain_text_never_gets_in(federation: Running, open_door: Path, tmp_path: Path) -> None:
+    """Flower's SuperNode tries again for ever."""
+    script = copied(replace(federation, folder=open_door), tmp_path / "node")
+    with started(script, tmp_path / "node.log") as node:
+        node.wait_for("Connection attempt failed", times=3)
+        assert JOINED not in node.says()
+
+
+def test_clients_in_plain_text_or_of_another_authority_are_refused(
+    federation: Running, open_door: Path, strangers: Path
+) -> None:
+    assert federation.flwr("list", "federation").returncode == 0
+    for client in (open_door / "client", strangers / "client"):
+        done = replace(federation, env=client_environment(client)).flwr("list", "federation", seconds=60)
+        assert done.returncode == 1
+        assert "Connection to the SuperLink is unavailable" in done.stdout
+
+
+def test_an_insecure_federation_needs_no_keys(tmp_path: Path) -> None:
+    with running(tmp_path / "open", nodes=1, insecure=True) as federation:
+        assert "online" in federation.flwr("supernode", "list", "federation").stdout

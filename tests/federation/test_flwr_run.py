@@ -1,0 +1,101 @@
+"""The app on Flower's own engine: the real ``flwr run``, SuperLink and Ray."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedsim.config import Config
+from fedsim.federation.flwr_run import copy_app, federation, superlink
+from tests.conftest import assert_same_bits, final_model, rows_of
+
+ROOT = Path(__file__).parents[2]
+SMALL = (
+    "localsgd --dataset synthetic --synthetic-images 512 --model lenet-bn --batch-size 16 --clients 3 --local-steps 2 "
+    "--rounds 3 --schedule cosine --device cpu --threads 1"
+).split()
+
+
+def run_py(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, str(ROOT / "run.py"), *SMALL, "--results-dir", str(folder), *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+
+
+def started_by(mark: str) -> list[str]:
+    """The processes that have `mark` in their environment, as all do that were started with it."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (process / "environ").read_bytes():
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:
+            continue
+    return found
+
+
+@pytest.mark.parametrize(
+    "keys", [("--momentum-at-sync", "keep"), ("--momentum-at-sync", "average", "--validation", "64")]
+)
+def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
+) -> None:
+    fleet = run_py(tmp_path, "--name", "fleet", *keys)
+    assert fleet.returncode == 0, fleet.stderr
+    monkeypatch.setenv("STARTED_BY", str(tmp_path))
+    flower = run_py(tmp_path, "--name", "flower", *keys, "--engine", "flower")
+    assert flower.returncode == 0, flower.stdout
+    assert_same_bits(final_model(tmp_path / "flower"), final_model(tmp_path / "fleet"))
+    assert rows_of(tmp_path / "flower") == rows_of(tmp_path / "fleet")
+    assert "round    3" in flower.stdout  # the log was streamed
+    assert started_by(str(tmp_path)) == []  # and the SuperLink is gone
+
+
+def test_a_run_begun_in_this_process_goes_on_by_flwr_run_bitwise(tmp_path: Path) -> None:
+    assert run_py(tmp_path, "--name", "whole").returncode == 0
+    assert run_py(tmp_path, "--name", "parts", "--stop-after-rounds", "1").returncode == 0
+    assert run_py(tmp_path, "--name", "parts", "--engine", "flower").returncode == 0
+    assert_same_bits(final_model(tmp_path / "parts"), final_model(tmp_path / "whole"))
+
+
+def test_a_run_that_is_asked_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "run.py"), *SMALL, "--results-dir", str(tmp_path), "--engine", "flower"]
+    env = {**os.environ, "STARTED_BY": str(tmp_path)}
+    long = [*command, "--rounds", "100000"]
+    with subprocess.Popen(long, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        next(line for line in process.stdout if "round    2" in line)
+        assert any("flower-superlink" in command for command in started_by(str(tmp_path)))
+        process.terminate()
+        process.communicate(timeout=100)
+    assert process.returncode == 143
+    assert started_by(str(tmp_path)) == []
+
+
+def test_a_run_that_fails_on_flower_is_exit_code_1(tmp_path: Path) -> None:
+    failed = run_py(tmp_path, "--name", "nan", "--lr", "1e30", "--engine", "flower")
+    assert failed.returncode == 1
+    assert "flwr run did not complete (its status: finished:failed)" in failed.stderr
+    assert "round 1: too few usable updates: worker 0: " in failed.stdout
+
+
+def test_flwr_run_as_flowers_users_run_it(tmp_path: Path) -> None:
+    """``flwr run .`` with run-config overrides; a federation of another size than `clients` fails, not waits."""
+    config = Config(clients=2, device="cpu", threads=1)
+    overrides = (
+        f'dataset="synthetic" model="lenet5" clients=2 local-steps=2 rounds=2 batch-size=16 device="cpu" threads=1 '
+        f'results-dir="{tmp_path}" name="plain"'
+    )
+    with superlink(tmp_path) as env:
+        app = copy_app(tmp_path / "app")
+        command = [str(Path(sys.executable).with_name("flwr")), "run", ".", "fedsim", "--stream", "-c", overrides]
+        wrong = [*command, "--federation-config", federation(config.changed({"clients": 5}))]
+        refused = subprocess.run(wrong, cwd=app, env=env, capture_output=True, text=True, timeout=200)
+        assert "clients = 2, but the federation has 5 nodes: make them equal" in refused.stdout
+        right = [*command, "--federation-config", federation(config)]
+        subprocess.run(right, cwd=app, env=env, capture_output=True, text=True, timeout=200, check=True)
+    assert len(rows_of(tmp_path / "plain")) == 2
+    assert (tmp_path / "plain" / "summary.json").exists()

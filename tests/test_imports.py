@@ -1,0 +1,74 @@
+"""The direction of imports: each part of fedsim imports only what stands before it."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+import fedsim
+
+ROOT = Path(fedsim.__file__).parent
+LAYERS = (
+    ("errors", "rng"),
+    ("config",),
+    ("device",),
+    ("data", "optim"),
+    ("models", "records"),
+    ("training",),
+    ("federation",),
+    ("experiments",),
+    ("report", "bench"),
+    ("cli",),
+)
+NOT_YET = {("experiments", "report")}  # the tables after a grid and a study
+LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
+WITHOUT_FLOWER = ("errors", "rng", "config", "device", "data", "optim", "models", "records", "training", "report")
+
+
+def imports_of(path: Path) -> set[str]:
+    """Every module that a file imports, also within functions."""
+    found = set()
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            found |= {name.name for name in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{name.name}" for name in node.names}
+    return found
+
+
+def files_of(part: str) -> list[Path]:
+    return sorted((ROOT / part).rglob("*.py")) or [ROOT / f"{part}.py"]
+
+
+@pytest.mark.parametrize("part", LAYER)
+def test_a_part_imports_no_later_one(part: str) -> None:
+    for file in files_of(part):
+        parts = {name.split(".")[1] for name in imports_of(file) if name.startswith("fedsim.")}
+        later = {other for other in parts & LAYER.keys() if other != part and LAYER[other] >= LAYER[part]}
+        later = {other for other in later if (part, other) not in NOT_YET}
+        assert not later, f"{file} imports {later}"
+
+
+def test_deploy_imports_errors_alone() -> None:
+    for file in files_of("deploy"):
+        parts = {name.split(".")[1] for name in imports_of(file) if name.startswith("fedsim.")}
+        assert parts <= {"errors", "deploy"}, file
+
+
+@pytest.mark.parametrize("part", WITHOUT_FLOWER)
+def test_only_the_federation_imports_flower(part: str) -> None:
+    for file in files_of(part):
+        imported = {name.partition(".")[0] for name in imports_of(file)}
+        assert not imported & {"flwr", "ray", "strategies"}, file
+
+
+def test_strategies_import_nothing_of_fedsim() -> None:
+    for file in (ROOT.parent / "strategies").glob("*.py"):
+        assert "fedsim" not in {name.partition(".")[0] for name in imports_of(file)}, file
+
+
+def test_every_part_has_a_place() -> None:
+    parts = {path.stem for path in ROOT.iterdir() if path.suffix == ".py" or (path / "__init__.py").exists()}
+    assert parts - set(LAYER) == {"__init__", "deploy"}

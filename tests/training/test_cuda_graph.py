@@ -1,0 +1,124 @@
+"""Steps out of static buffers are `take_steps`; what a CUDA graph adds to them is tested in test_gpu.py."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from fedsim.config import Config
+from fedsim.data.datasets import CIFAR100, load_dataset
+from fedsim.data.images import Images, draws
+from fedsim.models import LeNet5, build_model, set_dropout_streams
+from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
+from fedsim.rng import begin_stream, numpy_stream
+from fedsim.training.cuda_graph import StaticSteps, simple_steps
+
+SAMPLES, BATCH = 40, 16  # the last batch is smaller
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"optimizer": "sgdm"},
+    {"optimizer": "sgdm", "nesterov": True, "decay-on": "matrices"},
+    {"optimizer": "sgdm", "momentum": 0.0},
+    {"optimizer": "lars", "decay-on": "matrices", "trust-coefficient": 0.05},
+    {"optimizer": "lars", "lars-lr-in-momentum": True},
+    {"optimizer": "lamb", "decay-on": "matrices"},
+    {"optimizer": "lamb", "lamb-bias-correction": "moments"},
+]
+
+
+def rounds(config: Config, static: bool, capture: bool = False) -> dict[str, Tensor]:
+    """All that is left of three rounds, the last with a new optimizer's state: losses, weights, state."""
+    images = load_dataset(config).train
+    model = build_model(config.model, config.synthetic_classes, 0, config.device, config.precision)
+    named = dict(model.named_parameters())
+    optimizer = build_optimizer(config, named)
+    dropout = torch.Generator(config.device)
+    set_dropout_streams(model, [dropout])
+    simple = simple_steps(config, model, optimizer, images)
+    if static:
+        steps = StaticSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture)
+        if not capture:
+            steps.warm_up()
+    losses = []
+    for round in range(3):
+        if round == 2:
+            load_optimizer_state(named, optimizer, {})
+        begin_stream(dropout, 1, 0, round, "dropout")
+        order = numpy_stream(1, 0, round, "shuffle").permutation(len(images))[:SAMPLES]
+        drawn = draws(order, numpy_stream(1, 0, round, "augment"))
+        rates = [0.01, 0.02 / (1 + round), 0.03]
+        losses.append(float(steps.take(drawn[:, None], rates) if static else simple(drawn, rates)))
+    return {"losses": torch.tensor(losses), **model.state_dict(), **optimizer_state(named, optimizer)}
+
+
+def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], within: float) -> None:
+    assert one.keys() == other.keys()
+    differences = {name: float((value - other[name]).abs().max()) for name, value in one.items()}
+    assert all(difference <= within for difference in differences.values()), differences
+
+
+@pytest.mark.parametrize(
+    ("model", "precision", "keys"),
+    [
+        *(("lenet-bn", "fp32", keys) for keys in OPTIMIZERS),
+        *(("lenet5", "fp64", keys) for keys in OPTIMIZERS),
+        ("lenet-bn", "bf16", OPTIMIZERS[0]),
+    ],
+)
+def test_static_steps_are_take_steps(small: Config, model: str, precision: str, keys: dict[str, Any]) -> None:
+    """Bit for bit, but where LARS multiplies by the rate in another order."""
+    config = small.changed({"model": model, "precision": precision, **keys})
+    one, other = rounds(config, static=False), rounds(config, static=True)
+    if keys["optimizer"] == "lars" and "lars-lr-in-momentum" not in keys:
+        assert_close(one, other, {"fp32": 1e-5, "fp64": 1e-12}[precision])
+    else:
+        assert_close(one, other, 0)
+
+
+def test_another_momentum_would_be_seen(small: Config) -> None:
+    one = rounds(small, static=True)
+    with pytest.raises(AssertionError, match="losses"):
+        assert_close(one, rounds(small.changed({"momentum": 0.8}), static=True), 1e-4)
+
+
+@pytest.mark.parametrize("keys", OPTIMIZERS)
+def test_warming_up_leaves_no_mark_but_the_zeros_of_a_new_state(small: Config, keys: dict[str, Any]) -> None:
+    config = small.changed({"model": "lenet-bn", **keys})
+    model = build_model("lenet-bn", 10, 0)
+    named = dict(model.named_parameters())
+    optimizer = build_optimizer(config, named)
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    places = {name: value.data_ptr() for name, value in model.state_dict().items()}
+    steps = StaticSteps(model, optimizer, load_dataset(config).train, SAMPLES, BATCH, "fp32")
+    steps.warm_up()
+    assert_close(before, model.state_dict(), 0)
+    assert {name: value.data_ptr() for name, value in model.state_dict().items()} == places
+    state = optimizer_state(named, optimizer)
+    assert bool(state) == (config.optimizer == "lamb" or config.momentum > 0)
+    assert not any(value.any() for value in state.values())
+
+
+@pytest.mark.parametrize("replicas", [1, 3])
+@pytest.mark.parametrize("keys", OPTIMIZERS)
+def test_a_round_reads_no_value_on_the_device(
+    small: Config, keys: dict[str, Any], replicas: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the device meta, which has no values: whatever would wait for one raises."""
+    monkeypatch.setattr(torch, "_fused_sgd_", lambda *tensors, **keys: None)  # the one kernel that meta lacks
+    images = Images(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64), CIFAR100, "meta")
+    with torch.device("meta"):
+        model = LeNet5(10, replicas)
+    if replicas > 1:
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+    optimizer = build_optimizer(small.changed(keys), dict(model.named_parameters()))
+    optimizer._need_device_dtype_check_for_fused = False  # type: ignore[attr-defined]  # which refuses meta
+    steps = StaticSteps(model, optimizer, images, SAMPLES, BATCH, "fp32", replicas)
+    for _ in range(2):
+        losses = steps.take(torch.zeros(4, replicas, SAMPLES, dtype=torch.int64), [0.1, 0.2, 0.3])
+    assert (losses.device.type, tuple(losses.shape)) == ("meta", (replicas,))
+    with pytest.raises(RuntimeError):
+        float(losses[0])

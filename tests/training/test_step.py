@@ -1,0 +1,56 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from fedsim import device as pool
+from fedsim.config import Config
+from fedsim.data.datasets import load_dataset
+from fedsim.models import build_model
+from fedsim.optim import build_optimizer
+from fedsim.training.step import evaluate, take_steps
+
+CONFIG = Config(dataset="synthetic", synthetic_images=1200, device="cpu", lr=0.1, momentum=0.0, weight_decay=0.0)
+
+
+def test_steps_are_gradient_descent_and_the_loss_is_the_mean_over_samples() -> None:
+    model = nn.Linear(2, 2, bias=False).double()
+    weight = model.weight.detach().clone()
+    batches = [(torch.randn(n, 2).double(), torch.zeros(n, dtype=torch.int64)) for n in (4, 4, 1)]
+    loss = take_steps(
+        model, build_optimizer(CONFIG, dict(model.named_parameters())), batches, lambda step: 0.1 * step, first_step=5
+    )
+    losses = []
+    for step, (x, y) in enumerate(batches, 5):
+        weight.requires_grad_()
+        value = F.cross_entropy(x @ weight.T, y)
+        (gradient,) = torch.autograd.grad(value, weight)
+        weight = (weight - 0.1 * step * gradient).detach()
+        losses.append(float(value.detach()))
+    torch.testing.assert_close(model.weight.data, weight, rtol=0, atol=1e-15)
+    assert loss == pytest.approx((4 * losses[0] + 4 * losses[1] + losses[2]) / 9, abs=1e-15)
+
+
+def test_evaluation_is_the_mean_over_all_images_in_eval_mode() -> None:
+    images = load_dataset(CONFIG).test
+    model = build_model("lenet-bn", 10, 0)
+    statistics = model.get_buffer("bn1.running_mean").clone()
+    loss, accuracy = evaluate(model, images)
+    inputs, labels = images.plain(0, len(images))
+    with torch.no_grad():
+        logits = model.eval()(inputs)
+    assert loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-6)
+    assert accuracy == float((logits.argmax(1) == labels).double().mean())
+    assert torch.equal(model.get_buffer("bn1.running_mean"), statistics)
+
+
+def test_evaluation_is_the_same_on_any_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+    images = load_dataset(CONFIG).test
+    model = build_model("lenet-bn", 10, 0)
+    results = set()
+    for cores in (1, 2, 3):
+        monkeypatch.setattr(pool, "cpu_count", lambda cores=cores: cores)
+        results.add(evaluate(model, images))
+    assert len(results) == 1
