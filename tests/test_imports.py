@@ -11,7 +11,7 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "rng"),
+    ("errors", "rng", "reference"),
     ("config",),
     ("device",),
     ("data", "optim"),
@@ -24,7 +24,19 @@ LAYERS = (
 )
 NOT_YET = {("experiments", "report")}  # the tables after a grid and a study
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
-WITHOUT_FLOWER = ("errors", "rng", "config", "device", "data", "optim", "models", "records", "training", "report")
+WITHOUT_FLOWER = (
+    "errors",
+    "rng",
+    "reference",
+    "config",
+    "device",
+    "data",
+    "optim",
+    "models",
+    "records",
+    "training",
+    "report",
+)
 
 
 def imports_of(path: Path) -> set[str]:

@@ -23,7 +23,6 @@ from fedsim.bench.baseline_flower import tutorial_rounds
 from fedsim.bench.baseline_torch import plain_rounds
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
-from fedsim.data.images import draws
 from fedsim.device import prepare
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
@@ -32,12 +31,13 @@ from fedsim.federation.in_process import FleetGrid, TrainTogether
 from fedsim.federation.node_registry import Roster
 from fedsim.federation.round import build_strategy, train_round
 from fedsim.federation.server_app import new_progress
-from fedsim.models import build_model, set_dropout_streams
+from fedsim.models import build_model
 from fedsim.optim import build_optimizer
 from fedsim.records import read_rows, run_folder
 from fedsim.training import stacked as fused
-from fedsim.training.cuda_graph import simple_steps, steps_of
 from fedsim.training.run_plan import run_plan
+from fedsim.training.step import step_inputs
+from fedsim.training.step_fn import make_step_fn, simple_step_fn
 
 Rounds = Callable[[Config, int], list[float]]
 
@@ -64,18 +64,16 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
     data = load_dataset(config)
     model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
     if compiled:
-        model.compile()  # with torch's own dropout: torch.compile knows no generators
-    else:
-        set_dropout_streams(model, [torch.Generator(config.device)])
+        model.compile()
     optimizer = build_optimizer(config, dict(model.named_parameters()))
     large = config.changed({"batch-size": config.clients * config.batch_size})
     order = np.resize(np.arange(len(data.train)), large.batch_size * config.local_steps)
-    rates = [config.lr] * config.local_steps
+    inputs = functools.partial(step_inputs, order, large.batch_size, 0, 0, 0, [config.lr] * config.local_steps)
     if captured:
-        take = steps_of(large, model, optimizer, data.train, len(order))
+        run = make_step_fn(large, model, optimizer, data.train, len(order))
     else:
-        take = simple_steps(large, model, optimizer, data.train)
-    return timed(lambda: float(take(draws(order, np.random.default_rng(0)), rates)), rounds, config.device)
+        run = simple_step_fn(large, model, optimizer, data.train)
+    return timed(lambda: float(run(inputs())), rounds, config.device)
 
 
 def fleet_rounds(config: Config, rounds: int) -> list[float]:

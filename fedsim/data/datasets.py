@@ -17,7 +17,7 @@ from fedsim.data.cache import Arrays, cached, user_cache
 from fedsim.data.cifar100 import official_files, read_official
 from fedsim.data.images import SIDE, Images, Moments, bordered
 from fedsim.errors import UserError
-from fedsim.rng import numpy_stream
+from fedsim.rng import generator
 
 CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
@@ -75,7 +75,7 @@ def _training_images(config: Config) -> int:
 @functools.lru_cache(maxsize=1)  # a split is a copy of the images
 def _hold_out(read: Callable[..., Dataset], key: tuple[Any, ...], count: int, seed: int) -> Dataset:
     whole = read(*key)
-    order = numpy_stream(seed, 0, 0, "validation").permutation(len(whole.train))
+    order = generator(seed, 0, 0, "validation").permutation(len(whole.train))
     return Dataset(whole.train.subset(order[count:]), whole.train.subset(order[:count]), whole.classes)
 
 

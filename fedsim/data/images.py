@@ -97,14 +97,18 @@ def bordered(pixels: NDArray[np.uint8]) -> NDArray[np.int32]:
     return words.view(np.int32)[..., 0]
 
 
-def draws(index: NDArray[np.int64], augment: np.random.Generator) -> Tensor:
-    """(4, N) what `Images.crop` takes of the N images `index`, on the CPU: which, from where, and mirrored or not."""
-    corners = augment.integers(0, 2 * PAD + 1, (2, len(index)))
-    return torch.from_numpy(np.stack([index, *corners, augment.integers(0, 2, len(index))]))
+def sample_crops(index: NDArray[np.int64], words: NDArray[np.uint64]) -> Tensor:
+    """(4, N) the arguments of `Images.crop` for the N images `index`, on the CPU: which, from where, mirrored or not.
+
+    `words` are N random 64-bit words: the upper half gives the row, the lower half the column, the last bit the mirror.
+    """
+    half, corners = np.uint64(32), np.uint64(2 * PAD + 1)
+    top, left = (((part * corners) >> half).astype(np.int64) for part in (words >> half, words & np.uint64(2**32 - 1)))
+    return torch.from_numpy(np.stack([index, top, left, (words & np.uint64(1)).astype(np.int64)]))
 
 
 def batches(images: Images, drawn: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented batches of what `draws` drew: random crop in a border of 4, random mirror.
+    """Augmented batches of what `sample_crops` drew: random crop in a border of 4, random mirror.
 
     Yields ((B, 3, 32, 32) float32, (B,) labels); the last batch is smaller where batch_size does not divide.
     """

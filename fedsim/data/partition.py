@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 
 from fedsim.config import Config
 from fedsim.errors import UserError
-from fedsim.rng import numpy_stream
+from fedsim.rng import generator
 
 
 def shard(images: int, workers: int, worker: int, seed: int) -> NDArray[np.int64]:
@@ -19,7 +19,7 @@ def shard(images: int, workers: int, worker: int, seed: int) -> NDArray[np.int64
 
 @functools.lru_cache(maxsize=2)  # every client asks in every round
 def _shuffled(images: int, seed: int) -> NDArray[np.int64]:
-    return numpy_stream(seed, 0, 0, "shard").permutation(images)
+    return generator(seed, 0, 0, "shard").permutation(images)
 
 
 def check_shards(config: Config, images: int, workers: int) -> None:
@@ -33,17 +33,16 @@ def check_shards(config: Config, images: int, workers: int) -> None:
         )
 
 
-def sample_order(
-    size: int, first: int, count: int, seed: int, worker: int, round: int, reshuffle: str
-) -> NDArray[np.int64]:
-    """Which `count` of a shard's `size` images to take next.
+def sample_order(size: int, first: int, count: int, seed: int, worker: int, reshuffle: str) -> NDArray[np.int64]:
+    """(count,) which of a shard's `size` images a worker takes, its samples `first` to `first` + `count` of the run.
 
-    reshuffle = epoch: places `first` to `first + count` of an endless row of shuffled passes, so that every
-    image is seen once before any is seen again, whatever the rounds. round: a shuffled pass begun at `round`.
+    reshuffle = epoch: the samples of a run are shuffled passes over the shard, one after the other, so that a worker
+    that takes part in every round sees every image once before any twice. A worker that a round does not sample skips
+    the samples of that round. reshuffle = round: a new shuffled pass begins at `first`.
     """
     if reshuffle == "round":
-        rng = numpy_stream(seed, worker, round, "shuffle")
+        rng = generator(seed, worker, first, "shuffle")
         return np.concatenate([rng.permutation(size) for _ in range(-(-count // size))])[:count]
     passes = range(first // size, (first + count - 1) // size + 1)
-    order = np.concatenate([numpy_stream(seed, worker, p, "shuffle").permutation(size) for p in passes])
+    order = np.concatenate([generator(seed, worker, p, "shuffle").permutation(size) for p in passes])
     return order[first - passes[0] * size :][:count]

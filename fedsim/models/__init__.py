@@ -10,28 +10,8 @@ from torch import Tensor, nn
 
 from fedsim.device import parameter_dtype
 from fedsim.errors import UserError
-from fedsim.rng import numpy_stream
-
-
-class Dropout(nn.Module):
-    """Dropout (Srivastava et al. 2014) whose masks come from `generators`, one for each replica.
-
-    Without them it is `nn.Dropout`, which draws from the process's global stream.
-    """
-
-    def __init__(self, p: float) -> None:
-        super().__init__()
-        self.p = p
-        self.generators: list[torch.Generator] = []
-
-    def forward(self, x: Tensor) -> Tensor:
-        if not self.training or not self.generators:
-            return F.dropout(x, self.p, self.training)
-        keep = 1 - self.p
-        mask = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for part, generator in zip(mask.view(len(self.generators), -1), self.generators, strict=True):
-            part.bernoulli_(keep, generator=generator)
-        return x * mask.div_(keep)
+from fedsim.models.dropout import Dropout
+from fedsim.rng import generator
 
 
 class Conv2d(nn.Conv2d):
@@ -154,7 +134,7 @@ def build_model(
     It is drawn on the CPU: the same weights on every device. Channels-last trains 1.3 to 2.8 times faster.
     """
     with torch.random.fork_rng(devices=[]):  # nn.Module's initialisation knows only the global stream
-        torch.manual_seed(int(numpy_stream(seed, 0, 0, "init").integers(2**63)))
+        torch.manual_seed(int(generator(seed, 0, 0, "init").integers(2**63)))
         model = _network(name, classes)
     return model.to(device, parameter_dtype(precision)).to(memory_format=torch.channels_last)
 
@@ -187,15 +167,3 @@ def convolve_by_products(model: nn.Module) -> None:
     for module in model.modules():
         if isinstance(module, Conv2d):
             module.by_products = True
-
-
-def set_dropout_streams(model: nn.Module, generators: list[torch.Generator]) -> None:
-    """Let every dropout layer of `model` draw its masks from `generators`, one for each replica."""
-    for module in model.modules():
-        if isinstance(module, Dropout):
-            module.generators = generators
-
-
-def dropout_streams(model: nn.Module) -> list[torch.Generator]:
-    """The generators that `set_dropout_streams` gave; none where the model has no dropout."""
-    return next((module.generators for module in model.modules() if isinstance(module, Dropout)), [])

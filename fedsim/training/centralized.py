@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 from fractions import Fraction
 
-import torch
-
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
-from fedsim.data.images import draws
 from fedsim.data.partition import check_shards, sample_order, shard
 from fedsim.device import prepare
 from fedsim.errors import RunFailed, UserError
-from fedsim.models import build_model, set_dropout_streams
+from fedsim.models import build_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.optim.lr_schedule import schedule_of
 from fedsim.records import Run
-from fedsim.rng import begin_stream, numpy_stream
-from fedsim.training.cuda_graph import steps_of
-from fedsim.training.step import evaluate
+from fedsim.training.step import evaluate, step_inputs
+from fedsim.training.step_fn import make_step_fn
 
 ALONE = {"syncs": 0, "bytes_up": 0, "bytes_down": 0, "left_out": {}}  # what one machine's rows say of others
 
@@ -27,7 +23,7 @@ ALONE = {"syncs": 0, "bytes_up": 0, "bytes_down": 0, "left_out": {}}  # what one
 def train_centralized(config: Config, run: Run) -> None:
     """Train for ``config.epochs`` (resolved configuration), from the run's checkpoint if it has one.
 
-    An epoch is to this what a round is to the only client of LocalSGD: the same shard, the same streams.
+    The only worker of LocalSGD takes the same steps, bit for bit, where the batch size divides the training images.
     """
     prepare(config)
     data = load_dataset(config)
@@ -35,9 +31,7 @@ def train_centralized(config: Config, run: Run) -> None:
     model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
     named = dict(model.named_parameters())
     optimizer = build_optimizer(config, named)
-    dropout = torch.Generator(config.device)
-    set_dropout_streams(model, [dropout])
-    take_epoch = steps_of(config, model, optimizer, data.train, len(data.train))
+    run_steps = make_step_fn(config, model, optimizer, data.train, len(data.train))
     images = shard(len(data.train), 1, 0, config.seed)
     steps_per_epoch = -(-len(images) // config.batch_size)
     epochs, last = whole_epochs(config)
@@ -50,12 +44,10 @@ def train_centralized(config: Config, run: Run) -> None:
         done = checkpoint["round"]
 
     for epoch in range(done, last):
-        order = sample_order(len(images), epoch * len(images), len(images), config.seed, 0, epoch, "epoch")
-        augment = numpy_stream(config.seed, 0, epoch, "augment")
-        begin_stream(dropout, config.seed, 0, epoch, "dropout")
+        order = sample_order(len(images), epoch * len(images), len(images), config.seed, 0, "epoch")
         first_step = epoch * steps_per_epoch
         rates = [lr(step) for step in range(first_step, first_step + steps_per_epoch)]
-        loss = float(take_epoch(draws(images[order], augment), rates))
+        loss = float(run_steps(step_inputs(images[order], config.batch_size, config.seed, 0, first_step, rates)))
 
         if not math.isfinite(loss):
             raise RunFailed(f"the training loss of epoch {epoch + 1} is {loss}: a lower --lr may help")

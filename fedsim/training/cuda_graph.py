@@ -1,9 +1,9 @@
 """The local steps of a round out of buffers that stay where they are, so that a CUDA graph can hold a whole step.
 
-`engine.take_steps` is the same in its simple form. Here a round's draws and rates go to the device at once, and a
-step finds its own by a counter that lies there too: it crops, runs forward and backward, lets the optimizer step and
-notes its loss, and nothing waits for the device. On a GPU it is captured once and replayed for every step; elsewhere
-the same operations run one by one.
+`step.run_steps` is the same in its simple form. Here the inputs of a round go to the device at once, and a step finds
+its own by a counter that lies there too: it crops, runs forward and backward, lets the optimizer step and stores its
+loss, and nothing waits for the device. On a GPU the step is captured once and replayed for every step; elsewhere the
+same operations run one by one.
 """
 
 from __future__ import annotations
@@ -15,21 +15,19 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.data.images import Images, batches
-from fedsim.models import dropout_streams
+from fedsim.data.images import Images
+from fedsim.models.dropout import set_dropout_keys
 from fedsim.optim import load_optimizer_state, optimizer_state, set_lr
-from fedsim.training.step import take_step, take_steps
-
-Steps = Callable[[Tensor, Sequence[float]], Tensor | float]
+from fedsim.training.step import StepInputs, take_step
 
 WARM_UP = 3  # steps before a capture, in which CUDA's libraries choose their kernels
 
 
-class StaticSteps:
+class CapturedSteps:
     """Rounds of `samples` images for each of K `replicas` side by side, in batches; the last may be smaller.
 
-    Of `model` and `optimizer` only the values may change from now on: weights and states are loaded in place, dropout
-    streams begun anew. With `capture` they are as they were when this returns, but for their dropout streams.
+    From now on weights and optimizer state must be changed in place only. With `capture` the warm-up steps leave both
+    as they were.
     """
 
     def __init__(
@@ -50,24 +48,28 @@ class StaticSteps:
         sizes = [batch_size] * full + [self._rest] * (self._rest > 0)
         # CUDA's fused SGD reads its rate as a float32; in float64 the CPU's bits are those of a Python float
         rate_dtype = torch.float64 if self._device.type == "cpu" else torch.float32
-        self._draws = torch.zeros(4, replicas, samples, dtype=torch.int64, device=self._device)
+        self._crops = torch.zeros(4, replicas, samples, dtype=torch.int64, device=self._device)
         self._rates = torch.zeros(len(sizes), dtype=rate_dtype, device=self._device)
+        self._keys = torch.zeros(len(sizes), replicas, dtype=torch.int64, device=self._device)
         self._losses = torch.zeros(len(sizes), replicas, dtype=self._dtype, device=self._device)
         self._shares = torch.tensor(sizes, dtype=torch.float64, device=self._device)[:, None] / samples
         self._within = torch.arange(batch_size, device=self._device)
         self._step = torch.zeros(1, dtype=torch.int64, device=self._device)  # of the round, the next to be taken
         self._lr = torch.zeros((), dtype=rate_dtype, device=self._device)
+        self._key = torch.zeros(replicas, dtype=torch.int64, device=self._device)
         set_lr(optimizer, self._lr)
+        set_dropout_keys(model, self._key)
         self._full = full
         self._take_full: Callable[[], None] = self._captured() if capture else lambda: self._take(batch_size)
 
-    def take(self, draws: Tensor, rates: Sequence[float]) -> Tensor:
+    def run(self, inputs: Sequence[StepInputs]) -> Tensor:
         """Every step of a round; (K,) the replicas' mean losses over its samples, for which nothing has waited.
 
-        `draws`: (4, K, samples) on the CPU, of each replica what `data.draws` gives; `rates`: of each step.
+        `inputs`: of each replica; their rates are the same.
         """
-        self._fill(self._draws, draws)
-        self._fill(self._rates, torch.tensor(rates, dtype=self._rates.dtype))
+        self._fill(self._crops, torch.stack([replica.crops for replica in inputs], dim=1))
+        self._fill(self._keys, torch.stack([replica.dropout_keys for replica in inputs], dim=1))
+        self._fill(self._rates, torch.tensor(inputs[0].rates, dtype=self._rates.dtype))
         self._step.zero_()
         self._model.train()
         for _ in range(self._full):
@@ -85,16 +87,17 @@ class StaticSteps:
     def _take(self, size: int) -> None:
         """The next step, on `size` images of each replica."""
         columns = self._step * self._batch_size + self._within[:size]
-        index, top, left, flip = self._draws.index_select(2, columns).flatten(1)  # each (K * size,)
+        index, top, left, flip = self._crops.index_select(2, columns).flatten(1)  # each (K * size,)
         crops = self._images.crop(index, top, left, flip, self._replicas).to(self._dtype)
         labels = self._images.labels.index_select(0, index)
+        self._key.copy_(self._keys.index_select(0, self._step).squeeze(0))
         self._lr.copy_(self._rates.index_select(0, self._step).squeeze(0))
         losses = take_step(self._model, self._optimizer, crops, labels, self._precision, self._replicas)
         self._losses.index_copy_(0, self._step, losses.view(1, -1).to(self._dtype))
         self._step.add_(1)
 
     def warm_up(self) -> None:
-        """Some steps that leave no mark, but that the optimizer now remembers something, which a graph needs."""
+        """Warm-up steps: allocate the optimizer state that a capture needs, then restore weights and state."""
         parameters = {str(i): p for i, p in enumerate(p for g in self._optimizer.param_groups for p in g["params"])}
         weights = {name: value.clone() for name, value in self._model.state_dict().items()}
         state = optimizer_state(parameters, self._optimizer)
@@ -112,8 +115,6 @@ class StaticSteps:
         with torch.cuda.stream(stream):
             self.warm_up()
         graph = torch.cuda.CUDAGraph()
-        for generator in dropout_streams(self._model):
-            graph.register_generator_state(generator)
         with torch.cuda.graph(graph, stream=stream):
             self._take(self._batch_size)
         torch.cuda.current_stream(self._device).wait_stream(stream)
@@ -124,26 +125,3 @@ def capturable(config: Config) -> bool:
     """Whether a step of `config` can be a CUDA graph: torch-optimizer's LARS and Lamb wait for the device in theirs."""
     own = config.optimizer == "sgdm" or config.optimizer_backend == "fedsim"
     return own and config.device.startswith("cuda")
-
-
-def steps_of(config: Config, model: nn.Module, optimizer: Optimizer, images: Images, samples: int) -> Steps:
-    """How one model takes the steps of a round of `samples` images on the device of `config`.
-
-    It is given (4, samples) draws and the rate of each step and returns the mean loss: on a GPU by `StaticSteps`, which
-    does not wait for it; elsewhere by `take_steps`, whose bits are those of the records.
-    """
-    if not config.device.startswith("cuda"):
-        return simple_steps(config, model, optimizer, images)
-    keys = (samples, config.batch_size, config.precision)
-    static = StaticSteps(model, optimizer, images, *keys, capture=capturable(config))
-    return lambda drawn, rates: static.take(drawn[:, None], rates)
-
-
-def simple_steps(config: Config, model: nn.Module, optimizer: Optimizer, images: Images) -> Steps:
-    """`steps_of` by `take_steps` on any device."""
-
-    def take(drawn: Tensor, rates: Sequence[float]) -> float:
-        stream = batches(images, drawn, config.batch_size)
-        return take_steps(model, optimizer, stream, rates.__getitem__, 0, config.precision)
-
-    return take

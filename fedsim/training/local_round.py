@@ -6,21 +6,20 @@ import threading
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
 from fedsim.data.datasets import classes_of, load_dataset, training_images
-from fedsim.data.images import Images, draws
+from fedsim.data.images import Images
 from fedsim.data.local_folder import own_images
 from fedsim.data.partition import sample_order, shard
 from fedsim.device import prepare
-from fedsim.models import blank_model, set_dropout_streams
+from fedsim.models import blank_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
-from fedsim.rng import begin_stream, numpy_stream
-from fedsim.training.cuda_graph import Steps, steps_of
 from fedsim.training.run_plan import RunPlan, run_plan
+from fedsim.training.step import StepInputs, step_inputs
+from fedsim.training.step_fn import StepFn, make_step_fn
 
 
 @dataclass(frozen=True)
@@ -45,12 +44,11 @@ class End:
 
 @dataclass
 class Replica:
-    """A model, its optimizer and the generator of its dropout, lent to one client at a time."""
+    """A model and its optimizer, lent to one client at a time."""
 
     model: nn.Module
     optimizer: Optimizer
-    dropout: torch.Generator
-    steps: Steps
+    run_steps: StepFn
 
 
 _of_thread = threading.local()
@@ -58,22 +56,21 @@ _of_thread = threading.local()
 
 def take_round(config: Config, start: Start) -> End:
     """The local steps of one worker, on this thread's replica."""
-    weights, state, loss = advance(config, _replica(config), start)
+    weights, state, loss = train_replica(config, _replica(config), start)
     return End(weights, state, float(loss), local_plan(config).samples(start.round))
 
 
-def advance(
+def train_replica(
     config: Config, replica: Replica, start: Start
 ) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | float]:
-    """The weights, the optimizer's state and the mean loss after a worker's local steps on `replica`.
+    """The weights, the optimizer state and the mean loss after a worker's local steps on `replica`.
 
     A GPU is not waited for.
     """
     named = dict(replica.model.named_parameters())
     replica.model.load_state_dict(start.weights)
     load_optimizer_state(named, replica.optimizer, start.state)
-    begin_dropout(config, start, replica.dropout)
-    loss = replica.steps(local_draws(config, start), local_plan(config).rates(start.round))
+    loss = replica.run_steps(round_inputs(config, start))
     weights = {name: value.clone() for name, value in replica.model.state_dict().items()}
     return weights, optimizer_state(named, replica.optimizer), loss
 
@@ -83,27 +80,21 @@ def local_images(config: Config) -> Images:
     return own_images(config) or load_dataset(config).train
 
 
-def local_draws(config: Config, start: Start) -> Tensor:
-    """(4, J * B) the images of a worker's round and their augmentation."""
+def round_inputs(config: Config, start: Start) -> StepInputs:
+    """What the local steps of a worker's round read."""
     own = own_images(config)
     held = np.arange(len(own)) if own else shard(training_images(config), config.clients, start.worker, config.seed)
-    plan, before = local_plan(config), start.round - 1
-    first = plan.first_step(start.round) * config.batch_size
-    order = sample_order(
-        len(held), first, plan.samples(start.round), config.seed, start.worker, before, config.reshuffle
-    )
-    augment = numpy_stream(config.seed, start.worker, before, "augment")
-    return draws(held[order], augment)
+    plan = local_plan(config)
+    first_step, samples = plan.first_step(start.round), plan.samples(start.round)
+    first = first_step * config.batch_size
+    order = sample_order(len(held), first, samples, config.seed, start.worker, config.reshuffle)
+    rates = plan.rates(start.round)
+    return step_inputs(held[order], config.batch_size, config.seed, start.worker, first_step, rates)
 
 
 def local_plan(config: Config) -> RunPlan:
     """The plan of the run, whose epochs are counted in the images of its data set, also where a node has its own."""
     return run_plan(config, training_images(config))
-
-
-def begin_dropout(config: Config, start: Start, generator: torch.Generator) -> None:
-    """Let `generator` draw a worker's dropout masks of its round."""
-    begin_stream(generator, config.seed, start.worker, start.round - 1, "dropout")
 
 
 def _replica(config: Config) -> Replica:
@@ -119,7 +110,5 @@ def build_replica(config: Config) -> Replica:
     prepare(config)
     model = blank_model(config.model, classes_of(config), config.device, config.precision)
     optimizer = build_optimizer(config, dict(model.named_parameters()))
-    dropout = torch.Generator(config.device)
-    set_dropout_streams(model, [dropout])
-    steps = steps_of(config, model, optimizer, local_images(config), local_plan(config).max_steps * config.batch_size)
-    return Replica(model, optimizer, dropout, steps)
+    samples = local_plan(config).max_steps * config.batch_size
+    return Replica(model, optimizer, make_step_fn(config, model, optimizer, local_images(config), samples))

@@ -22,18 +22,17 @@ from torch.optim import Optimizer
 from fedsim.config import Config
 from fedsim.data.datasets import classes_of, load_dataset
 from fedsim.device import prepare
-from fedsim.models import blank_model, convolve_by_products, set_dropout_streams
+from fedsim.models import blank_model, convolve_by_products
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
-from fedsim.training.cuda_graph import StaticSteps, capturable
+from fedsim.training.cuda_graph import CapturedSteps, capturable
 from fedsim.training.local_round import (
     End,
     Replica,
     Start,
-    advance,
-    begin_dropout,
     build_replica,
-    local_draws,
     local_plan,
+    round_inputs,
+    train_replica,
 )
 
 Way = Literal["groups", "products", "streams"]
@@ -49,8 +48,7 @@ class Fleet:
     parts: list[dict[str, Tensor]]  # of parameters, each with a part of the stacked gradient as its .grad
     buffers: list[dict[str, Tensor]]
     optimizer: Optimizer
-    dropout: list[torch.Generator]
-    steps: StaticSteps
+    steps: CapturedSteps
 
 
 def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
@@ -64,10 +62,7 @@ def _side_by_side(config: Config, starts: Sequence[Start]) -> list[End]:
     weights = [{name: start.weights[name] for name in of} for of, start in zip(tensors, starts, strict=True)]
     _fill(_named(tensors).values(), _named(weights).values())
     load_optimizer_state(_named(fleet.parts), fleet.optimizer, _named([start.state for start in starts]))
-    for start, generator in zip(starts, fleet.dropout, strict=True):
-        begin_dropout(config, start, generator)
-    drawn = torch.stack([local_draws(config, start) for start in starts], dim=1)
-    losses = fleet.steps.take(drawn, local_plan(config).rates(starts[0].round)).tolist()
+    losses = fleet.steps.run([round_inputs(config, start) for start in starts]).tolist()
     samples = local_plan(config).samples(starts[0].round)
     return [
         End(_copies(of), optimizer_state(parts, fleet.optimizer), loss, samples)
@@ -82,8 +77,6 @@ def build_fleet(config: Config, replicas: int, way: Way) -> Fleet:
     model = blank_model(config.model, classes_of(config), config.device, config.precision, replicas=replicas)
     if way == "products":
         convolve_by_products(model)
-    dropout = [torch.Generator(config.device) for _ in range(replicas)]
-    set_dropout_streams(model, dropout)
     parts = _parts_with_gradients(model, replicas)
     buffers = [
         {name: _split(buffer, replicas)[replica] for name, buffer in model.named_buffers()}
@@ -91,8 +84,8 @@ def build_fleet(config: Config, replicas: int, way: Way) -> Fleet:
     ]
     optimizer = _sgdm(config, model, parts) if config.optimizer == "sgdm" else build_optimizer(config, _named(parts))
     keys = (local_plan(config).max_steps * config.batch_size, config.batch_size, config.precision, replicas)
-    steps = StaticSteps(model, optimizer, load_dataset(config).train, *keys, capture=capturable(config))
-    return Fleet(model, parts, buffers, optimizer, dropout, steps)
+    steps = CapturedSteps(model, optimizer, load_dataset(config).train, *keys, capture=capturable(config))
+    return Fleet(model, parts, buffers, optimizer, steps)
 
 
 def _parts_with_gradients(model: nn.Module, replicas: int) -> list[dict[str, Tensor]]:
@@ -127,7 +120,7 @@ def _on_streams(config: Config, starts: Sequence[Start]) -> list[End]:
         if stream:
             stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):  # without one, as if this line were not here
-            ends.append(advance(config, replica, start))
+            ends.append(train_replica(config, replica, start))
     for stream in filter(None, streams):
         torch.cuda.current_stream(stream.device).wait_stream(stream)
     samples = local_plan(config).samples(starts[0].round)

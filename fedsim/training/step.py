@@ -2,39 +2,70 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedsim.data.images import Images
+from fedsim.data.images import Images, sample_crops
 from fedsim.device import products_in, thread_pool
+from fedsim.models.dropout import set_dropout_keys
 from fedsim.optim import set_lr
+from fedsim.rng import random_words, step_keys
 
 TEST_BATCH = 250  # images on a CPU; larger ones outgrow a core's cache
 GPU_TEST_BATCH = 2500  # smaller ones leave a GPU waiting for their launches
 
 
-def take_steps(
+@dataclass(frozen=True)
+class StepInputs:
+    """What consecutive local steps of one worker read: which images, how each is augmented, and the learning rates.
+
+    `crops`: (4, samples) on the CPU, the arguments of `Images.crop`; a step takes the next batch of its columns, the
+    last one may be smaller. `dropout_keys`: (steps,) int64, and `rates`: one number, for each step.
+    """
+
+    crops: Tensor
+    dropout_keys: Tensor
+    rates: Sequence[float]
+
+
+def step_inputs(
+    index: NDArray[np.int64], batch_size: int, seed: int, worker: int, first_step: int, rates: Sequence[float]
+) -> StepInputs:
+    """The inputs of the steps `first_step`, `first_step` + 1, ... of a worker on the images `index`, in their order."""
+    words = random_words(step_keys(seed, worker, first_step, len(rates), "augment"), batch_size)
+    keys = step_keys(seed, worker, first_step, len(rates), "dropout")
+    crops = sample_crops(index, words.reshape(-1)[: len(index)])
+    return StepInputs(crops, torch.from_numpy(keys.view(np.int64)), rates)
+
+
+def run_steps(
     model: nn.Module,
     optimizer: Optimizer,
     batches: Iterable[tuple[Tensor, Tensor]],
-    lr: Callable[[int], float],
-    first_step: int,
+    rates: Sequence[float],
+    dropout_keys: Tensor,
     precision: str = "fp32",
 ) -> float:
-    """One optimizer step on each batch; returns the mean training loss over their samples.
+    """Run one optimizer step for each batch; returns the mean training loss over all samples.
 
-    `lr` gives the rate of a local step, counted from `first_step` on. The loss of a batch is the one before
-    its step, in train mode. The device is waited for once, at the end.
+    `rates` and `dropout_keys` have an entry for each batch. The loss of a batch is the one before its step, in train
+    mode. The device is waited for once, at the end.
     """
     model.train()
     parameter = next(model.parameters())
+    current_key = torch.empty(1, dtype=torch.int64, device=parameter.device)
+    set_dropout_keys(model, current_key)
     losses, sizes = [], []
-    for step, (images, labels) in enumerate(batches, first_step):
-        set_lr(optimizer, lr(step))
+    for (images, labels), lr, key in zip(batches, rates, dropout_keys.tolist(), strict=True):
+        current_key.fill_(key)
+        set_lr(optimizer, lr)
         losses.append(take_step(model, optimizer, images.to(parameter.dtype), labels, precision))
         sizes.append(len(labels))
     sums = torch.stack(losses).double().cpu() * torch.tensor(sizes)

@@ -11,15 +11,21 @@ from torchvision.transforms.v2 import functional
 
 from fedsim.config import Config
 from fedsim.data.datasets import CIFAR100, data_folder, load_dataset, training_images
-from fedsim.data.images import Images, batches, draws
+from fedsim.data.images import Images, batches, sample_crops
 from fedsim.data.partition import check_shards, sample_order, shard
 from fedsim.errors import UserError
+from fedsim.rng import random_words, step_keys
 
 
 def images_of(count: int = 20) -> tuple[Images, np.ndarray]:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8)
     return Images(pixels, np.arange(count), CIFAR100, "cpu"), pixels
+
+
+def drawn(order: np.ndarray, step: int = 0) -> torch.Tensor:
+    """Crops of the images in `order`, all of one step."""
+    return sample_crops(order, random_words(step_keys(1, 0, step, 1, "augment"), len(order))[0])
 
 
 def test_crops_are_those_of_torchvision() -> None:
@@ -37,7 +43,7 @@ def test_crops_are_those_of_torchvision() -> None:
 
 def test_crops_of_replicas_stand_side_by_side_as_channels() -> None:
     images, _ = images_of(24)
-    index, top, left, flip = draws(np.arange(24), np.random.default_rng(0))
+    index, top, left, flip = drawn(np.arange(24))
     alone, together = images.crop(index, top, left, flip), images.crop(index, top, left, flip, replicas=3)
     assert together.shape == (8, 9, 32, 32)
     assert together.is_contiguous(memory_format=torch.channels_last)
@@ -60,7 +66,7 @@ def test_batches_crop_everywhere_and_mirror_half() -> None:
     images = Images(pixels, np.zeros(1, np.int64), ((0.0,) * 3, (1.0,) * 3), "cpu")
     order = np.zeros(4000, np.int64)
     found: dict[tuple[int, int], int] = {}
-    for inputs, _ in batches(images, draws(order, np.random.default_rng(0)), 500):
+    for inputs, _ in batches(images, drawn(order), 500):
         for row, column in (inputs[:, 0] > 0.5).nonzero()[:, 1:].tolist():
             found[row, column] = found.get((row, column), 0) + 1
     unmirrored = {(20 - y, 14 - x) for y in range(9) for x in range(9)}
@@ -69,12 +75,12 @@ def test_batches_crop_everywhere_and_mirror_half() -> None:
     assert abs(sum(found[place] for place in mirrored - unmirrored) / 4000 - 0.5) < 0.05
 
 
-def test_batches_end_with_the_ragged_one_and_follow_their_stream() -> None:
+def test_batches_end_with_the_ragged_one_and_follow_their_step() -> None:
     images, _ = images_of()
     order = np.arange(20)[::-1].copy()
-    first = list(batches(images, draws(order, np.random.default_rng(3)), 8))
-    again = list(batches(images, draws(order, np.random.default_rng(3)), 8))
-    other = list(batches(images, draws(order, np.random.default_rng(4)), 8))
+    first = list(batches(images, drawn(order, 3), 8))
+    again = list(batches(images, drawn(order, 3), 8))
+    other = list(batches(images, drawn(order, 4), 8))
     assert [len(labels) for _, labels in first] == [8, 8, 4]
     assert torch.cat([labels for _, labels in first]).tolist() == order.tolist()
     assert all(torch.equal(a, b) for (a, _), (b, _) in zip(first, again, strict=True))
@@ -92,21 +98,21 @@ def test_shards_are_disjoint_covering_even_and_seeded(size: int, workers: int) -
 
 
 def test_reshuffle_epoch_passes_over_the_shard_once_before_any_image_comes_again() -> None:
-    taken = [sample_order(10, first, 4, 1, 2, first // 4, "epoch") for first in range(0, 40, 4)]
+    taken = [sample_order(10, first, 4, 1, 2, "epoch") for first in range(0, 40, 4)]
     passes = np.concatenate(taken).reshape(4, 10)
     assert all(sorted(row) == list(range(10)) for row in passes.tolist())
     assert not np.array_equal(passes[0], passes[1])
-    assert np.array_equal(np.concatenate(taken[:5]), sample_order(10, 0, 20, 1, 2, 0, "epoch"))  # whatever the rounds
+    assert np.array_equal(np.concatenate(taken[:5]), sample_order(10, 0, 20, 1, 2, "epoch"))  # whatever the rounds
 
 
 def test_reshuffle_round_begins_a_pass_at_every_round() -> None:
-    one, two = (sample_order(10, 99, 25, 1, 2, round, "round") for round in (0, 1))
+    one, two = (sample_order(10, first, 25, 1, 2, "round") for first in (0, 25))
     assert sorted(one[:10]) == sorted(one[10:20]) == sorted(two[:10]) == list(range(10))
     assert not np.array_equal(one, two)
 
 
 def test_workers_draw_apart() -> None:
-    one, other = (sample_order(100, 0, 100, 1, worker, 0, "epoch") for worker in (0, 1))
+    one, other = (sample_order(100, 0, 100, 1, worker, "epoch") for worker in (0, 1))
     assert not np.array_equal(one, other)
 
 

@@ -42,6 +42,13 @@ def test_one_client_is_centralized_training_bitwise(run: Execute, optimizer: str
         }
 
 
+@pytest.mark.parametrize("local_steps", [1, 2, 16])
+def test_one_client_is_centralized_training_at_every_j(run: Execute, local_steps: int) -> None:
+    """Rounds that are shorter or longer than the epoch of 8 steps: crops and masks belong to the local step."""
+    local = run("localsgd", clients=1, local_steps=local_steps, name="local", **BN_AND_DROPOUT)
+    assert_same_bits(final_model(local), final_model(run("centralized", name="central", **BN_AND_DROPOUT)))
+
+
 @pytest.mark.parametrize("momentum_at_sync", ["keep", "reset", "average"])
 @pytest.mark.parametrize("optimizer", ["sgdm", "lamb"])
 def test_stopped_and_resumed_is_never_stopped_bitwise(run: Execute, momentum_at_sync: str, optimizer: str) -> None:

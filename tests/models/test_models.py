@@ -6,7 +6,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.errors import UserError
-from fedsim.models import Dropout, LeNetBN, blank_model, build_model, set_dropout_streams
+from fedsim.models import LeNetBN, blank_model, build_model
+from fedsim.models.dropout import Dropout, set_dropout_keys
 
 
 @pytest.mark.parametrize(
@@ -66,18 +67,29 @@ def test_a_blank_model_is_laid_out_like_a_built_one_and_draws_nothing() -> None:
         assert blank.state_dict()[name].device == value.device
 
 
-def test_dropout_follows_its_stream_and_keeps_the_mean() -> None:
-    layer = Dropout(0.25)
-    model = nn.Sequential(layer)
-    x = torch.ones(100_000)
+def test_dropout_follows_its_key_alone_and_keeps_the_mean() -> None:
+    model = nn.Sequential(Dropout(0.25), Dropout(0.25))
+    key = torch.zeros(1, dtype=torch.int64)
+    set_dropout_keys(model, key)
+    x = torch.ones(1000, 100)
 
-    def masked(seed: int) -> torch.Tensor:
-        set_dropout_streams(model, [torch.Generator().manual_seed(seed)])
-        y: torch.Tensor = model(x)
+    def masked(value: int, layer: int = 0) -> torch.Tensor:
+        key.fill_(value)
+        y: torch.Tensor = model[layer](x)
         return y
 
     assert torch.equal(masked(1), masked(1))
     assert not torch.equal(masked(1), masked(2))
-    assert sorted(set(masked(1).tolist())) == pytest.approx([0.0, 4 / 3])
+    assert not torch.equal(masked(1), masked(1, layer=1))
+    assert sorted(set(masked(1).flatten().tolist())) == pytest.approx([0.0, 4 / 3])
     assert float(masked(1).mean()) == pytest.approx(1, abs=0.01)
     assert torch.equal(model.eval()(x), x)
+
+
+def test_dropout_of_replicas_is_that_of_each_alone() -> None:
+    layer, x = Dropout(0.5), torch.ones(3, 4, 5)
+    set_dropout_keys(layer, torch.tensor([7, 8, 9]))
+    together = layer(x)
+    for replica, key in enumerate((7, 8, 9)):
+        set_dropout_keys(layer, torch.tensor([key]))
+        assert torch.equal(layer(x[replica]), together[replica])

@@ -1,4 +1,4 @@
-"""Steps out of static buffers are `take_steps`; what a CUDA graph adds to them is tested in test_gpu.py."""
+"""Steps out of static buffers are `run_steps`; what a CUDA graph adds to them is tested in test_gpu.py."""
 
 from __future__ import annotations
 
@@ -11,11 +11,13 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.data.datasets import CIFAR100, load_dataset
-from fedsim.data.images import Images, draws
-from fedsim.models import LeNet5, build_model, set_dropout_streams
+from fedsim.data.images import Images
+from fedsim.models import LeNet5, build_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
-from fedsim.rng import begin_stream, numpy_stream
-from fedsim.training.cuda_graph import StaticSteps, simple_steps
+from fedsim.rng import generator
+from fedsim.training.cuda_graph import CapturedSteps
+from fedsim.training.step import StepInputs, step_inputs
+from fedsim.training.step_fn import simple_step_fn
 
 SAMPLES, BATCH = 40, 16  # the last batch is smaller
 OPTIMIZERS: list[dict[str, Any]] = [
@@ -35,22 +37,18 @@ def rounds(config: Config, static: bool, capture: bool = False) -> dict[str, Ten
     model = build_model(config.model, config.synthetic_classes, 0, config.device, config.precision)
     named = dict(model.named_parameters())
     optimizer = build_optimizer(config, named)
-    dropout = torch.Generator(config.device)
-    set_dropout_streams(model, [dropout])
-    simple = simple_steps(config, model, optimizer, images)
+    simple = simple_step_fn(config, model, optimizer, images)
     if static:
-        steps = StaticSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture)
+        steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture)
         if not capture:
             steps.warm_up()
     losses = []
     for round in range(3):
         if round == 2:
             load_optimizer_state(named, optimizer, {})
-        begin_stream(dropout, 1, 0, round, "dropout")
-        order = numpy_stream(1, 0, round, "shuffle").permutation(len(images))[:SAMPLES]
-        drawn = draws(order, numpy_stream(1, 0, round, "augment"))
-        rates = [0.01, 0.02 / (1 + round), 0.03]
-        losses.append(float(steps.take(drawn[:, None], rates) if static else simple(drawn, rates)))
+        order = generator(1, 0, round, "shuffle").permutation(len(images))[:SAMPLES]
+        inputs = step_inputs(order, BATCH, 1, 0, 3 * round, [0.01, 0.02 / (1 + round), 0.03])
+        losses.append(float(steps.run([inputs]) if static else simple(inputs)))
     return {"losses": torch.tensor(losses), **model.state_dict(), **optimizer_state(named, optimizer)}
 
 
@@ -68,7 +66,7 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], within: float
         ("lenet-bn", "bf16", OPTIMIZERS[0]),
     ],
 )
-def test_static_steps_are_take_steps(small: Config, model: str, precision: str, keys: dict[str, Any]) -> None:
+def test_captured_steps_are_run_steps(small: Config, model: str, precision: str, keys: dict[str, Any]) -> None:
     """Bit for bit, but where LARS multiplies by the rate in another order."""
     config = small.changed({"model": model, "precision": precision, **keys})
     one, other = rounds(config, static=False), rounds(config, static=True)
@@ -92,7 +90,7 @@ def test_warming_up_leaves_no_mark_but_the_zeros_of_a_new_state(small: Config, k
     optimizer = build_optimizer(config, named)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     places = {name: value.data_ptr() for name, value in model.state_dict().items()}
-    steps = StaticSteps(model, optimizer, load_dataset(config).train, SAMPLES, BATCH, "fp32")
+    steps = CapturedSteps(model, optimizer, load_dataset(config).train, SAMPLES, BATCH, "fp32")
     steps.warm_up()
     assert_close(before, model.state_dict(), 0)
     assert {name: value.data_ptr() for name, value in model.state_dict().items()} == places
@@ -116,9 +114,10 @@ def test_a_round_reads_no_value_on_the_device(
             parameter.grad = torch.zeros_like(parameter)
     optimizer = build_optimizer(small.changed(keys), dict(model.named_parameters()))
     optimizer._need_device_dtype_check_for_fused = False  # type: ignore[attr-defined]  # which refuses meta
-    steps = StaticSteps(model, optimizer, images, SAMPLES, BATCH, "fp32", replicas)
+    steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, "fp32", replicas)
+    zeros = [torch.zeros(shape, dtype=torch.int64) for shape in ((4, SAMPLES), (3,))]
     for _ in range(2):
-        losses = steps.take(torch.zeros(4, replicas, SAMPLES, dtype=torch.int64), [0.1, 0.2, 0.3])
+        losses = steps.run([StepInputs(zeros[0], zeros[1], [0.1, 0.2, 0.3])] * replicas)
     assert (losses.device.type, tuple(losses.shape)) == ("meta", (replicas,))
     with pytest.raises(RuntimeError):
         float(losses[0])

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fedsim.config import Config
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
-from fedsim.training.step import take_steps
+from fedsim.training.step import run_steps
 from strategies.local_sgd import weighted_mean
 
 Batch = tuple[Tensor, Tensor]
@@ -60,7 +60,8 @@ def local_sgd(model: nn.Module, config: Config, rounds: list[list[list[Batch]]])
             named = dict(replica.named_parameters())
             optimizer = build_optimizer(config, named)
             load_optimizer_state(named, optimizer, {} if config.momentum_at_sync == "reset" else states[worker])
-            take_steps(replica, optimizer, batches, lambda step: config.lr / (1 + step), round * len(batches))
+            rates = [config.lr / (1 + round * len(batches) + step) for step in range(len(batches))]
+            run_steps(replica, optimizer, batches, rates, torch.zeros(len(batches)))
             replies.append(replica.state_dict())
             states[worker] = optimizer_state(named, optimizer)
         glob = mean(replies)
@@ -74,13 +75,8 @@ def large_batch(model: nn.Module, config: Config, rounds: list[list[list[Batch]]
     replica = copy.deepcopy(model)
     steps = [step for workers in rounds for step in zip(*workers, strict=True)]
     union = [(torch.cat([x for x, _ in step]), torch.cat([y for _, y in step])) for step in steps]
-    take_steps(
-        replica,
-        build_optimizer(config, dict(replica.named_parameters())),
-        union,
-        lambda step: config.lr / (1 + step),
-        0,
-    )
+    rates = [config.lr / (1 + step) for step in range(len(union))]
+    run_steps(replica, build_optimizer(config, dict(replica.named_parameters())), union, rates, torch.zeros(len(union)))
     return replica.state_dict()
 
 

@@ -10,7 +10,7 @@ from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
 from fedsim.models import build_model
 from fedsim.optim import build_optimizer
-from fedsim.training.step import evaluate, take_steps
+from fedsim.training.step import evaluate, run_steps
 
 CONFIG = Config(dataset="synthetic", synthetic_images=1200, device="cpu", lr=0.1, momentum=0.0, weight_decay=0.0)
 
@@ -19,15 +19,14 @@ def test_steps_are_gradient_descent_and_the_loss_is_the_mean_over_samples() -> N
     model = nn.Linear(2, 2, bias=False).double()
     weight = model.weight.detach().clone()
     batches = [(torch.randn(n, 2).double(), torch.zeros(n, dtype=torch.int64)) for n in (4, 4, 1)]
-    loss = take_steps(
-        model, build_optimizer(CONFIG, dict(model.named_parameters())), batches, lambda step: 0.1 * step, first_step=5
-    )
+    optimizer = build_optimizer(CONFIG, dict(model.named_parameters()))
+    loss = run_steps(model, optimizer, batches, [0.5, 0.6, 0.7], torch.zeros(3))
     losses = []
     for step, (x, y) in enumerate(batches, 5):
         weight.requires_grad_()
         value = F.cross_entropy(x @ weight.T, y)
         (gradient,) = torch.autograd.grad(value, weight)
-        weight = (weight - 0.1 * step * gradient).detach()
+        weight = (weight - step / 10 * gradient).detach()
         losses.append(float(value.detach()))
     torch.testing.assert_close(model.weight.data, weight, rtol=0, atol=1e-15)
     assert loss == pytest.approx((4 * losses[0] + 4 * losses[1] + losses[2]) / 9, abs=1e-15)
