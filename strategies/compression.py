@@ -1,0 +1,232 @@
+"""Compressed updates: codecs for tensors, and error feedback around any of them.
+
+A codec encodes a tensor as a few smaller ones, whose bytes are what is sent, and decodes them:
+
+    fp16, bf16   half precision
+    int8, int4   uniform quantization with one scale per tensor (int4 packs two values in a byte)
+    sign         the sign of each value and their mean magnitude (Bernstein et al. 2018; Karimireddy et al. 2019)
+    topk         the largest `ratio` of the values by magnitude (Stich et al. 2018)
+    randomk      a random `ratio` of the values, whose places both sides draw from the same seed
+    qsgd         stochastic rounding to `levels` levels of the norm of each bucket of 128 (Alistarh et al. 2017)
+    powersgd     rank-`rank` factors of each matrix by one power iteration (Vogels et al. 2019), for each worker by
+                 itself; vectors are sent as they are
+
+With error feedback (Seide et al. 2014) a worker adds what the last message left out to the next one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+Parts = dict[str, Tensor]  # what one tensor is encoded as
+BUCKET = 128  # values of qsgd that share a norm
+FP16_MAX = 65504.0
+RESIDUAL, WARM_START = "residual/", "warm-start/"  # prefixes of what a worker remembers
+
+
+class Codec(Protocol):
+    """Encodes one tensor. Both directions draw from a generator in the same state, so that places need not be sent."""
+
+    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts: ...
+
+    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Half:
+    """fp16 (clamped to its range) or bf16, whose bits travel as int16: NumPy knows no bf16."""
+
+    dtype: torch.dtype
+
+    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
+        if self.dtype == torch.float16:
+            return {"values": x.clamp(-FP16_MAX, FP16_MAX).half()}
+        return {"values": x.to(self.dtype).view(torch.int16)}
+
+    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        return parts["values"].view(self.dtype).to(like.dtype)
+
+
+@dataclass(frozen=True)
+class Uniform:
+    """Whole numbers from -`largest` to `largest`, times one scale; packed two to a byte where they fit four bits."""
+
+    largest: int
+
+    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
+        scale = (x.abs().amax() / self.largest).float()
+        steps = (x / scale).nan_to_num_().round_().clamp_(-self.largest, self.largest)
+        return {"values": _narrow(steps.to(torch.int8), self.largest), "scale": scale}
+
+    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        return _wide(parts["values"], like, self.largest).to(like.dtype) * parts["scale"]
+
+
+@dataclass(frozen=True)
+class Sign:
+    """One bit a value (0 counts as positive) and the mean magnitude."""
+
+    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
+        bits = F.pad((x >= 0).flatten(), (0, -x.numel() % 8)).view(-1, 8)
+        places = 2 ** torch.arange(8, device=x.device)
+        return {"bits": (bits * places).sum(1).to(torch.uint8), "scale": x.abs().mean().float()}
+
+    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        places = 2 ** torch.arange(8, device=like.device)
+        bits = (parts["bits"][:, None].to(torch.int64) & places).flatten()[: like.numel()] != 0
+        return torch.where(bits, parts["scale"], -parts["scale"]).to(like.dtype).view(like.shape)
+
+
+@dataclass(frozen=True)
+class TopK:
+    """The `ratio` of the values that is largest by magnitude, at least one, and their places."""
+
+    ratio: float
+
+    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
+        flat = x.flatten()
+        places = flat.abs().topk(_count(x, self.ratio)).indices.sort().values
+        return {"values": flat[places], "places": places.to(torch.int32)}
+
+    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        places = parts["places"].to(torch.int64)
+        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < like.numel():
+            raise ValueError("a place is outside the tensor")
+        return torch.zeros_like(like).flatten().index_copy_(0, places, parts["values"]).view(like.shape)
+
+
+@dataclass(frozen=True)
+class RandomK:
+    """A random `ratio` of the values, at least one; not scaled up, since error feedback returns what is left out."""
+
+    ratio: float
+
+    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
+        return {"values": x.flatten()[self._places(x, generator)]}
+
+    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        places = self._places(like, generator)
+        return torch.zeros_like(like).flatten().index_copy_(0, places, parts["values"]).view(like.shape)
+
+    def _places(self, x: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.randperm(x.numel(), generator=generator)[: _count(x, self.ratio)].to(x.device)
+
+
+@dataclass(frozen=True)
+class QSGD:
+    """Stochastic rounding to `levels` levels of each bucket's norm: right in the mean."""
+
+    levels: int
+
+    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
+        buckets = F.pad(x.flatten(), (0, -x.numel() % BUCKET)).view(-1, BUCKET)
+        norms = buckets.norm(dim=1).float()
+        positions = (buckets.abs() / norms[:, None] * self.levels).nan_to_num_()
+        chance = torch.rand(positions.shape, generator=generator, dtype=torch.float64).to(x.device)
+        steps = (positions + chance).floor_().clamp_(max=self.levels) * buckets.sign()
+        return {"values": _narrow(steps.to(torch.int8), self.levels), "norms": norms}
+
+    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        norms = parts["norms"]
+        steps = _wide(parts["values"], like.new_empty(len(norms), BUCKET), self.levels)
+        values = steps.to(like.dtype) * (norms[:, None] / self.levels)
+        return values.flatten()[: like.numel()].view(like.shape).to(like.dtype)
+
+
+@dataclass(frozen=True)
+class PowerSGD:
+    """Two factors of a matrix (a convolution's rows are its outputs) where they are smaller than it."""
+
+    rank: int
+
+    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
+        if not self._pays(x):
+            return {"values": x}
+        matrix = x.flatten(1)
+        if warm_start is None:
+            warm_start = torch.randn(matrix.shape[1], self.rank, generator=generator).to(matrix)
+        left = torch.linalg.qr(matrix @ warm_start).Q
+        return {"left": left, "right": matrix.T @ left}
+
+    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        return (parts["left"] @ parts["right"].T).view(like.shape) if self._pays(like) else parts["values"]
+
+    def _pays(self, x: Tensor) -> bool:
+        return x.ndim > 1 and self.rank <= len(x) and self.rank * (len(x) + x[0].numel()) < x.numel()
+
+
+def make_codec(name: str, ratio: float = 0.01, levels: int = 7, rank: int = 4) -> Codec | None:
+    """The codec of a name in `CODECS`; None for ``none``."""
+    codecs: dict[str, Codec | None] = {
+        "none": None,
+        "fp16": Half(torch.float16),
+        "bf16": Half(torch.bfloat16),
+        "int8": Uniform(127),
+        "int4": Uniform(7),
+        "sign": Sign(),
+        "topk": TopK(ratio),
+        "randomk": RandomK(ratio),
+        "qsgd": QSGD(levels),
+        "powersgd": PowerSGD(rank),
+    }
+    return codecs[name]
+
+
+CODECS = ("none", "fp16", "bf16", "int8", "int4", "sign", "topk", "randomk", "qsgd", "powersgd")
+
+
+def encode(
+    codec: Codec, update: Mapping[str, Tensor], memory: Mapping[str, Tensor], seed: int, feedback: bool = True
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The message of a worker's `update`, as ``NAME/PART`` -> tensor, and what the worker is to remember.
+
+    With error `feedback` that is the residual: what the message leaves out is added to the next update. No input is
+    changed. `decode` needs the same `seed`.
+    """
+    generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
+    message: dict[str, Tensor] = {}
+    remembered: dict[str, Tensor] = {}
+    for name, value in update.items():
+        corrected = value + memory[RESIDUAL + name] if RESIDUAL + name in memory else value
+        parts = codec.encode(corrected, generators[0], memory.get(WARM_START + name))
+        message |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
+        if feedback:
+            remembered[RESIDUAL + name] = corrected - codec.decode(parts, corrected, generators[1])
+        if "right" in parts:
+            remembered[WARM_START + name] = parts["right"]
+    return message, remembered
+
+
+def decode(codec: Codec, message: Mapping[str, Tensor], like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The update in a `message`, shaped as `like`; a ValueError says what is wrong with the message."""
+    generator = torch.Generator().manual_seed(seed)
+    parts: dict[str, Parts] = {name: {} for name in like}
+    for key, tensor in message.items():
+        name, _, part = key.rpartition("/")
+        parts[name][part] = tensor
+    return {name: codec.decode(parts[name], value, generator) for name, value in like.items()}
+
+
+def _count(x: Tensor, ratio: float) -> int:
+    return max(1, int(ratio * x.numel()))
+
+
+def _narrow(steps: Tensor, largest: int) -> Tensor:
+    """int8 numbers, or two in a byte where all fit four bits."""
+    if largest > 7:
+        return steps
+    nibbles = F.pad((steps.flatten() + 8).to(torch.uint8), (0, steps.numel() % 2)).view(-1, 2)
+    return nibbles[:, 0] | (nibbles[:, 1] << 4)
+
+
+def _wide(packed: Tensor, like: Tensor, largest: int) -> Tensor:
+    if largest > 7:
+        return packed.view(like.shape)
+    nibbles = torch.stack([packed & 15, packed >> 4], dim=1).flatten()[: like.numel()]
+    return (nibbles.to(torch.int8) - 8).view(like.shape)

@@ -1,0 +1,123 @@
+"""Outer optimizers: what the server does with the mean of the workers' models.
+
+With x the model that a round began from and ȳ the mean of what the workers sent, Δ = x - ȳ is the pseudo-gradient
+(Reddi et al. 2021). Any `torch.optim` optimizer can step on it:
+
+    fedavgm     SGD with momentum (Hsu et al. 2019)
+    slowmo      SGD with momentum on Δ / lr, its rate in units of the workers' lr (Wang et al. 2020)
+    diloco      SGD, lr 0.7, Nesterov momentum 0.9 (Douillard et al. 2023)
+    fedadam, fedyogi, fedadagrad    adaptive (Reddi et al. 2021, whose algorithms have no bias correction; Adam and Yogi
+                here have Kingma's)
+
+State in, state out: an outer step returns what it remembers as a flat dict of tensors and numbers.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch_optimizer
+from torch import Tensor
+from torch.optim import Optimizer
+
+Tensors = Mapping[str, Tensor]
+State = dict[str, Any]
+
+NEED_MORE_THAN_GRADIENTS = ("LBFGS", "SparseAdam", "Muon", "Optimizer")  # a closure, sparse gradients, matrices alone
+OPTIMIZERS: dict[str, type[Optimizer]] = {
+    **{
+        name.lower(): value
+        for name, value in vars(torch.optim).items()
+        if isinstance(value, type) and name not in NEED_MORE_THAN_GRADIENTS
+    },
+    "yogi": torch_optimizer.Yogi,
+}
+ADAPTIVE = {"betas": (0.9, 0.99), "eps": 1e-3}
+PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
+    "fedavgm": ("sgd", {"lr": 1.0, "momentum": 0.9}),
+    "slowmo": ("sgd", {"lr": 1.0, "momentum": 0.5}),
+    "diloco": ("sgd", {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
+    "fedadam": ("adam", {"lr": 0.1, **ADAPTIVE}),
+    "fedyogi": ("yogi", {"lr": 0.01, **ADAPTIVE}),
+    "fedadagrad": ("adagrad", {"lr": 0.1, "eps": 1e-3}),
+}
+OUTER = ("none", *PRESETS, *sorted(OPTIMIZERS))  # the names that `outer_step` knows
+
+
+@dataclass(frozen=True)
+class OuterStep:
+    """An optimizer class with its arguments; `per_lr` divides the pseudo-gradient by the workers' learning rate."""
+
+    optimizer: type[Optimizer] | None
+    arguments: Mapping[str, Any] = field(default_factory=dict)
+    per_lr: bool = False
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether x - 1 * (x - mean) is asked for, which floating point would not give back as the mean itself."""
+        if self.optimizer is None:
+            return True
+        plain = {name: value for name, value in self.arguments.items() if value}
+        return self.optimizer is torch.optim.SGD and plain == {"lr": 1.0}
+
+    def __call__(self, x: Tensors, mean: Tensors, state: State, lr: float) -> tuple[dict[str, Tensor], State]:
+        """The next global parameters and what is to be remembered, after a round that ended at the local rate `lr`.
+
+        Neither `x`, `mean` nor `state` is changed. SlowMo's Δ / lr has no value where `lr` is 0 (the workers have not
+        moved): the mean is taken and the momentum kept.
+        """
+        if self.is_identity or (self.per_lr and lr == 0):
+            return dict(mean), state
+        assert self.optimizer is not None
+        parameters = {name: value.detach().clone() for name, value in x.items()}
+        for name, parameter in parameters.items():
+            parameter.grad = (x[name] - mean[name]).div_(lr if self.per_lr else 1)
+        scale = lr if self.per_lr else 1
+        optimizer = self.optimizer(
+            list(parameters.values()), **{**self.arguments, "lr": self.arguments.get("lr", 1.0) * scale}
+        )
+        _load(optimizer, parameters, state)
+        optimizer.step()
+        return parameters, _state_of(optimizer, parameters)
+
+
+def outer_step(name: str, **arguments: Any) -> OuterStep:
+    """The outer step `name`, one of `OUTER`, with `arguments` over its defaults; a ValueError names what is wrong."""
+    if name not in OUTER:
+        raise ValueError(f"outer = {name} is unknown: it must be one of {', '.join(OUTER)}")
+    if name == "none":
+        if arguments:
+            raise ValueError(f"outer = none takes no arguments, but {', '.join(arguments)} was given")
+        return OuterStep(None)
+    base, defaults = PRESETS.get(name, (name, {"lr": 1.0}))
+    optimizer = OPTIMIZERS[base]
+    known = [argument for argument in inspect.signature(optimizer).parameters if argument != "params"]
+    for argument in arguments:
+        if argument not in known:
+            raise ValueError(f"outer = {name} has no argument {argument}: it must be one of {', '.join(known)}")
+    step = OuterStep(optimizer, {**defaults, **arguments}, per_lr=name == "slowmo")
+    try:
+        optimizer([torch.zeros(1)], **step.arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"outer = {name}: {str(error).splitlines()[0]}") from error
+    return step
+
+
+def _state_of(optimizer: Optimizer, parameters: Tensors) -> State:
+    """What `optimizer` remembers: ``PARAMETER/ENTRY`` -> a tensor or a number."""
+    return {
+        f"{name}/{entry}": value
+        for name, parameter in parameters.items()
+        for entry, value in optimizer.state.get(parameter, {}).items()
+    }
+
+
+def _load(optimizer: Optimizer, parameters: Tensors, state: State) -> None:
+    """Let `optimizer` remember copies of `state`."""
+    for key, value in state.items():
+        name, _, entry = key.rpartition("/")
+        optimizer.state[parameters[name]][entry] = value.clone() if isinstance(value, Tensor) else value

@@ -1,0 +1,134 @@
+"""Codecs: what they must equal, their bytes, and that error feedback loses nothing."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from strategies.compression import CODECS, Codec, PowerSGD, decode, encode, make_codec
+
+SHAPES = {"conv.weight": (6, 3, 5, 5), "fc.weight": (20, 31), "fc.bias": (31,), "scalar": ()}
+COUNT = sum(math.prod(shape) for shape in SHAPES.values())
+NAMES = [name for name in CODECS if name != "none"]
+
+
+def update(seed: int) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in SHAPES.items()}
+
+
+def codec_of(name: str, **keys: float) -> Codec:
+    codec = make_codec(name, **keys)  # type: ignore[arg-type]
+    assert codec is not None
+    return codec
+
+
+def sent(codec: Codec, values: dict[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
+    """What arrives of `values`."""
+    return decode(codec, encode(codec, values, {}, seed)[0], values, seed)
+
+
+def error(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
+    return max(float((one[name] - other[name]).abs().max()) for name in one)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_error_feedback_conserves_what_is_sent(name: str) -> None:
+    """All that arrived and the last residual are all that was to be sent."""
+    codec, memory = codec_of(name, ratio=0.1), dict[str, Tensor]()
+    arrived = {n: torch.zeros(shape) for n, shape in SHAPES.items()}
+    for seed in range(6):
+        message, memory = encode(codec, update(seed), memory, seed)
+        arrived = {n: arrived[n] + v for n, v in decode(codec, message, update(seed), seed).items()}
+    wanted = {n: sum(update(seed)[n] for seed in range(6)) for n in SHAPES}
+    assert error({n: arrived[n] + memory[f"residual/{n}"] for n in SHAPES}, wanted) < 2e-5  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_feedback_off_remembers_no_residual_and_nothing_is_changed(name: str) -> None:
+    codec, values = codec_of(name), update(0)
+    _, memory = encode(codec, values, {}, 0, feedback=False)
+    assert not [key for key in memory if key.startswith("residual/")]
+    assert all(torch.equal(values[n], v) for n, v in update(0).items())
+
+
+@pytest.mark.parametrize("name", ["topk", "randomk"])
+def test_with_every_value_sent_it_is_exact(name: str) -> None:
+    assert error(sent(codec_of(name, ratio=1.0), update(1)), update(1)) == 0
+
+
+def test_powersgd_is_exact_where_the_rank_suffices() -> None:
+    low_rank = {"w": torch.randn(12, 3, dtype=torch.float64) @ torch.randn(3, 40, dtype=torch.float64)}
+    assert error(sent(PowerSGD(3), low_rank), low_rank) < 1e-12
+    assert error(sent(PowerSGD(2), low_rank), low_rank) > 1e-3
+
+
+def test_constants_are_exact() -> None:
+    constant = {"w": torch.full((5, 7), -0.5)}
+    for name in ("fp16", "bf16", "int8", "int4", "sign"):
+        assert error(sent(codec_of(name), constant), constant) == 0, name
+    zero = {"w": torch.zeros(5, 7)}
+    for name in NAMES:
+        assert error(sent(codec_of(name), zero), zero) == 0, name
+
+
+def test_quantization_errs_by_half_a_step() -> None:
+    for name, largest in (("int8", 127), ("int4", 7)):
+        arrived = sent(codec_of(name), update(2))
+        for n, value in update(2).items():
+            step = float(value.abs().max()) / largest
+            assert float((arrived[n] - value).abs().max()) <= step / 2 * 1.0001
+    assert (
+        error(sent(codec_of("fp16"), {"w": torch.tensor([1e9, -1e9])}), {"w": torch.tensor([65504.0, -65504.0])}) == 0
+    )
+
+
+def test_qsgd_is_right_in_the_mean() -> None:
+    codec, value = codec_of("qsgd", levels=4), {"w": torch.randn(100)}
+    mean = torch.stack([sent(codec, value, seed)["w"] for seed in range(3000)]).mean(0)
+    norm = float(value["w"].norm())
+    assert float((mean - value["w"]).abs().max()) < 5 * norm / 4 / 2 / 3000**0.5  # five standard errors at most
+
+
+def test_the_largest_values_are_sent() -> None:
+    value = {"w": torch.tensor([[0.1, -5.0, 0.3], [4.0, 0.2, 0.0]])}
+    assert sent(codec_of("topk", ratio=0.34), value)["w"].tolist() == [[0, -5.0, 0], [4.0, 0, 0]]
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("fp16", 2 * COUNT),
+        ("bf16", 2 * COUNT),
+        ("int8", COUNT + 4 * 4),
+        ("int4", sum(-(-math.prod(s) // 2) for s in SHAPES.values()) + 4 * 4),
+        ("sign", sum(-(-math.prod(s) // 8) for s in SHAPES.values()) + 4 * 4),
+        ("topk", 8 * sum(max(1, math.prod(s) // 10) for s in SHAPES.values())),
+        ("randomk", 4 * sum(max(1, math.prod(s) // 10) for s in SHAPES.values())),
+        ("qsgd", sum(-(-math.prod(s) // 128) * (64 + 4) for s in SHAPES.values())),
+        ("powersgd", 4 * (2 * (6 + 75) + 2 * (20 + 31) + 31 + 1)),
+    ],
+)
+def test_bytes_are_those_of_the_formula(name: str, expected: int) -> None:
+    message, _ = encode(codec_of(name, ratio=0.1, rank=2), update(0), {}, 0)
+    assert sum(tensor.nbytes for tensor in message.values()) == expected
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_same_seed_gives_the_same_bits_and_other_seeds_others(name: str) -> None:
+    codec = codec_of(name)
+    messages = [encode(codec, update(0), {}, seed)[0] for seed in (1, 1, 2)]
+    same = [all(torch.equal(messages[0][key], other[key]) for key in messages[0]) for other in messages[1:]]
+    assert same == [True, name not in ("randomk", "qsgd", "powersgd")]
+
+
+def test_a_place_outside_the_tensor_is_refused() -> None:
+    codec, values = codec_of("topk"), {"w": torch.randn(10)}
+    message, _ = encode(codec, values, {}, 0)
+    for place in (-1, 10):
+        message["w/places"][0] = place
+        with pytest.raises(ValueError, match="outside the tensor"):
+            decode(codec, message, values, 0)
