@@ -1,0 +1,62 @@
+from __future__ import annotations
+
+import itertools
+from fractions import Fraction
+
+import pytest
+
+from fedsim.training.local_steps import (
+    LocalSteps,
+    constant,
+    doubling,
+    linear,
+    post_local,
+    qsr,
+    round_starts,
+    table,
+)
+
+RULES: dict[str, LocalSteps] = {
+    "constant": constant(7),
+    "post-local": post_local(7, 25),
+    "qsr": qsr(4, 0.05, lambda step: 0.02 * (1 - step / 100), warmup_steps=10),
+    "linear": linear(2, 20, total=100),
+    "doubling": doubling(3, 13, total=100),
+    "table": table(2, [(1.5, 1), (5, 16)], Fraction(10)),
+}
+
+
+def lengths(rule: LocalSteps, total: int = 100) -> list[int]:
+    starts = round_starts(rule, total)
+    return [after - before for before, after in itertools.pairwise(starts)]
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_the_rounds_add_up_to_the_run(name: str) -> None:
+    for total in (1, 99, 100, 101):
+        assert sum(lengths(RULES[name], total)) == total
+        assert min(lengths(RULES[name], total)) >= 1
+
+
+def test_each_rule_by_hand() -> None:
+    assert lengths(RULES["constant"]) == [7] * 14 + [2]
+    assert lengths(RULES["post-local"]) == [1] * 25 + [7] * 10 + [5]
+    assert lengths(RULES["linear"]) == [2, 2, 2, 3, 3, 4, 4, 5, 6, 7, 8, 10, 12, 14, 16, 2]
+    assert lengths(RULES["doubling"]) == [3] * 12 + [6] * 6 + [12] * 2 + [4]
+    assert lengths(RULES["table"]) == [2] * 8 + [1] * 34 + [16] * 3 + [2]
+
+
+def test_qsr_follows_the_rate_from_the_end_of_the_warm_up_on() -> None:
+    """(0.05 / rate)^2: 6 at step 0, were it not warming up; then as the rate falls, the rest of the run."""
+    found = lengths(RULES["qsr"])
+    assert found[:3] == [4, 4, 4]
+    start = 12
+    for steps in found[3:-1]:
+        assert steps == max(4, int((0.05 / (0.02 * (1 - start / 100))) ** 2))
+        start += steps
+    assert found[-1] == 100 - start
+    assert found[:-1] == sorted(found[:-1])
+
+
+def test_at_a_rate_of_zero_qsr_runs_to_the_end() -> None:
+    assert lengths(qsr(4, 0.05, lambda step: 0.0 if step >= 8 else 1.0, 0)) == [4, 4, 92]
