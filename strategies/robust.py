@@ -21,7 +21,7 @@ Mean = Literal["exact", "trimmed", "median", "clipped"]
 
 
 def trimmed_mean(parts: Sequence[Tensor], trim: float) -> Tensor:
-    """The mean of equally shaped tensors without the floor(`trim` * K) largest and smallest of each value, unweighted."""
+    """The unweighted mean of equally shaped tensors without each value's floor(`trim` * K) largest and smallest."""
     dropped = int(trim * len(parts))
     if not 0 <= 2 * dropped < len(parts):
         raise ValueError(f"trim = {trim} leaves none of {len(parts)} workers: give less than 0.5")
