@@ -47,15 +47,15 @@ PACKAGES = ("flwr", "torch", "torchvision", "torch-optimizer", "numpy")
 class Run:
     """One run's folder, opened to begin the run, to go on with it, or to find it finished."""
 
-    def __init__(self, config: Config, mode: Mode, show: Callable[[Row], None] | None = None) -> None:
+    def __init__(self, config: Config, mode: Mode, on_row: Callable[[Row], None] | None = None) -> None:
         """Open the folder of `config` (resolved), created where it is not there yet.
 
-        A folder that holds another configuration fails and stays as it is. `show` is called with each row.
+        A folder that holds another configuration fails and stays as it is. `on_row` is called with each row.
         """
         self.folder = run_folder(config, mode)
         self.mode: Mode = mode
         self.tested_on = "validation" if config.validation else "test"
-        self.show = show or (lambda row: None)
+        self.on_row = on_row or (lambda row: None)
         self._identity = {"mode": mode, **config.identity(mode)}
         self._check_identity(config)
         self.rows: list[Row] = []
@@ -74,7 +74,7 @@ class Run:
         return self._seconds_before + time.perf_counter() - self._began
 
     @contextlib.contextmanager
-    def held(self, patience: float = 0.0) -> Iterator[None]:
+    def lock(self, patience: float = 0.0) -> Iterator[None]:
         """Within it, this process alone runs the run; where another does, still after `patience` seconds, it fails."""
         deadline = time.monotonic() + patience
         with self._writing():
@@ -100,7 +100,7 @@ class Run:
                 continue
             try:
                 checkpoint = self._checkpoint_in(path)
-            except _Refused as reason:
+            except InvalidCheckpoint as reason:
                 refused = f"{path} {reason}"
                 continue
             if refused:
@@ -122,14 +122,14 @@ class Run:
             checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
             version, identity = checkpoint["version"], checkpoint.get("config")
         except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise _Refused("is damaged") from error
+            raise InvalidCheckpoint("is damaged") from error
         if version != CHECKPOINT_VERSION:
-            raise _Refused("is of another version of fedsim")
+            raise InvalidCheckpoint("is of another version of fedsim")
         if identity != self._identity:
-            raise _Refused("is of another configuration")
+            raise InvalidCheckpoint("is of another configuration")
         return checkpoint
 
-    def add(self, row: Row) -> None:
+    def log_row(self, row: Row) -> None:
         """Append a row, timed, and flush it; a number that is not finite is written as null."""
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["tested_on"] = self.tested_on
@@ -137,7 +137,7 @@ class Run:
         with self._writing(), (self.folder / "metrics.jsonl").open("a") as file:
             file.write(json.dumps(row, allow_nan=False) + "\n")
         self.rows.append(row)
-        self.show(row)
+        self.on_row(row)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Save what the run needs to go on after ``state["round"]`` rounds (centralized: epochs).
@@ -158,7 +158,7 @@ class Run:
                 self.folder / "model.pt", {name: value.detach().cpu().contiguous() for name, value in state.items()}
             )
 
-    def end(self, finished: bool, parameters: int, device: str) -> None:
+    def write_summary(self, finished: bool, parameters: int, device: str) -> None:
         """Write the summary: of the whole run, or of one that stops early. Accuracies are None before any test."""
         tested = [row["test_accuracy"] for row in self.rows if row["test_accuracy"] is not None]
         last = self.rows[-1] if self.rows else {}
@@ -175,7 +175,7 @@ class Run:
         with self._writing():
             _write_json(self.folder / "summary.json", summary)
 
-    def discard(self) -> None:
+    def reset(self) -> None:
         """Forget a run of this same configuration, so that it is run again."""
         for name in ("summary.json", CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, "metrics.jsonl", "model.pt"):
             (self.folder / name).unlink(missing_ok=True)
@@ -209,7 +209,7 @@ class Run:
 
     def _rewrite_rows(self, rows: list[Row]) -> None:
         self.rows = rows
-        with self._writing(), written_whole(self.folder / "metrics.jsonl") as file:
+        with self._writing(), atomic_write(self.folder / "metrics.jsonl") as file:
             file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
 
     @contextlib.contextmanager
@@ -223,11 +223,11 @@ class Run:
             ) from error
 
 
-class _Refused(Exception):
+class InvalidCheckpoint(Exception):
     """Why a checkpoint cannot be gone on from."""
 
 
-def resumed(config: Config) -> Config:
+def config_of_run(config: Config) -> Config:
     """`config`, or where its key ``resume`` names a run, that run's, to go on with under its name."""
     if not config.resume:
         return config
@@ -318,7 +318,7 @@ def _commit() -> str:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under `path` only when all of it is on the disk."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -335,12 +335,12 @@ def _save_whole(path: Path, content: Mapping[str, Any]) -> None:
     """`torch.save`, by way of memory: PyTorch's own writing hides why it failed."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(buffer.getbuffer())
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 

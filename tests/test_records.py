@@ -14,18 +14,18 @@ from fedsim.config import Config, Mode
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute
-from fedsim.records import Run, default_name, provenance, read_rows, resumed, written_whole
+from fedsim.records import Run, atomic_write, config_of_run, default_name, provenance, read_rows
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"before")
-    with contextlib.suppress(RuntimeError), written_whole(path) as file:
+    with contextlib.suppress(RuntimeError), atomic_write(path) as file:
         file.write(b"half of what was to co")
         raise RuntimeError
     assert path.read_bytes() == b"before"
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(b"after")
     assert path.read_bytes() == b"after"
     assert list(tmp_path.iterdir()) == [path]
@@ -62,7 +62,7 @@ def test_a_results_dir_that_cannot_be_written_is_named(small: Config, tmp_path: 
 
 def test_a_run_that_another_process_runs_is_refused(run: Execute) -> None:
     first = run(name="busy", stop_after_rounds=1)
-    with first.held(), pytest.raises(UserError, match="another process is running it"):
+    with first.lock(), pytest.raises(UserError, match="another process is running it"):
         run(name="busy")
     assert run(name="busy").finished
 
@@ -70,11 +70,11 @@ def test_a_run_that_another_process_runs_is_refused(run: Execute) -> None:
 def test_who_has_patience_waits_for_another_process(run: Execute) -> None:
     first = run(name="busy", stop_after_rounds=1)
     with contextlib.ExitStack() as holding:
-        holding.enter_context(first.held())
+        holding.enter_context(first.lock())
         threading.Timer(1.5, holding.close).start()
-        with first.held(patience=60):
+        with first.lock(patience=60):
             pass
-    with first.held(), pytest.raises(UserError, match="another process is running it"), first.held(patience=1):
+    with first.lock(), pytest.raises(UserError, match="another process is running it"), first.lock(patience=1):
         pass
 
 
@@ -138,7 +138,7 @@ def test_resume_takes_what_shapes_the_result_from_the_run(run: Execute, small: C
     whole = run(name="whole", lr=0.03, local_steps=3)
     run(name="part", lr=0.03, local_steps=3, stop_after_rounds=2)
     bare = Config(results_dir=small.results_dir, resume="part")
-    again = execute(resolve(resumed(bare), "localsgd"), "localsgd")
+    again = execute(resolve(config_of_run(bare), "localsgd"), "localsgd")
     assert again.folder.name == "part"
     assert_same_bits(final_model(again), final_model(whole))
 
@@ -157,7 +157,7 @@ def test_resume_of_what_is_not_there_or_differs_is_an_error(run: Execute, keys: 
     part = run(name="part", stop_after_rounds=1)
     run("centralized", name="alone", stop_after_epochs=1.0)
     with pytest.raises(UserError, match=message):
-        resumed(Config().changed({"results-dir": str(part.folder.parent), **keys}))
+        config_of_run(Config().changed({"results-dir": str(part.folder.parent), **keys}))
 
 
 def test_a_damaged_config_is_named(run: Execute) -> None:
@@ -178,7 +178,7 @@ def test_only_a_last_row_may_be_cut_short(tmp_path: Path) -> None:
 
 def test_numbers_that_are_not_finite_become_null(small: Config) -> None:
     run = Run(small.changed({"name": "inf"}), "localsgd")
-    run.add({"round": 1, "test_loss": float("inf"), "train_loss": 1.5})
+    run.log_row({"round": 1, "test_loss": float("inf"), "train_loss": 1.5})
     assert json.loads((run.folder / "metrics.jsonl").read_text())["test_loss"] is None
 
 

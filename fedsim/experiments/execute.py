@@ -24,21 +24,21 @@ def execute(
     config: Config,
     mode: Mode,
     engine: Engine = "fleet",
-    show: Callable[[Row], None] | None = None,
+    on_row: Callable[[Row], None] | None = None,
     rerun: bool = False,
     patience: float = 0.0,
 ) -> Run:
     """Run `config` (resolved) to its end, or its stop; go on where it broke off; leave it if it is finished.
 
-    `show` is called with each row (not by the engine flower, whose log is streamed instead); `rerun` begins
+    `on_row` is called with each row (not by the engine flower, whose log is streamed instead); `rerun` begins
     anew. Where another process runs it, it waits for `patience` seconds. What can be known to be wrong is
     found before anything is written.
     """
     check(config, mode)
-    run = Run(config, mode, show)
-    with run.held(patience):
+    run = Run(config, mode, on_row)
+    with run.lock(patience):
         if rerun:
-            run.discard()
+            run.reset()
         if run.finished:
             return run
         if mode == "centralized":

@@ -19,7 +19,7 @@ from fedsim.federation.protocol import join, split
 from fedsim.federation.round import Progress, TooFewClients, build_strategy, row_of, train_round
 from fedsim.models import build_model
 from fedsim.optim import zero_state
-from fedsim.records import Run, print_row, resumed
+from fedsim.records import Run, config_of_run, print_row
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
 from strategies import tensor_record, tensors_of
@@ -31,12 +31,12 @@ TRIES = 3  # a node that comes back is noticed by the second, and what it has lo
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run LocalSGD as the run-config says."""
-    config = resolve(resumed(Config().changed(dict(context.run_config))), "localsgd")
-    run = Run(config, "localsgd", show=print_row)
+    config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
+    run = Run(config, "localsgd", on_row=print_row)
     print(f"run folder: {run.folder}", flush=True)
     if run.finished:
         raise UserError(f"name = {run.folder.name}: the run in {run.folder} is finished: give another --name")
-    with run.held():
+    with run.lock():
         train_localsgd(grid, config, run)
 
 
@@ -64,7 +64,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
                 test_loss, test_accuracy = None, None
                 if completes(config, plan, progress.round, config.evaluate_every) or ends:
                     test_loss, test_accuracy = evaluate(loaded(model, progress), data.test, config.precision)
-                run.add(row_of(plan, progress) | {"test_loss": test_loss, "test_accuracy": test_accuracy})
+                run.log_row(row_of(plan, progress) | {"test_loss": test_loss, "test_accuracy": test_accuracy})
                 progress.losses, progress.left_out = [], {}
 
             if saves:
@@ -86,7 +86,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
             furthest, failures = progress.round, 0
 
     run.save_model(loaded(model, progress).state_dict())
-    run.end(plan.last_round == plan.rounds, sum(p.numel() for p in model.parameters()), config.device)
+    run.write_summary(plan.last_round == plan.rounds, sum(p.numel() for p in model.parameters()), config.device)
 
 
 def new_progress(config: Config, model: nn.Module) -> Progress:
