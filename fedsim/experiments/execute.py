@@ -40,6 +40,7 @@ def execute(
         if rerun:
             run.reset()
         if run.finished:
+            run.check_outputs()
             return run
         if mode == "centralized":
             train_centralized(config, run)

@@ -87,6 +87,7 @@ def run_on_ray(
             if rerun:
                 run.reset()  # here, as a cell that is begun again goes on
         if run.finished:
+            run.check_outputs()
             yield cell.config.name, ""
         else:
             needed = share(cell.config, spread)

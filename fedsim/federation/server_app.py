@@ -51,7 +51,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     roster = Roster(grid, config)
     roster.call(least=config.min_clients or config.clients)
     strategy = build_strategy(config, plan)
-    progress = begin(grid, run, roster, new)
+    progress = begin(grid, run, roster, new, plan.rounds)
 
     furthest, failures = progress.round, 0  # failures since a round went further than all before it
     while progress.round < plan.last_round:
@@ -80,7 +80,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
             except UserError as error:  # what was right when the run began
                 raise RunFailed(str(error)) from error
             if failure.states_lost:  # every client goes back to where the states of all are known
-                progress = begin(grid, run, roster, new)
+                progress = begin(grid, run, roster, new, plan.rounds)
 
         if progress.round > furthest:
             furthest, failures = progress.round, 0
@@ -96,9 +96,9 @@ def new_progress(config: Config, model: nn.Module) -> Progress:
     return Progress(0, tensor_record(join(initial, averaged_state)), counted=[0] * config.clients)
 
 
-def begin(grid: Grid, run: Run, roster: Roster, new: Progress) -> Progress:
+def begin(grid: Grid, run: Run, roster: Roster, new: Progress, rounds: int) -> Progress:
     """The progress of the run's checkpoint, the workers' states handed back to them; or that of `new`, copied."""
-    checkpoint = run.resume()
+    checkpoint = run.resume(rounds, {**vars(new), "arrays": tensors_of(new.arrays), "clients": {}})
     if checkpoint is None:
         return replace(new, counted=list(new.counted), losses=[], left_out={})
     held = {item.name: checkpoint[item.name] for item in fields(Progress)}

@@ -44,7 +44,7 @@ def train_centralized(config: Config, run: Run) -> None:
     lr = schedule_of(config, Fraction(steps_per_epoch), epochs)
 
     done = 0
-    if checkpoint := run.resume():
+    if checkpoint := run.resume(epochs, {"model": model.state_dict(), "optimizer": {}}):
         model.load_state_dict(checkpoint["model"])
         load_optimizer_state(named, optimizer, checkpoint["optimizer"])
         done = checkpoint["round"]
