@@ -7,6 +7,7 @@ from typing import Literal
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import load_dataset
+from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
@@ -56,6 +57,7 @@ def execute(
 
 def check(config: Config, mode: Mode) -> None:
     """Fail where the data is not there, or cannot be shared out, passed over or averaged as `config` asks."""
+    check_of_run(config)
     images = len(load_dataset(config).train)
     if mode == "centralized":
         check_shards(config, images, 1)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
+from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, UserError
@@ -32,6 +33,7 @@ TRIES = 3  # a node that comes back is noticed by the second, and what it has lo
 def main(grid: Grid, context: Context) -> None:
     """Run LocalSGD as the run-config says."""
     config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
+    check_of_run(config)
     run = Run(config, "localsgd", on_row=print_row)
     print(f"run folder: {run.folder}", flush=True)
     if run.finished:

@@ -80,7 +80,7 @@ def advance(
 
 def local_images(config: Config) -> Images:
     """The images that a worker's draws are of: its node's own, or all of the run's."""
-    return own_images(config) or load_dataset(config).train
+    return own_images(config) or load_dataset(config, verify=False).train
 
 
 def local_draws(config: Config, start: Start) -> Tensor:
