@@ -250,7 +250,7 @@ class Run:
             first = differing[0]
             raise UserError(
                 f"name = {self.folder.name}: {self.folder} holds a run of another configuration "
-                f"({first} = {_shown(held.get(first))}, not {_shown(own.get(first))}): "
+                f"({_shown(first)} = {_shown(held.get(first))}, not {_shown(own.get(first))}): "
                 "give another --name or --results-dir"
             )
         return True
@@ -334,7 +334,9 @@ def config_of_run(config: Config) -> Config:
     try:
         return config.changed({**held, "name": config.resume, "resume": ""})
     except UserError as error:
-        raise UserError(f"resume = {config.resume}: {folder / CONFIG} is no run's configuration: {error}") from error
+        raise UserError(
+            f"resume = {config.resume}: {folder / CONFIG} is no run's configuration: {_shown(error)}"
+        ) from error
 
 
 def _locked(file: TextIO) -> bool:
@@ -550,8 +552,8 @@ def _parsed(content: bytes) -> dict[str, Any]:
 
 
 def _shown(value: object) -> str:
-    """A value of a configuration as a short text on one line."""
-    return " ".join(str(value).split())[:80]
+    """What stands in a file, as a short text on one line."""
+    return " ".join(str(value).split())[:200]
 
 
 def print_row(row: Row) -> None:

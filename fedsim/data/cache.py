@@ -49,7 +49,7 @@ def cached(sources: Iterable[Path], names: Sequence[str], make: Callable[[], Arr
     try:
         _keep(made, folder)
     except OSError as error:
-        _say(f"images cannot be kept in {user_cache()} ({error.strerror}): every process decodes them again")
+        _say(f"images cannot be kept in {user_cache()} ({error.strerror or error}): every process decodes them again")
         return made
     return _mapped(folder, names) or made
 

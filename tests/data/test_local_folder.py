@@ -192,7 +192,7 @@ def test_a_runs_own_folder_may_hold_no_images_of_a_node(small: Config, shards: P
 
 
 def test_what_is_cached_of_a_nodes_images_is_verified_when_it_joins_a_run(
-    small: Config, shards: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    small: Config, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", str(shards.parent / "cache"))
     config = resolve(small.changed({"rounds": 2}), "localsgd")
