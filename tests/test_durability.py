@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 import multiprocessing
 import multiprocessing.connection
 import random
@@ -22,9 +23,8 @@ from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute
 from fedsim.records import Run, read_rows, read_summary
-from tests.conftest import SMALL, Execute, assert_same_bits, final_model, rows_of
+from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
 
-ROOT = Path(__file__).parents[1]
 KILLS = 50
 
 
@@ -204,15 +204,10 @@ def test_no_run_resumed_after_a_flipped_bit_ends_with_another_model(stopped: Con
         assert "\n" not in right_or_one_line(config, stopped)
 
 
-# Bytes that a file may have: none; config.json; rows; a checkpoint after two rounds, but not after four; all of it
-LIMITS = [0, 700, 2_000, 300_000, 1_300_000]
-
-
-@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("limit", [0, 700, 300_000])  # not even config.json; none of its rows; no checkpoint
 def test_where_a_file_cannot_grow_the_run_ends_and_resumes_when_it_can(
     stopped: Config, tmp_path: Path, limit: int
 ) -> None:
-    """As on a full disk, whichever write finds no room."""
     config = stopped.changed({"results-dir": str(tmp_path), "name": "run", "checkpoint-every": 2})
     process = _started(config, quiet=True, limit=limit)
     process.join(120)
@@ -221,47 +216,81 @@ def test_where_a_file_cannot_grow_the_run_ends_and_resumes_when_it_can(
     assert right_or_one_line(config, stopped) == ""
 
 
-RUN = (
-    f"{sys.executable} {ROOT}/run.py localsgd --dataset synthetic --synthetic-images 512 --model lenet5 "
-    "--batch-size 16 --local-steps 2 --epochs 2 --device cpu --threads 1 --checkpoint-every 1 "
-    "--results-dir disk --name run"
-)
-FULL = f"""
-mount -t tmpfs -o size=1700k none disk
-{RUN} && exit 91
-[ $? = 1 ] || exit 92
-mount -o remount,size=20m disk
-{RUN} || exit 93
-cp -r disk/run kept
+BEGIN = """
+import json, shutil, subprocess, sys, traceback
+from fedsim.config import Config
+from fedsim.errors import RunFailed
+from fedsim.experiments.execute import execute
+config = Config().changed(json.loads(sys.argv[1]))
+def mount(options):
+    subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", "disk"], check=True)
 """
-READ_ONLY = f"""
-mount -t tmpfs none disk
-{RUN} --stop-after-rounds 3 || exit 91
-mount -o remount,ro disk
-{RUN} && exit 92
-[ $? = 1 ] || exit 93
-mount -o remount,rw disk
-{RUN} || exit 94
-cp -r disk/run kept
+FULL = """
+for size, every in json.loads(sys.argv[2]):
+    mount(f"size={size}")
+    try:
+        execute(config.changed({"checkpoint-every": every}), "localsgd")
+        sys.exit(f"{size} bytes are enough")
+    except RunFailed as error:
+        print(*(frame.name for frame in traceback.extract_tb(error.__traceback__)), error)
+    mount("remount,size=20m")
+    execute(config, "localsgd")
+    shutil.copytree("disk/run", f"kept/{size}-{every}")
+    subprocess.run(["umount", "disk"], check=True)
+"""
+READ_ONLY = """
+mount("size=20m")
+execute(config.changed({"stop-after-rounds": 3}), "localsgd")
+mount("remount,ro")
+try:
+    execute(config, "localsgd")
+    sys.exit("it was written")
+except RunFailed as error:
+    print(error)
+mount("remount,rw")
+execute(config, "localsgd")
+shutil.copytree("disk/run", "kept")
 """
 
 
-@pytest.mark.parametrize(
-    ("script", "reason"), [(FULL, "No space left on device"), (READ_ONLY, "Read-only file system")]
-)
-def test_a_full_or_a_read_only_disk_ends_the_run_which_then_goes_on(
-    run: Execute, tmp_path: Path, script: str, reason: str
-) -> None:
-    """On a file system of its own, in a namespace of its own, where the machine allows these."""
+def on_a_disk(script: str, config: Config, place: Path, *arguments: str) -> list[str]:
+    """What `script` prints, in a namespace of its own where it can mount file systems on `place`/disk."""
     unshare = shutil.which("unshare")
     if not unshare or subprocess.run([unshare, "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False).returncode:
         pytest.skip("no mounts can be made here")
-    (tmp_path / "disk").mkdir()
-    done = subprocess.run(
-        [unshare, "-rm", "sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
+    (place / "disk").mkdir()
+    keys = json.dumps({**config.as_keys(), "results-dir": "disk", "name": "run"})
+    command = [unshare, "-rm", sys.executable, "-c", BEGIN + script, keys, *arguments]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
-    assert f"error: {tmp_path}/disk/run cannot be written ({reason}): fix that" in done.stderr
-    whole = run(name="whole", clients=4)
+    return done.stdout.splitlines()
+
+
+def test_whichever_write_fills_the_disk_the_run_resumes_when_there_is_room(stopped: Config, tmp_path: Path) -> None:
+    config = stopped.changed({"momentum-at-sync": "reset", "name": "reset"})
+    whole = execute(config, "localsgd").folder
+    page = resource.getpagesize()
+    size = {path.name: -(-path.stat().st_size // page) * page for path in whole.iterdir()}
+    begun = size["config.json"] + size["metrics.jsonl"]
+    full = {  # bytes of the disk, and rounds between checkpoints
+        "log_row": (size["config.json"], 8),
+        "save_checkpoint": (begun + size["checkpoint.pt"] // 2, 8),
+        "save_checkpoint ": (begun + size["checkpoint.pt"] * 3 // 2, 2),
+        "save_model": (begun + size["checkpoint.pt"] + size["model.pt"] // 2, 8),
+        "write_summary": (begun + size["checkpoint.pt"] + size["model.pt"], 8),
+    }
+    lines = on_a_disk(FULL, config, tmp_path, json.dumps(list(full.values())))
+    for line, write in zip(lines, full, strict=True):
+        assert write.strip() in line.split()
+        assert "cannot be written (No space left on device): " in line
+    for kept in (tmp_path / "kept").iterdir():
+        assert_same_bits(final_model(kept), final_model(whole))
+        assert rows_of(kept) == rows_of(whole)
+
+
+def test_a_read_only_disk_ends_the_run_which_then_resumes(stopped: Config, tmp_path: Path) -> None:
+    (line,) = on_a_disk(READ_ONLY, stopped, tmp_path)
+    assert line.startswith(f"{tmp_path}/disk/run cannot be written (Read-only file system): fix that; ")
+    whole = Path(stopped.results_dir) / "whole"
     assert_same_bits(final_model(tmp_path / "kept"), final_model(whole))
     assert rows_of(tmp_path / "kept") == rows_of(whole)
