@@ -31,7 +31,11 @@ Arrays = dict[str, NDArray[Any]]
 
 def user_cache() -> Path:
     """fedsim's folder in the user's cache folder."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "fedsim"
+    named = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    try:
+        return Path(named).expanduser().absolute() / "fedsim"
+    except RuntimeError as error:  # ~user, or a user without a home
+        raise UserError(f"the cache folder {named} is in no user's home: set XDG_CACHE_HOME to another") from error
 
 
 def cached(sources: Iterable[Path], names: Sequence[str], make: Callable[[], Arrays]) -> Arrays:

@@ -9,6 +9,7 @@ files: every client would train on them.
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -56,7 +57,7 @@ def _changed(file: Path) -> int:
 
 def _holds_images(config: Config) -> bool:
     folder = data_folder(config)
-    return bool(config.data_dir) and any((folder / name).exists() for name in (IMAGES, LABELS))
+    return bool(config.data_dir) and any(os.path.exists(folder / name) for name in (IMAGES, LABELS))
 
 
 def check_of_run(config: Config) -> None:
@@ -79,7 +80,7 @@ def verify_images(config: Config) -> None:
 def check_named(config: Config) -> None:
     """Fail where the folder that a node names holds no images: nothing is downloaded instead."""
     folder = data_folder(config)
-    official = config.dataset == "cifar100" and (folder / OFFICIAL).exists()
+    official = config.dataset == "cifar100" and os.path.exists(folder / OFFICIAL)
     if own_images(config) is None and not official:
         wanted = f"{IMAGES} and {LABELS}" + (f", or {OFFICIAL}/" if config.dataset == "cifar100" else "")
         raise UserError(f"data-dir = {folder} of the node config holds no images: it must hold {wanted}")

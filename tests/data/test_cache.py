@@ -13,8 +13,9 @@ import pytest
 
 from fedsim.config import Config
 from fedsim.data import cache as image_cache
-from fedsim.data.cache import Arrays, cached, discard_damaged
+from fedsim.data.cache import Arrays, cached, discard_damaged, user_cache
 from fedsim.data.datasets import data_folder, load_dataset
+from fedsim.errors import UserError
 
 
 class Made:
@@ -159,6 +160,12 @@ def test_a_missing_source_is_for_its_maker_to_tell(made: Made) -> None:
     made.source.unlink()
     with pytest.raises(FileNotFoundError):
         made.kept()
+
+
+def test_a_cache_in_the_home_of_nobody_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache")
+    with pytest.raises(UserError, match="the cache folder ~nobody-of-this-name/cache is in no user's home"):
+        user_cache()
 
 
 READ = """

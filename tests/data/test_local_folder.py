@@ -191,6 +191,15 @@ def test_a_runs_own_folder_may_hold_no_images_of_a_node(small: Config, shards: P
     assert config_on_node(config, data_dir=str(shards / "1")).data_dir == str(shards / "1")
 
 
+@pytest.mark.parametrize(
+    ("data_dir", "words"), [("~nobody-of-this-name/x", "there is no such user"), ("n" * 300, "File name too long")]
+)
+def test_a_folder_that_cannot_be_is_named(small: Config, data_dir: str, words: str) -> None:
+    config = resolve(small.changed({"name": "run", "dataset": "cifar100", "data-dir": data_dir}), "localsgd")
+    with pytest.raises(UserError, match=f"data-dir = .*{words}"):
+        execute(config, "localsgd")
+
+
 def test_what_is_cached_of_a_nodes_images_is_verified_when_it_joins_a_run(
     small: Config, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
