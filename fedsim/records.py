@@ -4,7 +4,7 @@
                  metrics.jsonl   one row a round (centralized: an epoch), on the disk before the checkpoint after it
                  checkpoint.pt   what the run needs to resume, bitwise; checkpoint-before.pt is the previous one
                  model.pt        the last global model, a state_dict
-                 summary.json    the outcome, where it comes from, and the SHA-256 of metrics.jsonl and model.pt
+                 summary.json    the outcome, where it comes from, and the SHA-256 of itself, metrics.jsonl, model.pt
                  .lock           locked by the process that runs it
 
 Files other than the growing metrics.jsonl are replaced atomically. A checkpoint ends with the SHA-256 of its bytes and
@@ -175,10 +175,9 @@ class Run:
             **_outcome(self.rows),
             "parameters": parameters,
             **provenance(device),
-            "sha256": sha256,
         }
         with self._writing():
-            _write_json(self.folder / SUMMARY, summary)
+            _write_json(self.folder / SUMMARY, {**summary, "sha256": {**sha256, SUMMARY: _sha256_of_json(summary)}})
 
     def check_outputs(self) -> None:
         """Fail where the rows or the model of a finished run are not those of its summary; warn of a missing model.
@@ -187,7 +186,7 @@ class Run:
         """
         summary = read_summary(self.folder) or {}
         digests = summary.get("sha256", {})
-        damaged = [name for name, digest in digests.items() if _differs(self.folder / name, digest)]
+        damaged = [name for name in (ROWS, MODEL) if name in digests and _differs(self.folder / name, digests[name])]
         outcome = _outcome(read_rows(self.folder))
         if damaged or any(summary.get(name) != value for name, value in outcome.items()):
             raise UserError(
@@ -408,10 +407,12 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         return None
     remedy = "restore it, or remove it: the same command then writes it again"
     summary = _read_json(path, remedy)
-    digests = summary.get("sha256", {})
-    whole = isinstance(summary.get("finished"), bool) and isinstance(digests, dict) and digests.keys() <= {ROWS, MODEL}
+    whole = isinstance(summary.get("finished"), bool) and isinstance(digests := summary.get("sha256", {}), dict)
     if whole and summary["finished"]:
         whole = all(map(_is_number, map(summary.get, ("best_test_accuracy", "final_test_accuracy", "seconds"))))
+    if whole and digests:  # those of an older fedsim have none
+        content = {name: value for name, value in summary.items() if name != "sha256"}
+        whole = digests.get(SUMMARY) == _sha256_of_json(content)
     if not whole:
         raise UserError(f"{path} is damaged: {remedy}")
     return summary
@@ -516,6 +517,10 @@ def _is_number(value: object) -> TypeGuard[float]:
 def _sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_json(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _differs(path: Path, sha256: str) -> bool:

@@ -305,11 +305,16 @@ def spoil_summary(folder: Path) -> None:
     path.write_text(path.read_text().replace('"best_test_accuracy": 0.', '"best_test_accuracy": 0.9'))
 
 
+def spoil_parameters(folder: Path) -> None:
+    path = folder / "summary.json"
+    path.write_text(path.read_text().replace('"parameters": 6', '"parameters": 7'))
+
+
 def remove_rows(folder: Path) -> None:
     (folder / "metrics.jsonl").unlink()
 
 
-@pytest.mark.parametrize("spoil", [spoil_model, spoil_rows, spoil_summary, remove_rows])
+@pytest.mark.parametrize("spoil", [spoil_model, spoil_rows, spoil_summary, spoil_parameters, remove_rows])
 def test_a_finished_run_whose_records_disagree_is_an_error(
     begun: Config, tmp_path: Path, spoil: Callable[[Path], None]
 ) -> None:
@@ -317,7 +322,9 @@ def test_a_finished_run_whose_records_disagree_is_an_error(
     config = resolve(begun.changed({"results-dir": str(tmp_path), "name": "whole"}), "localsgd")
     assert execute(config, "localsgd").finished
     spoil(tmp_path / "whole")
-    with pytest.raises(UserError, match=r"whole/(model.pt|metrics.jsonl) is not what summary.json was written with"):
+    with pytest.raises(
+        UserError, match=r"(pt|jsonl) is not what summary.json was written with|summary.json is damaged"
+    ):
         execute(config, "localsgd")
 
 
