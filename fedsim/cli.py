@@ -340,9 +340,9 @@ def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str
     from fedsim.device import resolve  # torch takes seconds to import: --help does not wait for it
     from fedsim.experiments.execute import execute
     from fedsim.experiments.presets import configure
-    from fedsim.records import print_row, read_summary, resumed, run_folder
+    from fedsim.records import config_of_run, print_row, read_summary, run_folder
 
-    config = resolve(resumed(configure(keys, preset)), mode)
+    config = resolve(config_of_run(configure(keys, preset)), mode)
     print(f"{mode} on {config.device} in {run_folder(config, mode)}", flush=True)
     run = execute(config, mode, _engine(engine), print_row, rerun)
     if not run.finished:

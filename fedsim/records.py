@@ -1,13 +1,15 @@
 """A run's folder: its configuration, its rows, its checkpoint, its model and its summary.
 
     results/NAME/config.json     every key that shapes the result, and the mode
-                 metrics.jsonl   one row a round (centralized: an epoch), flushed as it is made
-                 checkpoint.pt   what the run needs to go on, bitwise; beside it checkpoint-before.pt, the one before
+                 metrics.jsonl   one row a round (centralized: an epoch), on the disk before the checkpoint after it
+                 checkpoint.pt   what the run needs to resume, bitwise; checkpoint-before.pt is the previous one
                  model.pt        the last global model, a state_dict
-                 summary.json    the outcome and where it comes from, written at the end or an early stop
-                 .lock           held by the process that runs it
+                 summary.json    the outcome, where it comes from, and the SHA-256 of itself, metrics.jsonl, model.pt
+                 .lock           locked by the process that runs it
 
-Files but the growing metrics.jsonl are written whole or not at all. Nothing else writes to a run's folder.
+Files other than the growing metrics.jsonl are replaced atomically. A checkpoint ends with the SHA-256 of its bytes and
+holds that of the rows up to it, so that a run never resumes from a damaged one, or with other rows than it was saved
+with. What is refused on resume stays beside it as checkpoint-refused.pt and metrics-refused.jsonl.
 """
 
 from __future__ import annotations
@@ -20,15 +22,15 @@ import io
 import json
 import math
 import os
-import pickle
 import platform
+import re
 import shlex
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO
+from typing import Any, BinaryIO, TextIO, TypeGuard
 
 import torch
 from torch import Tensor
@@ -38,213 +40,302 @@ from fedsim.config import Config, Mode
 from fedsim.errors import RunFailed, UserError
 
 Row = dict[str, Any]
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
+SEAL = b"fedsim checkpoint, SHA-256: "  # between a checkpoint and the digest of its bytes
+CONFIG, ROWS, MODEL, SUMMARY, LOCK = "config.json", "metrics.jsonl", "model.pt", "summary.json", ".lock"
 CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED = "checkpoint.pt", "checkpoint-before.pt", "checkpoint-refused.pt"
+ROWS_REFUSED = "metrics-refused.jsonl"
+OUTPUTS = (SUMMARY, CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, ROWS, ROWS_REFUSED, MODEL)
+PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *OUTPUTS)))})\.\d+")  # what atomic_write was killed in
 COSTS = ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
 PACKAGES = ("flwr", "torch", "torchvision", "torch-optimizer", "numpy")
 
 
+class InvalidCheckpoint(Exception):
+    """Why a run cannot be resumed from a checkpoint."""
+
+
 class Run:
-    """One run's folder, opened to begin the run, to go on with it, or to find it finished."""
+    """One run's folder, opened to start the run, to resume it, or to find it finished."""
 
-    def __init__(self, config: Config, mode: Mode, show: Callable[[Row], None] | None = None) -> None:
-        """Open the folder of `config` (resolved), created where it is not there yet.
+    def __init__(self, config: Config, mode: Mode, on_row: Callable[[Row], None] | None = None) -> None:
+        """Open the folder of `config` (resolved), created if it does not exist.
 
-        A folder that holds another configuration fails and stays as it is. `show` is called with each row.
+        A folder that holds another configuration fails and stays as it is. `on_row` is called with each row.
         """
         self.folder = run_folder(config, mode)
         self.mode: Mode = mode
         self.tested_on = "validation" if config.validation else "test"
-        self.show = show or (lambda row: None)
+        self.on_row = on_row or (lambda row: None)
         self._identity = {"mode": mode, **config.identity(mode)}
-        self._check_identity(config)
+        self._open(config)
         self.rows: list[Row] = []
+        self._rows_sha256 = hashlib.sha256()  # of metrics.jsonl, as this process knows it
+        self._rows_bytes = 0
         self._began = time.perf_counter()
         self._seconds_before = 0.0
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to the end of its budget."""
+        """Whether the run has reached the end of its budget."""
         summary = read_summary(self.folder)
         return summary is not None and summary["finished"]
 
     @property
     def seconds(self) -> float:
-        """Wall-clock seconds of this run, those before an interruption (up to the checkpoint) included."""
+        """Wall-clock seconds of this run, including those before an interruption (up to the checkpoint)."""
         return self._seconds_before + time.perf_counter() - self._began
 
     @contextlib.contextmanager
-    def held(self, patience: float = 0.0) -> Iterator[None]:
-        """Within it, this process alone runs the run; where another does, still after `patience` seconds, it fails."""
-        deadline = time.monotonic() + patience
+    def lock(self, patience: float = 0.0) -> Iterator[None]:
+        """Context manager: only this process runs the run; fail if another still does after `patience` seconds."""
         with self._writing():
-            file = (self.folder / ".lock").open("w")
+            file = self._locked_file(patience)
         with file:
+            yield
+
+    def resume(self, rounds: int, like: Mapping[str, Any]) -> dict[str, Any] | None:
+        """The checkpoint to resume from, if there is one; rows made after it are dropped.
+
+        An invalid one is named and put aside, and the previous one is used. `rounds` (centralized: epochs) are those
+        of the whole run; `like` is what `save_checkpoint` is given, of no round: a valid one has its keys and shapes.
+        """
+        rows = _read_rows(self.folder)
+        refused: list[str] = []
+        for name in (CHECKPOINT, CHECKPOINT_BEFORE):
+            path = self.folder / name
+            if not path.exists():
+                continue
+            try:
+                checkpoint = self._read_checkpoint(path, rows, rounds, like)
+            except InvalidCheckpoint as reason:
+                refused.append(f"{path} {reason}")
+                continue
+            if refused:
+                self._put_aside(refused[0], checkpoint["round"], rows)
+            self._keep_rows(rows, checkpoint["rows_bytes"])
+            self._seconds_before = checkpoint["seconds"]
+            self._began = time.perf_counter()
+            return checkpoint
+        if refused:
+            raise UserError(
+                f"name = {self.folder.name}: {'; '.join(refused)}: there is no other checkpoint to resume from: "
+                "give --rerun to run it again, or another --name"
+            )
+        self._keep_rows(rows, 0)
+        return None
+
+    def log_row(self, row: Row) -> None:
+        """Append a row with its time; a number that is not finite is written as null."""
+        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
+        row["tested_on"] = self.tested_on
+        row["seconds"] = round(self.seconds, 3)
+        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        with self._writing(), (self.folder / ROWS).open("ab") as file:
+            file.write(line)
+        self._rows_sha256.update(line)
+        self._rows_bytes += len(line)
+        self.rows.append(row)
+        self.on_row(row)
+
+    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
+        """Save what the run needs to resume after ``state["round"]`` rounds (centralized: epochs).
+
+        The rows up to it are flushed to the disk first. The previous checkpoint is kept, for when this one is damaged.
+        """
+        header = {
+            "version": CHECKPOINT_VERSION,
+            "config": self._identity,
+            "seconds": self.seconds,
+            "rows_bytes": self._rows_bytes,
+            "rows_sha256": self._flush_rows(),
+        }
+        content = _saved({**header, **state})
+        last = self.folder / CHECKPOINT
+        with self._writing(), atomic_write(last) as file:
+            file.write(content)
+            file.write(SEAL + hashlib.sha256(content).digest())
+            if last.exists():
+                last.replace(self.folder / CHECKPOINT_BEFORE)
+
+    def save_model(self, state: Mapping[str, Tensor]) -> None:
+        """Save the global model as a contiguous CPU state_dict."""
+        content = _saved({name: value.detach().cpu().contiguous() for name, value in state.items()})
+        with self._writing(), atomic_write(self.folder / MODEL) as file:
+            file.write(content)
+
+    def write_summary(self, finished: bool, parameters: int, device: str) -> None:
+        """Write the summary: of the whole run, or of one that stops early. Accuracies are None before any test."""
+        sha256 = {ROWS: self._flush_rows()}
+        with self._writing():
+            sha256[MODEL] = _sha256_of(self.folder / MODEL)
+        summary = {
+            "finished": finished,
+            "tested_on": self.tested_on,
+            **_outcome(self.rows),
+            "parameters": parameters,
+            **provenance(device),
+        }
+        with self._writing():
+            _write_json(self.folder / SUMMARY, {**summary, "sha256": {**sha256, SUMMARY: _sha256_of_json(summary)}})
+
+    def check_outputs(self) -> None:
+        """Fail where the rows or the model of a finished run are not those of its summary; warn of a missing model.
+
+        The summary of an older fedsim has no digests: only its numbers are compared with the rows.
+        """
+        summary = read_summary(self.folder) or {}
+        digests = summary.get("sha256", {})
+        damaged = [name for name in (ROWS, MODEL) if name in digests and _differs(self.folder / name, digests[name])]
+        outcome = _outcome(read_rows(self.folder))
+        if damaged or any(summary.get(name) != value for name, value in outcome.items()):
+            raise UserError(
+                f"name = {self.folder.name}: {self.folder / (damaged or [ROWS])[0]} is not what {SUMMARY} was written "
+                "with, one of them is damaged: restore it, or give --rerun to run it again"
+            )
+        if MODEL in digests and not (self.folder / MODEL).exists():
+            print(f"warning: {self.folder / MODEL} is missing: give --rerun to run it again", file=sys.stderr)
+
+    def reset(self) -> None:
+        """Remove the results of an earlier run of this configuration, so that it is run again."""
+        with self._writing():
+            for name in OUTPUTS:
+                (self.folder / name).unlink(missing_ok=True)
+
+    def _open(self, config: Config) -> None:
+        """Check the folder, or create it with its configuration."""
+        try:
+            if not self._check_folder():
+                self.folder.mkdir(parents=True, exist_ok=True)
+                with self._locked_file():  # another process may create it at the same time
+                    if not self._check_folder():
+                        _write_json(self.folder / CONFIG, self._identity)
+        except OSError as error:
+            raise UserError(
+                f"results-dir = {config.results_dir} cannot be written ({error.strerror}): give another --results-dir"
+            ) from error
+
+    def _locked_file(self, patience: float = 0.0) -> TextIO:
+        """The lock file, locked until it is closed. What killed processes have left half-written is removed."""
+        deadline = time.monotonic() + patience
+        file = (self.folder / LOCK).open("w")
+        try:
             while not _locked(file):
                 if time.monotonic() >= deadline:
                     raise UserError(
                         f"name = {self.folder.name}: another process is running it: wait for it, or give another --name"
                     )
                 time.sleep(1)
-            yield
+            for path in self.folder.iterdir():
+                if PARTIAL.fullmatch(path.name):
+                    path.unlink()
+        except BaseException:
+            file.close()
+            raise
+        return file
 
-    def resume(self) -> dict[str, Any] | None:
-        """The checkpoint to go on from, if there is one; rows made after it are dropped.
-
-        One that is cut short, of another configuration or of another version is named and put aside, and the one
-        before it is used.
-        """
-        refused = ""
-        for path in (self.folder / CHECKPOINT, self.folder / CHECKPOINT_BEFORE):
-            if not path.exists():
-                continue
-            try:
-                checkpoint = self._checkpoint_in(path)
-            except _Refused as reason:
-                refused = f"{path} {reason}"
-                continue
-            if refused:
-                print(
-                    f"warning: {refused}: the one before it, of round {checkpoint['round']}, is used", file=sys.stderr
-                )
-                (self.folder / CHECKPOINT).replace(self.folder / CHECKPOINT_REFUSED)
-            self._rewrite_rows([row for row in read_rows(self.folder) if row["round"] <= checkpoint["round"]])
-            self._seconds_before = checkpoint["seconds"]
-            self._began = time.perf_counter()
-            return checkpoint
-        if refused:
-            raise UserError(f"name = {self.folder.name}: {refused}: remove it to begin the run anew")
-        self._rewrite_rows([])
-        return None
-
-    def _checkpoint_in(self, path: Path) -> dict[str, Any]:
-        try:
-            checkpoint: dict[str, Any] = torch.load(path, map_location="cpu", weights_only=True)
-            version, identity = checkpoint["version"], checkpoint.get("config")
-        except (OSError, EOFError, RuntimeError, KeyError, TypeError, pickle.UnpicklingError) as error:
-            raise _Refused("is damaged") from error
-        if version != CHECKPOINT_VERSION:
-            raise _Refused("is of another version of fedsim")
-        if identity != self._identity:
-            raise _Refused("is of another configuration")
-        return checkpoint
-
-    def add(self, row: Row) -> None:
-        """Append a row, timed, and flush it; a number that is not finite is written as null."""
-        row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
-        row["tested_on"] = self.tested_on
-        row["seconds"] = round(self.seconds, 3)
-        with self._writing(), (self.folder / "metrics.jsonl").open("a") as file:
-            file.write(json.dumps(row, allow_nan=False) + "\n")
-        self.rows.append(row)
-        self.show(row)
-
-    def save_checkpoint(self, state: Mapping[str, Any]) -> None:
-        """Save what the run needs to go on after ``state["round"]`` rounds (centralized: epochs).
-
-        The last one is kept beside it, and is what the run goes on from where this one does not come to be.
-        """
-        last = self.folder / CHECKPOINT
-        header = {"version": CHECKPOINT_VERSION, "config": self._identity, "seconds": self.seconds}
-        with self._writing():
-            if last.exists():
-                last.replace(self.folder / CHECKPOINT_BEFORE)
-            _save_whole(last, {**header, **state})
-
-    def save_model(self, state: Mapping[str, Tensor]) -> None:
-        """Save the global model as a contiguous CPU state_dict."""
-        with self._writing():
-            _save_whole(
-                self.folder / "model.pt", {name: value.detach().cpu().contiguous() for name, value in state.items()}
-            )
-
-    def end(self, finished: bool, parameters: int, device: str) -> None:
-        """Write the summary: of the whole run, or of one that stops early. Accuracies are None before any test."""
-        tested = [row["test_accuracy"] for row in self.rows if row["test_accuracy"] is not None]
-        last = self.rows[-1] if self.rows else {}
-        summary = {
-            "finished": finished,
-            "tested_on": self.tested_on,
-            "best_test_accuracy": max(tested, default=None),
-            "final_test_accuracy": tested[-1] if tested else None,
-            **{name: last.get(name, 0) for name in COSTS},
-            "seconds": last.get("seconds", 0.0),
-            "parameters": parameters,
-            **provenance(device),
-        }
-        with self._writing():
-            _write_json(self.folder / "summary.json", summary)
-
-    def discard(self) -> None:
-        """Forget a run of this same configuration, so that it is run again."""
-        for name in ("summary.json", CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, "metrics.jsonl", "model.pt"):
-            (self.folder / name).unlink(missing_ok=True)
-
-    def _check_identity(self, config: Config) -> None:
-        identity = self._identity
-        defaults = Config().identity(self.mode)
-        path = self.folder / "config.json"
-        if path.exists():
-            held = {**defaults, **_read_json(path)}  # a key that is younger than the run had its default's effect
-            differing = [name for name in sorted(held.keys() | identity) if held.get(name) != identity.get(name)]
-            if differing:
-                first = differing[0]
-                raise UserError(
-                    f"name = {self.folder.name}: {self.folder} holds a run of another configuration "
-                    f"({first} = {held.get(first)}, not {identity.get(first)}): give another --name or --results-dir"
-                )
-            return
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            if any(self.folder.iterdir()):
+    def _check_folder(self) -> bool:
+        """Whether the folder holds this run; fail if it holds another one, or files that are no run's."""
+        if not (self.folder / CONFIG).exists():
+            found = self.folder.iterdir() if self.folder.exists() else ()
+            if any(path.name != LOCK and not PARTIAL.fullmatch(path.name) for path in found):
                 raise UserError(
                     f"name = {self.folder.name}: {self.folder} is not empty and no run's folder: "
                     "give another --name or --results-dir"
                 )
-            _write_json(path, identity)
-        except OSError as error:
+            return False
+        held, own = read_config(self.folder), self._identity
+        if differing := [name for name in sorted(held.keys() | own) if held.get(name) != own.get(name)]:
+            first = differing[0]
             raise UserError(
-                f"results-dir = {config.results_dir} cannot be written ({error.strerror}): give another --results-dir"
-            ) from error
+                f"name = {self.folder.name}: {self.folder} holds a run of another configuration "
+                f"({_shown(first)} = {_shown(held.get(first))}, not {_shown(own.get(first))}): "
+                "give another --name or --results-dir"
+            )
+        return True
 
-    def _rewrite_rows(self, rows: list[Row]) -> None:
-        self.rows = rows
-        with self._writing(), written_whole(self.folder / "metrics.jsonl") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows).encode())
+    def _read_checkpoint(self, path: Path, rows: bytes, rounds: int, like: Mapping[str, Any]) -> dict[str, Any]:
+        """The checkpoint in `path`, checked against the run and the content of metrics.jsonl."""
+        try:
+            checkpoint = _unsealed(path.read_bytes())
+        except OSError as error:
+            raise InvalidCheckpoint(f"cannot be read ({error.strerror})") from error
+        if checkpoint.get("version") != CHECKPOINT_VERSION:
+            raise InvalidCheckpoint("is of another version of fedsim")
+        if checkpoint.get("config") != self._identity:
+            raise InvalidCheckpoint("is of another configuration")
+        header = {"round": 0, "seconds": 0.0, "rows_bytes": 0, "rows_sha256": ""}
+        if problem := _misfit(checkpoint, {**header, **like}):
+            raise InvalidCheckpoint(f"does not fit the run: {problem}")
+        done, length = checkpoint["round"], checkpoint["rows_bytes"]
+        if not 0 <= done <= rounds:
+            raise InvalidCheckpoint(f"is of round {done}, of a run of {rounds}")
+        if hashlib.sha256(rows[:length]).hexdigest() != checkpoint["rows_sha256"]:
+            raise InvalidCheckpoint(f"and {ROWS} disagree: the rows up to round {done} are not those it was saved with")
+        return checkpoint
+
+    def _put_aside(self, refused: str, used: int, rows: bytes) -> None:
+        """Report that the last checkpoint is refused and the previous one used; keep what it is about."""
+        print(f"warning: {refused}: the one before it, of round {used}, is used", file=sys.stderr)
+        with self._writing():
+            with atomic_write(self.folder / ROWS_REFUSED) as file:
+                file.write(rows)
+            (self.folder / CHECKPOINT).replace(self.folder / CHECKPOINT_REFUSED)
+
+    def _keep_rows(self, rows: bytes, length: int) -> None:
+        """Continue from the first `length` bytes of `rows`, checked ones; the others are dropped from the file."""
+        kept = rows[:length]
+        self.rows = [json.loads(line) for line in kept.splitlines()]
+        self._rows_sha256, self._rows_bytes = hashlib.sha256(kept), len(kept)
+        with self._writing(), atomic_write(self.folder / ROWS) as file:
+            file.write(kept)
+
+    def _flush_rows(self) -> str:
+        """Flush metrics.jsonl to the disk; returns its SHA-256, and fails if it is not what this run has written."""
+        path = self.folder / ROWS
+        with self._writing(), path.open("rb") as file:
+            os.fsync(file.fileno())
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+        if found != self._rows_sha256.hexdigest():
+            raise RunFailed(
+                f"{path} was changed during the run: restore its rows; the same command then resumes the run"
+            )
+        return found
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """A full disk, or a folder that has become read-only, ends the run, whose checkpoint is kept."""
+        """A full disk, or a folder that has become read-only, ends the run; its checkpoint is kept."""
         try:
             yield
         except OSError as error:
             raise RunFailed(
-                f"{self.folder} cannot be written ({error.strerror}): mend that; the same command then goes on"
+                f"{self.folder} cannot be written ({error.strerror}): fix that; the same command then resumes the run"
             ) from error
 
 
-class _Refused(Exception):
-    """Why a checkpoint cannot be gone on from."""
-
-
-def resumed(config: Config) -> Config:
-    """`config`, or where its key ``resume`` names a run, that run's, to go on with under its name."""
+def config_of_run(config: Config) -> Config:
+    """`config`, or where its key ``resume`` names a run, that run's configuration, to resume it under its name."""
     if not config.resume:
         return config
     folder = run_folder(config.changed({"name": config.resume}), "localsgd")
-    if not (folder / "config.json").exists():
+    if not os.path.exists(folder / CONFIG):
         raise UserError(
             f"resume = {config.resume}: there is no run in {folder}: give one's name, with its --results-dir"
         )
-    held = {**Config().identity("localsgd"), **_read_json(folder / "config.json")}
+    held = read_config(folder)
     if held.pop("mode") != "localsgd":
         raise UserError(f"resume = {config.resume}: {folder} is no run of LocalSGD: start it again as it was begun")
     for name, default in {**Config().identity("localsgd"), "name": ""}.items():
         given = config.as_keys()[name]
         if given not in (default, held.get(name, config.resume)):
-            other = held.get(name, config.resume)
+            other = _shown(held.get(name, config.resume))
             raise UserError(f"resume = {config.resume}: {name} = {given}, but the run has {other}: leave it out")
-    return config.changed({**held, "name": config.resume, "resume": ""})
+    try:
+        return config.changed({**held, "name": config.resume, "resume": ""})
+    except UserError as error:
+        raise UserError(
+            f"resume = {config.resume}: {folder / CONFIG} is no run's configuration: {_shown(error)}"
+        ) from error
 
 
 def _locked(file: TextIO) -> bool:
@@ -258,7 +349,11 @@ def _locked(file: TextIO) -> bool:
 
 def run_folder(config: Config, mode: Mode) -> Path:
     """The folder of a run: its name, or one made from what distinguishes it."""
-    return Path(config.results_dir).expanduser().absolute() / (config.name or default_name(config, mode))
+    try:
+        results = Path(config.results_dir).expanduser().absolute()
+    except RuntimeError as error:  # ~user
+        raise UserError(f"results-dir = {config.results_dir}: there is no such user: give another folder") from error
+    return results / (config.name or default_name(config, mode))
 
 
 def default_name(config: Config, mode: Mode) -> str:
@@ -271,24 +366,56 @@ def default_name(config: Config, mode: Mode) -> str:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The rows of a run; a last line cut short by a broken-off run is left out."""
-    path = folder / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.exists() else []
+    """The rows of a run; a last line that was not completely written is left out."""
+    lines = _read_rows(folder).splitlines()
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
+            rows.append(_parsed(line))
+        except ValueError as error:
             if number == len(lines):
                 break
-            raise UserError(f"{path} line {number} is damaged: remove the folder to begin the run anew") from error
+            raise UserError(
+                f"{folder / ROWS} line {number} is damaged: restore it, or give --rerun to run it again"
+            ) from error
     return rows
+
+
+def _read_rows(folder: Path) -> bytes:
+    """The content of metrics.jsonl."""
+    path = folder / ROWS
+    try:
+        return path.read_bytes() if path.exists() else b""
+    except OSError as error:
+        raise UserError(f"{path} cannot be read ({error.strerror}): restore it, or give another --name") from error
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The configuration of a run with its ``mode``; a key that is younger than the run has its default."""
+    path = folder / CONFIG
+    held = _read_json(path, "restore it, or give another --name or --results-dir")
+    mode = held.get("mode")
+    if mode not in ("centralized", "localsgd"):
+        raise UserError(f"{path} is damaged, it names no mode: restore it, or give another --name or --results-dir")
+    return {**Config().identity(mode), **held}
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
     """The summary of a run that has ended or stopped, or None."""
-    path = folder / "summary.json"
-    return _read_json(path) if path.exists() else None
+    path = folder / SUMMARY
+    if not path.exists():
+        return None
+    remedy = "restore it, or remove it: the same command then writes it again"
+    summary = _read_json(path, remedy)
+    whole = isinstance(summary.get("finished"), bool) and isinstance(digests := summary.get("sha256", {}), dict)
+    if whole and summary["finished"]:
+        whole = all(map(_is_number, map(summary.get, ("best_test_accuracy", "final_test_accuracy", "seconds"))))
+    if whole and digests:  # those of an older fedsim have none
+        content = {name: value for name, value in summary.items() if name != "sha256"}
+        whole = digests.get(SUMMARY) == _sha256_of_json(content)
+    if not whole:
+        raise UserError(f"{path} is damaged: {remedy}")
+    return summary
 
 
 def provenance(device: str) -> dict[str, Any]:
@@ -318,7 +445,7 @@ def _commit() -> str:
 
 
 @contextlib.contextmanager
-def written_whole(path: Path) -> Iterator[BinaryIO]:
+def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """A file that appears under `path` only when all of it is on the disk."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
@@ -331,25 +458,107 @@ def written_whole(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def _save_whole(path: Path, content: Mapping[str, Any]) -> None:
-    """`torch.save`, by way of memory: PyTorch's own writing hides why it failed."""
+def _saved(content: Mapping[str, Any]) -> bytes:
+    """The bytes of `torch.save`; its own writing to a file hides why it failed."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
-    with written_whole(path) as file:
-        file.write(buffer.getbuffer())
+    return buffer.getvalue()
+
+
+def _unsealed(content: bytes) -> dict[str, Any]:
+    """The checkpoint in the bytes of its file, of which not one may have changed."""
+    size = len(SEAL) + hashlib.sha256().digest_size
+    saved, seal = content[:-size], content[-size:]
+    if seal != SEAL + hashlib.sha256(saved).digest():
+        older = content[-22:-18] == b"PK\5\6"  # the end of a zip file: version 2 had no seal
+        raise InvalidCheckpoint("is of another version of fedsim" if older else "is damaged")
+    try:
+        checkpoint = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch documents none
+        raise InvalidCheckpoint("is damaged") from error
+    if not isinstance(checkpoint, dict):
+        raise InvalidCheckpoint("is damaged")
+    return checkpoint
+
+
+def _misfit(state: Mapping[str, Any], like: Mapping[str, Any]) -> str:
+    """How `state` differs from `like` in its keys, types and shapes, or nothing; an empty mapping stands for any."""
+    for name, wanted in like.items():
+        if name not in state:
+            return f"it has no {name}"
+        value = state[name]
+        if isinstance(wanted, Tensor) and isinstance(value, Tensor):
+            if (value.shape, value.dtype) != (wanted.shape, wanted.dtype):
+                return f"{name} is {value.dtype} {list(value.shape)}, not {wanted.dtype} {list(wanted.shape)}"
+        elif isinstance(wanted, Mapping) and isinstance(value, Mapping):
+            if wanted and (problem := _misfit(value, wanted)):
+                return f"in {name}, {problem}"
+        elif not isinstance(value, type(wanted)):
+            return f"{name} is of type {type(value).__name__}, not {type(wanted).__name__}"
+    return ""
+
+
+def _outcome(rows: Sequence[Row]) -> dict[str, Any]:
+    """What a summary says of all rows of a run: its accuracies, costs and seconds."""
+    tested = [value for row in rows if _is_number(value := row.get("test_accuracy"))]
+    last = rows[-1] if rows else {}
+    return {
+        "best_test_accuracy": max(tested, default=None),
+        "final_test_accuracy": tested[-1] if tested else None,
+        **{name: last.get(name, 0) for name in COSTS},
+        "seconds": last.get("seconds", 0.0),
+    }
+
+
+def _is_number(value: object) -> TypeGuard[float]:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sha256_of_json(content: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def _differs(path: Path, sha256: str) -> bool:
+    """Whether the file is there and has another digest, or cannot be read."""
+    try:
+        return _sha256_of(path) != sha256
+    except FileNotFoundError:
+        return False
+    except OSError:
+        return True
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(content, indent=2) + "\n").encode())
 
 
-def _read_json(path: Path) -> dict[str, Any]:
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        content: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, json.JSONDecodeError) as error:
-        raise UserError(f"{path} is damaged or cannot be read: give another --name or --results-dir") from error
-    return content
+        return _parsed(path.read_bytes())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or cannot be read: {remedy}") from error
+
+
+def _parsed(content: bytes) -> dict[str, Any]:
+    """The JSON object that `content` is; fails with ValueError if it is none."""
+    try:
+        value = json.loads(content.decode())
+    except RecursionError as error:
+        raise ValueError("it is nested too deeply") from error
+    if not isinstance(value, dict):
+        raise ValueError("it is no object")
+    return value
+
+
+def _shown(value: object) -> str:
+    """What stands in a file, as a short text on one line."""
+    return " ".join(str(value).split())[:200]
 
 
 def print_row(row: Row) -> None:

@@ -1,7 +1,14 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
+import io
 import json
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -9,23 +16,26 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given, settings, strategies
 
 from fedsim.config import Config, Mode
 from fedsim.device import resolve
-from fedsim.errors import UserError
+from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute
-from fedsim.records import Run, default_name, provenance, read_rows, resumed, written_whole
-from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from fedsim.records import SEAL, Run, atomic_write, config_of_run, default_name, provenance, read_rows, read_summary
+from tests.conftest import SMALL, Execute, assert_same_bits, final_model, rows_of
+
+MODES: tuple[Mode, ...] = ("localsgd", "centralized")
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
     path = tmp_path / "file"
     path.write_bytes(b"before")
-    with contextlib.suppress(RuntimeError), written_whole(path) as file:
+    with contextlib.suppress(RuntimeError), atomic_write(path) as file:
         file.write(b"half of what was to co")
         raise RuntimeError
     assert path.read_bytes() == b"before"
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write(b"after")
     assert path.read_bytes() == b"after"
     assert list(tmp_path.iterdir()) == [path]
@@ -62,7 +72,7 @@ def test_a_results_dir_that_cannot_be_written_is_named(small: Config, tmp_path: 
 
 def test_a_run_that_another_process_runs_is_refused(run: Execute) -> None:
     first = run(name="busy", stop_after_rounds=1)
-    with first.held(), pytest.raises(UserError, match="another process is running it"):
+    with first.lock(), pytest.raises(UserError, match="another process is running it"):
         run(name="busy")
     assert run(name="busy").finished
 
@@ -70,11 +80,11 @@ def test_a_run_that_another_process_runs_is_refused(run: Execute) -> None:
 def test_who_has_patience_waits_for_another_process(run: Execute) -> None:
     first = run(name="busy", stop_after_rounds=1)
     with contextlib.ExitStack() as holding:
-        holding.enter_context(first.held())
+        holding.enter_context(first.lock())
         threading.Timer(1.5, holding.close).start()
-        with first.held(patience=60):
+        with first.lock(patience=60):
             pass
-    with first.held(), pytest.raises(UserError, match="another process is running it"), first.held(patience=1):
+    with first.lock(), pytest.raises(UserError, match="another process is running it"), first.lock(patience=1):
         pass
 
 
@@ -82,49 +92,262 @@ def cut(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:1000])
 
 
+def empty(path: Path) -> None:
+    path.write_bytes(b"")
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def a_directory(path: Path) -> None:
+    path.unlink()
+    path.mkdir()
+
+
+def of_version_2(path: Path) -> None:
+    """It was a zip file and nothing more."""
+    torch.save({**torch.load(path, weights_only=True), "version": 2}, path)
+
+
+def rewrite(path: Path, **changes: Any) -> None:
+    """Replace what a checkpoint holds under these keys, as fedsim itself would write it; None removes one."""
+    buffer = io.BytesIO()
+    state = {**torch.load(path, weights_only=True), **changes}
+    torch.save({name: value for name, value in state.items() if value is not None}, buffer)
+    path.write_bytes(buffer.getvalue() + SEAL + hashlib.sha256(buffer.getvalue()).digest())
+
+
 def of_another_version(path: Path) -> None:
-    torch.save({**torch.load(path, weights_only=True), "version": 0}, path)
+    rewrite(path, version=99)
 
 
 def of_another_configuration(path: Path) -> None:
-    checkpoint = torch.load(path, weights_only=True)
-    torch.save({**checkpoint, "config": {**checkpoint["config"], "lr": 0.5}}, path)
+    rewrite(path, config={**torch.load(path, weights_only=True)["config"], "lr": 0.5})
+
+
+def without_a_model(path: Path) -> None:
+    rewrite(path, arrays=None, model=None)
+
+
+def of_no_round(path: Path) -> None:
+    rewrite(path, round="third")
+
+
+def of_a_round_beyond_the_run(path: Path) -> None:
+    rewrite(path, round=99)
+
+
+def of_another_model(path: Path) -> None:
+    state = torch.load(path, weights_only=True)
+    name = "arrays" if "arrays" in state else "model"
+    rewrite(path, **{name: {key: torch.zeros(3) for key in state[name]}})
+
+
+def row_lost(path: Path) -> None:
+    rows = path.with_name("metrics.jsonl")
+    rows.write_bytes(b"".join(rows.read_bytes().splitlines(keepends=True)[:-1]))
+
+
+def row_changed(path: Path) -> None:
+    rows = path.with_name("metrics.jsonl")
+    first, last = rows.read_bytes().rsplit(b'"test_accuracy": 0.', 1)
+    rows.write_bytes(first + b'"test_accuracy": 0.9' + last[1:])
+
+
+def row_of_nul_bytes(path: Path) -> None:
+    rows = path.with_name("metrics.jsonl")
+    kept = b"".join(rows.read_bytes().splitlines(keepends=True)[:-1])
+    rows.write_bytes(kept.ljust(rows.stat().st_size, b"\0"))
 
 
 REFUSED: dict[Callable[[Path], None], str] = {
     cut: "checkpoint.pt is damaged",
+    empty: "checkpoint.pt is damaged",
+    flipped: "checkpoint.pt is damaged",
+    a_directory: r"checkpoint.pt cannot be read (Is a directory)",
+    of_version_2: "checkpoint.pt is of another version of fedsim",
     of_another_version: "checkpoint.pt is of another version of fedsim",
     of_another_configuration: "checkpoint.pt is of another configuration",
+    without_a_model: "checkpoint.pt does not fit the run: it has no ",
+    of_no_round: "checkpoint.pt does not fit the run: round is of type str, not int",
+    of_a_round_beyond_the_run: "checkpoint.pt is of round 99, of a run of ",
+    of_another_model: "checkpoint.pt does not fit the run: in ",
+    row_lost: "checkpoint.pt and metrics.jsonl disagree: the rows up to round ",
+    row_changed: "checkpoint.pt and metrics.jsonl disagree: the rows up to round ",
+    row_of_nul_bytes: "checkpoint.pt and metrics.jsonl disagree: the rows up to round ",
 }
 
 
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """In each mode a run of four epochs, and the same one stopped after three, with a checkpoint in each round."""
+    place = tmp_path_factory.mktemp("begun")
+    config = Config().changed({**SMALL, "results-dir": str(place), "epochs": 4.0, "synthetic-images": 256})
+    for mode in MODES:
+        resolved = resolve(config, mode)
+        execute(resolved.changed({"name": f"whole-{mode}"}), mode)
+        part = {"name": f"part-{mode}", "checkpoint-every": 1, "stop-after-epochs": 3.0}
+        execute(resolved.changed(part), mode)
+    return config
+
+
+def copy_of_part(begun: Config, mode: Mode, results: Path) -> Config:
+    """The configuration of a copy of the stopped run in `results`."""
+    shutil.copytree(Path(begun.results_dir) / f"part-{mode}", results / "part", dirs_exist_ok=True)
+    return resolve(begun.changed({"results-dir": str(results), "name": "part", "checkpoint-every": 1}), mode)
+
+
+def assert_as_undisturbed(begun: Config, mode: Mode, folder: Path) -> None:
+    whole = Path(begun.results_dir) / f"whole-{mode}"
+    assert_same_bits(final_model(folder), final_model(whole))
+    assert rows_of(folder) == rows_of(whole)
+    summaries = [read_summary(place) or {} for place in (folder, whole)]
+    assert summaries[0]["best_test_accuracy"] == summaries[1]["best_test_accuracy"]
+
+
 @pytest.mark.parametrize("spoil", REFUSED)
-@pytest.mark.parametrize("mode", ["localsgd", "centralized"])
+@pytest.mark.parametrize("mode", MODES)
 def test_the_checkpoint_before_a_refused_one_is_used(
-    run: Execute, mode: Mode, spoil: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+    begun: Config, tmp_path: Path, mode: Mode, spoil: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = {"checkpoint_every": 1, "epochs": 4.0, "stop_after_epochs": 3.0}
-    part = run(mode, name="part", **keys)
-    last, before = (part.folder / f"checkpoint{name}.pt" for name in ("", "-before"))
-    spoil(last)
-    spoilt, good = last.read_bytes(), torch.load(before, weights_only=True)
-    again = run(mode, name="part", epochs=4.0)
-    told = capsys.readouterr().err
-    assert f"{REFUSED[spoil]}: the one before it, of round {good['round']}, is used" in told
-    assert (part.folder / "checkpoint-refused.pt").read_bytes() == spoilt
-    assert_same_bits(final_model(again), final_model(run(mode, name="whole", epochs=4.0)))
-    assert rows_of(again) == rows_of(run(mode, name="whole", epochs=4.0))
+    config, folder = copy_of_part(begun, mode, tmp_path), tmp_path / "part"
+    spoil(folder / "checkpoint.pt")
+    spoilt = {name: contents(folder / name) for name in ("checkpoint.pt", "metrics.jsonl")}
+    used = torch.load(folder / "checkpoint-before.pt", weights_only=True)["round"]
+    execute(config, mode)
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"warning: {folder}/{REFUSED[spoil]}")
+    assert line.endswith(f": the one before it, of round {used}, is used")
+    assert contents(folder / "checkpoint-refused.pt") == spoilt["checkpoint.pt"]
+    assert contents(folder / "metrics-refused.jsonl") == spoilt["metrics.jsonl"]
+    assert_as_undisturbed(begun, mode, folder)
+
+
+def failure_of(attempt: Callable[[], object]) -> str:
+    """The message that it fails with, or nothing; any other exception is one of the test."""
+    try:
+        attempt()
+    except (UserError, RunFailed) as error:
+        return str(error)
+    return ""
+
+
+def contents(path: Path) -> bytes:
+    return path.read_bytes() if path.is_file() else b""
 
 
 @pytest.mark.parametrize("spoil", REFUSED)
-def test_with_no_other_checkpoint_a_refused_one_is_an_error(run: Execute, spoil: Callable[[Path], None]) -> None:
-    part = run(name="cut", stop_after_rounds=3)
-    path = part.folder / "checkpoint.pt"
-    spoil(path)
-    with pytest.raises(UserError, match=REFUSED[spoil] + ": remove it to begin the run anew"):
-        run(name="cut")
-    path.unlink()
-    assert_same_bits(final_model(run(name="cut")), final_model(run(name="whole")))
+def test_with_no_other_checkpoint_a_refused_one_is_an_error(
+    begun: Config, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    config, folder = copy_of_part(begun, "localsgd", tmp_path), tmp_path / "part"
+    (folder / "checkpoint-before.pt").unlink()
+    spoil(folder / "checkpoint.pt")
+    before = {path: contents(path) for path in folder.iterdir()}
+    with pytest.raises(UserError, match=re.escape(REFUSED[spoil])) as caught:
+        execute(config, "localsgd")
+    assert str(caught.value).endswith("give --rerun to run it again, or another --name")
+    assert "\n" not in str(caught.value)
+    assert {path: contents(path) for path in folder.iterdir()} == before
+    if spoil is not a_directory:
+        execute(config, "localsgd", rerun=True)
+        assert_as_undisturbed(begun, "localsgd", folder)
+
+
+@pytest.mark.parametrize("change", ["first row lost", "doubled", "reordered"])
+def test_rows_that_no_checkpoint_was_saved_with_are_an_error(begun: Config, tmp_path: Path, change: str) -> None:
+    config, path = copy_of_part(begun, "localsgd", tmp_path), tmp_path / "part" / "metrics.jsonl"
+    first, second, *rest = path.read_bytes().splitlines(keepends=True)
+    rows = {"first row lost": [second], "doubled": [first, first, second], "reordered": [second, first]}[change]
+    path.write_bytes(b"".join(rows + rest))
+    before = {path: contents(path) for path in path.parent.iterdir()}
+    with pytest.raises(UserError, match=r"checkpoint.pt and metrics.jsonl disagree.*before.pt and metrics.jsonl dis"):
+        execute(config, "localsgd")
+    assert {path: contents(path) for path in path.parent.iterdir()} == before
+
+
+def test_rows_after_the_checkpoint_are_dropped(begun: Config, tmp_path: Path) -> None:
+    config, path = copy_of_part(begun, "localsgd", tmp_path), tmp_path / "part" / "metrics.jsonl"
+    path.write_bytes(path.read_bytes() * 2 + b'{"round": 4, "ep')
+    execute(config, "localsgd")
+    assert_as_undisturbed(begun, "localsgd", tmp_path / "part")
+
+
+def test_rows_that_change_during_a_run_end_it(small: Config) -> None:
+    run = Run(small.changed({"name": "run"}), "localsgd")
+    run.log_row({"round": 1, "test_accuracy": 0.1})
+    run.save_checkpoint({"round": 1})
+    run.log_row({"round": 2, "test_accuracy": 0.2})
+    before = contents(run.folder / "checkpoint.pt")
+    rows = run.folder / "metrics.jsonl"
+    rows.write_bytes(rows.read_bytes().replace(b"0.1", b"0.9"))
+    with pytest.raises(RunFailed, match=r"metrics.jsonl was changed during the run: restore its rows"):
+        run.save_checkpoint({"round": 2})
+    with pytest.raises(RunFailed, match=r"metrics.jsonl was changed during the run"):
+        run.write_summary(True, 1, "cpu")
+    assert contents(run.folder / "checkpoint.pt") == before
+    assert not (run.folder / "summary.json").exists()
+
+
+def spoil_model(folder: Path) -> None:
+    flipped(folder / "model.pt")
+
+
+def spoil_rows(folder: Path) -> None:
+    row_changed(folder / "checkpoint.pt")
+
+
+def spoil_summary(folder: Path) -> None:
+    path = folder / "summary.json"
+    path.write_text(path.read_text().replace('"best_test_accuracy": 0.', '"best_test_accuracy": 0.9'))
+
+
+def spoil_parameters(folder: Path) -> None:
+    path = folder / "summary.json"
+    path.write_text(path.read_text().replace('"parameters": 6', '"parameters": 7'))
+
+
+def remove_rows(folder: Path) -> None:
+    (folder / "metrics.jsonl").unlink()
+
+
+@pytest.mark.parametrize("spoil", [spoil_model, spoil_rows, spoil_summary, spoil_parameters, remove_rows])
+def test_a_finished_run_whose_records_disagree_is_an_error(
+    begun: Config, tmp_path: Path, spoil: Callable[[Path], None]
+) -> None:
+    shutil.copytree(Path(begun.results_dir) / "whole-localsgd", tmp_path / "whole")
+    config = resolve(begun.changed({"results-dir": str(tmp_path), "name": "whole"}), "localsgd")
+    assert execute(config, "localsgd").finished
+    spoil(tmp_path / "whole")
+    with pytest.raises(
+        UserError, match=r"(pt|jsonl) is not what summary.json was written with|summary.json is damaged"
+    ):
+        execute(config, "localsgd")
+
+
+def test_a_missing_model_of_a_finished_run_is_reported(
+    begun: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shutil.copytree(Path(begun.results_dir) / "whole-localsgd", tmp_path / "whole")
+    config = resolve(begun.changed({"results-dir": str(tmp_path), "name": "whole"}), "localsgd")
+    (tmp_path / "whole" / "model.pt").unlink()
+    assert execute(config, "localsgd").finished
+    told = capsys.readouterr().err
+    assert told == f"warning: {tmp_path}/whole/model.pt is missing: give --rerun to run it again\n"
+
+
+def test_a_finished_run_of_an_older_fedsim_is_left_alone(begun: Config, tmp_path: Path) -> None:
+    shutil.copytree(Path(begun.results_dir) / "whole-localsgd", tmp_path / "whole")
+    path = tmp_path / "whole" / "summary.json"
+    summary = json.loads(path.read_text())
+    del summary["sha256"]
+    path.write_text(json.dumps(summary))
+    (tmp_path / "whole" / "model.pt").unlink()
+    config = resolve(begun.changed({"results-dir": str(tmp_path), "name": "whole"}), "localsgd")
+    assert execute(config, "localsgd").finished
 
 
 def test_killed_between_two_checkpoints_the_older_is_used(run: Execute) -> None:
@@ -138,7 +361,7 @@ def test_resume_takes_what_shapes_the_result_from_the_run(run: Execute, small: C
     whole = run(name="whole", lr=0.03, local_steps=3)
     run(name="part", lr=0.03, local_steps=3, stop_after_rounds=2)
     bare = Config(results_dir=small.results_dir, resume="part")
-    again = execute(resolve(resumed(bare), "localsgd"), "localsgd")
+    again = execute(resolve(config_of_run(bare), "localsgd"), "localsgd")
     assert again.folder.name == "part"
     assert_same_bits(final_model(again), final_model(whole))
 
@@ -157,28 +380,162 @@ def test_resume_of_what_is_not_there_or_differs_is_an_error(run: Execute, keys: 
     part = run(name="part", stop_after_rounds=1)
     run("centralized", name="alone", stop_after_epochs=1.0)
     with pytest.raises(UserError, match=message):
-        resumed(Config().changed({"results-dir": str(part.folder.parent), **keys}))
+        config_of_run(Config().changed({"results-dir": str(part.folder.parent), **keys}))
 
 
-def test_a_damaged_config_is_named(run: Execute) -> None:
-    part = run(name="bad", stop_after_rounds=1)
-    (part.folder / "config.json").write_text("{")
-    with pytest.raises(UserError, match=r"config.json is damaged"):
-        run(name="bad")
+JUNK = {
+    "cut": b'{"mode": "loc',
+    "empty": b"",
+    "binary": b"\xff\xfe\x00\x01",
+    "NULs": b"\0" * 100,
+    "list": b"[]",
+    "nested": b"[" * 100_000,
+    "object": b"{}",
+    "types": b'{"mode": ["localsgd"], "finished": "yes", "round": {}}',
+}
 
 
-def test_only_a_last_row_may_be_cut_short(tmp_path: Path) -> None:
+@pytest.mark.parametrize("junk", JUNK)
+@pytest.mark.parametrize("name", ["config.json", "summary.json"])
+def test_a_damaged_file_of_a_run_is_named(begun: Config, tmp_path: Path, name: str, junk: str) -> None:
+    config, path = copy_of_part(begun, "localsgd", tmp_path), tmp_path / "part" / name
+    path.write_bytes(JUNK[junk])
+    with pytest.raises(UserError, match=rf"{name} is damaged.*: restore it, or") as caught:
+        execute(config, "localsgd")
+    assert "\n" not in str(caught.value)
+    if name == "config.json":
+        with pytest.raises(UserError, match=r"config.json is damaged"):
+            config_of_run(Config(results_dir=str(tmp_path), resume="part"))
+
+
+@pytest.mark.parametrize(("key", "value"), [("lr", "fast"), ("clients", [4]), ("spam\nspam", 1), ("model", None)])
+def test_a_configuration_to_resume_that_is_none_is_named(begun: Config, tmp_path: Path, key: str, value: Any) -> None:
+    copy_of_part(begun, "localsgd", tmp_path)
+    path = tmp_path / "part" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
+    with pytest.raises(UserError, match=r"resume = part: .*config.json is no run's configuration: ") as caught:
+        config_of_run(Config(results_dir=str(tmp_path), resume="part"))
+    assert "\n" not in str(caught.value)
+
+
+FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-before.pt", "model.pt", "summary.json", ".lock")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_directory_in_the_place_of_a_file_is_one_line_or_no_matter(begun: Config, tmp_path: Path, name: str) -> None:
+    config, path = copy_of_part(begun, "localsgd", tmp_path), tmp_path / "part" / name
+    a_directory(path)
+    failure = failure_of(lambda: execute(config, "localsgd"))
+    if name == "checkpoint.pt":
+        assert failure == ""
+        assert_as_undisturbed(begun, "localsgd", path.parent)
+    else:
+        assert str(path.parent) in failure
+        assert "\n" not in failure
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"results-dir": "~nobody-of-this-name/results"}, "results-dir = ~nobody.*: there is no such user"),
+        ({"name": "n" * 300}, r"results-dir = .* cannot be written \(File name too long\)"),
+    ],
+)
+def test_a_folder_that_cannot_be_is_named(small: Config, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        Run(small.changed(keys), "localsgd")
+
+
+ENTER = """
+import os, sys
+from fedsim.config import Config
+from fedsim.errors import UserError
+from fedsim.records import Run
+if os.getuid() == 0:
+    os.setuid(65534)
+try:
+    Run(Config(results_dir=sys.argv[1], name="run"), "localsgd")
+except UserError as error:
+    print(error)
+"""
+
+
+def test_a_results_dir_that_cannot_be_entered_is_named(tmp_path: Path) -> None:
+    (tmp_path / "results" / "run").mkdir(parents=True)
+    (tmp_path / "results").chmod(0)
+    done = subprocess.run([sys.executable, "-c", ENTER, str(tmp_path / "results")], capture_output=True, text=True)
+    (tmp_path / "results").chmod(0o700)
+    assert done.stderr == ""
+    assert "results cannot be written (Permission denied): give another --results-dir" in done.stdout
+
+
+def test_what_a_killed_process_left_is_removed_and_its_folder_accepted(run: Execute, tmp_path: Path) -> None:
+    """Killed before config.json, or in the middle of a checkpoint."""
+    folder = tmp_path / "killed"
+    folder.mkdir()
+    (folder / ".lock").touch()
+    (folder / ".config.json.12345").write_text("{")
+    run(name="killed", stop_after_rounds=1)
+    for name in (".checkpoint.pt.12345", ".metrics.jsonl.1", ".model.pt.23", ".summary.json.7"):
+        (folder / name).write_bytes(b"half")
+    (folder / ".notes.12").write_text("not ours")
+    run(name="killed", stop_after_rounds=2)
+    expected = {".lock", ".notes.12", "config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-before.pt"}
+    assert {path.name for path in folder.iterdir()} == expected | {"model.pt", "summary.json"}
+
+
+@pytest.mark.parametrize("row", [b'{"rou', b"\xff", b"[]", b"\0\0", b"[" * 100_000])
+def test_only_a_last_row_may_be_damaged(tmp_path: Path, row: bytes) -> None:
     rows = tmp_path / "metrics.jsonl"
-    rows.write_text('{"round": 1}\n{"rou')
+    rows.write_bytes(b'{"round": 1}\n' + row)
     assert read_rows(tmp_path) == [{"round": 1}]
-    rows.write_text('{"round": 1}\n{"rou\n{"round": 3}\n')
+    rows.write_bytes(b'{"round": 1}\n' + row + b'\n{"round": 3}\n')
     with pytest.raises(UserError, match="line 2 is damaged"):
         read_rows(tmp_path)
 
 
+json_values = strategies.recursive(
+    strategies.none() | strategies.booleans() | strategies.integers() | strategies.floats() | strategies.text(),
+    lambda inner: strategies.lists(inner, max_size=3) | strategies.dictionaries(strategies.text(), inner, max_size=3),
+    max_leaves=5,
+)
+KEYS = ["mode", "lr", "finished", "seconds", "sha256", "best_test_accuracy", "round", "test_accuracy", "name"]
+json_objects = strategies.dictionaries(strategies.sampled_from(KEYS) | strategies.text(), json_values, max_size=5)
+file_contents = strategies.binary(max_size=60) | strategies.one_of(json_values, json_objects).map(
+    lambda value: json.dumps(value).encode()
+)
+
+
+@settings(derandomize=True, max_examples=80, deadline=None, database=None)
+@given(strategies.sampled_from(["config.json", "summary.json", "metrics.jsonl", "checkpoint.pt"]), file_contents)
+def test_any_content_of_a_runs_files_is_understood_or_one_line(name: str, content: bytes) -> None:
+    with tempfile.TemporaryDirectory() as results:
+        config = Config(results_dir=results, name="run", resume="")
+        folder = Run(config, "localsgd").folder
+        path = folder / name
+        known = path.read_bytes() if name == "config.json" else b"{}"
+        with contextlib.suppress(ValueError):  # an object among what a run has there, or alone
+            if isinstance(held := json.loads(content), dict):
+                content = json.dumps({**json.loads(known), **held}).encode()
+        path.write_bytes(content)
+
+        def read() -> None:
+            config_of_run(Config(results_dir=results, resume="run"))
+
+        def resume() -> None:
+            run = Run(config, "localsgd")
+            with run.lock():
+                if run.finished:
+                    run.check_outputs()
+                run.resume(8, {"model": {}})
+
+        for attempt in (read, resume):
+            assert "\n" not in failure_of(attempt)
+
+
 def test_numbers_that_are_not_finite_become_null(small: Config) -> None:
     run = Run(small.changed({"name": "inf"}), "localsgd")
-    run.add({"round": 1, "test_loss": float("inf"), "train_loss": 1.5})
+    run.log_row({"round": 1, "test_loss": float("inf"), "train_loss": 1.5})
     assert json.loads((run.folder / "metrics.jsonl").read_text())["test_loss"] is None
 
 

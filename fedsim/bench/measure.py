@@ -37,7 +37,7 @@ from fedsim.experiments.cells import cost
 from fedsim.experiments.study import read_study
 from fedsim.federation.flwr_run import CHECKOUT
 from fedsim.models import build_model
-from fedsim.records import provenance, written_whole
+from fedsim.records import atomic_write, provenance
 from fedsim.training.step import evaluate
 
 TEST_IMAGES = 10_000  # of CIFAR-100
@@ -255,5 +255,5 @@ def write_figures(path: Path, figures: Sequence[Figure], device: str, **more: An
         ],
     }
     path.parent.mkdir(parents=True, exist_ok=True)
-    with written_whole(path) as file:
+    with atomic_write(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())

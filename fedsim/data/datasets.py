@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.config import Config
-from fedsim.data.cache import Arrays, cached, user_cache
+from fedsim.data.cache import Arrays, cached, discard_damaged, user_cache
 from fedsim.data.cifar100 import official_files, read_official
 from fedsim.data.images import SIDE, Images, Moments, bordered
 from fedsim.errors import UserError
@@ -33,14 +33,18 @@ class Dataset:
     classes: int
 
 
-def load_dataset(config: Config) -> Dataset:
+def load_dataset(config: Config, verify: bool = True) -> Dataset:
     """The data set of `config` on its (resolved) device; kept, so that a process reads it once.
+
+    With `verify`, what is cached of it is verified before (see `verify_cache`).
 
     With a validation split, `train` lacks the images held out and `test` is those: the test images are out of
     reach of whoever chooses by what such a run reports. Server and clients draw the same split from the seed.
     """
     if config.validation >= (available := _training_images(config)):
         raise UserError(f"validation = {config.validation} leaves none of the {available} training images: give less")
+    if verify:
+        verify_cache(config)
     read: Callable[..., Dataset]
     key: tuple[Any, ...]
     if config.dataset == "cifar100":
@@ -49,6 +53,19 @@ def load_dataset(config: Config) -> Dataset:
         shape = (config.synthetic_classes, config.synthetic_images)
         read, key = _synthetic, (*shape, config.normalize, config.device)
     return _hold_out(read, key, config.validation, config.seed) if config.validation else read(*key)
+
+
+def verify_cache(config: Config) -> None:
+    """Read the decoded images in the cache, once in a process (0.4 s); damaged ones are removed, to be made again."""
+    if config.dataset == "cifar100":
+        _verify(str(data_folder(config)))
+
+
+@functools.lru_cache(maxsize=8)
+def _verify(folder: str) -> None:
+    if discard_damaged(official_files(Path(folder))):
+        _cifar100.cache_clear()
+        _hold_out.cache_clear()
 
 
 def training_images(config: Config) -> int:
@@ -81,7 +98,11 @@ def _hold_out(read: Callable[..., Dataset], key: tuple[Any, ...], count: int, se
 
 def data_folder(config: Config) -> Path:
     """The folder that holds ``cifar-100-python``: the key, the environment's, or the user's cache."""
-    return Path(config.data_dir or os.environ.get("FEDSIM_DATA") or user_cache()).expanduser().absolute()
+    named = config.data_dir or os.environ.get("FEDSIM_DATA") or user_cache()
+    try:
+        return Path(named).expanduser().absolute()
+    except RuntimeError as error:  # ~user
+        raise UserError(f"data-dir = {named}: there is no such user: give another folder") from error
 
 
 @functools.lru_cache(maxsize=2)

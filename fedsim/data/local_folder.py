@@ -1,13 +1,15 @@
-"""What a node has of its own: images in a folder, which never leave it, and the folders that `shard` makes.
+"""Images in a folder of a node, which never leave it, and the folders that `shard` makes.
 
 A SuperNode's node config may name its `data-dir`. The folder holds the official CIFAR-100, of which the node takes its
 shard, or ``images.npy`` and ``labels.npy``: this node's images alone. It trains on all of these, whatever the run's
-`validation`, which holds out images of the run's dataset, where the server is.
+`validation`, which holds out images of the run's dataset, on the server. The run's own `data-dir` may hold no such
+files: every client would train on them.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -17,9 +19,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.config import Config
-from fedsim.data.cache import cached
+from fedsim.data.cache import cached, discard_damaged
 from fedsim.data.cifar100 import OFFICIAL
-from fedsim.data.datasets import classes_of, data_folder, load_dataset, moments_of
+from fedsim.data.datasets import classes_of, data_folder, load_dataset, moments_of, verify_cache
 from fedsim.data.images import SIDE, Images, bordered
 from fedsim.data.partition import check_shards, shard
 from fedsim.errors import UserError
@@ -29,9 +31,9 @@ IMAGES, LABELS = "images.npy", "labels.npy"
 
 def own_images(config: Config) -> Images | None:
     """The images that the folder `data-dir` itself holds; None where it holds no such files."""
-    folder = data_folder(config)
-    if not config.data_dir or not ((folder / IMAGES).exists() or (folder / LABELS).exists()):
+    if not _holds_images(config):
         return None
+    folder = data_folder(config)
     return _own_images(config, str(folder), *(_changed(folder / name) for name in (IMAGES, LABELS)))
 
 
@@ -53,10 +55,32 @@ def _changed(file: Path) -> int:
     return file.stat().st_mtime_ns if file.exists() else 0
 
 
-def check_named(config: Config) -> None:
-    """Fail where the folder that a node names holds no images: nothing is downloaded in their stead."""
+def _holds_images(config: Config) -> bool:
     folder = data_folder(config)
-    official = config.dataset == "cifar100" and (folder / OFFICIAL).exists()
+    return bool(config.data_dir) and any(os.path.exists(folder / name) for name in (IMAGES, LABELS))
+
+
+def check_of_run(config: Config) -> None:
+    """Fail where the `data-dir` of the run, which all its clients share, holds images of a single node."""
+    if _holds_images(config):
+        raise UserError(
+            f"data-dir = {config.data_dir} holds {IMAGES} or {LABELS}, the images of one node: name it in the node "
+            f"config of that node, and give the run a folder that holds {OFFICIAL}/"
+        )
+
+
+def verify_images(config: Config) -> None:
+    """Verify what is cached of a node's images, its own or the run's; damaged ones are decoded again."""
+    if not _holds_images(config):
+        verify_cache(config)
+    elif discard_damaged([data_folder(config) / IMAGES]):
+        _own_images.cache_clear()
+
+
+def check_named(config: Config) -> None:
+    """Fail where the folder that a node names holds no images: nothing is downloaded instead."""
+    folder = data_folder(config)
+    official = config.dataset == "cifar100" and os.path.exists(folder / OFFICIAL)
     if own_images(config) is None and not official:
         wanted = f"{IMAGES} and {LABELS}" + (f", or {OFFICIAL}/" if config.dataset == "cifar100" else "")
         raise UserError(f"data-dir = {folder} of the node config holds no images: it must hold {wanted}")
@@ -65,7 +89,7 @@ def check_named(config: Config) -> None:
 def _mapped(folder: Path, name: str) -> NDArray[Any]:
     try:
         return np.lib.format.open_memmap(folder / name, mode="c")
-    except (OSError, ValueError) as error:
+    except Exception as error:  # NumPy evaluates the header, and documents no exceptions for that
         reason = " ".join(str(error).split())
         raise UserError(f"data-dir = {folder}: {name} cannot be read as an array ({reason})") from error
 

@@ -7,6 +7,7 @@ from typing import Literal
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import load_dataset
+from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
@@ -24,22 +25,23 @@ def execute(
     config: Config,
     mode: Mode,
     engine: Engine = "fleet",
-    show: Callable[[Row], None] | None = None,
+    on_row: Callable[[Row], None] | None = None,
     rerun: bool = False,
     patience: float = 0.0,
 ) -> Run:
     """Run `config` (resolved) to its end, or its stop; go on where it broke off; leave it if it is finished.
 
-    `show` is called with each row (not by the engine flower, whose log is streamed instead); `rerun` begins
+    `on_row` is called with each row (not by the engine flower, whose log is streamed instead); `rerun` begins
     anew. Where another process runs it, it waits for `patience` seconds. What can be known to be wrong is
     found before anything is written.
     """
     check(config, mode)
-    run = Run(config, mode, show)
-    with run.held(patience):
+    run = Run(config, mode, on_row)
+    with run.lock(patience):
         if rerun:
-            run.discard()
+            run.reset()
         if run.finished:
+            run.check_outputs()
             return run
         if mode == "centralized":
             train_centralized(config, run)
@@ -55,6 +57,7 @@ def execute(
 
 def check(config: Config, mode: Mode) -> None:
     """Fail where the data is not there, or cannot be shared out, passed over or averaged as `config` asks."""
+    check_of_run(config)
     images = len(load_dataset(config).train)
     if mode == "centralized":
         check_shards(config, images, 1)

@@ -14,7 +14,7 @@ from fedsim.errors import UserError
 from fedsim.experiments.cells import Spread, cost, fail_if_any, placed, room_for, run_cells
 from fedsim.experiments.execute import Engine
 from fedsim.experiments.study import KEPT, Cell, Study, read_study, study_names
-from fedsim.records import written_whole
+from fedsim.records import atomic_write
 from fedsim.report.load import read_groups
 from fedsim.report.tables import accuracy_table
 
@@ -61,7 +61,7 @@ def run_studies(
     with room_for([cell for _, _, cells in plans for cell in cells], spread):
         for study, folder, cells in plans:
             folder.mkdir(parents=True, exist_ok=True)
-            with written_whole(folder / KEPT) as file:
+            with atomic_write(folder / KEPT) as file:
                 file.write(study.text.encode())
             failed = run_cells(cells, engine, rerun, console, spread)
             failures |= {f"{study.name}/{name}": why for name, why in failed.items()}

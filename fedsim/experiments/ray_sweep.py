@@ -83,10 +83,11 @@ def run_on_ray(
     waiting = {}
     runs = [Run(config, mode) for _, mode, config in cells]  # none is begun where one's name is taken
     for cell, run in zip(cells, runs, strict=True):
-        with run.held():
+        with run.lock():
             if rerun:
-                run.discard()  # here, as a cell that is begun again goes on
+                run.reset()  # here, as a cell that is begun again goes on
         if run.finished:
+            run.check_outputs()
             yield cell.config.name, ""
         else:
             needed = share(cell.config, spread)

@@ -14,7 +14,7 @@ from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsim.config import Config, Value, own_keys
-from fedsim.data.local_folder import check_named
+from fedsim.data.local_folder import check_named, check_of_run, verify_images
 from fedsim.device import resolve
 from fedsim.federation.client_state import StateLost, keep_state, kept_state, put_state
 from fedsim.federation.protocol import SEND_STATE, SHARED, STATE, STATE_LOST, STATE_ROUNDS, join, split
@@ -47,7 +47,7 @@ def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> 
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
     """Which shard this node holds, of how many; fails where it cannot run as the run's keys and its own say."""
-    _config(message, context)
+    verify_images(_config(message, context))
     held = MetricRecord()
     for name in ("partition-id", "num-partitions"):
         held[name] = int(context.node_config[name])
@@ -111,4 +111,6 @@ def _resolved(keys: tuple[tuple[str, Value], ...], own: tuple[tuple[str, Value],
     config = resolve(Config().changed({**dict(keys), **dict(own)}), "localsgd")
     if "data-dir" in dict(own):
         check_named(config)
+    else:
+        check_of_run(config)
     return config

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
+from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, UserError
@@ -19,7 +20,7 @@ from fedsim.federation.protocol import join, split
 from fedsim.federation.round import Progress, TooFewClients, build_strategy, row_of, train_round
 from fedsim.models import build_model
 from fedsim.optim import zero_state
-from fedsim.records import Run, print_row, resumed
+from fedsim.records import Run, config_of_run, print_row
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
 from strategies import tensor_record, tensors_of
@@ -31,12 +32,13 @@ TRIES = 3  # a node that comes back is noticed by the second, and what it has lo
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run LocalSGD as the run-config says."""
-    config = resolve(resumed(Config().changed(dict(context.run_config))), "localsgd")
-    run = Run(config, "localsgd", show=print_row)
+    config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
+    check_of_run(config)
+    run = Run(config, "localsgd", on_row=print_row)
     print(f"run folder: {run.folder}", flush=True)
     if run.finished:
         raise UserError(f"name = {run.folder.name}: the run in {run.folder} is finished: give another --name")
-    with run.held():
+    with run.lock():
         train_localsgd(grid, config, run)
 
 
@@ -51,7 +53,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     roster = Roster(grid, config)
     roster.call(least=config.min_clients or config.clients)
     strategy = build_strategy(config, plan)
-    progress = begin(grid, run, roster, new)
+    progress = begin(grid, run, roster, new, plan.rounds)
 
     furthest, failures = progress.round, 0  # failures since a round went further than all before it
     while progress.round < plan.last_round:
@@ -64,7 +66,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
                 test_loss, test_accuracy = None, None
                 if completes(config, plan, progress.round, config.evaluate_every) or ends:
                     test_loss, test_accuracy = evaluate(loaded(model, progress), data.test, config.precision)
-                run.add(row_of(plan, progress) | {"test_loss": test_loss, "test_accuracy": test_accuracy})
+                run.log_row(row_of(plan, progress) | {"test_loss": test_loss, "test_accuracy": test_accuracy})
                 progress.losses, progress.left_out = [], {}
 
             if saves:
@@ -80,13 +82,13 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
             except UserError as error:  # what was right when the run began
                 raise RunFailed(str(error)) from error
             if failure.states_lost:  # every client goes back to where the states of all are known
-                progress = begin(grid, run, roster, new)
+                progress = begin(grid, run, roster, new, plan.rounds)
 
         if progress.round > furthest:
             furthest, failures = progress.round, 0
 
     run.save_model(loaded(model, progress).state_dict())
-    run.end(plan.last_round == plan.rounds, sum(p.numel() for p in model.parameters()), config.device)
+    run.write_summary(plan.last_round == plan.rounds, sum(p.numel() for p in model.parameters()), config.device)
 
 
 def new_progress(config: Config, model: nn.Module) -> Progress:
@@ -96,9 +98,9 @@ def new_progress(config: Config, model: nn.Module) -> Progress:
     return Progress(0, tensor_record(join(initial, averaged_state)), counted=[0] * config.clients)
 
 
-def begin(grid: Grid, run: Run, roster: Roster, new: Progress) -> Progress:
+def begin(grid: Grid, run: Run, roster: Roster, new: Progress, rounds: int) -> Progress:
     """The progress of the run's checkpoint, the workers' states handed back to them; or that of `new`, copied."""
-    checkpoint = run.resume()
+    checkpoint = run.resume(rounds, {**vars(new), "arrays": tensors_of(new.arrays), "clients": {}})
     if checkpoint is None:
         return replace(new, counted=list(new.counted), losses=[], left_out={})
     held = {item.name: checkpoint[item.name] for item in fields(Progress)}

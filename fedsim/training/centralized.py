@@ -38,7 +38,7 @@ def train_centralized(config: Config, run: Run) -> None:
     lr = schedule_of(config, Fraction(steps_per_epoch), epochs)
 
     done = 0
-    if checkpoint := run.resume():
+    if checkpoint := run.resume(epochs, {"model": model.state_dict(), "optimizer": {}}):
         model.load_state_dict(checkpoint["model"])
         load_optimizer_state(named, optimizer, checkpoint["optimizer"])
         done = checkpoint["round"]
@@ -56,13 +56,13 @@ def train_centralized(config: Config, run: Run) -> None:
         steps = first_step + steps_per_epoch
         trained = {"round": epoch + 1, "epoch": float(epoch + 1), "local_steps": steps, "lr": lr(steps - 1)}
         tests = {"test_loss": test_loss, "test_accuracy": test_accuracy}
-        run.add({**trained, **ALONE, "train_loss": loss, **tests})
+        run.log_row({**trained, **ALONE, "train_loss": loss, **tests})
         if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == last:
             state = {"model": model.state_dict(), "optimizer": optimizer_state(named, optimizer)}
             run.save_checkpoint({"round": epoch + 1, **state})
 
     run.save_model(model.state_dict())
-    run.end(last == epochs, sum(p.numel() for p in model.parameters()), config.device)
+    run.write_summary(last == epochs, sum(p.numel() for p in model.parameters()), config.device)
 
 
 def whole_epochs(config: Config) -> tuple[int, int]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import os
+import random
 import shutil
 import subprocess
 import sys
@@ -12,8 +13,9 @@ import pytest
 
 from fedsim.config import Config
 from fedsim.data import cache as image_cache
-from fedsim.data.cache import Arrays, cached
+from fedsim.data.cache import Arrays, cached, discard_damaged, user_cache
 from fedsim.data.datasets import data_folder, load_dataset
+from fedsim.errors import UserError
 
 
 class Made:
@@ -68,7 +70,7 @@ def test_another_source_is_made_anew_in_place_of_the_old(
     elif change == "time":
         os.utime(made.source, ns=(0, 1))
     else:
-        monkeypatch.setattr(image_cache, "FORMAT", 2)
+        monkeypatch.setattr(image_cache, "FORMAT", image_cache.FORMAT + 1)
     assert made.kept()["words"].tolist() == list(made.source.read_bytes())
     assert made.times == 2
     assert len(folders(tmp_path)) == 1
@@ -97,7 +99,31 @@ def test_damaged_arrays_are_made_anew(made: Made, tmp_path: Path, damage: str) -
     assert made.times == 2
 
 
-def test_what_a_broken_off_process_left_is_removed(made: Made, tmp_path: Path) -> None:
+def test_a_changed_bit_is_noticed_wherever_it_is(
+    made: Made, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    made.kept()
+    assert not discard_damaged([made.source])
+    moments = random.Random(2026)
+    for flips in range(1, 21):
+        folder = folders(tmp_path)[0]
+        path = moments.choice(sorted(folder.iterdir()))
+        flip_a_bit(path, moments)
+        assert discard_damaged([made.source])
+        assert capsys.readouterr().err == f"the images kept in {folder} are damaged: they are decoded again\n"
+        assert made.kept()["words"].tolist() == made.kept()["labels"].tolist() == list(b"abc")
+        assert made.times == flips + 1
+        assert len(folders(tmp_path)) == 1
+
+
+def flip_a_bit(path: Path, moments: random.Random) -> None:
+    """One bit of the file becomes another, in place, as on a failing disk."""
+    content = bytearray(path.read_bytes())
+    content[moments.randrange(len(content))] ^= 1 << moments.randrange(8)
+    path.write_bytes(content)
+
+
+def test_what_an_interrupted_process_left_is_removed(made: Made, tmp_path: Path) -> None:
     made.kept()
     left = folders(tmp_path)[0].parent / ".part-left"
     left.mkdir()
@@ -136,6 +162,12 @@ def test_a_missing_source_is_for_its_maker_to_tell(made: Made) -> None:
         made.kept()
 
 
+def test_a_cache_in_the_home_of_nobody_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", "~nobody-of-this-name/cache")
+    with pytest.raises(UserError, match="the cache folder ~nobody-of-this-name/cache is in no user's home"):
+        user_cache()
+
+
 READ = """
 import sys
 from fedsim.config import Config
@@ -145,7 +177,7 @@ print("torchvision" in sys.modules, data.train.labels.sum().item(), data.test.pl
 """
 
 
-def test_a_new_process_maps_the_real_images_without_torchvision(real_data: str, tmp_path: Path) -> None:
+def test_a_new_process_maps_the_real_images_and_notices_a_changed_bit(real_data: str, tmp_path: Path) -> None:
     def read(cache: Path) -> tuple[str, ...]:
         done = subprocess.run(
             [sys.executable, "-c", READ, real_data],
@@ -153,12 +185,22 @@ def test_a_new_process_maps_the_real_images_without_torchvision(real_data: str, 
             capture_output=True,
             text=True,
         )
-        assert (done.returncode, done.stderr) == (0, "")
-        return tuple(done.stdout.split())
+        assert done.returncode == 0
+        return (*done.stdout.split(), done.stderr)
 
     first, again = read(tmp_path), read(tmp_path)
     assert (first[0], again[0]) == ("True", "False")
     assert first[1:] == again[1:]
+    assert again[-1] == ""
+    (words,) = tmp_path.rglob("train-words.npy")
+    with words.open("r+b") as file:
+        file.seek(200_000_000)
+        changed = bytes([file.read(1)[0] ^ 1])
+        file.seek(200_000_000)
+        file.write(changed)
+    mended = read(tmp_path)
+    assert mended[:-1] == first[:-1]
+    assert mended[-1] == f"the images kept in {words.parent} are damaged: they are decoded again\n"
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.npy")) > 60_000 * 6400
 
 

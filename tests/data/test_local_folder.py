@@ -177,6 +177,44 @@ def test_a_run_whose_nodes_name_empty_folders_fails_and_says_why(small: Config, 
         with_folders(resolve(small.changed({"name": "run"}), "localsgd"), tmp_path / "empty")
 
 
+def test_a_runs_own_folder_may_hold_no_images_of_a_node(small: Config, shards: Path) -> None:
+    """In this process all clients would train on them; the nodes of a deployment may or may not have them."""
+    config = resolve(small.changed({"name": "run", "data-dir": str(shards / "0")}), "localsgd")
+    message = (
+        rf"data-dir = {shards}/0 holds images.npy or labels.npy, the images of one node: name it in the node config"
+    )
+    with pytest.raises(UserError, match=message):
+        execute(config, "localsgd")
+    assert not (shards.parent / "run").exists()
+    with pytest.raises(UserError, match=message):
+        config_on_node(config)
+    assert config_on_node(config, data_dir=str(shards / "1")).data_dir == str(shards / "1")
+
+
+@pytest.mark.parametrize(
+    ("data_dir", "words"), [("~nobody-of-this-name/x", "there is no such user"), ("n" * 300, "File name too long")]
+)
+def test_a_folder_that_cannot_be_is_named(small: Config, data_dir: str, words: str) -> None:
+    config = resolve(small.changed({"name": "run", "dataset": "cifar100", "data-dir": data_dir}), "localsgd")
+    with pytest.raises(UserError, match=f"data-dir = .*{words}"):
+        execute(config, "localsgd")
+
+
+def test_what_is_cached_of_a_nodes_images_is_verified_when_it_joins_a_run(
+    small: Config, shards: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(shards.parent / "cache"))
+    config = resolve(small.changed({"rounds": 2}), "localsgd")
+    one = with_folders(config.changed({"name": "one"}), shards)
+    for words in (shards.parent / "cache").rglob("words.npy"):
+        content = bytearray(words.read_bytes())
+        content[len(content) // 2 :] = content[: -len(content) // 2]
+        words.write_bytes(content)
+    other = with_folders(config.changed({"name": "other"}), shards)
+    assert capsys.readouterr().err.count("are damaged: they are decoded again") == 4
+    assert_same_bits(final_model(one), final_model(other))
+
+
 def test_a_node_with_the_official_folder_takes_its_shard_of_it(small: Config, real_data: str) -> None:
     config = small.changed({"dataset": "cifar100", "data-dir": "/elsewhere"})
     assert config_on_node(config, data_dir=real_data).data_dir == real_data
