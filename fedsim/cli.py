@@ -5,11 +5,10 @@ from __future__ import annotations
 import inspect
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
 import typer
 from rich.console import Console
@@ -17,6 +16,7 @@ from typer.core import TyperCommand
 
 from fedsim.config import ANY, FIELDS, Mode, kebab
 from fedsim.errors import RunFailed, UserError
+from fedsim.interrupts import Interrupted
 
 cli = typer.Typer(
     add_completion=False,
@@ -29,23 +29,32 @@ KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "BOOLEAN"}
 
 
 def main() -> None:
-    """Run the command; exit with 2 on bad input, 1 on a failed run, 130 on Ctrl-C, 143 when asked to end."""
+    """Run the command in ``sys.argv``; exit with 2 on bad input, 1 on a failed run."""
     import click
 
-    # As an exception, so that what was started (a SuperLink) is ended on the way out
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        cli(standalone_mode=False)
+        code = cli(standalone_mode=False)  # of typer.Exit, which is not raised in this mode
     except click.UsageError as error:
-        _fail(error.format_message().replace("\n", " "), 2)
+        _fail(error.format_message(), 2)
     except (UserError, RunFailed) as error:
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    except Interrupted as interrupted:
+        if _resumes(sys.argv[1:]):
+            flag = " without --rerun" if "--rerun" in sys.argv else ""
+            interrupted.add_note(f"run the same command again{flag} to resume from the last checkpoint")
+        raise
+    if isinstance(code, int):
+        sys.exit(code)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+def _resumes(arguments: list[str]) -> bool:
+    """Whether the command trains: those that do have a flag --rerun."""
+    command = typer.main.get_group(cli).commands.get(next(iter(arguments), ""))
+    return command is not None and any(parameter.name == "rerun" for parameter in command.params)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    print(f"error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 
 

@@ -11,7 +11,7 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "rng"),
+    ("errors", "interrupts", "rng"),
     ("config",),
     ("device",),
     ("data", "optim"),
@@ -21,10 +21,23 @@ LAYERS = (
     ("experiments",),
     ("report", "bench"),
     ("cli",),
+    ("__main__",),
 )
 NOT_YET = {("experiments", "report")}  # the tables after a grid and a study
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
-WITHOUT_FLOWER = ("errors", "rng", "config", "device", "data", "optim", "models", "records", "training", "report")
+WITHOUT_FLOWER = (
+    "errors",
+    "interrupts",
+    "rng",
+    "config",
+    "device",
+    "data",
+    "optim",
+    "models",
+    "records",
+    "training",
+    "report",
+)
 
 
 def imports_of(path: Path) -> set[str]:
