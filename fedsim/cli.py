@@ -161,8 +161,8 @@ def _flag(name: str, panel: str) -> inspect.Parameter:
 
 
 RUNS_OWN = ("results-dir", "name", "resume")
-PRESET = typer.Option("", "--preset", help="settings of fedsim/studies/NAME.toml; flags win over it", metavar="NAME")
-RERUN = typer.Option(False, "--rerun", help="run again what is finished or broken off")
+PRESET = typer.Option("", "--preset", help="settings of fedsim/studies/NAME.toml; flags override it", metavar="NAME")
+RERUN = typer.Option(False, "--rerun", help="start over, also where a run is finished or interrupted")
 RESULTS_DIR = typer.Option(
     "results",
     "--results-dir",
@@ -170,12 +170,12 @@ RESULTS_DIR = typer.Option(
     metavar="TEXT",
     callback=lambda folder: typed("results-dir", folder),
 )
-ENGINE = typer.Option("fleet", "--engine", help="fleet or fused: in this process; flower: on Ray", metavar="NAME")
+ENGINE = typer.Option("fleet", "--engine", help="fleet or fused: in this process; flower: Flower's simulation on Ray", metavar="NAME")
 RAY = typer.Option(
     None,
     "--ray",
-    help="run the cells side by side on a Ray cluster: ADDRESS is its host:port, or auto; without one RAY_ADDRESS, or "
-    "else a Ray of its own on this machine. GPUs that this machine lacks are to be named: --device cuda",
+    help="run cells in parallel on a Ray cluster: ADDRESS is its host:port, or auto; without one RAY_ADDRESS, else a "
+    "new Ray on this machine. For GPUs that this machine lacks give --device cuda",
     metavar="[ADDRESS]",
 )
 CPUS = typer.Option(None, "--cpus-per-cell", help="with --ray: a cell's share of a node's cores (default: --threads)")
@@ -184,7 +184,7 @@ STUDIES = typer.Argument(None, metavar="[STUDY]...", help="names of fedsim/studi
 
 
 class RayCommand(Command):
-    """A command whose --ray may stand without its ADDRESS."""
+    """A command whose --ray needs no ADDRESS after it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if "--ray" in args:
@@ -426,7 +426,7 @@ def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str
     print(f"{mode} on {config.device} in {run_folder(config, mode)}", flush=True)
     run = execute(config, mode, _engine(engine), print_row, rerun)
     if not run.finished:
-        print("stopped early: the same command without its --stop-after goes on from here")
+        print("stopped early: run the same command without --stop-after-... to resume")
     elif summary := read_summary(run.folder):
         best, final = summary["best_test_accuracy"], summary["final_test_accuracy"]
         print(f"finished: {run.tested_on} accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")
