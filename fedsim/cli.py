@@ -170,7 +170,9 @@ RESULTS_DIR = typer.Option(
     metavar="TEXT",
     callback=lambda folder: typed("results-dir", folder),
 )
-ENGINE = typer.Option("fleet", "--engine", help="fleet or fused: in this process; flower: Flower's simulation on Ray", metavar="NAME")
+ENGINE = typer.Option(
+    "fleet", "--engine", help="fleet or fused: in this process; flower: Flower's simulation on Ray", metavar="NAME"
+)
 RAY = typer.Option(
     None,
     "--ray",

@@ -378,7 +378,7 @@ def _bounds(field: FieldInfo, limits: bool) -> Iterator[str]:
                 yield f"at least {ge}"
             case annotated_types.Lt(lt):
                 yield f"less than {lt}"
-            case annotated_types.Le(le) if limits or le < 10**6:
+            case annotated_types.Le(int(le)) if limits or le < 10**6:
                 yield f"at most {le:,}"
 
 

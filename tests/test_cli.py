@@ -13,7 +13,7 @@ import pytest
 import typer
 
 from fedsim import __version__, cli
-from fedsim.config import FIELDS, has_key, kebab
+from fedsim.config import FIELDS, Mode, has_key, kebab
 from fedsim.errors import RunFailed
 from fedsim.records import print_row
 
@@ -116,6 +116,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             "localsgd --dataset synthetic --results-dir ~nosuch",
             "results-dir = '~nosuch' begins with another user's home",
         ),
+        (f"localsgd --dataset synthetic --results-dir {'a/' * 2500}", "File name too long"),
         ("demo --results-dir ~nosuch", "results-dir = '~nosuch' begins with another user's home folder"),
         ("paper kj-small --results-dir ~nosuch", "results-dir = '~nosuch' begins with another user's home folder"),
         ("localsgd --dataset synthetic --name \x1b[2J", r"name = '\x1b[2J' holds a control character"),
@@ -225,9 +226,8 @@ def test_every_key_is_a_flag_with_its_default_in_the_help(call: Call) -> None:
         code, out, _ = call(command, "--help")
         assert code == 0
         for name, field in FIELDS.items():
-            offered = (
-                has_key("localsgd" if command == "grid" else command, name) and (command, name) not in GRIDS_OTHERS
-            )
+            mode: Mode = "centralized" if command == "centralized" else "localsgd"
+            offered = has_key(mode, name) and (command, name) not in GRIDS_OTHERS
             assert (f"--{kebab(name)} " in out) == offered, name
             if offered and (command, name) not in (("grid", "clients"), ("grid", "local_steps")):
                 default = {"": "empty", True: "true", False: "false"}.get(field.default, field.default)
