@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
-import psutil
 import torch
 
 from fedsim.config import Config, Mode, cpu_count
@@ -40,7 +40,7 @@ def resolve(config: Config, mode: Mode, here: bool = True) -> Config:
 
 
 def _check_memory(images: int) -> None:
-    needed, present = images * BYTES_PER_IMAGE, psutil.virtual_memory().total
+    needed, present = images * BYTES_PER_IMAGE, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
         raise UserError(
             f"synthetic-images = {images} needs {needed / 1e9:,.0f} GB of memory, and this machine has "
