@@ -1,6 +1,6 @@
 """fedsim's command line: ``python run.py --help``."""
 
-from fedsim.cli import main
+from fedsim.__main__ import main
 
 if __name__ == "__main__":
     main()

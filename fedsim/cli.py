@@ -1,66 +1,139 @@
-"""The command line. Every configuration key is a flag; what goes wrong is one line and an exit code."""
+"""The command line. Every configuration key is a flag; an error is one line and an exit code."""
 
 from __future__ import annotations
 
 import inspect
 import re
 import shlex
-import signal
 import sys
 from collections.abc import Callable
+from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, Optional
+from typing import Any, NoReturn, Optional
 
+import click
 import typer
 from rich.console import Console
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
-from fedsim.config import ANY, FIELDS, Mode, kebab
+from fedsim import __version__
+from fedsim.config import FIELDS, Mode, accepted, has_key, kebab, typed
 from fedsim.errors import RunFailed, UserError
+from fedsim.interrupts import Interrupted
 
+MOST_USED = "dataset model optimizer lr batch-size epochs clients local-steps seed device results-dir name".split()
+OF_A_SHARD = ("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed")
+KINDS: dict[Any, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+
+
+class Group(TyperGroup):
+    """All commands; its help shows the first paragraph about each, uncut."""
+
+    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        first = {name: (command.help or "").split("\n\n")[0] for name, command in self.commands.items()}
+        with formatter.section("Commands"):
+            formatter.write_dl([(name, " ".join(text.split())) for name, text in first.items()])
+
+
+class Command(TyperCommand):
+    """A command whose help has a section for each panel of its options."""
+
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                flags, about = record[0], record[1].replace(r"\[", "[")  # typer writes it for rich
+                title = getattr(parameter, "rich_help_panel", None) or "Options"
+                sections.setdefault(title, []).append((flags, about))
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
+
+
+# Without rich: it cuts flags and help that do not fit its columns
 cli = typer.Typer(
+    cls=Group,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    help="LocalSGD and its large-batch rivals: how often must machines that train together talk?",
+    rich_markup_mode=None,
+    suggest_commands=False,  # click does
 )
-OF_A_SHARD = ("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed")
-KINDS = {int: "INTEGER", float: "NUMBER", str: "TEXT", bool: "BOOLEAN"}
 
 
 def main() -> None:
-    """Run the command; exit with 2 on bad input, 1 on a failed run, 130 on Ctrl-C, 143 when asked to end."""
-    import click
-
-    # As an exception, so that what was started (a SuperLink) is ended on the way out
-    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
+    """Run the command in ``sys.argv``; exit with 2 on bad input, 1 on a failed run."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     try:
-        cli(standalone_mode=False)
+        code = cli(standalone_mode=False)  # of typer.Exit, which is not raised in this mode
+    except click.exceptions.NoArgsIsHelpError as error:
+        print(error.message)
+        sys.exit(2)
     except click.UsageError as error:
-        _fail(error.format_message().replace("\n", " "), 2)
+        _fail(error.format_message(), 2)
     except (UserError, RunFailed) as error:
         _fail(str(error), error.exit_code)
-    except (KeyboardInterrupt, click.Abort):
-        _fail("interrupted; the same command goes on from the last checkpoint", 130)
+    except OSError as error:
+        _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
+    except MemoryError:
+        _fail("out of memory: give a smaller --batch-size, --local-steps or --synthetic-images", 1)
+    except Interrupted as interrupted:
+        if _resumes(sys.argv[1:]):
+            flag = " without --rerun" if "--rerun" in sys.argv else ""
+            interrupted.add_note(f"run the same command again{flag} to resume from the last checkpoint")
+        raise
+    if isinstance(code, int):
+        sys.exit(code)
 
 
-def _fail(message: str, code: int) -> None:
-    print(f"error: {message}", file=sys.stderr)
+def _resumes(arguments: list[str]) -> bool:
+    """Whether the command trains: those that do have a flag --rerun."""
+    command = typer.main.get_group(cli).commands.get(next(iter(arguments), ""))
+    return command is not None and any(parameter.name == "rerun" for parameter in command.params)
+
+
+def _fail(message: str, code: int) -> NoReturn:
+    """Print the message on one line, without what would control the terminal, and exit."""
+    line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(code)
 
 
+def _console() -> Console:
+    """A console that shows names and paths as they are, brackets and colons included."""
+    return Console(markup=False, emoji=False)
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"fedsim {__version__}")
+        raise typer.Exit
+
+
+@cli.callback()
+def fedsim(
+    version: bool = typer.Option(False, "--version", callback=_print_version, is_eager=True, help="Print the version."),
+) -> None:
+    """LocalSGD and its large-batch rivals: how often must machines that train together talk?"""
+
+
 def keys_of(mode: Mode, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag for every key of `mode`; it receives those that were used as its argument `keys`."""
+    """Give a command one flag for every key of `mode`; it receives those that were given as its argument `keys`."""
+    names = [name for name in FIELDS if has_key(mode, name) and kebab(name) not in without]
 
     def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-        own = [p for p in inspect.signature(command, eval_str=True).parameters.values() if p.name != "keys"]
-        names = [name for name, item in FIELDS.items() if mode in item.metadata["modes"] and kebab(name) not in without]
+        signature = inspect.signature(command, eval_str=True).parameters.values()
+        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature if p.name != "keys"]
 
         def run(**arguments: Any) -> None:
             given = {kebab(name): arguments.pop(name) for name in names}
             command(**arguments, keys={name: value for name, value in given.items() if value is not None})
 
-        parameters = own + [_flag(name) for name in names]
+        first = [name for name in names if kebab(name) in MOST_USED]
+        parameters = [_flag(name, "Keys used most") for name in first]
+        parameters += own + [_flag(name, "All other keys") for name in names if name not in first]
         run.__name__, run.__doc__ = command.__name__, command.__doc__
         run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         run.__annotations__ = {p.name: p.annotation for p in parameters}
@@ -69,33 +142,42 @@ def keys_of(mode: Mode, without: tuple[str, ...] = ()) -> Callable[[Callable[...
     return with_flags
 
 
-def _flag(name: str) -> inspect.Parameter:
-    """A key as an option that is None where it is not used; the key's own check says what is wrong with a value."""
-    item = FIELDS[name]
-    boolean = isinstance(item.default, bool)
-    accepts = "" if item.metadata["accepts"] is ANY else f"; {item.metadata['accepts'].words}"
-    default = "empty" if item.default == "" else str(item.default).lower() if boolean else item.default
+def _flag(name: str, panel: str) -> inspect.Parameter:
+    """A key as an option that is None where it is not given; its text is left for the key's own check."""
+    field = FIELDS[name]
+    boolean = field.annotation is bool
+    about = "; ".join(filter(None, [(field.description or "").rstrip("."), accepted(field, limits=False)]))
+    default = "empty" if field.default == "" else str(field.default).lower() if boolean else field.default
     option = typer.Option(
         None,
         f"--{kebab(name)}" + (f"/--no-{kebab(name)}" if boolean else ""),
-        help=f"{item.metadata['help']}{accepts} (default: {default})",
-        metavar=None if boolean else KINDS[type(item.default)],
+        help=f"{about} (default: {default})",
+        metavar=None if boolean else KINDS.get(field.annotation, "NAME"),
         show_default=False,
-        rich_help_panel="Keys",
+        rich_help_panel=panel,
     )
     annotation: Any = Optional[bool if boolean else str]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 
 RUNS_OWN = ("results-dir", "name", "resume")
-PRESET = typer.Option("", "--preset", help="settings of fedsim/studies/NAME.toml; flags win over it", metavar="NAME")
-RERUN = typer.Option(False, "--rerun", help="run again what is finished or broken off")
-ENGINE = typer.Option("fleet", "--engine", help="fleet or fused: in this process; flower: on Ray", metavar="NAME")
+PRESET = typer.Option("", "--preset", help="settings of fedsim/studies/NAME.toml; flags override it", metavar="NAME")
+RERUN = typer.Option(False, "--rerun", help="start over, also where a run is finished or interrupted")
+RESULTS_DIR = typer.Option(
+    "results",
+    "--results-dir",
+    help="folder of the runs' folders",
+    metavar="TEXT",
+    callback=lambda folder: typed("results-dir", folder),
+)
+ENGINE = typer.Option(
+    "fleet", "--engine", help="fleet or fused: in this process; flower: Flower's simulation on Ray", metavar="NAME"
+)
 RAY = typer.Option(
     None,
     "--ray",
-    help="run the cells side by side on a Ray cluster: ADDRESS is its host:port, or auto; without one RAY_ADDRESS, or "
-    "else a Ray of its own on this machine. GPUs that this machine lacks are to be named: --device cuda",
+    help="run cells in parallel on a Ray cluster: ADDRESS is its host:port, or auto; without one RAY_ADDRESS, else a "
+    "new Ray on this machine. For GPUs that this machine lacks give --device cuda",
     metavar="[ADDRESS]",
 )
 CPUS = typer.Option(None, "--cpus-per-cell", help="with --ray: a cell's share of a node's cores (default: --threads)")
@@ -103,8 +185,8 @@ GPUS = typer.Option(None, "--gpus-per-cell", help="with --ray: a cell's share of
 STUDIES = typer.Argument(None, metavar="[STUDY]...", help="names of fedsim/studies/, or TOML files")
 
 
-class RayCommand(TyperCommand):
-    """A command whose --ray may stand without its ADDRESS."""
+class RayCommand(Command):
+    """A command whose --ray needs no ADDRESS after it."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if "--ray" in args:
@@ -114,14 +196,14 @@ class RayCommand(TyperCommand):
         return super().parse_args(ctx, args)
 
 
-@cli.command()
+@cli.command(cls=Command)
 @keys_of("centralized")
 def centralized(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN) -> None:
     """Train on one machine that sees all images: the large-batch rivals."""
     _run("centralized", keys, preset, rerun)
 
 
-@cli.command()
+@cli.command(cls=Command)
 @keys_of("localsgd")
 def localsgd(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN, engine: str = ENGINE) -> None:
     """Train by LocalSGD: K clients, J local steps a round, one average."""
@@ -147,21 +229,21 @@ def grid(
 
     cells = Grid(integers("clients", clients), integers("local-steps", local_steps), integers("seeds", seeds))
     spread = _spread(ray, cpus_per_cell, gpus_per_cell, engine)
-    run_grid(cells, keys, preset, _engine(engine), rerun, Console(), spread)
+    run_grid(cells, keys, preset, _engine(engine), rerun, _console(), spread)
 
 
-@cli.command()
+@cli.command(cls=Command)
 def demo(
-    results_dir: str = typer.Option("results", "--results-dir", help="folder of the runs' folders", metavar="TEXT"),
+    results_dir: str = RESULTS_DIR,
     rerun: bool = RERUN,
 ) -> None:
     """A small K/J grid on synthetic images: offline, two cores, about a minute."""
     from fedsim.experiments.grid import run_demo
 
-    run_demo(results_dir, rerun, Console())
+    run_demo(results_dir, rerun, _console())
 
 
-@cli.command()
+@cli.command(cls=Command)
 @keys_of(
     "localsgd", without=("clients", "dataset", "synthetic-images", "synthetic-classes", "results-dir", "name", "resume")
 )
@@ -188,7 +270,7 @@ def bench(
         passes,
         grow,
         output,
-        Console(),
+        _console(),
     )
 
 
@@ -197,7 +279,7 @@ def paper(
     studies: list[str] = STUDIES,
     seeds: str = typer.Option("", "--seeds", help="seeds of every cell, with commas (default: the study's)"),
     cells: str = typer.Option("", "--cells", help="these alone, with commas: 'k12-j20,k4-*' (default: all)"),
-    results_dir: str = typer.Option("results", "--results-dir", help="folder of the studies' folders", metavar="TEXT"),
+    results_dir: str = RESULTS_DIR,
     data_dir: str = typer.Option("", "--data-dir", help="as for localsgd", metavar="TEXT"),
     device: str = typer.Option("auto", "--device", help="as for localsgd", metavar="TEXT"),
     threads: str = typer.Option("0", "--threads", help="as for localsgd", metavar="INTEGER"),
@@ -215,19 +297,19 @@ def paper(
 
     chosen = integers("seeds", seeds) if seeds else []
     if not studies:
-        list_studies(chosen, Console())
+        list_studies(chosen, _console())
         return
     keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
     spread = _spread(ray, cpus_per_cell, gpus_per_cell, engine)
     only = [pattern.strip() for pattern in cells.split(",") if pattern.strip()]
-    run_studies(studies, chosen, keys, Path(results_dir), _engine(engine), rerun, Console(), spread, precision, only)
+    run_studies(studies, chosen, keys, Path(results_dir), _engine(engine), rerun, _console(), spread, precision, only)
 
 
 OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")
 RESULTS = typer.Argument("results", help="folder of results, or one study's in it", metavar="[RESULTS]")
 
 
-@cli.command()
+@cli.command(cls=Command)
 @keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in OF_A_SHARD))
 def shard(
     keys: dict[str, Any],
@@ -245,7 +327,7 @@ def shard(
     print(f"{config.clients} shards in {Path(out)}")
 
 
-@cli.command()
+@cli.command(cls=Command)
 def report(
     results: str = RESULTS,
     out: str = OUT,
@@ -254,10 +336,10 @@ def report(
     """Make a page, a Markdown file, pictures and CSV of what is under a folder of results."""
     from fedsim.report.tables import build_report
 
-    build_report(Path(results), Path(out), figure, Console())
+    build_report(Path(results), Path(out), figure, _console())
 
 
-@cli.command()
+@cli.command(cls=Command)
 def plan(
     results: str = RESULTS,
     bandwidth: str = typer.Option(..., "--bandwidth", help="of a link, for instance 100Mbit or 12.5MB a second"),
@@ -285,10 +367,10 @@ def plan(
     )
     step = duration("compute", compute) if compute else None
     command = shlex.join(["python", "run.py", *sys.argv[1:]])
-    plan_results(Path(results), target, network, step, Path(out), command, Console())
+    plan_results(Path(results), target, network, step, Path(out), command, _console())
 
 
-@cli.command()
+@cli.command(cls=Command)
 def deploy(
     nodes: int = typer.Option(..., "--nodes", help="how many SuperNodes, one for each shard"),
     out: str = typer.Option("federation", "-o", "--out", help="the new folder", metavar="FOLDER"),
@@ -346,7 +428,7 @@ def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str
     print(f"{mode} on {config.device} in {run_folder(config, mode)}", flush=True)
     run = execute(config, mode, _engine(engine), print_row, rerun)
     if not run.finished:
-        print("stopped early: the same command without its --stop-after goes on from here")
+        print("stopped early: run the same command without --stop-after-... to resume")
     elif summary := read_summary(run.folder):
         best, final = summary["best_test_accuracy"], summary["final_test_accuracy"]
         print(f"finished: {run.tested_on} accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")

@@ -1,252 +1,302 @@
-"""Every configuration key: its name, its default, its range, its meaning.
+"""Every configuration key: its name, its default, what it accepts, and what it means.
 
-Command-line flags, Flower's run-config, the presets and a run's ``config.json`` all follow from the fields
-of `Config`. A key is written in kebab-case outside Python: the field ``local_steps`` is the flag
-``--local-steps`` and the run-config key ``local-steps``.
+Command-line flags, Flower's run-config, the presets and a run's ``config.json`` all follow from the fields of
+`Config`. Outside Python a key is written in kebab-case: the field ``local_steps`` is the flag ``--local-steps`` and
+the run-config key ``local-steps``.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
+import enum
+import functools
 import math
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+import re
+import unicodedata
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+
+import annotated_types
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    TypeAdapter,
+    ValidationError,
+    model_validator,
+)
+from pydantic.fields import FieldInfo
 
 from fedsim.errors import UserError
 
 Mode = Literal["centralized", "localsgd"]
 Value = bool | int | float | str
+V = TypeVar("V")
+
+MAX_THREADS = 1024  # of one training step; more than a process can start crash it
+MAX_NAME_BYTES = 255  # of a file system
+SHOWN = 60  # characters of a refused value
 
 
-@dataclass(frozen=True)
-class Range:
-    """What a key accepts: a test and the words that describe it."""
+class Mark(enum.Enum):
+    """What sets a key apart from the others."""
 
-    accepts: Callable[[Any], bool]
-    words: str
-
-
-def one_of(*names: str) -> Range:
-    """One of a few names."""
-    return Range(lambda value: value in names, "one of " + ", ".join(names))
+    LOCALSGD = "only runs of LocalSGD have it"
+    OPERATIONAL = "it does not change the result, so it is not part of a run's identity"
 
 
-POSITIVE = Range(lambda value: value > 0, "a number greater than 0")
-NOT_NEGATIVE = Range(lambda value: value >= 0, "0 or more")
-COUNT = Range(lambda value: value >= 1, "a whole number of at least 1")
-FRACTION = Range(lambda value: 0 <= value < 1, "at least 0 and less than 1")
-ANY = Range(lambda value: True, "any text")
-BOTH: tuple[Mode, ...] = ("centralized", "localsgd")
-LOCAL: tuple[Mode, ...] = ("localsgd",)
-ALONE: tuple[Mode, ...] = ("centralized",)
+def _number_or_bool(value: Any) -> Any:
+    """A flag's text as a number or a truth value; everything else unchanged, for pydantic to judge."""
+    if not isinstance(value, str):
+        return value
+    if re.fullmatch(r"[+-]?[0-9]{1,4000}", value):
+        return int(value)
+    if re.fullmatch(r"[+-]?([0-9]+\.?[0-9]*|\.[0-9]+)(e[+-]?[0-9]+)?", value, re.IGNORECASE):
+        return float(value)
+    return {"true": True, "false": False}.get(value.lower(), value)
 
 
-def key(default: Value, accepts: Range, help: str, modes: tuple[Mode, ...] = BOTH, shapes_result: bool = True) -> Any:
-    """Declare one configuration key.
-
-    Keys that do not shape the result (where the data lies, when to stop for today) are left out of a run's
-    identity: changing them does not make it another run.
-    """
-    metadata = {"accepts": accepts, "help": help, "modes": modes, "shapes_result": shapes_result}
-    return field(default=default, metadata=metadata)
-
-
-def _device(value: str) -> bool:
-    kind, _, index = value.partition(":")
-    return kind in ("auto", "cpu", "cuda", "mps") and (index == "" or (kind == "cuda" and index.isdigit()))
+def _number(value: Any) -> Any:
+    """The same, with integers that no float can hold as infinity."""
+    value = _number_or_bool(value)
+    if type(value) is int:
+        try:
+            return float(value)
+        except OverflowError:
+            return math.inf if value > 0 else -math.inf
+    return value
 
 
-def _milestones(value: str) -> bool:
+def _printable(value: str) -> str:
+    if any(unicodedata.category(character) in ("Cc", "Cs", "Zl", "Zp") for character in value):
+        raise ValueError("holds a control character, a line break or a byte that is not UTF-8: leave it out")
+    return value
+
+
+def _path(value: str) -> str:
+    if value.startswith("~") and value[1:2] not in ("", "/"):
+        raise ValueError("begins with another user's home folder: give the whole path")
+    if any(len(part.encode()) > MAX_NAME_BYTES for part in value.split("/")):
+        raise ValueError(f"has a name of more than {MAX_NAME_BYTES} bytes: give shorter ones")
+    return value
+
+
+def _not_empty(value: str) -> str:
+    if not value:
+        raise ValueError("is empty: give a folder")
+    return value
+
+
+def _folder_name(value: str) -> str:
+    if "/" in value or value in (".", ".."):
+        raise ValueError("is not a plain folder name: leave out slashes")
+    return value
+
+
+def _device(value: str) -> str:
+    if not re.fullmatch("auto|cpu|cuda(:[0-9]{1,3})?", value):
+        raise ValueError("is out of range: it must be auto, cpu, cuda or cuda:N")
+    return value
+
+
+def _milestones(value: str) -> str:
     try:
         epochs = [float(part) for part in value.split(",")] if value else []
     except ValueError:
-        return False
-    return all(0 < epoch < math.inf for epoch in epochs) and epochs == sorted(set(epochs))
+        epochs = [math.nan]
+    if not all(0 < epoch < math.inf for epoch in epochs) or epochs != sorted(set(epochs)):
+        raise ValueError("is out of range: it must be ascending epochs, for instance 50,60")
+    return value
 
 
-@dataclass(frozen=True)
-class Config:
-    """All keys of a run; see the module's docstring for how each is spelled where."""
+Bool = Annotated[bool, BeforeValidator(_number_or_bool)]
+Integer = Annotated[int, BeforeValidator(_number_or_bool)]
+Number = Annotated[float, BeforeValidator(_number)]
+Count = Annotated[Integer, Field(ge=1, le=10**9)]
+CountOrZero = Annotated[Integer, Field(ge=0, le=10**9)]
+Steps = Annotated[Integer, Field(ge=1, le=10**6)]
+Positive = Annotated[Number, Field(gt=0)]
+NotNegative = Annotated[Number, Field(ge=0)]
+Decay = Annotated[Number, Field(ge=0, lt=1)]
+Epochs = Annotated[Number, Field(gt=0, le=10**6)]
+EpochsOrZero = Annotated[Number, Field(ge=0, le=10**6)]
+Seconds = Annotated[Number, Field(ge=0, le=10**9)]
+Text = Annotated[str, AfterValidator(_printable)]
+Folder = Annotated[Text, AfterValidator(_path)]
+Name = Annotated[Folder, AfterValidator(_folder_name)]
+LOCALSGD, OPERATIONAL = Mark.LOCALSGD, Mark.OPERATIONAL
+
+
+def kebab(name: str) -> str:
+    """The key of a field's name."""
+    return name.replace("_", "-")
+
+
+class Config(BaseModel, frozen=True):
+    """All keys of a run; see the module's docstring for their spelling."""
+
+    model_config = ConfigDict(
+        strict=True,
+        extra="forbid",
+        allow_inf_nan=False,
+        alias_generator=kebab,
+        validate_by_name=True,
+        use_attribute_docstrings=True,
+    )
 
     # Data
-    dataset: str = key("cifar100", one_of("cifar100", "synthetic"), "the images to learn")
-    data_dir: str = key(
-        "",
-        ANY,
-        "folder that holds cifar-100-python/; empty: FEDSIM_DATA, or fedsim in the user's cache folder",
-        shapes_result=False,
-    )
-    normalize: str = key(
-        "dataset",
-        one_of("dataset", "cifar10"),
-        "whose mean and standard deviation normalise the images (the paper's Table 1 used CIFAR-10's)",
-    )
-    synthetic_classes: int = key(10, Range(lambda v: 2 <= v <= 1000, "from 2 to 1000"), "classes of the synthetic set")
-    synthetic_images: int = key(8000, COUNT, "training images of the synthetic set; a quarter as many test it")
-
-    validation: int = key(
-        0, NOT_NEGATIVE, "training images held out, drawn by the seed; tests are then on them, not on the test images"
-    )
+    dataset: Literal["cifar100", "synthetic"] = "cifar100"
+    """The data set."""
+    data_dir: Annotated[Folder, OPERATIONAL] = ""
+    """Folder of cifar-100-python/; empty: FEDSIM_DATA, or fedsim in the user's cache folder."""
+    normalize: Literal["dataset", "cifar10"] = "dataset"
+    """Mean and standard deviation to normalize by; the paper's Table 1 used CIFAR-10's."""
+    synthetic_classes: Annotated[Integer, Field(ge=2, le=1000)] = 10
+    """Number of classes of the synthetic set."""
+    synthetic_images: Annotated[Integer, Field(ge=1, le=10**8)] = 8000
+    """Training images of the synthetic set; its test set has a quarter as many."""
+    validation: CountOrZero = 0
+    """Training images to hold out, drawn by the seed; evaluate on them instead of the test set."""
 
     # Model and optimizer
-    model: str = key("lenet-bn", one_of("lenet-bn", "lenet5"), "the network")
-    optimizer: str = key("sgdm", one_of("sgdm", "lars", "lamb"), "the optimizer, on each client or of the one machine")
-    optimizer_backend: str = key(
-        "fedsim", one_of("fedsim", "torch-optimizer"), "whose lars and lamb: fedsim's faster ones, or torch-optimizer's"
-    )
-    lr: float = key(0.01, POSITIVE, "peak learning rate")
-    reference_batch: int = key(
-        0, NOT_NEGATIVE, "scale lr by the batch of all clients together / reference-batch; 0: do not scale"
-    )
-    scaling: str = key(
-        "linear",
-        one_of("linear", "sqrt"),
-        "lr with a reference-batch: by the ratio (Goyal et al. 2017), or by its root (Krizhevsky 2014)",
-    )
-    momentum: float = key(0.9, FRACTION, "momentum of sgdm and lars")
-    nesterov: bool = key(False, ANY, "Nesterov's momentum, for sgdm and lars")
-    weight_decay: float = key(4e-4, NOT_NEGATIVE, "L2 penalty (sgdm, lars) or decay (lamb)")
-    decay_on: str = key(
-        "all", one_of("all", "matrices"), "decay all parameters, or only those of more than one dimension"
-    )
-    trust_coefficient: float = key(0.001, POSITIVE, "lars: the trust coefficient")
-    lars_lr_in_momentum: bool = key(False, ANY, "lars: the rate inside the momentum, as algorithm 1 of its paper")
-    lars_adapt_undecayed: bool = key(False, ANY, "lars: a trust ratio for undecayed parameters too")
-    beta1: float = key(0.9, FRACTION, "lamb: decay of the mean of gradients")
-    beta2: float = key(0.999, FRACTION, "lamb: decay of the mean of squared gradients")
-    lamb_bias_correction: str = key(
-        "none",
-        one_of("none", "step-size", "moments"),
-        "lamb: none, of the step size (torch-optimizer's debias), or of the moments (algorithm 2 of its paper)",
-    )
-    lamb_clamp: float = key(10.0, NOT_NEGATIVE, "lamb: the largest weight norm that the ratio sees; 0: any")
-    lamb_adapt_undecayed: bool = key(True, ANY, "lamb: a trust ratio for undecayed parameters too")
+    model: Literal["lenet-bn", "lenet5"] = "lenet-bn"
+    """The model."""
+    optimizer: Literal["sgdm", "lars", "lamb"] = "sgdm"
+    """The optimizer."""
+    optimizer_backend: Literal["fedsim", "torch-optimizer"] = "fedsim"
+    """Implementation of lars and lamb: fedsim's faster one, or torch-optimizer's."""
+    lr: Positive = 0.01
+    """Peak learning rate."""
+    reference_batch: CountOrZero = 0
+    """Scale lr by (total batch of all clients / reference-batch); 0: do not scale."""
+    scaling: Literal["linear", "sqrt"] = "linear"
+    """With reference-batch: scale lr by the ratio (Goyal et al. 2017) or its root (Krizhevsky 2014)."""
+    momentum: Decay = 0.9
+    """Momentum of sgdm and lars."""
+    nesterov: Bool = False
+    """Nesterov momentum, for sgdm and lars."""
+    weight_decay: NotNegative = 4e-4
+    """L2 penalty (sgdm, lars) or weight decay (lamb)."""
+    decay_on: Literal["all", "matrices"] = "all"
+    """Parameters to decay: all, or only those of more than one dimension."""
+    trust_coefficient: Positive = 0.001
+    """LARS: the trust coefficient."""
+    lars_lr_in_momentum: Bool = False
+    """LARS: multiply by the rate inside the momentum, as algorithm 1 of its paper."""
+    lars_adapt_undecayed: Bool = False
+    """LARS: use a trust ratio for undecayed parameters too."""
+    beta1: Decay = 0.9
+    """LAMB: decay of the mean of gradients."""
+    beta2: Decay = 0.999
+    """LAMB: decay of the mean of squared gradients."""
+    lamb_bias_correction: Literal["none", "step-size", "moments"] = "none"
+    """LAMB: correct nothing, the step size (torch-optimizer's debias), or the moments (algorithm 2 of its paper)."""
+    lamb_clamp: NotNegative = 10.0
+    """LAMB: upper bound of the weight norm in the ratio; 0: none."""
+    lamb_adapt_undecayed: Bool = True
+    """LAMB: use a trust ratio for undecayed parameters too."""
 
     # Schedule and budget
-    schedule: str = key("constant", one_of("constant", "cosine", "multistep"), "the rate after the warm-up")
-    schedule_unit: str = key("step", one_of("step", "epoch"), "change the rate at every local step or every epoch")
-    warmup_epochs: float = key(0.0, NOT_NEGATIVE, "epochs of linear warm-up")
-    milestones: str = key("", Range(_milestones, "ascending epochs, for instance 50,60"), "multistep: epochs of decay")
-    gamma: float = key(0.1, POSITIVE, "multistep: factor at each milestone")
-    epochs: float = key(10.0, POSITIVE, "budget: passes over the training images, of all clients together")
-    rounds: int = key(0, NOT_NEGATIVE, "budget in rounds instead; 0: as many as epochs allows", LOCAL)
+    schedule: Literal["constant", "cosine", "multistep"] = "constant"
+    """Learning rate after the warm-up."""
+    schedule_unit: Literal["step", "epoch"] = "step"
+    """Change the rate at every local step or every epoch."""
+    warmup_epochs: EpochsOrZero = 0.0
+    """Epochs of linear warm-up."""
+    milestones: Annotated[Text, AfterValidator(_milestones)] = ""
+    """Multistep: epochs at which the rate decays, ascending, for instance 50,60."""
+    gamma: Positive = 0.1
+    """Multistep: factor at each milestone."""
+    epochs: Epochs = 10.0
+    """Budget: passes over the training images, by all clients together."""
+    rounds: Annotated[Integer, LOCALSGD, Field(ge=0, le=10**7)] = 0
+    """Budget in rounds instead; 0: as many as epochs gives."""
 
     # LocalSGD
-    clients: int = key(4, COUNT, "K, the clients", LOCAL)
-    local_steps: int = key(10, COUNT, "J, the local steps of each client in a round", LOCAL)
-    batch_size: int = key(64, COUNT, "images a step, on each client")
-    fraction: float = key(
-        1.0, Range(lambda v: 0 < v <= 1, "above 0 and at most 1"), "share of the clients that each round samples", LOCAL
-    )
-    min_clients: int = key(
-        0,
-        NOT_NEGATIVE,
-        "the fewest clients that a run begins with and a round is averaged over; 0: begin with all, average over any",
-        LOCAL,
-        False,
-    )
-    round_timeout: float = key(
-        0.0,
-        NOT_NEGATIVE,
-        "seconds after which a round goes on without who has not answered, by Flower's engines; 0: wait for all",
-        LOCAL,
-        False,
-    )
-    strategy: str = key("localsgd", one_of("localsgd"), "what the server does with the updates", LOCAL)
-    momentum_at_sync: str = key(
-        "keep",
-        one_of("keep", "reset", "average"),
-        "each client's optimizer state at a sync: kept, begun anew, or averaged",
-        LOCAL,
-    )
-    batchnorm_at_sync: str = key(
-        "average",
-        one_of("average", "worker-0"),
-        "BN's running statistics: averaged, or those of worker 0 (the paper's code)",
-        LOCAL,
-    )
-    reshuffle: str = key(
-        "epoch",
-        one_of("epoch", "round"),
-        "shuffle a client's shard anew when it has been passed over, or at every round (the paper's code)",
-        LOCAL,
-    )
+    clients: Annotated[Count, LOCALSGD] = 4
+    """K, the number of clients."""
+    local_steps: Annotated[Steps, LOCALSGD] = 10
+    """J, the local steps of each client in a round."""
+    batch_size: Count = 64
+    """Images in a step of each client."""
+    fraction: Annotated[Number, LOCALSGD, Field(gt=0, le=1)] = 1.0
+    """Fraction of the clients sampled in each round."""
+    min_clients: Annotated[CountOrZero, LOCALSGD, OPERATIONAL] = 0
+    """Fewest clients to start with and to aggregate; 0: start with all, aggregate any number."""
+    round_timeout: Annotated[Seconds, LOCALSGD, OPERATIONAL] = 0.0
+    """Seconds to wait for the replies of a round, with Flower's engines; 0: no timeout."""
+    strategy: Annotated[Literal["localsgd"], LOCALSGD] = "localsgd"
+    """How the server aggregates."""
+    momentum_at_sync: Annotated[Literal["keep", "reset", "average"], LOCALSGD] = "keep"
+    """Keep, reset or average the clients' optimizer states at each sync."""
+    batchnorm_at_sync: Annotated[Literal["average", "worker-0"], LOCALSGD] = "average"
+    """Running statistics of BN: average them, or take worker 0's (the paper's code)."""
+    reshuffle: Annotated[Literal["epoch", "round"], LOCALSGD] = "epoch"
+    """Shuffle a client's shard after each pass over it, or every round (the paper's code)."""
 
     # The run
-    seed: int = key(2025, NOT_NEGATIVE, "seed of shards, initial weights, shuffling, augmentation and dropout")
-    device: str = key(
-        "auto", Range(_device, "auto, cpu, cuda, cuda:N or mps"), "where to train; auto: cuda if there is one, else cpu"
-    )
-    precision: str = key(
-        "fp32",
-        one_of("fp32", "tf32", "bf16", "fp64"),
-        "of convolutions and matrix products; all else is in fp32 (fp64: in fp64, for comparisons)",
-    )
-    threads: int = key(
-        0, NOT_NEGATIVE, "CPU threads of one training step; 0: one for a client, every core in centralized mode"
-    )
-    record_by: str = key(
-        "round",
-        one_of("round", "epoch"),
-        "a row, evaluate-every and checkpoint-every count rounds, or epochs of all clients together",
-        LOCAL,
-    )
-    evaluate_every: int = key(1, COUNT, "rounds or epochs (see record-by; centralized: epochs) between tests")
-    checkpoint_every: int = key(
-        10, COUNT, "rounds or epochs between checkpoints; the last always has one", shapes_result=False
-    )
-    stop_after_epochs: float = key(
-        0.0, NOT_NEGATIVE, "end early after so many epochs, to be gone on with later; 0: do not", shapes_result=False
-    )
-    stop_after_rounds: int = key(
-        0, NOT_NEGATIVE, "end early after so many rounds, to be gone on with later; 0: do not", LOCAL, False
-    )
-    results_dir: str = key("results", ANY, "folder of the runs' folders", shapes_result=False)
-    resume: str = key(
-        "", ANY, "a run in results-dir to go on with; what shapes its result is taken from its folder", LOCAL, False
-    )
-    name: str = key("", ANY, "the run's folder; empty: made from the configuration", shapes_result=False)
+    seed: Annotated[Integer, Field(ge=0, le=10**18)] = 2025
+    """Seed of shards, initial weights, shuffling, augmentation and dropout."""
+    device: Annotated[Text, AfterValidator(_device)] = "auto"
+    """Where to train: auto, cpu, cuda or cuda:N; auto: cuda if there is one, else cpu."""
+    precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
+    """Precision of convolutions and matrix products; everything else is fp32 (with fp64: fp64)."""
+    threads: Annotated[Integer, Field(ge=0, le=MAX_THREADS)] = 0
+    """CPU threads of a training step; 0: one for each client, every core in centralized mode."""
+    record_by: Annotated[Literal["round", "epoch"], LOCALSGD] = "round"
+    """Unit of rows, evaluate-every and checkpoint-every: a round, or an epoch of all clients."""
+    evaluate_every: Count = 1
+    """Rounds or epochs between evaluations (see record-by)."""
+    checkpoint_every: Annotated[Count, OPERATIONAL] = 10
+    """Rounds or epochs between checkpoints; the last one always has one."""
+    stop_after_epochs: Annotated[EpochsOrZero, OPERATIONAL] = 0.0
+    """Stop after this many epochs; run the same command without it to resume; 0: off."""
+    stop_after_rounds: Annotated[CountOrZero, LOCALSGD, OPERATIONAL] = 0
+    """Stop after this many rounds; run the same command without it to resume; 0: off."""
+    results_dir: Annotated[Folder, AfterValidator(_not_empty), OPERATIONAL] = "results"
+    """Folder of the runs' folders."""
+    resume: Annotated[Name, LOCALSGD, OPERATIONAL] = ""
+    """Name of a run in results-dir to resume; its configuration is read from its folder."""
+    name: Annotated[Name, OPERATIONAL] = ""
+    """Name of the run's folder; empty: made from the configuration."""
 
-    def __post_init__(self) -> None:
-        for item in dataclasses.fields(self):
-            _check(item, getattr(self, item.name))
+    @model_validator(mode="after")
+    def _check_combinations(self) -> Config:
         if self.nesterov and (self.momentum == 0 or self.optimizer == "lamb"):
-            raise UserError("nesterov = true needs optimizer sgdm or lars with a momentum above 0")
+            raise ValueError("nesterov = true needs optimizer sgdm or lars with a momentum above 0")
         if self.optimizer_backend == "torch-optimizer":
             for name in OF_FEDSIM_ALONE:
                 if getattr(self, name) != FIELDS[name].default:
-                    raise UserError(f"{kebab(name)} is not known to torch-optimizer: give --optimizer-backend fedsim")
+                    raise ValueError(f"{kebab(name)} is not known to torch-optimizer: give --optimizer-backend fedsim")
         if self.schedule == "multistep" and not self.milestones:
-            raise UserError("milestones is empty: schedule = multistep needs them, for instance --milestones 50,60")
-        for name in ("name", "resume"):
-            value = getattr(self, name)
-            if Path(value).name != value or value in (".", ".."):
-                raise UserError(f"{name} = {value!r} is no plain folder name: leave out slashes")
+            raise ValueError("milestones is empty: schedule = multistep needs them, for instance --milestones 50,60")
+        return self
 
     @property
     def clients_per_round(self) -> int:
-        """The clients that each round samples: the nearest whole number to fraction * clients, at least one."""
+        """The clients sampled in each round: the nearest whole number to fraction * clients, at least one."""
         return max(1, round(self.fraction * self.clients))
 
     def changed(self, changes: Mapping[str, Any]) -> Config:
-        """This configuration with some keys (kebab-case) changed; unknown keys and bad values fail."""
-        values: dict[str, Any] = {spelled(name): typed(name, value) for name, value in changes.items()}
-        return dataclasses.replace(self, **values)
+        """This configuration with some keys (kebab-case) changed; unknown keys and bad values are a UserError."""
+        try:
+            return Config.model_validate({**self.as_keys(), **changes}, by_alias=True, by_name=False)
+        except ValidationError as failure:
+            raise _user_error(failure) from None
 
     def as_keys(self) -> dict[str, Value]:
-        """Every key in kebab-case, as Flower's run-config wants them."""
-        return {kebab(item.name): getattr(self, item.name) for item in dataclasses.fields(self)}
+        """Every key in kebab-case, as in Flower's run-config."""
+        return {kebab(name): value for name, value in self}
 
     def identity(self, mode: Mode) -> dict[str, Value]:
-        """The keys that shape the result of a run in `mode`: what its folder's ``config.json`` holds."""
+        """The keys that shape the result of a run in `mode`: the contents of its folder's ``config.json``."""
         return {
-            kebab(item.name): getattr(self, item.name)
-            for item in dataclasses.fields(self)
-            if mode in item.metadata["modes"] and item.metadata["shapes_result"]
+            kebab(name): value
+            for name, value in self
+            if has_key(mode, name) and OPERATIONAL not in FIELDS[name].metadata
         }
 
 
@@ -259,16 +309,39 @@ OF_FEDSIM_ALONE = (
 )
 OF_A_NODE = ("data-dir", "device", "threads")
 OF_FLOWER = ("partition-id", "num-partitions")
-FIELDS = {item.name: item for item in dataclasses.fields(Config)}
+FIELDS: Mapping[str, FieldInfo] = Config.model_fields
+RENAMED: dict[str, str] = {}  # a key's former name, and its present one
 
 
-def kebab(name: str) -> str:
-    """The key of a field's name."""
-    return name.replace("_", "-")
+def has_key(mode: Mode, name: str) -> bool:
+    """Whether the field `name` is a key of runs in `mode`."""
+    return mode == "localsgd" or LOCALSGD not in FIELDS[name].metadata
+
+
+def current_names(keys: Mapping[str, V]) -> dict[str, V]:
+    """The `keys` of an older configuration under their present names."""
+    return {RENAMED.get(name, name): value for name, value in keys.items()}
+
+
+def typed(name: str, value: Any) -> Any:
+    """`value` (text of a flag, or a TOML value) as the type of the key `name`, within its range."""
+    if name not in map(kebab, FIELDS):
+        raise _unknown(name)
+    try:
+        return _adapter(name).validate_python(value)
+    except ValidationError as failure:
+        raise _user_error(failure, name) from None
+
+
+@functools.cache
+def _adapter(name: str) -> TypeAdapter[Any]:
+    field = FIELDS[name.replace("-", "_")]
+    kind: Any = Annotated[(field.annotation, name, *field.metadata)]
+    return TypeAdapter(kind, config=ConfigDict(strict=True, allow_inf_nan=False))
 
 
 def own_keys(node_config: Mapping[str, Value]) -> dict[str, Value]:
-    """The keys of a SuperNode's node config that stand over the run's: where its images lie, and its hardware."""
+    """The keys of a SuperNode's node config that replace the run's: its images, and its hardware."""
     own = {}
     for name, value in node_config.items():
         if name in OF_A_NODE:
@@ -281,46 +354,77 @@ def own_keys(node_config: Mapping[str, Value]) -> dict[str, Value]:
     return own
 
 
-def spelled(name: str) -> str:
-    """The field's name of a key; an unknown key fails, and the nearest one is named."""
-    attribute = name.replace("-", "_")
-    if attribute not in FIELDS or "_" in name:
-        near = difflib.get_close_matches(kebab(name), map(kebab, FIELDS), n=1, cutoff=0.5)
-        hint = f": did you mean {near[0]}?" if near else ": see --help for the keys"
-        raise UserError(f"unknown key {name}{hint}")
-    return attribute
+def choices(field: FieldInfo) -> tuple[str, ...]:
+    """The values that a key accepts where it has a few names; else none."""
+    return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
 
 
-def typed(name: str, value: Any) -> Any:
-    """`value` (a string from a flag, or a TOML value) as the type of its key."""
-    kind: type[Any] = type(FIELDS[spelled(name)].default)
-    if isinstance(value, str) and kind is not str:
-        try:
-            value = {"true": True, "false": False}[value.lower()] if kind is bool else kind(value)
-        except (ValueError, KeyError):
-            raise UserError(f"{name} = {value!r} is not {_KINDS[kind]}") from None
-    if kind is float and type(value) is int:
-        value = float(value)
-    if type(value) is not kind:
-        raise UserError(f"{name} = {value!r} is not {_KINDS[kind]}")
-    return value
+def accepted(field: FieldInfo, limits: bool = True) -> str:
+    """What a key accepts, in words; empty where its description has to say it.
+
+    Without `limits`, those bounds are left out that no sensible value comes near.
+    """
+    if names := choices(field):
+        return f"one of {', '.join(names)}"
+    return " and ".join(_bounds(field, limits))
 
 
-_KINDS: dict[type, str] = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
+def _bounds(field: FieldInfo, limits: bool) -> Iterator[str]:
+    for bound in field.metadata:
+        match bound:
+            case annotated_types.Gt(gt):
+                yield f"greater than {gt}"
+            case annotated_types.Ge(ge):
+                yield f"at least {ge}"
+            case annotated_types.Lt(lt):
+                yield f"less than {lt}"
+            case annotated_types.Le(int(le)) if limits or le < 10**6:
+                yield f"at most {le:,}"
 
 
-def _check(item: dataclasses.Field[Any], value: Any) -> None:
-    accepts: Range = item.metadata["accepts"]
-    finite = not isinstance(value, float) or math.isfinite(value)
-    if not finite or not accepts.accepts(value):
-        words = f"{accepts.words}{_near(item, value)}"
-        raise UserError(f"{kebab(item.name)} = {value!r} is out of range: it must be {words}")
+def _user_error(failure: ValidationError, name: str = "") -> UserError:
+    """The first error of a validation in one line that names the key and the remedy."""
+    error = failure.errors(include_url=False)[0]
+    reason = str(error.get("ctx", {}).get("error", ""))
+    if not name and not error["loc"]:
+        return UserError(reason)
+    name = name or str(error["loc"][0])
+    if error["type"] == "extra_forbidden":
+        return _unknown(name)
+    value = _shown(error["input"])
+    if reason:
+        return UserError(f"{name} = {value} {reason}")
+    field = FIELDS[name.replace("-", "_")]
+    if error["type"] in KINDS:
+        return UserError(f"{name} = {value} is not {KINDS[error['type']]}")
+    near = difflib.get_close_matches(value, choices(field), n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    value = value if choices(field) else value.strip("'")  # a flag's text, which is a number
+    finite = "finite and " if error["type"] == "finite_number" else ""
+    return UserError(f"{name} = {value} is out of range: it must be {finite}{accepted(field)}{hint}")
 
 
-def _near(item: dataclasses.Field[Any], value: Any) -> str:
-    words = item.metadata["accepts"].words
-    near = difflib.get_close_matches(str(value), words.removeprefix("one of ").split(", "), n=1)
-    return f" (did you mean {near[0]}?)" if near and words.startswith("one of ") else ""
+KINDS = {  # pydantic's error types
+    "int_type": "a whole number",
+    "float_type": "a number",
+    "bool_type": "true or false",
+    "string_type": "text",
+}
+
+
+def _unknown(name: str) -> UserError:
+    near = difflib.get_close_matches(kebab(name), map(kebab, FIELDS), n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}?" if near else "see --help for the keys"
+    return UserError(f"unknown key {_shown(name)[1:-1]}: {hint}")
+
+
+def _shown(value: object) -> str:
+    """A value on one line, shortened."""
+    try:
+        text = ascii(value) if isinstance(value, str) and not value.isprintable() else repr(value)
+    except ValueError:  # an integer of more than 4,300 digits
+        return "a number of thousands of digits"
+    return text if len(text) <= SHOWN else f"{text[:SHOWN]}..."
 
 
 CORES = "FEDSIM_CORES"  # in the environment of a process that has been given a share of its machine

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,11 +15,12 @@ from fedsim.config import Config, Mode, cpu_count
 from fedsim.errors import UserError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
+BYTES_PER_IMAGE = 12_000  # of the synthetic set while it is made, its quarter of test images included
 THREAD_HEAP = 2**26  # bytes: glibc's largest heap of a thread
 
 
 def resolve(config: Config, mode: Mode, here: bool = True) -> Config:
-    """`config` with the device and threads that it will run on; a device that is not there fails.
+    """`config` with the device and threads that it will run on; fails if this machine lacks the device or the memory.
 
     A run that will not be `here` may name a GPU that this machine does not have.
     """
@@ -28,13 +30,22 @@ def resolve(config: Config, mode: Mode, here: bool = True) -> Config:
     kind, _, index = device.partition(":")
     if here and kind == "cuda" and int(index or 0) >= torch.cuda.device_count():
         raise UserError(f"device = {device} is not on this machine: give --device cpu or one that is")
-    if kind == "mps" and not torch.backends.mps.is_available():
-        raise UserError("device = mps is not on this machine: give --device cpu or one that is")
     if config.precision == "tf32" and kind != "cuda":
         raise UserError(f"precision = tf32 needs a CUDA device, not {device}: give --precision fp32")
+    if here and config.dataset == "synthetic":
+        _check_memory(config.synthetic_images)
     # Two clients on a thread each train faster than one client on two threads; on a GPU the CPU only launches.
     threads = config.threads or (cpu_count() if mode == "centralized" and kind == "cpu" else 1)
     return config.changed({"device": device, "threads": threads})
+
+
+def _check_memory(images: int) -> None:
+    needed, present = images * BYTES_PER_IMAGE, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    if needed > present:
+        raise UserError(
+            f"synthetic-images = {images} needs {needed / 1e9:,.0f} GB of memory, and this machine has "
+            f"{present / 1e9:,.0f} GB: give fewer"
+        )
 
 
 def prepare(config: Config) -> None:
@@ -42,7 +53,7 @@ def prepare(config: Config) -> None:
     keep_freed_memory()
     torch.set_num_threads(config.threads)
     set_tf32(config.precision)
-    torch.backends.cudnn.deterministic = True  # a run that goes on is, bit for bit, one that never stopped
+    torch.backends.cudnn.deterministic = True  # a resumed run equals an uninterrupted one bit for bit
 
 
 def parameter_dtype(precision: str) -> torch.dtype:

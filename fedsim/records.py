@@ -562,16 +562,18 @@ def _shown(value: object) -> str:
 
 
 def print_row(row: Row) -> None:
-    """Round, epoch, rate, losses and accuracy of a row, on one line."""
+    """Round, epoch, rate, losses and accuracy of a row, on one line of at most 79 characters."""
     tested = ""
     if row["test_accuracy"] is not None:
-        tested = f"  {row['tested_on']} {row['test_accuracy']:6.2%} loss {_loss(row['test_loss'])}"
+        split = "test" if row["tested_on"] == "test" else "val"
+        tested = f"{split} {_loss(row['test_loss'])} {row['test_accuracy']:6.2%}"
+    seconds = f"{row['seconds']:.{1 if row['seconds'] < 1000 else 0}f}"
     print(
-        f"round {row['round']:>4}  epoch {row['epoch']:7.2f}  lr {row['lr']:.5f}  "
-        f"train loss {_loss(row['train_loss'])}{tested}  {row['seconds']:8.1f} s",
+        f"round {row['round']:>6}  epoch {row['epoch']:6.2f}  lr {row['lr']:.5f}  train {_loss(row['train_loss'])}  "
+        f"{tested:17}  {seconds:>5} s",
         flush=True,
     )
 
 
 def _loss(value: float | None) -> str:
-    return "not finite" if value is None else f"{value:.4f}"
+    return "  nan" if value is None else f"{value:.3f}"

@@ -7,11 +7,15 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 
-from fedsim import cli
-from fedsim.config import FIELDS, kebab
+from fedsim import __version__, cli
+from fedsim.config import FIELDS, Mode, has_key, kebab
+from fedsim.errors import RunFailed
+from fedsim.records import print_row
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -46,9 +50,9 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --local-step 3", "--local-step"),
         ("localsgd --local-step 3", "--local-steps"),
         ("centralized --clients 3", "--clients"),
-        ("localsgd --clients 0", "clients = 0 is out of range: it must be a whole number of at least 1"),
+        ("localsgd --clients 0", "clients = 0 is out of range: it must be at least 1"),
         ("localsgd --clients two", "clients = 'two' is not a whole number"),
-        ("localsgd --lr -1", "lr = -1.0 is out of range: it must be a number greater than 0"),
+        ("localsgd --lr -1", "lr = -1 is out of range: it must be greater than 0"),
         ("localsgd --dataset imagenet", "dataset = 'imagenet' is out of range: it must be one of cifar100, synthetic"),
         ("localsgd --model lenet", "did you mean lenet5?"),
         ("localsgd --optimizer adam", "optimizer = 'adam' is out of range: it must be one of sgdm, lars, lamb"),
@@ -62,7 +66,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --data-dir {folder}/damaged", "holds a damaged cifar-100-python"),
         ("localsgd --dataset synthetic --device cuda:99", "device = cuda:99 is not on this machine"),
         ("localsgd --dataset synthetic --results-dir {folder}/file", "results-dir = {folder}/file cannot be written"),
-        ("localsgd --dataset synthetic --name a/b", "name = 'a/b' is no plain folder name"),
+        ("localsgd --dataset synthetic --name a/b", "name = 'a/b' is not a plain folder name"),
         ("grid --dataset synthetic --clients 4,x", "clients = '4,x' is no list of whole numbers"),
         ("grid --dataset synthetic --clients 4,9000", "clients = 9000 is more than the 8000 training images"),
         ("grid --dataset synthetic --engine ray", "engine = 'ray' is unknown"),
@@ -105,7 +109,20 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("deploy --nodes 2 -o {folder}/file/below", "out = {folder}/file/below cannot be written"),
         ("deploy --nodes 2 --ca {folder}/damaged", "ca = {folder}/damaged holds no ca.crt with its ca.key"),
         ("deploy --nodes 2 --ca damaged --insecure", "ca: there are no certificates to sign with --insecure"),
-        ("train", "train"),
+        ("localsgd --dataset synthetic --device mps", "device = 'mps' is out of range"),
+        ("localsgd --dataset synthetic --synthetic-images 100000000", "synthetic-images = 100000000 needs 1,200 GB of"),
+        ("localsgd --threads 100000", "threads = 100000 is out of range: it must be at least 0 and at most 1,024"),
+        (
+            "localsgd --dataset synthetic --results-dir ~nosuch",
+            "results-dir = '~nosuch' begins with another user's home",
+        ),
+        (f"localsgd --dataset synthetic --results-dir {'a/' * 2500}", "File name too long"),
+        ("demo --results-dir ~nosuch", "results-dir = '~nosuch' begins with another user's home folder"),
+        ("paper kj-small --results-dir ~nosuch", "results-dir = '~nosuch' begins with another user's home folder"),
+        ("localsgd --dataset synthetic --name \x1b[2J", r"name = '\x1b[2J' holds a control character"),
+        ("report \x1b[2J", r"\x1b[2J holds no runs"),
+        ("train", "error: No such command 'train'.\n"),
+        ("localsdg", "error: No such command 'localsdg'. Did you mean 'localsgd'?\n"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(call: Call, tmp_path: Path, arguments: str, words: str) -> None:
@@ -189,17 +206,99 @@ def test_a_failed_run_is_one_line_and_exit_code_1(call: Call) -> None:
 GRIDS_OTHERS = (("grid", "seed"), ("grid", "resume"))  # it has --seeds, and goes on with cells by itself
 
 
-def test_every_key_is_a_flag_with_its_default_in_the_help() -> None:
-    environment = {"COLUMNS": "400", "PATH": "", "TERM": "dumb"}
+@pytest.mark.parametrize("command", ["", *typer.main.get_group(cli.cli).commands])
+def test_help_cuts_nothing_in_80_columns(call: Call, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
+    """Each flag stands on a line with all that follows it, and each key's help is there to its end."""
+    monkeypatch.setenv("COLUMNS", "80")
+    code, out, _ = call(*command.split(), "--help")
+    assert code == 0
+    assert max(map(len, out.splitlines())) <= 80
+    words = "".join(out.split())
+    for parameter in typer.main.get_group(cli.cli).commands[command].params if command else []:
+        assert all(flag in words for flag in [*parameter.opts, *parameter.secondary_opts])
+        assert "".join((getattr(parameter, "help", None) or "").split()) in words
+    assert "…" not in out
+    assert "\\" not in out
+
+
+def test_every_key_is_a_flag_with_its_default_in_the_help(call: Call) -> None:
     for command in ("localsgd", "centralized", "grid"):
-        answer = subprocess.run(
-            [sys.executable, str(ROOT / "run.py"), command, "--help"], capture_output=True, text=True, env=environment
-        )
-        assert answer.returncode == 0
-        for name, item in FIELDS.items():
-            mode = "localsgd" if command == "grid" else command
-            offered = mode in item.metadata["modes"] and (command, name) not in GRIDS_OTHERS
-            assert (f"--{kebab(name)} " in answer.stdout) == offered, name
+        code, out, _ = call(command, "--help")
+        assert code == 0
+        for name, field in FIELDS.items():
+            mode: Mode = "centralized" if command == "centralized" else "localsgd"
+            offered = has_key(mode, name) and (command, name) not in GRIDS_OTHERS
+            assert (f"--{kebab(name)} " in out) == offered, name
+            if offered and (command, name) not in (("grid", "clients"), ("grid", "local_steps")):
+                default = {"": "empty", True: "true", False: "false"}.get(field.default, field.default)
+                assert f"(default:{default})" in "".join(out.split())
+        assert out.index("Keys used most") < out.index("All other keys")
+
+
+def test_help_and_version_come_without_torch() -> None:
+    for arguments in ("localsgd --help", "--version"):
+        command = [sys.executable, "-X", "importtime", "run.py", *arguments.split()]
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+        assert done.returncode == 0
+        imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+        assert "fedsim.cli" in imported
+        assert not imported & {"torch", "numpy", "flwr"}
+
+
+def test_without_a_command_there_is_help_and_no_error(call: Call) -> None:
+    code, out, err = call()
+    assert (code, err) == (2, "")
+    assert "Commands:" in out
+
+
+def test_the_version_is_printed_by_the_module_too() -> None:
+    for start in (["run.py"], ["-m", "fedsim"]):
+        done = subprocess.run([sys.executable, *start, "--version"], cwd=ROOT, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, f"fedsim {__version__}\n", "")
+
+
+def test_errors_of_several_lines_are_printed_on_one(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RunFailed("the SuperLink did not start:\n  line one\r\n\x1b[31mline two")
+
+    monkeypatch.setattr(cli, "_run", fail)
+    code, _, err = call("localsgd")
+    assert (code, err) == (1, "error: the SuperLink did not start: line one \\x1b[31mline two\n")
+
+
+def test_names_and_paths_are_shown_as_they_are(call: Call) -> None:
+    """Not read as rich's markup or emoji."""
+    keys = [*TINY[:-10], "--epochs", "0.1", "--device", "cpu", "--clients", "1,2", "--local-steps", "1"]
+    code, out, err = call("grid", *keys, "--results-dir", "r[/b]", "--name", "[red]:smile:", "--lr", "1e30")
+    assert code == 1, err  # every cell diverges
+    assert "failed: " in out
+    assert "/r[/b]/[red]:smile:/grid.csv" in "".join(out.split())
+    code, out, err = call("report", "r[/b]", "-o", "[/b]")
+    assert code == 0, err
+    assert "[/b]/index.html" in "".join(out.split())
+
+
+@pytest.mark.parametrize("tested_on", ["test", "validation"])
+def test_a_row_fits_80_columns(capsys: pytest.CaptureFixture[str], tested_on: str) -> None:
+    row = {
+        "round": 123456,
+        "epoch": 123.456,
+        "lr": 0.12345,
+        "train_loss": 4.60517,
+        "test_loss": 4.60517,
+        "test_accuracy": 0.98765,
+        "tested_on": tested_on,
+        "seconds": 98765.4,
+    }
+    print_row(row)
+    print_row({**row, "test_loss": None, "test_accuracy": None})
+    print_row({**row, "train_loss": None, "seconds": 1.25})
+    full, untested, early = capsys.readouterr().out.splitlines()
+    assert "123456" in full
+    assert "98.77%" in full
+    assert "98765 s" in full
+    assert len(full) == len(untested) == len(early) <= 79
+    assert early.endswith("  1.2 s")
 
 
 def test_the_real_command_runs_and_records_itself(tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 from __future__ import annotations
 
-import dataclasses
+import pickle
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
-from fedsim.config import FIELDS, Config
+from fedsim import config as keys_module
+from fedsim.config import FIELDS, MAX_THREADS, Config, current_names, kebab, own_keys, typed
 from fedsim.errors import UserError
 
 ROOT = Path(__file__).parents[1]
@@ -22,7 +24,7 @@ def test_flower_run_config_has_every_key_with_its_default() -> None:
 
 
 def test_every_key_explains_itself() -> None:
-    assert all(item.metadata["help"] for item in FIELDS.values())
+    assert all(field.description for field in FIELDS.values())
 
 
 def test_values_are_read_from_text_and_from_toml() -> None:
@@ -37,30 +39,63 @@ def test_values_are_read_from_text_and_from_toml() -> None:
         ({"local-step": 3}, "unknown key local-step: did you mean local-steps?"),
         ({"local_steps": 3}, "unknown key local_steps: did you mean local-steps?"),
         ({"zzzzzz": 3}, "unknown key zzzzzz: see --help for the keys"),
-        ({"lr": 0.0}, "lr = 0.0 is out of range: it must be a number greater than 0"),
-        ({"lr": "nan"}, "lr = nan is out of range: it must be a number greater than 0"),
-        ({"lr": "inf"}, "lr = inf is out of range: it must be a number greater than 0"),
+        ({"a\nb": 3}, r"unknown key a\nb: see --help for the keys"),
+        ({"lr": 0.0}, "lr = 0.0 is out of range: it must be greater than 0"),
+        ({"lr": float("nan")}, "lr = nan is out of range: it must be finite and greater than 0"),
+        ({"lr": float("inf")}, "lr = inf is out of range: it must be finite and greater than 0"),
+        ({"lr": 10**400}, "lr = inf is out of range: it must be finite and greater than 0"),
+        ({"lr": "9" * 400}, "lr = inf is out of range: it must be finite and greater than 0"),
+        ({"lr": "9" * 5000}, "lr = inf is out of range"),
+        ({"lr": "nan"}, "lr = 'nan' is not a number"),
+        ({"lr": "inf"}, "lr = 'inf' is not a number"),
+        ({"lr": "1_000"}, "lr = '1_000' is not a number"),
         ({"lr": "fast"}, "lr = 'fast' is not a number"),
-        ({"clients": "2.5"}, "clients = '2.5' is not a whole number"),
-        ({"clients": 2.5}, "clients = 2.5 is not a whole number"),
+        ({"lr": ""}, "lr = '' is not a number"),
+        ({"lr": True}, "lr = True is not a number"),
+        ({"lr": [1.0]}, "lr = [1.0] is not a number"),
+        ({"clients": "2.5"}, "clients = 2.5 is not a whole number"),
+        ({"clients": 2.0}, "clients = 2.0 is not a whole number"),
+        ({"clients": "1_000"}, "clients = '1_000' is not a whole number"),
+        ({"clients": "\u0664"}, "is not a whole number"),  # a four, but not one of ASCII
         ({"clients": True}, "clients = True is not a whole number"),
-        ({"clients": 0}, "clients = 0 is out of range: it must be a whole number of at least 1"),
+        ({"clients": 0}, "clients = 0 is out of range: it must be at least 1"),
+        ({"clients": "9" * 400}, "... is out of range: it must be at least 1 and at most 1,000,000,000"),
+        ({"clients": 10**5000}, "clients = a number of thousands of digits is out of range"),
+        ({"threads": 100_000}, f"threads = 100000 is out of range: it must be at least 0 and at most {MAX_THREADS:,}"),
         ({"nesterov": "maybe"}, "nesterov = 'maybe' is not true or false"),
+        ({"nesterov": 1}, "nesterov = 1 is not true or false"),
         ({"momentum": 1.0}, "momentum = 1.0 is out of range: it must be at least 0 and less than 1"),
+        ({"fraction": "0"}, "fraction = 0 is out of range: it must be greater than 0 and at most 1"),
         ({"optimizer": "lasr"}, "it must be one of sgdm, lars, lamb (did you mean lars?)"),
+        ({"optimizer": 3}, "optimizer = 3 is out of range: it must be one of sgdm, lars, lamb"),
         ({"model": "resnet"}, "model = 'resnet' is out of range: it must be one of lenet-bn, lenet5"),
         ({"dataset": "cifar10"}, "(did you mean cifar100?)"),
         ({"strategy": "fedavg"}, "strategy = 'fedavg' is out of range: it must be one of localsgd"),
-        ({"device": "gpu"}, "device = 'gpu' is out of range: it must be auto, cpu, cuda, cuda:N or mps"),
+        ({"device": "gpu"}, "device = 'gpu' is out of range: it must be auto, cpu, cuda or cuda:N"),
+        ({"device": "mps"}, "device = 'mps' is out of range: it must be auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:\u00b2"}, "is out of range: it must be auto, cpu, cuda or cuda:N"),
+        ({"device": "cuda:-1"}, "is out of range: it must be auto, cpu, cuda or cuda:N"),
         ({"milestones": "60,50"}, "milestones = '60,50' is out of range: it must be ascending epochs"),
+        ({"milestones": "nan"}, "milestones = 'nan' is out of range: it must be ascending epochs"),
         ({"schedule": "multistep"}, "milestones is empty"),
         ({"nesterov": True, "optimizer": "lamb"}, "nesterov = true needs optimizer sgdm or lars"),
         (
             {"optimizer-backend": "torch-optimizer", "lamb-clamp": 0.0},
             "lamb-clamp is not known to torch-optimizer: give --optimizer-backend fedsim",
         ),
-        ({"name": "a/b"}, "name = 'a/b' is no plain folder name"),
-        ({"name": ".."}, "name = '..' is no plain folder name"),
+        ({"name": "a/b"}, "name = 'a/b' is not a plain folder name"),
+        ({"name": ".."}, "name = '..' is not a plain folder name"),
+        ({"name": "a" * 256}, "has a name of more than 255 bytes"),
+        ({"name": "\u00e9" * 128}, "has a name of more than 255 bytes"),
+        ({"name": "a\nb"}, r"name = 'a\nb' holds a control character"),
+        ({"name": "\x1b[2J"}, r"name = '\x1b[2J' holds a control character"),
+        ({"name": "\udcff"}, r"name = '\udcff' holds a control character, a line break or a byte that is not UTF-8"),
+        ({"results-dir": "a\0b"}, r"results-dir = 'a\x00b' holds a control character"),
+        ({"results-dir": ""}, "results-dir = '' is empty: give a folder"),
+        ({"results-dir": "~nosuchuser/x"}, "begins with another user's home folder: give the whole path"),
+        ({"data-dir": "~nosuchuser"}, "begins with another user's home folder: give the whole path"),
+        ({"data-dir": f"a/{'b' * 256}"}, "has a name of more than 255 bytes"),
+        ({"data-dir": 3}, "data-dir = 3 is not text"),
     ],
 )
 def test_bad_input_names_the_key_and_the_remedy(keys: dict[str, Any], message: str) -> None:
@@ -68,6 +103,19 @@ def test_bad_input_names_the_key_and_the_remedy(keys: dict[str, Any], message: s
         Config().changed(keys)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 200
+
+
+def test_values_at_the_ends_of_their_ranges_are_accepted() -> None:
+    keys = {
+        "threads": MAX_THREADS,
+        "seed": 10**18,
+        "fraction": "1",
+        "momentum": 0,
+        "name": "a" * 255,
+        "data-dir": "~/x",
+    }
+    assert Config().changed(keys).fraction == 1.0
 
 
 def test_identity_holds_what_shapes_the_result_and_nothing_else() -> None:
@@ -77,6 +125,32 @@ def test_identity_holds_what_shapes_the_result_and_nothing_else() -> None:
     assert {"clients", "local-steps", "reshuffle"} <= Config().identity("localsgd").keys()
 
 
-def test_config_is_frozen() -> None:
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        Config().lr = 1.0  # type: ignore[misc]
+def test_a_configuration_is_a_value() -> None:
+    config = Config(lr=0.5)
+    with pytest.raises(ValidationError):
+        config.lr = 1.0  # type: ignore[misc]
+    other = Config().changed({"lr": "0.5"})
+    assert (config, hash(config)) == (other, hash(other))
+    assert config != Config()
+    assert pickle.loads(pickle.dumps(config)) == config
+
+
+def test_older_names_of_keys_are_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(keys_module.RENAMED, "rate", "lr")
+    assert current_names({"rate": 0.5, "clients": 3}) == {"lr": 0.5, "clients": 3}
+    assert set(keys_module.RENAMED.values()) <= set(map(kebab, FIELDS))
+
+
+def test_typed_reads_one_key_alone() -> None:
+    assert typed("schedule", "multistep") == "multistep"  # though it needs milestones beside it
+    assert typed("epochs", "3") == 3.0
+    with pytest.raises(UserError, match="clients = 'two' is not a whole number"):
+        typed("clients", "two")
+    with pytest.raises(UserError, match="unknown key client: did you mean clients"):
+        typed("client", 2)
+
+
+def test_a_node_may_set_its_own_keys_only() -> None:
+    assert own_keys({"data-dir": "d", "partition-id": 1}) == {"data-dir": "d"}
+    with pytest.raises(UserError, match="lr cannot stand in the node config"):
+        own_keys({"lr": 0.1})

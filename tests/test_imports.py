@@ -11,7 +11,7 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "rng", "reference"),
+    ("errors", "interrupts", "rng", "reference"),
     ("config",),
     ("device",),
     ("data", "optim"),
@@ -21,11 +21,13 @@ LAYERS = (
     ("experiments",),
     ("report", "bench"),
     ("cli",),
+    ("__main__",),
 )
 NOT_YET = {("experiments", "report")}  # the tables after a grid and a study
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 WITHOUT_FLOWER = (
     "errors",
+    "interrupts",
     "rng",
     "reference",
     "config",

@@ -373,7 +373,7 @@ def test_resume_takes_what_shapes_the_result_from_the_run(run: Execute, small: C
         ({"resume": "part", "lr": 0.5}, "resume = part: lr = 0.5, but the run has 0.01: leave it out"),
         ({"resume": "part", "name": "x"}, "resume = part: name = x, but the run has part: leave it out"),
         ({"resume": "alone"}, "resume = alone: .*alone is no run of LocalSGD"),
-        ({"resume": "../part"}, "resume = '../part' is no plain folder name"),
+        ({"resume": "../part"}, "resume = '../part' is not a plain folder name"),
     ],
 )
 def test_resume_of_what_is_not_there_or_differs_is_an_error(run: Execute, keys: dict[str, Any], message: str) -> None:

@@ -8,6 +8,7 @@ import io
 import itertools
 import multiprocessing
 import resource
+import signal
 import statistics
 import tempfile
 import time
@@ -19,6 +20,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from fedsim import interrupts
 from fedsim.bench.baseline_flower import tutorial_rounds
 from fedsim.bench.baseline_torch import plain_rounds
 from fedsim.config import Config
@@ -145,8 +147,20 @@ ON_GPU = (
 
 def in_own_process(contestant: str, config: Config, rounds: int) -> Figure:
     """One turn of a contestant, in a fresh process, whose memory is its own."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-        return pool.submit(_turn, contestant, config, rounds).result()
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(1, context, initializer=_end_with_parent) as pool:
+        turn = pool.submit(_turn, contestant, config, rounds)
+        try:
+            return turn.result()
+        except interrupts.Interrupted:
+            interrupts.end(interrupts.children())
+            raise
+
+
+def _end_with_parent() -> None:
+    """Leave Ctrl-C, which reaches both, to the parent; its SIGTERM unwinds a turn, so that its processes are ended."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    interrupts.raise_on_signals([signal.SIGTERM])
 
 
 def _turn(contestant: str, config: Config, rounds: int) -> Figure:

@@ -95,7 +95,7 @@ def run_cells(
         for name, why in _outcomes(cells, engine, rerun, progress, spread):
             if why:
                 failures[name] = why
-                progress.console.print(f"[red]{name} failed:[/red] {why}", highlight=False)
+                progress.console.print(f"{name} failed: {why}", style="red", highlight=False, markup=False)
             progress.advance(overall)
     return failures
 
@@ -139,7 +139,7 @@ def _advance(progress: Progress, task: TaskID, row: Row) -> None:
 
 def _progress(console: Console) -> Progress:
     return Progress(
-        TextColumn("{task.description}"),
+        TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
         TimeElapsedColumn(),

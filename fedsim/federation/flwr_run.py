@@ -25,6 +25,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from fedsim import interrupts
 from fedsim.config import Config, cpu_count
 from fedsim.errors import RunFailed, UserError
 from fedsim.records import origin
@@ -33,7 +34,6 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 APP = ("pyproject.toml", "README.md", "LICENSE", "fedsim", "strategies")
 CONNECTION = "fedsim"
 START_SECONDS = 60
-STOP_SECONDS = 5
 OUTCOME_SECONDS = 20
 
 
@@ -133,21 +133,9 @@ def wait_until_healthy(
 
 
 def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started: asked first, then killed.
-
-    Each is ended by itself: a SuperLink's children begin sessions of their own, and outlive it.
-    """
-    everyone = []
+    """End a process and all that it started."""
     with contextlib.suppress(psutil.NoSuchProcess):
-        leader = psutil.Process(process.pid)
-        everyone = [leader, *leader.children(recursive=True)]
-    for one in everyone:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.terminate()
-    _, left = psutil.wait_procs(everyone, timeout=STOP_SECONDS)
-    for one in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            one.kill()
+        interrupts.end([psutil.Process(process.pid)])
     process.wait()
 
 

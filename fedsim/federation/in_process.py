@@ -53,7 +53,8 @@ class FleetGrid(Grid):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._pool.shutdown()
+        # An interrupted round is not waited for: a client's local steps may take minutes
+        self._pool.shutdown(wait=exception[0] is None, cancel_futures=True)
 
     def set_run(self, run: FlowerRun) -> None:
         self._run = run

@@ -33,7 +33,7 @@ def build_report(root: Path, out: Path, figure: str, console: Console) -> None:
     """Write the report on everything under `root` to `out`; or, with `figure`, that one picture and its CSV."""
     groups, warnings = read_groups(root)
     for warning in warnings:
-        console.print(f"[yellow]warning:[/yellow] {warning}", soft_wrap=True, highlight=False)
+        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, highlight=False)
     out.mkdir(parents=True, exist_ok=True)
     if figure:
         _one_figure(groups, figure, root, out)

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from fractions import Fraction
+from typing import Literal
 
 import pytest
 
@@ -53,7 +54,9 @@ def test_constant_without_warm_up_is_constant() -> None:
 
 
 @pytest.mark.parametrize(("scaling", "workers", "peak"), [("linear", 1, 0.2), ("linear", 4, 0.8), ("sqrt", 8, 0.4)])
-def test_the_rate_follows_the_batch_of_all_workers(scaling: str, workers: int, peak: float) -> None:
+def test_the_rate_follows_the_batch_of_all_workers(
+    scaling: Literal["linear", "sqrt"], workers: int, peak: float
+) -> None:
     config = Config(lr=0.1, reference_batch=32, batch_size=64, scaling=scaling)
     assert schedule_of(config, Fraction(7), 3, workers)(0) == pytest.approx(peak)
     assert schedule_of(config.changed({"reference-batch": 0}), Fraction(7), 3, workers)(0) == 0.1

@@ -95,7 +95,7 @@ def test_fused_sgdm_is_momentum_as_it_is_written() -> None:
     ("backend", "lars_class", "lamb_class"),
     [("fedsim", LARS, LAMB), ("torch-optimizer", torch_optimizer.LARS, torch_optimizer.Lamb)],
 )
-def test_lars_and_lamb_take_our_keys(backend: str, lars_class: type, lamb_class: type) -> None:
+def test_lars_and_lamb_take_our_keys(backend: Any, lars_class: type, lamb_class: type) -> None:
     model = build_model("lenet5", 10, 0)
     config = Config(optimizer="lars", trust_coefficient=0.05, nesterov=True, optimizer_backend=backend)
     lars = build_optimizer(config, named(model))
@@ -107,7 +107,7 @@ def test_lars_and_lamb_take_our_keys(backend: str, lars_class: type, lamb_class:
 
 
 @pytest.mark.parametrize("optimizer", ["lars", "lamb"])
-def test_both_backends_train_alike(optimizer: str) -> None:
+def test_both_backends_train_alike(optimizer: Any) -> None:
     weights = []
     for backend in ("fedsim", "torch-optimizer"):
         model = build_model("lenet5", 10, 0)

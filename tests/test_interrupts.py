@@ -1,0 +1,254 @@
+"""SIGINT, SIGTERM and SIGHUP at random moments: the exit code, one line, no process left, and a run that resumes."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fedsim import cli
+from fedsim.interrupts import SIGNALS
+from fedsim.records import read_rows
+from tests.conftest import assert_same_bits, final_model, rows_of
+
+ROOT = Path(__file__).parents[1]
+DATA = "--dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 16 --device cpu --threads 1"
+RUN = f"--clients 2 --rounds 100000 --schedule cosine --checkpoint-every 7 {DATA} --name run"
+RUNS = {
+    "localsgd": f"localsgd --local-steps 2 {RUN}",
+    "fused": f"localsgd --local-steps 2 --engine fused {RUN}",
+    "long rounds": f"localsgd --local-steps 500 {RUN}",
+    "centralized": f"centralized --epochs 10000 --checkpoint-every 1 {DATA} --name run",
+}
+STOP = {name: "--stop-after-epochs" if name == "centralized" else "--stop-after-rounds" for name in RUNS}
+GRID = f"grid --clients 1,2 --local-steps 2 --seeds 1,2 --rounds 100 --checkpoint-every 7 {DATA} --name grid"
+BENCH = (
+    "bench --clients 2 --contestants limit,fleet --no-grow --timed 1 --passes 1 --local-steps 2 --model lenet5 "
+    "--batch-size 16 --device cpu -o bench.json"
+)
+FLOWER = f"localsgd --local-steps 2 --engine flower {RUN}"
+LINE = "interrupted: run the same command again to resume from the last checkpoint"
+SECONDS = 60  # in which an interrupted command must have ended
+
+
+def start(folder: Path, arguments: str) -> subprocess.Popen[str]:
+    """The command in a process and session of its own, returned once it handles signals."""
+    command = [sys.executable, str(ROOT / "run.py"), *arguments.split()]
+    process = subprocess.Popen(
+        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
+    )
+    while process.poll() is None:
+        status = Path(f"/proc/{process.pid}/status").read_text()
+        caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
+        if all(caught >> (number - 1) & 1 for number in SIGNALS):
+            break
+        time.sleep(0.001)
+    return process
+
+
+def interrupt(process: subprocess.Popen[str], number: signal.Signals, line: str) -> bool:
+    """Send the signal twice, as an impatient user would; check how the command ends; whether it still ran."""
+    try:
+        started = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(number)
+        time.sleep(0.01)
+        process.send_signal(number)
+    except psutil.NoSuchProcess:
+        started = []
+    _, errors = process.communicate(timeout=SECONDS)
+    if process.returncode == 0:
+        return False
+    assert process.returncode == 128 + number, errors
+    said = [each for each in errors.splitlines() if not each.startswith("K = ")]  # the bench says what it measures
+    assert said in ([line], ["interrupted"]), errors
+    _, left = psutil.wait_procs(started, timeout=10)
+    assert not left
+    return True
+
+
+def after_rows(process: subprocess.Popen[str], rows: int) -> None:
+    """Wait until a run has printed so many rows."""
+    assert process.stdout is not None
+    while rows:
+        printed = process.stdout.readline()
+        assert printed, "the run ended early"
+        rows -= printed.startswith("round ")
+
+
+def complete(folder: Path, arguments: str) -> None:
+    """The command, undisturbed, in this process."""
+    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
+        patch.setattr(sys, "argv", ["run.py", *arguments.split()])
+        cli.main()
+
+
+def assert_resumes(folder: Path, name: str) -> None:
+    """The interrupted run in `folder`, resumed for some rounds, is bit for bit one that was never interrupted."""
+    stop = len(read_rows(folder / "results" / "run")) + 2
+    for place in (folder, folder / "undisturbed"):
+        place.mkdir(exist_ok=True)
+        complete(place, f"{RUNS[name]} {STOP[name]} {stop}")
+    interrupted, undisturbed = (place / "results" / "run" for place in (folder, folder / "undisturbed"))
+    assert_same_bits(final_model(interrupted), final_model(undisturbed))
+    assert rows_of(interrupted) == rows_of(undisturbed)
+
+
+def test_an_interrupted_run_says_how_to_resume_and_does_so_bit_for_bit(tmp_path: Path) -> None:
+    for rows, number in zip((3, 9, 1), SIGNALS, strict=True):
+        process = start(tmp_path, RUNS["localsgd"])
+        after_rows(process, rows)
+        assert interrupt(process, number, LINE)
+    assert_resumes(tmp_path, "localsgd")
+
+
+def test_a_long_round_is_not_waited_for(tmp_path: Path) -> None:
+    process = start(tmp_path, RUNS["long rounds"].replace("500", "1000000"))
+    assert process.stdout is not None
+    process.stdout.readline()
+    time.sleep(1)
+    assert interrupt(process, signal.SIGTERM, LINE)
+
+
+def test_with_rerun_the_line_says_to_leave_it_out(tmp_path: Path) -> None:
+    process = start(tmp_path, f"{RUNS['centralized']} --rerun")
+    after_rows(process, 1)
+    line = "interrupted: run the same command again without --rerun to resume from the last checkpoint"
+    assert interrupt(process, signal.SIGINT, line)
+
+
+TURN = """
+from fedsim.bench.variants import in_own_process
+from fedsim.config import Config
+from fedsim.interrupts import exit_on_signals
+
+keys = {"dataset": "synthetic", "synthetic-images": 256, "model": "lenet5", "batch-size": 16, "device": "cpu"}
+with exit_on_signals():
+    in_own_process("fleet", Config().changed({**keys, "clients": 2, "threads": 1}), 10**9)
+"""
+
+
+def test_a_process_of_the_bench_is_ended() -> None:
+    process = subprocess.Popen([sys.executable, "-c", TURN], cwd=ROOT, text=True, stderr=subprocess.PIPE)
+    while len(psutil.Process(process.pid).children()) < 2:  # multiprocessing's tracker, and the turn
+        assert process.poll() is None
+        time.sleep(0.01)
+    time.sleep(1)
+    assert interrupt(process, signal.SIGHUP, "interrupted")
+
+
+def test_signals_ignored_from_the_start_stay_ignored(tmp_path: Path) -> None:
+    """As under nohup."""
+    code = "import signal, os; from fedsim.interrupts import raise_on_signals; raise_on_signals(); "
+    script = f"trap '' HUP; {sys.executable} -c '{code} os.kill(os.getpid(), signal.SIGHUP); print(1)'"
+    assert subprocess.run(["sh", "-c", script], capture_output=True, text=True, cwd=ROOT).stdout == "1\n"
+
+
+SWALLOWED = """
+import gc, os, signal, sys, time, weakref
+from fedsim.interrupts import exit_on_signals
+
+class Held:
+    def __del__(self):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(0.1)  # here Python raises the exception, and may only report it
+
+with exit_on_signals():
+    Held()
+    time.sleep(30)
+    print("not reached")
+"""
+CLEANUP = """
+import os, signal, time
+from fedsim.interrupts import exit_on_signals
+
+with exit_on_signals():
+    try:
+        os.kill(os.getpid(), signal.SIGINT)
+        time.sleep(30)
+    finally:
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            os.kill(os.getpid(), number)
+        time.sleep(0.1)
+        print("cleaned up", flush=True)
+"""
+
+
+def test_a_signal_within_a_destructor_is_not_lost() -> None:
+    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (143, "", "interrupted\n")
+
+
+def test_signals_during_the_cleanup_do_not_skip_it() -> None:
+    done = subprocess.run([sys.executable, "-c", CLEANUP], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "cleaned up\n", "interrupted\n")
+
+
+MOMENTS = 20
+
+
+def disturb(folder: Path, arguments: str, line: str, most: float, moments: random.Random, times: int = MOMENTS) -> int:
+    """Start the command again and again, each time with a signal after up to `most` seconds; how many still ran."""
+    hit = 0
+    for _ in range(times):
+        process = start(folder, arguments)
+        time.sleep(moments.uniform(0, most))
+        hit += interrupt(process, moments.choice(SIGNALS), line)
+    return hit
+
+
+def seconds_of(folder: Path, arguments: str) -> float:
+    """The seconds that the command takes in a process of its own, undisturbed."""
+    began = time.perf_counter()
+    subprocess.run([sys.executable, str(ROOT / "run.py"), *arguments.split()], cwd=folder, check=True)
+    return time.perf_counter() - began
+
+
+@pytest.mark.chaos
+@pytest.mark.parametrize("name", RUNS)
+def test_runs_interrupted_at_twenty_random_moments_resume_bit_for_bit(tmp_path: Path, name: str) -> None:
+    seconds = seconds_of(tmp_path, f"{RUNS[name]} {STOP[name]} 3 --results-dir warm")
+    assert disturb(tmp_path, RUNS[name], LINE, 1.5 * seconds, random.Random(name)) == MOMENTS
+    assert_resumes(tmp_path, name)
+
+
+@pytest.mark.chaos
+def test_a_grid_interrupted_at_twenty_random_moments_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    seconds = seconds_of(tmp_path, f"{GRID} --results-dir undisturbed")
+    assert disturb(tmp_path, GRID, LINE, seconds, random.Random("grid")) > MOMENTS // 4
+    complete(tmp_path, GRID)
+    cells = sorted(path.parent.name for path in (tmp_path / "undisturbed").rglob("model.pt"))
+    assert len(cells) == 4
+    for cell in cells:
+        interrupted, undisturbed = (tmp_path / place / "grid" / cell for place in ("results", "undisturbed"))
+        assert_same_bits(final_model(interrupted), final_model(undisturbed))
+        assert rows_of(interrupted) == rows_of(undisturbed)
+
+
+@pytest.mark.chaos
+def test_a_report_interrupted_at_twenty_random_moments_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
+    complete(tmp_path, GRID.replace("--rounds 100", "--rounds 3"))
+    seconds = seconds_of(tmp_path, "report results -o undisturbed")
+    assert disturb(tmp_path, "report results -o report", "interrupted", seconds, random.Random("report")) > MOMENTS // 4
+    complete(tmp_path, "report results -o report")
+    tables = sorted((tmp_path / "report").glob("*.csv"))
+    assert tables
+    for table in tables:
+        assert table.read_bytes() == (tmp_path / "undisturbed" / table.name).read_bytes()
+
+
+@pytest.mark.chaos
+def test_a_bench_interrupted_at_twenty_random_moments_leaves_no_process(tmp_path: Path) -> None:
+    seconds = seconds_of(tmp_path, BENCH)
+    assert disturb(tmp_path, BENCH, "interrupted", seconds, random.Random("bench")) > MOMENTS // 4
+
+
+@pytest.mark.chaos
+def test_a_run_by_flower_interrupted_at_random_moments_leaves_no_process(tmp_path: Path) -> None:
+    assert disturb(tmp_path, FLOWER, LINE, 30, random.Random("flower"), times=6) == 6
