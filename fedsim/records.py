@@ -35,7 +35,7 @@ from torch import Tensor
 
 from fedsim import __version__
 from fedsim.config import Config, Mode
-from fedsim.errors import RunFailed, UserError
+from fedsim.errors import RunFailed, RunInProgress, UserError
 
 Row = dict[str, Any]
 CHECKPOINT_VERSION = 2
@@ -82,7 +82,7 @@ class Run:
         with file:
             while not _locked(file):
                 if time.monotonic() >= deadline:
-                    raise UserError(
+                    raise RunInProgress(
                         f"name = {self.folder.name}: another process is running it: wait for it, or give another --name"
                     )
                 time.sleep(1)

@@ -1,0 +1,159 @@
+"""Runs the cells of studies: all are checked before the first begins, finished ones skipped, failed ones named."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedsim.data.datasets import training_images
+from fedsim.device import resolve
+from fedsim.errors import RunFailed, RunInProgress, UserError
+from fedsim.experiments.execute import Engine, check, execute
+from fedsim.experiments.study import KEPT, Cell, Study
+from fedsim.records import Row, Run, run_folder, written_whole
+from fedsim.training.centralized import whole_epochs
+from fedsim.training.run_plan import run_plan
+
+PLAIN: Any = {"soft_wrap": True, "highlight": False, "markup": False}  # print a line as it is
+Outcome = tuple[Cell, str]  # a cell that has ended, and why it failed; empty if it did not
+
+
+class Runner(Protocol):
+    """Where cells run."""
+
+    @property
+    def here(self) -> bool:
+        """Whether they run on this machine, which must then have their devices."""
+
+    def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
+        """Context manager: within it `cells` can be run."""
+
+    def run(self, cells: Sequence[Cell], rerun: bool, progress: Progress) -> Iterator[Outcome]:
+        """Run `cells`, finished ones too if `rerun`; yields each as it ends."""
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """Runs cells in this process; one that another process is running comes last, when that has ended."""
+
+    engine: Engine
+    here = True
+
+    def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def run(self, cells: Sequence[Cell], rerun: bool, progress: Progress, patience: float = 0.0) -> Iterator[Outcome]:
+        busy = []
+        for cell in cells:
+            task = progress.add_task(cell.config.name, total=_last_round(cell))
+            try:
+                execute(cell.config, cell.mode, self.engine, _advance(progress, task), rerun, patience)
+            except RunInProgress:
+                busy.append(cell)
+            except (RunFailed, UserError) as error:
+                yield cell, str(error)
+            else:
+                yield cell, ""
+            finally:
+                progress.remove_task(task)
+        if busy:
+            progress.console.print(waiting_for(busy), **PLAIN)
+            yield from self.run(busy, rerun, progress, math.inf)
+
+
+def run_studies(
+    studies: Sequence[tuple[Study, Sequence[Cell]]], results: Path, runner: Runner, rerun: bool, console: Console
+) -> list[str]:
+    """Run cells of each study, in the folder ``RESULTS/STUDY``, after all of them have been checked.
+
+    A cell that fails does not keep the others from running; returns the names of those that failed.
+    """
+    folders = {study.name: results.expanduser().absolute() / study.name for study, _ in studies}
+    if len(folders) < len(studies):
+        raise UserError(f"studies {', '.join(s.name for s, _ in studies)}: give no name twice: each is a folder's")
+    cells = [_resolved(cell, folders[study.name], runner.here) for study, own in studies for cell in own]
+    with runner.started(cells):
+        with _writable(results):
+            for cell in cells:
+                if run_folder(cell.config, cell.mode).exists():
+                    Run(cell.config, cell.mode)  # raises if the folder holds another configuration
+            for study, _ in studies:
+                folders[study.name].mkdir(parents=True, exist_ok=True)
+                with written_whole(folders[study.name] / KEPT) as file:
+                    file.write(study.toml.encode())
+        return _run_all(cells, runner, rerun, console)
+
+
+def fail_if_any(failed: Sequence[str], cells: int) -> None:
+    """Raise RunFailed, naming the cells that `failed`; to be called when all else has been shown."""
+    if failed:
+        raise RunFailed(f"{len(failed)} of {cells} cells failed: {', '.join(failed)}")
+
+
+def _resolved(cell: Cell, folder: Path, here: bool) -> Cell:
+    """`cell` with the device and threads that it will have, to be recorded in `folder`; checked against the data."""
+    try:
+        config = resolve(cell.config.changed({"results-dir": str(folder)}), cell.mode, here)
+        check(config if here else config.changed({"device": "cpu"}), cell.mode)
+    except UserError as error:
+        raise UserError(f"{folder.name}/{cell.config.name}: {error}") from error
+    return cell._replace(config=config)
+
+
+@contextlib.contextmanager
+def _writable(results: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"results-dir = {results} cannot be written ({error.strerror}): give another --results-dir"
+        ) from error
+
+
+def _run_all(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Console) -> list[str]:
+    """Run all `cells`, with a progress display; returns the names of those that failed."""
+    failed = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        overall = progress.add_task("cells", total=len(cells))
+        for cell, why in runner.run(cells, rerun, progress):
+            if why:
+                failed.append(_label(cell))
+                progress.console.print(f"{_label(cell)} failed: {why}", style="red", **PLAIN)
+            progress.advance(overall)
+    return failed
+
+
+def waiting_for(cells: Sequence[Cell]) -> str:
+    """What to print while other processes run `cells`."""
+    return f"waiting for other processes, which are running {', '.join(map(_label, cells))}"
+
+
+def _label(cell: Cell) -> str:
+    return f"{Path(cell.config.results_dir).name}/{cell.config.name}"
+
+
+def _last_round(cell: Cell) -> int:
+    if cell.mode == "centralized":
+        return whole_epochs(cell.config)[1]
+    return run_plan(cell.config, training_images(cell.config)).last_round
+
+
+def _advance(progress: Progress, task: TaskID) -> Callable[[Row], None]:
+    return lambda row: progress.update(task, completed=row["round"])
