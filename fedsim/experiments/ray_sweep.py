@@ -29,10 +29,10 @@ from rich.progress import Progress
 import fedsim
 import strategies
 from fedsim.config import CORES, Config, cpu_count
-from fedsim.errors import RunFailed, RunInProgress, UserError
+from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import Engine, execute
 from fedsim.experiments.study import Cell
-from fedsim.experiments.sweep import PLAIN, Outcome, waiting_for
+from fedsim.experiments.sweep import Failure, Outcome
 from fedsim.records import Run, origin, read_summary, run_folder
 
 PACKAGES = [str(Path(package.__file__).parent) for package in (fedsim, strategies) if package.__file__]
@@ -91,10 +91,9 @@ class OnRay:
         finally:
             ray.shutdown()
 
-    def run(self, cells: Sequence[Cell], rerun: bool, progress: Progress, patience: float = 0.0) -> Iterator[Outcome]:
-        """Run `cells` side by side; those that another process is running come last, when that has ended."""
-        tasks: dict[Future[str], Cell] = {}
-        busy = []
+    def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
+        """Run `cells` side by side."""
+        tasks: dict[Future[Failure], Cell] = {}
         for cell in cells:
             try:
                 run = Run(cell.config, cell.mode)
@@ -102,13 +101,11 @@ class OnRay:
                     if rerun:
                         run.discard()  # here, as a cell that Ray restarts resumes
                 finished = run.finished
-            except RunInProgress:
-                busy.append(cell)
             except (RunFailed, UserError) as error:
-                yield cell, str(error)
+                yield cell, error
             else:
                 if finished:
-                    yield cell, ""
+                    yield cell, None
                 else:
                     tasks[self._submit(cell)] = cell
         while tasks:
@@ -119,14 +116,11 @@ class OnRay:
                 yield cell, _why_failed(task, cell)
             if not ended and not any(_has_room(self._share(cell.config)) for cell in tasks.values()):
                 progress.console.print("no node of the cluster has room for a cell now: waiting for one to join it")
-        if busy:
-            progress.console.print(waiting_for(busy), **PLAIN)
-            yield from self.run(busy, rerun, progress, math.inf)
 
-    def _submit(self, cell: Cell) -> Future[str]:
+    def _submit(self, cell: Cell) -> Future[Failure]:
         share = self._share(cell.config)
         remote = _run_cell.options(num_cpus=share["CPU"], num_gpus=share["GPU"])
-        future: Future[str] = remote.remote(cell, self.engine, share["CPU"], CODE).future()
+        future: Future[Failure] = remote.remote(cell, self.engine, share["CPU"], CODE).future()
         return future
 
     def _share(self, config: Config) -> dict[str, float]:
@@ -142,14 +136,12 @@ class OnRay:
 
 
 @ray.remote(max_retries=TRIES)
-def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> str:
-    """On a node: run `cell` on `cpus` of its cores; returns why it failed, or nothing."""
+def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> Failure:
+    """On a node: run `cell` on `cpus` of its cores; returns why it failed, if it did."""
     _, mode, config = cell
     here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     if code != CODE:
-        raise UserError(
-            f"the fedsim in {PACKAGES[0]} on {here} differs from this command's: bring it to the same commit"
-        )
+        raise UserError(f"the fedsim in {PACKAGES[0]} on {here} differs from this command's: give both one commit")
     if not (run_folder(config, mode) / "config.json").exists():
         raise UserError(
             f"results-dir = {config.results_dir} on {here} is another folder: give one that all nodes share"
@@ -158,12 +150,12 @@ def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> str:
     try:
         execute(config, mode, engine, patience=LOCK_SECONDS)
     except (RunFailed, UserError) as error:
-        return str(error)
-    return ""
+        return error
+    return None
 
 
-def _why_failed(task: Future[str], cell: Cell) -> str:
-    """Why the `task` that has ended failed, or nothing."""
+def _why_failed(task: Future[Failure], cell: Cell) -> Failure:
+    """Why the `task` that has ended failed, if it did."""
     try:
         why = task.result()
     except RayTaskError as error:
@@ -171,9 +163,11 @@ def _why_failed(task: Future[str], cell: Cell) -> str:
             raise UserError(str(error.cause)) from None
         raise
     except RayError as error:
-        return f"its process died {TRIES + 1} times ({str(error).strip().splitlines()[0]})"
+        return RunFailed(f"its process died {TRIES + 1} times ({str(error).strip().splitlines()[0]})")
     if not why and not _visible(run_folder(cell.config, cell.mode)):
-        return f"its records are not in results-dir = {cell.config.results_dir}: give a folder that all nodes share"
+        return RunFailed(
+            f"its records are not in results-dir = {cell.config.results_dir}: give a folder that all nodes share"
+        )
     return why
 
 

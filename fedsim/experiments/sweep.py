@@ -31,7 +31,8 @@ from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 
 PLAIN: Any = {"soft_wrap": True, "highlight": False, "markup": False}  # print a line as it is
-Outcome = tuple[Cell, str]  # a cell that has ended, and why it failed; empty if it did not
+Failure = RunFailed | UserError | None  # why a cell failed, if it did
+Outcome = tuple[Cell, Failure]  # of a cell that has ended
 
 
 class Runner(Protocol):
@@ -44,13 +45,16 @@ class Runner(Protocol):
     def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
         """Context manager: within it `cells` can be run."""
 
-    def run(self, cells: Sequence[Cell], rerun: bool, progress: Progress) -> Iterator[Outcome]:
-        """Run `cells`, finished ones too if `rerun`; yields each as it ends."""
+    def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
+        """Run `cells`, finished ones too if `rerun`; yields each as it ends.
+
+        One that another process is running ends with RunInProgress after `patience` seconds.
+        """
 
 
 @dataclass(frozen=True)
 class OneByOne:
-    """Runs cells in this process; one that another process is running comes last, when that has ended."""
+    """Runs cells in this process."""
 
     engine: Engine
     here = True
@@ -58,23 +62,17 @@ class OneByOne:
     def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
         return contextlib.nullcontext()
 
-    def run(self, cells: Sequence[Cell], rerun: bool, progress: Progress, patience: float = 0.0) -> Iterator[Outcome]:
-        busy = []
+    def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
         for cell in cells:
             task = progress.add_task(cell.config.name, total=_last_round(cell))
+            why: Failure = None
             try:
                 execute(cell.config, cell.mode, self.engine, _advance(progress, task), rerun, patience)
-            except RunInProgress:
-                busy.append(cell)
             except (RunFailed, UserError) as error:
-                yield cell, str(error)
-            else:
-                yield cell, ""
+                why = error
             finally:
                 progress.remove_task(task)
-        if busy:
-            progress.console.print(waiting_for(busy), **PLAIN)
-            yield from self.run(busy, rerun, progress, math.inf)
+            yield cell, why
 
 
 def run_studies(
@@ -127,22 +125,26 @@ def _writable(results: Path) -> Iterator[None]:
 
 
 def _run_all(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Console) -> list[str]:
-    """Run all `cells`, with a progress display; returns the names of those that failed."""
-    failed = []
+    """Run all `cells`, those that other processes are running last; returns the names of those that failed."""
+    failed: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
         overall = progress.add_task("cells", total=len(cells))
-        for cell, why in runner.run(cells, rerun, progress):
-            if why:
-                failed.append(_label(cell))
-                progress.console.print(f"{_label(cell)} failed: {why}", style="red", **PLAIN)
-            progress.advance(overall)
+        patience = 0.0
+        while cells:
+            busy = []
+            for cell, why in runner.run(cells, rerun, patience, progress):
+                if isinstance(why, RunInProgress):
+                    busy.append(cell)
+                    continue
+                if why:
+                    failed.append(_label(cell))
+                    progress.console.print(f"{_label(cell)} failed: {why}", style="red", **PLAIN)
+                progress.advance(overall)
+            if busy:
+                progress.console.print(f"waiting for other processes to run {', '.join(map(_label, busy))}", **PLAIN)
+            cells, patience = busy, math.inf
     return failed
-
-
-def waiting_for(cells: Sequence[Cell]) -> str:
-    """What to print while other processes run `cells`."""
-    return f"waiting for other processes, which are running {', '.join(map(_label, cells))}"
 
 
 def _label(cell: Cell) -> str:

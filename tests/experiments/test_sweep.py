@@ -156,7 +156,7 @@ def test_cells_that_fail_are_named_and_the_others_run(study: Study, tiny: Path) 
 
 
 def test_a_cell_with_damaged_records_fails_alone(tiny: Path) -> None:
-    run_here(tiny, **{"stop-after-epochs": 1.0})
+    run_here(tiny, [1], **{"stop-after-epochs": 1.0})
     folder = tiny.parent / "results" / "tiny"
     for checkpoint in (folder / "k1-j2-seed1").glob("checkpoint*.pt"):
         checkpoint.write_bytes(b"")
@@ -188,7 +188,7 @@ def test_a_cell_that_another_process_runs_is_awaited_after_the_others(tiny: Path
         let_go.set()
         other_process.join()
     assert failed == []
-    assert "waiting for other processes, which are running tiny/k1-j2-seed1" in text
+    assert "waiting for other processes to run tiny/k1-j2-seed1" in text
     assert first.finished
 
 
