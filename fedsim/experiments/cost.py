@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import statistics
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -54,9 +55,9 @@ def measured_paces(results: Path) -> dict[tuple[str, str], float]:
     Runs of less than 10 seconds do not count: they show how long a run takes to start.
     """
     paces: dict[tuple[str, str], list[float]] = {}
-    for path in results.expanduser().rglob("summary.json"):
+    for folder in (Path(name) for name, _, files in os.walk(results.expanduser()) if "summary.json" in files):
         try:
-            summary, keys = json.loads(path.read_text()), json.loads(path.with_name("config.json").read_text())
+            summary, keys = (json.loads((folder / f"{kind}.json").read_text()) for kind in ("summary", "config"))
             config = Config().changed({name: value for name, value in keys.items() if name != "mode"})
             pace = summary["epoch"] * training_images(config) / summary["seconds"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):

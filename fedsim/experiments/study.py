@@ -156,7 +156,10 @@ class Study(BaseModel):
 
 def _override(settings: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` overridden by `keys`, where a budget in epochs replaces one in rounds."""
-    return {**{name: v for name, v in settings.items() if name != "rounds" or "epochs" not in keys}, **keys}
+    kept = dict(settings)
+    if "epochs" in keys:
+        kept.pop("rounds", None)
+    return {**kept, **keys}
 
 
 def _part(name: str, value: Value) -> str:
@@ -237,7 +240,7 @@ def grid_study(grid: Mapping[str, Sequence[Value]], keys: Mapping[str, Any], pre
 def read_study(name: str) -> Study:
     """The study of this name, or in this TOML file, or kept beside its runs; errors name the file and the key."""
     if not name.endswith(".toml") and name not in study_names():
-        raise UserError(f"unknown study {name}: it must be one of {', '.join(study_names())}, or a TOML file")
+        raise UserError(f"unknown study {name}: it must be one of {', '.join(study_names())}, or a file NAME.toml")
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
