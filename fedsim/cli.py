@@ -6,10 +6,10 @@ import inspect
 import re
 import shlex
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, NoReturn, Optional
 
 import click
 import typer
@@ -26,7 +26,7 @@ OF_A_SHARD = ("dataset", "data-dir", "synthetic-classes", "synthetic-images", "v
 KINDS: dict[Any, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
 
-class Group(TyperGroup):
+class CommandGroup(TyperGroup):
     """All commands; its help shows the first paragraph about each, uncut."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -50,9 +50,14 @@ class Command(TyperCommand):
                 formatter.write_dl(records)
 
 
+if TYPE_CHECKING:  # torch takes seconds to import: --help does not wait for it
+    from fedsim.experiments.study import Cell, Study
+    from fedsim.experiments.sweep import Runner
+    from fedsim.report.load import Group
+
 # Without rich: it cuts flags and help that do not fit its columns
 cli = typer.Typer(
-    cls=Group,
+    cls=CommandGroup,
     add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
@@ -176,12 +181,13 @@ ENGINE = typer.Option(
 RAY = typer.Option(
     None,
     "--ray",
-    help="run cells in parallel on a Ray cluster: ADDRESS is its host:port, or auto; without one RAY_ADDRESS, else a "
-    "new Ray on this machine. For GPUs that this machine lacks give --device cuda",
+    help="run the cells side by side on the Ray cluster at ADDRESS (host:port, or auto); without ADDRESS, on that of "
+    "RAY_ADDRESS or on a Ray started on this machine. For GPUs that this machine lacks, give --device cuda",
     metavar="[ADDRESS]",
 )
 CPUS = typer.Option(None, "--cpus-per-cell", help="with --ray: a cell's share of a node's cores (default: --threads)")
 GPUS = typer.Option(None, "--gpus-per-cell", help="with --ray: a cell's share of a GPU, for instance 0.25 (default: 1)")
+RESULTS_DIR = typer.Option("results", "--results-dir", help="folder of the studies' folders", metavar="TEXT")
 STUDIES = typer.Argument(None, metavar="[STUDY]...", help="names of fedsim/studies/, or TOML files")
 
 
@@ -211,12 +217,13 @@ def localsgd(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN, en
 
 
 @cli.command(cls=RayCommand)
-@keys_of("localsgd", without=("clients", "local-steps", "seed", "resume"))
+@keys_of("localsgd", without=("clients", "local-steps", "seed", "results-dir", "resume"))
 def grid(
     keys: dict[str, Any],
     clients: str = typer.Option("4,12", "--clients", help="the K of cells, with commas", metavar="LIST"),
     local_steps: str = typer.Option("10,20,30", "--local-steps", help="the J of cells, with commas", metavar="LIST"),
     seeds: str = typer.Option("2025", "--seeds", help="the seeds of cells, with commas", metavar="LIST"),
+    results_dir: str = RESULTS_DIR,
     preset: str = PRESET,
     rerun: bool = RERUN,
     engine: str = ENGINE,
@@ -224,23 +231,22 @@ def grid(
     cpus_per_cell: Optional[float] = CPUS,
     gpus_per_cell: Optional[float] = GPUS,
 ) -> None:
-    """Run every cell of a K/J grid, then its table, CSV and plot."""
-    from fedsim.experiments.grid import Grid, integers, run_grid
+    """Run every cell of a K/J grid, then show its table and write its CSV and plot."""
+    from fedsim.experiments.study import grid_study
 
-    cells = Grid(integers("clients", clients), integers("local-steps", local_steps), integers("seeds", seeds))
-    spread = _spread(ray, cpus_per_cell, gpus_per_cell, engine)
-    run_grid(cells, keys, preset, _engine(engine), rerun, _console(), spread)
+    crossed = {"clients": clients, "local-steps": local_steps, "seed": seeds}
+    study = grid_study({name: integers(name, listed) for name, listed in crossed.items()}, keys, preset)
+    runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine)
+    _run_grid(study, study.cells(keys=keys), results_dir, runner, rerun)
 
 
 @cli.command(cls=Command)
-def demo(
-    results_dir: str = RESULTS_DIR,
-    rerun: bool = RERUN,
-) -> None:
+def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
     """A small K/J grid on synthetic images: offline, two cores, about a minute."""
-    from fedsim.experiments.grid import run_demo
+    from fedsim.experiments.study import read_study
 
-    run_demo(results_dir, rerun, _console())
+    study = read_study("demo")
+    _run_grid(study, study.cells(), results_dir, _runner(None, None, None, "fleet"), rerun)
 
 
 @cli.command(cls=Command)
@@ -260,7 +266,6 @@ def bench(
 ) -> None:
     """Time a round by every way there is, in turn, beside centralized training at batch K * B."""
     from fedsim.bench.measure import run_bench
-    from fedsim.experiments.grid import integers
 
     run_bench(
         keys,
@@ -275,34 +280,79 @@ def bench(
 
 
 @cli.command(cls=RayCommand)
-def paper(
+def study(
     studies: list[str] = STUDIES,
     seeds: str = typer.Option("", "--seeds", help="seeds of every cell, with commas (default: the study's)"),
-    cells: str = typer.Option("", "--cells", help="these alone, with commas: 'k12-j20,k4-*' (default: all)"),
+    cells: str = typer.Option("", "--cells", help="only these, with commas: 'k12-j20,k4-*' (default: all)"),
     results_dir: str = RESULTS_DIR,
     data_dir: str = typer.Option("", "--data-dir", help="as for localsgd", metavar="TEXT"),
     device: str = typer.Option("auto", "--device", help="as for localsgd", metavar="TEXT"),
     threads: str = typer.Option("0", "--threads", help="as for localsgd", metavar="INTEGER"),
     stop_after_epochs: str = typer.Option("0", "--stop-after-epochs", help="as for localsgd", metavar="NUMBER"),
-    precision: str = typer.Option("", "--precision", help="run each as a study apart, in this", metavar="TEXT"),
+    precision: str = typer.Option(
+        "", "--precision", help="run each in this precision, as the study STUDY-PRECISION", metavar="TEXT"
+    ),
     rerun: bool = RERUN,
     engine: str = ENGINE,
     ray: Optional[str] = RAY,
     cpus_per_cell: Optional[float] = CPUS,
     gpus_per_cell: Optional[float] = GPUS,
 ) -> None:
-    """Run the studies named, or, with none named, list them and what they would cost."""
-    from fedsim.experiments.grid import integers
-    from fedsim.experiments.paper import list_studies, run_studies
+    """Run the studies named, then show their tables; with none named, list them and what they cost."""
+    from fedsim.experiments.study import read_study, select
+    from fedsim.experiments.sweep import PLAIN, fail_if_any, run_studies
+    from fedsim.report.tables import accuracy_table
 
     chosen = integers("seeds", seeds) if seeds else []
+    console = _console()
     if not studies:
-        list_studies(chosen, _console())
+        from fedsim.experiments.cost import list_studies
+
+        for line in list_studies(chosen, Path(results_dir)):
+            console.print(line, **PLAIN)
         return
     keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
-    spread = _spread(ray, cpus_per_cell, gpus_per_cell, engine)
     only = [pattern.strip() for pattern in cells.split(",") if pattern.strip()]
-    run_studies(studies, chosen, keys, Path(results_dir), _engine(engine), rerun, _console(), spread, precision, only)
+    read = [read_study(name).in_precision(precision) if precision else read_study(name) for name in studies]
+    todo = [(found, select(found, found.cells(chosen, keys), only)) for found in read]
+    runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine)
+    failed = run_studies(todo, Path(results_dir), runner, rerun, console)
+    for found, _ in todo:
+        folder = Path(results_dir) / found.name
+        for group in _groups(folder, console):
+            console.print(f"{found.name}: {group.title}", **PLAIN)
+            console.print(accuracy_table(group))
+        console.print(f"python run.py report {folder} -o report", **PLAIN)
+    fail_if_any(failed, sum(len(cells) for _, cells in todo))
+
+
+def _run_grid(study: Study, cells: Sequence[Cell], results_dir: str, runner: Runner, rerun: bool) -> None:
+    """Run `cells` of `study`, then show its table, and write its runs and its plot beside them."""
+    from fedsim.experiments.sweep import PLAIN, fail_if_any, run_studies
+    from fedsim.report.figures import DPI, plot_accuracy
+    from fedsim.report.tables import accuracy_table, write_runs
+
+    console = _console()
+    failed = run_studies([(study, cells)], Path(results_dir), runner, rerun, console)
+    folder = Path(results_dir).expanduser().absolute() / study.name
+    groups = _groups(folder, console)
+    for group in groups:
+        console.print(accuracy_table(group))
+    write_runs(groups[0], folder / "grid.csv")
+    plot_accuracy(groups[0]).figure.savefig(folder / "grid.png", dpi=DPI)
+    console.print(f"{folder / 'grid.csv'}\n{folder / 'grid.png'}", **PLAIN)
+    fail_if_any(failed, len(cells))
+
+
+def _groups(folder: Path, console: Console) -> list[Group]:
+    """The runs of a study's folder: those that are as the study says, and apart any others, with a warning."""
+    from fedsim.experiments.sweep import PLAIN
+    from fedsim.report.load import read_groups
+
+    groups, warnings = read_groups(folder)
+    for warning in warnings:
+        console.print(f"warning: {warning}", **PLAIN)
+    return groups
 
 
 OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")
@@ -320,9 +370,11 @@ def shard(
     They are the shards of a run with the same keys, as images.npy and labels.npy: name each in its node's data-dir.
     """
     from fedsim.data.local_folder import write_shards
-    from fedsim.experiments.presets import configure
+    from fedsim.experiments.study import configure
 
-    config = configure({**keys, "device": "cpu", "batch-size": 1})  # how they are trained on is not known here
+    config = configure(
+        "localsgd", {**keys, "device": "cpu", "batch-size": 1}
+    )  # how they are trained on is not known here
     write_shards(config, Path(out))
     print(f"{config.clients} shards in {Path(out)}")
 
@@ -398,15 +450,16 @@ def _engine(name: str) -> Any:
     return name
 
 
-def _spread(address: str | None, cpus: float | None, gpus: float | None, engine: str) -> Any:
-    """How to spread cells by these flags, or None where they are to be run one by one."""
-    from fedsim.experiments.cells import Spread
-
+def _runner(address: str | None, cpus: float | None, gpus: float | None, engine: str) -> Runner:
+    """Where cells run: on Ray if there is an `address`, else one by one."""
+    checked = _engine(engine)
     for flag, given in (("cpus-per-cell", cpus), ("gpus-per-cell", gpus)):
         if given is not None and address is None:
             raise UserError(f"{flag} = {given} is a share of a Ray node: give --ray too")
     if address is None:
-        return None
+        from fedsim.experiments.sweep import OneByOne
+
+        return OneByOne(checked)
     if engine == "flower":
         raise UserError("engine = flower with --ray: cells would wait for cores that they hold: leave one of them out")
     if cpus is not None and not (cpus > 0 and (cpus < 1 or cpus.is_integer())):
@@ -415,16 +468,26 @@ def _spread(address: str | None, cpus: float | None, gpus: float | None, engine:
         )
     if gpus is not None and not 0 < gpus <= 1:
         raise UserError(f"gpus-per-cell = {gpus} is no share of a GPU: give above 0 and at most 1, for instance 0.25")
-    return Spread(address, cpus, gpus)
+    from fedsim.experiments.ray_sweep import OnRay
+
+    return OnRay(checked, address, cpus, gpus)
+
+
+def integers(name: str, listed: str) -> list[int]:
+    """`listed` as whole numbers between commas, each once."""
+    try:
+        return sorted({int(part) for part in listed.split(",")})
+    except ValueError:
+        raise UserError(f"{name} = {listed!r} is no list of whole numbers: for instance --{name} 4,12") from None
 
 
 def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str = "fleet") -> None:
     from fedsim.device import resolve  # torch takes seconds to import: --help does not wait for it
     from fedsim.experiments.execute import execute
-    from fedsim.experiments.presets import configure
+    from fedsim.experiments.study import configure
     from fedsim.records import config_of_run, print_row, read_summary, run_folder
 
-    config = resolve(config_of_run(configure(keys, preset)), mode)
+    config = resolve(config_of_run(configure(mode, keys, preset)), mode)
     print(f"{mode} on {config.device} in {run_folder(config, mode)}", flush=True)
     run = execute(config, mode, _engine(engine), print_row, rerun)
     if not run.finished:

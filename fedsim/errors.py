@@ -1,4 +1,4 @@
-"""The two ways in which a run ends badly; the command line turns each into one line and an exit code."""
+"""The ways in which a run ends badly; the command line turns each into one line and an exit code."""
 
 
 class UserError(ValueError):
@@ -11,3 +11,7 @@ class RunFailed(RuntimeError):
     """The run itself failed, for instance because no client sent a usable update. Exit code 1."""
 
     exit_code = 1
+
+
+class RunInProgress(UserError):
+    """Another process is running this run."""

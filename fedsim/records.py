@@ -37,7 +37,7 @@ from torch import Tensor
 
 from fedsim import __version__
 from fedsim.config import Config, Mode
-from fedsim.errors import RunFailed, UserError
+from fedsim.errors import RunFailed, RunInProgress, UserError
 
 Row = dict[str, Any]
 CHECKPOINT_VERSION = 3
@@ -222,7 +222,7 @@ class Run:
         try:
             while not _locked(file):
                 if time.monotonic() >= deadline:
-                    raise UserError(
+                    raise RunInProgress(
                         f"name = {self.folder.name}: another process is running it: wait for it, or give another --name"
                     )
                 time.sleep(1)

@@ -58,7 +58,8 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --optimizer adam", "optimizer = 'adam' is out of range: it must be one of sgdm, lars, lamb"),
         ("localsgd --strategy fedprox", "strategy = 'fedprox' is out of range: it must be one of localsgd"),
         ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of fleet, fused, flower"),
-        ("localsgd --preset table3", "unknown preset table3: it must be one of kj-equal-epochs, kj-rate"),
+        ("localsgd --preset table3", "unknown preset table3: it must be one of demo, kj-equal-epochs"),
+        ("localsgd --preset table1", "preset = table1 is for mode centralized, not localsgd: give run.py centralized"),
         ("localsgd --dataset synthetic --clients 9000", "clients = 9000 is more than the 8000 training images"),
         ("localsgd --dataset synthetic --clients 1000", "batch-size = 64 is more than a shard of 8 images"),
         ("centralized --dataset synthetic --batch-size 8001", "batch-size = 8001 is more than a shard of 8000 images"),
@@ -78,11 +79,12 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("grid --dataset synthetic --gpus-per-cell 2 --ray", "gpus-per-cell = 2.0 is no share of a GPU"),
         ("grid --dataset synthetic --ray --cpus-per-cell -1", "cpus-per-cell = -1.0 is no share of a node"),
         ("grid --dataset synthetic --ray auto --cpus-per-cell 1.5", "cpus-per-cell = 1.5 is no share of a node"),
-        ("paper kj-small --ray --engine flower", "engine = flower with --ray"),
-        ("paper --ray table3", "unknown study table3: it must be one of kj-equal-epochs"),
-        ("paper table3", "unknown study table3: it must be one of kj-equal-epochs"),
-        ("paper table1 --seeds 1,x", "seeds = '1,x' is no list of whole numbers"),
-        ("paper table1 --engine ray", "engine = 'ray' is unknown"),
+        ("study kj-small --ray --engine flower", "engine = flower with --ray"),
+        ("study --ray table3", "unknown study table3: it must be one of demo, kj-equal-epochs"),
+        ("study table3", "unknown study table3: it must be one of demo, kj-equal-epochs"),
+        ("study a/b", "unknown study a/b: it must be one of demo, kj-equal-epochs"),
+        ("study table1 --seeds 1,x", "seeds = '1,x' is no list of whole numbers"),
+        ("study table1 --engine ray", "engine = 'ray' is unknown"),
         ("shard --dataset synthetic", "'--out'"),
         ("shard --dataset synthetic -o {folder}/damaged", "{folder}/damaged cannot be made (Directory not empty)"),
         ("shard --dataset synthetic -o {folder}/file", "out = {folder}/file cannot be made (Not a directory)"),
@@ -178,14 +180,14 @@ def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None
     lines = [f"{name} = {json.dumps(value)}" for name, value in keys.items()]
     head = ['title = "Mine"', 'mode = "localsgd"', "[grid]", "local-steps = [1, 2]", "seed = [1]", "[set]"]
     (tmp_path / "mine.toml").write_text("\n".join([*head, *lines]))
-    code, out, _ = call("paper", "mine.toml", "--seeds", "1,2", "--device", "cpu", "--threads", "1")
+    code, out, _ = call("study", "mine.toml", "--seeds", "1,2", "--device", "cpu", "--threads", "1")
     assert (code, "cells" in out) == (0, True)
     assert len(list((tmp_path / "results" / "mine").glob("j*-seed[12]/summary.json"))) == 4
     assert call("report")[0] == 0
     assert "Mine" in (tmp_path / "report" / "index.html").read_text()
     assert call("plan", "--bandwidth", "100Mbit", "--latency", "20ms", "--target", "0.01")[0] == 0
     assert (tmp_path / "report" / "plan-mine.csv").exists()
-    assert "kj-small" in call("paper")[1]
+    assert "kj-small" in call("study")[1]
 
 
 def test_shards_are_written_for_nodes(call: Call, tmp_path: Path) -> None:

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
-from fedsim.experiments.presets import configure
 from tests.conftest import assert_same_bits, final_model, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -28,7 +28,7 @@ def test_table_2s_first_rounds_are_the_same_on_both_engines(real_data: str, tmp_
 
 def test_lenet5_begins_to_learn(real_data: str, tmp_path: Path) -> None:
     keys = {"model": "lenet5", "lr": 0.05, "batch-size": 128, "epochs": 1.0, "device": "cpu"}
-    config = configure({**keys, "data-dir": real_data, "results-dir": str(tmp_path), "name": "lenet5"})
+    config = Config().changed({**keys, "data-dir": real_data, "results-dir": str(tmp_path), "name": "lenet5"})
     (row,) = rows_of(execute(resolve(config, "centralized"), "centralized"))
     assert row["train_loss"] < math.log(100)
     assert row["test_accuracy"] > 0.04  # chance is 0.01

@@ -33,7 +33,7 @@ from fedsim.data.datasets import load_dataset
 from fedsim.data.partition import check_shards
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, UserError
-from fedsim.experiments.cells import cost
+from fedsim.experiments.cost import cost
 from fedsim.experiments.study import read_study
 from fedsim.federation.flwr_run import CHECKOUT
 from fedsim.models import build_model

@@ -29,11 +29,11 @@ def execute(
     rerun: bool = False,
     patience: float = 0.0,
 ) -> Run:
-    """Run `config` (resolved) to its end, or its stop; go on where it broke off; leave it if it is finished.
+    """Run `config` (resolved) to its end, or to its early stop: resume it if it was interrupted, skip it if finished.
 
-    `on_row` is called with each row (not by the engine flower, whose log is streamed instead); `rerun` begins
-    anew. Where another process runs it, it waits for `patience` seconds. What can be known to be wrong is
-    found before anything is written.
+    `on_row` is called with each row (not by the engine flower, whose log is streamed instead). `rerun` starts
+    again. If another process runs it, this waits up to `patience` seconds and then raises RunInProgress. Input is
+    checked before anything is written.
     """
     check(config, mode)
     run = Run(config, mode, on_row)
@@ -56,7 +56,7 @@ def execute(
 
 
 def check(config: Config, mode: Mode) -> None:
-    """Fail where the data is not there, or cannot be shared out, passed over or averaged as `config` asks."""
+    """Fail if the data is missing, or cannot be split into shards, batches and rounds as `config` asks."""
     check_of_run(config)
     images = len(load_dataset(config).train)
     if mode == "centralized":

@@ -207,7 +207,7 @@ def _groups_of(name: str, folder: Path, results: list[Result], warn: Warn) -> li
         identity = cell_identity({"mode": cell.mode, **cell.config.identity(cell.mode)})
         own = [result for result in results if result.identity == identity]
         strangers = [result for result in strangers if result.identity != identity]
-        workers = int(place[0]) if place[-1] == TWIN else _at_once(identity)
+        workers = int(place[0]) if place[-1:] == (TWIN,) else _at_once(identity)
         found.append(CellResults(place, identity, workers, own, max(len(study.seeds), len(own))))
     groups = [Group(name, study.title, folder, study.axes, found, study)]
     if strangers:

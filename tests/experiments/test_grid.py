@@ -1,40 +1,47 @@
+"""The commands grid and demo: every cell, then the table, the CSV and the plot."""
+
 from __future__ import annotations
 
 import csv
-import io
 import re
 import statistics
+import sys
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from rich.console import Console
 
+from fedsim.cli import cli, integers
 from fedsim.errors import RunFailed, UserError
-from fedsim.experiments.grid import DEMO_GRID, DEMO_KEYS, Grid, integers, run_grid
-from fedsim.experiments.presets import configure
+from fedsim.experiments.study import grid_study, read_study
 from fedsim.records import read_rows
-from fedsim.report.load import read_results
-from tests.conftest import SMALL
+from fedsim.report.load import read_groups, read_results
 
-CELLS = Grid(clients=[1, 2], local_steps=[2, 4], seeds=[1, 2])
+SMALL = (
+    "grid --dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 16 --epochs 2 --device cpu "
+    "--threads 1 --name grid"
+)
+CELLS = "--clients 1,2 --local-steps 2,4 --seeds 1,2"
+Grid = Callable[..., str]
 
 
 @pytest.fixture
-def keys(tmp_path: Path) -> dict[str, Any]:
-    shared = {name: value for name, value in SMALL.items() if name not in ("clients", "local-steps")}
-    return {**shared, "synthetic-images": 256, "results-dir": str(tmp_path), "name": "grid"}
+def grid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Grid:
+    """Run the command with these options in an empty folder; returns what it printed."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["run.py", "grid"])
+
+    def run(options: str = CELLS) -> str:
+        cli(f"{SMALL} {options}".split(), standalone_mode=False)
+        return capsys.readouterr().out
+
+    return run
 
 
-def run(keys: dict[str, Any], grid: Grid = CELLS) -> str:
-    console = Console(record=True, width=200, file=io.StringIO())
-    run_grid(grid, keys, "", "fleet", False, console)
-    return console.export_text()
-
-
-def test_a_grid_runs_every_cell_then_its_table_csv_and_plot(keys: dict[str, Any], tmp_path: Path) -> None:
-    text = run(keys)
-    folder = tmp_path / "grid"
+def test_a_grid_runs_every_cell_then_its_table_csv_and_plot(grid: Grid, tmp_path: Path) -> None:
+    text = grid()
+    folder = tmp_path / "results" / "grid"
     names = {f"k{k}-j{j}-seed{seed}" for k in (1, 2) for j in (2, 4) for seed in (1, 2)}
     assert {path.name for path in folder.iterdir() if path.is_dir()} == names
     with (folder / "grid.csv").open() as file:
@@ -50,42 +57,75 @@ def test_a_grid_runs_every_cell_then_its_table_csv_and_plot(keys: dict[str, Any]
     assert f"{mean:.2f} ±" in line.split("│")[3]
 
 
-def test_finished_cells_are_skipped_and_broken_off_ones_go_on(keys: dict[str, Any], tmp_path: Path) -> None:
-    run({**keys, "stop-after-rounds": 3})
-    assert not any(result.finished for result in read_results(tmp_path / "grid", pytest.fail))
-    run(keys)
-    written = {path: path.stat().st_mtime_ns for path in (tmp_path / "grid").glob("*/metrics.jsonl")}
+def test_finished_cells_are_skipped_and_interrupted_ones_resume(grid: Grid, tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "grid"
+    grid(f"{CELLS} --stop-after-rounds 3")
+    assert not any(result.finished for result in read_results(folder, pytest.fail))
+    grid()
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
     assert len(written) == 8
     assert all(len(read_rows(path.parent)) > 3 for path in written)
-    run(keys, CELLS._replace(clients=[1, 2, 4]))
+    grid(f"{CELLS} --clients 1,2,4")
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
-    assert sum(result.finished for result in read_results(tmp_path / "grid", pytest.fail)) == 12
+    assert sum(result.finished for result in read_results(folder, pytest.fail)) == 12
 
 
-def test_every_cell_is_checked_before_the_first_begins(keys: dict[str, Any], tmp_path: Path) -> None:
+def test_every_cell_is_checked_before_the_first_begins(grid: Grid, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="clients = 999"):
-        run(keys, CELLS._replace(clients=[1, 999]))
-    assert not (tmp_path / "grid").exists()
+        grid(f"{CELLS} --clients 1,999")
+    assert not (tmp_path / "results").exists()
 
 
-def test_a_grid_under_a_taken_name_is_refused(keys: dict[str, Any]) -> None:
-    run(keys)
+def test_a_grid_under_a_taken_name_is_refused_before_anything_runs(grid: Grid, tmp_path: Path) -> None:
+    grid("--clients 2 --local-steps 4")
+    before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError, match="holds a run of another configuration"):
-        run({**keys, "lr": 0.5})
+        grid("--clients 1,2 --local-steps 4 --lr 0.5")  # its first cell has a folder to itself
+    assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_a_cell_that_fails_is_named_and_the_others_run(keys: dict[str, Any], tmp_path: Path) -> None:
-    diverging = {**keys, "lr": 1e9, "momentum": 0.99, "epochs": 4.0}
-    with pytest.raises(RunFailed, match=r"2 of 2 cells failed: k1-j2-seed1, k1-j4-seed1"):
-        run(diverging, Grid([1], [2, 4], [1]))
-    assert (tmp_path / "grid" / "grid.csv").exists()
+def test_runs_of_other_settings_are_not_in_the_table_of_a_grid(grid: Grid, tmp_path: Path) -> None:
+    """A table is of one experiment; what else is in the folder is named in one line."""
+    folder = tmp_path / "results" / "grid"
+    grid("--clients 1 --local-steps 2")
+    text = grid("--clients 2 --local-steps 2 --lr 0.5")
+    assert f"warning: {folder}: 1 runs are not as the study grid says, shown apart: k1-j2-seed2025\n" in text
+    with (folder / "grid.csv").open() as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["k2-j2-seed2025"]
+    text = grid("--clients 1 --local-steps 2,4")
+    assert "shown apart: k2-j2-seed2025\n" in text
+    with (folder / "grid.csv").open() as file:
+        assert [row["run"] for row in csv.DictReader(file)] == ["k1-j2-seed2025", "k1-j4-seed2025"]
 
 
-def test_the_default_name_is_shared_by_all_that_is_not_a_cells_own(keys: dict[str, Any], tmp_path: Path) -> None:
-    run({**keys, "name": ""}, Grid([1], [2], [1]))
-    run({**keys, "name": ""}, Grid([2], [4], [2]))
-    (folder,) = tmp_path.iterdir()
-    assert re.fullmatch(r"grid-sgdm-b16-[0-9a-f]{6}", folder.name)
+def test_a_grid_is_kept_as_a_study_that_runs_it_again(grid: Grid, tmp_path: Path) -> None:
+    grid(f"{CELLS} --momentum 0.5 --preset table2")
+    (group,), warnings = read_groups(tmp_path / "results" / "grid")
+    assert (group.axes, warnings) == (("clients", "local-steps"), [])
+    study = read_study(str(tmp_path / "results" / "grid" / "study.toml"))
+    keys = {"momentum": "0.5", "epochs": "2", "threads": "1", "name": "grid"}
+    asked = grid_study({"clients": [1, 2], "local-steps": [2, 4], "seed": [1, 2]}, keys, "table2")
+    assert [cell.config.name for cell in study.cells()] == [cell.config.name for cell in asked.cells()]
+    for cell in study.cells():
+        config = cell.config
+        assert (config.rounds, config.epochs, config.momentum, config.reshuffle) == (0, 2.0, 0.5, "round")
+        assert (config.dataset, config.batch_size, config.threads) == ("synthetic", 16, 0)
+
+
+def test_a_cell_that_fails_is_named_and_the_others_run(grid: Grid, tmp_path: Path) -> None:
+    with pytest.raises(RunFailed, match=r"2 of 2 cells failed: grid/k1-j2-seed1, grid/k1-j4-seed1"):
+        grid("--clients 1 --local-steps 2,4 --seeds 1 --lr 1e9 --momentum 0.99 --epochs 4")
+    assert (tmp_path / "results" / "grid" / "grid.csv").exists()
+
+
+def test_the_default_name_is_made_from_what_all_cells_share() -> None:
+    keys = {"batch-size": "16", "lr": "0.1"}
+    one, other = (
+        grid_study({"clients": [k], "local-steps": [2 * k], "seed": [k]}, {**keys, "threads": str(k)}) for k in (1, 2)
+    )
+    assert re.fullmatch(r"grid-sgdm-b16-[0-9a-f]{6}", one.name)
+    assert one.name == other.name
+    assert grid_study({"clients": [1], "local-steps": [2]}, {**keys, "lr": "0.2"}).name != one.name
 
 
 @pytest.mark.parametrize("listed", ["", "4,", "a", "1.5"])
@@ -95,7 +135,7 @@ def test_lists_are_whole_numbers(listed: str) -> None:
         integers("clients", listed)
 
 
-def test_the_demo_needs_no_data_and_no_gpu() -> None:
-    config = configure(DEMO_KEYS)
-    assert (config.dataset, config.model) == ("synthetic", "lenet5")
-    assert len(DEMO_GRID.clients) * len(DEMO_GRID.local_steps) == 9
+def test_the_demo_needs_no_data() -> None:
+    study = read_study("demo")
+    assert {(cell.config.dataset, cell.config.model) for cell in study.cells()} == {("synthetic", "lenet5")}
+    assert (study.axes, len(study.cells())) == (("clients", "local-steps"), 9)

@@ -1,18 +1,29 @@
 from __future__ import annotations
 
+import tomllib
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import pytest
+import tomli_w
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedsim.config import Value
 from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
-from fedsim.experiments.study import TWIN, read_study, study_names
+from fedsim.experiments.study import FOLDER, TWIN, Study, read_study, study_names
 from fedsim.optim.lr_schedule import schedule_of
 from fedsim.training.run_plan import run_plan
 
 HEAD = 'title = "a"\nmode = "localsgd"\n'
+
+
+def written(folder: Path, text: str) -> Study:
+    """The study of this text, in the file mine.toml."""
+    (folder / "mine.toml").write_text(text)
+    return read_study(str(folder / "mine.toml"))
 
 
 def cells_of(name: str) -> dict[tuple[Value, ...], int]:
@@ -26,6 +37,7 @@ def cells_of(name: str) -> dict[tuple[Value, ...], int]:
 @pytest.mark.parametrize(
     ("name", "cells", "seeds"),
     [
+        ("demo", 9, 1),
         ("table1", 18, 3),
         ("table1-scaled", 12, 3),
         ("table2", 6, 3),
@@ -98,6 +110,88 @@ def test_a_file_of_ones_own_is_a_study(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.parametrize("name", study_names())
+def test_a_study_is_read_back_as_it_was_written(name: str, tmp_path: Path) -> None:
+    study = read_study(name)
+    assert tomllib.loads(study.toml) == tomllib.loads((FOLDER / f"{name}.toml").read_text())
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "study.toml").write_text(study.toml)
+    assert read_study(str(tmp_path / name / "study.toml")) == study
+
+
+@pytest.mark.parametrize("name", ["table1", "table1-scaled", "table2"])
+def test_a_study_in_bf16_is_the_one_kept_beside_the_runs_in_results(name: str) -> None:
+    kept = FOLDER.parents[1] / "results" / f"{name}-bf16" / "study.toml"
+    if not kept.exists():
+        pytest.skip("no results beside this installation")
+    assert read_study(name).in_precision("bf16") == read_study(str(kept))
+
+
+def test_every_study_that_leaves_its_precision_open_can_be_run_in_bf16() -> None:
+    for study in map(read_study, study_names()):
+        if "precision" not in study.grid:
+            cells = study.in_precision("bf16").cells()
+            assert [cell.config.precision for cell in cells] == ["bf16"] * len(cells)
+            assert [cell.config.changed({"precision": "fp32"}) for cell in cells] == [c.config for c in study.cells()]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '[set]\nprecision = "fp64"',
+        '[grid]\nprecision = ["fp32"]',
+        '[[case]]\nwhen = {optimizer = ["sgdm"]}\nset = {precision = "bf16"}',
+    ],
+)
+def test_a_study_that_sets_its_precision_keeps_it(tmp_path: Path, text: str) -> None:
+    with pytest.raises(UserError, match="mine: the study sets its precision itself"):
+        written(tmp_path, HEAD + text).in_precision("bf16")
+
+
+def test_an_unknown_precision_is_named(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="precision = 'half' is out of range"):
+        written(tmp_path, HEAD).in_precision("half")
+
+
+TWINS = HEAD + "twins = true\n[grid]\nclients = [2]\nlocal-steps = %s\n[set]\nbatch-size = 50\n%s"
+
+
+def test_the_twin_of_a_budget_in_rounds_sees_the_samples_of_its_column(tmp_path: Path) -> None:
+    """50 rounds of 20 steps of 2 workers at batch 50 are 2 epochs of 50,000 images; the key epochs has no say."""
+    (cell, twin) = written(tmp_path, TWINS % ("[20]", "rounds = 50\nepochs = 7.0")).cells()
+    plan = run_plan(cell.config, 50_000)
+    assert (twin.config.epochs, twin.config.batch_size) == (2.0, 100)
+    assert plan.first_step(plan.rounds + 1) * twin.config.batch_size == twin.config.epochs * 50_000
+
+
+def test_the_twin_of_sampled_clients_has_the_batch_of_a_round(tmp_path: Path) -> None:
+    (_, twin) = written(tmp_path, TWINS % ("[20]", "fraction = 0.5\nrounds = 100")).cells()
+    assert (twin.config.epochs, twin.config.batch_size) == (2.0, 50)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (
+            TWINS % ("[10, 20]", "rounds = 50"),
+            "twins = true: clients = 2 has cells of epochs = 1.0 and 2.0, and one twin for all: give them the same, "
+            "a budget in epochs instead of rounds",
+        ),
+        (TWINS % ("[20]", "rounds = 60"), "twins = true: clients = 2 trains for 2.4 epochs, and a twin for whole ones"),
+        (TWINS % ("[20]", "epochs = 2.5"), "twins = true: clients = 2 trains for 2.5 epochs"),
+        (
+            TWINS % ("[10, 20]", "[[case]]\nwhen = {local-steps = [20]}\nset = {lr = 0.02}"),
+            "twins = true: clients = 2 has cells of lr = 0.01 and 0.02, and one twin for all",
+        ),
+        ((TWINS % ("[20]", "")).replace("localsgd", "centralized"), "grid clients: results of mode centralized do not"),
+    ],
+)
+def test_a_column_without_one_twin_is_refused(tmp_path: Path, text: str, message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        written(tmp_path, text)
+    assert str(caught.value).startswith(f"mine.toml: {message}")
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -105,35 +199,124 @@ def test_a_file_of_ones_own_is_a_study(tmp_path: Path) -> None:
         ("[grid]\nlocal-step = [3]", "mine.toml: unknown key local-step: did you mean local-steps?"),
         ("[[case]]\nwhen = {lrr = [1.0]}\nset = {}", "mine.toml: unknown key lrr: did you mean lr?"),
         ("[[case]]\nwhen = {lr = [1.0]}\nset = {lrr = 1.0}", "mine.toml: unknown key lrr: did you mean lr?"),
-        ("[[case]]\nset = {lr = 1.0}", "mine.toml: a [[case]] has a table when and a table set"),
-        ("[grid]\nclients = 4", "mine.toml: grid clients = 4 is no list: for instance clients = [4]"),
+        ("[[case]]\nset = {lr = 1.0}", "mine.toml: case 0 when is missing"),
+        ("[[case]]\nwhen = 3\nset = {lr = 1.0}", "mine.toml: case 0 when = 3 is not a table"),
+        ("[[case]]\nwhen = {lr = [1.0]}\nset = {lr = 2.0}\nif = 3", "mine.toml: case 0 if is unknown"),
+        ("case = 3", "mine.toml: case = 3 is not a list"),
+        ("[grid]\nclients = 4", "mine.toml: grid clients = 4 is not a list: for instance [4]"),
+        ("[grid]\nclients = []", "mine.toml: clients = [] must have one value or more"),
+        ("[grid]\nlr = [1, 1.0]", "mine.toml: lr = [1.0, 1.0] must have one value or more, and none of them twice"),
+        ("[grid]\nclients = [[4]]", "mine.toml: clients = [4] is not a whole number"),
+        ("[grid]\ndata-dir = ['a', 'b']", "mine.toml: grid data-dir: results of mode localsgd do not depend on it"),
+        ("[set]\nname = 'a'", "mine.toml: set name: a study cannot set it"),
+        ("[set]\nlr = 2020-02-02", "mine.toml: lr = datetime.date(2020, 2, 2) is not a number"),
+        (f"[set]\nlr = 1{'0' * 400}", "mine.toml: int too large to convert to float"),
+        ("name = 'a'", "mine.toml: unknown entry name"),
+        ("compare = 3", "mine.toml: compare = 3 is not text"),
         ("[grid]\nclients = [4, 0]", "mine.toml: clients = 0 is out of range"),
         ("[grid]\nclients = ['x']", "mine.toml: clients = 'x' is not a whole number"),
         ("twin = true", "mine.toml: unknown entry twin: it must be one of title, mode, twins"),
         ("twins = 1", "mine.toml: twins = 1 is not true or false"),
-        ("twins = true\n[grid]\nlr = [1.0]", "mine.toml: twins = true needs a grid of clients and local-steps"),
+        ("twins = true\n[grid]\nlr = [1.0]", "mine.toml: twins = true needs mode localsgd and a grid of clients"),
         (
             "compare = 'table9'",
-            "mine.toml: compare = 'table9' is no table of the paper: it must be one of table1, table2",
+            "mine.toml: compare = 'table9' is not a table of the paper: it must be one of table1, table2",
         ),
-        ("set = 3", "mine.toml: set = 3 is no table"),
-        ("= 3", "mine.toml is no TOML"),
+        ("set = 3", "mine.toml: set = 3 is not a table"),
+        ("= 3", "mine.toml is not TOML in UTF-8: "),
+        (f"[set]\nlr = 1{'0' * 5000}", "mine.toml is not TOML in UTF-8: "),
+        (f"set = {'[' * 2000}", "mine.toml is not TOML in UTF-8: "),
     ],
 )
 def test_what_a_file_gets_wrong_is_one_line_that_names_it(tmp_path: Path, text: str, message: str) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(HEAD + text)
     with pytest.raises(UserError) as caught:
-        read_study(str(path))
+        written(tmp_path, HEAD + text)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
-    ("head", "message"), [('title = "a"', "mode is missing"), ('title = "a"\nmode = "x"', "mode = 'x'")]
+    ("head", "message"),
+    [
+        ('title = "a"', "mode is missing"),
+        ('mode = "localsgd"', "title is missing"),
+        ('title = "a"\nmode = "x"', "mode = 'x': Input should be 'centralized' or 'localsgd'"),
+        ('title = 3\nmode = "localsgd"', "title = 3 is not text"),
+    ],
 )
 def test_a_study_says_what_it_is(tmp_path: Path, head: str, message: str) -> None:
-    path = tmp_path / "mine.toml"
-    path.write_text(head)
-    with pytest.raises(UserError, match=message):
-        read_study(str(path))
+    with pytest.raises(UserError, match=f"^mine.toml: {message}"):
+        written(tmp_path, head)
+
+
+def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "latin.toml").write_bytes('title = "é"'.encode("latin-1"))
+    (tmp_path / "folder.toml").mkdir()
+    for name, message in (
+        ("a/b", "unknown study a/b: it must be one of demo, "),
+        (str(tmp_path), f"unknown study {tmp_path}: "),
+        (f"{tmp_path}/none.toml", f"{tmp_path}/none.toml cannot be read (No such file or directory)"),
+        (f"{tmp_path}/folder.toml", f"{tmp_path}/folder.toml cannot be read (Is a directory)"),
+        (f"{tmp_path}/latin.toml", "latin.toml is not TOML in UTF-8: "),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_study(name)
+        assert str(caught.value).startswith(message)
+        assert "\n" not in str(caught.value)
+
+
+VALUES: dict[str, st.SearchStrategy[Any]] = {  # what keys accept
+    "lr": st.floats(0.001, 1.0),
+    "clients": st.integers(1, 2**40),
+    "local-steps": st.integers(1, 9),
+    "rounds": st.integers(0, 2**63 - 1),
+    "milestones": st.sampled_from(["", "50,60"]),
+    "nesterov": st.booleans(),
+    "optimizer": st.sampled_from(["sgdm", "lars", "lamb"]),
+    "seed": st.integers(0, 9),
+}
+LISTS = st.fixed_dictionaries(
+    {}, optional={name: st.lists(v, min_size=1, max_size=2, unique=True) for name, v in VALUES.items()}
+)
+SETTINGS = st.fixed_dictionaries({}, optional=VALUES)
+STUDIES = st.fixed_dictionaries(
+    {"title": st.text(st.characters(codec="utf-8"), max_size=3), "mode": st.sampled_from(["localsgd", "centralized"])},
+    optional={
+        "twins": st.booleans(),
+        "compare": st.sampled_from(["", "table2"]),
+        "grid": LISTS,
+        "set": SETTINGS,
+        "case": st.lists(st.fixed_dictionaries({"when": LISTS, "set": SETTINGS}), max_size=2),
+    },
+)
+NAMES = st.sampled_from([*VALUES, "name", "Lr\n", "", "when", "set"])
+SCALARS = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.sampled_from(["", "a\nb"]) | st.dates()
+ANY = st.recursive(SCALARS, lambda v: st.lists(v, max_size=2) | st.dictionaries(NAMES, v, max_size=2), max_leaves=4)
+FAULTS = st.dictionaries(
+    st.sampled_from(["title", "mode", "twins", "compare", "grid", "set", "case", "name", "Set\n"]),
+    st.dictionaries(NAMES, ANY, max_size=2) | st.lists(st.dictionaries(NAMES, ANY), max_size=2) | ANY,
+    max_size=1,
+)
+
+
+@settings(deadline=None, derandomize=True, max_examples=300, suppress_health_check=list(HealthCheck))
+@given(STUDIES, FAULTS)
+def test_any_toml_is_a_study_or_one_line(fuzzed: Path, entries: dict[str, Any], faults: dict[str, Any]) -> None:
+    path = fuzzed / "mine.toml"
+    path.write_text(tomli_w.dumps({**entries, **faults}))
+    wrong = ""
+    try:
+        study = read_study(str(path))
+    except UserError as error:
+        wrong = str(error)
+    if wrong:
+        assert wrong.startswith("mine.toml")
+        assert len(wrong.splitlines()) == 1
+    else:
+        path.write_text(study.toml)
+        assert read_study(str(path)).cells() == study.cells() != []
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("fuzzed")

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
+from fedsim.config import Config
 from fedsim.deploy.files import Federation, deploy
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
-from fedsim.experiments.presets import configure
 from fedsim.federation.flwr_run import copy_app, free_port
 from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
 from tests.federation.processes import JOINED, Running, client_environment, running, started
@@ -67,7 +67,7 @@ def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(federation
     overrides = " ".join(f'{name}="{v}"' if isinstance(v, str) else f"{name}={v}" for name, v in keys.items())
     done = federation.flwr("run", str(copy_app(tmp_path / "app")), "federation", "--stream", "-c", overrides)
     assert (tmp_path / "deployed" / "summary.json").exists(), done.stdout
-    fleet = execute(resolve(configure({**keys, "name": "fleet"}), "localsgd"), "localsgd")
+    fleet = execute(resolve(Config().changed({**keys, "name": "fleet"}), "localsgd"), "localsgd")
     assert len(rows_of(fleet)) == 3
     assert rows_of(tmp_path / "deployed") == rows_of(fleet)
     assert_same_bits(final_model(tmp_path / "deployed"), final_model(fleet))

@@ -1,0 +1,89 @@
+"""What runs and studies cost, known without running them."""
+
+from __future__ import annotations
+
+import json
+import os
+import statistics
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedsim.config import Config, Mode
+from fedsim.data.datasets import classes_of, training_images
+from fedsim.experiments.study import read_study, study_names
+from fedsim.models import blank_model
+from fedsim.training.centralized import whole_epochs
+from fedsim.training.run_plan import run_plan
+
+REFERENCE_PACE = 100e9  # FLOP/s of training on two CPU cores: the paper's model at 535 images a second
+
+
+class Cost(NamedTuple):
+    """Training images (each counted as often as it is seen), local steps of one worker, and syncs of a run."""
+
+    images: float
+    local_steps: int
+    syncs: int
+
+
+def cost(config: Config, mode: Mode) -> Cost:
+    """The cost of `config`, run to its end."""
+    images = training_images(config)
+    if mode == "centralized":
+        epochs, _ = whole_epochs(config)
+        return Cost(float(epochs * images), epochs * -(-images // config.batch_size), 0)
+    plan = run_plan(config, images)
+    steps = plan.first_step(plan.rounds + 1)
+    return Cost(float(steps * config.clients_per_round * config.batch_size), steps, plan.rounds)
+
+
+def flop_per_image(model: str, classes: int) -> float:
+    """Floating-point operations of a training step for each image: those of convolutions and matrix products."""
+    network, images = blank_model(model, classes, "meta"), torch.zeros(1, 3, 32, 32, device="meta")
+    with FlopCounterMode(display=False) as counter:
+        network.eval()(images).sum().backward()
+    return float(counter.get_total_flops())
+
+
+def measured_paces(results: Path) -> dict[tuple[str, str], float]:
+    """Images trained a second, by model and precision: the median of the finished runs under `results`.
+
+    Runs of less than 10 seconds do not count: they show how long a run takes to start.
+    """
+    paces: dict[tuple[str, str], list[float]] = {}
+    for folder in (Path(name) for name, _, files in os.walk(results.expanduser()) if "summary.json" in files):
+        try:
+            summary, keys = (json.loads((folder / f"{kind}.json").read_text()) for kind in ("summary", "config"))
+            config = Config().changed({name: value for name, value in keys.items() if name != "mode"})
+            pace = summary["epoch"] * training_images(config) / summary["seconds"]
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):
+            continue  # the report names what cannot be read
+        if summary["finished"] and summary["seconds"] >= 10:
+            paces.setdefault((config.model, config.precision), []).append(pace)
+    return {kind: statistics.median(found) for kind, found in paces.items()}
+
+
+def list_studies(seeds: Sequence[int], results: Path) -> Iterator[str]:
+    """The lines that list the studies that come with fedsim, and what each costs."""
+    paces = measured_paces(results)
+    measured = ", ".join(f"{pace:,.0f} images/s ({model}, {kind})" for (model, kind), pace in sorted(paces.items()))
+    for study in map(read_study, study_names()):
+        images, steps, syncs, seconds = 0.0, 0, 0, 0.0
+        for _, mode, config in (cells := study.cells(seeds)):
+            run = cost(config, mode)
+            kind = config.model, config.precision
+            if kind not in paces:
+                paces[kind] = REFERENCE_PACE / flop_per_image(config.model, classes_of(config))
+            images, steps, syncs = images + run.images, steps + run.local_steps, syncs + run.syncs
+            seconds += run.images / paces[kind]
+        yield f"{study.name}: {study.title}"
+        yield (
+            f"    {len(cells)} runs (seed {', '.join(map(str, seeds or study.seeds))}): {images:,.0f} images, "
+            f"{steps:,} local steps, {syncs:,} syncs, {seconds / 3600:,.1f} hours"
+        )
+    median = f"the median pace of finished runs in {results}, {measured}; else at " if measured else ""
+    yield f"Hours: run one by one, at {median}{REFERENCE_PACE / 1e9:g} GFLOP/s."

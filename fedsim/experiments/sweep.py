@@ -1,0 +1,161 @@
+"""Runs the cells of studies: all are checked before the first begins, finished ones skipped, failed ones named."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+
+from fedsim.data.datasets import training_images
+from fedsim.device import resolve
+from fedsim.errors import RunFailed, RunInProgress, UserError
+from fedsim.experiments.execute import Engine, check, execute
+from fedsim.experiments.study import KEPT, Cell, Study
+from fedsim.records import Row, Run, run_folder, atomic_write
+from fedsim.training.centralized import whole_epochs
+from fedsim.training.run_plan import run_plan
+
+PLAIN: Any = {"soft_wrap": True, "highlight": False, "markup": False}  # print a line as it is
+Failure = RunFailed | UserError | None  # why a cell failed, if it did
+Outcome = tuple[Cell, Failure]  # of a cell that has ended
+
+
+class Runner(Protocol):
+    """Where cells run."""
+
+    @property
+    def here(self) -> bool:
+        """Whether they run on this machine, which must then have their devices."""
+
+    def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
+        """Context manager: within it `cells` can be run."""
+
+    def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
+        """Run `cells`, finished ones too if `rerun`; yields each as it ends.
+
+        One that another process is running ends with RunInProgress after `patience` seconds.
+        """
+
+
+@dataclass(frozen=True)
+class OneByOne:
+    """Runs cells in this process."""
+
+    engine: Engine
+    here = True
+
+    def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
+        return contextlib.nullcontext()
+
+    def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
+        for cell in cells:
+            task = progress.add_task(cell.config.name, total=_last_round(cell))
+            why: Failure = None
+            try:
+                execute(cell.config, cell.mode, self.engine, _advance(progress, task), rerun, patience)
+            except (RunFailed, UserError) as error:
+                why = error
+            finally:
+                progress.remove_task(task)
+            yield cell, why
+
+
+def run_studies(
+    studies: Sequence[tuple[Study, Sequence[Cell]]], results: Path, runner: Runner, rerun: bool, console: Console
+) -> list[str]:
+    """Run cells of each study, in the folder ``RESULTS/STUDY``, after all of them have been checked.
+
+    A cell that fails does not keep the others from running; returns the names of those that failed.
+    """
+    folders = {study.name: results.expanduser().absolute() / study.name for study, _ in studies}
+    if len(folders) < len(studies):
+        raise UserError(f"studies {', '.join(s.name for s, _ in studies)}: give no name twice: each is a folder's")
+    cells = [_resolved(cell, folders[study.name], runner.here) for study, own in studies for cell in own]
+    with runner.started(cells):
+        with _writable(results):
+            for cell in cells:
+                if run_folder(cell.config, cell.mode).exists():
+                    Run(cell.config, cell.mode)  # raises if the folder holds another configuration
+            for study, _ in studies:
+                folders[study.name].mkdir(parents=True, exist_ok=True)
+                with atomic_write(folders[study.name] / KEPT) as file:
+                    file.write(study.toml.encode())
+        return _run_all(cells, runner, rerun, console)
+
+
+def fail_if_any(failed: Sequence[str], cells: int) -> None:
+    """Raise RunFailed, naming the cells that `failed`; to be called when all else has been shown."""
+    if failed:
+        raise RunFailed(f"{len(failed)} of {cells} cells failed: {', '.join(failed)}")
+
+
+def _resolved(cell: Cell, folder: Path, here: bool) -> Cell:
+    """`cell` with the device and threads that it will have, to be recorded in `folder`; checked against the data."""
+    try:
+        config = resolve(cell.config.changed({"results-dir": str(folder)}), cell.mode, here)
+        check(config if here else config.changed({"device": "cpu"}), cell.mode)
+    except UserError as error:
+        raise UserError(f"{folder.name}/{cell.config.name}: {error}") from error
+    return cell._replace(config=config)
+
+
+@contextlib.contextmanager
+def _writable(results: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"results-dir = {results} cannot be written ({error.strerror}): give another --results-dir"
+        ) from error
+
+
+def _run_all(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Console) -> list[str]:
+    """Run all `cells`, those that other processes are running last; returns the names of those that failed."""
+    failed: list[str] = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
+        overall = progress.add_task("cells", total=len(cells))
+        patience = 0.0
+        while cells:
+            busy = []
+            for cell, why in runner.run(cells, rerun, patience, progress):
+                if isinstance(why, RunInProgress):
+                    busy.append(cell)
+                    continue
+                if why:
+                    failed.append(_label(cell))
+                    progress.console.print(f"{_label(cell)} failed: {why}", style="red", **PLAIN)
+                progress.advance(overall)
+            if busy:
+                progress.console.print(f"waiting for other processes to run {', '.join(map(_label, busy))}", **PLAIN)
+            cells, patience = busy, math.inf
+    return failed
+
+
+def _label(cell: Cell) -> str:
+    return f"{Path(cell.config.results_dir).name}/{cell.config.name}"
+
+
+def _last_round(cell: Cell) -> int:
+    if cell.mode == "centralized":
+        return whole_epochs(cell.config)[1]
+    return run_plan(cell.config, training_images(cell.config)).last_round
+
+
+def _advance(progress: Progress, task: TaskID) -> Callable[[Row], None]:
+    return lambda row: progress.update(task, completed=row["round"])

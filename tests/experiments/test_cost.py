@@ -1,0 +1,77 @@
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fedsim.config import Config
+from fedsim.experiments.cost import REFERENCE_PACE, cost, flop_per_image, list_studies, measured_paces
+from fedsim.experiments.study import study_names
+from tests.conftest import write_run
+
+ROOT = Path(__file__).parents[2]
+
+
+def test_the_cost_of_a_run_by_hand() -> None:
+    table2 = Config(clients=4, local_steps=10, rounds=200)
+    assert cost(table2, "localsgd") == (200 * 10 * 4 * 64, 2000, 200)
+    assert cost(Config(batch_size=256, epochs=2.0), "centralized") == (100_000, 2 * 196, 0)
+    assert cost(Config(batch_size=256, epochs=2.0, validation=5000), "centralized") == (90_000, 2 * 176, 0)
+
+
+def test_the_flop_of_a_step_by_hand() -> None:
+    """A multiply-add is 2; each layer has a product forward, one for its weights' gradient, one for its inputs'."""
+    convolutions = [28 * 28 * 6 * 25 * 3, 10 * 10 * 16 * 25 * 6]
+    products = [400 * 120, 120 * 84, 84 * 10]
+    assert flop_per_image("lenet5", 10) == 2 * (
+        3 * sum([*convolutions, *products]) - convolutions[0]
+    )  # the images need none
+
+
+def seconds_of(name: str, results: Path) -> float:
+    lines = list(list_studies([], results))
+    (number,) = (number for number, line in enumerate(lines) if line.startswith(f"{name}: "))
+    return float(lines[number + 1].split()[-2].replace(",", "")) * 3600
+
+
+def test_the_list_counts_the_hours_of_a_model_by_its_flop(tmp_path: Path) -> None:
+    flop = {"lenet-bn": flop_per_image("lenet-bn", 100), "lenet5": flop_per_image("lenet5", 100)}
+    for name, images, model in (("table1", 18 * 3 * 100 * 50_000, "lenet-bn"), ("scaled-small", 24_000_000, "lenet5")):
+        expected = images * flop[model] / REFERENCE_PACE
+        assert seconds_of(name, tmp_path) == pytest.approx(expected, rel=0.02, abs=180)  # to a tenth of an hour
+    assert list(list_studies([], tmp_path))[-1] == "Hours: run one by one, at 100 GFLOP/s."
+    (line,) = (
+        line for line in list_studies([1], tmp_path) if line.startswith("    18 runs (seed 1): 90,000,000 images")
+    )
+    assert "116,400 local steps, 0 syncs" in line
+
+
+def test_the_list_takes_the_pace_of_finished_runs(tmp_path: Path) -> None:
+    lenet5 = Config(model="lenet5")
+    for name, seconds in (("one", 10.0), ("other", 40.0), ("third", 20.0)):  # 1 epoch of 50,000 images
+        write_run(tmp_path / name, lenet5, "centralized", [0.1], seconds=seconds)
+    write_run(tmp_path / "short", lenet5, "centralized", [0.1], seconds=1.0)
+    write_run(tmp_path / "unfinished", lenet5, "centralized", [0.1], finished=False, seconds=10.0)
+    for name, text in (("damaged", "{"), ("foreign", "[]"), ("empty", "{}")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "summary.json").write_text(text)
+        (tmp_path / name / "config.json").write_text(text)
+    assert measured_paces(tmp_path) == {("lenet5", "fp32"): 2500}
+    assert seconds_of("scaled-small", tmp_path) == pytest.approx(24_000_000 / 2500, abs=180)
+    last = list(list_studies([], tmp_path))[-1]
+    assert f"finished runs in {tmp_path}, 2,500 images/s (lenet5, fp32); else at 100 GFLOP/s." in last
+
+
+def test_the_names_of_studies_are_whole_in_a_pipe(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, str(ROOT / "run.py"), "study"],
+        capture_output=True,
+        text=True,
+        cwd=tmp_path,
+        env={"PATH": "", "COLUMNS": "40"},
+    )
+    assert done.returncode == 0, done.stderr
+    listed = [line.partition(": ")[0] for line in done.stdout.splitlines() if not line.startswith((" ", "Hours"))]
+    assert listed == study_names()

@@ -1,0 +1,249 @@
+"""Running studies: the command study, and what its runner does with cells."""
+
+from __future__ import annotations
+
+import io
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedsim.cli import cli
+from fedsim.errors import RunFailed, UserError
+from fedsim.experiments.study import read_study
+from fedsim.experiments.sweep import OneByOne, run_studies
+from fedsim.records import Run, read_rows, read_summary
+from fedsim.report.load import read_groups
+
+TINY = """title = "Tiny"
+mode = "localsgd"
+twins = true
+[grid]
+clients = [1, 2]
+local-steps = [2]
+seed = [1, 2]
+[set]
+dataset = "synthetic"
+synthetic-images = 128
+model = "lenet5"
+batch-size = 16
+epochs = 2.0
+"""
+HERE = {"device": "cpu", "threads": 1}
+Study = Callable[..., str]
+
+
+@pytest.fixture
+def tiny(tmp_path: Path) -> Path:
+    path = tmp_path / "tiny.toml"
+    path.write_text(TINY)
+    return path
+
+
+@pytest.fixture
+def study(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Study:
+    """Run the command with these options in the folder of tiny.toml; returns what it printed."""
+    monkeypatch.chdir(tiny.parent)
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(sys, "argv", ["run.py", "study"])
+
+    def run(options: str = "") -> str:
+        cli(f"study tiny.toml --device cpu --threads 1 {options}".split(), standalone_mode=False)
+        return capsys.readouterr().out
+
+    return run
+
+
+def run_here(path: Path, seeds: Sequence[int] = (1,), **keys: Any) -> tuple[list[str], str]:
+    """Run the study in the file `path`; returns the names of the cells that failed, and what was printed."""
+    console = Console(width=200, file=(text := io.StringIO()), force_terminal=True)
+    study = read_study(str(path))
+    cells = study.cells(seeds, {**HERE, **keys})
+    try:
+        return run_studies(
+            [(study, cells)], path.parent / "results", OneByOne("fleet"), False, console
+        ), text.getvalue()
+    finally:
+        assert text.getvalue().count("\x1b[?25l") == text.getvalue().count("\x1b[?25h")  # the cursor is shown again
+
+
+def test_a_study_runs_every_cell_and_twin_in_its_folder_and_shows_its_table(study: Study, tiny: Path) -> None:
+    text = study()
+    folder = tiny.parent / "results" / "tiny"
+    names = {f"k{k}-{what}-seed{seed}" for k in (1, 2) for what in ("j2", "twin") for seed in (1, 2)}
+    assert {path.name for path in folder.iterdir()} == names | {"study.toml"}
+    assert all((summary := read_summary(folder / name)) and summary["finished"] for name in names)
+    assert read_study(str(folder / "study.toml")) == read_study(str(tiny))
+    assert "tiny: Tiny" in text
+    assert "large batch" in text
+    (group,), warnings = read_groups(folder)
+    assert (group.title, warnings) == ("Tiny", [])
+    assert [len(cell.finished) for cell in group.cells] == [2, 2, 2, 2]
+
+
+def test_chosen_cells_run_alone_and_one_that_is_not_there_is_named(study: Study, tiny: Path) -> None:
+    folder = tiny.parent / "results" / "tiny"
+    with pytest.raises(UserError, match=r"cells = 'k3' matches no cell of tiny: it has k1-j2, k2-j2, k1-twin, k2-twin"):
+        study("--cells k1-*,k3")
+    assert not folder.exists()
+    study("--cells k2-j2")
+    assert {path.name for path in folder.iterdir()} == {"k2-j2-seed1", "k2-j2-seed2", "study.toml"}
+    study("--cells k1-* --seeds 1")
+    assert {path.name for path in folder.glob("k1-*")} == {"k1-j2-seed1", "k1-twin-seed1"}
+
+
+def test_a_study_in_another_precision_is_another_study(study: Study, tiny: Path) -> None:
+    study("--seeds 1")
+    study("--seeds 1 --precision bf16")
+    groups, warnings = read_groups(tiny.parent / "results")
+    assert [(group.name, group.title) for group in groups] == [("tiny", "Tiny"), ("tiny-bf16", "Tiny, in bf16")]
+    assert warnings == []
+    for group, precision in zip(groups, ("fp32", "bf16"), strict=True):
+        assert {run.config["precision"] for run in group.runs} == {precision}
+        assert [len(cell.finished) for cell in group.cells] == [1] * 4
+
+
+def test_interrupted_studies_resume_and_finished_cells_are_skipped(study: Study, tiny: Path) -> None:
+    folder = tiny.parent / "results" / "tiny"
+    study("--seeds 1 --stop-after-epochs 1")
+    (group,), _ = read_groups(folder)
+    assert [len(cell.finished) for cell in group.cells] == [0] * 4
+    study("--seeds 1")
+    written = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
+    assert len(written) == 4
+    study("--seeds 1,3")
+    assert all(path.stat().st_mtime_ns == time for path, time in written.items())
+    (group,), _ = read_groups(folder)
+    assert [len(cell.finished) for cell in group.cells] == [2] * 4
+
+
+def test_a_study_whose_only_axis_is_the_seed_has_a_table_of_one_cell(study: Study, tiny: Path) -> None:
+    tiny.write_text(TINY.replace("clients = [1, 2]\nlocal-steps = [2]\n", "").replace("twins = true\n", ""))
+    text = study("--cells *")
+    assert {path.name for path in (tiny.parent / "results" / "tiny").glob("s*1")} == {"seed1"}
+    assert "accuracy" in text
+    assert " ± " in text
+
+
+def test_everything_is_checked_before_the_first_run(study: Study, tiny: Path) -> None:
+    tiny.write_text(TINY.replace("clients = [1, 2]", "clients = [1, 999]"))
+    with pytest.raises(UserError, match="tiny/k999-j2-seed1: clients = 999"):
+        study()
+    assert not (tiny.parent / "results").exists()
+
+
+def test_two_studies_of_one_name_are_refused(study: Study, tiny: Path) -> None:
+    with pytest.raises(UserError, match="studies tiny, tiny: give no name twice"):
+        study(str(tiny))
+    assert not (tiny.parent / "results").exists()
+
+
+def test_cells_that_fail_are_named_and_the_others_run(study: Study, tiny: Path) -> None:
+    case = "[[case]]\nwhen = {clients = [2]}\nset = {lr = 1e9, momentum = 0.99, epochs = 6.0}\n"
+    tiny.write_text(TINY.replace("[set]", f"{case}[set]"))
+    with pytest.raises(RunFailed, match="2 of 4 cells failed: tiny/k2-j2-seed1, tiny/k2-twin-seed1"):
+        study("--seeds 1")
+    (group,), _ = read_groups(tiny.parent / "results" / "tiny")
+    assert [len(cell.finished) for cell in group.cells] == [1, 0, 1, 0]
+
+
+def test_a_cell_with_damaged_records_fails_alone(tiny: Path) -> None:
+    run_here(tiny, [1], **{"stop-after-epochs": 1.0})
+    folder = tiny.parent / "results" / "tiny"
+    for checkpoint in (folder / "k1-j2-seed1").glob("checkpoint*.pt"):
+        checkpoint.write_bytes(b"")
+    failed, text = run_here(tiny)
+    assert failed == ["tiny/k1-j2-seed1"]
+    assert "is damaged" in text
+    assert len(list(folder.glob("*/model.pt"))) == 4  # that of the early stop of the one that failed
+    assert sum((read_summary(run) or {})["finished"] for run in folder.glob("k*")) == 3
+
+
+def test_a_cell_that_another_process_runs_is_awaited_after_the_others(tiny: Path) -> None:
+    cells = read_study(str(tiny)).cells([1], {**HERE, "results-dir": str(tiny.parent / "results" / "tiny")})
+    first, *others = (Run(cell.config, cell.mode) for cell in cells)
+    let_go = threading.Event()
+    held = first.held()
+    held.__enter__()
+
+    def release() -> None:
+        while not let_go.is_set() and not all(run.finished for run in others):
+            time.sleep(0.05)
+        assert not first.finished
+        held.__exit__(None, None, None)
+
+    other_process = threading.Thread(target=release)  # a lock is of the file opened, not of the process
+    other_process.start()
+    try:
+        failed, text = run_here(tiny)
+    finally:
+        let_go.set()
+        other_process.join()
+    assert failed == []
+    assert "waiting for other processes to run tiny/k1-j2-seed1" in text
+    assert first.finished
+
+
+def leave(number: int, frame: object) -> None:
+    sys.exit(128 + number)
+
+
+@pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
+def test_an_interrupt_ends_the_command_at_once(tiny: Path, number: signal.Signals, kind: type[BaseException]) -> None:
+    tiny.write_text(TINY.replace("epochs = 2.0", "epochs = 10000.0"))
+    over = threading.Event()
+
+    def interrupt() -> None:
+        while not over.is_set() and not any(read_rows(run) for run in (tiny.parent / "results/tiny").glob("k*")):
+            time.sleep(0.05)
+        os.kill(os.getpid(), number)
+
+    before = signal.signal(signal.SIGTERM, leave)
+    user = threading.Thread(target=interrupt)
+    user.start()
+    try:
+        with pytest.raises(kind):
+            run_here(tiny)
+    finally:
+        over.set()
+        user.join()
+        signal.signal(signal.SIGTERM, before)
+    assert [run.name for run in (tiny.parent / "results/tiny").glob("k*")] == ["k1-j2-seed1"]
+
+
+@contextmanager
+def as_nobody() -> Iterator[None]:
+    """Without the privileges of root, which may write anywhere."""
+    user = os.geteuid()
+    if user == 0:
+        os.seteuid(65534)
+    try:
+        yield
+    finally:
+        os.seteuid(user)
+
+
+@pytest.mark.parametrize("mode", [0o000, 0o555])
+def test_results_that_cannot_be_entered_or_written_are_one_line(tiny: Path, mode: int) -> None:
+    (tiny.parent / "results").mkdir(mode)
+    for folder in (tiny.parent, *list(tiny.parents)[1:3]):
+        folder.chmod(0o755)  # for all to enter, but for the results
+    with (
+        as_nobody(),
+        pytest.raises(UserError, match=r"results-dir = .*/results cannot be written \(Permission denied\)"),
+    ):
+        run_here(tiny)
+
+
+def test_results_that_are_a_file_are_one_line(tiny: Path) -> None:
+    (tiny.parent / "results").write_text("")
+    with pytest.raises(UserError, match=r"results-dir = .*/results cannot be written"):
+        run_here(tiny)
