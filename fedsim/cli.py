@@ -249,34 +249,39 @@ def shard(
 def report(
     results: str = RESULTS,
     out: str = OUT,
-    figure: str = typer.Option("", "--figure", help="make this one picture and its CSV alone", metavar="NAME"),
+    figure: str = typer.Option("", "--figure", help="make only this figure and its CSV", metavar="NAME"),
 ) -> None:
-    """Make a page, a Markdown file, pictures and CSV of what is under a folder of results."""
-    from fedsim.report.tables import build_report
+    """Make an HTML page, a Markdown file, figures and CSV files from a folder of results."""
+    from fedsim.report.page import build_report
 
-    build_report(Path(results), Path(out), figure, Console())
+    build_report(results, out, figure, Console())
 
 
 @cli.command()
-def plan(
+def time_to_accuracy(
     results: str = RESULTS,
-    bandwidth: str = typer.Option(..., "--bandwidth", help="of a link, for instance 100Mbit or 12.5MB a second"),
+    bandwidth: str = typer.Option(..., "--bandwidth", help="of a link, for instance 100Mbit or 12.5MB per second"),
     latency: str = typer.Option(..., "--latency", help="of a message one way, for instance 20ms"),
     target: float = typer.Option(..., "--target", help="the accuracy to reach, a fraction"),
-    compute: str = typer.Option("", "--compute", help="a worker's time a step, for instance 10ms (default: measured)"),
-    link: str = typer.Option("worker", "--link", help="worker: a link for each; server: all share one", metavar="NAME"),
+    compute: str = typer.Option(
+        "", "--compute", help="a worker's time per step, for instance 10ms (default: measured)"
+    ),
+    link: str = typer.Option(
+        "worker", "--link", help="worker: one link for each; server: all share one", metavar="NAME"
+    ),
     out: str = OUT,
 ) -> None:
-    """Plan the time to a target accuracy on a network, for each cell under a folder of results.
+    """Estimate the time to a target accuracy on a network, for each cell in a folder of results.
 
-    seconds = local_steps * compute + syncs * 2 * latency + bytes_on_the_link / bandwidth, of the first test at the
-    target. With --link worker a link carries a worker's own bytes, up and down; with --link server those of all. The
-    large batch on one machine counts as data-parallel SGD: a sync a step, of 4 bytes a parameter, worker and way.
-    Compute time is measured as the median over the runs of seconds / images computed, tests included, times the
-    images of a worker's step: each worker is taken to be as fast as the machine that made the records.
+    seconds = local_steps * compute + syncs * 2 * latency + bytes_on_the_link / bandwidth, at the first test that
+    reaches the target. With --link worker a link carries one worker's bytes, up and down; with --link server those of
+    all. The large batch counts as data-parallel SGD: a sync at every step, of 4 bytes per parameter, worker and way.
+    One worker (K = 1) sends nothing. Compute time is measured as the median over the runs of seconds per training
+    image, tests included, times the images of a worker's step: each worker is assumed to be as fast as the machine
+    that made the records.
     """
     from fedsim.report.network import Network, duration, rate
-    from fedsim.report.time_to_accuracy import plan_results
+    from fedsim.report.time_to_accuracy import time_to_accuracy
 
     if link not in ("worker", "server"):
         raise UserError(f"link = {link!r} is unknown: it must be one of worker, server")
@@ -285,7 +290,7 @@ def plan(
     )
     step = duration("compute", compute) if compute else None
     command = shlex.join(["python", "run.py", *sys.argv[1:]])
-    plan_results(Path(results), target, network, step, Path(out), command, Console())
+    time_to_accuracy(results, target, network, step, out, command, Console())
 
 
 @cli.command()

@@ -16,9 +16,7 @@ from fedsim.experiments.execute import Engine
 from fedsim.experiments.presets import configure
 from fedsim.experiments.study import Cell
 from fedsim.records import default_name
-from fedsim.report.figures import DPI, plot_accuracy
-from fedsim.report.load import inferred_group, read_results
-from fedsim.report.tables import accuracy_table, write_runs
+from fedsim.report.page import show_results
 
 
 class Grid(NamedTuple):
@@ -74,12 +72,7 @@ def run_grid(
     with room_for(cells, spread):
         failures = run_cells(cells, engine, rerun, console, spread)
 
-    results = read_results(folder, lambda warning: console.print(f"warning: {warning}", soft_wrap=True))
-    group = inferred_group(folder, results, axes=("clients", "local-steps"))
-    console.print(accuracy_table(group))
-    write_runs(group, folder / "grid.csv")
-    plot_accuracy(group).figure.savefig(folder / "grid.png", dpi=DPI)
-    console.print(f"{folder / 'grid.csv'}\n{folder / 'grid.png'}", soft_wrap=True, highlight=False)
+    show_results(folder, console, axes=("clients", "local-steps"), save_as="grid")
     fail_if_any(failures, len(cells))
 
 

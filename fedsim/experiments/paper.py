@@ -15,8 +15,7 @@ from fedsim.experiments.cells import Spread, cost, fail_if_any, placed, room_for
 from fedsim.experiments.execute import Engine
 from fedsim.experiments.study import KEPT, Cell, Study, read_study, study_names
 from fedsim.records import written_whole
-from fedsim.report.load import read_groups
-from fedsim.report.tables import accuracy_table
+from fedsim.report.page import show_results
 
 IMAGES_A_SECOND = 1000  # the pace at which the list counts hours
 
@@ -65,7 +64,8 @@ def run_studies(
                 file.write(study.text.encode())
             failed = run_cells(cells, engine, rerun, console, spread)
             failures |= {f"{study.name}/{name}": why for name, why in failed.items()}
-            _show(study, folder, console)
+            show_results(folder, console)
+            console.print(f"python run.py report {folder} -o report", soft_wrap=True, highlight=False)
     fail_if_any(failures, sum(len(cells) for _, _, cells in plans))
 
 
@@ -79,13 +79,3 @@ def _chosen(study: Study, seeds: Sequence[int], keys: Mapping[str, Any], only: S
             raise UserError(f"cells = {pattern!r} fits no cell of {study.name}: it has {there}")
     fitting = {name for pattern in only or ["*"] for name in fnmatch.filter(names, pattern)}
     return [cell for cell, name in zip(cells, names, strict=True) if name in fitting]
-
-
-def _show(study: Study, folder: Path, console: Console) -> None:
-    groups, warnings = read_groups(folder)
-    for warning in warnings:
-        console.print(f"warning: {warning}", soft_wrap=True, highlight=False)
-    for group in groups:
-        console.print(f"{study.name}: {group.title}", highlight=False)
-        console.print(accuracy_table(group))
-    console.print(f"python run.py report {folder} -o report", soft_wrap=True, highlight=False)

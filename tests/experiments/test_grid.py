@@ -14,7 +14,7 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.grid import DEMO_GRID, DEMO_KEYS, Grid, integers, run_grid
 from fedsim.experiments.presets import configure
 from fedsim.records import read_rows
-from fedsim.report.load import read_results
+from fedsim.report.load import read_records
 from tests.conftest import SMALL
 
 CELLS = Grid(clients=[1, 2], local_steps=[2, 4], seeds=[1, 2])
@@ -52,14 +52,14 @@ def test_a_grid_runs_every_cell_then_its_table_csv_and_plot(keys: dict[str, Any]
 
 def test_finished_cells_are_skipped_and_broken_off_ones_go_on(keys: dict[str, Any], tmp_path: Path) -> None:
     run({**keys, "stop-after-rounds": 3})
-    assert not any(result.finished for result in read_results(tmp_path / "grid", pytest.fail))
+    assert not read_records(tmp_path / "grid").runs["finished"].any()
     run(keys)
     written = {path: path.stat().st_mtime_ns for path in (tmp_path / "grid").glob("*/metrics.jsonl")}
     assert len(written) == 8
     assert all(len(read_rows(path.parent)) > 3 for path in written)
     run(keys, CELLS._replace(clients=[1, 2, 4]))
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
-    assert sum(result.finished for result in read_results(tmp_path / "grid", pytest.fail)) == 12
+    assert read_records(tmp_path / "grid").runs["finished"].sum() == 12
 
 
 def test_every_cell_is_checked_before_the_first_begins(keys: dict[str, Any], tmp_path: Path) -> None:

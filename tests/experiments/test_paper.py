@@ -13,7 +13,7 @@ from fedsim.experiments.cells import cost
 from fedsim.experiments.paper import list_studies, run_studies
 from fedsim.experiments.study import read_study, study_names
 from fedsim.records import read_summary
-from fedsim.report.load import read_groups
+from fedsim.report.result_table import ResultTable, read_tables
 
 TINY = """title = "Tiny"
 mode = "localsgd"
@@ -39,6 +39,12 @@ def tiny(tmp_path: Path) -> Path:
     return path
 
 
+def finished_runs(table: ResultTable) -> list[int]:
+    """How many runs of each cell are finished."""
+    cells: list[int] = [int(table.runs["finished"][table.runs["cell"] == cell].sum()) for cell in table.cells.index]
+    return cells
+
+
 def run(study: Path, seeds: list[int] | None = None, **keys: Any) -> str:
     console = Console(record=True, width=200, file=io.StringIO())
     run_studies([str(study)], seeds or [], {**HERE, **keys}, study.parent / "results", "fleet", False, console)
@@ -53,9 +59,9 @@ def test_a_study_runs_every_cell_and_twin_in_its_folder_and_shows_its_table(tiny
     assert all((summary := read_summary(folder / name)) and summary["finished"] for name in names)
     assert (folder / "study.toml").read_text() == TINY
     assert "large batch" in text
-    (group,), warnings = read_groups(folder)
-    assert (group.title, warnings) == ("Tiny", [])
-    assert [len(cell.finished) for cell in group.cells] == [2, 2, 2, 2]
+    (table,), warnings = read_tables(folder)
+    assert (table.title, warnings) == ("Tiny", [])
+    assert finished_runs(table) == [2, 2, 2, 2]
 
 
 def test_chosen_cells_run_alone_and_one_that_is_not_there_is_named(tiny: Path) -> None:
@@ -73,12 +79,12 @@ def test_a_study_in_another_precision_is_a_study_apart(tiny: Path) -> None:
     run(tiny, [1])
     console = Console(record=True, width=200, file=io.StringIO())
     run_studies([str(tiny)], [1], HERE, tiny.parent / "results", "fleet", False, console, precision="bf16")
-    groups, warnings = read_groups(tiny.parent / "results")
-    assert [(group.name, group.title) for group in groups] == [("tiny", "Tiny"), ("tiny-bf16", "Tiny, in bf16")]
+    tables, warnings = read_tables(tiny.parent / "results")
+    assert [(table.name, table.title) for table in tables] == [("tiny", "Tiny"), ("tiny-bf16", "Tiny, in bf16")]
     assert warnings == []
-    for group, precision in zip(groups, ("fp32", "bf16"), strict=True):
-        assert {run.config["precision"] for run in group.runs} == {precision}
-        assert [len(cell.finished) for cell in group.cells] == [1] * 4
+    for table, precision in zip(tables, ("fp32", "bf16"), strict=True):
+        assert set(table.runs["precision"]) == {precision}
+        assert finished_runs(table) == [1] * 4
 
 
 @pytest.mark.parametrize(
@@ -110,15 +116,15 @@ def test_every_study_that_leaves_its_precision_open_can_be_run_in_bf16() -> None
 def test_broken_off_studies_go_on_and_finished_cells_are_skipped(tiny: Path) -> None:
     folder = tiny.parent / "results" / "tiny"
     run(tiny, [1], **{"stop-after-epochs": 1.0})
-    (group,), _ = read_groups(folder)
-    assert [len(cell.finished) for cell in group.cells] == [0] * 4
+    (table,), _ = read_tables(folder)
+    assert finished_runs(table) == [0] * 4
     run(tiny, [1])
     written = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
     assert len(written) == 4
     run(tiny, [1, 3])
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
-    (group,), _ = read_groups(folder)
-    assert [len(cell.finished) for cell in group.cells] == [2] * 4
+    (table,), _ = read_tables(folder)
+    assert finished_runs(table) == [2] * 4
 
 
 def test_everything_is_checked_before_the_first_run(tiny: Path) -> None:
@@ -136,8 +142,8 @@ def test_cells_that_fail_are_named_and_the_others_run(tiny: Path) -> None:
     )
     with pytest.raises(RunFailed, match="2 of 4 cells failed: tiny/k2-j2-seed1, tiny/k2-twin-seed1"):
         run(tiny, [1])
-    (group,), _ = read_groups(tiny.parent / "results" / "tiny")
-    assert [len(cell.finished) for cell in group.cells] == [1, 0, 1, 0]
+    (table,), _ = read_tables(tiny.parent / "results" / "tiny")
+    assert finished_runs(table) == [1, 0, 1, 0]
 
 
 def test_the_list_says_what_each_study_costs() -> None:
