@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pandas as pd
 
+from fedsim.report.load import printable
 from fedsim.report.result_table import ResultTable
 
 if TYPE_CHECKING:
@@ -35,8 +36,12 @@ class Plot:
 
     def png(self, command: str) -> bytes:
         """The figure as PNG, which states the `command` that makes it."""
+        from matplotlib.text import Text
+
+        for text in self.figure.findobj(Text):
+            text.set_parse_math(False)  # a $ in a name is a $
         file = io.BytesIO()
-        self.figure.savefig(file, dpi=DPI, metadata={"Description": command})
+        self.figure.savefig(file, dpi=DPI, metadata={"Description": printable(command)})
         return file.getvalue()
 
 
@@ -324,7 +329,7 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
     for panel in panels:
         for handle, words in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(words, handle)
-    if 0 < len(found) <= MOST_IN_LEGEND:
+    if 0 < len(found) <= MOST_IN_LEGEND:  # more would hide the figure; they are in its CSV
         widest = 0.6 + CHARACTER * max(map(len, found))  # with its line
         across = max(1, min(len(found), int(figure.get_figwidth() / widest)))
         figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(found) // across))

@@ -104,7 +104,7 @@ def folder(key: str, text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{key} = {text}: there is no such home folder: give another folder") from error
+        raise UserError(f"{key} = {printable(text)}: there is no such home folder: give another folder") from error
 
 
 @contextlib.contextmanager
@@ -116,8 +116,9 @@ def output_folder(text: str) -> Iterator[Path]:
         yield path
     except OSError as error:
         if error.errno in DISK_ERRORS:
-            raise RunFailed(f"{path} cannot be written ({error.strerror}): free some space and try again") from error
-        raise UserError(f"out = {text} cannot be written ({error.strerror}): give another -o") from error
+            reason = f"{printable(str(path))} cannot be written ({error.strerror})"
+            raise RunFailed(f"{reason}: free some space and try again") from error
+        raise UserError(f"out = {printable(text)} cannot be written ({error.strerror}): give another -o") from error
 
 
 def save_plot(plot: Plot, path: Path, command: str) -> bytes:

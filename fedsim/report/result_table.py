@@ -70,15 +70,16 @@ class ResultTable:
 
 def read_tables(root: Path, axes: Sequence[str] = ()) -> tuple[list[ResultTable], list[str]]:
     """The tables of all runs under `root`, and warnings; `axes` are those of runs that no study describes."""
+    shown = printable(str(root))
     try:
         if (root / "config.json").is_file():
-            raise UserError(f"{root} is one run: give the folder that holds it")
+            raise UserError(f"{shown} is one run: give the folder that holds it")
         records = read_records(root)
     except OSError as error:
-        raise UserError(f"results = {root} cannot be read ({error.strerror}): give a folder of results") from error
+        raise UserError(f"results = {shown} cannot be read ({error.strerror}): give a folder of results") from error
     if records.runs.empty:
         why = f" ({records.warnings[0]})" if records.warnings else ""
-        raise UserError(f"{root} holds no runs{why}: give a folder of results, for instance results")
+        raise UserError(f"{shown} holds no runs{why}: give a folder of results, for instance results")
     _warn_of_namesakes(records)
     tables: list[ResultTable] = []
     for folder, runs in records.runs.groupby(records.runs["folder"].map(lambda path: path.parent)):

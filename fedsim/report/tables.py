@@ -12,7 +12,6 @@ from rich.text import Text
 
 from fedsim.report.result_table import NOTHING, SYMBOLS, ResultTable
 
-COSTS = ["epoch", "local_steps", "network_syncs", "network_bytes", "seconds"]
 CSV_COLUMNS = (
     "run", "mode", "optimizer", "clients", "local_steps_per_round", "batch_size", "seed", "tested_on", "finished",
     "final_test_accuracy", "best_test_accuracy", "last_test_accuracy", "epoch", "round", "local_steps", "syncs",
@@ -35,6 +34,28 @@ class TextTable(NamedTuple):
     rows: Sequence[Sequence[Entry]]
 
 
+class Cost(NamedTuple):
+    """How a cost is shown: the title of its column, its unit and its decimals."""
+
+    title: str
+    unit: float = 1
+    decimals: int = 0
+
+    def entry(self, value: float) -> Entry:
+        """`value` as text."""
+        return Entry(number(value / self.unit, self.decimals))
+
+
+COSTS = {
+    "epoch": Cost("epochs", decimals=2),
+    "local_steps": Cost("local steps"),
+    "network_syncs": Cost("syncs"),
+    "network_bytes": Cost("MB sent", 1e6, 1),
+    "seconds": Cost("minutes", 60, 1),
+}
+TRAFFIC = ("network_syncs", "network_bytes")
+
+
 def summarize(table: ResultTable) -> pd.DataFrame:
     """A line for each cell that has a test, over its `counted` runs.
 
@@ -52,7 +73,7 @@ def summarize(table: ResultTable) -> pd.DataFrame:
     runs = every.agg(finished=("finished", "sum"), started=("finished", "size"))
     unfinished = table.runs[~table.runs["finished"]]
     runs["reached"] = unfinished.groupby("cell")["epoch"].max()
-    return table.cells.join([accuracy, by_cell[COSTS].mean(), runs], how="inner").sort_index()
+    return table.cells.join([accuracy, by_cell[list(COSTS)].mean(), runs], how="inner").sort_index()
 
 
 def accuracy_table(table: ResultTable, which: str) -> TextTable:
@@ -73,7 +94,7 @@ def accuracy_table(table: ResultTable, which: str) -> TextTable:
 
 def cost_table(table: ResultTable) -> TextTable:
     """A line for each tested cell: its runs, its accuracies, and what a run took."""
-    header = ["cell", "runs", "best", "final", "epochs", "local steps", "syncs", "MB sent", "minutes"]
+    shown = [name for name in COSTS if table.with_traffic or name not in TRAFFIC]
     rows = []
     for line in summarize(table).to_dict("records"):
         started = line["started"] - line["finished"]
@@ -85,16 +106,10 @@ def cost_table(table: ResultTable) -> TextTable:
                 Entry(f"{line['finished']} of {line['expected']}", note),
                 Entry(percent(line["best"], line["best_std"])),
                 Entry(percent(line["final"], line["final_std"])),
-                Entry(number(line["epoch"], 2)),
-                Entry(number(line["local_steps"])),
-                Entry(number(line["network_syncs"])),
-                Entry(number(line["network_bytes"] / 1e6, 1)),
-                Entry(number(line["seconds"] / 60, 1)),
+                *(COSTS[name].entry(line[name]) for name in shown),
             ]
         )
-    if not table.with_traffic:
-        rows = [[*row[:6], row[8]] for row in rows]
-        header = [*header[:6], header[8]]
+    header = ["cell", "runs", "best", "final", *(COSTS[name].title for name in shown)]
     return TextTable(f"Accuracy on {table.tested_on} images, %{_deviation(table)}; costs of a run", header, rows)
 
 

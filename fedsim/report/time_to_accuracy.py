@@ -14,7 +14,7 @@ from fedsim.report.figures import Plot, draw_cells
 from fedsim.report.network import Network, network_seconds
 from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings
 from fedsim.report.result_table import NOTHING, ResultTable, read_tables
-from fedsim.report.tables import Entry, TextTable, number, percent, rich_table
+from fedsim.report.tables import COSTS, TRAFFIC, Entry, TextTable, number, percent, rich_table
 
 MEANS = ["seconds", "resolution", "epoch", "network_syncs", "network_bytes"]
 
@@ -80,6 +80,7 @@ def images_per_step(cells: pd.DataFrame) -> pd.Series:
 
 def time_table(times: pd.DataFrame, table: ResultTable, target: float) -> TextTable:
     """The times for the terminal, the shortest first."""
+    shown = ("epoch", *TRAFFIC) if table.with_traffic else ("epoch",)
     rows = []
     for line in times.sort_values("seconds", kind="stable", na_position="last").to_dict("records"):
         reached = Entry(f"{line['reached']} of {line['runs']}")
@@ -87,7 +88,7 @@ def time_table(times: pd.DataFrame, table: ResultTable, target: float) -> TextTa
         if not line["reached"]:
             never = "never" if line["finished"] else "not yet"
             best = Entry(never, f"best {percent(line['best_accuracy'])} %")
-            rows.append([name, best, *[Entry(NOTHING)] * 4, reached])
+            rows.append([name, best, *[Entry(NOTHING)] * (1 + len(shown)), reached])
             continue
         deviation = f" ± {line['seconds_std']:,.1f}" if line["seconds_std"] > line["resolution"] else ""
         rows.append(
@@ -95,14 +96,12 @@ def time_table(times: pd.DataFrame, table: ResultTable, target: float) -> TextTa
                 name,
                 Entry(f"{number(line['seconds'], 1)}{deviation}"),
                 Entry(number(line["resolution"], 1)),
-                Entry(number(line["epoch"], 2)),
-                Entry(number(line["network_syncs"])),
-                Entry(number(line["network_bytes"] / 1e6, 1)),
+                *(COSTS[cost].entry(line[cost]) for cost in shown),
                 reached,
             ]
         )
     title = f"{table.title}: time to {100 * target:g} % accuracy on {table.tested_on} images"
-    return TextTable(title, ["cell", "seconds", "resolution", "epochs", "syncs", "MB sent", "runs"], rows)
+    return TextTable(title, ["cell", "seconds", "resolution", *(COSTS[cost].title for cost in shown), "runs"], rows)
 
 
 def plot_times(times: pd.DataFrame, table: ResultTable, target: float) -> Plot:

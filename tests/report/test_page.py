@@ -90,7 +90,7 @@ def test_warnings_are_on_the_page_and_in_the_terminal(study: Path, tmp_path: Pat
     assert "Warnings: 1" in page
 
 
-HOSTILE = "r[/b]\x1b[31m<script>alert(1)<,script>|`*x\udcff"  # the last as a byte that is not UTF-8
+HOSTILE = "r[/b]\x1b[31m<script>alert(1)<,script>|`*x$\\frac$\udcff"  # the last as a byte that is not UTF-8
 
 
 def test_names_and_texts_are_shown_as_they_are(tmp_path: Path) -> None:
@@ -134,7 +134,9 @@ def test_a_file_that_may_not_grow_is_a_failed_run(study: Path, tmp_path: Path) -
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("out", ["{tmp}/file", "{tmp}/file/below", "~nosuchuser/out", "{tmp}/" + 300 * "n"])
+@pytest.mark.parametrize(
+    "out", ["{tmp}/file", "{tmp}/file/below", "~nosuchuser/out", "{tmp}/file/a\nb", "{tmp}/" + 300 * "n"]
+)
 def test_a_folder_that_cannot_be_made_is_bad_input(study: Path, tmp_path: Path, out: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"\Aout = [^\n]*: give another [^\n]*\Z"):
