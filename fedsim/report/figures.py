@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 DPI = 144
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008, for colour-blind eyes
 MARKERS = "osD^vP"
+WIDTHS = {1: 5.0, 2: 8.0, 3: 9.6}  # inches, by the panels side by side
 CHARACTER = 0.085  # inches of width, about
 MOST_IN_LEGEND = 24
 LONGEST_LABEL = 14  # characters beside a point
@@ -149,7 +150,7 @@ def draw_cells(
     """
     shown = table.cells.loc[sorted({*values.index, *missing, *(paper.dropna().index if paper is not None else ())})]
     rows, columns = list(shown["row"].unique()), list(shown["column"].unique())
-    figure, (panel,) = _panels(1, width=max(5.0, 0.3 * len(rows)))
+    figure, (panel,) = _panels(1, least=0.3 * len(rows))
     for number, column in enumerate(columns):
         style = _series_style(number)
         aside = 0.06 * (number - (len(columns) - 1) / 2)  # so that no bar hides another
@@ -200,7 +201,7 @@ def plot_pareto(table: ResultTable) -> Plot:
     alone = " One worker sends nothing and is left out." if (table.cells["clients"] == 1).any() else ""
     caption = (
         f"Final accuracy on {table.tested_on} images, mean over seeds, against what was sent; the numbers at the "
-        f"points: {', '.join(table.row_axes)}.{_baseline_words(table, BYTES, ' Hollow: ')}{alone}"
+        f"points: {', '.join(table.row_axes)}.{alone}{_baseline_words(table, BYTES, ' Hollow: ')}."
     )
     columns = ["against", "sent", "accuracy_percent", "on_the_front"]
     return Plot(f"{table.name}-pareto", caption, figure, _with_coords(table, pd.concat(numbers), columns))
@@ -236,13 +237,13 @@ def _columns_of(panels: int) -> int:
     return max(min(panels, 3), 1)
 
 
-def _panels(count: int, width: float = 3.2) -> tuple[Figure, list[Axes]]:
-    """A figure with `count` panels, three side by side, each `width` inches wide."""
+def _panels(count: int, least: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, at most three side by side, and at least `least` inches wide."""
     from matplotlib.figure import Figure  # a second to import, and only figures need it
 
     across = _columns_of(count)
     down = max(-(-count // across), 1)
-    figure = Figure(figsize=(max(width * across, 5.0), 3.4 * down), layout="constrained")
+    figure = Figure(figsize=(max(WIDTHS[across], least), 3.4 * down), layout="constrained")
     panels = list(figure.subplots(down, across, sharey=True, squeeze=False).flatten())
     for panel in panels[count:]:
         panel.remove()
@@ -330,7 +331,8 @@ def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
         for handle, words in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(words, handle)
     if 0 < len(found) <= MOST_IN_LEGEND:  # more would hide the figure; they are in its CSV
-        widest = 0.6 + CHARACTER * max(map(len, found))  # with its line
-        across = max(1, min(len(found), int(figure.get_figwidth() / widest)))
+        widths = [0.6 + CHARACTER * len(words) for words in found]  # with its line
+        room = figure.get_figwidth()
+        across = len(found) if sum(widths) < room else max(1, int(room / max(widths)))
         figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(found) // across))
         figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=across, frameon=False)

@@ -149,9 +149,9 @@ def _outcome(summary: Summary | None, rows: list[Row]) -> dict[str, Any]:
 
 def _read(path: Path, parse: Callable[[bytes], T], warnings: list[str]) -> T | None:
     """The parsed file; None, with a warning, if it is damaged, and None if there is none."""
-    if not path.exists():
-        return None
     try:
+        if not path.exists():
+            return None
         if not path.is_file():
             raise UserError("not a file")
         return parse(path.read_bytes())

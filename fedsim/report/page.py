@@ -77,7 +77,7 @@ def build_report(root: str, out: str, figure: str, console: Console) -> None:
             "command": printable(command),
         }
         for template, name in (("page.html.j2", "index.html"), ("report.md.j2", "report.md")):
-            (path / name).write_text(_render(template, content))
+            (path / name).write_text(_render(template, content), encoding="utf-8")
             show_path(path / name, console)
 
 
@@ -93,7 +93,7 @@ def show_results(root: Path, console: Console, axes: Sequence[str] = (), save_as
         console.print(terminal_table(table))
     if save_as:
         with output_folder(str(root)) as path:
-            (path / f"{save_as}.csv").write_text(csv_text(runs_frame(tables[0])))
+            (path / f"{save_as}.csv").write_text(csv_text(runs_frame(tables[0])), encoding="utf-8")
             (path / f"{save_as}.png").write_bytes(plot_accuracy(tables[0]).png("run.py grid"))
             show_path(path / f"{save_as}.csv", console)
             show_path(path / f"{save_as}.png", console)
@@ -125,7 +125,7 @@ def save_plot(plot: Plot, path: Path, command: str) -> bytes:
     """Write ``NAME.png`` and ``NAME.csv`` to the folder `path`; returns the PNG."""
     png = plot.png(command)
     (path / f"{plot.name}.png").write_bytes(png)
-    (path / f"{plot.name}.csv").write_text(csv_text(plot.numbers))
+    (path / f"{plot.name}.csv").write_text(csv_text(plot.numbers), encoding="utf-8")
     return png
 
 
@@ -148,7 +148,7 @@ def _section(table: ResultTable, path: Path, command: str) -> Section:
         picture = base64.b64encode(save_plot(plot, path, own)).decode()
         width = round(PIXELS_PER_INCH * plot.figure.get_figwidth())
         figures.append(Figure(name, printable(plot.caption), printable(own), picture, width))
-    (path / f"{table.name}-runs.csv").write_text(csv_text(runs_frame(table)))
+    (path / f"{table.name}-runs.csv").write_text(csv_text(runs_frame(table)), encoding="utf-8")
     tables = [cost_table(table)] if table.counted.size else []
     if len(table.axes) > 1 and tables:
         tables = [accuracy_table(table, "best"), accuracy_table(table, "final"), *tables]

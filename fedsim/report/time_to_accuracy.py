@@ -16,6 +16,7 @@ from fedsim.report.page import folder, output_folder, save_plot, show_path, show
 from fedsim.report.result_table import NOTHING, ResultTable, read_tables
 from fedsim.report.tables import COSTS, TRAFFIC, Entry, TextTable, number, percent, rich_table
 
+CAPTION = "within: seconds since the test before; ±: standard deviation over runs, if larger"
 MEANS = ["seconds", "resolution", "epoch", "network_syncs", "network_bytes"]
 
 
@@ -34,7 +35,7 @@ def time_to_accuracy(
             times = times_to_target(table, target, network, compute)
             plot = plot_times(times, table, target)
             save_plot(plot, path, command)
-            console.print(rich_table(time_table(times, table, target), "± : standard deviation over runs, if above it"))
+            console.print(rich_table(time_table(times, table, target), CAPTION))
             show_path(path / f"{plot.name}.csv", console)
             show_path(path / f"{plot.name}.png", console)
 
@@ -101,7 +102,7 @@ def time_table(times: pd.DataFrame, table: ResultTable, target: float) -> TextTa
             ]
         )
     title = f"{table.title}: time to {100 * target:g} % accuracy on {table.tested_on} images"
-    return TextTable(title, ["cell", "seconds", "resolution", *(COSTS[cost].title for cost in shown), "runs"], rows)
+    return TextTable(title, ["cell", "seconds", "within", *(COSTS[cost].title for cost in shown), "runs"], rows)
 
 
 def plot_times(times: pd.DataFrame, table: ResultTable, target: float) -> Plot:

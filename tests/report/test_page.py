@@ -17,6 +17,12 @@ from fedsim.report.result_table import read_tables
 from tests.conftest import write_run
 
 
+@pytest.fixture
+def results(tmp_path: Path) -> Path:
+    """A folder of results that holds one run."""
+    return write_run(tmp_path / "results" / "some" / "one", Config(), "centralized", [0.1, 0.5]).parents[1]
+
+
 def report(root: Path | str, out: Path | str, figure: str = "") -> str:
     console = Console(record=True, width=200, file=io.StringIO())
     build_report(str(root), str(out), figure, console)
@@ -41,7 +47,7 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_needs_no_other_file_and_fits_a_phone(study: Path, tmp_path: Path) -> None:
+def test_the_page_needs_no_other_file_and_markdown_holds_the_same(study: Path, tmp_path: Path) -> None:
     report(study.parent, tmp_path / "report")
     text = (tmp_path / "report" / "index.html").read_text()
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
@@ -49,10 +55,6 @@ def test_the_page_needs_no_other_file_and_fits_a_phone(study: Path, tmp_path: Pa
     assert [link[:22] for link in page.links if not link.startswith("#")] == ["data:image/png;base64,"] * 5
     assert text.count('<div class="wide"><table>') == page.elements.count("table") == 3
     assert "<td>52.00<small>unfinished, epoch 4.0</small></td>" in text
-
-
-def test_markdown_holds_the_same_tables(study: Path, tmp_path: Path) -> None:
-    report(study.parent, tmp_path / "report")
     text = (tmp_path / "report" / "report.md").read_text()
     assert "|  | K = 2 | K = 4 |\n| --- | ---: | ---: |\n| J = 1 | 44.00 ± 1.41 | 43.00 |\n" in text
     assert "| J = 8 | 53.00 ± 1.41 | 52.00 (unfinished, epoch 4.0) |\n" in text
@@ -80,10 +82,10 @@ def test_every_figure_has_its_files_and_a_command_that_remakes_it(
         report("results", "report", "nothing")
 
 
-def test_warnings_are_on_the_page_and_in_the_terminal(study: Path, tmp_path: Path) -> None:
-    path = study / "k2-j1-seed1" / "metrics.jsonl"
+def test_warnings_are_on_the_page_and_in_the_terminal(results: Path, tmp_path: Path) -> None:
+    path = results / "some" / "one" / "metrics.jsonl"
     path.write_text("broken\n" + path.read_text())
-    told = report(study.parent, tmp_path / "report")
+    told = report(results, tmp_path / "report")
     page = (tmp_path / "report" / "index.html").read_text()
     for text in (told, (tmp_path / "report" / "report.md").read_text(), page):
         assert "1 damaged rows are skipped, line 1" in text
@@ -117,19 +119,19 @@ def test_names_and_texts_are_shown_as_they_are(tmp_path: Path) -> None:
     assert "[/b]<script>|" in console.export_text()
 
 
-def test_a_full_disk_is_a_failed_run(study: Path, tmp_path: Path) -> None:
+def test_a_full_disk_is_a_failed_run(results: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "index.html").symlink_to("/dev/full")
     with pytest.raises(RunFailed, match=r"out cannot be written \(No space left on device\): free some space"):
-        report(study, tmp_path / "out")
+        report(results, tmp_path / "out")
 
 
-def test_a_file_that_may_not_grow_is_a_failed_run(study: Path, tmp_path: Path) -> None:
+def test_a_file_that_may_not_grow_is_a_failed_run(results: Path, tmp_path: Path) -> None:
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (1000, before[1]))
     try:
         with pytest.raises(RunFailed, match="File too large"):
-            report(study, tmp_path / "out")
+            report(results, tmp_path / "out")
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
@@ -137,10 +139,10 @@ def test_a_file_that_may_not_grow_is_a_failed_run(study: Path, tmp_path: Path) -
 @pytest.mark.parametrize(
     "out", ["{tmp}/file", "{tmp}/file/below", "~nosuchuser/out", "{tmp}/file/a\nb", "{tmp}/" + 300 * "n"]
 )
-def test_a_folder_that_cannot_be_made_is_bad_input(study: Path, tmp_path: Path, out: str) -> None:
+def test_a_folder_that_cannot_be_made_is_bad_input(results: Path, tmp_path: Path, out: str) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"\Aout = [^\n]*: give another [^\n]*\Z"):
-        report(study, out.format(tmp=tmp_path))
+        report(results, out.format(tmp=tmp_path))
 
 
 def test_a_folder_that_cannot_be_entered_is_bad_input(tmp_path: Path) -> None:
