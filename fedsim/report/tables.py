@@ -80,10 +80,8 @@ def accuracy_table(table: ResultTable, which: str) -> TextTable:
     """The ``best`` or ``final`` accuracy of each tested cell, beside the paper's: the first axis across."""
     summary = summarize(table)
     summary["entry"] = [_accuracy(line, which) for line in summary.to_dict("records")]
-    pivot = summary.pivot(index="row", columns="column", values="entry")
-    pivot = pivot.reindex(index=summary["row"].unique(), columns=table.cells["column"].unique()).dropna(
-        axis=1, how="all"
-    )
+    order = {"index": summary["row"].unique(), "columns": table.cells["column"].unique()}
+    pivot = summary.pivot(index="row", columns="column", values="entry").reindex(**order).dropna(axis=1, how="all")
     rows = [
         [Entry(str(row)), *(entry if isinstance(entry, Entry) else Entry(NOTHING) for entry in line)]
         for row, line in zip(pivot.index, pivot.to_numpy(), strict=True)
@@ -98,8 +96,7 @@ def cost_table(table: ResultTable) -> TextTable:
     rows = []
     for line in summarize(table).to_dict("records"):
         started = line["started"] - line["finished"]
-        note = f"{started} at epoch {line['reached']:.1f}" if started and line["reached"] > 0 else ""
-        note = note if line["finished"] else f"unfinished: {note}"
+        note = f"{started} unfinished, to epoch {line['reached']:.1f}" if line["reached"] > 0 else ""
         rows.append(
             [
                 Entry(line["label"] or table.name),

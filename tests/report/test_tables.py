@@ -45,7 +45,7 @@ def test_costs_of_every_tested_cell_with_one_accounting_of_traffic(table: Result
     costs = lines(cost_table(table))
     fields = "2 of 2|44.00 ± 1.41|43.00 ± 1.41|4.00|32|32|0.1|0.1"
     assert [entry.text for entry in costs["K = 2, J = 1"]] == fields.split("|")
-    assert costs["K = 4, J = 8"][0] == Entry("0 of 2", "unfinished: 1 at epoch 4.0")
+    assert costs["K = 4, J = 8"][0] == Entry("0 of 2", "1 unfinished, to epoch 4.0")
     # 32 steps of data-parallel SGD: 250 parameters of 4 bytes, 2 workers, both ways
     assert [entry.text for entry in costs["K = 2, large batch"][5:7]] == ["32", number(32 * 250 * 4 * 2 * 2 / 1e6, 1)]
     assert "K = 4, large batch" not in costs  # no test yet
