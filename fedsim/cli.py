@@ -53,7 +53,6 @@ class Command(TyperCommand):
 if TYPE_CHECKING:  # torch takes seconds to import: --help does not wait for it
     from fedsim.experiments.study import Cell, Study
     from fedsim.experiments.sweep import Runner
-    from fedsim.report.load import Group
 
 # Without rich: it cuts flags and help that do not fit its columns
 cli = typer.Typer(
@@ -301,7 +300,7 @@ def study(
     """Run the studies named, then show their tables; with none named, list them and what they cost."""
     from fedsim.experiments.study import read_study, select
     from fedsim.experiments.sweep import PLAIN, fail_if_any, run_studies
-    from fedsim.report.tables import accuracy_table
+    from fedsim.report.page import show_results
 
     chosen = integers("seeds", seeds) if seeds else []
     console = _console()
@@ -318,41 +317,21 @@ def study(
     runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine)
     failed = run_studies(todo, Path(results_dir), runner, rerun, console)
     for found, _ in todo:
-        folder = Path(results_dir) / found.name
-        for group in _groups(folder, console):
-            console.print(f"{found.name}: {group.title}", **PLAIN)
-            console.print(accuracy_table(group))
+        folder = Path(results_dir).expanduser().absolute() / found.name
+        show_results(folder, console)
         console.print(f"python run.py report {folder} -o report", **PLAIN)
     fail_if_any(failed, sum(len(cells) for _, cells in todo))
 
 
 def _run_grid(study: Study, cells: Sequence[Cell], results_dir: str, runner: Runner, rerun: bool) -> None:
     """Run `cells` of `study`, then show its table, and write its runs and its plot beside them."""
-    from fedsim.experiments.sweep import PLAIN, fail_if_any, run_studies
-    from fedsim.report.figures import DPI, plot_accuracy
-    from fedsim.report.tables import accuracy_table, write_runs
+    from fedsim.experiments.sweep import fail_if_any, run_studies
+    from fedsim.report.page import show_results
 
     console = _console()
     failed = run_studies([(study, cells)], Path(results_dir), runner, rerun, console)
-    folder = Path(results_dir).expanduser().absolute() / study.name
-    groups = _groups(folder, console)
-    for group in groups:
-        console.print(accuracy_table(group))
-    write_runs(groups[0], folder / "grid.csv")
-    plot_accuracy(groups[0]).figure.savefig(folder / "grid.png", dpi=DPI)
-    console.print(f"{folder / 'grid.csv'}\n{folder / 'grid.png'}", **PLAIN)
+    show_results(Path(results_dir).expanduser().absolute() / study.name, console, save_as="grid")
     fail_if_any(failed, len(cells))
-
-
-def _groups(folder: Path, console: Console) -> list[Group]:
-    """The runs of a study's folder: those that are as the study says, and apart any others, with a warning."""
-    from fedsim.experiments.sweep import PLAIN
-    from fedsim.report.load import read_groups
-
-    groups, warnings = read_groups(folder)
-    for warning in warnings:
-        console.print(f"warning: {warning}", **PLAIN)
-    return groups
 
 
 OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")
@@ -383,34 +362,39 @@ def shard(
 def report(
     results: str = RESULTS,
     out: str = OUT,
-    figure: str = typer.Option("", "--figure", help="make this one picture and its CSV alone", metavar="NAME"),
+    figure: str = typer.Option("", "--figure", help="make only this figure and its CSV", metavar="NAME"),
 ) -> None:
-    """Make a page, a Markdown file, pictures and CSV of what is under a folder of results."""
-    from fedsim.report.tables import build_report
+    """Make an HTML page, a Markdown file, figures and CSV files from a folder of results."""
+    from fedsim.report.page import build_report
 
-    build_report(Path(results), Path(out), figure, _console())
+    build_report(results, out, figure, _console())
 
 
 @cli.command(cls=Command)
-def plan(
+def time_to_accuracy(
     results: str = RESULTS,
-    bandwidth: str = typer.Option(..., "--bandwidth", help="of a link, for instance 100Mbit or 12.5MB a second"),
+    bandwidth: str = typer.Option(..., "--bandwidth", help="of a link, for instance 100Mbit or 12.5MB per second"),
     latency: str = typer.Option(..., "--latency", help="of a message one way, for instance 20ms"),
     target: float = typer.Option(..., "--target", help="the accuracy to reach, a fraction"),
-    compute: str = typer.Option("", "--compute", help="a worker's time a step, for instance 10ms (default: measured)"),
-    link: str = typer.Option("worker", "--link", help="worker: a link for each; server: all share one", metavar="NAME"),
+    compute: str = typer.Option(
+        "", "--compute", help="a worker's time per step, for instance 10ms (default: measured)"
+    ),
+    link: str = typer.Option(
+        "worker", "--link", help="worker: one link for each; server: all share one", metavar="NAME"
+    ),
     out: str = OUT,
 ) -> None:
-    """Plan the time to a target accuracy on a network, for each cell under a folder of results.
+    """Estimate the time to a target accuracy on a network, for each cell in a folder of results.
 
-    seconds = local_steps * compute + syncs * 2 * latency + bytes_on_the_link / bandwidth, of the first test at the
-    target. With --link worker a link carries a worker's own bytes, up and down; with --link server those of all. The
-    large batch on one machine counts as data-parallel SGD: a sync a step, of 4 bytes a parameter, worker and way.
-    Compute time is measured as the median over the runs of seconds / images computed, tests included, times the
-    images of a worker's step: each worker is taken to be as fast as the machine that made the records.
+    seconds = local_steps * compute + syncs * 2 * latency + bytes_on_the_link / bandwidth, at the first test that
+    reaches the target. With --link worker a link carries one worker's bytes, up and down; with --link server those of
+    all. The large batch counts as data-parallel SGD: a sync at every step, of 4 bytes per parameter, worker and way.
+    One worker (K = 1) sends nothing. Compute time is measured as the median over the runs of seconds per training
+    image, tests included, times the images of a worker's step: each worker is assumed to be as fast as the machine
+    that made the records.
     """
     from fedsim.report.network import Network, duration, rate
-    from fedsim.report.time_to_accuracy import plan_results
+    from fedsim.report.time_to_accuracy import time_to_accuracy
 
     if link not in ("worker", "server"):
         raise UserError(f"link = {link!r} is unknown: it must be one of worker, server")
@@ -419,7 +403,7 @@ def plan(
     )
     step = duration("compute", compute) if compute else None
     command = shlex.join(["python", "run.py", *sys.argv[1:]])
-    plan_results(Path(results), target, network, step, Path(out), command, _console())
+    time_to_accuracy(results, target, network, step, out, command, _console())
 
 
 @cli.command(cls=Command)

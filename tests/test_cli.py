@@ -90,11 +90,12 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("shard --dataset synthetic -o {folder}/file", "out = {folder}/file cannot be made (Not a directory)"),
         ("shard --dataset synthetic --clients 9000 -o new", "clients = 9000 is more than the 8000 training images"),
         ("report nowhere", "nowhere holds no runs"),
-        ("plan nowhere --bandwidth 1Mbit --latency 1ms --target 0.5", "nowhere holds no runs"),
-        ("plan --bandwidth fast --latency 1ms --target 0.5", "bandwidth = 'fast' is not a number above 0 with one of"),
-        ("plan --bandwidth 1Mbit --latency 1 --target 0.5", "latency = '1' is not a number with one of us, ms, s"),
-        ("plan --bandwidth 1Mbit --latency 1ms --target 50", "target = 50.0 is no accuracy: give a fraction"),
-        ("plan --bandwidth 1Mbit --latency 1ms --target 0.5 --link tree", "link = 'tree' is unknown"),
+        ("time-to-accuracy nowhere --bandwidth 1Mbit --latency 1ms --target 0.5", "nowhere holds no runs"),
+        ("report ~nosuchuser", "results = ~nosuchuser: there is no such home folder"),
+        ("time-to-accuracy --bandwidth fast --latency 1ms --target 0.5", "bandwidth = 'fast' is not a number above 0"),
+        ("time-to-accuracy --bandwidth 1Mbit --latency 1 --target 0.5", "latency = '1' is not a number with one of us"),
+        ("time-to-accuracy --bandwidth 1Mbit --latency 1ms --target 50", "target = 50.0 is not an accuracy: give a"),
+        ("time-to-accuracy --bandwidth 1Mbit --latency 1ms --target 0.5 --link tree", "link = 'tree' is unknown"),
         ("deploy --nodes 0", "nodes = 0 is out of range: it must be at least 1"),
         ("deploy --nodes two", "--nodes"),
         ("deploy", "--nodes"),
@@ -185,8 +186,8 @@ def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None
     assert len(list((tmp_path / "results" / "mine").glob("j*-seed[12]/summary.json"))) == 4
     assert call("report")[0] == 0
     assert "Mine" in (tmp_path / "report" / "index.html").read_text()
-    assert call("plan", "--bandwidth", "100Mbit", "--latency", "20ms", "--target", "0.01")[0] == 0
-    assert (tmp_path / "report" / "plan-mine.csv").exists()
+    assert call("time-to-accuracy", "--bandwidth", "100Mbit", "--latency", "20ms", "--target", "0.01")[0] == 0
+    assert (tmp_path / "report" / "time-to-accuracy-mine.csv").exists()
     assert "kj-small" in call("study")[1]
 
 

@@ -26,7 +26,7 @@ from fedsim.device import resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.experiments.execute import Engine, check, execute
 from fedsim.experiments.study import KEPT, Cell, Study
-from fedsim.records import Row, Run, run_folder, atomic_write
+from fedsim.records import Row, Run, atomic_write, run_folder
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 

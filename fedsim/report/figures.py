@@ -1,27 +1,29 @@
-"""Figures from the records: each a PNG, the numbers in it as CSV, and a caption. Lines of one column share a panel."""
+"""Figures from the records: each with the numbers that it shows, as CSV, and a caption."""
 
 from __future__ import annotations
 
-import csv
+import io
 import math
-import statistics
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedsim.experiments.study import TWIN
-from fedsim.records import Row
-from fedsim.report.load import CellResults, Group, Place, Result
-from fedsim.report.network import traffic
-from fedsim.report.paper_values import PaperValue, paper_value
-from fedsim.report.words import label
+import pandas as pd
+
+from fedsim.report.load import printable
+from fedsim.report.result_table import ResultTable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-DPI = 130
+DPI = 144
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008, for colour-blind eyes
+MARKERS = "osD^vP"
+WIDTHS = {1: 5.0, 2: 8.0, 3: 9.6}  # inches, by the panels side by side
+CHARACTER = 0.085  # inches of width, about
+MOST_IN_LEGEND = 24
+LONGEST_LABEL = 14  # characters beside a point
 
 
 @dataclass(frozen=True)
@@ -31,220 +33,178 @@ class Plot:
     name: str
     caption: str
     figure: Figure
-    header: Sequence[str]
-    rows: Sequence[Sequence[Any]]
+    numbers: pd.DataFrame
+
+    def png(self, command: str) -> bytes:
+        """The figure as PNG, which states the `command` that makes it."""
+        from matplotlib.text import Text
+
+        for text in self.figure.findobj(Text):
+            text.set_parse_math(False)  # a $ in a name is a $
+        file = io.BytesIO()
+        self.figure.savefig(file, dpi=DPI, metadata={"Description": printable(command)})
+        return file.getvalue()
 
 
-class Axis(NamedTuple):
-    """What a curve runs along: a quantity of a row."""
+class XAxis(NamedTuple):
+    """What a curve runs along: a column of the rows."""
 
     name: str
+    column: str
     words: str
-    value: Callable[[CellResults, Result, Row], float | None]
 
 
-def _sent(cell: CellResults, run: Result, row: Row) -> float | None:
-    found = traffic(cell, run, row)
-    return None if found is None else found.bytes_up + found.bytes_down
+EPOCHS = XAxis("epochs", "epoch", "epochs")
+SYNCS = XAxis("syncs", "network_syncs", "syncs")
+BYTES = XAxis("bytes", "network_bytes", "bytes sent by all workers, both ways")
 
 
-def _syncs(cell: CellResults, run: Result, row: Row) -> float | None:
-    found = traffic(cell, run, row)
-    return None if found is None else found.syncs
-
-
-EPOCHS = Axis("epochs", "epochs", lambda cell, run, row: float(row["epoch"]))
-SYNCS = Axis("syncs", "syncs", _syncs)
-BYTES = Axis("bytes", "bytes sent by all workers, both ways", _sent)
-
-
-class Point(NamedTuple):
-    """One place of a mean curve."""
-
-    x: float
-    mean: float
-    spread: float
-    runs: int
-
-
-def plots_of(group: Group) -> dict[str, Callable[[], Plot]]:
-    """Each figure that the group's records allow, in the report's order: its name and how to make it."""
+def plots_of(table: ResultTable) -> dict[str, Callable[[], Plot]]:
+    """The name of each figure that the records allow, and how to make it, in the report's order."""
     makers: dict[str, Callable[[], Plot]] = {}
-    if any(run.tested for run in group.runs):
-        makers[f"{group.name}-epochs"] = lambda: plot_curves(group, EPOCHS)
-        if any(run.config["mode"] == "localsgd" for run in group.runs):
-            makers[f"{group.name}-syncs"] = lambda: plot_curves(group, SYNCS)
-            makers[f"{group.name}-bytes"] = lambda: plot_curves(group, BYTES)
-            if any(cell.finished for cell in group.cells):
-                makers[f"{group.name}-pareto"] = lambda: plot_pareto(group)
-    if any(cell.values("final_test_accuracy") for cell in group.cells) and len(group.cells) > 1:
-        makers[f"{group.name}-accuracy"] = lambda: plot_accuracy(group)
+    finished = table.counted[table.counted["finished"]]
+    if table.rows["test_accuracy"].notna().any():
+        makers[f"{table.name}-epochs"] = lambda: plot_curves(table, EPOCHS)
+        if table.with_traffic:
+            makers[f"{table.name}-syncs"] = lambda: plot_curves(table, SYNCS)
+            makers[f"{table.name}-bytes"] = lambda: plot_curves(table, BYTES)
+    if (finished["network_bytes"] > 0).any():
+        makers[f"{table.name}-pareto"] = lambda: plot_pareto(table)
+    if not finished.empty and len(table.cells) > 1:
+        makers[f"{table.name}-accuracy"] = lambda: plot_accuracy(table)
     return makers
 
 
-def save_plot(plot: Plot, out: Path, command: str) -> None:
-    """``NAME.png`` and ``NAME.csv`` in `out`; the PNG says which command made it."""
-    plot.figure.savefig(out / f"{plot.name}.png", dpi=DPI, metadata={"Description": command})
-    with (out / f"{plot.name}.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(plot.header)
-        writer.writerows(plot.rows)
+def mean_curves(table: ResultTable, axis: XAxis) -> pd.DataFrame:
+    """The mean test accuracy of each cell's counted runs after the rounds at which all of them were tested.
 
-
-def mean_curve(cell: CellResults, axis: Axis) -> list[Point]:
-    """The mean test accuracy of the cell's runs along `axis`, where all of them have a test.
-
-    Runs that are finished, or, where none is, those that have begun: an unfinished one cuts no mean short.
+    Columns: `cell`, the axis' name, `accuracy_mean`, `accuracy_std` (0 for one run), `runs`.
     """
-    runs = cell.finished or [run for run in cell.runs if run.tested]
-    by_round = [{row["round"]: row for row in run.tested} for run in runs]
-    points = []
-    for round in sorted(set.intersection(*map(set, by_round)) if by_round else set()):
-        rows = [rows[round] for rows in by_round]
-        accuracies = [float(row["test_accuracy"]) for row in rows]
-        x = [axis.value(cell, run, row) for run, row in zip(runs, rows, strict=True)]
-        known = [value for value in x if value is not None]
-        if len(known) == len(x):
-            spread = statistics.stdev(accuracies) if len(accuracies) > 1 else 0.0
-            points.append(Point(statistics.fmean(known), statistics.fmean(accuracies), spread, len(rows)))
-    return points
+    tested = table.rows[table.rows["test_accuracy"].notna() & table.rows["run"].isin(table.counted.index)]
+    points = tested.groupby(["cell", "round"], as_index=False).agg(
+        **{axis.name: (axis.column, "mean")},
+        known=(axis.column, "count"),
+        accuracy_mean=("test_accuracy", "mean"),
+        accuracy_std=("test_accuracy", "std"),
+        runs=("run", "count"),
+    )
+    all_runs = points["cell"].map(tested.groupby("cell")["run"].nunique())
+    points = points[(points["runs"] == all_runs) & (points["known"] == all_runs)]
+    if axis is not EPOCHS:
+        points = points[points.groupby("cell")[axis.name].transform("max") > 0]
+    return points.drop(columns=["round", "known"]).fillna({"accuracy_std": 0.0})
 
 
-def plot_curves(group: Group, axis: Axis) -> Plot:
+def plot_curves(table: ResultTable, axis: XAxis) -> Plot:
     """Test accuracy along `axis`: a panel for each column of the table, a line for each row."""
-    begun = {cell.place[: group.across] for cell in group.cells if any(run.tested for run in cell.runs)}
-    columns = [column for column in group.columns if column in begun]
+    points = mean_curves(table, axis).join(table.cells[["column", "row", "baseline"]], on="cell")
+    columns, rows = _ordered(table, points, "column"), _ordered(table, points, "row")
     figure, panels = _panels(len(columns))
-    colors = _colors(group.rows)
-    rows: list[Sequence[Any]] = []
-    for column, axes in zip(columns, panels, strict=True):
-        axes.set_title(label(group.axes, column) or group.title, fontsize=10)
-        for row in group.rows:
-            cell = group.at(column, row)
-            points = mean_curve(cell, axis) if cell else []
-            if not points or (axis is not EPOCHS and not any(point.x for point in points)):
-                continue
-            _draw(axes, points, colors[row], label(group.axes[group.across :], row) or "all", row[-1:] == (TWIN,))
-            rows += [(*column, *row, *point) for point in points]
-        axes.set_xlabel(axis.words)
-        if axis is not EPOCHS and axes.lines:
-            _log_scale(axes)
-    panels[0].set_ylabel(f"{group.tested_on} accuracy, %")
+    styles = _line_styles(table, rows)
+    for column, panel in zip(columns, panels, strict=True):
+        panel.set_title(column, fontsize="medium")
+        for row in rows:
+            curve = points[(points["column"] == column) & (points["row"] == row)]
+            if not curve.empty:
+                _draw_curve(panel, curve, axis, row or "all runs", styles[row])
+        panel.set_xlabel(axis.words)
+        if axis is not EPOCHS:
+            _log_scale(panel, "x")
+    for panel in panels[:: _columns_of(len(panels))]:
+        panel.set_ylabel(f"{table.tested_on} accuracy, %")
     _legend(figure, panels)
-    spread = "; bands: one standard deviation over the seeds" if any(row[-1] > 1 for row in rows) else ""
-    computed = axis is not EPOCHS and group.has_twins
-    twin = "; dashed: the large batch as data-parallel SGD, its traffic computed" if computed else ""
-    caption = f"Accuracy on {group.tested_on} images against {axis.words}{spread}{twin}."
-    header = (*group.axes, axis.name, "accuracy_mean", "accuracy_std", "runs")
-    return Plot(f"{group.name}-{axis.name}", caption, figure, header, rows)
+    bands = "; bands: one standard deviation over seeds" if (points["runs"] > 1).any() else ""
+    unfinished = "; unfinished runs included" if not table.counted["finished"].all() else ""
+    caption = (
+        f"Accuracy on {table.tested_on} images against {axis.words}{bands}{unfinished}{_baseline_words(table, axis)}."
+    )
+    numbers = _with_coords(table, points, [axis.name, "accuracy_mean", "accuracy_std", "runs"])
+    return Plot(f"{table.name}-{axis.name}", caption, figure, numbers)
 
 
-def plot_accuracy(group: Group) -> Plot:
-    """Accuracy by place in the table: the final one, or, beside the paper's values, the best as the paper's are."""
-    paper = {cell.place: found for cell in group.cells if (found := paper_value(group, cell))}
-    which = "best" if paper else "final"
-    values = {cell.place: [100 * v for v in cell.values(f"{which}_test_accuracy")] for cell in group.cells}
-    spread = " Bars: one standard deviation over the seeds." if any(len(v) > 1 for v in values.values()) else ""
-    hollow = " Hollow: the paper's." if paper else ""
-    caption = f"{which.capitalize()} accuracy on {group.tested_on} images.{spread}{hollow}"
-    words = f"{which} accuracy, %"
-    return by_place(group, values, f"{group.name}-accuracy", caption, words, paper=paper)
+def plot_accuracy(table: ResultTable) -> Plot:
+    """Accuracy of finished runs by cell: the final one, or, beside the paper's values, the best as the paper's are."""
+    paper = table.cells["paper"].map(lambda value: value.best, na_action="ignore").astype(float)
+    which = "best" if paper.notna().any() else "final"
+    finished = table.runs[table.runs["finished"]]
+    values = (100 * finished[f"{which}_test_accuracy"]).dropna().groupby(finished["cell"]).agg(["mean", "std", "count"])
+    deviation = " Bars: one standard deviation over seeds." if (values["count"] > 1).any() else ""
+    hollow = " Hollow: the paper's." if paper.notna().any() else ""
+    caption = f"{which.capitalize()} accuracy on {table.tested_on} images.{deviation}{hollow}"
+    figure = draw_cells(table, values, f"{which} accuracy, %", paper=paper)
+    numbers = values.fillna({"std": 0.0}).rename(columns={"count": "runs"}).reset_index()
+    return Plot(f"{table.name}-accuracy", caption, figure, _with_coords(table, numbers, ["mean", "std", "runs"]))
 
 
-def by_place(
-    group: Group,
-    values: Mapping[Place, list[float]],
-    name: str,
-    caption: str,
+def draw_cells(
+    table: ResultTable,
+    values: pd.DataFrame,
     words: str,
     log: bool = False,
-    paper: Mapping[Place, PaperValue] | None = None,
-) -> Plot:
-    """Means and standard deviations at the places of the table: its rows along x, a line for each column."""
-    figure, (axes,) = _panels(1, width=6.4)
-    rows: list[Sequence[Any]] = []
-    for index, column in enumerate(group.columns):
-        aside = 0.06 * (index - (len(group.columns) - 1) / 2)  # so that no bar hides another
-        cells = [(tick + aside, cell) for tick, row in enumerate(group.rows) if (cell := group.at(column, row))]
-        shown = [(tick, cell.place, *_mean_and_spread(values.get(cell.place, []))) for tick, cell in cells]
-        rows += [(*place, mean, spread, len(values[place])) for _, place, mean, spread in shown if values.get(place)]
-        series = label(group.axes, column) or "runs"
-        _draw_column(axes, shown, series, f"C{index}")
-        printed = [(tick, paper[cell.place].best) for tick, cell in cells if paper and cell.place in paper]
-        if printed:
-            x, y = zip(*printed, strict=True)
-            axes.plot(x, y, "o:", mfc="none", color=f"C{index}", lw=0.8, ms=8, label=f"{series}, paper")
-    axes.set_xticks(range(len(group.rows)), [" ".join(map(str, row)) for row in group.rows])
-    axes.set_xlabel(", ".join(group.axes[group.across :]))
-    axes.set_ylabel(words)
-    if log and rows:
-        axes.set_yscale("log")
-    _legend(figure, [axes])
-    return Plot(name, caption, figure, (*group.axes, "mean", "std", "runs"), rows)
+    paper: pd.Series | None = None,
+    missing: Sequence[int] = (),
+) -> Figure:
+    """`mean` and `std` of cells (the index of `values`): the table's rows along x, a line for each of its columns.
+
+    Cells in `missing` are crosses at the upper edge.
+    """
+    shown = table.cells.loc[sorted({*values.index, *missing, *(paper.dropna().index if paper is not None else ())})]
+    rows, columns = list(shown["row"].unique()), list(shown["column"].unique())
+    figure, (panel,) = _panels(1, least=0.3 * len(rows))
+    for number, column in enumerate(columns):
+        style = _series_style(number)
+        aside = 0.06 * (number - (len(columns) - 1) / 2)  # so that no bar hides another
+        cells = shown[shown["column"] == column]
+        x = cells["row"].map(rows.index) + aside
+        found = values.reindex(cells.index)
+        series = column or "runs"
+        _draw_column(panel, x, found, cells["baseline"], series, style)
+        if paper is not None and paper[cells.index].notna().any():
+            known = paper[cells.index].dropna()
+            line = {"ls": ":", "lw": 0.8, "ms": 8, "mfc": "none", "label": f"{series}, paper"}
+            panel.plot(x[known.index], known, **{**style, **line})
+        absent = x[x.index.isin(missing)]
+        panel.plot(absent, [0.97] * len(absent), "x", color=style["color"], transform=panel.get_xaxis_transform())
+    if missing:
+        panel.plot([], [], "x", color="black", label="not reached")
+    _row_ticks(figure, panel, table, shown)
+    panel.set_ylabel(words)
+    if log and not values.empty:
+        _log_scale(panel, "y")
+    _legend(figure, [panel])
+    return figure
 
 
-def _mean_and_spread(values: Sequence[float]) -> tuple[float, float]:
-    """Mean and standard deviation; not a number where there is nothing, so that a line breaks there."""
-    if not values:
-        return math.nan, math.nan
-    return statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
-
-
-def _draw_column(axes: Axes, shown: Sequence[tuple[float, Place, float, float]], words: str, color: str) -> None:
-    """A line through the cells that follow one another, and the twin, which does not, as a square."""
-    for twin in (False, True):
-        own = [(tick, mean, spread) for tick, place, mean, spread in shown if (place[-1:] == (TWIN,)) == twin]
-        if any(not math.isnan(mean) for _, mean, _ in own):
-            ticks, means, spreads = zip(*own, strict=True)
-            bars = [spread or math.nan for spread in spreads]  # no bar where there is one seed
-            form = "s" if twin else "o-"
-            axes.errorbar(ticks, means, bars, fmt=form, mfc="none" if twin else color, capsize=3, color=color)
-            if not twin:
-                axes.plot([], [], "o-", color=color, label=words)
-
-
-def plot_pareto(group: Group) -> Plot:
+def plot_pareto(table: ResultTable) -> Plot:
     """Final accuracy against what was sent for it, and the front: no other cell is as good for less."""
     figure, panels = _panels(2)
-    rows: list[Sequence[Any]] = []
-    for axis, axes in zip((BYTES, SYNCS), panels, strict=True):
-        points = _final_points(group, axis)
-        front = pareto_front([(x, y) for _, x, y in points])
-        for index, column in enumerate(group.columns):
-            own = [point for point in points if point[0].place[: group.across] == column]
-            for cell, x, y in own:
-                twin = cell.place[-1:] == (TWIN,)
-                axes.plot(x, y, "s" if twin else "o", mfc="none" if twin else f"C{index}", color=f"C{index}")
-                words = "" if twin else " ".join(map(str, cell.place[group.across :]))
-                axes.annotate(words, (x, y), xytext=(4, 3), textcoords="offset points", fontsize=7)
-                rows.append((axis.name, *cell.place, x, y, (x, y) in front))
-            if own:
-                axes.plot([], [], "o", color=f"C{index}", label=label(group.axes, column) or "runs")
+    finished = table.counted[table.counted["finished"]]
+    accuracy = 100 * finished.groupby("cell")["final_test_accuracy"].mean()
+    numbers = []
+    for axis, panel in zip((BYTES, SYNCS), panels, strict=True):
+        sent = finished.groupby("cell")[axis.column].mean()
+        points = pd.DataFrame({"sent": sent[sent > 0], "accuracy_percent": accuracy}).dropna()
+        points = points.join(table.cells[["tick", "column", "baseline"]]).rename_axis("cell").reset_index()
+        points["against"] = axis.name
+        front = pareto_front(zip(points["sent"], points["accuracy_percent"], strict=True))
+        points["on_the_front"] = [xy in front for xy in zip(points["sent"], points["accuracy_percent"], strict=True)]
+        _draw_points(panel, table, points)
         if front:
-            axes.plot(*zip(*front, strict=True), "k--", lw=0.8, zorder=0, label="front", drawstyle="steps-post")
-        axes.set_xlabel(axis.words)
-        if points:
-            _log_scale(axes)
+            x, y = zip(*front, strict=True)
+            panel.plot(x, y, "k--", lw=0.8, zorder=0, label="front", drawstyle="steps-post")
+            panel.margins(0.12)  # room for the numbers
+            _log_scale(panel, "x")
+        panel.set_xlabel(axis.words)
+        numbers.append(points)
     panels[0].set_ylabel("final accuracy, %")
     _legend(figure, panels)
-    down = ", ".join(group.axes[group.across :])
-    twins = " Squares: the large batch as data-parallel SGD, its traffic computed." if group.has_twins else ""
-    words = f"Final accuracy on {group.tested_on} images, mean over the seeds, against what was sent"
-    caption = f"{words}; the numbers at the points: {down}.{twins}"
-    header = ("against", *group.axes, "sent", "accuracy_percent", "on_the_front")
-    return Plot(f"{group.name}-pareto", caption, figure, header, rows)
-
-
-def _final_points(group: Group, axis: Axis) -> list[tuple[CellResults, float, float]]:
-    """Cell, cost and mean final accuracy in % of each cell that has a finished run and sends anything."""
-    points = []
-    for cell in group.cells:
-        accuracies = cell.values("final_test_accuracy")
-        x = [axis.value(cell, run, run.rows[-1]) for run in cell.finished if run.rows]
-        known = [value for value in x if value]
-        if accuracies and known:
-            points.append((cell, statistics.fmean(known), 100 * statistics.fmean(accuracies)))
-    return points
+    alone = " One worker sends nothing and is left out." if (table.cells["clients"] == 1).any() else ""
+    caption = (
+        f"Final accuracy on {table.tested_on} images, mean over seeds, against what was sent; the numbers at the "
+        f"points: {', '.join(table.row_axes)}.{alone}{_baseline_words(table, BYTES, ' Hollow: ')}."
+    )
+    columns = ["against", "sent", "accuracy_percent", "on_the_front"]
+    return Plot(f"{table.name}-pareto", caption, figure, _with_coords(table, pd.concat(numbers), columns))
 
 
 def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
@@ -256,58 +216,123 @@ def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, flo
     return front
 
 
-def _panels(count: int, width: float = 3.6) -> tuple[Figure, list[Axes]]:
+def _ordered(table: ResultTable, points: pd.DataFrame, name: str) -> list[str]:
+    """The values of a column of `points` in the table's order."""
+    return [value for value in table.cells[name].unique() if value in set(points[name])]
+
+
+def _with_coords(table: ResultTable, points: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
+    """A column for each axis of the table, with the coordinates of the points' cells, then `columns` of `points`."""
+    coords = pd.DataFrame(list(table.cells["coords"]), columns=list(table.axes), dtype=object)
+    parts = [coords.loc[points["cell"]], points[columns]]
+    return pd.concat([part.reset_index(drop=True) for part in parts], axis="columns")
+
+
+def _baseline_words(table: ResultTable, axis: XAxis, begin: str = "; dashed: ") -> str:
+    shown = axis is not EPOCHS and table.cells["baseline"].any()
+    return f"{begin}the large batch as data-parallel SGD, its traffic computed" if shown else ""
+
+
+def _columns_of(panels: int) -> int:
+    return max(min(panels, 3), 1)
+
+
+def _panels(count: int, least: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, at most three side by side, and at least `least` inches wide."""
     from matplotlib.figure import Figure  # a second to import, and only figures need it
 
-    across = min(count, 3)
-    down = -(-count // across) if count else 1
-    figure = Figure(figsize=(max(width * max(across, 1) + 1.2, 5.5), 3.4 * down), layout="constrained")
-    grid = figure.subplots(down, max(across, 1), sharey=True, squeeze=False)
-    panels = list(grid.flatten())
-    for axes in panels[count:]:
-        axes.remove()
-    for axes in panels[:count]:
-        axes.grid(alpha=0.3)
+    across = _columns_of(count)
+    down = max(-(-count // across), 1)
+    figure = Figure(figsize=(max(WIDTHS[across], least), 3.4 * down), layout="constrained")
+    panels = list(figure.subplots(down, across, sharey=True, squeeze=False).flatten())
+    for panel in panels[count:]:
+        panel.remove()
+    for panel in panels[:count]:
+        panel.grid(alpha=0.3)
     return figure, panels[:count]
 
 
-def _log_scale(axes: Axes) -> None:
-    """A logarithmic x axis in k, M and G, with more ticks where it spans little."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
-    axes.set_xscale("log")
-    low, high = axes.get_xlim()
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
-    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-    axes.xaxis.set_minor_formatter(NullFormatter())
+def _series_style(number: int) -> dict[str, Any]:
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
 
 
-def _colors(rows: Sequence[Place]) -> dict[Place, Any]:
+def _line_styles(table: ResultTable, rows: Sequence[str]) -> dict[str, dict[str, Any]]:
+    """A colour from dark to light and a marker for each row; the large batch is black and dashed."""
     from matplotlib import colormaps
 
-    ordered = [row for row in rows if row[-1:] != (TWIN,)]
-    found = {row: colormaps["viridis"](0.9 * i / max(len(ordered) - 1, 1)) for i, row in enumerate(ordered)}
-    return {row: found.get(row, "black") for row in rows}
+    baselines = set(table.cells["row"][table.cells["baseline"]])
+    ordered = [row for row in rows if row not in baselines]
+    styles: dict[str, dict[str, Any]] = {row: {"color": "black", "ls": "--", "marker": "x"} for row in baselines}
+    for number, row in enumerate(ordered):
+        color = colormaps["viridis"](0.8 * number / max(len(ordered) - 1, 1))
+        styles[row] = {"color": color, "marker": MARKERS[number % len(MARKERS)]}
+    return styles
 
 
-def _draw(axes: Axes, points: Sequence[Point], color: Any, words: str, dashed: bool) -> None:
-    x = [point.x for point in points]
-    mean = [100 * point.mean for point in points]
-    spread = [100 * point.spread for point in points]
-    marker = "o" if len(points) < 12 else ""
-    axes.plot(x, mean, color=color, label=words, lw=1.3, ls="--" if dashed else "-", marker=marker, ms=3)
-    if any(spread):
-        low, high = ([m + sign * s for m, s in zip(mean, spread, strict=True)] for sign in (-1, 1))
-        axes.fill_between(x, low, high, color=color, alpha=0.15, lw=0)
+def _draw_curve(panel: Axes, curve: pd.DataFrame, axis: XAxis, words: str, style: dict[str, Any]) -> None:
+    x, mean, deviation = curve[axis.name], 100 * curve["accuracy_mean"], 100 * curve["accuracy_std"]
+    panel.plot(x, mean, label=words, lw=1.3, ms=4, markevery=max(len(curve) // 8, 1), **style)
+    if deviation.any():
+        panel.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
+
+
+def _draw_column(
+    panel: Axes, x: pd.Series, values: pd.DataFrame, baseline: pd.Series, words: str, style: dict[str, Any]
+) -> None:
+    """A line through the cells of a column; the large batch, which is not one of its series, hollow beside it."""
+    for which in (False, True):
+        own = values[baseline == which]
+        if own["mean"].notna().any():
+            shape: dict[str, Any] = {"ls": "", "mfc": "none"} if which else {"ls": "-", "label": words}
+            panel.errorbar(x[own.index], own["mean"], own["std"].where(own["std"] > 0), capsize=3, **style, **shape)
+
+
+def _draw_points(panel: Axes, table: ResultTable, points: pd.DataFrame) -> None:
+    """The cells of the trade-off, each with its coordinates down the table; the large batch hollow."""
+    for number, column in enumerate(_ordered(table, points, "column")):
+        style = {**_series_style(number), "ls": ""}
+        own = points[points["column"] == column]
+        solid, hollow = own[~own["baseline"]], own[own["baseline"]]
+        panel.plot(solid["sent"], solid["accuracy_percent"], label=column or "runs", **style)
+        panel.plot(hollow["sent"], hollow["accuracy_percent"], mfc="none", **style)
+        middle = math.sqrt(points["sent"].min() * points["sent"].max())
+        for point in solid.itertuples():
+            words = point.tick[:LONGEST_LABEL]
+            side, aside = ("right", -4) if point.sent > middle else ("left", 4)
+            place = (point.sent, point.accuracy_percent)
+            panel.annotate(words, place, xytext=(aside, 3), textcoords="offset points", ha=side)
+
+
+def _row_ticks(figure: Figure, panel: Axes, table: ResultTable, shown: pd.DataFrame) -> None:
+    words = shown.drop_duplicates("row")["tick"]
+    panel.set_xticks(range(len(words)), words)
+    if words.str.len().sum() > 50:  # they would overlap
+        panel.tick_params(axis="x", rotation=90)
+        figure.set_figheight(figure.get_figheight() + CHARACTER * words.str.len().max())
+    panel.set_xlabel(", ".join(table.row_axes))
+
+
+def _log_scale(panel: Axes, which: str) -> None:
+    """A logarithmic ``x`` or ``y`` axis in k, M and G, with more ticks where it spans little."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    panel.set(**{f"{which}scale": "log"})
+    axis = getattr(panel, f"{which}axis")
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
+    axis.set_major_formatter(EngFormatter(sep=""))
+    axis.set_minor_formatter(NullFormatter())
 
 
 def _legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend for all panels, beside them."""
+    """One legend for all panels, below them."""
     found: dict[str, Any] = {}
-    for axes in panels:
-        for handle, words in zip(*axes.get_legend_handles_labels(), strict=True):
+    for panel in panels:
+        for handle, words in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(words, handle)
-    if found:
-        figure.legend(
-            handles=list(found.values()), labels=list(found), loc="outside right upper", fontsize=8, frameon=False
-        )
+    if 0 < len(found) <= MOST_IN_LEGEND:  # more would hide the figure; they are in its CSV
+        widths = [0.6 + CHARACTER * len(words) for words in found]  # with its line
+        room = figure.get_figwidth()
+        across = len(found) if sum(widths) < room else max(1, int(room / max(widths)))
+        figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(found) // across))
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=across, frameon=False)

@@ -1,18 +1,18 @@
-"""What a run would take on a network: its traffic, and the time of it.
+"""The traffic of a run between its machines, and its time on a network. Table, figures and plan all use this.
 
-The model of time, for K workers and one server, every round the same:
+- LocalSGD sends what its rows record: a sync is a message up and a message down for each worker of the round.
+- A large batch is counted as data-parallel SGD on the K workers whose baseline it is, each with a K-th of the batch: a
+  sync at every step, which sends the gradient up and the mean gradient down, 4 bytes a parameter, way and worker.
+- One worker (K = 1), and a batch that is no baseline, is one machine: no syncs, no bytes, whatever its rows record.
+
+With K workers (those of a round) and one server, every round the same:
 
     seconds = local_steps * compute + syncs * 2 * latency + bytes_on_the_link / bandwidth
 
-- `local_steps`, of one worker: the workers compute at the same time, each step in `compute` seconds;
-- a sync is a message up and a message down, each `latency` seconds under way (one way);
-- `link` = worker: each worker has a link of its own, so that bytes_on_the_link = (bytes_up + bytes_down) / K;
-  `link` = server: all messages share the server's link: bytes_on_the_link = bytes_up + bytes_down;
-- up and down come one after the other; computing and sending do not overlap; nothing is compressed.
-
-LocalSGD's syncs and bytes are those recorded. Centralized SGD at batch K * B stands for data-parallel SGD on K
-workers with B images each: a sync at every step, which sends the gradient up and the mean gradient down, 4 bytes
-a parameter each way and worker. On one worker it sends nothing; LocalSGD with K = 1 still talks to its server.
+- `local_steps`, of one worker: workers compute at the same time, each step in `compute` seconds;
+- each of a sync's two messages takes `latency` seconds one way;
+- `link` = worker: each worker has its own link, bytes_on_the_link = bytes / K; server: all share the server's link,
+  bytes_on_the_link = bytes. Up and down follow one another, and no step overlaps with a message.
 """
 
 from __future__ import annotations
@@ -20,53 +20,47 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
+import pandas as pd
+
 from fedsim.errors import UserError
-from fedsim.records import Row
-from fedsim.report.load import CellResults, Result
 
 Link = Literal["worker", "server"]
-BYTES_A_PARAMETER = 4  # float32
+BYTES_PER_PARAMETER = 4  # float32
 BITS = {"bit": 1, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9, "B": 8, "kB": 8e3, "MB": 8e6, "GB": 8e9}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
-class Traffic(NamedTuple):
-    """Syncs so far and the bytes that all workers together have sent and received."""
-
-    syncs: int
-    bytes_up: float
-    bytes_down: float
-
-
 class Network(NamedTuple):
-    """Bytes a second, seconds one way, and whose link the bytes go over."""
+    """Bytes per second, seconds one way, and whose link the bytes cross."""
 
     bandwidth: float
     latency: float
     link: Link = "worker"
 
 
-def traffic(cell: CellResults, result: Result, row: Row) -> Traffic | None:
-    """What had been sent at `row`; None where it is not known yet (a twin's parameters stand in its summary)."""
-    if result.config["mode"] == "localsgd":
-        return Traffic(row["syncs"], row["bytes_up"], row["bytes_down"])
-    if cell.workers == 1:
-        return Traffic(0, 0, 0)
-    if result.summary is None:
-        return None
-    way = row["local_steps"] * cell.workers * result.summary["parameters"] * BYTES_A_PARAMETER
-    return Traffic(row["local_steps"], way, way)
+def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
+    """`records` (runs or rows) with `network_syncs` and `network_bytes`, of all workers and both ways.
+
+    They are missing where the recorded traffic, or the number of parameters of a baseline, is unknown. Needs the
+    columns `clients`, `workers` and `baseline` of the cell, `parameters`, and the costs of a row.
+    """
+    syncs = records["syncs"].where(~records["baseline"], records["local_steps"])
+    gradient = BYTES_PER_PARAMETER * records["parameters"] * records["workers"]
+    recorded = records["bytes_up"] + records["bytes_down"]
+    sent = recorded.where(~records["baseline"], 2 * gradient * records["local_steps"])
+    alone = records["clients"] == 1
+    return records.assign(network_syncs=syncs.mask(alone, 0.0), network_bytes=sent.mask(alone, 0.0))
 
 
-def seconds_of(local_steps: int, sent: Traffic, workers: int, compute: float, network: Network) -> float:
-    """The module's formula."""
-    sharing = workers if network.link == "worker" else 1
-    on_the_link = (sent.bytes_up + sent.bytes_down) / sharing
-    return local_steps * compute + sent.syncs * 2 * network.latency + on_the_link / network.bandwidth
+def network_seconds(records: pd.DataFrame, compute: pd.Series, network: Network) -> pd.Series:
+    """The module's formula for each of `records`; `compute` in seconds per local step."""
+    on_the_link = records["network_bytes"] / (records["workers"] if network.link == "worker" else 1)
+    messages = records["network_syncs"] * 2 * network.latency
+    return records["local_steps"] * compute + messages + on_the_link / network.bandwidth
 
 
 def rate(text: str) -> float:
-    """Bytes a second of, for instance, 100Mbit, 100Mbit/s or 12.5MB; the prefixes are decimal."""
+    """Bytes per second of, for instance, 100Mbit, 100Mbit/s or 12.5MB; the prefixes are decimal."""
     return _quantity("bandwidth", text.removesuffix("/s"), BITS, "100Mbit") / 8
 
 
@@ -76,8 +70,9 @@ def duration(name: str, text: str, zero: bool = False) -> float:
 
 
 def _quantity(name: str, text: str, units: dict[str, float], example: str, zero: bool = False) -> float:
-    found = re.fullmatch(r"(\d+\.?\d*|\.\d+)\s*([A-Za-z]+)", text.strip())
-    if not found or found[2] not in units or (float(found[1]) == 0 and not zero):
+    found = re.fullmatch(r"([0-9]+\.?[0-9]*|\.[0-9]+)\s*([A-Za-z]+)", text.strip())
+    value = float(found[1]) if found else 0.0
+    if not found or found[2] not in units or (value == 0 and not zero) or value > 1e15:
         needs = "a number" if zero else "a number above 0"
         raise UserError(f"{name} = {text!r} is not {needs} with one of {', '.join(units)}: for instance {example}")
-    return float(found[1]) * units[found[2]]
+    return value * units[found[2]]

@@ -1,123 +1,174 @@
-"""The report as one HTML file that needs no other, and as Markdown."""
+"""``run.py report``: everything under a folder of results as one HTML page, as Markdown, as figures and as CSV."""
 
 from __future__ import annotations
 
 import base64
-from collections.abc import Sequence
+import contextlib
+import errno
+import re
+import shlex
+from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-STYLE = """
-:root { color-scheme: light; }
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; max-width: 64rem; margin: 0 auto;
-       padding: 1rem; overflow-wrap: anywhere; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.3rem; border-top: 1px solid #ccc; padding-top: 1.5rem; }
-.wide { overflow-x: auto; margin: .3rem 0 1rem; }
-table { border-collapse: collapse; font-size: .85rem; font-variant-numeric: tabular-nums; overflow-wrap: normal; }
-.caption { font-size: .9rem; font-weight: 600; margin: 1.5rem 0 0; }
-th, td { padding: .25rem .6rem; text-align: right; border-bottom: 1px solid #e4e4e4; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; position: sticky; left: 0; background: #fff; }
-thead th { border-bottom: 2px solid #999; }
-td small { display: block; color: #555; }
-figure { margin: 1.5rem 0; } img { width: 100%; min-width: 34rem; max-width: 60rem; height: auto; }
-figcaption, dl, .command { font-size: .85rem; color: #444; }
-dt { font-weight: 600; } dd { margin: 0 0 .3rem 1rem; }
-code { font-size: .8rem; background: #f3f3f3; padding: .1rem .25rem; }
-.warnings { background: #fff6e0; border-left: 4px solid #e0a800; padding: .5rem 1rem; }
-"""
-TITLE = "fedsim: what the runs show"
+from jinja2 import Environment, FileSystemLoader
+from rich.console import Console
 
+from fedsim.errors import RunFailed, UserError
+from fedsim.report.figures import Plot, plot_accuracy, plots_of
+from fedsim.report.load import printable
+from fedsim.report.result_table import ResultTable, read_tables
+from fedsim.report.tables import (
+    TextTable,
+    accuracy_table,
+    cost_table,
+    csv_text,
+    notes,
+    provenance,
+    runs_frame,
+    terminal_table,
+)
 
-class Grid(NamedTuple):
-    """A table: its caption, its header, its rows of text."""
-
-    caption: str
-    header: Sequence[str]
-    rows: Sequence[Sequence[str]]
+TITLE = "fedsim: results of the runs"
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
+PIXELS_PER_INCH = 96  # of CSS: text then has the size of the page's
 
 
 class Figure(NamedTuple):
-    """A picture ``NAME.png`` beside ``NAME.csv``, and the command that remakes both."""
+    """A picture ``NAME.png`` beside ``NAME.csv``, the command that makes both, and its width on the page in pixels."""
 
     name: str
     caption: str
     command: str
+    base64: str
+    width: int
 
 
 class Section(NamedTuple):
-    """One group of runs."""
+    """One table of results."""
 
     name: str
     title: str
     notes: Sequence[str]
-    tables: Sequence[Grid]
+    tables: Sequence[TextTable]
     figures: Sequence[Figure]
     provenance: Sequence[tuple[str, str]]
 
 
-def html_page(sections: Sequence[Section], warnings: Sequence[str], command: str, folder: Path) -> str:
-    """The page; the pictures are read from `folder` and go into it."""
-    links = "".join(f'<li><a href="#{escape(s.name)}">{escape(s.title)}</a></li>' for s in sections)
-    body = "".join(_html_section(section, folder) for section in sections)
-    noted = "".join(f"<li>{escape(warning)}</li>" for warning in warnings)
-    told = f'<div class="warnings"><p>{len(warnings)} warnings</p><ul>{noted}</ul></div>' if warnings else ""
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{TITLE}</title>\n<style>{STYLE}</style>\n</head>\n<body>\n<h1>{TITLE}</h1>\n"
-        f'<p class="command">Made from the records alone by <code>{escape(command)}</code></p>\n'
-        f"{told}<ul>{links}</ul>\n{body}</body>\n</html>\n"
-    )
+def build_report(root: str, out: str, figure: str, console: Console) -> None:
+    """Write the report on everything under `root` to `out`; or, with `figure`, that one picture and its CSV."""
+    tables, warnings = read_tables(folder("results", root))
+    show_warnings(warnings, console)
+    command = shlex.join(["python", "run.py", "report", root, "-o", out])
+    makers = {name: make for table in tables for name, make in plots_of(table).items()}
+    if figure and figure not in makers:
+        raise UserError(f"figure = {figure!r} cannot be made of {root}: it must be one of {', '.join(makers)}")
+    with output_folder(out) as path:
+        if figure:
+            save_plot(makers[figure](), path, f"{command} --figure {figure}")
+            show_path(path / f"{figure}.png", console)
+            return
+        sections = [_section(table, path, command) for table in tables]
+        content: dict[str, Any] = {
+            "title": TITLE,
+            "sections": sections,
+            "warnings": warnings,
+            "command": printable(command),
+        }
+        for template, name in (("page.html.j2", "index.html"), ("report.md.j2", "report.md")):
+            (path / name).write_text(_render(template, content), encoding="utf-8")
+            show_path(path / name, console)
 
 
-def _html_section(section: Section, folder: Path) -> str:
-    notes = "".join(f"<p>{escape(note)}</p>\n" for note in section.notes)
-    tables = "".join(_html_table(grid) for grid in section.tables)
-    figures = "".join(_html_figure(figure, folder) for figure in section.figures)
-    facts = "".join(f"<dt>{escape(name)}</dt><dd>{escape(value)}</dd>" for name, value in section.provenance)
-    return (
-        f'<section id="{escape(section.name)}">\n<h2>{escape(section.title)}</h2>\n{notes}{tables}{figures}'
-        f"<details><summary>Where this comes from</summary><dl>{facts}</dl></details>\n</section>\n"
-    )
+def show_results(root: Path, console: Console, axes: Sequence[str] = (), save_as: str = "") -> None:
+    """Print the final accuracies under `root`; with `save_as`, also write that name's .csv and .png of the first table.
+
+    `axes` are the keys that tell apart the cells of runs that no study describes.
+    """
+    tables, warnings = read_tables(root, axes)
+    show_warnings(warnings, console)
+    for table in tables:
+        console.print(table.title, markup=False, highlight=False)
+        console.print(terminal_table(table))
+    if save_as:
+        with output_folder(str(root)) as path:
+            (path / f"{save_as}.csv").write_text(csv_text(runs_frame(tables[0])), encoding="utf-8")
+            (path / f"{save_as}.png").write_bytes(plot_accuracy(tables[0]).png("run.py grid"))
+            show_path(path / f"{save_as}.csv", console)
+            show_path(path / f"{save_as}.png", console)
 
 
-def _html_table(grid: Grid) -> str:
-    header = "".join(f"<th>{escape(name)}</th>" for name in grid.header)
-    rows = "".join("<tr>" + "".join(f"<td>{_html_cell(c)}</td>" for c in row) + "</tr>\n" for row in grid.rows)
-    caption = f'<p class="caption">{escape(grid.caption)}</p>'
-    return f'{caption}<div class="wide"><table><thead><tr>{header}</tr></thead><tbody>\n{rows}</tbody></table></div>\n'
+def folder(key: str, text: str) -> Path:
+    """The folder that the argument `key` names; ``~`` is a home folder."""
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UserError(f"{key} = {printable(text)}: there is no such home folder: give another folder") from error
 
 
-def _html_cell(text: str) -> str:
-    """What stands in brackets goes small below the rest."""
-    value, bracket, rest = text.partition(" (")
-    return f"{escape(value)}<small>{escape(rest.removesuffix(')'))}</small>" if bracket else escape(text)
+@contextlib.contextmanager
+def output_folder(text: str) -> Iterator[Path]:
+    """Make the folder to write to. A full disk within the context is a failed run, any other `OSError` bad input."""
+    path = folder("out", text)
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+        yield path
+    except OSError as error:
+        if error.errno in DISK_ERRORS:
+            reason = f"{printable(str(path))} cannot be written ({error.strerror})"
+            raise RunFailed(f"{reason}: free some space and try again") from error
+        raise UserError(f"out = {printable(text)} cannot be written ({error.strerror}): give another -o") from error
 
 
-def _html_figure(figure: Figure, folder: Path) -> str:
-    picture = base64.b64encode((folder / f"{figure.name}.png").read_bytes()).decode()
-    return (
-        f'<figure><div class="wide"><img alt="{escape(figure.caption)}" src="data:image/png;base64,{picture}"></div>'
-        f"<figcaption>{escape(figure.caption)}<br>{escape(figure.name)}.png, its numbers in {escape(figure.name)}.csv: "
-        f"<code>{escape(figure.command)}</code></figcaption></figure>\n"
-    )
+def save_plot(plot: Plot, path: Path, command: str) -> bytes:
+    """Write ``NAME.png`` and ``NAME.csv`` to the folder `path`; returns the PNG."""
+    png = plot.png(command)
+    (path / f"{plot.name}.png").write_bytes(png)
+    (path / f"{plot.name}.csv").write_text(csv_text(plot.numbers), encoding="utf-8")
+    return png
 
 
-def markdown_page(sections: Sequence[Section], warnings: Sequence[str], command: str) -> str:
-    """The same in Markdown, with links to the pictures beside it."""
-    parts = [f"# {TITLE}", f"Made from the records alone by `{command}`."]
-    if warnings:
-        parts.append("\n".join([f"**{len(warnings)} warnings**", "", *(f"- {warning}" for warning in warnings)]))
-    for section in sections:
-        parts += [f"## {section.title}", *section.notes]
-        parts += [_markdown_table(grid) for grid in section.tables]
-        parts += [f"![{f.caption}]({f.name}.png)\n\n{f.caption} `{f.command}`" for f in section.figures]
-        parts.append("\n".join(f"- {name}: {value}" for name, value in section.provenance))
-    return "\n\n".join(parts) + "\n"
+def show_warnings(warnings: Sequence[str], console: Console) -> None:
+    """Print each warning on one line."""
+    for warning in warnings:
+        console.print(f"warning: {warning}", markup=False, soft_wrap=True, highlight=False)
 
 
-def _markdown_table(grid: Grid) -> str:
-    lines = [grid.header, ["---"] + ["---:"] * (len(grid.header) - 1), *grid.rows]
-    table = "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines)
-    return f"**{grid.caption}**\n\n{table}"
+def show_path(path: Path, console: Console) -> None:
+    """Print a path on one line."""
+    console.print(printable(str(path)), markup=False, soft_wrap=True, highlight=False)
+
+
+def _section(table: ResultTable, path: Path, command: str) -> Section:
+    figures = []
+    for name, make in plots_of(table).items():
+        plot = make()
+        own = f"{command} --figure {name}"
+        picture = base64.b64encode(save_plot(plot, path, own)).decode()
+        width = round(PIXELS_PER_INCH * plot.figure.get_figwidth())
+        figures.append(Figure(name, printable(plot.caption), printable(own), picture, width))
+    (path / f"{table.name}-runs.csv").write_text(csv_text(runs_frame(table)), encoding="utf-8")
+    tables = [cost_table(table)] if table.counted.size else []
+    if len(table.axes) > 1 and tables:
+        tables = [accuracy_table(table, "best"), accuracy_table(table, "final"), *tables]
+    facts = [(name, printable(value)) for name, value in provenance(table)]
+    return Section(table.name, table.title, notes(table), tables, figures, facts)
+
+
+def _render(template: str, content: dict[str, Any]) -> str:
+    html = ".html." in template
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, autoescape=html, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"md": _markdown, "code": _code}
+    return environment.get_template(template).render(content)
+
+
+def _markdown(text: str) -> str:
+    """`text` such that Markdown shows it as it is."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(text, quote=False))
+
+
+def _code(text: str) -> str:
+    """`text` as code, where Markdown needs no escapes for it."""
+    return _markdown(text) if re.search("[`|<>&]", text) else f"`{text}`"

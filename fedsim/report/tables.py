@@ -1,237 +1,261 @@
-"""``run.py report``: what is under a folder of results, as a page, a Markdown file, pictures and CSV.
-
-Made from the records alone, of half-finished studies too: a cell without a finished run is a dash.
-"""
+"""What a `ResultTable` shows, as tables of text: accuracies by cell, costs, and where the runs come from."""
 
 from __future__ import annotations
 
-import csv
-import shlex
 from collections import Counter
 from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from rich.console import Console
+import pandas as pd
 from rich.table import Table
+from rich.text import Text
 
-from fedsim.errors import UserError
-from fedsim.report.figures import plots_of, save_plot
-from fedsim.report.load import CellResults, Group, read_groups
-from fedsim.report.page import Figure, Grid, Section, html_page, markdown_page
-from fedsim.report.paper_values import paper_value
-from fedsim.report.words import NOTHING, SHORT, difference, label, percent
+from fedsim.report.result_table import NOTHING, SYMBOLS, ResultTable
 
-COLUMNS = (
+CSV_COLUMNS = (
     "run", "mode", "optimizer", "clients", "local_steps_per_round", "batch_size", "seed", "tested_on", "finished",
-    "final_test_accuracy", "best_test_accuracy", "epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down",
-    "seconds", "device", "commit",
+    "final_test_accuracy", "best_test_accuracy", "last_test_accuracy", "epoch", "round", "local_steps", "syncs",
+    "bytes_up", "bytes_down", "seconds", "device", "commit",
 )  # fmt: skip
 
 
-def build_report(root: Path, out: Path, figure: str, console: Console) -> None:
-    """Write the report on everything under `root` to `out`; or, with `figure`, that one picture and its CSV."""
-    groups, warnings = read_groups(root)
-    for warning in warnings:
-        console.print(f"warning: {warning}", style="yellow", soft_wrap=True, highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
-    if figure:
-        _one_figure(groups, figure, root, out)
-        console.print(str(out / f"{figure}.png"), soft_wrap=True, highlight=False)
-        return
-    command = shlex.join(["python", "run.py", "report", str(root), "-o", str(out)])
-    sections = [_section(group, root, out) for group in groups]
-    (out / "index.html").write_text(html_page(sections, warnings, command, out))
-    (out / "report.md").write_text(markdown_page(sections, warnings, command))
-    console.print(f"{out / 'index.html'}\n{out / 'report.md'}", soft_wrap=True, highlight=False)
+class Entry(NamedTuple):
+    """One field of a table: its text, and what is to be said of it in small print."""
+
+    text: str
+    note: str = ""
 
 
-def _one_figure(groups: Sequence[Group], figure: str, root: Path, out: Path) -> None:
-    makers = {name: make for group in groups for name, make in plots_of(group).items()}
-    if figure not in makers:
-        raise UserError(f"figure = {figure!r} is not to be made of {root}: it must be one of {', '.join(makers)}")
-    save_plot(makers[figure](), out, _figure_command(root, out, figure))
+class TextTable(NamedTuple):
+    """A table for a reader."""
+
+    caption: str
+    header: Sequence[str]
+    rows: Sequence[Sequence[Entry]]
 
 
-def _figure_command(root: Path, out: Path, name: str) -> str:
-    return shlex.join(["python", "run.py", "report", str(root), "-o", str(out), "--figure", name])
+class Cost(NamedTuple):
+    """How a cost is shown: the title of its column, its unit and its decimals."""
+
+    title: str
+    unit: float = 1
+    decimals: int = 0
+
+    def entry(self, value: float) -> Entry:
+        """`value` as text."""
+        return Entry(number(value / self.unit, self.decimals))
 
 
-def _section(group: Group, root: Path, out: Path) -> Section:
-    figures = []
-    for name, make in plots_of(group).items():
-        plot = make()
-        command = _figure_command(root, out, name)
-        save_plot(plot, out, command)
-        figures.append(Figure(name, plot.caption, command))
-    write_runs(group, out / f"{group.name}-runs.csv")
-    return Section(
-        name=group.name,
-        title=group.title,
-        notes=[_progress(group), protocol(group), *_notes_on_paper(group)],
-        tables=[*_pivots(group), _details(group)],
-        figures=figures,
-        provenance=_provenance(group),
+COSTS = {
+    "epoch": Cost("epochs", decimals=2),
+    "local_steps": Cost("local steps"),
+    "network_syncs": Cost("syncs"),
+    "network_bytes": Cost("MB sent", 1e6, 1),
+    "seconds": Cost("minutes", 60, 1),
+}
+TRAFFIC = ("network_syncs", "network_bytes")
+
+
+def summarize(table: ResultTable) -> pd.DataFrame:
+    """A line for each cell that has a test, over its `counted` runs.
+
+    `best`, `final` (means, fractions), `best_std`, `final_std` (missing for one run), the means of `COSTS`, `finished`
+    and `started` (numbers of runs), `reached` (the furthest epoch of an unfinished run), and the columns of the cell.
+    """
+    by_cell = table.counted.groupby("cell")
+    accuracy = by_cell.agg(
+        best=("best_test_accuracy", "mean"),
+        best_std=("best_test_accuracy", "std"),
+        final=("final_test_accuracy", "mean"),
+        final_std=("final_test_accuracy", "std"),
     )
+    every = table.runs.groupby("cell")
+    runs = every.agg(finished=("finished", "sum"), started=("finished", "size"))
+    unfinished = table.runs[~table.runs["finished"]]
+    runs["reached"] = unfinished.groupby("cell")["epoch"].max()
+    return table.cells.join([accuracy, by_cell[list(COSTS)].mean(), runs], how="inner").sort_index()
 
 
-def protocol(group: Group) -> str:
-    """What the accuracies of a group are of, and how the best one was chosen."""
-    held = sorted({int(run.config.get("validation", 0)) for run in group.runs} - {0})
-    if group.tested_on == "validation":
-        return (
-            f"Protocol: tested on {', '.join(map(str, held))} training images held out of training (key validation), "
-            "never on the test images. For choosing hyper-parameters by, not for reporting."
-        )
-    split = f"in some runs {', '.join(map(str, held))} validation images instead" if held else "no validation split"
-    return (
-        f"Protocol: tested on the test images, {split}. Best is the best of a run's tests, "
-        "chosen on those same images, as the paper's code printed it, and so optimistic; final is the last test."
-    )
-
-
-def _notes_on_paper(group: Group) -> list[str]:
-    """What is to be known of the paper's values that stand beside those of the group."""
-    values = [(cell, paper_value(group, cell)) for cell in group.cells]
-    return [
-        f"The paper's value at {label(group.axes, cell.place)}: {value.note}."
-        for cell, value in values
-        if value and value.note
+def accuracy_table(table: ResultTable, which: str) -> TextTable:
+    """The ``best`` or ``final`` accuracy of each tested cell, beside the paper's: the first axis across."""
+    summary = summarize(table)
+    summary["entry"] = [_accuracy(line, which) for line in summary.to_dict("records")]
+    order = {"index": summary["row"].unique(), "columns": table.cells["column"].unique()}
+    pivot = summary.pivot(index="row", columns="column", values="entry").reindex(**order).dropna(axis=1, how="all")
+    rows = [
+        [Entry(str(row)), *(entry if isinstance(entry, Entry) else Entry(NOTHING) for entry in line)]
+        for row, line in zip(pivot.index, pivot.to_numpy(), strict=True)
     ]
+    caption = f"{which.capitalize()} accuracy on {table.tested_on} images, %{_deviation(table)}"
+    return TextTable(caption, ["", *(column or "accuracy" for column in pivot.columns)], rows)
 
 
-def _progress(group: Group) -> str:
-    expected = sum(cell.expected for cell in group.cells)
-    finished = sum(len(cell.finished) for cell in group.cells)
-    missing = sum(not cell.finished for cell in group.cells)
-    begun = len(group.runs) - finished
+def cost_table(table: ResultTable) -> TextTable:
+    """A line for each tested cell: its runs, its accuracies, and what a run took."""
+    shown = [name for name in COSTS if table.with_traffic or name not in TRAFFIC]
+    rows = []
+    for line in summarize(table).to_dict("records"):
+        started = line["started"] - line["finished"]
+        note = f"{started} unfinished, to epoch {line['reached']:.1f}" if line["reached"] > 0 else ""
+        rows.append(
+            [
+                Entry(line["label"] or table.name),
+                Entry(f"{line['finished']} of {line['expected']}", note),
+                Entry(percent(line["best"], line["best_std"])),
+                Entry(percent(line["final"], line["final_std"])),
+                *(COSTS[name].entry(line[name]) for name in shown),
+            ]
+        )
+    header = ["cell", "runs", "best", "final", *(COSTS[name].title for name in shown)]
+    return TextTable(f"Accuracy on {table.tested_on} images, %{_deviation(table)}; costs of a run", header, rows)
+
+
+def notes(table: ResultTable) -> list[str]:
+    """What a reader must know to read the tables and figures."""
+    texts = [progress(table), protocol(table)]
+    if table.with_traffic:
+        texts.append(traffic_note(table))
+    for cell in table.cells.itertuples():
+        if cell.paper and cell.paper.note:
+            texts.append(f"The paper's value at {cell.label}: {cell.paper.note}.")
+    return texts
+
+
+def progress(table: ResultTable) -> str:
+    """How many runs are finished, and which cells the tables leave out."""
+    finished = int(table.runs["finished"].sum())
+    text = f"Finished: {finished} of {table.cells['expected'].sum()} runs"
+    if started := len(table.runs) - finished:
+        text += f"; unfinished: {started} (shown only where no run of the cell is finished)"
+    if untested := len(table.cells) - table.counted["cell"].nunique():
+        text += f"; without any test and left out: {untested} of {len(table.cells)} cells"
+    return f"{text}."
+
+
+def protocol(table: ResultTable) -> str:
+    """What the accuracies are of, and how the best one is chosen."""
+    held = sorted(set(table.runs["validation"].dropna()) - {0})
+    images = ", ".join(map(str, held))
+    if table.tested_on == "validation":
+        return (
+            f"Protocol: tested on {images} training images held out of training (key validation), never on the test "
+            "images. Use these accuracies to choose hyper-parameters, not to report."
+        )
+    split = f"in some runs on {images} validation images instead" if held else "no validation split"
     return (
-        f"{finished} of {expected} runs are finished, {begun} more are begun; "
-        f"{missing} of {len(group.cells)} cells have no finished run and are shown as {NOTHING}."
+        f"Protocol: tested on the test images, {split}. Best is the best of a run's tests, chosen on those same "
+        "images as the paper's code did, and so optimistic; final is the last test."
     )
 
 
-def _pivots(group: Group) -> list[Grid]:
-    """Best and final accuracy as tables of rows and columns, the paper's value and the difference in each cell."""
-    if group.across == 0 or len(group.rows) < 2:
-        return []
-    grids = []
-    for words, name in (("Best", "best_test_accuracy"), ("Final", "final_test_accuracy")):
-        rows = [
-            [
-                label(group.axes[group.across :], row),
-                *(_pivot_cell(group, column, row, name) for column in group.columns),
-            ]
-            for row in group.rows
-        ]
-        header = ["", *(label(group.axes, column) for column in group.columns)]
-        grids.append(Grid(f"{words} accuracy on {group.tested_on} images, %{_spread(group)}", header, rows))
-    return grids
+def traffic_note(table: ResultTable) -> str:
+    """How syncs and bytes are counted."""
+    text = "Traffic: syncs of a run, and bytes of all workers, both ways, as recorded."
+    if table.cells["baseline"].any():
+        text += (
+            " The large batch counts as data-parallel SGD on the same K workers: at every step each sends its gradient "
+            "and receives the mean, 4 bytes a parameter."
+        )
+    if (table.cells["clients"] == 1).any():
+        text += " One worker (K = 1) needs no network and counts as sending nothing."
+    return text
 
 
-def _pivot_cell(group: Group, column: Any, row: Any, name: str) -> str:
-    cell = group.at(column, row)
-    if cell is None:
-        return ""
-    printed = _printed(group, cell, name)
-    if printed is None:
-        return percent(cell.values(name))
-    return f"{percent(cell.values(name))} (paper {printed:.2f}, {difference(cell.values(name), printed)})"
+def provenance(table: ResultTable) -> list[tuple[str, str]]:
+    """Commit, device, versions and commands of the runs, each with the number of runs that have it."""
+    runs = table.runs
+    versions = [", ".join(f"{k} {v}" for k, v in (held or {}).items()) for held in runs["versions"].map(_or_none)]
+    told = [("folder", [str(table.folder)])]
+    told += [(name, [_or_none(value) or "" for value in runs[name]]) for name in ("commit", "device")]
+    told += [("versions", versions), ("command", [_or_none(value) or "" for value in runs["command"]])]
+    return [(name, _counted([value for value in values if value])) for name, values in told if any(values)]
 
 
-def _printed(group: Group, cell: CellResults, name: str) -> float | None:
-    value = paper_value(group, cell)
-    if value is None:
-        return None
-    return value.best if name == "best_test_accuracy" else value.final
+def runs_frame(table: ResultTable) -> pd.DataFrame:
+    """A line for each run: fixed columns, and each configuration key that varies. Accuracies are fractions.
+
+    `final_` and `best_test_accuracy` are empty for an unfinished run. Syncs and bytes are as recorded.
+    """
+    runs = table.runs.sort_values(["cell", "seed"], kind="stable")
+    finished = runs["finished"]
+    frame = runs.assign(
+        local_steps_per_round=runs.get("local-steps"),
+        batch_size=runs["batch-size"],
+        clients=runs["clients"].where(runs["mode"] == "localsgd"),
+        tested_on=["validation" if held else "test" for held in runs["validation"].fillna(0)],
+        last_test_accuracy=runs["final_test_accuracy"],
+        final_test_accuracy=runs["final_test_accuracy"].where(finished),
+        best_test_accuracy=runs["best_test_accuracy"].where(finished),
+    )
+    keys = sorted({name for config in table.cells["config"] for name in config} & set(runs.columns))
+    shown = {*CSV_COLUMNS, "local-steps", "batch-size"}
+    varying = [name for name in keys if name not in shown and runs[name].dropna().astype(str).nunique() > 1]
+    return frame[[*CSV_COLUMNS[:7], *varying, *CSV_COLUMNS[7:]]]
 
 
-def _details(group: Group) -> Grid:
-    """A line for each cell: how many runs, what they reached, and what that took."""
-    header = ["cell", "runs", "best", "final", "epochs", "local steps", "syncs", "MB sent", "minutes"]
-    rows = []
-    for cell in group.cells:
-        accuracies = [percent(cell.values(f"{which}_test_accuracy")) for which in ("best", "final")]
-        sent = [up + down for up, down in zip(cell.values("bytes_up"), cell.values("bytes_down"), strict=True)]
-        costs = [
-            _mean(cell.values("epoch"), "{:,.2f}"),
-            _mean(cell.values("local_steps"), "{:,.0f}"),
-            _mean(cell.values("syncs"), "{:,.0f}"),
-            _mean(sent, "{:,.1f}", 1e6),
-            _mean(cell.values("seconds"), "{:,.1f}", 60),
-        ]
-        rows.append([label(group.axes, cell.place) or group.name, _runs(cell), *accuracies, *costs])
-    twins = "; the large batch is one machine and sends nothing" if group.has_twins else ""
-    title = f"Every cell: accuracy on {group.tested_on} images in %{_spread(group)}; costs of a run{twins}"
-    return Grid(title, header, rows)
+def csv_text(frame: pd.DataFrame) -> str:
+    """`frame` as CSV, without its index; a text that a spreadsheet would run as a formula begins with an apostrophe."""
+    return str(frame.map(_not_a_formula).convert_dtypes().to_csv(index=False))
 
 
-def _runs(cell: CellResults) -> str:
-    begun = [run for run in cell.runs if not run.finished and run.rows]
-    far = f" ({len(begun)} at epoch {max(run.rows[-1]['epoch'] for run in begun):.1f})" if begun else ""
-    return f"{len(cell.finished)} of {cell.expected}{far}"
+def rich_table(table: TextTable, caption: str = "") -> Table:
+    """`table` for the terminal."""
+    shown = Table(title=Text(table.caption), caption=Text(caption))
+    for name in table.header:
+        shown.add_column(Text(name), justify="left" if name == "cell" else "right", no_wrap=name == "cell")
+    for row in table.rows:
+        shown.add_row(*(Text(f"{entry.text} ({entry.note})" if entry.note else entry.text) for entry in row))
+    return shown
 
 
-def _mean(values: Sequence[float], form: str, unit: float = 1) -> str:
-    return form.format(sum(values) / len(values) / unit) if values else NOTHING
+def terminal_table(table: ResultTable) -> Table:
+    """Final accuracies for the terminal."""
+    seeds = ", ".join(map(str, sorted(set(table.runs["seed"]))))
+    text = accuracy_table(table, "final")
+    corner = ", ".join(SYMBOLS.get(axis, axis) for axis in table.row_axes)
+    ticks = dict(zip(table.cells["row"], table.cells["tick"], strict=True))
+    rows = [[Entry(ticks[row[0].text]), *row[1:]] for row in text.rows]
+    return rich_table(TextTable(text.caption, [corner, *text.header[1:]], rows), f"seed {seeds}")
 
 
-def _spread(group: Group) -> str:
-    several = any(len(cell.finished) > 1 for cell in group.cells)
-    return ", mean ± standard deviation over the seeds" if several else ""
+def percent(mean: float, deviation: float = float("nan")) -> str:
+    """A fraction in %, with its standard deviation if there is one."""
+    return f"{100 * mean:.2f}" + (f" ± {100 * deviation:.2f}" if pd.notna(deviation) else "")
 
 
-def _provenance(group: Group) -> list[tuple[str, str]]:
-    """Commit, device, versions and commands of the runs that have a summary, each with how many runs it is of."""
-    summaries = [run.summary for run in group.runs if run.summary]
-    versions = [", ".join(f"{k} {v}" for k, v in s.get("versions", {}).items()) for s in summaries]
-    told = [("folder", [str(group.folder)])]
-    told += [(name, [str(s.get(name, "")) or "unknown" for s in summaries]) for name in ("commit", "device")]
-    told += [("versions", versions), ("command", [str(s.get("command", "")) for s in summaries])]
-    return [(name, _counted(values)) for name, values in told if values]
+def number(value: float, decimals: int = 0) -> str:
+    """A number with thousands separated; a dash if it is missing."""
+    return f"{value:,.{decimals}f}" if pd.notna(value) else NOTHING
+
+
+def _accuracy(line: dict[str, Any], which: str) -> Entry:
+    """The accuracy of a line of `summarize`, and beside it the paper's and the difference."""
+    remarks = [] if line["finished"] else [f"unfinished, epoch {line['reached']:.1f}"]
+    paper = line["paper"]
+    printed = None if paper is None else paper.best if which == "best" else paper.final
+    if printed is not None:
+        remarks.append(f"paper {printed:.2f}")
+        if line["finished"]:
+            remarks.append(f"{100 * line[which] - printed:+.2f}".replace("-", "−"))
+    return Entry(percent(line[which], line[f"{which}_std"]), ", ".join(remarks))
+
+
+def _deviation(table: ResultTable) -> str:
+    several = table.counted["cell"].duplicated().any()
+    return ", mean ± standard deviation over seeds" if several else ""
 
 
 def _counted(values: Sequence[str]) -> str:
     counts = Counter(values)
     if len(counts) == 1:
-        return next(iter(counts))
+        return values[0]
     return "; ".join(f"{value} ({count} runs)" for value, count in counts.most_common())
 
 
-def write_runs(group: Group, path: Path) -> None:
-    """All runs of a group, a line each; accuracies are fractions, empty where a run is not finished."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, COLUMNS)
-        writer.writeheader()
-        for cell in group.cells:
-            for run in sorted(cell.runs, key=lambda run: run.config["seed"]):
-                result = run.summary if run.finished and run.summary else run.rows[-1] if run.rows else {}
-                config = run.config
-                writer.writerow(
-                    {
-                        **{name: result.get(name) for name in COLUMNS},
-                        **{name: config[name] for name in ("mode", "optimizer", "seed")},
-                        "run": run.folder.name,
-                        "clients": config.get("clients"),
-                        "local_steps_per_round": config.get("local-steps"),
-                        "batch_size": config["batch-size"],
-                        "tested_on": run.tested_on,
-                        "finished": run.finished,
-                    }
-                )
+def _or_none(value: Any) -> Any:
+    """`value`, or None for what pandas has put in the place of None."""
+    return value if isinstance(value, str | dict) else None
 
 
-def accuracy_table(group: Group) -> Table:
-    """Final accuracy in % for the terminal: the group's first axis across, the others down."""
-    seeds = sorted({int(run.config["seed"]) for run in group.runs})
-    spread = "; mean ± standard deviation" if len(seeds) > 1 else ""
-    table = Table(title=f"Final {group.tested_on} accuracy, %", caption=f"seed {', '.join(map(str, seeds))}{spread}")
-    table.add_column(", ".join(SHORT.get(name, name) for name in group.axes[group.across :]), justify="right")
-    for column in group.columns:
-        table.add_column(label(group.axes, column).replace(" = ", "=") or "accuracy", justify="right")
-    for row in group.rows:
-        table.add_row(
-            " ".join(map(str, row)),
-            *(_pivot_cell(group, column, row, "final_test_accuracy") for column in group.columns),
-        )
-    return table
+def _not_a_formula(value: Any) -> Any:
+    return f"'{value}" if isinstance(value, str) and value.startswith(("=", "+", "-", "@", "\t", "\r")) else value

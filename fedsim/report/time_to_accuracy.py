@@ -1,160 +1,121 @@
-"""``run.py plan``: the time to a target accuracy of each cell on a given network, from the records alone."""
+"""``run.py time-to-accuracy``: when each cell would reach a target accuracy on a given network, from its records.
+
+Runs are tested every so often, so a time is known only to the time between two tests, its resolution: the target was
+reached after the test before it.
+"""
 
 from __future__ import annotations
 
-import dataclasses
-import statistics
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any
-
+import pandas as pd
 from rich.console import Console
-from rich.table import Table
 
 from fedsim.errors import UserError
-from fedsim.report.figures import Plot, by_place, save_plot
-from fedsim.report.load import CellResults, Group, Result, read_groups
-from fedsim.report.network import Network, seconds_of, traffic
-from fedsim.report.words import label, percent
+from fedsim.report.figures import Plot, draw_cells
+from fedsim.report.network import Network, network_seconds
+from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings
+from fedsim.report.result_table import NOTHING, ResultTable, read_tables
+from fedsim.report.tables import COSTS, TRAFFIC, Entry, TextTable, number, percent, rich_table
 
-HEADER = (
-    "cell", "workers", "compute_s", "runs", "reached", "seconds_mean", "seconds_std", "epoch_mean", "syncs_mean",
-    "bytes_mean", "best_accuracy",
-)  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Planned:
-    """One cell's way to the target; a list has an entry for each run that reached it."""
-
-    cell: CellResults
-    compute: float
-    seconds: list[float]
-    epochs: list[float]
-    syncs: list[float]
-    bytes: list[float]
+CAPTION = "within: seconds since the test before; ±: standard deviation over runs, if larger"
+MEANS = ["seconds", "resolution", "epoch", "network_syncs", "network_bytes"]
 
 
-def plan_results(
-    root: Path, target: float, network: Network, compute: float | None, out: Path, command: str, console: Console
+def time_to_accuracy(
+    root: str, target: float, network: Network, compute: float | None, out: str, command: str, console: Console
 ) -> None:
-    """Plan every group under `root`: a table here, ``plan-NAME.csv`` and ``plan-NAME.png`` in `out`."""
+    """For every table under `root`: print the times, and write them and a figure to `out`."""
     if not 0 < target < 1:
-        raise UserError(f"target = {target} is no accuracy: give a fraction between 0 and 1, for instance 0.5")
-    groups, warnings = read_groups(root)
-    for warning in warnings:
-        console.print(f"warning: {warning}", soft_wrap=True, highlight=False)
-    out.mkdir(parents=True, exist_ok=True)
-    for group in groups:
-        planned = plan_group(group, target, network, compute)
-        name = f"plan-{group.name}"
-        save_plot(plot_plan(planned, group, target, name), out, command)
-        console.print(plan_table(planned, group, target))
-        console.print(f"{out / name}.csv\n{out / name}.png", soft_wrap=True, highlight=False)
+        raise UserError(f"target = {target} is not an accuracy: give a fraction between 0 and 1, for instance 0.5")
+    tables, warnings = read_tables(folder("results", root))
+    show_warnings(warnings, console)
+    with output_folder(out) as path:
+        for table in tables:
+            if table.counted.empty:
+                continue
+            times = times_to_target(table, target, network, compute)
+            plot = plot_times(times, table, target)
+            save_plot(plot, path, command)
+            console.print(rich_table(time_table(times, table, target), CAPTION))
+            show_path(path / f"{plot.name}.csv", console)
+            show_path(path / f"{plot.name}.png", console)
 
 
-def plan_group(group: Group, target: float, network: Network, compute: float | None) -> list[Planned]:
-    """Each cell that has a test; `compute` is a worker's seconds a step, or None for what the records show.
+def times_to_target(table: ResultTable, target: float, network: Network, compute: float | None) -> pd.DataFrame:
+    """A line for each cell that has a test: the first test at or above `target`, over the runs that reach it.
 
-    Measured: the median over the group's runs of seconds / images computed (testing included), times the images
-    of one worker's step: each worker is taken to be as fast as the whole machine that made the records.
+    `compute` is a worker's seconds per local step; None: as measured, see `seconds_per_image`. Columns: means of
+    `seconds`, `resolution` (seconds since the test before), `epoch`, `network_syncs`, `network_bytes`; `seconds_std`;
+    `reached` and `runs` (numbers of runs); `compute_s`; `best_accuracy` of any run; `finished` (whether all runs are);
+    and the columns of the cell.
     """
-    pace = None if compute is not None else seconds_an_image(group)
-    planned = []
-    for cell in group.cells:
-        if not any(run.tested for run in cell.runs):
-            continue
-        step = compute if compute is not None else (pace or 0.0) * _images_a_step(cell)
-        ways = [way for run in cell.runs if (way := _way(cell, run, target, network, step)) is not None]
-        seconds, epochs, syncs, sent = (list(part) for part in zip(*ways, strict=True)) if ways else ([], [], [], [])
-        planned.append(Planned(cell, step, seconds, epochs, syncs, sent))
-    return planned
+    tested = table.rows[table.rows["test_accuracy"].notna()].sort_values(["run", "round"])
+    cells = table.cells.loc[sorted(tested["cell"].unique())]
+    images = images_per_step(cells)
+    steps = images * seconds_per_image(table) if compute is None else pd.Series(compute, cells.index)
+    tested = tested.assign(seconds=network_seconds(tested, tested["cell"].map(steps), network))
+    tested["resolution"] = tested.groupby("run")["seconds"].diff().fillna(tested["seconds"])
+    first = tested[tested["test_accuracy"] >= target].dropna(subset=MEANS).groupby("run").head(1)
+    by_cell = first.groupby("cell")
+    runs = table.runs.groupby("cell")["finished"].agg(runs="size", finished="all")
+    found = cells.join([by_cell[MEANS].mean(), by_cell["seconds"].std().rename("seconds_std"), runs])
+    reached = by_cell.size().reindex(cells.index, fill_value=0)
+    best = tested.groupby("cell")["test_accuracy"].max()
+    return found.assign(reached=reached, compute_s=steps, best_accuracy=best)
 
 
-def seconds_an_image(group: Group) -> float:
-    """The median over the runs of a group of seconds for each training image computed, testing included."""
-    paces = [
-        run.rows[-1]["seconds"] / (run.rows[-1]["local_steps"] * cell.workers * _images_a_step(cell))
-        for cell in group.cells
-        for run in cell.runs
-        if run.rows and "seconds" in run.rows[-1]
-    ]
-    if not paces:
-        raise UserError(f"{group.folder} has no row that tells its seconds: give --compute, for instance 10ms")
-    return float(statistics.median(paces))
+def seconds_per_image(table: ResultTable) -> float:
+    """The median over a table's runs of seconds per training image computed, tests included."""
+    workers_images = table.runs["workers"] * table.runs["cell"].map(images_per_step(table.cells))
+    pace = table.runs["seconds"] / (table.runs["local_steps"] * workers_images)
+    measured = pace[(pace > 0) & (pace < float("inf"))]
+    if measured.empty:
+        raise UserError(f"{table.folder} has no recorded seconds: give --compute, for instance 10ms")
+    return float(measured.median())
 
 
-def _images_a_step(cell: CellResults) -> float:
-    """A worker's images a step; of a twin, its share of the large batch."""
-    batch = int(cell.config["batch-size"])
-    return batch if cell.config["mode"] == "localsgd" else batch / cell.workers
+def images_per_step(cells: pd.DataFrame) -> pd.Series:
+    """A worker's images in a step; for the large batch, its share of it."""
+    batch = cells["config"].map(lambda config: config["batch-size"])
+    return batch / cells["workers"].where(cells["baseline"], 1)
 
 
-def _way(
-    cell: CellResults, run: Result, target: float, network: Network, compute: float
-) -> tuple[float, float, float, float] | None:
-    """Seconds, epochs, syncs and bytes until the first test at or above `target`; None where there is none."""
-    row = next((row for row in run.tested if row["test_accuracy"] >= target), None)
-    sent = traffic(cell, run, row) if row else None
-    if row is None or sent is None:
-        return None
-    seconds = seconds_of(row["local_steps"], sent, cell.workers, compute, network)
-    return seconds, row["epoch"], sent.syncs, sent.bytes_up + sent.bytes_down
-
-
-def best_accuracy(cell: CellResults) -> float:
-    """The best test of any run of the cell so far."""
-    return max(float(row["test_accuracy"]) for run in cell.runs for row in run.tested)
-
-
-def plan_table(planned: Sequence[Planned], group: Group, target: float) -> Table:
-    """The plan for the terminal, the fastest cell first."""
-    title = f"{group.title}: time to {100 * target:g} % accuracy"
-    table = Table(
-        title=title, caption=f"mean ± standard deviation of the runs that reached it, on {group.tested_on} images"
-    )
-    for name in ("cell", "time", "epochs", "syncs", "MB sent", "runs"):
-        table.add_column(name, justify="left" if name == "cell" else "right")
-    for plan in sorted(planned, key=lambda p: statistics.fmean(p.seconds) if p.seconds else float("inf")):
-        reached = f"{len(plan.seconds)} of {len(plan.cell.runs)}"
-        if not plan.seconds:
-            best = percent([best_accuracy(plan.cell)])
-            never = "never" if all(run.finished for run in plan.cell.runs) else "not yet"
-            table.add_row(
-                label(group.axes, plan.cell.place) or group.name, f"{never} (best {best} %)", "–", "–", "–", reached
-            )
-            continue
-        spread = f" ± {statistics.stdev(plan.seconds):.3g}" if len(plan.seconds) > 1 else ""
-        means = [statistics.fmean(values) for values in (plan.epochs, plan.syncs, plan.bytes)]
-        table.add_row(
-            label(group.axes, plan.cell.place) or group.name,
-            f"{statistics.fmean(plan.seconds):,.1f}{spread} s",
-            f"{means[0]:.2f}",
-            f"{means[1]:,.0f}",
-            f"{means[2] / 1e6:,.1f}",
-            reached,
-        )
-    return table
-
-
-def plan_rows(planned: Sequence[Planned], group: Group) -> list[list[Any]]:
-    """A line of `HEADER` for each cell; empty where no run reached the target."""
+def time_table(times: pd.DataFrame, table: ResultTable, target: float) -> TextTable:
+    """The times for the terminal, the shortest first."""
+    shown = ("epoch", *TRAFFIC) if table.with_traffic else ("epoch",)
     rows = []
-    for plan in planned:
-        means = [statistics.fmean(v) if v else "" for v in (plan.seconds, plan.epochs, plan.syncs, plan.bytes)]
-        spread = statistics.stdev(plan.seconds) if len(plan.seconds) > 1 else ""
-        head = [label(group.axes, plan.cell.place) or group.name, plan.cell.workers, plan.compute, len(plan.cell.runs)]
-        rows.append([*head, len(plan.seconds), means[0], spread, *means[1:], best_accuracy(plan.cell)])
-    return rows
+    for line in times.sort_values("seconds", kind="stable", na_position="last").to_dict("records"):
+        reached = Entry(f"{line['reached']} of {line['runs']}")
+        name = Entry(line["label"] or table.name)
+        if not line["reached"]:
+            never = "never" if line["finished"] else "not yet"
+            best = Entry(never, f"best {percent(line['best_accuracy'])} %")
+            rows.append([name, best, *[Entry(NOTHING)] * (1 + len(shown)), reached])
+            continue
+        deviation = f" ± {line['seconds_std']:,.1f}" if line["seconds_std"] > line["resolution"] else ""
+        rows.append(
+            [
+                name,
+                Entry(f"{number(line['seconds'], 1)}{deviation}"),
+                Entry(number(line["resolution"], 1)),
+                *(COSTS[cost].entry(line[cost]) for cost in shown),
+                reached,
+            ]
+        )
+    title = f"{table.title}: time to {100 * target:g} % accuracy on {table.tested_on} images"
+    return TextTable(title, ["cell", "seconds", "within", *(COSTS[cost].title for cost in shown), "runs"], rows)
 
 
-def plot_plan(planned: Sequence[Planned], group: Group, target: float, name: str) -> Plot:
-    """Time to the target by place in the table; cells that never reach it are counted below."""
-    seconds = {plan.cell.place: plan.seconds for plan in planned if plan.seconds}
-    never = len(planned) - len(seconds)
-    caption = f"Time to {100 * target:g} % accuracy" + (
-        f"; {never} of {len(planned)} cells do not reach it" * (never > 0)
-    )
-    plot = by_place(group, seconds, name, caption, "seconds to the target", log=True)
-    return dataclasses.replace(plot, header=HEADER, rows=plan_rows(planned, group))
+def plot_times(times: pd.DataFrame, table: ResultTable, target: float) -> Plot:
+    """The times by cell; cells that do not reach the target are crosses at the upper edge."""
+    found = times[times["reached"] > 0]
+    missing = list(times.index[times["reached"] == 0])
+    deviation = found["seconds_std"].where(found["seconds_std"] > found["resolution"])
+    values = pd.DataFrame({"mean": found["seconds"], "std": deviation})
+    figure = draw_cells(table, values, "seconds to the target", log=True, missing=missing)
+    crosses = f"; crosses: not reached, {len(missing)} of {len(times)} cells" if missing else ""
+    caption = f"Time to {100 * target:g} % accuracy{crosses}."
+    numbers = times.rename(columns={"label": "cell", "epoch": "epoch_mean", "seconds": "seconds_mean"})
+    numbers = numbers.rename(columns={"network_syncs": "syncs_mean", "network_bytes": "bytes_mean"})
+    columns = ["cell", "workers", "compute_s", "runs", "reached", "seconds_mean", "seconds_std", "resolution"]
+    columns += ["epoch_mean", "syncs_mean", "bytes_mean", "best_accuracy"]
+    return Plot(f"time-to-accuracy-{table.name}", caption, figure, numbers[columns])

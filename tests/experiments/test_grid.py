@@ -15,7 +15,8 @@ from fedsim.cli import cli, integers
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.study import grid_study, read_study
 from fedsim.records import read_rows
-from fedsim.report.load import read_groups, read_results
+from fedsim.report.load import read_records
+from fedsim.report.result_table import read_tables
 
 SMALL = (
     "grid --dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 16 --epochs 2 --device cpu "
@@ -60,14 +61,14 @@ def test_a_grid_runs_every_cell_then_its_table_csv_and_plot(grid: Grid, tmp_path
 def test_finished_cells_are_skipped_and_interrupted_ones_resume(grid: Grid, tmp_path: Path) -> None:
     folder = tmp_path / "results" / "grid"
     grid(f"{CELLS} --stop-after-rounds 3")
-    assert not any(result.finished for result in read_results(folder, pytest.fail))
+    assert not read_records(folder).runs["finished"].any()
     grid()
     written = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
     assert len(written) == 8
     assert all(len(read_rows(path.parent)) > 3 for path in written)
     grid(f"{CELLS} --clients 1,2,4")
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
-    assert sum(result.finished for result in read_results(folder, pytest.fail)) == 12
+    assert read_records(folder).runs["finished"].sum() == 12
 
 
 def test_every_cell_is_checked_before_the_first_begins(grid: Grid, tmp_path: Path) -> None:
@@ -100,8 +101,8 @@ def test_runs_of_other_settings_are_not_in_the_table_of_a_grid(grid: Grid, tmp_p
 
 def test_a_grid_is_kept_as_a_study_that_runs_it_again(grid: Grid, tmp_path: Path) -> None:
     grid(f"{CELLS} --momentum 0.5 --preset table2")
-    (group,), warnings = read_groups(tmp_path / "results" / "grid")
-    assert (group.axes, warnings) == (("clients", "local-steps"), [])
+    (table,), warnings = read_tables(tmp_path / "results" / "grid")
+    assert (tuple(table.axes), warnings) == (("clients", "local-steps"), [])
     study = read_study(str(tmp_path / "results" / "grid" / "study.toml"))
     keys = {"momentum": "0.5", "epochs": "2", "threads": "1", "name": "grid"}
     asked = grid_study({"clients": [1, 2], "local-steps": [2, 4], "seed": [1, 2]}, keys, "table2")

@@ -21,7 +21,7 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.study import read_study
 from fedsim.experiments.sweep import OneByOne, run_studies
 from fedsim.records import Run, read_rows, read_summary
-from fedsim.report.load import read_groups
+from fedsim.report.result_table import ResultTable, read_tables
 
 TINY = """title = "Tiny"
 mode = "localsgd"
@@ -75,6 +75,12 @@ def run_here(path: Path, seeds: Sequence[int] = (1,), **keys: Any) -> tuple[list
         assert text.getvalue().count("\x1b[?25l") == text.getvalue().count("\x1b[?25h")  # the cursor is shown again
 
 
+def finished_runs(table: ResultTable) -> list[int]:
+    """How many runs of each cell are finished."""
+    cells: list[int] = [int(table.runs["finished"][table.runs["cell"] == cell].sum()) for cell in table.cells.index]
+    return cells
+
+
 def test_a_study_runs_every_cell_and_twin_in_its_folder_and_shows_its_table(study: Study, tiny: Path) -> None:
     text = study()
     folder = tiny.parent / "results" / "tiny"
@@ -84,9 +90,9 @@ def test_a_study_runs_every_cell_and_twin_in_its_folder_and_shows_its_table(stud
     assert read_study(str(folder / "study.toml")) == read_study(str(tiny))
     assert "tiny: Tiny" in text
     assert "large batch" in text
-    (group,), warnings = read_groups(folder)
-    assert (group.title, warnings) == ("Tiny", [])
-    assert [len(cell.finished) for cell in group.cells] == [2, 2, 2, 2]
+    (table,), warnings = read_tables(folder)
+    assert (table.title, warnings) == ("Tiny", [])
+    assert finished_runs(table) == [2, 2, 2, 2]
 
 
 def test_chosen_cells_run_alone_and_one_that_is_not_there_is_named(study: Study, tiny: Path) -> None:
@@ -103,26 +109,26 @@ def test_chosen_cells_run_alone_and_one_that_is_not_there_is_named(study: Study,
 def test_a_study_in_another_precision_is_another_study(study: Study, tiny: Path) -> None:
     study("--seeds 1")
     study("--seeds 1 --precision bf16")
-    groups, warnings = read_groups(tiny.parent / "results")
-    assert [(group.name, group.title) for group in groups] == [("tiny", "Tiny"), ("tiny-bf16", "Tiny, in bf16")]
+    tables, warnings = read_tables(tiny.parent / "results")
+    assert [(table.name, table.title) for table in tables] == [("tiny", "Tiny"), ("tiny-bf16", "Tiny, in bf16")]
     assert warnings == []
-    for group, precision in zip(groups, ("fp32", "bf16"), strict=True):
-        assert {run.config["precision"] for run in group.runs} == {precision}
-        assert [len(cell.finished) for cell in group.cells] == [1] * 4
+    for table, precision in zip(tables, ("fp32", "bf16"), strict=True):
+        assert set(table.runs["precision"]) == {precision}
+        assert finished_runs(table) == [1] * 4
 
 
 def test_interrupted_studies_resume_and_finished_cells_are_skipped(study: Study, tiny: Path) -> None:
     folder = tiny.parent / "results" / "tiny"
     study("--seeds 1 --stop-after-epochs 1")
-    (group,), _ = read_groups(folder)
-    assert [len(cell.finished) for cell in group.cells] == [0] * 4
+    (table,), _ = read_tables(folder)
+    assert finished_runs(table) == [0] * 4
     study("--seeds 1")
     written = {path: path.stat().st_mtime_ns for path in folder.glob("*/metrics.jsonl")}
     assert len(written) == 4
     study("--seeds 1,3")
     assert all(path.stat().st_mtime_ns == time for path, time in written.items())
-    (group,), _ = read_groups(folder)
-    assert [len(cell.finished) for cell in group.cells] == [2] * 4
+    (table,), _ = read_tables(folder)
+    assert finished_runs(table) == [2] * 4
 
 
 def test_a_study_whose_only_axis_is_the_seed_has_a_table_of_one_cell(study: Study, tiny: Path) -> None:
@@ -151,8 +157,8 @@ def test_cells_that_fail_are_named_and_the_others_run(study: Study, tiny: Path) 
     tiny.write_text(TINY.replace("[set]", f"{case}[set]"))
     with pytest.raises(RunFailed, match="2 of 4 cells failed: tiny/k2-j2-seed1, tiny/k2-twin-seed1"):
         study("--seeds 1")
-    (group,), _ = read_groups(tiny.parent / "results" / "tiny")
-    assert [len(cell.finished) for cell in group.cells] == [1, 0, 1, 0]
+    (table,), _ = read_tables(tiny.parent / "results" / "tiny")
+    assert finished_runs(table) == [1, 0, 1, 0]
 
 
 def test_a_cell_with_damaged_records_fails_alone(tiny: Path) -> None:
@@ -171,7 +177,7 @@ def test_a_cell_that_another_process_runs_is_awaited_after_the_others(tiny: Path
     cells = read_study(str(tiny)).cells([1], {**HERE, "results-dir": str(tiny.parent / "results" / "tiny")})
     first, *others = (Run(cell.config, cell.mode) for cell in cells)
     let_go = threading.Event()
-    held = first.held()
+    held = first.lock()
     held.__enter__()
 
     def release() -> None:

@@ -1,46 +1,54 @@
 from __future__ import annotations
 
 import csv
+import io
 from pathlib import Path
+from typing import Any
 
+import pandas as pd
 import pytest
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-from fedsim.experiments.study import TWIN, read_study, study_names
-from fedsim.report.figures import BYTES, EPOCHS, SYNCS, mean_curve, pareto_front, plot_accuracy, plots_of, save_plot
-from fedsim.report.load import CellResults, Group, read_groups
-from fedsim.report.paper_values import PaperValue, paper_value
+from fedsim.config import Config
+from fedsim.experiments.study import TWIN, read_study
+from fedsim.report.figures import BYTES, EPOCHS, SYNCS, Plot, XAxis, mean_curves, pareto_front, plot_accuracy, plots_of
+from fedsim.report.result_table import ResultTable, read_tables
+from fedsim.report.tables import csv_text
 from tests.conftest import write_run
 
 
 @pytest.fixture
-def group(study: Path) -> Group:
-    (found,), _ = read_groups(study)
+def table(study: Path) -> ResultTable:
+    (found,), _ = read_tables(study)
     return found
 
 
-def cell_at(group: Group, *place: int | str) -> CellResults:
-    return next(cell for cell in group.cells if cell.place == place)
+def curve(table: ResultTable, axis: XAxis, *coords: int | str) -> pd.DataFrame:
+    points = mean_curves(table, axis)
+    return points[points["cell"] == list(table.cells["coords"]).index(coords)]
 
 
-def test_a_mean_curve_is_the_mean_over_the_seeds_where_both_were_tested(group: Group) -> None:
-    curve = mean_curve(cell_at(group, 2, 8), EPOCHS)
-    assert [point.x for point in curve] == [1, 3, 4]
-    assert [point.mean for point in curve] == pytest.approx([0.1, 0.54, 0.53])
-    assert [point.spread for point in curve] == pytest.approx([0, 0.02 / 2**0.5, 0.02 / 2**0.5])
-    assert {point.runs for point in curve} == {2}
-    assert [point.x for point in mean_curve(cell_at(group, 2, 8), SYNCS)] == [1, 3, 4]
-    assert [point.x for point in mean_curve(cell_at(group, 2, 1), BYTES)] == [32_000, 96_000, 128_000]
+def test_a_mean_curve_is_the_mean_over_the_seeds_where_both_were_tested(table: ResultTable) -> None:
+    points = curve(table, EPOCHS, 2, 8)
+    assert list(points["epochs"]) == [1, 3, 4]
+    assert list(points["accuracy_mean"]) == pytest.approx([0.1, 0.54, 0.53])
+    assert list(points["accuracy_std"]) == pytest.approx([0, 0.02 / 2**0.5, 0.02 / 2**0.5])
+    assert set(points["runs"]) == {2}
+    assert list(curve(table, SYNCS, 2, 8)["syncs"]) == [1, 3, 4]
+    assert list(curve(table, BYTES, 2, 1)["bytes"]) == [32_000, 96_000, 128_000]
 
 
-def test_an_unfinished_run_is_a_curve_only_where_nothing_is_finished(group: Group) -> None:
-    assert {point.runs for point in mean_curve(cell_at(group, 4, 8), EPOCHS)} == {1}
-    assert mean_curve(cell_at(group, 4, TWIN), EPOCHS) == []
+def test_an_unfinished_run_is_a_curve_only_where_nothing_is_finished(study: Path) -> None:
+    (study / "k2-j1-seed1" / "summary.json").unlink()
+    (table,), _ = read_tables(study)
+    assert set(curve(table, EPOCHS, 4, 8)["runs"]) == {1}
+    assert set(curve(table, EPOCHS, 2, 1)["runs"]) == {1}
+    assert curve(table, EPOCHS, 4, TWIN).empty
 
 
-def test_a_twins_curve_along_bytes_is_data_parallel_sgd(group: Group) -> None:
-    points = mean_curve(cell_at(group, 2, TWIN), BYTES)
-    assert [point.x for point in points] == [rounds * 8 * 2 * 2 * 250 * 4 for rounds in (1, 3, 4)]
-    assert [point.x for point in mean_curve(cell_at(group, 2, TWIN), SYNCS)] == [8, 24, 32]
+def test_the_baselines_curve_along_bytes_is_data_parallel_sgd(table: ResultTable) -> None:
+    assert list(curve(table, BYTES, 2, TWIN)["bytes"]) == [rounds * 8 * 2 * 2 * 250 * 4 for rounds in (1, 3, 4)]
+    assert list(curve(table, SYNCS, 2, TWIN)["syncs"]) == [8, 24, 32]
 
 
 def test_the_front_costs_more_and_gains_more_at_every_step() -> None:
@@ -49,52 +57,68 @@ def test_the_front_costs_more_and_gains_more_at_every_step() -> None:
     assert pareto_front([]) == []
 
 
-def test_every_figure_is_a_png_and_its_numbers(group: Group, tmp_path: Path) -> None:
-    makers = plots_of(group)
+def assert_nothing_is_cut(plot: Plot) -> None:
+    canvas: Any = FigureCanvasAgg(plot.figure)
+    canvas.draw()
+    box = plot.figure.get_tightbbox(canvas.get_renderer())
+    width, height = plot.figure.get_size_inches()
+    assert box.x0 > -0.01
+    assert box.y0 > -0.01
+    assert box.x1 < width + 0.01
+    assert box.y1 < height + 0.01
+    sizes = {text.get_fontsize() for legend in plot.figure.legends for text in legend.get_texts()}
+    for panel in plot.figure.axes:
+        texts = [panel.title, panel.xaxis.label, panel.yaxis.label, *panel.texts]
+        texts += [*panel.get_xticklabels(), *panel.get_yticklabels()]
+        sizes |= {text.get_fontsize() for text in texts if text.get_text()}
+    assert len(sizes) == 1
+
+
+def test_every_figure_is_whole_and_a_png_and_its_numbers(table: ResultTable) -> None:
+    makers = plots_of(table)
     assert list(makers) == [f"mine-{name}" for name in ("epochs", "syncs", "bytes", "pareto", "accuracy")]
     for name, make in makers.items():
         plot = make()
         assert plot.name == name
-        save_plot(plot, tmp_path, "run.py report")
-        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
-        with (tmp_path / f"{name}.csv").open() as file:
-            lines = list(csv.reader(file))
-        assert len(lines) == 1 + len(plot.rows) > 1
-        assert {len(line) for line in lines} == {len(plot.header)}
+        assert plot.png("run.py report").startswith(b"\x89PNG")
+        assert_nothing_is_cut(plot)
+        lines = list(csv.reader(io.StringIO(csv_text(plot.numbers))))
+        assert len(lines) == 1 + len(plot.numbers) > 1
+        assert {len(line) for line in lines} == {len(plot.numbers.columns)}
 
 
-def test_accuracy_by_place_holds_finished_runs_alone(group: Group) -> None:
-    rows = {tuple(row[:2]): row[2:] for row in plot_accuracy(group).rows}
+def test_many_cells_with_long_names_are_not_cut(tmp_path: Path) -> None:
+    for number in range(9):
+        config = Config(
+            optimizer="sgdm", momentum=number / 10, lr=0.1, epochs=number + 1.0, weight_decay=number, gamma=2
+        )
+        name = f"a-rather-long-name-of-a-run-number-{number}"
+        write_run(tmp_path / "some" / name, config.changed({"warmup-epochs": number / 7}), "localsgd", [0.1, 0.5])
+    for epochs in (1.0, 2.0):  # a key with the name of a curve's axis
+        write_run(tmp_path / "epochs" / f"{epochs}", Config(epochs=epochs), "localsgd", [0.1, 0.5])
+    tables, _ = read_tables(tmp_path)
+    for make in [make for table in tables for make in plots_of(table).values()]:
+        plot = make()
+        assert_nothing_is_cut(plot)
+        assert csv_text(plot.numbers)
+
+
+def test_accuracy_by_cell_holds_finished_runs_alone(table: ResultTable) -> None:
+    rows = {tuple(row[:2]): row[2:] for row in plot_accuracy(table).numbers.to_numpy().tolist()}
     assert rows.keys() == {(2, 1), (2, 8), (2, TWIN), (4, 1)}
-    assert rows[2, 8] == pytest.approx((53, 2 / 2**0.5, 2))
-    assert rows[4, 1] == pytest.approx((42, 0, 1))
+    assert rows[2, 8] == pytest.approx([53, 2 / 2**0.5, 2])
+    assert rows[4, 1] == pytest.approx([42, 0, 1])
 
 
 def test_centralized_studies_have_no_figures_of_traffic(tmp_path: Path) -> None:
     (cell, *_) = read_study("table1").cells([1])
     write_run(tmp_path / "table1" / cell.config.name, cell.config, cell.mode, [0.1, 0.5])
-    (group,), _ = read_groups(tmp_path)
-    assert list(plots_of(group)) == ["table1-epochs", "table1-accuracy"]
-    accuracy = plots_of(group)["table1-accuracy"]()
+    (table,), _ = read_tables(tmp_path)
+    assert list(plots_of(table)) == ["table1-epochs", "table1-accuracy"]
+    accuracy = plots_of(table)["table1-accuracy"]()
     assert accuracy.caption == "Best accuracy on test images. Hollow: the paper's."
     (legend,) = accuracy.figure.legends
-    assert [text.get_text() for text in legend.get_texts()] == [
+    assert {text.get_text() for text in legend.get_texts()} == {
         "sgdm",
         *(f"{o}, paper" for o in ("sgdm", "lars", "lamb")),
-    ]
-
-
-def test_every_cell_of_the_papers_tables_has_the_papers_value() -> None:
-    known = {"table1": 18, "table2": 6, "table2-bn": 6, "table1-scaled": 12}
-    for name in study_names():
-        study = read_study(name)
-        group = Group(name, name, Path(), study.axes, [], study)
-        cells = {cell.place: cell.config.identity(cell.mode) for cell in study.cells()}
-        found = {place: paper_value(group, CellResults(place, keys, 1, [], 1)) for place, keys in cells.items()}
-        assert sum(value is not None for value in found.values()) == known.get(name, 0)
-        if name == "table1":
-            assert found["lars", 2048] == PaperValue(56.91, 56.91, "")
-        if name == "table1-scaled":
-            assert found["sqrt", 8192] == found["linear", 8192] == PaperValue(19.74, 19.71, "")
-        if name == "table2-bn":
-            assert found[12, 30] == PaperValue(42.96, None, "")
+    }

@@ -1,136 +1,169 @@
 from __future__ import annotations
 
 import json
-import shutil
+import math
+import re
+import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from fedsim.config import Config
 from fedsim.errors import UserError
-from fedsim.experiments.study import TWIN
-from fedsim.report.load import Group, inferred_group, read_groups, read_results
+from fedsim.report.figures import BYTES, mean_curves
+from fedsim.report.load import read_records
+from fedsim.report.network import Network
+from fedsim.report.result_table import read_tables
+from fedsim.report.tables import accuracy_table, cost_table, csv_text, notes, provenance, runs_frame
+from fedsim.report.time_to_accuracy import time_table, times_to_target
 from tests.conftest import write_run
 
-
-def only(root: Path) -> tuple[Group, list[str]]:
-    (group,), warnings = read_groups(root)
-    return group, warnings
+ROW = {"round": 1, "epoch": 1.0, "local_steps": 8, "test_accuracy": 0.5}
 
 
-def test_a_half_finished_study_keeps_the_places_of_what_is_missing(study: Path) -> None:
-    group, warnings = only(study.parent)
-    assert warnings == []
-    assert (group.name, group.title, group.axes) == ("mine", "A study of the tests", ("clients", "local-steps"))
-    assert group.columns == [(2,), (4,)]
-    assert group.rows == [(1,), (8,), (TWIN,)]
-    counts = {cell.place: (len(cell.finished), len(cell.runs), cell.expected, cell.workers) for cell in group.cells}
-    assert counts == {
-        (2, 1): (2, 2, 2, 2), (2, 8): (2, 2, 2, 2), (2, TWIN): (2, 2, 2, 2),
-        (4, 1): (1, 1, 2, 4), (4, 8): (0, 1, 2, 4), (4, TWIN): (0, 0, 2, 4),
-    }  # fmt: skip
-    cell = group.at((2,), (8,))
-    assert cell is not None
-    assert cell.values("final_test_accuracy") == pytest.approx([0.52, 0.54])
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """A run of three rounds; beside it an undamaged one."""
+    write_run(tmp_path / "some" / "other", Config(seed=2), "localsgd", [0.1, 0.2, 0.3])
+    return write_run(tmp_path / "some" / "damaged", Config(seed=1), "localsgd", [0.1, None, 0.4])
 
 
-def test_a_broken_row_is_skipped_named_and_counted(study: Path) -> None:
-    path = study / "k2-j1-seed1" / "metrics.jsonl"
-    first, second, *rest = path.read_text().splitlines()
-    halves = [first[:20], json.dumps({"round": 2}), json.dumps([1])]
-    path.write_text("\n".join([first, *halves, second, *rest]))
+def warning_of(root: Path, file: str) -> str:
+    """The only warning, which names `file`; the undamaged run is read all the same."""
+    records = read_records(root)
+    (warning,) = records.warnings
+    assert f"{root / 'some' / 'damaged' / file}: " in warning
+    other = records.runs[records.runs["run"] == "other"]
+    assert list(other["final_test_accuracy"]) == [0.3]
+    assert len(records.rows[records.rows["run"] == other.index[0]]) == 3
+    return warning
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"{", b"[]", b"{}", b"null", b"\xff\xfe", b'"' + 99_999 * b"[" + b'"', 99_999 * b"[",
+     b'{"mode": "x", "seed": 1, "optimizer": "sgdm", "batch-size": 1}',
+     b'{"mode": ["localsgd"], "seed": 1, "optimizer": "sgdm", "batch-size": 1}',
+     b'{"mode": "localsgd", "seed": "1e", "optimizer": "sgdm", "batch-size": 1}',
+     b'{"mode": "localsgd", "seed": 1, "optimizer": "sgdm", "batch-size": 1, "clients": 0}',
+     b'{"mode": "localsgd", "seed": 1, "optimizer": "sgdm", "batch-size": 1, "lr": NaN}'],
+)  # fmt: skip
+def test_a_damaged_configuration_costs_its_run_alone(folder: Path, tmp_path: Path, content: bytes) -> None:
+    (folder / "config.json").write_bytes(content)
+    assert warning_of(tmp_path, "config.json").endswith("the run is left out")
+    assert list(read_records(tmp_path).runs["run"]) == ["other"]
+
+
+@pytest.mark.parametrize(
+    "change",
+    [b"{", b"[]", b"{}", b"\xff", {"finished": "yes"}, {"final_test_accuracy": "0.5"}, {"best_test_accuracy": math.nan},
+     {"final_test_accuracy": 50}, {"bytes_up": "many"}, {"epoch": -1.0}, {"seconds": math.inf}, {"versions": []},
+     {"syncs": 10**400}, {"parameters": True}, {"commit": 7}],
+)  # fmt: skip
+def test_a_damaged_summary_makes_its_run_unfinished(folder: Path, tmp_path: Path, change: Any) -> None:
+    path = folder / "summary.json"
+    whole = json.loads(path.read_text())
+    path.write_bytes(change if isinstance(change, bytes) else json.dumps({**whole, **change}).encode())
+    assert warning_of(tmp_path, "summary.json").endswith("it is ignored")
+    run = read_records(tmp_path).runs.set_index("run").loc["damaged"]
+    assert (run["finished"], run["final_test_accuracy"], run["epoch"]) == (False, 0.4, 3)
+
+
+@pytest.mark.parametrize(
+    "line",
+    [b"{", b"[1]", b'{"round": 2}', b"\xff", b"", json.dumps({**ROW, "round": "1"}).encode(),
+     json.dumps({**ROW, "test_accuracy": "0.5"}).encode(), json.dumps({**ROW, "epoch": math.nan}).encode(),
+     json.dumps({**ROW, "bytes_up": [1]}).encode(), json.dumps({**ROW, "local_steps": -1}).encode()],
+)  # fmt: skip
+def test_a_damaged_row_is_skipped_named_and_counted(folder: Path, tmp_path: Path, line: bytes) -> None:
+    path = folder / "metrics.jsonl"
+    first, *rest = path.read_bytes().splitlines()
+    path.write_bytes(b"\n".join([first, line, *rest]))
     before = path.read_bytes()
-    group, (warning,) = only(study)
-    assert warning == f"{path}: 3 broken rows are skipped, line 2, 3, 4"
-    cell = group.at((2,), (1,))
-    assert cell is not None
-    assert [len(run.rows) for run in cell.runs] == [4, 4]
+    assert warning_of(tmp_path, "metrics.jsonl").endswith("1 damaged rows are skipped, line 2")
+    assert len(read_records(tmp_path).rows) == 6
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("content", ["{", "[]", "{}", '{"mode": "x", "seed": 1, "optimizer": "sgdm", "batch-size": 1}'])
-def test_a_damaged_configuration_costs_its_run_alone(study: Path, content: str) -> None:
-    (study / "k2-j1-seed1" / "config.json").write_text(content)
-    group, warnings = only(study)
-    assert any("k2-j1-seed1" in warning for warning in warnings)
-    assert sum(len(cell.runs) for cell in group.cells) == 7
+def test_what_is_not_a_file_is_named(folder: Path, tmp_path: Path) -> None:
+    (folder / "summary.json").unlink()
+    (folder / "summary.json").mkdir()
+    assert "not a file" in warning_of(tmp_path, "summary.json")
 
 
-@pytest.mark.parametrize("content", ["{}", "[]", "{"])
-def test_a_damaged_summary_makes_a_run_unfinished(study: Path, content: str) -> None:
-    (study / "k2-j1-seed1" / "summary.json").write_text(content)
-    group, (warning,) = only(study)
-    assert "summary.json: " in warning
-    cell = group.at((2,), (1,))
-    assert cell is not None
-    assert (len(cell.finished), len(cell.runs)) == (1, 2)
+def test_unknown_and_missing_columns_are_no_damage(folder: Path, tmp_path: Path) -> None:
+    row = {**ROW, "overhead_bytes": 9, "left_out": {"a": 1}}
+    (folder / "metrics.jsonl").write_text(json.dumps(row) + "\n" + json.dumps({**ROW, "round": 2, "syncs": 3}))
+    records = read_records(tmp_path)
+    assert records.warnings == []
+    rows = records.rows[records.rows["run"] == 0]
+    assert list(rows["syncs"].isna()) == [True, False]
+    assert rows["bytes_up"].isna().all()
 
 
-def test_a_run_that_is_not_as_the_study_says_is_shown_apart(study: Path) -> None:
-    write_run(study / "k9-j1-seed1", Config(dataset="synthetic", clients=9, lr=0.7, seed=1), "localsgd", [0.3])
-    (group, other), (warning,) = read_groups(study)
-    assert "1 runs are not as the study mine says, shown apart: k9-j1-seed1" in warning
-    assert sum(len(cell.runs) for cell in group.cells) == 8
-    assert [run.folder.name for run in other.runs] == ["k9-j1-seed1"]
-    assert other.name == "mine-other"
-
-
-def test_two_runs_of_one_name_with_different_configurations_are_warned_of(tmp_path: Path) -> None:
-    for place, lr in (("a", 0.1), ("b", 0.2)):
-        write_run(tmp_path / place / "grid" / "one", Config(lr=lr), "localsgd", [0.5])
-    groups, (warning,) = read_groups(tmp_path)
-    assert "have one name and different configurations (lr = 0.1 and 0.2): both are shown" in warning
-    assert [group.name for group in groups] == ["a-grid", "b-grid"]
-
-
-def test_one_run_kept_twice_counts_once(study: Path) -> None:
-    shutil.copytree(study / "k2-j1-seed1", study / "k2-j1-copy")
-    group, (warning,) = only(study)
-    assert "k2-j1-seed1 is the same run as k2-j1-copy: it is left out" in warning
-    cell = group.at((2,), (1,))
-    assert cell is not None
-    assert len(cell.runs) == 2
-
-
-def test_a_kept_study_that_cannot_be_read_costs_the_study_alone(study: Path) -> None:
-    (study / "study.toml").write_text("mode = 3")
-    group, (warning,) = only(study)
-    assert "study.toml" in warning
-    assert group.study is None
-    assert len(group.runs) == 8
-
-
-def test_runs_of_no_study_go_by_the_keys_in_which_they_differ(tmp_path: Path) -> None:
-    for lr in (0.1, 0.2):
-        for steps in (1, 5):
-            config = Config(lr=lr, local_steps=steps)
-            write_run(tmp_path / "sweep" / f"{lr}-{steps}", config, "localsgd", [0.5])
-    group, _ = only(tmp_path)
-    assert group.axes == ("lr", "local-steps")
-    assert [cell.place for cell in group.cells] == [(0.1, 1), (0.1, 5), (0.2, 1), (0.2, 5)]
-
-
-def test_runs_that_differ_in_much_go_by_their_names(tmp_path: Path) -> None:
-    write_run(tmp_path / "some" / "one-seed1", Config(seed=1), "localsgd", [0.5])
-    write_run(tmp_path / "some" / "one-seed2", Config(seed=2), "localsgd", [0.5])
-    write_run(tmp_path / "some" / "other", Config(optimizer="lars", lr=0.7), "centralized", [0.5])
-    group, _ = only(tmp_path)
-    assert [(cell.place, len(cell.runs)) for cell in group.cells] == [(("one",), 2), (("other",), 1)]
-
-
-def test_a_record_older_than_a_key_has_its_default(tmp_path: Path) -> None:
-    folder = write_run(tmp_path / "some" / "old", Config(), "localsgd", [0.5])
+def test_a_record_older_than_a_key_has_its_default(folder: Path, tmp_path: Path) -> None:
     held = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({name: held[name] for name in held if name != "validation"}))
-    (result,) = read_results(tmp_path, pytest.fail)
-    assert result.identity["validation"] == 0
-    assert result.tested_on == "test"
-    assert inferred_group(tmp_path, [result]).cells[0].workers == 4
+    runs = read_records(tmp_path).runs
+    assert list(runs["validation"]) == [0, 0]
+    assert runs["identity"].nunique() == 1
 
 
-def test_nothing_to_read_is_said(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="holds no runs: give a folder of results"):
-        read_groups(tmp_path)
-    folder = write_run(tmp_path / "some" / "one", Config(), "localsgd", [0.5])
+def test_of_a_repeated_round_the_last_row_counts(folder: Path, tmp_path: Path) -> None:
+    (folder / "metrics.jsonl").write_text(json.dumps(ROW) + "\n" + json.dumps({**ROW, "test_accuracy": 0.7}))
+    rows = read_records(tmp_path).rows
+    assert list(rows["test_accuracy"][rows["run"] == 0]) == [0.7]
+
+
+SCALARS = st.none() | st.booleans() | st.integers() | st.sampled_from([-1, 10**20, 10**400]) | st.floats() | st.text()
+VALUES = st.recursive(
+    SCALARS, lambda inner: st.lists(inner, max_size=2) | st.dictionaries(st.text(), inner, max_size=2)
+)
+CONFIG = {"mode": "localsgd", **Config(clients=2).identity("localsgd")}
+SUMMARY = {"finished": True, "best_test_accuracy": 0.5, "final_test_accuracy": 0.5, **ROW, "syncs": 8, "bytes_up": 9,
+           "bytes_down": 9, "seconds": 1.0, "parameters": 9, "device": "cpu", "commit": "", "command": ""}  # fmt: skip
+OTHER_KEYS = st.dictionaries(st.sampled_from([*CONFIG, *SUMMARY, "new"]), VALUES, max_size=3)
+DAMAGE = OTHER_KEYS | st.binary(max_size=20)
+
+
+def damaged(record: dict[str, Any], damage: Any) -> bytes:
+    return damage if isinstance(damage, bytes) else json.dumps({**record, **damage}).encode()
+
+
+@settings(derandomize=True, deadline=None, max_examples=35, suppress_health_check=list(HealthCheck))
+@given(config=OTHER_KEYS, summary=DAMAGE, row=DAMAGE, study=st.sampled_from(["", "mode = 3", "title = 3", "\0"]))
+def test_no_record_breaks_the_tables(config: Any, summary: Any, row: Any, study: str) -> None:
+    with tempfile.TemporaryDirectory() as root:
+        whole = write_run(Path(root) / "some" / "whole", Config(clients=2, seed=1), "localsgd", [0.1, 0.3])
+        other = write_run(Path(root) / "some" / "fuzzed", Config(clients=2, seed=2), "localsgd", [0.1, 0.2])
+        (other / "config.json").write_bytes(damaged(CONFIG, config))
+        (other / "summary.json").write_bytes(damaged(SUMMARY, summary))
+        with (other / "metrics.jsonl").open("ab") as file:
+            file.write(damaged(ROW, row))
+        if study:
+            (whole.parent / "study.toml").write_text(study)
+        tables, _ = read_tables(Path(root))
+        assert "whole" in {run for table in tables for run in table.runs["run"]}
+        for table in tables:
+            texts = [str(accuracy_table(table, "final")), str(cost_table(table)), *notes(table), str(provenance(table))]
+            times = times_to_target(table, 0.15, Network(1e6, 0.01), 0.1)
+            texts += [
+                csv_text(runs_frame(table)),
+                csv_text(mean_curves(table, BYTES)),
+                str(time_table(times, table, 0.1)),
+            ]
+            assert not re.search(r"\b(nan|None)\b", " ".join(texts))
+
+
+def test_nothing_to_read_is_reported(folder: Path, tmp_path: Path) -> None:
     with pytest.raises(UserError, match="is one run: give the folder that holds it"):
-        read_groups(folder)
+        read_tables(folder)
+    (tmp_path / "empty").mkdir()
+    for missing in ("empty", "nowhere"):
+        with pytest.raises(UserError, match="holds no runs: give a folder of results"):
+            read_tables(tmp_path / missing)
+    with pytest.raises(UserError, match="cannot be read"):
+        read_tables(tmp_path / ("n" * 300))

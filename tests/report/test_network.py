@@ -1,37 +1,35 @@
 from __future__ import annotations
 
-from pathlib import Path
-
+import pandas as pd
 import pytest
 
-from fedsim.config import Config
 from fedsim.errors import UserError
-from fedsim.report.load import CellResults, Result
-from fedsim.report.network import Network, Traffic, duration, rate, seconds_of, traffic
+from fedsim.report.network import Network, add_traffic, duration, network_seconds, rate
 
 
 def test_the_time_of_a_run_by_hand() -> None:
-    # 100 steps of 10 ms, 20 syncs of 2 * 25 ms, 4 workers with 3 MB up and 1 MB down together
-    sent = Traffic(20, 3e6, 1e6)
-    alone = Network(bandwidth=1e6, latency=0.025)
-    assert seconds_of(100, sent, 4, 0.010, alone) == pytest.approx(1 + 1 + 1)
-    assert seconds_of(100, sent, 4, 0.010, alone._replace(link="server")) == pytest.approx(1 + 1 + 4)
-    assert seconds_of(100, Traffic(0, 0, 0), 1, 0.010, alone) == pytest.approx(1)
+    # 100 steps of 10 ms, 20 syncs of 2 * 25 ms, 4 workers with 4 MB up and down together
+    run = pd.DataFrame({"local_steps": [100], "network_syncs": [20], "network_bytes": [4e6], "workers": [4]})
+    compute, own_links = pd.Series([0.010]), Network(bandwidth=1e6, latency=0.025)
+    assert list(network_seconds(run, compute, own_links)) == pytest.approx([1 + 1 + 1])
+    assert list(network_seconds(run, compute, own_links._replace(link="server"))) == pytest.approx([1 + 1 + 4])
 
 
-def test_the_traffic_of_localsgd_is_recorded_and_of_its_twin_a_gradient_a_step(tmp_path: Path) -> None:
-    row = {"local_steps": 50, "syncs": 5, "bytes_up": 700, "bytes_down": 600}
-    local = Result(tmp_path, {"mode": "localsgd"}, [row], None)
-    assert traffic(cell(local, workers=4), local, row) == (5, 700, 600)
-    central = Result(tmp_path, {"mode": "centralized"}, [row], {"parameters": 1000})
-    assert traffic(cell(central, workers=4), central, row) == (50, 50 * 4 * 4000, 50 * 4 * 4000)
-    assert traffic(cell(central, workers=1), central, row) == (0, 0, 0)
-    begun = Result(tmp_path, {"mode": "centralized"}, [row], None)
-    assert traffic(cell(begun, workers=4), begun, row) is None
-
-
-def cell(run: Result, workers: int) -> CellResults:
-    return CellResults((), Config().as_keys(), workers, [run], 1)
+@pytest.mark.parametrize(
+    ("clients", "workers", "baseline", "syncs", "sent"),
+    [
+        (4, 4, False, 5, 1300),  # LocalSGD, as recorded
+        (4, 1, False, 5, 1300),  # a round samples one of four: the model still moves between machines
+        (4, 4, True, 50, 50 * 4 * 2 * 4000),  # a gradient up and the mean down at every step
+        (1, 1, True, 0, 0),  # one worker has nobody to talk to
+        (1, 1, False, 0, 0),
+    ],
+)
+def test_traffic(clients: int, workers: int, baseline: bool, syncs: int, sent: int) -> None:
+    row = {"local_steps": 50, "syncs": 5, "bytes_up": 700, "bytes_down": 600, "parameters": 1000}
+    records = pd.DataFrame([{**row, "clients": clients, "workers": workers, "baseline": baseline}])
+    found = add_traffic(records).iloc[0]
+    assert (found["network_syncs"], found["network_bytes"]) == (syncs, sent)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +48,8 @@ def test_durations(text: str, seconds: float) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "100", "Mbit", "-1Mbit", "0Mbit", "1Mb", "1mbit", "1e3Mbit", "nanMbit", "1Mbit/h"]
+    "text",
+    ["", "100", "Mbit", "-1Mbit", "0Mbit", "1Mb", "1mbit", "1e3Mbit", "nanMbit", "1Mbit/h", "٣Mbit", "9" * 400 + "bit"],
 )
 def test_a_bandwidth_without_a_number_and_a_unit_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="for instance 100Mbit"):

@@ -4,65 +4,115 @@ import csv
 import io
 from pathlib import Path
 
+import numpy as np
 import pytest
 from rich.console import Console
 
+from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.experiments.study import TWIN
-from fedsim.report.load import Group, read_groups
 from fedsim.report.network import Network
-from fedsim.report.time_to_accuracy import plan_group, plan_results, seconds_an_image
+from fedsim.report.result_table import ResultTable, read_tables
+from fedsim.report.time_to_accuracy import plot_times, seconds_per_image, time_table, time_to_accuracy, times_to_target
+from tests.conftest import write_run
 
-NETWORK = Network(bandwidth=1000, latency=0.5)  # bytes a second, seconds
+NETWORK = Network(bandwidth=1000, latency=0.5)  # bytes per second, seconds
 
 
 @pytest.fixture
-def group(study: Path) -> Group:
-    (found,), _ = read_groups(study)
+def table(study: Path) -> ResultTable:
+    (found,), _ = read_tables(study)
     return found
 
 
-def test_the_time_of_each_cell_by_hand(group: Group) -> None:
-    planned = {plan.cell.place: plan for plan in plan_group(group, 0.42, NETWORK, compute=0.1)}
+def seconds(table: ResultTable, network: Network = NETWORK, compute: float | None = 0.1) -> dict[object, float]:
+    times = times_to_target(table, 0.42, network, compute)
+    return dict(zip(times["coords"], times["seconds"], strict=True))
+
+
+def test_the_time_of_each_cell_by_hand(table: ResultTable) -> None:
+    found = seconds(table)
     # J = 8, both seeds at round 3: 24 steps; 3 syncs of 2 * 0.5 s; 3 * 1000 bytes up and down of each worker
-    assert planned[2, 8].seconds == pytest.approx([2.4 + 3 + 6] * 2)
+    assert found[2, 8] == pytest.approx(2.4 + 3 + 6)
     # J = 1, seed 1 has 0.43 and 0.42: round 3 too; 24 syncs, 3 * 8000 bytes up and down
-    assert planned[2, 1].seconds == pytest.approx([2.4 + 24 + 48] * 2)
-    # The twin: a sync a step, 250 parameters of 4 bytes up and down
-    assert planned[2, TWIN].seconds == pytest.approx([2.4 + 24 + 24 * 2 * 1000 / 1000] * 2)
-    assert planned[2, TWIN].bytes == pytest.approx([24 * 2 * 2 * 1000] * 2)
-    assert planned[4, 8].seconds == pytest.approx([2.4 + 3 + 6])  # begun, and already there
-    assert (4, TWIN) not in planned
+    assert found[2, 1] == pytest.approx(2.4 + 24 + 48)
+    # The large batch: a sync a step, 250 parameters of 4 bytes up and down
+    assert found[2, TWIN] == pytest.approx(2.4 + 24 + 24 * 2 * 1000 / 1000)
+    assert found[4, 8] == pytest.approx(2.4 + 3 + 6)  # unfinished, and already there
+    assert (4, TWIN) not in found
 
 
-def test_a_shared_link_carries_the_bytes_of_all(group: Group) -> None:
-    planned = {plan.cell.place: plan for plan in plan_group(group, 0.42, NETWORK._replace(link="server"), 0.1)}
-    assert planned[2, 8].seconds == pytest.approx([2.4 + 3 + 2 * 6] * 2)
-    assert planned[4, 8].seconds == pytest.approx([2.4 + 3 + 4 * 6])
+def test_a_shared_link_carries_the_bytes_of_all(table: ResultTable) -> None:
+    found = seconds(table, NETWORK._replace(link="server"))
+    assert found[2, 8] == pytest.approx(2.4 + 3 + 2 * 6)
+    assert found[4, 8] == pytest.approx(2.4 + 3 + 4 * 6)
 
 
-def test_measured_compute_is_the_median_seconds_of_an_image_times_a_workers_images(group: Group) -> None:
+def test_measured_compute_is_the_median_seconds_of_an_image_times_a_workers_images(table: ResultTable) -> None:
     # Each row took 2 s for 8 steps of 2 or 4 workers with 16 images: six runs at K = 2 and two at K = 4
-    assert seconds_an_image(group) == pytest.approx(2 / (8 * 2 * 16))
-    planned = {plan.cell.place: plan for plan in plan_group(group, 0.42, NETWORK, compute=None)}
-    assert [plan.compute for plan in planned.values()] == pytest.approx([2 / (8 * 2)] * 5)  # the twin's share is 16 too
-    assert planned[2, 8].seconds == pytest.approx([24 * 0.125 + 3 + 6] * 2)
+    assert seconds_per_image(table) == pytest.approx(2 / (8 * 2 * 16))
+    times = times_to_target(table, 0.42, NETWORK, compute=None)
+    assert list(times["compute_s"]) == pytest.approx([2 / (8 * 2)] * 5)  # the baseline's share is 16 too
+    assert seconds(table, compute=None)[2, 8] == pytest.approx(24 * 0.125 + 3 + 6)
 
 
-def test_runs_that_never_reach_the_target_are_counted_and_named(study: Path, tmp_path: Path) -> None:
+def test_one_worker_takes_as_long_as_its_large_batch_baseline(tmp_path: Path) -> None:
+    (tmp_path / "study.toml").write_text(
+        'title = "One"\nmode = "localsgd"\ntwins = true\n[grid]\nclients = [1]\nlocal-steps = [1]\n'
+    )
+    write_run(tmp_path / "k1-j1", Config(clients=1, local_steps=1), "localsgd", [0.1, 0.5], bytes_up=5e6)
+    write_run(tmp_path / "twin", Config(clients=1), "centralized", [0.1, 0.5], local_steps=10, syncs=0)
+    (table,), _ = read_tables(tmp_path)
+    assert seconds(table) == pytest.approx({(1, 1): 2.0, (1, TWIN): 2.0})
+
+
+def test_the_resolution_is_told_and_a_smaller_deviation_is_not(study: Path, table: ResultTable) -> None:
+    times = times_to_target(table, 0.42, NETWORK, 0.1).set_index("coords")
+    # Tests at rounds 1 and 3: 16 steps, 2 syncs and 2 * 2000 bytes of each worker between them
+    assert times["resolution"][2, 8] == pytest.approx(1.6 + 2 + 4)
+    assert times["seconds_std"][2, 8] == 0
+    assert "±" not in str(time_table(times.reset_index(), table, 0.42))
+    path = study / "k2-j8-seed2" / "metrics.jsonl"
+    first, *rest = path.read_text().splitlines()
+    path.write_text("\n".join([first.replace('"test_accuracy": 0.1', '"test_accuracy": 0.43'), *rest]))
+    (table,), _ = read_tables(study)
+    text = {row[0].text: row for row in time_table(times_to_target(table, 0.42, NETWORK, 0.1), table, 0.42).rows}
+    # 3.8 and 11.4 s, each 3.8 or 7.6 s after the test before
+    assert [entry.text for entry in text["K = 2, J = 8"][1:3]] == ["7.6", "5.7"]
+
+
+def run(root: Path, target: float, out: Path) -> str:
     console = Console(record=True, width=200, file=io.StringIO())
-    plan_results(study, 0.54, NETWORK, 0.1, tmp_path / "plan", "run.py plan", console)
-    lines = {line.split("│")[1].strip(): line for line in console.export_text().splitlines() if line.count("│") > 5}
+    time_to_accuracy(str(root), target, NETWORK, 0.1, str(out), "run.py time-to-accuracy", console)
+    return console.export_text()
+
+
+def test_cells_that_never_reach_the_target_are_named_and_drawn(study: Path, tmp_path: Path) -> None:
+    text = run(study, 0.54, tmp_path / "out")
+    lines = {line.split("│")[1].strip(): line for line in text.splitlines() if line.count("│") > 5}
     assert "1 of 2" in lines["K = 2, J = 8"]  # the other seed's best is 53 %
     assert "never (best 45.00 %)" in lines["K = 2, J = 1"]
     assert "not yet (best 53.00 %)" in lines["K = 4, J = 8"]
-    with (tmp_path / "plan" / "plan-mine.csv").open() as file:
+    with (tmp_path / "out" / "time-to-accuracy-mine.csv").open() as file:
         rows = {row["cell"]: row for row in csv.DictReader(file)}
     assert float(rows["K = 2, J = 8"]["seconds_mean"]) == pytest.approx(11.4)
     assert (rows["K = 2, J = 1"]["reached"], rows["K = 2, J = 1"]["seconds_mean"]) == ("0", "")
-    assert (tmp_path / "plan" / "plan-mine.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "out" / "time-to-accuracy-mine.png").read_bytes().startswith(b"\x89PNG")
+    (table,), _ = read_tables(study)
+    plot = plot_times(times_to_target(table, 0.54, NETWORK, 0.1), table, 0.54)
+    assert "crosses: not reached, 4 of 5 cells" in plot.caption
+    crosses = [line for line in plot.figure.axes[0].lines if line.get_marker() == "x"]
+    assert sum(np.size(line.get_xdata()) for line in crosses) == 4
+
+
+def test_runs_of_no_study_have_times_too(tmp_path: Path) -> None:
+    write_run(tmp_path / "some" / "only", Config(), "localsgd", [0.1, 0.5])
+    assert "some: time to 40 % accuracy" in run(tmp_path, 0.4, tmp_path / "out")
+    for lr in (0.1, 0.2):
+        write_run(tmp_path / "some" / f"lr{lr}", Config(lr=lr), "localsgd", [0.1, 0.5])
+    assert "lr = 0.2" in run(tmp_path, 0.4, tmp_path / "out")
 
 
 def test_a_target_is_a_fraction(study: Path, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="target = 50 is no accuracy"):
-        plan_results(study, 50, NETWORK, None, tmp_path, "", Console())
+    with pytest.raises(UserError, match="target = 50 is not an accuracy"):
+        run(study, 50, tmp_path)

@@ -1,0 +1,237 @@
+"""Runs arranged in tables, one for each folder of runs: by its study, or by the keys in which the runs differ."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+
+from fedsim.config import Config, Value
+from fedsim.errors import UserError
+from fedsim.experiments.study import KEPT, TWIN, Study, read_study, study_names
+from fedsim.report.load import Records, cell_identity, printable, read_records
+from fedsim.report.network import add_traffic
+from fedsim.report.paper_values import paper_value
+
+MOST_AXES = 3  # a table of runs that differ in more keys has a line for each name
+LONGEST_NAME = 150  # bytes of a table's name, which begins the names of its files
+SYMBOLS = {"clients": "K", "local-steps": "J", "batch-size": "batch"}
+NOTHING = "–"
+
+
+@dataclass(frozen=True)
+class ResultTable:
+    """The runs of one folder.
+
+    `axes`: the keys that tell cells apart. With several, the first runs across the table and the others down it.
+    `cells`: a line for each cell, in the table's order: `coords` (a value for each axis), `column`, `row` and `label`
+    (them in words), `tick` (those down, without their names), `config`, `mode`, `expected` (runs), `clients`, `workers`
+    (of a round), `baseline` (whether it is the large-batch baseline of K workers), `paper` (its values or None).
+    `runs` and `rows`: as in `Records`, with `cell`, the index of the cell, its `clients`, `workers` and `baseline`, and
+    `network_syncs` and `network_bytes` (see `network`).
+    """
+
+    name: str
+    title: str
+    folder: Path
+    axes: tuple[str, ...]
+    cells: pd.DataFrame
+    runs: pd.DataFrame
+    rows: pd.DataFrame
+
+    @property
+    def row_axes(self) -> tuple[str, ...]:
+        """The axes down the table."""
+        return self.axes[1:] or self.axes
+
+    @property
+    def tested_on(self) -> str:
+        """The images that the accuracies are of: test, validation, or both."""
+        held_out = self.runs["validation"].fillna(0) > 0
+        return " and ".join(sorted({"validation" if held else "test" for held in held_out})) or "test"
+
+    @property
+    def counted(self) -> pd.DataFrame:
+        """Tested runs that tables and curves show: of each cell the finished ones, or all if none is finished."""
+        tested = self.runs[self.runs["final_test_accuracy"].notna()]
+        return tested[tested["finished"] | ~tested["cell"].isin(tested["cell"][tested["finished"]])]
+
+    @property
+    def with_traffic(self) -> bool:
+        """Whether any run sends anything."""
+        return bool((self.runs["network_bytes"] > 0).any())
+
+
+def read_tables(root: Path, axes: Sequence[str] = ()) -> tuple[list[ResultTable], list[str]]:
+    """The tables of all runs under `root`, and warnings; `axes` are those of runs that no study describes."""
+    shown = printable(str(root))
+    try:
+        if (root / "config.json").is_file():
+            raise UserError(f"{shown} is one run: give the folder that holds it")
+        records = read_records(root)
+    except OSError as error:
+        raise UserError(f"results = {shown} cannot be read ({error.strerror}): give a folder of results") from error
+    if records.runs.empty:
+        why = f" ({records.warnings[0]})" if records.warnings else ""
+        raise UserError(f"{shown} holds no runs{why}: give a folder of results, for instance results")
+    _warn_of_namesakes(records)
+    tables: list[ResultTable] = []
+    for folder, runs in records.runs.groupby(records.runs["folder"].map(lambda path: path.parent)):
+        name = _file_name("-".join(folder.relative_to(root).parts) or folder.resolve().name)
+        taken = {table.name for table in tables}
+        name = next(n for n in [name, *(f"{name}-{i}" for i in range(2, len(tables) + 3))] if n not in taken)
+        tables += _tables_of(name, folder, _without_duplicates(runs, records.warnings), records, axes)
+    return tables, records.warnings
+
+
+def label(axes: Sequence[str], coords: Sequence[Value]) -> str:
+    """Coordinates in words, for instance ``K = 4, J = 10``; texts such as ``lars`` stand alone."""
+    named = zip(axes, coords, strict=True)
+    return ", ".join(
+        value if isinstance(value, str) else f"{SYMBOLS.get(axis, axis)} = {value}" for axis, value in named
+    )
+
+
+def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records, axes: Sequence[str]) -> list[ResultTable]:
+    """The folder's runs by its study, then those that the study does not describe; without a study, all of them."""
+    study = _study_of(folder, records.warnings)
+    if study is None:
+        return [_inferred_table(name, printable(folder.resolve().name), folder, runs, records, axes)]
+    cells: dict[tuple[Value, ...], dict[str, Any]] = {}
+    for cell in study.cells():
+        config = cell_identity({"mode": cell.mode, **cell.config.identity(cell.mode)})
+        cells.setdefault(tuple(cell.place), {"config": config, "expected": len(study.seeds)})
+    positions = {json.dumps(cell["config"], sort_keys=True): i for i, cell in enumerate(cells.values())}
+    found = runs["identity"].map(positions)
+    described, others = runs[found.notna()].assign(cell=found.dropna().astype(int)), runs[found.isna()]
+    lines = [{"coords": coords, **cell} for coords, cell in cells.items()]
+    tables = [_table(name, str(study.title), folder, study.axes, lines, described, records, study.compare)]
+    if others.empty:
+        return tables
+    names = ", ".join(others["run"])
+    records.warnings.append(
+        f"{printable(str(folder))}: {len(others)} runs differ from the study {study.name} and are shown apart: {names}"
+    )
+    title = f"{study.name}: other configurations"
+    return [*tables, _inferred_table(f"{name}-other", title, folder, others, records)]
+
+
+def _inferred_table(
+    name: str, title: str, folder: Path, runs: pd.DataFrame, records: Records, axes: Sequence[str] = ()
+) -> ResultTable:
+    """The runs by `axes`, or the keys in which they differ, or, if those are many, by their names without the seed."""
+    keys = ["mode", *Config().as_keys()]
+    held = [cell_identity(json.loads(text)) for text in runs["identity"]]
+    differing = tuple(axes) or tuple(key for key in keys if len({str(c[key]) for c in held if key in c}) > 1)
+    if len(differing) > MOST_AXES or "mode" in differing:
+        differing = ("run",)
+        coords: list[tuple[Value, ...]] = [(re.sub(r"-seed\d+$", "", run),) for run in runs["run"]]
+    else:
+        coords = [tuple(config.get(axis, NOTHING) for axis in differing) for config in held]
+    found = dict(zip(coords, held, strict=True))
+    order = sorted(found, key=lambda place: [(isinstance(value, str), value) for value in place])
+    expected = runs["seed"].nunique()
+    cells = [{"coords": place, "config": found[place], "expected": expected} for place in order]
+    positions = [order.index(place) for place in coords]
+    return _table(name, title, folder, differing, cells, runs.assign(cell=positions), records)
+
+
+def _table(
+    name: str,
+    title: str,
+    folder: Path,
+    axes: tuple[str, ...],
+    cells: list[dict[str, Any]],
+    runs: pd.DataFrame,
+    records: Records,
+    compare: str = "",
+) -> ResultTable:
+    lines = pd.DataFrame([{**cell, **_described(axes, cell["coords"], cell["config"], compare)} for cell in cells])
+    own = runs["cell"].value_counts().reindex(lines.index, fill_value=0)
+    lines["expected"] = lines["expected"].where(lines["expected"] > own, own)
+    of_cell = ["clients", "workers", "baseline"]
+    runs = runs.drop(columns="clients", errors="ignore").join(lines[of_cell], on="cell")
+    numbers = ["best_test_accuracy", "final_test_accuracy", "epoch", "round", "local_steps", "syncs", "bytes_up"]
+    numbers += ["bytes_down", "seconds", "parameters"]
+    runs = runs.astype({**dict.fromkeys(numbers, float), "finished": bool})
+    runs["parameters"] = runs["parameters"].fillna(runs.groupby("cell")["parameters"].transform("max"))
+    rows = records.rows[records.rows["run"].isin(runs.index)]
+    rows = rows.join(runs[["cell", *of_cell, "parameters"]], on="run")
+    return ResultTable(name, printable(title), folder, axes, lines, add_traffic(runs), add_traffic(rows))
+
+
+def _described(
+    axes: tuple[str, ...], coords: tuple[Value, ...], config: dict[str, Any], compare: str
+) -> dict[str, Any]:
+    """What a cell's line holds besides its coordinates and configuration."""
+    across = 1 if len(axes) > 1 else 0
+    baseline = coords[-1:] == (TWIN,)
+    clients, workers = 1, 1
+    if baseline:
+        clients = workers = int(coords[0])
+    elif config["mode"] == "localsgd":
+        clients = int(config["clients"])
+        workers = Config(clients=clients, fraction=float(config["fraction"])).clients_per_round
+    return {
+        "label": label(axes, coords),
+        "column": label(axes[:across], coords[:across]),
+        "row": label(axes[across:], coords[across:]),
+        "tick": " ".join(map(str, coords[across:])),
+        "mode": config["mode"],
+        "clients": clients,
+        "workers": workers,
+        "baseline": baseline,
+        "paper": paper_value(compare, config),
+    }
+
+
+def _study_of(folder: Path, warnings: list[str]) -> Study | None:
+    """The study that is stored beside the runs, or else the one of the folder's name."""
+    stored = folder / KEPT
+    try:
+        if stored.is_file():
+            return read_study(str(stored))
+    except (OSError, ValueError, TypeError, RecursionError) as error:
+        reason = printable(str(error))
+        warnings.append(f"{printable(str(folder))}: {reason}; the folder is shown without its study")
+        return None
+    return read_study(folder.name) if folder.name in study_names() else None
+
+
+def _without_duplicates(runs: pd.DataFrame, warnings: list[str]) -> pd.DataFrame:
+    """One run for each configuration and seed, a finished one if there is one."""
+    ordered = runs.sort_values("finished", ascending=False, kind="stable")
+    first = ordered.drop_duplicates(["identity", "seed"])
+    for run in ordered[~ordered.index.isin(first.index)].itertuples():
+        same = first[(first["identity"] == run.identity) & (first["seed"] == run.seed)]
+        warnings.append(f"{printable(str(run.folder))} is the same run as {same['run'].iloc[0]}: it is left out")
+    return first.sort_index()
+
+
+def _warn_of_namesakes(records: Records) -> None:
+    """Two folders of one study and name with different configurations are two experiments under one name."""
+    first: dict[tuple[str, str], Any] = {}
+    for run in records.runs.itertuples():
+        other = first.setdefault((run.folder.parent.name, run.folder.name), run)
+        one, two = json.loads(other.identity), json.loads(run.identity)
+        names = [name for name in one.keys() | two if one.get(name) != two.get(name)]
+        if names:
+            key = min(names)
+            records.warnings.append(
+                f"{printable(str(other.folder))} and {printable(str(run.folder))} have one name and different "
+                f"configurations ({key} = {one.get(key)} and {two.get(key)}): both are shown"
+            )
+
+
+def _file_name(name: str) -> str:
+    """`name` as a part of file names, links and options: without special characters, and not too long."""
+    plain = re.sub(r"[^\w.+=,-]+", "_", name.encode(errors="replace").decode()).lstrip("-.") or "results"
+    while len(os.fsencode(plain)) > LONGEST_NAME:
+        plain = plain[:-1]
+    return plain
