@@ -168,28 +168,22 @@ def demo(
 def bench(
     keys: dict[str, Any],
     clients: str = typer.Option("1,4,12,64", "--clients", help="the K to measure, with commas", metavar="LIST"),
-    contestants: str = typer.Option(
-        "", "--contestants", help="what to measure, with commas; empty: what the device calls for", metavar="LIST"
+    variants: str = typer.Option(
+        "", "--variants", help="what to measure, with commas (default: all that suit the device)", metavar="LIST"
     ),
     timed: int = typer.Option(3, "--timed", help="timed rounds in each pass", min=1),
-    passes: int = typer.Option(2, "--passes", help="turns that each contestant takes", min=1),
-    grow: bool = typer.Option(True, help="measure too how a round grows with K (to 1,000) and J"),
-    output: str = typer.Option("results/bench.json", "--output", "-o", help="the file of the figures", metavar="FILE"),
+    passes: int = typer.Option(2, "--passes", help="turns that each variant takes", min=1),
+    time_limit: float = typer.Option(900, "--time-limit", help="seconds after which a turn is ended", min=1),
+    grow: bool = typer.Option(True, help="also measure how a round grows with K (to 1,000) and J"),
+    output: str = typer.Option("results/bench.json", "--output", "-o", help="the file to write", metavar="FILE"),
 ) -> None:
-    """Time a round by every way there is, in turn, beside centralized training at batch K * B."""
+    """Time a round in every way there is, in turn, beside centralized training at batch K * B."""
     from fedsim.bench.measure import run_bench
     from fedsim.experiments.grid import integers
 
-    run_bench(
-        keys,
-        integers("clients", clients),
-        contestants.split(",") if contestants else [],
-        timed,
-        passes,
-        grow,
-        output,
-        Console(),
-    )
+    sizes = integers("clients", clients)
+    names = [name.strip() for name in variants.split(",")] if variants else []
+    run_bench(keys, sizes, names, timed, passes, time_limit, grow, output, Console())
 
 
 @cli.command(cls=RayCommand)
