@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import random
 import subprocess
@@ -15,6 +16,8 @@ import psutil
 import pytest
 
 from fedsim.config import Config
+from fedsim.errors import RunFailed, UserError
+from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.flwr_run import copy_app, federation, superlink
 from fedsim.federation.processes import cleanup, marked, running
 from tests.conftest import assert_same_bits, final_model, rows_of
@@ -142,6 +145,31 @@ def test_a_run_that_fails_on_flower_is_exit_code_1(tmp_path: Path) -> None:
     assert "round 1: too few usable updates: worker 0: " in failed.stdout
 
 
+@pytest.mark.parametrize(
+    ("error", "logged"),
+    [
+        (UserError("clients = 0: give more"), "error: clients = 0: give more"),
+        (RunFailed("no update"), "error: no update"),
+        (ValueError("a fault of fedsim"), "Traceback"),
+    ],
+)
+def test_flower_logs_bad_input_in_one_line_and_faults_with_their_traceback(
+    error: Exception, logged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("flwr")
+    log_errors_in_one_line()
+    try:
+        logger.addHandler(caplog.handler)
+        try:
+            raise error
+        except Exception as raised:
+            logger.error("%s raised an exception", "ServerApp", exc_info=raised)  # as Flower does
+        assert logged in caplog.text
+        assert ("Traceback" in caplog.text) == (logged == "Traceback")
+    finally:
+        logger.removeHandler(caplog.handler)
+
+
 def test_flwr_run_as_flowers_users_run_it(tmp_path: Path) -> None:
     """``flwr run .`` with run-config overrides; a federation of another size than `clients` fails, not waits."""
     config = Config(clients=2, device="cpu", threads=1)
@@ -154,7 +182,12 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path) -> None:
         command = [str(Path(sys.executable).with_name("flwr")), "run", ".", "fedsim", "--stream", "-c", overrides]
         wrong = [*command, "--federation-config", federation(config.changed({"clients": 5}))]
         refused = subprocess.run(wrong, cwd=app, env=env, capture_output=True, text=True, timeout=200)
-        assert "clients = 2, but the federation has 5 nodes: make them equal" in refused.stdout
+        line = (
+            "error: clients = 2, but the federation has 5 nodes: make them equal, by -c clients=N, or in a simulation"
+        )
+        assert line in refused.stdout
+        assert "Traceback" not in refused.stdout
+        assert not (tmp_path / "plain").exists()
         right = [*command, "--federation-config", federation(config)]
         subprocess.run(right, cwd=app, env=env, capture_output=True, text=True, timeout=200, check=True)
     assert len(rows_of(tmp_path / "plain")) == 2
