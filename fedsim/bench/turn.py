@@ -59,8 +59,7 @@ def take_turn(variant: str, config: Config, rounds: int, limit: float) -> Timing
         result, log = folder / "result.json", folder / "log"
         task = {"variant": variant, "keys": config.as_keys(), "rounds": rounds, "result": str(result)}
         env = {
-            **environment(folder),
-            "RAY_ADDRESS": "local",
+            **environment(folder, ray_address="local"),
             "TMPDIR": str(folder),
             "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
         }
@@ -68,14 +67,16 @@ def take_turn(variant: str, config: Config, rounds: int, limit: float) -> Timing
             with log.open("wb") as output:
                 command = [sys.executable, "-m", "fedsim.bench.turn", json.dumps(task)]
                 peak = run_measured(command, env, output, limit)
-            measured = json.loads(result.read_text()) if result.exists() else {"error": "its process was killed"}
-            if "error" in measured:
-                raise RunFailed(measured["error"])
+            outcome: dict[str, Any] = {"error": "its process was killed"}
+            if result.exists():
+                outcome = json.loads(result.read_text())
+            if "error" in outcome:
+                raise RunFailed(outcome["error"])
         except RunFailed:
             print(*log.read_text(errors="replace").splitlines()[-LOG_LINES:], sep="\n", file=sys.stderr)
             raise
     on_gpu = config.device.startswith("cuda")
-    return Timing(variant, config, measured["seconds"], measured["gpu"] if on_gpu else max(peak, measured["memory"]))
+    return Timing(variant, config, outcome["seconds"], outcome["gpu"] if on_gpu else max(peak, outcome["memory"]))
 
 
 def run_measured(command: Sequence[str], env: Mapping[str, str], output: IO[bytes], limit: float) -> int:

@@ -97,11 +97,12 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
         yield {**env, **mark}
 
 
-def environment(home: Path) -> dict[str, str]:
+def environment(home: Path, ray_address: str = "") -> dict[str, str]:
     """The environment of Flower's commands with `home` as their FLWR_HOME: nothing installed, nothing reported.
 
-    Without a RAY_ADDRESS of the user's, Ray starts a cluster instead of joining one that it finds on this machine, and
-    keeps its files in `home`, unless the paths of its sockets would be too long there.
+    `ray_address` is the Ray cluster to join, by default the user's RAY_ADDRESS. Without either, or with "local", Ray
+    starts a cluster, whichever others run on this machine, and keeps its files in `home`, unless the paths of its
+    sockets would be too long there.
     """
     # Connections to the SuperLink on this machine bypass any proxy
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]))
@@ -114,7 +115,7 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
-        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",
+        "RAY_ADDRESS": ray_address or os.environ.get("RAY_ADDRESS") or "local",
         "RAY_USAGE_STATS_ENABLED": "0",
         "FEDSIM_ORIGIN": json.dumps(origin()),
     }

@@ -35,10 +35,7 @@ def turns(config: Config, *names: str) -> list[tuple[str, Config]]:
 
 
 def test_every_variant_takes_its_turns_and_is_compared_with_centralized_training(tmp_path: Path) -> None:
-    names = [
-        *("centralized", "centralized-eager", "in-process", "loop", "stacked", "stacked-products", "stacked-streams"),
-        "plain",
-    ]
+    names = ["centralized", "centralized-eager", "in-process", "stacked-products", "plain"]
     timings, failed = measure(turns(resolve(TINY, "localsgd"), *names), rounds=2, limit=LIMIT)
     assert failed == []
     assert [timing.variant for timing in timings] == names

@@ -125,7 +125,7 @@ def test_processes_end_with_the_block_that_started_them(tmp_path: Path) -> None:
 
 
 def test_cleanup_is_completed_where_a_signal_interrupts_it() -> None:
-    done = []
+    done: list[str] = []
 
     def clean() -> None:
         if not done:
