@@ -24,7 +24,7 @@ from fedsim.federation.flwr_run import CHECKOUT, environment
 from fedsim.federation.processes import cleanup, marked, running
 
 SAMPLE_SECONDS = 0.5
-LOG_LINES = 20  # of a turn that fails
+LOG_LINES = 50  # of a turn that fails
 
 
 @dataclass(frozen=True)
