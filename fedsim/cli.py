@@ -255,27 +255,21 @@ def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
 def bench(
     keys: dict[str, Any],
     clients: str = typer.Option("1,4,12,64", "--clients", help="the K to measure, with commas", metavar="LIST"),
-    contestants: str = typer.Option(
-        "", "--contestants", help="what to measure, with commas; empty: what the device calls for", metavar="LIST"
+    variants: str = typer.Option(
+        "", "--variants", help="what to measure, with commas (default: all that suit the device)", metavar="LIST"
     ),
     timed: int = typer.Option(3, "--timed", help="timed rounds in each pass", min=1),
-    passes: int = typer.Option(2, "--passes", help="turns that each contestant takes", min=1),
-    grow: bool = typer.Option(True, help="measure too how a round grows with K (to 1,000) and J"),
-    output: str = typer.Option("results/bench.json", "--output", "-o", help="the file of the figures", metavar="FILE"),
+    passes: int = typer.Option(2, "--passes", help="turns that each variant takes", min=1),
+    time_limit: float = typer.Option(900, "--time-limit", help="seconds after which a turn is ended", min=1),
+    grow: bool = typer.Option(True, help="also measure how a round grows with K (to 1,000) and J"),
+    output: str = typer.Option("results/bench.json", "--output", "-o", help="the file to write", metavar="FILE"),
 ) -> None:
-    """Time a round by every way there is, in turn, beside centralized training at batch K * B."""
+    """Time a round in every way there is, in turn, beside centralized training at batch K * B."""
     from fedsim.bench.measure import run_bench
 
-    run_bench(
-        keys,
-        integers("clients", clients),
-        contestants.split(",") if contestants else [],
-        timed,
-        passes,
-        grow,
-        output,
-        _console(),
-    )
+    sizes = integers("clients", clients)
+    names = [name.strip() for name in variants.split(",")] if variants else []
+    run_bench(keys, sizes, names, timed, passes, time_limit, grow, output, _console())
 
 
 @cli.command(cls=RayCommand)
@@ -340,20 +334,19 @@ RESULTS = typer.Argument("results", help="folder of results, or one study's in i
 
 @cli.command(cls=Command)
 @keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in OF_A_SHARD))
-def shard(
+def export_shards(
     keys: dict[str, Any],
-    out: str = typer.Option(..., "-o", "--out", help="folder to make, with a folder in it for each client"),
+    out: str = typer.Option(..., "-o", "--out", help="the new folder, with a folder for each client in it"),
 ) -> None:
-    """Write each client's shard to a folder of its own, for SuperNodes that hold their images alone.
+    """Write the images of each client to a folder, for SuperNodes that hold only their own data.
 
-    They are the shards of a run with the same keys, as images.npy and labels.npy: name each in its node's data-dir.
+    They are the shards of a run with the same keys, as images.npy and labels.npy: give each as its node's data-dir.
     """
     from fedsim.data.local_folder import write_shards
     from fedsim.experiments.study import configure
 
-    config = configure(
-        "localsgd", {**keys, "device": "cpu", "batch-size": 1}
-    )  # how they are trained on is not known here
+    keys = {**keys, "device": "cpu", "batch-size": 1}  # a shard does not depend on how it is trained on
+    config = configure("localsgd", keys)
     write_shards(config, Path(out))
     print(f"{config.clients} shards in {Path(out)}")
 
@@ -408,24 +401,26 @@ def time_to_accuracy(
 
 @cli.command(cls=Command)
 def deploy(
-    nodes: int = typer.Option(..., "--nodes", help="how many SuperNodes, one for each shard"),
+    nodes: int = typer.Option(..., "--nodes", help="number of SuperNodes, one for each shard"),
     out: str = typer.Option("federation", "-o", "--out", help="the new folder", metavar="FOLDER"),
     host: str = typer.Option(
-        "127.0.0.1", "--host", help="the SuperLink's DNS names and IP addresses, with commas; the first is the one used"
+        "127.0.0.1", "--host", help="the SuperLink's DNS names and IP addresses, with commas; nodes use the first"
     ),
-    port: int = typer.Option(8000, "--port", help="of the SuperLink; for node I on its own machine, 1 + I more"),
+    port: int = typer.Option(8000, "--port", help="of the SuperLink; node I uses port + 1 + I on its own machine"),
     name: str = typer.Option("federation", "--name", help="of the connection: flwr run . NAME", metavar="NAME"),
-    ca: str = typer.Option("", "--ca", help="an earlier deployment's ca/, to sign with (default: a new authority)"),
-    insecure: bool = typer.Option(False, "--insecure", help="no TLS, and whoever reaches the port is a node"),
+    ca: str = typer.Option(
+        "", "--ca", help="the ca/ of an earlier deployment, to sign with (default: a new authority)"
+    ),
+    insecure: bool = typer.Option(False, "--insecure", help="no TLS and no authentication of nodes"),
 ) -> None:
-    """Write what the machines of a federation need: keys, certificates, scripts, units, settings."""
+    """Write the files of a federation: keys, certificates, scripts, systemd units, settings."""
     from fedsim.deploy.files import Federation
     from fedsim.deploy.files import deploy as write
 
     hosts = tuple(name.strip() for name in host.split(","))
     write(Federation(nodes, hosts, port, name, insecure), Path(out), Path(ca) if ca else None)
-    print(f"in {out}: superlink/ is for the server, nodes/0/ ... for a machine each, client/ for who calls flwr run;")
-    print("docs/deployment.md says how to go on" + ("" if insecure else "; ca/ stays here, ca.key is secret"))
+    print(f"{out}: superlink/ is for the server, nodes/0/ ... for a machine each, client/ for whoever calls flwr run;")
+    print("the next steps are in docs/deployment.md" + ("" if insecure else "; ca/ stays here, ca.key is secret"))
 
 
 def _engine(name: str) -> Any:

@@ -60,7 +60,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of fleet, fused, flower"),
         ("localsgd --preset table3", "unknown preset table3: it must be one of demo, kj-equal-epochs"),
         ("localsgd --preset table1", "preset = table1 is for mode centralized, not localsgd: give run.py centralized"),
-        ("localsgd --dataset synthetic --clients 9000", "clients = 9000 is more than the 8000 training images"),
+        ("localsgd --dataset synthetic --clients 9000", "clients = 9000 is more than the 8000"),
         ("localsgd --dataset synthetic --clients 1000", "batch-size = 64 is more than a shard of 8 images"),
         ("centralized --dataset synthetic --batch-size 8001", "batch-size = 8001 is more than a shard of 8000 images"),
         ("centralized --dataset synthetic --epochs 1.5", "epochs = 1.5: centralized training runs whole epochs"),
@@ -69,7 +69,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --dataset synthetic --results-dir {folder}/file", "results-dir = {folder}/file cannot be written"),
         ("localsgd --dataset synthetic --name a/b", "name = 'a/b' is not a plain folder name"),
         ("grid --dataset synthetic --clients 4,x", "clients = '4,x' is no list of whole numbers"),
-        ("grid --dataset synthetic --clients 4,9000", "clients = 9000 is more than the 8000 training images"),
+        ("grid --dataset synthetic --clients 4,9000", "clients = 9000 is more than the 8000"),
         ("grid --dataset synthetic --engine ray", "engine = 'ray' is unknown"),
         (
             "grid --dataset synthetic --gpus-per-cell 0.5",
@@ -85,10 +85,16 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("study a/b", "unknown study a/b: it must be one of demo, kj-equal-epochs"),
         ("study table1 --seeds 1,x", "seeds = '1,x' is no list of whole numbers"),
         ("study table1 --engine ray", "engine = 'ray' is unknown"),
-        ("shard --dataset synthetic", "'--out'"),
-        ("shard --dataset synthetic -o {folder}/damaged", "{folder}/damaged cannot be made (Directory not empty)"),
-        ("shard --dataset synthetic -o {folder}/file", "out = {folder}/file cannot be made (Not a directory)"),
-        ("shard --dataset synthetic --clients 9000 -o new", "clients = 9000 is more than the 8000 training images"),
+        ("export-shards --dataset synthetic", "'--out'"),
+        (
+            "export-shards --dataset synthetic -o {folder}/damaged",
+            "damaged cannot be made (Directory not empty)",
+        ),
+        ("export-shards --dataset synthetic -o {folder}/file", "out = {folder}/file cannot be made (Not a directory)"),
+        (
+            "export-shards --dataset synthetic --clients 9000 -o new",
+            "clients = 9000 is more than the 8000",
+        ),
         ("report nowhere", "nowhere holds no runs"),
         ("time-to-accuracy nowhere --bandwidth 1Mbit --latency 1ms --target 0.5", "nowhere holds no runs"),
         ("report ~nosuchuser", "results = ~nosuchuser: there is no such home folder"),
@@ -96,17 +102,24 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("time-to-accuracy --bandwidth 1Mbit --latency 1 --target 0.5", "latency = '1' is not a number with one of us"),
         ("time-to-accuracy --bandwidth 1Mbit --latency 1ms --target 50", "target = 50.0 is not an accuracy: give a"),
         ("time-to-accuracy --bandwidth 1Mbit --latency 1ms --target 0.5 --link tree", "link = 'tree' is unknown"),
-        ("deploy --nodes 0", "nodes = 0 is out of range: it must be at least 1"),
+        ("deploy --nodes 0", "nodes = 0 is out of range: it must be from 1 to 65534"),
         ("deploy --nodes two", "--nodes"),
         ("deploy", "--nodes"),
         ("deploy --nodes 2 --port 0", "port = 0 is out of range: it must be from 1 to 65533"),
         ("deploy --nodes 2 --port 65534", "port = 65534 is out of range"),
-        ("deploy --nodes 2 --host a.example,b:8000", "host = 'b:8000' is no DNS name or IP address: give it alone"),
-        ("deploy --nodes 2 --host -a.example", "host = '-a.example' is no DNS name or IP address"),
-        ("deploy --nodes 2 --host 1.2.3.400", "host = '1.2.3.400' is no DNS name or IP address"),
-        ("deploy --nodes 2 --host a.example,", "host = '' is no DNS name or IP address"),
-        ("deploy --nodes 2 --name default", "name = 'default' is no connection's name"),
-        ("deploy --nodes 2 --name a.b", "name = 'a.b' is no connection's name"),
+        (
+            "deploy --nodes 2 --host a.example,b:8000",
+            "host = 'b:8000' is not a DNS name or IP address of a server: give it without a port",
+        ),
+        ("deploy --nodes 2 --host -a.example", "host = '-a.example' is not a DNS name or IP address"),
+        ("deploy --nodes 2 --host 1.2.3.400", "host = '1.2.3.400' is not a DNS name or IP address"),
+        ("deploy --nodes 2 --host a.example,", "host = '' is not a DNS name or IP address"),
+        ("deploy --nodes 2 --name default", "name = 'default' is not a connection name"),
+        ("deploy --nodes 2 --name=--help", "name = '--help' is not a connection name"),
+        ("deploy --nodes 70000", "nodes = 70000 is out of range: it must be from 1 to 65534"),
+        ("deploy --nodes 2 --host 0.0.0.0", "host = '0.0.0.0' is not a DNS name or IP address of a server"),
+        ("deploy --nodes 2 -o a\x07b", "a\\x07b' has a character that cannot be printed: give another -o"),
+        ("deploy --nodes 2 --name a.b", "name = 'a.b' is not a connection name"),
         ("deploy --nodes 2 -o {folder}/damaged", "out = {folder}/damaged exists and is not empty: give another -o"),
         ("deploy --nodes 2 -o {folder}/file", "out = {folder}/file exists and is not empty"),
         ("deploy --nodes 2 -o {folder}/file/below", "out = {folder}/file/below cannot be written"),
@@ -192,7 +205,7 @@ def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None
 
 
 def test_shards_are_written_for_nodes(call: Call, tmp_path: Path) -> None:
-    code, out, _ = call(*"shard --dataset synthetic --synthetic-images 70 --clients 3 -o shards/".split())
+    code, out, _ = call(*"export-shards --dataset synthetic --synthetic-images 70 --clients 3 -o shards/".split())
     assert (code, out) == (0, "3 shards in shards\n")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.npy")) == [
         f"shards/{worker}/{name}.npy" for worker in range(3) for name in ("images", "labels")

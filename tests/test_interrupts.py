@@ -30,7 +30,7 @@ RUNS = {
 STOP = {name: "--stop-after-epochs" if name == "centralized" else "--stop-after-rounds" for name in RUNS}
 GRID = f"grid --clients 1,2 --local-steps 2 --seeds 1,2 --rounds 100 --checkpoint-every 7 {DATA} --name grid"
 BENCH = (
-    "bench --clients 2 --contestants limit,fleet --no-grow --timed 1 --passes 1 --local-steps 2 --model lenet5 "
+    "bench --clients 2 --variants centralized,in-process --no-grow --timed 1 --passes 1 --local-steps 2 --model lenet5 "
     "--batch-size 16 --device cpu -o bench.json"
 )
 FLOWER = f"localsgd --local-steps 2 --engine flower {RUN}"

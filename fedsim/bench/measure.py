@@ -1,23 +1,26 @@
-"""What LocalSGD costs beside its physical limit: every way to run a round, measured in turn, in one run.
+"""What LocalSGD costs beside centralized training: every way to run a round, measured in turn.
 
-The limit is centralized training at batch K * B: the same images and arithmetic, without replicas. A contestant runs
-in a process of its own, a round to warm up and then some to be timed; all contestants take their turn in every
-pass, so that a machine that slows down slows all of them. Figures are medians over rounds and passes.
+Centralized training at batch K * B is the yardstick: the same images and arithmetic, without replicas. A variant runs
+in a process of its own, a round to warm up and then some to be timed. All variants take a turn in every pass, so that
+a machine that slows down slows all of them. Timings are medians over rounds and passes.
 
-On a GPU come to it: centralized training at the batches of Table 1, in the precision asked for and in bf16, beside the
-rate of a matrix product; and what the cells of both tables would take at the rates measured, a seed each.
+On a GPU also: centralized training at the batches of Table 1, in the precision asked for and in bf16, beside the rate
+of a matrix product. In files of earlier versions `timings` is called `figures`, `variant` `contestant`, and the variant
+`centralized` `limit`, `in-process` `fleet` and `stacked` `fused`.
 """
 
 from __future__ import annotations
 
+import errno
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -27,97 +30,106 @@ from rich.console import Console
 from rich.table import Table
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsim.bench.variants import CONTESTANTS, ON_CPU, ON_GPU, Figure, in_own_process, timed
+from fedsim.bench.turn import Timing, take_turn
+from fedsim.bench.variants import ON_CPU, ON_GPU, THREADED, VARIANTS, timed
 from fedsim.config import Config, cpu_count
-from fedsim.data.datasets import load_dataset
 from fedsim.data.partition import check_shards
-from fedsim.device import prepare, resolve
+from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
-from fedsim.experiments.cost import cost
 from fedsim.experiments.study import read_study
 from fedsim.federation.flwr_run import CHECKOUT
 from fedsim.models import build_model
 from fedsim.records import atomic_write, provenance
-from fedsim.training.step import evaluate
-
-TEST_IMAGES = 10_000  # of CIFAR-100
 
 
 def run_bench(
     keys: Mapping[str, Any],
     clients: Sequence[int],
-    contestants: Sequence[str],
+    variants: Sequence[str],
     rounds: int,
     passes: int,
+    limit: float,
     grow: bool,
     output: str,
     console: Console,
 ) -> None:
-    """Measure, print the tables, write the file; without `contestants`, those that the device calls for."""
-    for name in contestants:
-        if name not in CONTESTANTS:
-            raise UserError(f"contestants = {name!r} is unknown: it must be one of {', '.join(CONTESTANTS)}")
+    """Measure, print the tables, write the file `output`; without `variants`, those for the device.
+
+    `rounds` are timed in each of `passes`; a turn takes at most `limit` seconds. Raises UserError before anything is
+    measured, and RunFailed at the end where a turn failed.
+    """
+    for name in variants:
+        if name not in VARIANTS:
+            raise UserError(f"variants = {name!r} is unknown: it must be one of {', '.join(VARIANTS)}")
     images = {"dataset": "synthetic", "synthetic-classes": 100, "synthetic-images": 50_000}
     config = resolve(Config().changed({**keys, **images}), "localsgd")
     for k in clients:
-        check_shards(config, config.synthetic_images, k)
+        check_shards(config.changed({"clients": k}), config.synthetic_images, k)
+    check_output(Path(output))
     on_gpu = config.device.startswith("cuda")
     flop, rate, starting = flop_per_image(config), matrix_rate(config.device), start_up(config.device)
-    testing = test_rate(config)
-    console.print(
-        f"{config.device}: {rate / 1e9:,.0f} GFLOP/s in a matrix product; a run starts in {starting:.1f} s; "
-        f"{testing:,.0f} images/s are tested"
-    )
-    figures, failed = bench(config, clients, contestants or (ON_GPU if on_gpu else ON_CPU), rounds, passes)
-    console.print(table(figures, flop))
-    large = large_batches(config, rounds) if on_gpu else []
+    console.print(f"{config.device}: {rate / 1e9:,.0f} GFLOP/s in a matrix product; a run starts in {starting:.1f} s")
+    chosen = list(dict.fromkeys(variants)) or (ON_GPU if on_gpu else ON_CPU)
+    turns = [(name, at(config, k, name)) for _, k, name in itertools.product(range(passes), clients, chosen)]
+    timings, failed = measure(turns, rounds, limit)
+    console.print(table(timings, flop))
+    large, more = measure(large_batches(config) if on_gpu else [], rounds, limit)
     if large:
         console.print(large_table(large, flop, rate))
-    estimate = seconds_of_tables(figures, large, testing)
-    if estimate:
-        console.print(f"An estimate from these rates: the cells of Tables 1 and 2, a seed each, take {estimate:,.0f} s")
-    grown = growth(config, rounds) if grow else []
+    grown, still_more = measure(growth(config) if grow else [], rounds, limit)
     if grown:
         console.print(growth_table(grown))
-    more: dict[str, Any] = {"matrix_flop_per_second": rate, "flop_per_image": flop, "start_up_seconds": starting}
-    more |= {"tested_images_per_second": testing, "estimated_seconds_of_both_tables": estimate}
-    write_figures(Path(output), [*figures, *large, *grown], config.device, **more)
+    rates = {"matrix_flop_per_second": rate, "flop_per_image": flop, "start_up_seconds": starting}
+    write_timings(Path(output), [*timings, *large, *grown], config.device, **rates)
     console.print(output, soft_wrap=True, highlight=False)
-    if failed:
+    if failed := [*failed, *more, *still_more]:
         raise RunFailed(f"these failed, the others are in {output}: {'; '.join(failed)}")
 
 
-def bench(
-    config: Config, clients: Sequence[int], contestants: Sequence[str], rounds: int, passes: int
-) -> tuple[list[Figure], list[str]]:
-    """The figures of every contestant at every K: `rounds` timed rounds in each of `passes`; and which failed, why.
+def check_output(path: Path) -> None:
+    """Raise UserError where `path` cannot be written."""
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_write(path.with_name(f"{path.name}.part")):
+            pass
+        path.with_name(f"{path.name}.part").unlink()
+    except OSError as error:
+        raise UserError(f"output = {path} cannot be written ({error.strerror}): give another -o") from error
 
-    One that fails does not cost the others their turns.
+
+def measure(turns: Iterable[tuple[str, Config]], rounds: int, limit: float) -> tuple[list[Timing], list[str]]:
+    """The timings of all `turns`, those of the same variant and configuration joined; and which failed, why.
+
+    A variant that fails takes no further turn in that configuration; the others do.
     """
-    figures: dict[tuple[int, str], list[Figure]] = {}
-    failed: dict[tuple[int, str], str] = {}
-    for _, k, name in itertools.product(range(passes), clients, contestants):
-        print(f"K = {k}: {name}", file=sys.stderr, flush=True)
+    timings: dict[tuple[str, Config], Timing] = {}
+    failed: dict[tuple[str, Config], str] = {}
+    for turn in turns:
+        if turn in failed:
+            continue
+        name, config = turn
+        label = f"K = {config.clients}, J = {config.local_steps}: {name}"
+        print(label, file=sys.stderr, flush=True)
         try:
-            figures.setdefault((k, name), []).append(in_own_process(name, contest(config, k, name), rounds))
-        except Exception as error:
-            failed[k, name] = f"{name} at K = {k} ({type(error).__name__}: {error})"
-    measured = [
-        Figure(name, parts[0].config, [s for part in parts for s in part.seconds], max(p.peak_bytes for p in parts))
-        for (_, name), parts in figures.items()
-        if parts
-    ]
-    return measured, list(failed.values())
+            timing = take_turn(name, config, rounds, limit)
+        except RunFailed as error:
+            failed[turn] = f"{label}: {error}"
+            print(failed[turn], file=sys.stderr, flush=True)
+        else:
+            timings[turn] = timings[turn].joined(timing) if turn in timings else timing
+    return list(timings.values()), list(failed.values())
 
 
-def contest(config: Config, clients: int, contestant: str) -> Config:
-    """`config` at K = `clients`; on the CPU every way gets all cores, as one step's threads or as clients at once."""
-    alone = config.device == "cpu" and contestant not in ("fleet", "flower", "flower-plain")
+def at(config: Config, clients: int, variant: str) -> Config:
+    """`config` at K = `clients`; on a CPU every variant uses all cores, by threads of a step or parallel clients."""
+    alone = config.device == "cpu" and variant not in THREADED
     return config.changed({"clients": clients, "threads": cpu_count() if alone else 1})
 
 
 def flop_per_image(config: Config) -> float:
-    """Floating-point operations of a training step, for each image: those of convolutions and matrix products."""
+    """Floating-point operations of a training step for each image, of convolutions and matrix products."""
     model = build_model(config.model, config.synthetic_classes, config.seed).eval()
     inputs = torch.zeros(8, 3, 32, 32)
     with FlopCounterMode(display=False) as counter:
@@ -134,53 +146,20 @@ def matrix_rate(device: str) -> float:
     return 2 * size**3 / min(seconds)
 
 
-def test_rate(config: Config) -> float:
-    """Images that a model is tested on in a second."""
-    prepare(config)
-    data = load_dataset(config)
-    model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
-    return len(data.test) / min(timed(lambda: evaluate(model, data.test, config.precision), 3, config.device))
-
-
-def large_batches(config: Config, rounds: int) -> list[Figure]:
+def large_batches(config: Config) -> list[tuple[str, Config]]:
     """Centralized training at the batches of Table 1, in the precision of `config` and in bf16."""
-    figures = []
     batches = read_study("table1").grid["batch-size"]
-    for precision, batch in itertools.product(dict.fromkeys((config.precision, "bf16")), batches):
-        one = config.changed({"precision": precision, "batch-size": batch})
-        figures.append(in_own_process("limit", contest(one, 1, "limit"), rounds))
-    return figures
+    return [
+        ("centralized", at(config.changed({"precision": precision, "batch-size": batch}), 1, "centralized"))
+        for precision, batch in itertools.product(dict.fromkeys((config.precision, "bf16")), batches)
+    ]
 
 
-def seconds_of_tables(figures: Sequence[Figure], large: Sequence[Figure], testing: float) -> float | None:
-    """What the cells of Tables 1 and 2, a seed each, would take at the best rates measured in one precision.
-
-    None where one of their K or batches was not measured. Starts, and the rows, are not counted.
-    """
-    rates: dict[tuple[str, int], float] = {}
-    for figure in figures:
-        if figure.contestant.startswith(("fleet", "fused")):
-            cell = ("localsgd", figure.config.clients)
-            rates[cell] = max(rates.get(cell, 0.0), figure.images_per_second)
-    precisions = {figure.config.precision for figure in figures}
-    for figure in large:
-        if figure.config.precision in precisions:
-            rates["centralized", figure.config.batch_size] = figure.images_per_second
-    seconds = 0.0
-    for _, mode, config in [*read_study("table1").cells([1]), *read_study("table2").cells([1])]:
-        rate = rates.get((mode, config.batch_size if mode == "centralized" else config.clients))
-        if rate is None:
-            return None
-        tests = (config.rounds or config.epochs) / config.evaluate_every
-        seconds += cost(config, mode).images / rate + tests * TEST_IMAGES / testing
-    return seconds
-
-
-def growth(config: Config, rounds: int) -> list[Figure]:
-    """How the fleet's round time grows: with K at J = 1 to 1,000 clients, and with J at K = 4, always `lenet5`."""
+def growth(config: Config) -> list[tuple[str, Config]]:
+    """Rounds of `lenet5` that grow with K, at J = 1 to 1,000 clients, and with J at K = 4."""
     small = config.changed({"model": "lenet5", "batch-size": 32})
     cells = [(k, 1) for k in (1, 10, 100, 1000)] + [(4, j) for j in (1, 4, 16, 64)]
-    return [in_own_process("fleet", contest(small, k, "fleet").changed({"local-steps": j}), rounds) for k, j in cells]
+    return [("in-process", at(small, k, "in-process").changed({"local-steps": j})) for k, j in cells]
 
 
 def start_up(device: str) -> float:
@@ -193,38 +172,44 @@ def start_up(device: str) -> float:
         return time.perf_counter() - began
 
 
-def table(figures: Sequence[Figure], flop: float) -> Table:
-    """The figures, each beside the limit at its K."""
-    legend = "\n".join(f"{name}: {CONTESTANTS[name][1]}" for name in dict.fromkeys(f.contestant for f in figures))
+def table(timings: Sequence[Timing], flop: float) -> Table:
+    """The timings, each beside centralized training at its K."""
+    legend = "\n".join(f"{name}: {VARIANTS[name][1]}" for name in dict.fromkeys(each.variant for each in timings))
     result = Table(title="A round of LocalSGD: medians (least to most)", caption=legend, caption_justify="left")
-    for name in ("K", "contestant", "s a round", "images/s", "GFLOP/s", "of the limit", "peak MiB"):
-        result.add_column(name, justify="left" if name == "contestant" else "right")
-    limits = {figure.config.clients: figure.images_per_second for figure in figures if figure.contestant == "limit"}
-    for figure in figures:
-        rate, k = figure.images_per_second, figure.config.clients
+    for name in ("K", "variant", "s a round", "images/s", "GFLOP/s", "of centralized", peak_label(timings)):
+        result.add_column(name, justify="left" if name == "variant" else "right")
+    yardstick = {each.config.clients: each.images_per_second for each in timings if each.variant == "centralized"}
+    for each in timings:
+        rate, k = each.images_per_second, each.config.clients
         result.add_row(
             str(k),
-            figure.contestant,
-            f"{statistics.median(figure.seconds):.3f} ({min(figure.seconds):.3f} to {max(figure.seconds):.3f})",
+            each.variant,
+            f"{statistics.median(each.seconds):.3f} ({min(each.seconds):.3f} to {max(each.seconds):.3f})",
             f"{rate:,.0f}",
             f"{rate * flop / 1e9:,.1f}",
-            f"{rate / limits[k]:.2f}" if k in limits else "",
-            f"{figure.peak_bytes / 2**20:,.0f}",
+            f"{rate / yardstick[k]:.2f}" if k in yardstick else "",
+            f"{each.peak_bytes / 2**20:,.0f}",
         )
     return result
 
 
-def large_table(figures: Sequence[Figure], flop: float, matrix: float) -> Table:
+def peak_label(timings: Sequence[Timing]) -> str:
+    """The memory that `Timing.peak_bytes` means."""
+    on_gpu = any(each.config.device.startswith("cuda") for each in timings)
+    return "peak MiB of the GPU" if on_gpu else "peak MiB, sum of processes"
+
+
+def large_table(timings: Sequence[Timing], flop: float, matrix: float) -> Table:
     """Centralized training by its batch, beside the device's matrix product."""
     result = Table(title="Centralized training, J steps a round")
     for name in ("precision", "batch", "ms a step", "images/s", "TFLOP/s", "of the matrix product"):
         result.add_column(name, justify="right")
-    for figure in figures:
-        config, rate = figure.config, figure.images_per_second
+    for each in timings:
+        config, rate = each.config, each.images_per_second
         result.add_row(
             config.precision,
             str(config.batch_size),
-            f"{1000 * statistics.median(figure.seconds) / config.local_steps:.2f}",
+            f"{1000 * statistics.median(each.seconds) / config.local_steps:.2f}",
             f"{rate:,.0f}",
             f"{rate * flop / 1e12:,.2f}",
             f"{rate * flop / matrix:.3f}",
@@ -232,28 +217,27 @@ def large_table(figures: Sequence[Figure], flop: float, matrix: float) -> Table:
     return result
 
 
-def growth_table(figures: Sequence[Figure]) -> Table:
+def growth_table(timings: Sequence[Timing]) -> Table:
     """The seconds of a round as K and J grow."""
     result = Table(title="lenet5, batch 32: how a round grows with K and J")
-    for name in ("K", "J", "s a round", "ms a local step", "peak MiB"):
+    for name in ("K", "J", "s a round", "ms a local step", peak_label(timings)):
         result.add_column(name, justify="right")
-    for figure in figures:
-        k, j, seconds = figure.config.clients, figure.config.local_steps, statistics.median(figure.seconds)
+    for each in timings:
+        k, j, seconds = each.config.clients, each.config.local_steps, statistics.median(each.seconds)
         step = f"{1000 * seconds / (k * j):.2f}"
-        result.add_row(str(k), str(j), f"{seconds:.3f}", step, f"{figure.peak_bytes / 2**20:,.0f}")
+        result.add_row(str(k), str(j), f"{seconds:.3f}", step, f"{each.peak_bytes / 2**20:,.0f}")
     return result
 
 
-def write_figures(path: Path, figures: Sequence[Figure], device: str, **more: Any) -> None:
+def write_timings(path: Path, timings: Sequence[Timing], device: str, **rates: float) -> None:
     """Everything that was measured, with where it comes from, as one JSON file."""
     content = {
         **provenance(device),
-        **more,
-        "figures": [
-            {**asdict(figure), "config": figure.config.as_keys(), "images_per_second": figure.images_per_second}
-            for figure in figures
+        **rates,
+        "timings": [
+            {**asdict(each), "config": each.config.as_keys(), "images_per_second": each.images_per_second}
+            for each in timings
         ],
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_write(path) as file:
         file.write((json.dumps(content, indent=1) + "\n").encode())

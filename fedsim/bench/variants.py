@@ -1,26 +1,17 @@
-"""The contestants of `bench`: every way to run a round of LocalSGD, each timed in a process of its own."""
+"""The variants that `bench` measures: every way to run rounds of LocalSGD, as functions that time them."""
 
 from __future__ import annotations
 
-import contextlib
 import functools
-import io
 import itertools
-import multiprocessing
-import resource
-import signal
-import statistics
 import tempfile
 import time
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
-from fedsim import interrupts
 from fedsim.bench.baseline_flower import tutorial_rounds
 from fedsim.bench.baseline_torch import plain_rounds
 from fedsim.config import Config
@@ -44,24 +35,8 @@ from fedsim.training.step_fn import make_step_fn, simple_step_fn
 Rounds = Callable[[Config, int], list[float]]
 
 
-@dataclass(frozen=True)
-class Figure:
-    """The timed rounds of one contestant at one K."""
-
-    contestant: str
-    config: Config
-    seconds: list[float]  # of each round
-    peak_bytes: int  # of the process's memory; on a GPU, of the device's
-
-    @property
-    def images_per_second(self) -> float:
-        """The images trained on in a round over the median of its seconds."""
-        images = self.config.clients * self.config.local_steps * self.config.batch_size
-        return images / statistics.median(self.seconds)
-
-
 def centralized_rounds(config: Config, rounds: int, captured: bool = True, compiled: bool = False) -> list[float]:
-    """The limit: J steps at batch K * B; on a GPU captured in a CUDA graph, or not; by torch.compile, or not."""
+    """The same images on one machine: J steps at batch K * B; captured in a CUDA graph or not, compiled or not."""
     prepare(config)
     data = load_dataset(config)
     model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
@@ -85,7 +60,7 @@ def fleet_rounds(config: Config, rounds: int) -> list[float]:
 
 def fused_rounds(config: Config, rounds: int, way: fused.Way | None = None) -> list[float]:
     """The same, all clients at once, by `way` or as fedsim does."""
-    fused.WAY = way or fused.WAY  # of this process, which is the contestant's own
+    fused.WAY = way or fused.WAY  # of this process, which serves this variant alone
     return _rounds_on_grid(config, rounds, train_together)
 
 
@@ -100,75 +75,53 @@ def _rounds_on_grid(config: Config, rounds: int, train_together: TrainTogether |
 
 
 def flower_rounds(config: Config, rounds: int) -> list[float]:
-    """LocalSGD by ``flwr run`` on Ray; the first round is left out, and the last, which tests and saves."""
+    """LocalSGD by ``flwr run`` on Ray; without the first round, and the last, which evaluates and saves."""
     with tempfile.TemporaryDirectory() as folder:
         run = config.changed({"rounds": rounds + 2, "results-dir": folder, "name": "bench", "evaluate-every": 10**6})
-        with contextlib.redirect_stdout(io.StringIO()):  # Flower's log
-            run_with_flwr(run)
+        run_with_flwr(run)
         ends = [row["seconds"] for row in read_rows(run_folder(run, "localsgd"))]
     return [end - begin for begin, end in itertools.pairwise(ends[:-1])]
 
 
-CONTESTANTS: dict[str, tuple[Rounds, str]] = {
-    "limit": (centralized_rounds, "centralized training at batch K * B"),
-    "limit-eager": (functools.partial(centralized_rounds, captured=False), "the same, not captured in a CUDA graph"),
-    "limit-compiled": (
+VARIANTS: dict[str, tuple[Rounds, str]] = {
+    "centralized": (centralized_rounds, "centralized training at batch K * B"),
+    "centralized-eager": (
+        functools.partial(centralized_rounds, captured=False),
+        "the same, not captured in a CUDA graph",
+    ),
+    "centralized-compiled": (
         functools.partial(centralized_rounds, compiled=True),
-        "centralized training, its model by torch.compile",
+        "the same, its model compiled by torch.compile",
     ),
-    "fleet": (fleet_rounds, "fedsim in one process"),
-    "fused": (fused_rounds, "the same, its replicas at once, as --engine fused does"),
-    "fused-groups": (functools.partial(fused_rounds, way="groups"), "side by side, convolutions by groups"),
-    "fused-products": (
-        functools.partial(fused_rounds, way="products"),
-        "side by side, convolutions by products",
-    ),
-    "fused-streams": (functools.partial(fused_rounds, way="streams"), "each on a CUDA graph and a stream of its own"),
+    "in-process": (fleet_rounds, "fedsim in one process, a client in each thread"),
     "loop": (fleet_rounds, "the same, one client after the other on all cores"),
+    "stacked": (fused_rounds, "fedsim in one process, all replicas in one network"),
+    "stacked-groups": (functools.partial(fused_rounds, way="groups"), "the same, convolutions by groups"),
+    "stacked-products": (functools.partial(fused_rounds, way="products"), "the same, convolutions by products"),
+    "stacked-streams": (
+        functools.partial(fused_rounds, way="streams"),
+        "fedsim in one process, a CUDA graph and a stream for each replica",
+    ),
     "flower": (flower_rounds, "fedsim's app by flwr run, on Ray"),
-    "flower-plain": (tutorial_rounds, "Flower alone, on Ray: an app and FedAvg in the way of its tutorials"),
+    "flower-plain": (tutorial_rounds, "Flower alone on Ray: an app and FedAvg as in its tutorials"),
     "plain": (plain_rounds, "a plain PyTorch loop: DataLoader, per-image transforms, one model after the other"),
 }
+THREADED = ("in-process", "flower", "flower-plain")  # clients run at the same time: on a CPU each has one thread
 
-ON_CPU = ("limit", "fleet", "fused", "loop", "flower", "flower-plain", "plain")  # what `bench` measures unless told
+# What `bench` measures by default
+ON_CPU = ("centralized", "in-process", "stacked", "loop", "flower", "flower-plain", "plain")
 ON_GPU = (
-    "limit",
-    "limit-eager",
-    "limit-compiled",
-    "fleet",
-    "fused-groups",
-    "fused-products",
-    "fused-streams",
+    "centralized",
+    "centralized-eager",
+    "centralized-compiled",
+    "in-process",
+    "stacked-groups",
+    "stacked-products",
+    "stacked-streams",
     "flower",
     "flower-plain",
     "plain",
 )
-
-
-def in_own_process(contestant: str, config: Config, rounds: int) -> Figure:
-    """One turn of a contestant, in a fresh process, whose memory is its own."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(1, context, initializer=_end_with_parent) as pool:
-        turn = pool.submit(_turn, contestant, config, rounds)
-        try:
-            return turn.result()
-        except interrupts.Interrupted:
-            interrupts.end(interrupts.children())
-            raise
-
-
-def _end_with_parent() -> None:
-    """Leave Ctrl-C, which reaches both, to the parent; its SIGTERM unwinds a turn, so that its processes are ended."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    interrupts.raise_on_signals([signal.SIGTERM])
-
-
-def _turn(contestant: str, config: Config, rounds: int) -> Figure:
-    seconds = CONTESTANTS[contestant][0](config, rounds)
-    peak = max(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)) * 1024
-    if config.device.startswith("cuda"):
-        peak = torch.cuda.max_memory_allocated(config.device)
-    return Figure(contestant, config, seconds, peak)
 
 
 def timed(one_round: Callable[[], Any], rounds: int, device: str) -> list[float]:

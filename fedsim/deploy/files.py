@@ -1,13 +1,13 @@
-"""``deploy``: all that the machines of a federation need, a folder for each.
+"""``deploy``: the files that the machines of a federation need, a folder for each machine.
 
     ca/          the authority's key and certificate: they stay where they were made
-    superlink/   to the server
-    nodes/I/     one to each node's machine
-    client/      to whoever calls ``flwr run``
-    compose.yaml the same as containers of one machine
+    superlink/   for the server
+    nodes/I/     for the machine of node I
+    client/      for whoever calls ``flwr run``
+    compose.yaml the same as containers on one machine
 
-A folder holds all it needs and works from wherever it is copied to. Without TLS and authentication, which must be
-asked for, there are no keys and no certificates.
+Each folder is complete and works from wherever it is copied to. ``--insecure`` leaves out TLS and authentication, and
+with them all keys and certificates.
 """
 
 from __future__ import annotations
@@ -40,8 +40,10 @@ from fedsim.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
+MOST_NODES = 65534  # the SuperLink and every node have a port of their own
 COMPOSE_HOST = "superlink"  # the server's name among the containers of compose.yaml
 LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
+CONNECTION = re.compile("[A-Za-z0-9][A-Za-z0-9_-]*")
 DNS_NAME = re.compile(rf"(?=.{{1,253}}$)(?!(.*\.)?\d+$){LABEL}(\.{LABEL})*")  # not 1.2.3.400
 SERVER_TLS = "--ssl-ca-certfile ca.crt --ssl-certfile server.crt --ssl-keyfile server.key --enable-supernode-auth"
 NODE_TLS = "--root-certificates ca.crt --auth-supernode-private-key node.key"
@@ -49,7 +51,7 @@ NODE_TLS = "--root-certificates ca.crt --auth-supernode-private-key node.key"
 
 @dataclass(frozen=True)
 class Federation:
-    """What is to be deployed; the server is reached at the first of `hosts`."""
+    """What is to be deployed; nodes and clients reach the server at the first of `hosts`."""
 
     nodes: int
     hosts: tuple[str, ...] = ("127.0.0.1",)
@@ -58,29 +60,42 @@ class Federation:
     insecure: bool = False
 
     def __post_init__(self) -> None:
-        if self.nodes < 1:
-            raise UserError(f"nodes = {self.nodes} is out of range: it must be at least 1")
+        if not 1 <= self.nodes <= MOST_NODES:
+            raise UserError(f"nodes = {self.nodes} is out of range: it must be from 1 to {MOST_NODES}")
         most = 65535 - self.nodes
         if not 1 <= self.port <= most:
-            raise UserError(f"port = {self.port} is out of range: it must be from 1 to {most}, a node's is 1 + I more")
+            raise UserError(
+                f"port = {self.port} is out of range: it must be from 1 to {most}, since node I uses port + 1 + I"
+            )
         for host in self.hosts:
-            if not _is_address(host) and not DNS_NAME.fullmatch(host):
-                raise UserError(f"host = {host!r} is no DNS name or IP address: give it alone, without a port")
-        if not re.fullmatch(r"[A-Za-z0-9_-]+", self.name) or self.name == "default":
-            raise UserError(f"name = {self.name!r} is no connection's name: use letters, digits, - or _; not 'default'")
+            if not _is_server_address(host) and not DNS_NAME.fullmatch(host):
+                raise UserError(
+                    f"host = {host!r} is not a DNS name or IP address of a server: give it without a port, "
+                    "as the nodes reach it"
+                )
+        if not CONNECTION.fullmatch(self.name) or self.name == "default":
+            raise UserError(
+                f"name = {self.name!r} is not a connection name: use letters, digits, - or _, beginning with a letter "
+                "or digit; not 'default'"
+            )
 
     @property
     def address(self) -> str:
         """Where nodes and clients reach the SuperLink."""
-        host = self.hosts[0]
-        return f"[{host}]:{self.port}" if ":" in host else f"{host}:{self.port}"
+        return f"{_bracketed(self.hosts[0])}:{self.port}"
 
     @property
     def listen(self) -> str:
-        """Where the SuperLink listens: on the loopback, unless it is to be reached from elsewhere."""
-        if self.hosts[0] in LOOPBACK:
-            return "::1" if self.hosts[0] == "::1" else "127.0.0.1"
-        return "::" if ":" in self.hosts[0] else "0.0.0.0"
+        """Where the SuperLink listens: on the loopback interface for a loopback host, else on all interfaces."""
+        host = self.hosts[0]
+        if host.lower() == "localhost":
+            return "127.0.0.1"
+        if not _is_server_address(host):
+            return "0.0.0.0"
+        address = ip_address(host)
+        if address.is_loopback:
+            return host
+        return "::" if address.version == 6 else "0.0.0.0"
 
 
 class File(NamedTuple):
@@ -94,8 +109,13 @@ Files = dict[str, File]
 
 
 def deploy(federation: Federation, out: Path, ca: Path | None = None) -> None:
-    """Write the files of `federation` into the new folder `out`, all or none; signed by an earlier one's `ca`/."""
+    """Write the files of `federation` to the new folder `out`, all or none; `ca` is the ca/ of an earlier deployment.
+
+    The path of `out` goes into scripts and settings, so it must consist of printable characters.
+    """
     out = out.absolute()
+    if not str(out).isprintable():
+        raise UserError(f"out = {str(out)!r} has a character that cannot be printed: give another -o")
     files = _scripts(federation, out)
     if not federation.insecure:
         files |= _secrets(federation, _authority(ca) if ca else new_authority())
@@ -117,6 +137,7 @@ def _scripts(federation: Federation, out: Path) -> Files:
     values = {
         "ADDRESS": federation.address,
         "LISTEN": federation.listen,
+        "PUBLISH": _bracketed(federation.listen),
         "PORT": federation.port,
         "NODES": federation.nodes,
         "NAME": federation.name,
@@ -130,7 +151,7 @@ def _scripts(federation: Federation, out: Path) -> Files:
         "superlink/env.sh": File(env),
         "superlink/superlink.sh": File(_filled("superlink.sh", values), 0o755),
         "superlink/fedsim-superlink.service": File(_unit(out / "superlink", link)),
-        "client/env.sh": File(env + (_filled("here.sh", {}) if secure else b"")),
+        "client/env.sh": File(env + (_filled("here.sh", values) if secure else b"")),
         "client/config.toml": File(_connection(federation, out / "client" / "ca.crt")),
     }
     if secure:
@@ -174,10 +195,10 @@ def _secrets(federation: Federation, authority: Authority) -> Files:
 
 
 def write_new(folder: Path, files: Files) -> None:
-    """Write `files` into `folder`, which must not exist or be empty; private ones are so from their first byte."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"out = {folder} exists and is not empty: give another -o, nothing is overwritten")
+    """Write `files` to `folder`, which must be empty or new; each is created with its final mode."""
     try:
+        if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+            raise UserError(f"out = {folder} exists and is not empty: give another -o, nothing is overwritten")
         folder.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
@@ -199,28 +220,37 @@ def _write(root: Path, name: Path, file: File) -> None:
 
 
 def _filled(template: str, values: Mapping[str, object]) -> bytes:
-    """A file of fedsim/deployment/ with each @NAME@ replaced by its value."""
+    """A template with each @NAME@ replaced by its value."""
     text = (TEMPLATES / template).read_text()
     return re.sub(r"@(\w+)@", lambda found: str(values[found[1]]), text).encode()
 
 
 def _unit(folder: Path, about: Mapping[str, str]) -> bytes:
-    """A systemd unit; in paths a % would begin one of its specifiers."""
-    place = {"FOLDER": str(folder), "BIN": str(Path(sys.executable).parent)}
-    escaped = {name: path.replace("%", "%%") for name, path in place.items()}
-    return _filled("unit.service", {**about, **escaped, "USER": getpass.getuser()})
+    """A systemd unit: % begins a specifier everywhere; within quotes, \\ and " have a meaning too."""
+    binaries = re.sub(r'[\\"]', r"\\\g<0>", str(Path(sys.executable).parent))
+    paths = {"FOLDER": str(folder).replace("%", "%%"), "BIN": binaries.replace("%", "%%")}
+    return _filled("unit.service", {**about, **paths, "USER": getpass.getuser()})
 
 
 def _connection(federation: Federation, certificate: Path) -> bytes:
     """Flower's config.toml: the SuperLink under the connection's name."""
-    trust = "insecure = true" if federation.insecure else f"root-certificates = {json.dumps(str(certificate))}"
+    # A JSON string is a TOML string unless it escapes characters beyond 16 bits
+    path = json.dumps(str(certificate), ensure_ascii=False)
+    trust = "insecure = true" if federation.insecure else f"root-certificates = {path}"
     lines = ("[superlink]", f'default = "{federation.name}"', "", f"[superlink.{federation.name}]")
     return "\n".join([*lines, f'address = "{federation.address}"', trust, ""]).encode()
 
 
-def _is_address(host: str) -> bool:
+def _bracketed(host: str) -> str:
+    """`host` as it stands before a port: an IPv6 address in brackets."""
+    return f"[{host}]" if ":" in host else host
+
+
+def _is_server_address(host: str) -> bool:
+    """Whether `host` is an IP address that a server can have: not "any address", and without an IPv6 zone."""
     try:
         address = ip_address(host)
     except ValueError:
         return False
-    return not (isinstance(address, IPv6Address) and address.scope_id)  # a zone has no place in a certificate
+    zoned = isinstance(address, IPv6Address) and address.scope_id  # a zone has no place in a certificate
+    return not (address.is_unspecified or address.is_multicast or zoned)

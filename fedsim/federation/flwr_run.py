@@ -1,8 +1,8 @@
 """``flwr run`` for the user: the app on Flower's simulation engine (Ray), with nothing left behind.
 
-Flower would start a SuperLink of the user's that outlives the command, install the app's dependencies anew,
-and exit with 0 where the run failed. Here the run has a FLWR_HOME, a SuperLink, a port and a copy of the app
-of its own, and its true outcome is told.
+By itself ``flwr run`` starts a SuperLink that outlives it, installs the app's dependencies again, and exits with 0
+where the run failed. Here the run has its own FLWR_HOME, SuperLink, port, copy of the app and, unless it joins a
+cluster, Ray; its outcome is reported, and all of them are gone when it ends.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
 
-import psutil
 import torch
 
-from fedsim import interrupts
 from fedsim.config import Config, cpu_count
 from fedsim.errors import RunFailed, UserError
+from fedsim.federation.processes import cleanup, running
 from fedsim.records import origin
 
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -35,23 +34,25 @@ APP = ("pyproject.toml", "README.md", "LICENSE", "fedsim", "strategies")
 CONNECTION = "fedsim"
 START_SECONDS = 60
 OUTCOME_SECONDS = 20
+RAY_PATH = 36  # characters of a folder below which the paths of Ray's sockets keep within the system's limit of 107
 
 
 def run_with_flwr(config: Config) -> None:
-    """Run `config` (resolved) by ``flwr run`` on Ray; fails where the run did not complete."""
+    """Run `config` (resolved) by ``flwr run`` on Ray; raises RunFailed where the run did not complete."""
     if not (CHECKOUT / "pyproject.toml").exists():
         raise UserError(f"engine = flower needs fedsim's checkout, which {CHECKOUT} is not: use pip install -e there")
     # The nodes of an existing Ray cluster load the client from it: it lies beside the results, which they share
-    shared = config.results_dir if os.environ.get("RAY_ADDRESS") else None
-    with tempfile.TemporaryDirectory(prefix=".fedsim-", dir=shared) as folder, superlink(Path(folder)) as env:
-        app = copy_app(Path(folder) / "app")
-        keys = Path(folder) / "run-config.toml"
+    shared = None if os.environ.get("RAY_ADDRESS", "local") in ("", "local") else config.results_dir
+    folder = tempfile.TemporaryDirectory(prefix=".fs-", dir=shared)
+    with cleanup(folder.cleanup), superlink(Path(folder.name)) as env:
+        app = copy_app(Path(folder.name) / "app")
+        keys = Path(folder.name) / "run-config.toml"
         keys.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in config.as_keys().items()))
         command = [_tool("flwr"), "run", str(app), CONNECTION, "--stream", "--run-config", str(keys)]
         run_id = _stream([*command, "--federation-config", federation(config)], env)
         status = _status(run_id, env) if run_id else "not started"
         if status != "finished:completed":
-            raise RunFailed(f"flwr run did not complete (its status: {status}); the reason stands in the log above")
+            raise RunFailed(f"flwr run did not complete (its status: {status}); the log above gives the reason")
 
 
 def federation(config: Config) -> str:
@@ -66,7 +67,7 @@ def federation(config: Config) -> str:
 
 
 def copy_app(app: Path) -> Path:
-    """What the app consists of, in a folder whose name Flower accepts and where no other checkout's code lies."""
+    """Copy the app to the new folder `app`, whose name Flower accepts and which holds no other code."""
     app.mkdir()
     for name in APP:
         source = CHECKOUT / name
@@ -79,29 +80,33 @@ def copy_app(app: Path) -> Path:
 
 @contextlib.contextmanager
 def superlink(folder: Path) -> Iterator[dict[str, str]]:
-    """A SuperLink for simulations in `folder`, ended afterwards; yields the environment to reach it by."""
+    """A SuperLink for simulations in `folder`; yields the environment for Flower's commands to reach it.
+
+    After the block it is ended, and so is every process that was started in that environment.
+    """
     port = free_port()
     (folder / "config.toml").write_text(
         f'[superlink]\ndefault = "{CONNECTION}"\n\n'
         f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    env = environment(folder)
     command = [_tool("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
     log = folder / "superlink.log"
-    with log.open("wb") as output:
-        process = subprocess.Popen(command, env=env, cwd=folder, stdout=output, stderr=output, start_new_session=True)
-    try:
+    env = environment(folder)
+    with log.open("wb") as output, running(command, env, output, folder) as (process, mark):
         wait_until_healthy(process, port, log)
-        yield env
-    finally:
-        end(process)
+        yield {**env, **mark}
 
 
-def environment(home: Path) -> dict[str, str]:
-    """The environment of Flower's commands with `home` as their FLWR_HOME: nothing installed, nothing reported."""
-    # A proxy of the user's is not for the way to this machine's own server
+def environment(home: Path, ray_address: str = "") -> dict[str, str]:
+    """The environment of Flower's commands with `home` as their FLWR_HOME: nothing installed, nothing reported.
+
+    `ray_address` is the Ray cluster to join, by default the user's RAY_ADDRESS. Without either, or with "local", Ray
+    starts a cluster, whichever others run on this machine, and keeps its files in `home`, unless the paths of its
+    sockets would be too long there.
+    """
+    # Connections to the SuperLink on this machine bypass any proxy
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]))
-    return {
+    env = {
         **os.environ,
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "NO_PROXY": direct,
@@ -110,16 +115,19 @@ def environment(home: Path) -> dict[str, str]:
         "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
         "FLWR_DISABLE_UPDATE_CHECK": "1",
         "FLWR_TELEMETRY_ENABLED": "0",
-        "RAY_ADDRESS": os.environ.get("RAY_ADDRESS") or "local",  # else Ray joins any cluster that runs here
+        "RAY_ADDRESS": ray_address or os.environ.get("RAY_ADDRESS") or "local",
         "RAY_USAGE_STATS_ENABLED": "0",
         "FEDSIM_ORIGIN": json.dumps(origin()),
     }
+    if env["RAY_ADDRESS"] == "local" and len(str(home)) <= RAY_PATH:
+        env["RAY_TMPDIR"] = str(home)
+    return env
 
 
 def wait_until_healthy(
     process: subprocess.Popen[bytes], port: int, log: Path, trust: ssl.SSLContext | None = None
 ) -> None:
-    """Wait until the SuperLink answers, by TLS if `trust` is given; fail with the end of its log if it does not."""
+    """Wait until the SuperLink answers, by TLS if `trust` is given; raises RunFailed, with the end of its log."""
     deadline = time.monotonic() + START_SECONDS
     here = "127.0.0.1"
     while time.monotonic() < deadline and process.poll() is None:
@@ -132,15 +140,8 @@ def wait_until_healthy(
     raise RunFailed(f"the SuperLink did not start:\n{log.read_text(errors='replace')[-2000:]}")
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End a process and all that it started."""
-    with contextlib.suppress(psutil.NoSuchProcess):
-        interrupts.end([psutil.Process(process.pid)])
-    process.wait()
-
-
 def _stream(command: list[str], env: dict[str, str]) -> str:
-    """Run ``flwr run --stream``, its log passed on; returns the run's id, or nothing if it did not start."""
+    """Run ``flwr run --stream`` and print its log; returns the run's id, or nothing if it did not start."""
     run_id = ""
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         assert process.stdout is not None
@@ -149,14 +150,14 @@ def _stream(command: list[str], env: dict[str, str]) -> str:
                 print(line, end="", flush=True)
                 if found := re.search(r"Successfully started run (\d+)", line):
                     run_id = found[1]
-        except BaseException:  # it would follow the log until its SuperLink, which waits for it, ends
-            process.terminate()
+        except BaseException:  # it would follow the log until the SuperLink ends
+            process.kill()
             raise
     return run_id
 
 
 def _status(run_id: str, env: dict[str, str]) -> str:
-    """Flower's word for how the run ended; a moment passes between the last line of its log and its end."""
+    """Flower's status of a run that has ended; it is reported a moment after the last line of the log."""
     command = [_tool("flwr"), "list", CONNECTION, "--run-id", run_id, "--format", "json"]
     deadline = time.monotonic() + OUTCOME_SECONDS
     while True:

@@ -72,7 +72,10 @@ class Roster:
             held = reply.content.metric_records.get("partition", MetricRecord())
             worker, number = held.get("partition-id"), held.get("num-partitions")
             if number != self._clients:
-                raise UserError(f"clients = {self._clients}, but the federation has {number} nodes: make them equal")
+                raise UserError(
+                    f"clients = {self._clients}, but the federation has {number} nodes: make them equal, by "
+                    f"-c clients=N, or in a simulation by --federation-config num-supernodes={self._clients}"
+                )
             if not isinstance(worker, int):
                 raise UserError(f"a node holds shard {worker}: give it a partition-id, a whole number")
             workers[node] = worker

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping
 from dataclasses import fields, replace
 
@@ -15,12 +16,13 @@ from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, UserError
+from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.node_registry import Roster, collect_states, restore_states, usable_states
 from fedsim.federation.protocol import join, split
 from fedsim.federation.round import Progress, TooFewClients, build_strategy, row_of, train_round
 from fedsim.models import build_model
 from fedsim.optim import zero_state
-from fedsim.records import Run, config_of_run, print_row
+from fedsim.records import Run, config_of_run, print_row, run_folder
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
 from strategies import tensor_record, tensors_of
@@ -32,14 +34,21 @@ TRIES = 3  # a node that comes back is noticed by the second, and what it has lo
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run LocalSGD as the run-config says."""
+    log_errors_in_one_line()
     config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
     check_of_run(config)
+    is_new = not run_folder(config, "localsgd").exists()
     run = Run(config, "localsgd", on_row=print_row)
     print(f"run folder: {run.folder}", flush=True)
     if run.finished:
         raise UserError(f"name = {run.folder.name}: the run in {run.folder} is finished: give another --name")
-    with run.lock():
-        train_localsgd(grid, config, run)
+    try:
+        with run.lock():
+            train_localsgd(grid, config, run)
+    except UserError:
+        if is_new and not run.rows:  # nothing was trained
+            shutil.rmtree(run.folder)
+        raise
 
 
 def train_localsgd(grid: Grid, config: Config, run: Run) -> None:

@@ -3,89 +3,177 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import socket
+import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from rich.console import Console
 
+from fedsim import cli
 from fedsim.bench.baseline_torch import PilImages
-from fedsim.bench.measure import bench, contest, flop_per_image, large_table, seconds_of_tables, table, write_figures
-from fedsim.bench.variants import ON_CPU, Figure
+from fedsim.bench.measure import at, flop_per_image, large_table, measure, table, write_timings
+from fedsim.bench.turn import Timing, run_measured
+from fedsim.bench.variants import ON_CPU
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
 from fedsim.device import resolve
+from tests.federation.test_flwr_run import started_by
 
+LIMIT = 300.0  # seconds, for what takes a few
 TINY = Config(
     dataset="synthetic", synthetic_images=256, model="lenet5", batch_size=8, local_steps=2, device="cpu", threads=1
 )
 
 
-def test_every_contestant_takes_its_turns_and_is_set_beside_the_limit(tmp_path: Path) -> None:
-    names = ["limit", "limit-eager", "fleet", "fused", "fused-products", "fused-streams", "loop", "plain"]
-    figures, failed = bench(resolve(TINY, "localsgd"), [2], names, rounds=2, passes=1)
+def turns(config: Config, *names: str) -> list[tuple[str, Config]]:
+    return [(name, at(config, 2, name)) for name in names]
+
+
+def allocated(mib: int) -> bytearray:
+    """So much resident memory."""
+    held = bytearray(mib << 20)
+    held[::1024] = bytes([1]) * len(held[::1024])
+    return held
+
+
+def test_every_variant_takes_its_turns_and_is_compared_with_centralized_training(tmp_path: Path) -> None:
+    names = ["centralized", "centralized-eager", "in-process", "stacked-products", "plain"]
+    held = allocated(2048)  # of this process: no variant may show it as its own
+    timings, failed = measure(turns(resolve(TINY, "localsgd"), *names), rounds=2, limit=LIMIT)
+    del held
     assert failed == []
-    assert [figure.contestant for figure in figures] == names
-    assert all(len(figure.seconds) == 2 and min(figure.seconds) > 0 for figure in figures)
-    assert all(figure.peak_bytes > 2**20 for figure in figures)
-    write_figures(tmp_path / "bench.json", figures, "cpu", flop_per_image=1.0)
+    assert all(2**26 < timing.peak_bytes < 2**31 for timing in timings)
+    assert [timing.variant for timing in timings] == names
+    assert all(len(timing.seconds) == 2 and min(timing.seconds) > 0 for timing in timings)
+    write_timings(tmp_path / "bench.json", timings, "cpu", flop_per_image=1.0)
     content = json.loads((tmp_path / "bench.json").read_text())
     assert {"commit", "device", "versions", "command", "flop_per_image"} <= content.keys()
-    assert [figure["contestant"] for figure in content["figures"]] == names
+    assert [timing["variant"] for timing in content["timings"]] == names
 
 
-def test_flower_alone_takes_its_turns() -> None:
-    (figure,), _ = bench(resolve(TINY, "localsgd"), [2], ["flower-plain"], rounds=2, passes=1)
-    assert len(figure.seconds) == 2
-    assert min(figure.seconds) > 0
+def test_flower_alone_is_measured_where_a_cluster_has_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray would wait for the cluster whose address it finds in its temporary folder, or in RAY_ADDRESS."""
+    with socket.socket() as nobody:
+        nobody.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{nobody.getsockname()[1]}"
+        (tmp_path / "ray").mkdir()
+        (tmp_path / "ray" / "ray_current_cluster").write_text(address)
+        monkeypatch.setenv("RAY_TMPDIR", str(tmp_path))
+        monkeypatch.setenv("RAY_ADDRESS", address)
+        (timing,), failed = measure(turns(resolve(TINY, "localsgd"), "flower-plain"), rounds=2, limit=LIMIT)
+    assert failed == []
+    assert len(timing.seconds) == 2
+    assert min(timing.seconds) > 0
 
 
 @pytest.mark.skipif(not shutil.which("g++"), reason="torch.compile needs a C++ compiler")
 def test_a_compiled_model_takes_its_turns() -> None:
-    (figure,), _ = bench(resolve(TINY, "localsgd"), [2], ["limit-compiled"], rounds=2, passes=1)
-    assert min(figure.seconds) > 0
+    (timing,), _ = measure(turns(resolve(TINY, "localsgd"), "centralized-compiled"), rounds=2, limit=LIMIT)
+    assert min(timing.seconds) > 0
 
 
-def test_a_contestant_that_fails_is_named_and_the_others_have_their_turns() -> None:
+def test_a_variant_that_fails_is_named_and_the_others_have_their_turns(capsys: pytest.CaptureFixture[str]) -> None:
     config = resolve(TINY.changed({"synthetic-images": 10}), "localsgd")  # shards of 5, batches of 8: no run
-    figures, failed = bench(config, [2], ["flower", "limit"], rounds=1, passes=1)
-    assert [figure.contestant for figure in figures] == ["limit"]
-    assert [text.split(" at ")[0] for text in failed] == ["flower"]
+    timings, failed = measure([*turns(config, "flower", "centralized")] * 2, rounds=1, limit=LIMIT)
+    assert [(timing.variant, len(timing.seconds)) for timing in timings] == [("centralized", 2)]
+    (line,) = failed
+    assert line.startswith("K = 2, J = 2: flower: RunFailed: flwr run did not complete")
+    assert "batch-size = 8 is more than a shard of 5 images" in capsys.readouterr().err
+
+
+def test_a_variant_that_passes_the_time_limit_is_named_and_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setenv("STARTED_BY", str(tmp_path))
+    endless = resolve(TINY.changed({"local-steps": 10**6}), "localsgd")
+    timings, failed = measure(turns(endless, "centralized", "in-process"), rounds=1, limit=1)
+    assert timings == []
+    assert [line.split(": ")[1:3] for line in failed] == [
+        [name, "not done within the time limit of 1 s"] for name in ("centralized", "in-process")
+    ]
+    assert started_by(str(tmp_path)) == []
+    assert list(tmp_path.iterdir()) == []
+
+
+ALLOCATES = """
+import subprocess, sys, time
+held = bytearray(int(sys.argv[1]) << 20)
+held[::1024] = bytes([1]) * len(held[::1024])
+children = [subprocess.Popen([sys.executable, "-c", sys.argv[2], mib, ""]) for mib in sys.argv[3:]]
+time.sleep(3)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is read from /proc")
+@pytest.mark.parametrize("of_children", [[], ["80", "50"]])
+def test_memory_is_that_of_the_processes_and_not_of_their_parent(of_children: list[str], tmp_path: Path) -> None:
+    held = allocated(400)  # of this process, which is the parent
+    command = [sys.executable, "-c", ALLOCATES, "150", ALLOCATES, *of_children]
+    with (tmp_path / "log").open("wb") as log:
+        peak = run_measured(command, os.environ, log, LIMIT)
+    expected = 150 + sum(map(int, of_children))
+    assert expected << 20 <= peak <= (expected + 30 * (1 + len(of_children))) << 20  # and an interpreter for each
+    del held
 
 
 def test_rates_are_images_over_the_median_second() -> None:
     config = TINY.changed({"clients": 3})
-    figures = [Figure("limit", config, [1.0, 9.0, 2.0], 1), Figure("fleet", config, [4.0], 1)]
-    assert figures[0].images_per_second == 3 * 2 * 8 / 2
+    timings = [Timing("centralized", config, [1.0, 9.0, 2.0], 1), Timing("in-process", config, [4.0], 1)]
+    assert timings[0].images_per_second == 3 * 2 * 8 / 2
+    assert timings[0].joined(Timing("centralized", config, [3.0], 7)) == Timing(
+        "centralized", config, [1.0, 9.0, 2.0, 3.0], 7
+    )
     console = Console(width=200, record=True, quiet=False)
-    console.print(table(figures, flop=1e9))
-    assert "0.50" in console.export_text()
+    console.print(table(timings, flop=1e9))
+    console.print(large_table(timings, flop=1e9, matrix=2.4e10))
+    text = console.export_text()
+    assert "0.50" in text  # of centralized
+    assert "1.000" in text  # of the matrix product
 
 
-def test_on_the_cpu_every_way_gets_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_on_the_cpu_every_variant_uses_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsim.bench.measure.cpu_count", lambda: 6)
-    threads = {name: contest(TINY, 4, name).threads for name in ON_CPU}
-    alone = {"fleet", "flower", "flower-plain"}
-    assert threads == {name: 1 if name in alone else 6 for name in ON_CPU}
+    threads = {name: at(TINY, 4, name).threads for name in ON_CPU}
+    threaded = {"in-process", "flower", "flower-plain"}
+    assert threads == {name: 1 if name in threaded else 6 for name in ON_CPU}
 
 
-def test_both_tables_are_estimated_from_rates_at_all_their_sizes() -> None:
-    def figure(name: str, images: int, **keys: int) -> Figure:  # at `images` a second
-        config = Config().changed({"local-steps": 1, **{key.replace("_", "-"): value for key, value in keys.items()}})
-        return Figure(name, config, [config.clients * config.batch_size / images], 1)
-
-    large = [figure("limit", 500_000, clients=1, batch_size=256 * 2**power) for power in range(6)]
-    fleets = [figure("fleet", 1_000, clients=k) for k in (4, 12)]
-    fused = [figure("fused-groups", 200_000, clients=k) for k in (4, 12)]
-    # 18 cells of 100 epochs; 200 rounds of 10, 20 and 30 steps of 4 and 12 clients; 100 and 40 tests a cell
-    expected = 18 * 100 * 50_000 / 500_000 + 200 * 60 * 16 * 64 / 200_000 + (1800 + 240) * 10_000 / 1e6
-    assert seconds_of_tables([*fleets, *fused], large, testing=1e6) == pytest.approx(expected)
-    assert seconds_of_tables(fused, large[1:], testing=1e6) is None
-    assert seconds_of_tables(fused[:1], large, testing=1e6) is None
-    console = Console(width=200, record=True, quiet=False)
-    console.print(large_table(large, flop=1e9, matrix=1e15))
-    assert "0.500" in console.export_text()
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        ("--clients 0", "clients = 0 is out of range"),
+        ("--clients=-3", "clients = -3 is out of range"),
+        ("--clients=", "clients = '' is no list of whole numbers"),
+        ("--clients 4,,2", "clients = '4,,2' is no list of whole numbers"),
+        ("--clients 60000", "clients = 60000 is more than the 50000 training images"),
+        ("--clients 1000", "batch-size = 64 is more than a shard of 50 images"),
+        ("--variants limit", "variants = 'limit' is unknown: it must be one of centralized, "),
+        ("--variants ,", "variants = '' is unknown"),
+        ("--variants plain --timed 0", "--timed"),
+        ("--variants plain --time-limit 0", "--time-limit"),
+        ("-o {folder}", "output = {folder} cannot be written (Is a directory): give another -o"),
+        ("-o {folder}/file/bench.json", "output = {folder}/file/bench.json cannot be written (File exists)"),
+        ("-o /proc/bench.json", "output = /proc/bench.json cannot be written"),
+    ],
+)
+def test_bad_input_is_one_line_before_anything_is_measured(
+    arguments: str, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["run.py", "bench", *arguments.format(folder=tmp_path).split()])
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
+    assert words.format(folder=tmp_path) in err
+    assert {path.name for path in tmp_path.iterdir()} <= {"file", "results"}
 
 
 def test_flop_of_lenet5_by_hand() -> None:

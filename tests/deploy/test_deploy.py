@@ -33,6 +33,7 @@ from tests.federation.processes import client_environment
 
 HOSTS = ("server.example", "192.0.2.7", "fd00::7")
 ALWAYS = ("localhost", "127.0.0.1", "::1", "superlink")
+ODD_NAME = 'R&D | 100% "mine" \\ it\'s $HOME `x` é\N{GRINNING FACE}'
 
 
 @pytest.fixture(scope="module")
@@ -208,13 +209,35 @@ def test_flower_reads_the_connection(folder: Path) -> None:
 
 
 def test_the_connection_finds_its_certificate_wherever_the_folder_is_copied_to(folder: Path, tmp_path: Path) -> None:
-    moved = tmp_path / "a client's folder"
+    moved = tmp_path / ODD_NAME
     shutil.copytree(folder / "client", moved)
+    other = '[superlink.other]\nroot-certificates = "/another.crt"\n'  # which the user has added
+    with (moved / "config.toml").open("a") as file:
+        file.write(other)
     env = client_environment(moved)
     assert env["FLWR_HOME"] == str(moved)
     assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     settings = tomllib.loads((moved / "config.toml").read_text())["superlink"]
     assert settings["lab"] == {"address": "server.example:9000", "root-certificates": str(moved / "ca.crt")}
+    assert settings["other"] == {"root-certificates": "/another.crt"}
+
+
+def test_a_deployment_works_in_a_folder_with_an_odd_name(tmp_path: Path) -> None:
+    client = tmp_path / ODD_NAME / "client"
+    deploy(Federation(1), client.parent)
+    for _ in range(2):  # as written, and as rewritten by env.sh
+        settings = tomllib.loads((client / "config.toml").read_text())["superlink"]["federation"]
+        assert settings["root-certificates"] == str(client / "ca.crt")
+        client_environment(client)
+
+
+def test_env_sh_ignores_cdpath(folder: Path, tmp_path: Path) -> None:
+    """With CDPATH, `cd` goes to another folder of that name and prints it."""
+    (tmp_path / "client").mkdir()
+    env = {**os.environ, "CDPATH": str(tmp_path), "FEDSIM_BIN": str(Path(sys.executable).parent)}
+    command = ["bash", "-c", '. client/env.sh && printf %s "$FLWR_HOME"']
+    done = subprocess.run(command, env=env, cwd=folder, capture_output=True, text=True, check=True)
+    assert done.stdout == str(folder / "client")
 
 
 def test_a_script_without_flower_says_what_is_missing(folder: Path) -> None:
@@ -252,11 +275,18 @@ def test_each_node_has_its_shard_and_its_port(folder: Path) -> None:
         ("server.example", "0.0.0.0", "server.example:8000"),
         ("192.0.2.7", "0.0.0.0", "192.0.2.7:8000"),
         ("fd00::7", "::", "[fd00::7]:8000"),
+        ("LocalHost", "127.0.0.1", "LocalHost:8000"),
+        ("127.0.0.2", "127.0.0.2", "127.0.0.2:8000"),
     ],
 )
-def test_the_superlink_leaves_the_loopback_only_for_a_host_that_needs_it(host: str, listens: str, address: str) -> None:
-    federation = Federation(1, (host,))
+def test_the_superlink_listens_beyond_the_loopback_interface_only_for_a_host_that_needs_it(
+    host: str, listens: str, address: str, tmp_path: Path
+) -> None:
+    federation = Federation(1, (host,), insecure=True)
     assert (federation.listen, federation.address) == (listens, address)
+    deploy(federation, tmp_path / "out")
+    (port,) = yaml.safe_load((tmp_path / "out" / "compose.yaml").read_text())["services"]["superlink"]["ports"]
+    assert port.removesuffix(":8000:8000").strip("[]") == listens  # containers are published to nobody else
 
 
 def test_units_name_their_places_in_full(folder: Path) -> None:
@@ -274,8 +304,9 @@ def test_units_name_their_places_in_full(folder: Path) -> None:
 
 
 @pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="no systemd-analyze here")
-def test_systemd_understands_the_units(tmp_path: Path) -> None:
-    out = tmp_path / "100% mine"
+def test_systemd_understands_the_units(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "executable", f"/{ODD_NAME}\\/bin/python")
+    out = tmp_path / ODD_NAME
     deploy(Federation(1), out)
     units = [str(path) for path in out.rglob("*.service")]
     done = subprocess.run(["systemd-analyze", "verify", "--man=no", *units], capture_output=True, text=True)
@@ -293,7 +324,7 @@ def test_containers_run_the_scripts(folder: Path) -> None:
         assert (folder / places[name] / script).exists()
         for variable in {"FEDSIM_LISTEN", "FEDSIM_SUPERLINK"} & service["environment"].keys():
             assert f"${{{variable}:-" in (folder / places[name] / script).read_text()
-    assert services["superlink"]["ports"] == ["9000:9000"]
+    assert services["superlink"]["ports"] == ["0.0.0.0:9000:9000"]
     # The certificate holds for the name under which containers reach the server
     assert services["node-1"]["environment"]["FEDSIM_SUPERLINK"] == "superlink:9000"
 

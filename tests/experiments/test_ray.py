@@ -23,9 +23,10 @@ from fedsim import cli
 from fedsim.config import CORES, Config, cpu_count
 from fedsim.errors import UserError
 from fedsim.experiments.study import Cell
-from fedsim.federation.flwr_run import copy_app, end, free_port
+from fedsim.federation.flwr_run import copy_app, free_port
 from fedsim.records import read_rows, read_summary
 from tests.conftest import assert_same_bits, final_model, rows_of
+from tests.federation.processes import end
 from tests.federation.test_flwr_run import started_by
 
 ROOT = Path(__file__).parents[2]

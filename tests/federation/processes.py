@@ -17,12 +17,28 @@ from pathlib import Path
 import psutil
 
 from fedsim.deploy.files import Federation, deploy
-from fedsim.federation.flwr_run import end, wait_until_healthy
+from fedsim.federation.flwr_run import wait_until_healthy
+from fedsim.federation.processes import end_marked, new_mark
 
 BIN = str(Path(sys.executable).parent)
 JOINED = "SuperNode ID"  # a node's log says it when the SuperLink has accepted it
 JOIN_SECONDS = 60
 REJOIN_SECONDS = 120
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """End a process and its descendants."""
+    tree: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess):
+        leader = psutil.Process(process.pid)
+        tree = [leader, *leader.children(recursive=True)]
+    for one in tree:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.terminate()
+    for one in psutil.wait_procs(tree, timeout=5)[1]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            one.kill()
+    process.wait()
 
 
 class Started:
@@ -31,7 +47,7 @@ class Started:
     def __init__(self, script: Path, log: Path) -> None:
         self.script = script
         self.log = log
-        self.orphans: list[psutil.Process] = []
+        self.mark = new_mark()
         self.start()
 
     def start(self) -> None:
@@ -39,7 +55,7 @@ class Started:
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 ["bash", str(self.script)],
-                env={**os.environ, "FEDSIM_BIN": BIN},
+                env={**os.environ, "FEDSIM_BIN": BIN, **self.mark},
                 stdout=output,
                 stderr=output,
                 start_new_session=True,
@@ -64,16 +80,13 @@ class Started:
 
     def kill(self) -> None:
         """End it without a chance to do anything about it (kill -9); what it has started is left to itself."""
-        self.orphans += psutil.Process(self.pid).children(recursive=True)
         self.process.kill()
         self.process.wait()
 
     def end(self) -> None:
         """End it and all that it started, before it was killed too."""
-        end(self.process)
-        for orphan in self.orphans:
-            with contextlib.suppress(psutil.NoSuchProcess):
-                orphan.kill()
+        end_marked(self.mark)
+        self.process.wait()
 
     def says(self) -> str:
         """Its log so far."""

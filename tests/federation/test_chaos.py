@@ -21,11 +21,11 @@ import pytest
 from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
-from fedsim.federation.flwr_run import copy_app, end
+from fedsim.federation.flwr_run import copy_app
 from fedsim.federation.protocol import STATE_LOST
 from fedsim.records import read_rows
 from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
-from tests.federation.processes import BIN, Running, Started, running
+from tests.federation.processes import BIN, Running, Started, end, running
 
 pytestmark = [pytest.mark.chaos, pytest.mark.timeout(900)]
 

@@ -2,15 +2,24 @@
 
 from __future__ import annotations
 
+import logging
 import os
+import random
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Iterator
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fedsim.config import Config
+from fedsim.errors import RunFailed, UserError
+from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.flwr_run import copy_app, federation, superlink
+from fedsim.federation.processes import cleanup, marked, running
 from tests.conftest import assert_same_bits, final_model, rows_of
 
 ROOT = Path(__file__).parents[2]
@@ -61,18 +70,72 @@ def test_a_run_begun_in_this_process_goes_on_by_flwr_run_bitwise(tmp_path: Path)
     assert_same_bits(final_model(tmp_path / "parts"), final_model(tmp_path / "whole"))
 
 
-def test_a_run_that_is_asked_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+@pytest.fixture
+def temporary() -> Iterator[Path]:
+    """A temporary folder with a short path, as a user's, since Ray keeps sockets in it."""
+    with tempfile.TemporaryDirectory(prefix="fs-", dir="/tmp") as folder:
+        yield Path(folder)
+
+
+@pytest.mark.parametrize("most", [4.0, 20.0])
+def test_a_run_that_is_ended_leaves_no_process_and_no_file(tmp_path: Path, temporary: Path, most: float) -> None:
+    """At a random moment, from the start of its SuperLink to its rounds; further signals do not skip the cleanup."""
     command = [sys.executable, str(ROOT / "run.py"), *SMALL, "--results-dir", str(tmp_path), "--engine", "flower"]
-    env = {**os.environ, "STARTED_BY": str(tmp_path)}
-    long = [*command, "--rounds", "100000"]
-    with subprocess.Popen(long, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
-        next(line for line in process.stdout if "round    2" in line)
-        assert any("flower-superlink" in command for command in started_by(str(tmp_path)))
+    env = {**os.environ, "STARTED_BY": str(tmp_path), "TMPDIR": str(temporary)}
+    seconds = random.uniform(0, most)
+    print(f"ended {seconds:.2f} s after the start of its SuperLink")
+    with subprocess.Popen(
+        [*command, "--rounds", "100000"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        while not any("flower-superlink" in each for each in started_by(str(tmp_path))):
+            assert process.poll() is None
+            time.sleep(0.1)
+        time.sleep(seconds)
         process.terminate()
-        process.communicate(timeout=100)
-    assert process.returncode == 143
+        time.sleep(0.3)
+        process.terminate()
+        log, _ = process.communicate(timeout=100)
+    assert process.returncode == 143, log
     assert started_by(str(tmp_path)) == []
+    assert list(temporary.iterdir()) == []
+
+
+OUTLIVES = """
+import subprocess, sys
+subprocess.Popen(["sleep", "1000"], start_new_session=True)
+"""
+IGNORES = """
+import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.run([sys.executable, "-c", sys.argv[1]])  # its child outlives it
+time.sleep(1000)
+"""
+
+
+def test_processes_end_with_the_block_that_started_them(tmp_path: Path) -> None:
+    """Those that ignore SIGTERM, that began a session, and that outlived their parent."""
+    began = [sys.executable, "-c", IGNORES, OUTLIVES]
+    with (tmp_path / "log").open("wb") as log, running(began, os.environ, log) as (_, mark):
+        while [process.name() for process in marked(mark)].count("sleep") == 0:
+            time.sleep(0.05)
+        processes = marked(mark)
+        assert len(processes) >= 2
+    assert marked(mark) == []
+    assert not any(process.is_running() and process.status() != psutil.STATUS_ZOMBIE for process in processes)
+
+
+def test_cleanup_is_completed_where_a_signal_interrupts_it() -> None:
+    done: list[str] = []
+
+    def clean() -> None:
+        if not done:
+            done.append("interrupted")
+            raise KeyboardInterrupt
+        done.append("complete")
+
+    with pytest.raises(KeyboardInterrupt), cleanup(clean):
+        pass
+    assert done == ["interrupted", "complete"]
 
 
 def test_a_run_that_fails_on_flower_is_exit_code_1(tmp_path: Path) -> None:
@@ -80,6 +143,31 @@ def test_a_run_that_fails_on_flower_is_exit_code_1(tmp_path: Path) -> None:
     assert failed.returncode == 1
     assert "flwr run did not complete (its status: finished:failed)" in failed.stderr
     assert "round 1: too few usable updates: worker 0: " in failed.stdout
+
+
+@pytest.mark.parametrize(
+    ("error", "logged"),
+    [
+        (UserError("clients = 0: give more"), "error: clients = 0: give more"),
+        (RunFailed("no update"), "error: no update"),
+        (ValueError("a fault of fedsim"), "Traceback"),
+    ],
+)
+def test_flower_logs_bad_input_in_one_line_and_faults_with_their_traceback(
+    error: Exception, logged: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    logger = logging.getLogger("flwr")
+    log_errors_in_one_line()
+    try:
+        logger.addHandler(caplog.handler)
+        try:
+            raise error
+        except Exception as raised:
+            logger.error("%s raised an exception", "ServerApp", exc_info=raised)  # as Flower does
+        assert logged in caplog.text
+        assert ("Traceback" in caplog.text) == (logged == "Traceback")
+    finally:
+        logger.removeHandler(caplog.handler)
 
 
 def test_flwr_run_as_flowers_users_run_it(tmp_path: Path) -> None:
@@ -94,7 +182,12 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path) -> None:
         command = [str(Path(sys.executable).with_name("flwr")), "run", ".", "fedsim", "--stream", "-c", overrides]
         wrong = [*command, "--federation-config", federation(config.changed({"clients": 5}))]
         refused = subprocess.run(wrong, cwd=app, env=env, capture_output=True, text=True, timeout=200)
-        assert "clients = 2, but the federation has 5 nodes: make them equal" in refused.stdout
+        line = (
+            "error: clients = 2, but the federation has 5 nodes: make them equal, by -c clients=N, or in a simulation"
+        )
+        assert line in refused.stdout
+        assert "Traceback" not in refused.stdout
+        assert not (tmp_path / "plain").exists()
         right = [*command, "--federation-config", federation(config)]
         subprocess.run(right, cwd=app, env=env, capture_output=True, text=True, timeout=200, check=True)
     assert len(rows_of(tmp_path / "plain")) == 2

@@ -96,7 +96,7 @@ def test_a_comment_on_the_papers_value_is_told(tmp_path: Path) -> None:
 
 def test_runs_have_a_column_for_each_key_that_varies(tmp_path: Path) -> None:
     for model, lr in (("lenet5", 0.1), ("lenet-bn", 0.2)):
-        write_run(tmp_path / "some" / model, Config(model=model, lr=lr), "localsgd", [0.5])
+        write_run(tmp_path / "some" / model, Config().changed({"model": model, "lr": lr}), "localsgd", [0.5])
     write_run(tmp_path / "some" / "begun", Config(model="lenet5", lr=0.3), "localsgd", [0.3], finished=False)
     (table,), _ = read_tables(tmp_path)
     frame = runs_frame(table).set_index("run")

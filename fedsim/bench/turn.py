@@ -1,0 +1,125 @@
+"""A turn of a variant: its rounds timed in a fresh process, within a time limit, and the memory that they took."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+import torch
+
+from fedsim.bench.variants import VARIANTS
+from fedsim.config import Config
+from fedsim.errors import RunFailed
+from fedsim.federation.flwr_run import CHECKOUT, environment
+from fedsim.federation.processes import cleanup, marked, running
+
+SAMPLE_SECONDS = 0.5
+LOG_LINES = 50  # of a turn that fails
+
+
+@dataclass(frozen=True)
+class Timing:
+    """The timed rounds of one variant in one configuration."""
+
+    variant: str
+    config: Config
+    seconds: list[float]  # of each round
+    peak_bytes: int  # resident memory of all its processes, see `run_measured`; on a GPU, allocated memory of the GPU
+
+    @property
+    def images_per_second(self) -> float:
+        """The images trained on in a round over the median of its seconds."""
+        images = self.config.clients * self.config.local_steps * self.config.batch_size
+        return images / statistics.median(self.seconds)
+
+    def joined(self, other: Timing) -> Timing:
+        """This turn and another one of the same variant."""
+        peak = max(self.peak_bytes, other.peak_bytes)
+        return Timing(self.variant, self.config, [*self.seconds, *other.seconds], peak)
+
+
+def take_turn(variant: str, config: Config, rounds: int, limit: float) -> Timing:
+    """Time `rounds` rounds of a variant; raises RunFailed where it fails or takes more than `limit` seconds in all.
+
+    It has a temporary folder, and a Ray that joins no cluster; all its processes are ended.
+    """
+    temporary = tempfile.TemporaryDirectory(prefix=".fs-")
+    with cleanup(temporary.cleanup):
+        folder = Path(temporary.name)
+        result, log = folder / "result.json", folder / "log"
+        task = {"variant": variant, "keys": config.as_keys(), "rounds": rounds, "result": str(result)}
+        env = {
+            **environment(folder, ray_address="local"),
+            "TMPDIR": str(folder),
+            "PYTHONPATH": os.pathsep.join(filter(None, [str(CHECKOUT), os.environ.get("PYTHONPATH")])),
+        }
+        try:
+            with log.open("wb") as output:
+                command = [sys.executable, "-m", "fedsim.bench.turn", json.dumps(task)]
+                peak = run_measured(command, env, output, limit)
+            outcome: dict[str, Any] = {"error": "its process was killed"}
+            if result.exists():
+                outcome = json.loads(result.read_text())
+            if "error" in outcome:
+                raise RunFailed(outcome["error"])
+        except RunFailed:
+            print(*log.read_text(errors="replace").splitlines()[-LOG_LINES:], sep="\n", file=sys.stderr)
+            raise
+    on_gpu = config.device.startswith("cuda")
+    return Timing(variant, config, outcome["seconds"], outcome["gpu"] if on_gpu else max(peak, outcome["memory"]))
+
+
+def run_measured(command: Sequence[str], env: Mapping[str, str], output: IO[bytes], limit: float) -> int:
+    """Run `command` and end all processes that it leaves; returns the memory that it took, in bytes.
+
+    It is the sum, over the processes that run at the same time, of the peak resident memory of each (VmHWM), at the
+    moment when this sum is largest: pages that processes share are counted for each. Zero where there is no /proc.
+    """
+    deadline, peak = time.monotonic() + limit, 0
+    with running(command, env, output) as (process, mark):
+        while process.poll() is None:
+            if time.monotonic() > deadline:
+                raise RunFailed(f"not done within the time limit of {limit:g} s: give a larger --time-limit")
+            peak = max(peak, sum(peak_memory(one.pid) for one in marked(mark)))
+            time.sleep(SAMPLE_SECONDS)
+    return peak
+
+
+def peak_memory(pid: int) -> int:
+    """The most resident memory, in bytes, that a process has had; zero if it has ended.
+
+    Not `ru_maxrss`: that is inherited from the parent, whose memory it then shows.
+    """
+    with contextlib.suppress(OSError):
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                return int(line.split()[1]) * 1024
+    return 0
+
+
+def main(task: Mapping[str, Any]) -> None:
+    """Take the turn that `task` describes in this process, and write its outcome to the file `result`."""
+    config = Config().changed(task["keys"])
+    outcome: dict[str, Any] = {}
+    try:
+        outcome["seconds"] = VARIANTS[task["variant"]][0](config, task["rounds"])
+        outcome["memory"] = peak_memory(os.getpid())
+        outcome["gpu"] = torch.cuda.max_memory_allocated(config.device) if config.device.startswith("cuda") else 0
+    except Exception as error:
+        traceback.print_exc()
+        outcome = {"error": f"{type(error).__name__}: {error}"}
+    Path(task["result"]).write_text(json.dumps(outcome))
+
+
+if __name__ == "__main__":
+    main(json.loads(sys.argv[1]))

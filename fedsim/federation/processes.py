@@ -1,0 +1,86 @@
+"""Processes that end with the block that started them: they are found by a mark in their environment."""
+
+from __future__ import annotations
+
+import contextlib
+import secrets
+import subprocess
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import IO
+
+import psutil
+
+STOP_SECONDS = 5  # from SIGTERM to SIGKILL
+
+
+def new_mark() -> dict[str, str]:
+    """Environment variables that no other process has; what is started with them passes them on to its children.
+
+    So a process is found also if it begins a session or outlives its parent.
+    """
+    # Ray's processes change their titles; without SPT_NOENV that would overwrite their environment
+    return {f"FEDSIM_STARTED_{secrets.token_hex(8)}": "1", "SPT_NOENV": "1"}
+
+
+def marked(mark: Mapping[str, str]) -> list[psutil.Process]:
+    """The processes that have `mark` in their environment."""
+    found = []
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):
+            if mark.items() <= process.environ().items():
+                found.append(process)
+    return found
+
+
+def end_marked(mark: Mapping[str, str]) -> None:
+    """End every process with `mark` by SIGTERM, and after `STOP_SECONDS` by SIGKILL, until none is left."""
+    stop = psutil.Process.terminate
+    while processes := marked(mark):
+        for process in processes:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                stop(process)
+        psutil.wait_procs(processes, timeout=STOP_SECONDS)
+        stop = psutil.Process.kill
+
+
+@contextlib.contextmanager
+def cleanup(clean: Callable[[], object]) -> Iterator[None]:
+    """Call `clean` after the block, also where a signal raises an exception meanwhile; it may be called twice."""
+    try:
+        try:
+            yield
+        finally:
+            clean()
+    finally:  # a signal may have interrupted the call above
+        clean()
+
+
+@contextlib.contextmanager
+def running(
+    command: Sequence[str], env: Mapping[str, str], output: IO[bytes], cwd: Path | None = None
+) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, str]]]:
+    """Start `command` in a session, in `env` and a mark; yields the process and the mark.
+
+    After the block every process with that mark is ended.
+    """
+    mark = new_mark()
+    started: list[subprocess.Popen[bytes]] = []
+
+    def end() -> None:
+        end_marked(mark)
+        for process in started:
+            process.wait()
+
+    with cleanup(end):
+        process = subprocess.Popen(
+            command,
+            env={**env, **mark},
+            cwd=cwd,
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=output,
+            start_new_session=True,
+        )
+        started.append(process)
+        yield process, mark
