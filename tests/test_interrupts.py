@@ -116,6 +116,27 @@ def test_a_long_round_is_not_waited_for(tmp_path: Path) -> None:
     assert interrupt(process, signal.SIGTERM, LINE)
 
 
+HANG_UP = """
+import os, pty, sys
+
+pid, terminal = pty.fork()
+if pid == 0:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+shown = b""
+while b"/100000" not in shown:
+    shown += os.read(terminal, 4096)
+os.close(terminal)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_terminal_that_hangs_up_ends_a_grid(tmp_path: Path) -> None:
+    """Its progress bar fails to write there, and must not hide why the command ended."""
+    command = [sys.executable, "-c", HANG_UP, str(ROOT / "run.py"), *GRID.replace("100", "100000").split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{128 + signal.SIGHUP}\n", "")
+
+
 def test_with_rerun_the_line_says_to_leave_it_out(tmp_path: Path) -> None:
     process = start(tmp_path, f"{RUNS['centralized']} --rerun")
     after_rows(process, 1)
