@@ -76,6 +76,7 @@ def main() -> None:
 
 
 def _call() -> None:
+    """Call the command of ``sys.argv``, its errors as one line and an exit code."""
     try:
         code = cli(standalone_mode=False)  # of typer.Exit, which is not raised in this mode
     except click.exceptions.NoArgsIsHelpError as error:
