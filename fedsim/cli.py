@@ -19,7 +19,7 @@ from typer.core import TyperCommand, TyperGroup
 from fedsim import __version__
 from fedsim.config import FIELDS, Mode, accepted, has_key, kebab, typed
 from fedsim.errors import RunFailed, UserError
-from fedsim.interrupts import Interrupted
+from fedsim.interrupts import Interrupted, interruption
 
 MOST_USED = "dataset model optimizer lr batch-size epochs clients local-steps seed device results-dir name".split()
 OF_A_SHARD = ("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed")
@@ -71,6 +71,17 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
     try:
+        _call()
+    except Interrupted as interrupted:
+        if _resumes(sys.argv[1:]):
+            flag = " without --rerun" if "--rerun" in sys.argv else ""
+            interrupted.add_note(f"run the same command again{flag} to resume from the last checkpoint")
+        raise
+
+
+def _call() -> None:
+    """Call the command of ``sys.argv``, its errors as one line and an exit code."""
+    try:
         code = cli(standalone_mode=False)  # of typer.Exit, which is not raised in this mode
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.message)
@@ -83,11 +94,6 @@ def main() -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except MemoryError:
         _fail("out of memory: give a smaller --batch-size, --local-steps or --synthetic-images", 1)
-    except Interrupted as interrupted:
-        if _resumes(sys.argv[1:]):
-            flag = " without --rerun" if "--rerun" in sys.argv else ""
-            interrupted.add_note(f"run the same command again{flag} to resume from the last checkpoint")
-        raise
     if isinstance(code, int):
         sys.exit(code)
 
@@ -100,6 +106,8 @@ def _resumes(arguments: list[str]) -> bool:
 
 def _fail(message: str, code: int) -> NoReturn:
     """Print the message on one line, without what would control the terminal, and exit."""
+    if interrupted := interruption(sys.exception()):
+        raise interrupted
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
     print(f"error: {line}", file=sys.stderr)
     sys.exit(code)

@@ -63,6 +63,13 @@ def raise_on_signals(signals: Iterable[signal.Signals] = SIGNALS) -> None:
             signal.signal(number, interrupt)
 
 
+def interruption(error: BaseException | None) -> Interrupted | None:
+    """The `Interrupted` that `error` is, or that it came in the way of: writing to a closed terminal fails, say."""
+    while error is not None and not isinstance(error, Interrupted):
+        error = error.__context__
+    return error
+
+
 @contextlib.contextmanager
 def exit_on_signals() -> Iterator[None]:
     """Run a command within it: a signal ends the process with one line, its code, and no child left.
@@ -72,7 +79,10 @@ def exit_on_signals() -> Iterator[None]:
     raise_on_signals()
     try:
         yield
-    except Interrupted as interrupted:
+    except BaseException as error:
+        interrupted = interruption(error)
+        if interrupted is None:
+            raise
         end(children())
         with contextlib.suppress(OSError):  # a terminal that has hung up
             print(": ".join(["interrupted", *getattr(interrupted, "__notes__", ())]), file=sys.stderr, flush=True)

@@ -63,7 +63,8 @@ def interrupt(process: subprocess.Popen[str], number: signal.Signals, line: str)
     except psutil.NoSuchProcess:
         started = []
     _, errors = process.communicate(timeout=SECONDS)
-    if process.returncode == 0:
+    if process.returncode in (0, -number):  # it had finished, and the interpreter was about to
+        assert "Traceback" not in errors
         return False
     assert process.returncode == 128 + number, errors
     said = [each for each in errors.splitlines() if not each.startswith("K = ")]  # the bench says what it measures
@@ -114,6 +115,27 @@ def test_a_long_round_is_not_waited_for(tmp_path: Path) -> None:
     process.stdout.readline()
     time.sleep(1)
     assert interrupt(process, signal.SIGTERM, LINE)
+
+
+HANG_UP = """
+import os, pty, sys
+
+pid, terminal = pty.fork()
+if pid == 0:
+    os.execv(sys.executable, [sys.executable, *sys.argv[1:]])
+shown = b""
+while b"/100000" not in shown:
+    shown += os.read(terminal, 4096)
+os.close(terminal)
+print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
+"""
+
+
+def test_a_terminal_that_hangs_up_ends_a_grid(tmp_path: Path) -> None:
+    """Its progress bar fails to write there, and must not hide why the command ended."""
+    command = [sys.executable, "-c", HANG_UP, str(ROOT / "run.py"), *GRID.replace("100", "100000").split()]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == (f"{128 + signal.SIGHUP}\n", "")
 
 
 def test_with_rerun_the_line_says_to_leave_it_out(tmp_path: Path) -> None:
