@@ -458,11 +458,11 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def _saved(content: Mapping[str, Any]) -> bytes:
+def _saved(content: Mapping[str, Any]) -> memoryview:
     """The bytes of `torch.save`; its own writing to a file hides why it failed."""
     buffer = io.BytesIO()
     torch.save(dict(content), buffer)
-    return buffer.getvalue()
+    return buffer.getbuffer()
 
 
 def _unsealed(content: bytes) -> dict[str, Any]:

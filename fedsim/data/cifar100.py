@@ -30,7 +30,7 @@ def read_official(folder: Path, train: bool) -> tuple[NDArray[np.uint8], NDArray
     except (RuntimeError, EOFError) as error:
         raise UserError(
             f"data-dir = {folder} holds a damaged {OFFICIAL} ({_first_line(error)}): "
-            "remove it and start again to download it anew"
+            "remove it and start again to download it again"
         ) from error
     except OSError as error:
         raise UserError(

@@ -198,9 +198,9 @@ def test_a_new_process_maps_the_real_images_and_notices_a_changed_bit(real_data:
         changed = bytes([file.read(1)[0] ^ 1])
         file.seek(200_000_000)
         file.write(changed)
-    mended = read(tmp_path)
-    assert mended[:-1] == first[:-1]
-    assert mended[-1] == f"the images kept in {words.parent} are damaged: they are decoded again\n"
+    restored = read(tmp_path)
+    assert restored[:-1] == first[:-1]
+    assert restored[-1] == f"the images kept in {words.parent} are damaged: they are decoded again\n"
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.npy")) > 60_000 * 6400
 
 
