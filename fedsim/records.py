@@ -38,7 +38,7 @@ from fedsim.config import Config, Mode
 from fedsim.errors import RunFailed, UserError
 
 Row = dict[str, Any]
-CHECKPOINT_VERSION = 2
+CHECKPOINT_VERSION = 3
 CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED = "checkpoint.pt", "checkpoint-before.pt", "checkpoint-refused.pt"
 COSTS = ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
 PACKAGES = ("flwr", "torch", "torchvision", "torch-optimizer", "numpy")

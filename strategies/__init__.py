@@ -1,7 +1,10 @@
 """Server strategies for any Flower project, by name."""
 
-from strategies.local_sgd import DECLINED, LocalSGD, sample_size
-from strategies.tensor_array import TensorArray, array_bytes, tensor_record, tensors_like, tensors_of
+from strategies.batchnorm import batchnorm_buffers
+from strategies.local_sgd import LocalSGD
+from strategies.screening import DECLINED, printable, tensors_like
+from strategies.sections import Sections, join, sections_of, split
+from strategies.tensor_array import TensorArray, payload_bytes, tensor_record, tensors_of
 
 STRATEGIES: dict[str, type[LocalSGD]] = {"localsgd": LocalSGD}
 
@@ -9,9 +12,14 @@ __all__ = [
     "DECLINED",
     "STRATEGIES",
     "LocalSGD",
+    "Sections",
     "TensorArray",
-    "array_bytes",
-    "sample_size",
+    "batchnorm_buffers",
+    "join",
+    "payload_bytes",
+    "printable",
+    "sections_of",
+    "split",
     "tensor_record",
     "tensors_like",
     "tensors_of",

@@ -17,7 +17,7 @@ from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
-from fedsim.federation.in_process import FleetGrid
+from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import shared
 from fedsim.federation.server_app import train_localsgd
 from fedsim.models import build_model
@@ -35,7 +35,7 @@ def with_folders(config: Config, folders: Path, replies: list[Message] | None = 
         return reply
 
     run = Run(config, "localsgd")
-    with FleetGrid(client, config) as grid:  # type: ignore[arg-type]
+    with InProcessGrid(client, config) as grid:  # type: ignore[arg-type]
         for context in grid._contexts.values():
             context.node_config["data-dir"] = str(folders / str(context.node_config["partition-id"]))
         train_localsgd(grid, config, run)
@@ -150,7 +150,7 @@ def config_on_node(config: Config, **node_config: Any) -> Config:
     """The configuration of a run on a node with these keys in its node config."""
     keys = {name.replace("_", "-"): value for name, value in node_config.items()}
     context = Context(1, 2, {"partition-id": 0, "num-partitions": 4, **keys}, RecordDict(), dict(config.as_keys()))
-    with FleetGrid(client_app.app, config):  # within a run, where messages can be made
+    with InProcessGrid(client_app.app, config):  # within a run, where messages can be made
         message = Message(RecordDict({"config": ConfigRecord({**shared(config)})}), 2, "query.partition")
     return client_app._config(message, context)
 

@@ -14,7 +14,7 @@ from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation import client_app
-from fedsim.federation.in_process import FleetGrid
+from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run, read_summary
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
@@ -188,7 +188,7 @@ def test_an_early_stop_tells_where_its_rows_come_from(run: Execute) -> None:
 def test_another_number_of_nodes_is_an_error_not_a_wait(small: Config) -> None:
     config = resolve(small.changed({"name": "count"}), "localsgd")
     with (
-        FleetGrid(client_app.app, config.changed({"clients": 3})) as grid,
+        InProcessGrid(client_app.app, config.changed({"clients": 3})) as grid,
         pytest.raises(UserError, match="clients = 4, but the federation has 3 nodes"),
     ):
         train_localsgd(grid, config, Run(config, "localsgd"))

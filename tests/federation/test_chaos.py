@@ -22,7 +22,7 @@ from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
 from fedsim.federation.flwr_run import copy_app, end
-from fedsim.federation.protocol import STATE_LOST
+from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.records import read_rows
 from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
 from tests.federation.processes import BIN, Running, Started, running
@@ -189,7 +189,7 @@ def test_kill_of_a_supernode_that_the_round_can_do_without(begin: Begin, federat
     missing = [row["left_out"].get("0") for row in rows]
     assert missing[0] is None
     assert missing[1] == "it did not answer"
-    assert set(missing[2:]) <= {None, "it did not answer", "its node is not connected", STATE_LOST}
+    assert set(missing[2:]) <= {None, "it did not answer", "its node is not connected", MEMORY_LOST}
     assert [row["left_out"].keys() <= {"0"} for row in rows] == [True] * 9
 
 

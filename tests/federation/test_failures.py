@@ -14,8 +14,9 @@ from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation import client_app
-from fedsim.federation.client_state import StateLost, keep_state, kept_state, put_state
-from fedsim.federation.in_process import FleetGrid
+from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
+from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
@@ -27,11 +28,11 @@ def answer(message: Message, context: Context) -> Message:
     return client_app.train(message, context)
 
 
-def faulty(fault: Fault, state: Callable[[Message, Context], Message] = client_app.state) -> ClientApp:
+def faulty(fault: Fault, state: Callable[[Message, Context], Message] = client_app.memory) -> ClientApp:
     """fedsim's client, but for the replies that `fault` makes, and for `state`."""
     app = ClientApp()
     app.query("partition")(client_app.partition)
-    app.query("state")(state)
+    app.query("memory")(state)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -43,7 +44,7 @@ def faulty(fault: Fault, state: Callable[[Message, Context], Message] = client_a
 def run_with(fault: Fault, config: Config) -> Run:
     config = resolve(config, "localsgd")
     run = Run(config, "localsgd")
-    with FleetGrid(faulty(fault), config) as grid:
+    with InProcessGrid(faulty(fault), config) as grid:
         train_localsgd(grid, config, run)
     return run
 
@@ -148,9 +149,7 @@ def test_where_others_are_enough_it_is_left_out_and_begins_anew(run: Execute, sm
     whole = run(name="whole")
     lost = run_with(once(6, 2, forget), small.changed({"name": "lost"}))
     rows = rows_of(lost)
-    assert [row["left_out"] for row in rows] == [{}] * 5 + [
-        {"2": "it does not keep its optimizer's state any more and begins anew"}
-    ] + [{}] * 2
+    assert [row["left_out"] for row in rows] == [{}] * 5 + [{"2": MEMORY_LOST}] + [{}] * 2
     assert rows[:5] == rows_of(whole)[:5]
 
 
@@ -191,22 +190,24 @@ def test_a_state_that_is_no_state_is_not_saved(small: Config, run: Execute, frac
     config = resolve(small.changed({"name": "nonsense", **keys}), "localsgd")
 
     def nonsense(reply: Message, context: Context) -> Message:
-        if context.node_config["partition-id"] == 1 and "optimizer" in reply.content:
-            reply.content["optimizer"] = ArrayRecord({"spam": torch.zeros(3)})
+        if context.node_config["partition-id"] == 1 and "memory" in reply.content:
+            reply.content["memory"] = ArrayRecord({"spam": torch.zeros(3)})
         return reply
 
     app = faulty(
         lambda message, context: nonsense(answer(message, context), context),
-        lambda message, context: nonsense(client_app.state(message, context), context),
+        lambda message, context: nonsense(client_app.memory(message, context), context),
     )
     result = Run(config, "localsgd")
-    with FleetGrid(app, config) as grid:
+    with InProcessGrid(app, config) as grid:
         train_localsgd(grid, config, result)
     saved = torch.load(result.folder / "checkpoint.pt", weights_only=True)
     whole = torch.load(run(name="whole", **keys).folder / "checkpoint.pt", weights_only=True)
-    assert whole["counted"][1] > 0
-    assert saved["counted"] == [0 if worker == 1 else round for worker, round in enumerate(whole["counted"])]
-    assert sorted(saved["clients"]) == [0, 2, 3]
+    assert whole["last_aggregated_round"][1] > 0
+    assert saved["last_aggregated_round"] == [
+        0 if worker == 1 else round for worker, round in enumerate(whole["last_aggregated_round"])
+    ]
+    assert sorted(saved["memories"]) == [0, 2, 3]
     assert run(name="nonsense", fraction=fraction).finished
 
 
@@ -231,16 +232,16 @@ def _value(record: ArrayRecord) -> Any:
 
 def test_a_client_keeps_the_state_after_its_last_round_and_the_one_before() -> None:
     client = context()
-    assert len(kept_state(client, 0)) == 0
-    keep_state(client, _state(1), 1, begun_after=0)
-    keep_state(client, _state(2), 2, begun_after=1)
-    assert (_value(kept_state(client, 2)), _value(kept_state(client, 1))) == (2, 1)
-    keep_state(client, _state(2.5), 2, begun_after=1)  # taken again
-    assert (_value(kept_state(client, 2)), _value(kept_state(client, 1))) == (2.5, 1)
-    keep_state(client, _state(5), 5, begun_after=2)  # not sampled in between
-    with pytest.raises(StateLost, match="after round 1 is not kept"):
-        kept_state(client, 1)
-    put_state(client, _state(9), 3)
-    assert _value(kept_state(client, 3)) == 9
-    with pytest.raises(StateLost):
-        kept_state(client, 5)
+    assert len(memory_after(client, 0)) == 0
+    keep_memory(client, _state(1), 1, started_after=0)
+    keep_memory(client, _state(2), 2, started_after=1)
+    assert (_value(memory_after(client, 2)), _value(memory_after(client, 1))) == (2, 1)
+    keep_memory(client, _state(2.5), 2, started_after=1)  # taken again
+    assert (_value(memory_after(client, 2)), _value(memory_after(client, 1))) == (2.5, 1)
+    keep_memory(client, _state(5), 5, started_after=2)  # not sampled in between
+    with pytest.raises(MemoryLost, match="after round 1 is not kept"):
+        memory_after(client, 1)
+    restore_memory(client, _state(9), 3)
+    assert _value(memory_after(client, 3)) == 9
+    with pytest.raises(MemoryLost):
+        memory_after(client, 5)
