@@ -16,6 +16,7 @@ from fedsim.device import thread_pool
 from fedsim.federation.client_state import forget_others
 from fedsim.federation.flower_internals import CLIENT_FAILED, FlowerRun, become_server, set_message_id
 from fedsim.federation.protocol import MEMORY_ROUNDS
+from fedsim.federation.resources import check_memory
 
 TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
 SERVER_ID = 1  # Flower's node id of the server
@@ -26,10 +27,11 @@ class InProcessGrid(Grid):
 
     With `train_together`, a function of all train messages and their contexts, these are handled at once instead.
     A client's `Context`, and what it keeps in ``context.state``, lives as long as the grid. On a GPU clients
-    take turns.
+    take turns. Raises UserError where the clients need more memory than is free.
     """
 
     def __init__(self, client_app: ClientApp, config: Config, train_together: TrainTogether | None = None) -> None:
+        check_memory(config)
         self._client_app = client_app
         self._train_together = train_together
         self._run = FlowerRun.create_empty(run_id=1)
