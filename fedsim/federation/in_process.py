@@ -111,7 +111,7 @@ class InProcessGrid(Grid):
         """Free what no client of the round that `message` begins needs any more: half of all optimizer states."""
         rounds = message.content.config_records.get("config", ConfigRecord()).get(MEMORY_ROUNDS)
         if isinstance(rounds, list):
-            for context, round_ in zip(self._contexts.values(), rounds, strict=True):
+            for context, round_ in zip(self._contexts.values(), rounds, strict=False):
                 forget_others(context, round_)  # type: ignore[arg-type]
 
 

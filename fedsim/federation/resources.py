@@ -32,13 +32,13 @@ def check_memory(config: Config) -> None:
 def needed_bytes(config: Config) -> int:
     """The bytes of all states and updates that exist at once, without models in training and the data set.
 
-    Each client keeps one optimizer state, and a checkpoint holds a copy of all; an update in flight holds the weights
-    and, unless it is reset, a new state.
+    Each client keeps one optimizer state; a checkpoint of all of them is a buffer that is copied as it grows. An
+    update in flight holds the weights and, unless it is reset, a new state.
     """
     model = blank_model(config.model, classes_of(config), config.device, config.precision)
     weights = sum(value.nbytes for value in model.state_dict().values())
     state = sum(value.nbytes for value in zero_state(config, dict(model.named_parameters())).values())
-    kept = 2 * config.clients * state if keeps_memory(config) else 0
+    kept = 3 * config.clients * state if keeps_memory(config) else 0
     update = weights if config.momentum_at_sync == "reset" else weights + state
     return kept + config.clients_per_round * update
 

@@ -175,6 +175,8 @@ def test_a_straggler_is_not_waited_for_and_its_late_reply_changes_nothing(begin:
     assert rows[1]["left_out"] == {"3": "it did not answer"}
     assert rows[1]["bytes_up"] - rows[0]["bytes_up"] == rows[0]["bytes_up"] * 3 // 4
     assert rows[-1]["left_out"] == {}  # and it takes part again
+    # Five checkpoints with the momentum of all four, which is as large as an update, and its late update
+    assert read_rows(trial.folder)[-1]["overhead_bytes_up"] >= rows[0]["bytes_up"] // 4 * (5 * NODES + 1)
 
 
 def test_kill_of_a_supernode_that_the_round_can_do_without(begin: Begin, federation: Running) -> None:

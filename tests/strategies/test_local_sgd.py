@@ -17,14 +17,17 @@ from flwr.clientapp import ClientApp
 from torch import nn
 
 from fedsim.config import Config
+from fedsim.federation.flower_internals import set_message_id
 from fedsim.federation.in_process import InProcessGrid
-from strategies import LocalSGD, batchnorm_buffers
+from strategies import DECLINED, LocalSGD, batchnorm_buffers
 from strategies.mean import CPU_BLOCK, weighted_mean
 
 BN = nn.Sequential(OrderedDict(bn=nn.BatchNorm1d(3)))
 Arrays = dict[str, np.ndarray]
+VAR = "buffers/bn.running_var"
 SENT: Arrays = {
     "weight": np.zeros((2, 3), np.float32),
+    VAR: np.ones(3, np.float32),
     "buffers/bn.running_mean": np.zeros(3, np.float32),
     "buffers/bn.num_batches_tracked": np.array(0),
 }
@@ -40,6 +43,7 @@ def update(worker: int) -> Arrays:
     rng = np.random.default_rng(worker)
     return {
         "weight": rng.normal(size=(2, 3)).astype(np.float32),
+        VAR: rng.random(3).astype(np.float32),
         "buffers/bn.running_mean": rng.normal(size=3).astype(np.float32),
         "buffers/bn.num_batches_tracked": np.array(10 + worker),
     }
@@ -109,11 +113,13 @@ def test_the_mean_by_hand(grid: InProcessGrid) -> None:
         {
             "weight": np.full((2, 3), 1, np.float32),
             "buffers/bn.running_mean": np.full(3, 2, np.float32),
+            VAR: np.full(3, 4, np.float32),
             "buffers/bn.num_batches_tracked": np.array(7),
         },
         {
             "weight": np.full((2, 3), 5, np.float32),
             "buffers/bn.running_mean": np.full(3, 4, np.float32),
+            VAR: np.full(3, 8, np.float32),
             "buffers/bn.num_batches_tracked": np.array(9),
         },
     ]
@@ -125,6 +131,7 @@ def test_the_mean_by_hand(grid: InProcessGrid) -> None:
     mean = numpy_of(arrays)
     assert np.array_equal(mean["weight"], np.full((2, 3), 2, np.float32))
     assert np.array_equal(mean["buffers/bn.running_mean"], np.full(3, 2.5, np.float32))
+    assert np.array_equal(mean[VAR], np.full(3, 5, np.float32))
     assert mean["buffers/bn.num_batches_tracked"] == 9
     assert mean["weight"].dtype == np.float32
     assert mean["buffers/bn.num_batches_tracked"].dtype == np.int64
@@ -203,6 +210,12 @@ BAD: dict[str, tuple[Callable[[Arrays], Arrays], dict[str, Any], str]] = {
     "nan weight": (lambda a: a, {"num-examples": float("nan")}, "num-examples is nan"),
     "listed weight": (lambda a: a, {"num-examples": [1, 2]}, r"num-examples is \[1, 2\]"),
     "absurd weight": (lambda a: a, {"num-examples": 1e30}, r"num-examples is 1e\+30"),
+    "weight above a float": (lambda a: a, {"num-examples": 10**400}, "num-examples is 1000"),
+    "loss at the end of floats": (lambda a: a, {"train-loss": 1.797e308}, r"train-loss is 1\.797e\+308"),
+    "loss above a float": (lambda a: a, {"train-loss": -(10**400)}, "train-loss is -1000"),
+    "infinite extra metric": (lambda a: a, {"accuracy": float("-inf")}, "accuracy is -inf"),
+    "infinity in a list": (lambda a: a, {"accuracies": [0.5, float("inf")]}, "accuracies is inf"),
+    "negative variance": (lambda a: a | {VAR: np.float32([1, -1e6, 1])}, {}, f"{VAR} is negative"),
     "flood": (lambda a: a, {"spam": [0.5] * 1001}, "its metrics are more than 1000 numbers"),
 }
 
@@ -217,6 +230,49 @@ def test_a_bad_update_is_left_out_and_named(grid: InProcessGrid, what: str) -> N
     assert all(np.array_equal(numpy_of(arrays)[name], numpy_of(expected)[name]) for name in SENT)
     assert list(left_out(strategy)) == [1]
     assert re.search(reason, left_out(strategy)[1])
+
+
+def test_the_two_largest_losses_that_may_be_averaged_have_a_mean(grid: InProcessGrid) -> None:
+    strategy, messages = begin(grid, 2)
+    largest = {"train-loss": torch.finfo(torch.float32).max}
+    _, metrics = strategy.aggregate_train(1, [reply(m, update(w), **largest) for w, m in enumerate(messages)])
+    assert metrics == MetricRecord(largest)
+
+
+@pytest.mark.parametrize("what", ["error", "decline", "name", "dtype", "metric"])
+def test_what_a_client_says_becomes_one_short_printable_line(
+    grid: InProcessGrid, what: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    text = "\x1b[31mfine\nround 9: worker 0 is left out\u202e" + "x" * 1_000_000
+    strategy, messages = begin(grid, 2)
+    bad = reply(messages[1], update(1))
+    if what == "error":
+        bad = Message(Error(2, text), reply_to=messages[1])
+    elif what == "decline":
+        bad = Message(RecordDict({DECLINED: ConfigRecord({"reason": text})}), reply_to=messages[1])
+    elif what == "name":
+        bad.content.array_records["arrays"][f"a{text}"] = Array(np.zeros(1))
+    elif what == "dtype":
+        bad.content.array_records["arrays"]["weight"] = Array(text, (2, 3), "numpy.ndarray", b"")
+    else:
+        bad.content.metric_records["metrics"][text] = float("nan")
+    strategy.aggregate_train(1, [reply(messages[0], update(0)), bad])
+    (reason,) = left_out(strategy).values()
+    assert len(reason) <= 200
+    assert "fine" in reason
+    assert reason.isprintable()
+    assert reason in caplog.text
+    assert len(caplog.text) < 1000
+
+
+def test_a_mean_that_overflows_its_precision_fails(grid: InProcessGrid) -> None:
+    """In float64 the way from one finite worker to another can be infinite."""
+    strategy = LocalSGD()
+    x = ArrayRecord(_record({"x": np.zeros(1)}))
+    request = strategy.request(1, x, ConfigRecord(), {2: 0, 3: 1})
+    far = [reply(m, {"x": np.full(1, way * 1.7e308)}) for m, way in zip(request.messages, (-1, 1), strict=True)]
+    with pytest.raises(FloatingPointError, match="round 1: the average of x is not finite"):
+        strategy.aggregate(1, request, far, {})
 
 
 def test_bytes_that_are_no_array_are_left_out(grid: InProcessGrid) -> None:
@@ -291,11 +347,12 @@ def test_more_examples_than_there_can_be_leave_a_client_out(grid: InProcessGrid)
 def test_a_late_and_a_second_reply_change_nothing(grid: InProcessGrid) -> None:
     strategy, messages = begin(grid, 2)
     for number, message in enumerate(messages):
-        message.metadata.__dict__["_message_id"] = f"round 1, {number}"
+        set_message_id(message, f"round 1, {number}")
     first = [reply(messages[0], update(0)), reply(messages[1], update(1))]
     expected, _ = strategy.aggregate_train(1, first)
-    late = reply(Message(RecordDict(), messages[1].metadata.dst_node_id, "train"), update(7))
-    late.metadata.__dict__["_reply_to_message_id"] = "round 0, 1"
+    earlier = Message(RecordDict(), messages[1].metadata.dst_node_id, "train")
+    set_message_id(earlier, "round 0, 1")
+    late = reply(earlier, update(7))
     arrays, _ = strategy.aggregate_train(1, [late, first[0], first[1], reply(messages[1], update(8))])
     assert all(np.array_equal(numpy_of(arrays)[name], numpy_of(expected)[name]) for name in SENT)
     assert left_out(strategy) == {}
