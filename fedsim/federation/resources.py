@@ -36,8 +36,8 @@ def needed_bytes(config: Config) -> int:
     update in flight holds the weights and, unless it is reset, a new state.
     """
     model = blank_model(config.model, classes_of(config), config.device, config.precision)
-    weights = sum(value.nbytes for value in model.state_dict().values())
-    state = sum(value.nbytes for value in zero_state(config, dict(model.named_parameters())).values())
+    weights: int = sum(value.nbytes for value in model.state_dict().values())
+    state: int = sum(value.nbytes for value in zero_state(config, dict(model.named_parameters())).values())
     kept = 3 * config.clients * state if keeps_memory(config) else 0
     update = weights if config.momentum_at_sync == "reset" else weights + state
     return kept + config.clients_per_round * update
@@ -46,5 +46,5 @@ def needed_bytes(config: Config) -> int:
 def free_bytes(device: str) -> int:
     """The memory that is free on `device`, in bytes."""
     if device.startswith("cuda"):
-        return torch.cuda.mem_get_info(device)[0]
+        return int(torch.cuda.mem_get_info(device)[0])
     return int(psutil.virtual_memory().available)
