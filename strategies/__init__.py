@@ -3,7 +3,7 @@
 from strategies.batchnorm import batchnorm_buffers
 from strategies.local_sgd import LocalSGD
 from strategies.screening import DECLINED, printable, tensors_like
-from strategies.sections import Sections, join, sections_of, split
+from strategies.sections import buffers_in, buffers_of, join, sections, split
 from strategies.tensor_array import TensorArray, payload_bytes, tensor_record, tensors_of
 
 STRATEGIES: dict[str, type[LocalSGD]] = {"localsgd": LocalSGD}
@@ -12,13 +12,14 @@ __all__ = [
     "DECLINED",
     "STRATEGIES",
     "LocalSGD",
-    "Sections",
     "TensorArray",
     "batchnorm_buffers",
+    "buffers_in",
+    "buffers_of",
     "join",
     "payload_bytes",
     "printable",
-    "sections_of",
+    "sections",
     "split",
     "tensor_record",
     "tensors_like",

@@ -6,7 +6,7 @@ Each takes its own way through a round: parameters through the mean and the serv
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -22,32 +22,42 @@ class Sections(NamedTuple):
     extras: dict[str, Tensor]
 
 
-def sections_of(model: nn.Module, extras: Mapping[str, Tensor]) -> Sections:
-    """Copies of the state of `model`, and `extras`; the model itself knows which of its tensors are parameters."""
-    names = {name for name, _ in model.named_parameters()}
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    parameters = {name: value for name, value in state.items() if name in names}
-    buffers = {name: value for name, value in state.items() if name not in names}
-    return Sections(parameters, buffers, dict(extras))
+def buffers_of(model: nn.Module) -> set[str]:
+    """The names in the state_dict of `model` that are not of parameters."""
+    return model.state_dict().keys() - {name for name, _ in model.named_parameters()}
 
 
-def join(sections: Sections) -> dict[str, Tensor]:
+def buffers_in(arrays: Iterable[str]) -> set[str]:
+    """The names of the buffers among the prefixed names of a message's arrays."""
+    return {name.removeprefix(BUFFERS) for name in arrays if name.startswith(BUFFERS)}
+
+
+def sections(state: Mapping[str, Tensor], buffers: Collection[str], extras: Mapping[str, Tensor]) -> Sections:
+    """A model's state_dict, in which `buffers` are told from parameters by their names, and `extras`."""
+    return Sections(
+        {name: value for name, value in state.items() if name not in buffers},
+        {name: value for name, value in state.items() if name in buffers},
+        dict(extras),
+    )
+
+
+def join(parts: Sections) -> dict[str, Tensor]:
     """All tensors under their prefixed names."""
     return {
-        **sections.parameters,
-        **{BUFFERS + name: value for name, value in sections.buffers.items()},
-        **{EXTRAS + name: value for name, value in sections.extras.items()},
+        **parts.parameters,
+        **{BUFFERS + name: value for name, value in parts.buffers.items()},
+        **{EXTRAS + name: value for name, value in parts.extras.items()},
     }
 
 
 def split(arrays: Mapping[str, Tensor]) -> Sections:
     """The inverse of `join`."""
-    sections = Sections({}, {}, {})
+    found = Sections({}, {}, {})
     for name, value in arrays.items():
         if name.startswith(BUFFERS):
-            sections.buffers[name.removeprefix(BUFFERS)] = value
+            found.buffers[name.removeprefix(BUFFERS)] = value
         elif name.startswith(EXTRAS):
-            sections.extras[name.removeprefix(EXTRAS)] = value
+            found.extras[name.removeprefix(EXTRAS)] = value
         else:
-            sections.parameters[name] = value
-    return sections
+            found.parameters[name] = value
+    return found

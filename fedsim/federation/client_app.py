@@ -31,7 +31,7 @@ from fedsim.federation.protocol import (
 )
 from fedsim.training import stacked as fused
 from fedsim.training.local_round import End, Start, take_round
-from strategies import DECLINED, Sections, join, split, tensor_record, tensors_of
+from strategies import DECLINED, buffers_in, join, sections, split, tensor_record, tensors_of
 
 app = ClientApp()
 
@@ -100,15 +100,11 @@ def _start(config: Config, message: Message, context: Context) -> Start:
 
 
 def _reply(config: Config, message: Message, context: Context, end: End) -> Message:
-    sent = split(tensors_of(message.content.array_records["arrays"]))
+    buffers = buffers_in(message.content.array_records["arrays"])
     state = with_prefix(OPTIMIZER, end.state)
-    arrays = Sections(
-        {name: end.weights[name] for name in sent.parameters},
-        {name: end.weights[name] for name in sent.buffers},
-        state if config.momentum_at_sync == "average" else {},
-    )
+    arrays = join(sections(end.weights, buffers, state if config.momentum_at_sync == "average" else {}))
     metrics = MetricRecord({"num-examples": end.samples, "train-loss": end.loss})
-    content = RecordDict({"arrays": tensor_record(join(arrays)), "metrics": metrics})
+    content = RecordDict({"arrays": tensor_record(arrays), "metrics": metrics})
     if keeps_memory(config):
         kept = tensor_record(state)
         keep_memory(context, kept, _round(message), _memory_round(message, context))

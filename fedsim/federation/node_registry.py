@@ -88,10 +88,11 @@ class NodeRegistry:
 
         found: Nodes = {}
         rejected: dict[int, str] = {}
-        waiting = {id_ for asked in self._questions.values() for id_ in asked.ids if id_}
+        waiting = {id_: node for node, asked in self._questions.items() for id_ in asked.ids if id_}
         for reply in self._messenger.receive(waiting):
-            node = reply.metadata.src_node_id
-            if self._questions.pop(node, None) is None:  # reported by the SuperLink, of a node that is gone
+            node = waiting[reply.metadata.reply_to_message_id]
+            self._questions.pop(node, None)
+            if reply.metadata.src_node_id != node:  # the SuperLink reports that the node is gone
                 continue
             if not reply.has_error():
                 try:

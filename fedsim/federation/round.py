@@ -25,7 +25,7 @@ from fedsim.federation.protocol import (
 from fedsim.optim import zero_state
 from fedsim.records import Row
 from fedsim.training.run_plan import RunPlan
-from strategies import STRATEGIES, LocalSGD, batchnorm_buffers, join, payload_bytes, sections_of, tensor_record
+from strategies import STRATEGIES, LocalSGD, batchnorm_buffers, buffers_of, join, payload_bytes, sections, tensor_record
 from strategies.local_sgd import State
 from strategies.screening import Request
 
@@ -56,7 +56,9 @@ def initial_progress(config: Config, model: nn.Module) -> Progress:
     """The progress of a run that starts with the weights of `model`."""
     averaged = config.momentum_at_sync == "average"
     extras = with_prefix(OPTIMIZER, zero_state(config, dict(model.named_parameters()))) if averaged else {}
-    return Progress(0, tensor_record(join(sections_of(model, extras))), [0] * config.clients)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    arrays = join(sections(state, buffers_of(model), extras))
+    return Progress(0, tensor_record(arrays), [0] * config.clients)
 
 
 def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:

@@ -354,6 +354,19 @@ def test_a_mean_that_is_not_finite_ends_the_run_as_failed(small: Config) -> None
         run_with(far, small.changed({"name": "far", "precision": "fp64"}))
 
 
+def test_a_negative_variance_never_reaches_the_model(small: Config) -> None:
+    def negative(message: Message, context: Context) -> Message:
+        reply = answer(message, context)
+        state = reply.content.array_records["arrays"].to_torch_state_dict()
+        state["buffers/bn1.running_var"] -= 1e6
+        reply.content["arrays"] = ArrayRecord(state)
+        return reply
+
+    run = run_with(once(2, 1, negative), small.changed({"name": "negative", "model": "lenet-bn", "rounds": 3}))
+    assert [row["left_out"] for row in rows_of(run)] == [{}, {"1": "buffers/bn1.running_var is negative"}, {}]
+    assert all(row["test_loss"] is not None for row in rows_of(run))
+
+
 def test_the_order_of_replies_changes_nothing_that_is_written(small: Config) -> None:
     class Reversed(InProcessGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import Context, Message, MetricRecord, RecordDict
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsim.config import Config, own_keys
 from fedsim.errors import UserError
 from fedsim.federation import client_app, node_registry
-from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.in_process import SERVER_ID, InProcessGrid
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 
@@ -28,6 +28,7 @@ class Network(InProcessGrid):
         super().__init__(app, config)
         self.answers: dict[int, MetricRecord] = {}
         self.silent: set[int] = set()
+        self.gone: set[int] = set()
         self.slow: set[int] = set()  # what they reply is on its way
         self.asked: Counter[int] = Counter()
 
@@ -46,6 +47,9 @@ class Network(InProcessGrid):
         self.asked.update(message.metadata.dst_node_id for message in messages)
         ids = list(super().push_messages(messages))
         for id_, message in zip(ids, messages, strict=True):
+            if message.metadata.dst_node_id in self.gone:
+                self._replies[id_] = Message(Error(5, "Node Unavailable"), reply_to=message)
+                self._replies[id_].metadata.__dict__["_src_node_id"] = SERVER_ID
             if message.metadata.dst_node_id in self.silent:
                 del self._replies[id_]
         return ids
@@ -126,6 +130,17 @@ def test_a_node_that_answers_late_takes_part_from_then_on(network: Network, regi
     network.slow = set()
     assert registry.refresh() == {2: 0, 50: 1, 4: 2, 5: 3}
     assert network.asked[50] == 1
+
+
+def test_a_node_that_the_superlink_reports_gone_is_asked_again_when_it_is_back(
+    network: Network, registry: NodeRegistry
+) -> None:
+    network.join(50, partition_id=1, num_partitions=4)
+    del network._contexts[3]
+    network.gone = {50}
+    assert registry.refresh() == {2: 0, 4: 2, 5: 3}
+    network.gone = set()
+    assert registry.refresh() == {2: 0, 50: 1, 4: 2, 5: 3}
 
 
 def test_a_run_begins_without_those_that_never_answer_once_their_time_is_up(

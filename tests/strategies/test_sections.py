@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from strategies import batchnorm_buffers, join, sections_of, split
+from strategies import batchnorm_buffers, buffers_in, buffers_of, join, sections, split
 from strategies.batchnorm import merge
 from tests.conftest import assert_same_bits
 
@@ -25,16 +25,21 @@ MODEL = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), Meter())
 
 def test_the_model_tells_parameters_from_buffers() -> None:
     extras = {"optimizer/0.weight/momentum_buffer": torch.ones(2, 2)}
-    sections = split(join(sections_of(MODEL, extras)))
-    assert set(sections.parameters) == {"0.weight", "0.bias", "1.weight", "1.bias", "2.running_var"}
-    assert set(sections.buffers) == {
-        "1.running_mean",
-        "1.running_var",
-        "1.num_batches_tracked",
-        "2.running_mean",
-    }
-    assert_same_bits({**sections.parameters, **sections.buffers}, MODEL.state_dict())
-    assert_same_bits(sections.extras, extras)
+    arrays = join(sections(MODEL.state_dict(), buffers_of(MODEL), extras))
+    found = split(arrays)
+    assert set(found.parameters) == {"0.weight", "0.bias", "1.weight", "1.bias", "2.running_var"}
+    assert (
+        set(found.buffers)
+        == buffers_in(arrays)
+        == {
+            "1.running_mean",
+            "1.running_var",
+            "1.num_batches_tracked",
+            "2.running_mean",
+        }
+    )
+    assert_same_bits({**found.parameters, **found.buffers}, MODEL.state_dict())
+    assert_same_bits(found.extras, extras)
 
 
 def test_batchnorm_is_known_by_its_type_not_by_names() -> None:
