@@ -82,13 +82,13 @@ def test_the_images_never_leave_a_node(small: Config, shards: Path) -> None:
     replies: list[Message] = []
     with_folders(config, shards, replies)
     weights = {name: tuple(value.shape) for name, value in build_model("lenet5", 10, 0).state_dict().items()}
-    momentum = {f"{name}/momentum_buffer": shape for name, shape in weights.items()}
+    momentum = {f"optimizer/{name}/momentum_buffer": shape for name, shape in weights.items()}
     expected: dict[str, dict[str, Any]] = {
         "query.partition": {"partition": {"partition-id", "num-partitions"}},
         "train": {"arrays": weights, "metrics": {"num-examples", "train-loss"}},
-        "query.state": {"optimizer": momentum},
+        "query.memory": {"memory": momentum},
     }
-    expected["train, saved"] = expected["train"] | expected["query.state"]
+    expected["train, saved"] = expected["train"] | expected["query.memory"]
     seen = set()
     for reply in replies:
         sent: dict[str, Any] = {
@@ -97,7 +97,7 @@ def test_the_images_never_leave_a_node(small: Config, shards: Path) -> None:
         }
         sent |= {name: set(record) for name, record in reply.content.metric_records.items()}
         kind = reply.metadata.message_type + (", saved" if len(sent) == 3 else "")
-        if kind == "query.state" and not sent["optimizer"]:
+        if kind == "query.memory" and not sent["memory"]:
             continue  # of a client that was never sampled
         assert sent == expected[kind]
         assert not reply.content.config_records

@@ -119,7 +119,9 @@ def test_rows_and_summary_tell_the_cost(run: Execute) -> None:
     assert len(rows) == 8  # 2 epochs of 512 images in rounds of 4 clients, 2 steps, 16 images
     last = rows[-1]
     assert (last["round"], last["epoch"], last["local_steps"], last["syncs"]) == (8, 2.0, 16, 8)
-    assert last["bytes_up"] == last["bytes_down"] == 8 * 4 * 62_006 * 4  # rounds, clients, parameters, bytes
+    assert last["bytes_down"] == 8 * 4 * 62_006 * 4  # rounds, clients, parameters, bytes
+    assert last["bytes_up"] == last["bytes_down"] + last["overhead_bytes_up"]
+    assert last["overhead_bytes_up"] == 4 * 62_006 * 4  # momentum, for the last round's checkpoint
     assert [row["test_accuracy"] is not None for row in rows] == [False, False, True] * 2 + [False, True]
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
     summary = read_summary(result.folder)
