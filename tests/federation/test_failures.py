@@ -403,7 +403,8 @@ class OuterMomentum(LocalSGD):
 def test_the_servers_state_is_resumed_and_rolled_back_bitwise(
     small: Config, run: Execute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys = {"model": "lenet-bn", "batch-size": 4, "rounds": 6, "min-clients": 4, "checkpoint-every": 2}
+    keys: dict[str, Any] = {"model": "lenet-bn", "synthetic-images": 64, "batch-size": 2, "rounds": 6}
+    keys |= {"min-clients": 4, "checkpoint-every": 2, "evaluate-every": 6}
     plain = run(name="plain", **keys)
     monkeypatch.setitem(STRATEGIES, "localsgd", OuterMomentum)
     whole = run(name="whole", **keys)
