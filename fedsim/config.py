@@ -348,7 +348,9 @@ def own_keys(node_config: Mapping[str, Value]) -> dict[str, Value]:
             own[name] = value
         elif name in OF_FLOWER:
             continue
-        elif (near := difflib.get_close_matches(name, OF_A_NODE, n=1, cutoff=0.8)) or kebab(name) in map(kebab, FIELDS):
+        elif (near := difflib.get_close_matches(name, (*OF_A_NODE, *OF_FLOWER), n=1, cutoff=0.8)) or kebab(name) in map(
+            kebab, FIELDS
+        ):
             hint = f"did you mean {near[0]}?" if near else f"a node may set {', '.join(OF_A_NODE)}; give it to the run"
             raise UserError(f"{name} cannot stand in the node config: {hint}")
     return own

@@ -1,7 +1,10 @@
 """Server strategies for any Flower project, by name."""
 
-from strategies.local_sgd import DECLINED, LocalSGD, sample_size
-from strategies.tensor_array import TensorArray, array_bytes, tensor_record, tensors_like, tensors_of
+from strategies.batchnorm import batchnorm_buffers
+from strategies.local_sgd import LocalSGD
+from strategies.screening import DECLINED, printable, tensors_like
+from strategies.sections import buffers_in, buffers_of, join, sections, split
+from strategies.tensor_array import TensorArray, payload_bytes, tensor_record, tensors_of
 
 STRATEGIES: dict[str, type[LocalSGD]] = {"localsgd": LocalSGD}
 
@@ -10,8 +13,14 @@ __all__ = [
     "STRATEGIES",
     "LocalSGD",
     "TensorArray",
-    "array_bytes",
-    "sample_size",
+    "batchnorm_buffers",
+    "buffers_in",
+    "buffers_of",
+    "join",
+    "payload_bytes",
+    "printable",
+    "sections",
+    "split",
     "tensor_record",
     "tensors_like",
     "tensors_of",

@@ -16,8 +16,6 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor
 
-NPY_HEADER = 1024  # bytes that an array may come with beside its values
-
 
 class TensorArray(Array):
     """A Flower array around `tensor`, which must not change any more."""
@@ -75,31 +73,6 @@ def tensor_of(array: Array) -> Tensor:
     return array.tensor if isinstance(array, TensorArray) else torch.from_numpy(array.numpy())
 
 
-def tensors_like(record: ArrayRecord, sent: Mapping[str, Array]) -> dict[str, Tensor]:
-    """The tensors of a record from elsewhere, which must hold arrays like those `sent`, under their names.
-
-    Fails with a ValueError that says what is wrong with it; bytes are not believed, nor read where they are too many.
-    """
-    if record.keys() != sent.keys():
-        raise ValueError(f"its arrays are others than those sent: {sorted(record.keys() ^ sent.keys())[0]}")
-    return {name: _tensor_like(name, record[name], array) for name, array in sent.items()}
-
-
-def _tensor_like(name: str, array: Array, sent: Array) -> Tensor:
-    expected = sent.dtype, tuple(sent.shape)
-    if (array.dtype, tuple(array.shape)) != expected:
-        raise ValueError(f"{name} is {array.dtype} {list(array.shape)}, not as it was sent")
-    if not isinstance(array, TensorArray) and len(array.data) > (most := array_bytes(sent) + NPY_HEADER):
-        raise ValueError(f"{name} holds {len(array.data)} bytes, more than {most}")
-    try:
-        tensor = tensor_of(array)
-    except Exception as error:  # whatever NumPy makes of foreign bytes
-        raise ValueError(f"{name} cannot be read ({error})") from error
-    if (dtype_name(tensor), tuple(tensor.shape)) != expected:  # its bytes say otherwise than it does
-        raise ValueError(f"{name} is {dtype_name(tensor)} {list(tensor.shape)}, not as it was sent")
-    return tensor
-
-
 def dtype_name(tensor: Tensor) -> str:
     """The dtype as Flower and NumPy write it, for instance float32."""
     return str(tensor.dtype).removeprefix("torch.")
@@ -108,3 +81,19 @@ def dtype_name(tensor: Tensor) -> str:
 def array_bytes(array: Array) -> int:
     """The bytes of an array's values."""
     return np.dtype(array.dtype).itemsize * math.prod(array.shape)
+
+
+def payload_bytes(record: ArrayRecord) -> int:
+    """The bytes of the values in `record`, as they travel: NumPy's headers are not counted.
+
+    What a client's array says of its size is not believed.
+    """
+    return sum(map(_payload_bytes, record.values()))
+
+
+def _payload_bytes(array: Array) -> int:
+    if isinstance(array, TensorArray):
+        return array.tensor.nbytes
+    data = array.data
+    header = 10 + int.from_bytes(data[8:10], "little") if data.startswith(b"\x93NUMPY\x01") else 0
+    return max(0, len(data) - header)

@@ -78,10 +78,14 @@ def final_model(run: Run | Path) -> dict[str, Tensor]:
 
 
 def rows_of(run: Run | Path) -> list[dict[str, Any]]:
-    """The rows of a run but for their seconds."""
+    """The rows of a run without seconds and overheads, which interruptions change: bytes are those of the updates."""
     folder = run.folder if isinstance(run, Run) else run
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    for row in rows:
+        del row["seconds"]
+        for way in ("up", "down"):
+            row[f"bytes_{way}"] -= row.pop(f"overhead_bytes_{way}", 0)
+    return rows
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:

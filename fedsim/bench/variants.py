@@ -20,10 +20,10 @@ from fedsim.device import prepare
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
 from fedsim.federation.flwr_run import run_with_flwr
-from fedsim.federation.in_process import FleetGrid, TrainTogether
-from fedsim.federation.node_registry import Roster
-from fedsim.federation.round import build_strategy, train_round
-from fedsim.federation.server_app import new_progress
+from fedsim.federation.in_process import InProcessGrid, TrainTogether
+from fedsim.federation.messenger import Messenger
+from fedsim.federation.node_registry import NodeRegistry
+from fedsim.federation.round import build_strategy, initial_progress, train_round
 from fedsim.models import build_model
 from fedsim.optim import build_optimizer
 from fedsim.records import read_rows, run_folder
@@ -54,7 +54,7 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
 
 
 def fleet_rounds(config: Config, rounds: int) -> list[float]:
-    """LocalSGD in this process, one client in a thread: ``FleetGrid`` and the strategy, nothing tested or saved."""
+    """LocalSGD in this process, one client in a thread: ``InProcessGrid`` and the strategy, nothing tested or saved."""
     return _rounds_on_grid(config, rounds, None)
 
 
@@ -67,11 +67,17 @@ def fused_rounds(config: Config, rounds: int, way: fused.Way | None = None) -> l
 def _rounds_on_grid(config: Config, rounds: int, train_together: TrainTogether | None) -> list[float]:
     data = load_dataset(config)
     model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
-    with FleetGrid(client_app, config, train_together) as grid:
-        strategy = build_strategy(config, run_plan(config, len(data.train)))
-        roster, progress = Roster(grid, config), new_progress(config, model)
-        roster.call(least=config.clients)
-        return timed(lambda: train_round(grid, config, strategy, roster, progress), rounds, config.device)
+    with InProcessGrid(client_app, config, train_together) as grid:
+        strategy = build_strategy(config, run_plan(config, len(data.train)), model)
+        messenger, progress = Messenger(grid), initial_progress(config, model)
+        registry = NodeRegistry(messenger, config)
+        registry.wait_for(config.clients)
+
+        def one_round() -> None:
+            nonlocal progress
+            progress, _ = train_round(messenger, config, strategy, registry, progress)
+
+        return timed(one_round, rounds, config.device)
 
 
 def flower_rounds(config: Config, rounds: int) -> list[float]:

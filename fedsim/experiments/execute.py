@@ -12,7 +12,7 @@ from fedsim.data.partition import check_shards
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
 from fedsim.federation.flwr_run import run_with_flwr
-from fedsim.federation.in_process import FleetGrid
+from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Row, Run
 from fedsim.training.centralized import train_centralized, whole_epochs
@@ -47,7 +47,7 @@ def execute(
             train_centralized(config, run)
             return run
         if engine != "flower":
-            with FleetGrid(client_app, config, train_together if engine == "fused" else None) as grid:
+            with InProcessGrid(client_app, config, train_together if engine == "fused" else None) as grid:
                 train_localsgd(grid, config, run)
             return run
     # Flower's server app holds the run itself

@@ -1,8 +1,8 @@
 """The client: a message with the global arrays in, J local steps on this client's shard, a message out.
 
-It answers three messages: ``train``; ``query.partition``, which shard it holds; and ``query.state``, which hands out
-or takes back the optimizer state that it keeps between rounds, so that the server's checkpoint is complete. What
-shapes the result comes with each train message; device and threads are the client's own.
+It answers three messages: ``train``; ``query.partition``, which shard it holds; and ``query.memory``, which sends or
+restores what it keeps between rounds, so that the server's checkpoint is complete. The keys that shape the result
+come with each train message; device and threads are the client's own.
 """
 
 from __future__ import annotations
@@ -16,11 +16,22 @@ from flwr.clientapp import ClientApp
 from fedsim.config import Config, Value, own_keys
 from fedsim.data.local_folder import check_named, check_of_run, verify_images
 from fedsim.device import resolve
-from fedsim.federation.client_state import StateLost, keep_state, kept_state, put_state
-from fedsim.federation.protocol import SEND_STATE, SHARED, STATE, STATE_LOST, STATE_ROUNDS, join, split
+from fedsim.errors import UserError
+from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
+from fedsim.federation.protocol import (
+    MEMORY,
+    MEMORY_LOST,
+    MEMORY_ROUNDS,
+    OPTIMIZER,
+    SEND_MEMORY,
+    SHARED,
+    keeps_memory,
+    under_prefix,
+    with_prefix,
+)
 from fedsim.training import stacked as fused
 from fedsim.training.local_round import End, Start, take_round
-from strategies import DECLINED, tensor_record, tensors_of
+from strategies import DECLINED, buffers_in, join, sections, split, tensor_record, tensors_of
 
 app = ClientApp()
 
@@ -31,17 +42,27 @@ def train(message: Message, context: Context) -> Message:
     config = _config(message, context)
     try:
         start = _start(config, message, context)
-    except StateLost:  # the server decides what becomes of the round
-        return Message(RecordDict({DECLINED: ConfigRecord({"reason": STATE_LOST})}), reply_to=message)
+    except MemoryLost:  # the server decides what becomes of the round
+        return _declined(message)
     return _reply(config, message, context, take_round(config, start))
 
 
 def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     """`train` for several clients of one process at once, their replicas side by side."""
     config = _config(messages[0], contexts[0])
-    starts = [_start(config, *pair) for pair in zip(messages, contexts, strict=True)]
-    ends = fused.take_rounds(config, starts)
-    return [_reply(config, *reply) for reply in zip(messages, contexts, ends, strict=True)]
+    replies: list[Message | None] = []
+    starts = []
+    for message, context in zip(messages, contexts, strict=True):
+        try:
+            starts.append(_start(config, message, context))
+            replies.append(None)
+        except MemoryLost:
+            replies.append(_declined(message))
+    ends = iter(fused.take_rounds(config, starts) if starts else ())
+    return [
+        reply or _reply(config, message, context, next(ends))
+        for reply, message, context in zip(replies, messages, contexts, strict=True)
+    ]
 
 
 @app.query("partition")
@@ -50,40 +71,50 @@ def partition(message: Message, context: Context) -> Message:
     verify_images(_config(message, context))
     held = MetricRecord()
     for name in ("partition-id", "num-partitions"):
-        held[name] = int(context.node_config[name])
+        value = context.node_config.get(name)
+        if type(value) is not int:
+            raise UserError(f"{name} = {value} in the node config: give a whole number")
+        held[name] = value
     return Message(RecordDict({"partition": held}), reply_to=message)
 
 
-@app.query("state")
-def state(message: Message, context: Context) -> Message:
-    """Take back the optimizer state in the message, if there is one; reply with the state asked for, if it is kept."""
-    round = _state_round(message, context)
-    if STATE in message.content:
-        put_state(context, message.content.array_records[STATE], round)
+@app.query("memory")
+def memory(message: Message, context: Context) -> Message:
+    """Restore the memory in the message, if there is one; else reply with the memory asked for, if it is kept."""
+    round_ = _memory_round(message, context)
+    if MEMORY in message.content:
+        restore_memory(context, message.content.array_records[MEMORY], round_)
+        return Message(RecordDict(), reply_to=message)
     try:
-        return Message(RecordDict({STATE: kept_state(context, round)}), reply_to=message)
-    except StateLost:
+        return Message(RecordDict({MEMORY: memory_after(context, round_)}), reply_to=message)
+    except MemoryLost:
         return Message(RecordDict(), reply_to=message)
 
 
 def _start(config: Config, message: Message, context: Context) -> Start:
-    weights, state = split(tensors_of(message.content.array_records["arrays"]))  # averaged, or none
-    if config.momentum_at_sync == "keep":
-        state = tensors_of(kept_state(context, _state_round(message, context)))
-    return Start(worker=_worker(context), round=_round(message), weights=weights, state=state)
+    parameters, buffers, extras = split(tensors_of(message.content.array_records["arrays"]))
+    state = under_prefix(OPTIMIZER, extras)  # averaged, or none
+    if keeps_memory(config):
+        state = under_prefix(OPTIMIZER, tensors_of(memory_after(context, _memory_round(message, context))))
+    return Start(worker=_worker(context), round=_round(message), weights={**parameters, **buffers}, state=state)
 
 
 def _reply(config: Config, message: Message, context: Context, end: End) -> Message:
-    policy = config.momentum_at_sync
-    arrays = tensor_record(join(end.weights, end.state if policy == "average" else {}))
+    buffers = buffers_in(message.content.array_records["arrays"])
+    state = with_prefix(OPTIMIZER, end.state)
+    arrays = join(sections(end.weights, buffers, state if config.momentum_at_sync == "average" else {}))
     metrics = MetricRecord({"num-examples": end.samples, "train-loss": end.loss})
-    content = RecordDict({"arrays": arrays, "metrics": metrics})
-    if policy == "keep":
-        state = tensor_record(end.state)
-        keep_state(context, state, _round(message), _state_round(message, context))
-        if message.content.config_records["config"][SEND_STATE]:
-            content[STATE] = state
+    content = RecordDict({"arrays": tensor_record(arrays), "metrics": metrics})
+    if keeps_memory(config):
+        kept = tensor_record(state)
+        keep_memory(context, kept, _round(message), _memory_round(message, context))
+        if message.content.config_records["config"][SEND_MEMORY]:
+            content[MEMORY] = kept
     return Message(content, reply_to=message)
+
+
+def _declined(message: Message) -> Message:
+    return Message(RecordDict({DECLINED: ConfigRecord({"reason": MEMORY_LOST})}), reply_to=message)
 
 
 def _worker(context: Context) -> int:
@@ -94,9 +125,9 @@ def _round(message: Message) -> int:
     return int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
 
 
-def _state_round(message: Message, context: Context) -> int:
-    """After which round this client is to begin: the last in which its update counted."""
-    return message.content.config_records["config"][STATE_ROUNDS][_worker(context)]  # type: ignore[index,return-value]
+def _memory_round(message: Message, context: Context) -> int:
+    """After which round this client starts: the last in which its update was averaged."""
+    return message.content.config_records["config"][MEMORY_ROUNDS][_worker(context)]  # type: ignore[index,return-value]
 
 
 def _config(message: Message, context: Context) -> Config:

@@ -1,41 +1,56 @@
-"""What a client keeps between rounds: its optimizer's state after its last round, and the one that it began that from.
+"""What a client keeps between rounds: its memory, one record of named tensors, in Flower's ``context.state``.
 
-A round whose average did not come about is taken again, and an update that came too late never counted: its client
-then begins from the state before. The server says after which round it wants the state; round 0 is a new optimizer's.
+Two versions are kept, since a round is repeated where too few updates arrived, and an update may be refused or come
+too late: the client then starts from the memory before it. The server says after which round it wants the memory;
+after round 0 it is empty.
 """
 
 from __future__ import annotations
 
 from flwr.app import ArrayRecord, ConfigRecord, Context
 
-AFTER, BEFORE = "optimizer", "optimizer-before"
-ROUNDS = "optimizer-rounds"  # of which round each of the two is the state
+CURRENT, PREVIOUS = "memory", "memory-previous"
+ROUNDS = "memory-rounds"  # after which round each of the two is
 
 
-class StateLost(Exception):
-    """The state asked for is not kept: the client's node has been restarted since."""
+class MemoryLost(Exception):
+    """The memory asked for is not here: the client's node has restarted since."""
 
 
-def kept_state(context: Context, round: int) -> ArrayRecord:
-    """The optimizer's state after `round`."""
-    rounds = context.state.config_records.get(ROUNDS, ConfigRecord())
-    if round == 0:
+def memory_after(context: Context, round_: int) -> ArrayRecord:
+    """The memory after a round."""
+    if round_ == 0:
         return ArrayRecord()
-    for name in (AFTER, BEFORE):
-        if rounds.get(name) == round:
+    rounds = _rounds(context)
+    for name in (CURRENT, PREVIOUS):
+        if rounds.get(name) == round_:
             return context.state.array_records[name]
-    raise StateLost(f"the optimizer's state after round {round} is not kept here")
+    raise MemoryLost(f"the memory after round {round_} is not kept here")
 
 
-def keep_state(context: Context, state: ArrayRecord, round: int, begun_after: int) -> None:
-    """Keep the state after `round`, which was begun with the state after `begun_after`."""
-    context.state[BEFORE] = kept_state(context, begun_after)
-    context.state[AFTER] = state
-    context.state[ROUNDS] = ConfigRecord({AFTER: round, BEFORE: begun_after})
+def keep_memory(context: Context, memory: ArrayRecord, round_: int, started_after: int) -> None:
+    """Keep the memory after a round, and the one that the round started from."""
+    context.state[PREVIOUS] = memory_after(context, started_after)
+    context.state[CURRENT] = memory
+    context.state[ROUNDS] = ConfigRecord({CURRENT: round_, PREVIOUS: started_after})
 
 
-def put_state(context: Context, state: ArrayRecord, round: int) -> None:
-    """Keep a state that the server hands back, as the state after `round`, and nothing else."""
-    context.state[AFTER] = state
-    context.state[BEFORE] = ArrayRecord()
-    context.state[ROUNDS] = ConfigRecord({AFTER: round, BEFORE: 0})
+def restore_memory(context: Context, memory: ArrayRecord, round_: int) -> None:
+    """Keep a memory that the server hands back, as the one after a round, and nothing else."""
+    context.state[CURRENT] = memory
+    context.state[PREVIOUS] = ArrayRecord()
+    context.state[ROUNDS] = ConfigRecord({CURRENT: round_, PREVIOUS: 0})
+
+
+def forget_others(context: Context, round_: int) -> None:
+    """Free the version that is not the memory after `round_`, where that one is kept.
+
+    Safe once the server has said that it starts the next round from `round_`: it goes back to other rounds only by
+    handing their memory back.
+    """
+    if PREVIOUS in context.state and (round_ == 0 or round_ in _rounds(context).values()):
+        restore_memory(context, memory_after(context, round_), round_)
+
+
+def _rounds(context: Context) -> ConfigRecord:
+    return context.state.config_records.get(ROUNDS, ConfigRecord())

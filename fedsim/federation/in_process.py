@@ -1,4 +1,4 @@
-"""FleetGrid: Flower's Grid within this process. No Ray, no start-up, no serialising between processes."""
+"""InProcessGrid: Flower's Grid within this process. No Ray, no start-up, no serialising between processes."""
 
 from __future__ import annotations
 
@@ -7,29 +7,31 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from flwr.app import Context, Error, Message, MessageType, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
-from flwr.supercore.run import Run as FlowerRun
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedsim.config import Config
 from fedsim.device import thread_pool
-from fedsim.federation.node_registry import CLIENT_FAILED
+from fedsim.federation.client_state import forget_others
+from fedsim.federation.flower_internals import CLIENT_FAILED, FlowerRun, become_server, set_message_id
+from fedsim.federation.protocol import MEMORY_ROUNDS
+from fedsim.federation.resources import check_memory
 
 TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
 SERVER_ID = 1  # Flower's node id of the server
 
 
-class FleetGrid(Grid):
+class InProcessGrid(Grid):
     """K clients on this machine's cores: each message is handled by `client_app` in a thread of a pool.
 
     With `train_together`, a function of all train messages and their contexts, these are handled at once instead.
     A client's `Context`, and what it keeps in ``context.state``, lives as long as the grid. On a GPU clients
-    take turns.
+    take turns. Raises UserError where the clients need more memory than is free.
     """
 
     def __init__(self, client_app: ClientApp, config: Config, train_together: TrainTogether | None = None) -> None:
+        check_memory(config)
         self._client_app = client_app
         self._train_together = train_together
         self._run = FlowerRun.create_empty(run_id=1)
@@ -46,10 +48,9 @@ class FleetGrid(Grid):
         self._message_ids = itertools.count(1)
         self._replies: dict[str, Message] = {}
         self._pool = thread_pool(torch.device(config.device), config.threads)
-        # Flower's Message reads the sender from here; in a process of Flower's own it is set at its start
-        TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, self._run.run_id, SERVER_ID
+        become_server(self._run.run_id, SERVER_ID)
 
-    def __enter__(self) -> FleetGrid:
+    def __enter__(self) -> InProcessGrid:
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -75,21 +76,21 @@ class FleetGrid(Grid):
         """Have every message handled; returns their ids when all are."""
         messages = list(messages)
         for message in messages:
-            message.metadata.__dict__["_message_id"] = str(next(self._message_ids))
-        if self._train_together and messages and messages[0].metadata.message_type == MessageType.TRAIN:
-            contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
-            replies = self._train_together(messages, contexts)
-        else:
-            replies = list(self._pool.map(self._handle, messages))
+            set_message_id(message, str(next(self._message_ids)))
+        trains = bool(messages) and messages[0].metadata.message_type == MessageType.TRAIN
+        if trains:
+            self._free_memories(messages[0])
+        together = trains and self._train_together is not None
+        replies = self._handle_together(messages) if together else list(self._pool.map(self._handle, messages))
         ids = [message.metadata.message_id for message in messages]
         self._replies.update(zip(ids, replies, strict=True))
         return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        return [self._replies.pop(id) for id in message_ids if id in self._replies]
+        return [self._replies.pop(id_) for id_ in message_ids if id_ in self._replies]
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        """The replies to `messages`. `timeout` is not looked at: nothing here can be lost on the way."""
+        """The replies to `messages`. `timeout` has no effect: nothing here can be lost on the way."""
         return self.pull_messages(self.push_messages(messages))
 
     def _handle(self, message: Message) -> Message:
@@ -97,5 +98,26 @@ class FleetGrid(Grid):
         try:
             return self._client_app(message, self._contexts[message.metadata.dst_node_id])
         except Exception as error:
-            traceback.print_exc()
-            return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
+            return _failed(error, [message])[0]
+
+    def _handle_together(self, messages: list[Message]) -> list[Message]:
+        """The replies of all clients at once; where that raised, as if each had."""
+        assert self._train_together is not None
+        try:
+            return self._train_together(messages, [self._contexts[m.metadata.dst_node_id] for m in messages])
+        except Exception as error:
+            return _failed(error, messages)
+
+    def _free_memories(self, message: Message) -> None:
+        """Free what no client of the round that `message` begins needs any more: half of all optimizer states."""
+        rounds = message.content.config_records.get("config", ConfigRecord()).get(MEMORY_ROUNDS)
+        if isinstance(rounds, list):
+            for context, round_ in zip(self._contexts.values(), rounds, strict=False):
+                forget_others(context, round_)  # type: ignore[arg-type]
+
+
+def _failed(error: Exception, messages: list[Message]) -> list[Message]:
+    """Error replies, as Flower makes them for a client that raised `error`."""
+    traceback.print_exception(error)
+    reason = f"{type(error).__name__}: {error}"
+    return [Message(Error(CLIENT_FAILED, reason), reply_to=message) for message in messages]

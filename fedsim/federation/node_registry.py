@@ -1,161 +1,140 @@
-"""The server's talk with its nodes: who is there, and what they keep between rounds."""
+"""Which node is which worker: asked of each node, since Flower's node ids are random."""
 
 from __future__ import annotations
 
-import contextlib
-import math
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
 
-from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
-from flwr.serverapp import Grid
-from torch import Tensor
+from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedsim.config import Config
 from fedsim.errors import UserError
-from fedsim.federation.protocol import STATE, STATE_ROUNDS, shared
-from strategies import tensor_record, tensors_like
+from fedsim.federation.flower_internals import CLIENT_FAILED
+from fedsim.federation.messenger import ANSWER_SECONDS, LOOK_SECONDS, Messenger
+from fedsim.federation.protocol import shared
+from strategies import printable
 
 JOIN_SECONDS = 120  # how long nodes may take to connect: a SuperLink takes a killed one for connected for a minute
-CLIENT_FAILED = 2  # Flower's error code of a ClientApp that raised
-ANSWER_SECONDS = 120  # how long a node may take to answer a question; Flower starts a process for it
-LOOK_SECONDS = 0.1  # between two looks for replies
 
-Nodes = dict[int, int]  # Flower's (random) node id -> worker, its partition-id
+Nodes = dict[int, int]  # node -> worker, its partition-id, in the order of the workers
 
 
-class Roster:
-    """Which node is which worker: asked of each node, since Flower's node ids are random."""
+@dataclass
+class _Question:
+    """A question to a node that has not answered yet."""
 
-    def __init__(self, grid: Grid, config: Config) -> None:
-        self.nodes: Nodes = {}  # in the order of the workers
-        self._grid, self._clients = grid, config.clients
-        self._question = RecordDict({"config": ConfigRecord({**shared(config)})})
-        self._strangers: set[int] = set()  # nodes that came later and cannot take part
+    ids: set[str]  # of its messages
+    again_at: float  # when it is asked once more
+    patience: float
 
-    def call(self, least: int) -> None:
-        """Ask every node anew. Nodes may join two minutes late; then `least` of them are enough.
 
-        A node that cannot take part fails: one of a federation of another size, or whose own configuration is wrong.
+class NodeRegistry:
+    """The nodes that take part, by the shard that each says it holds.
+
+    New nodes are all asked at once. One that does not answer is asked again later, after twice as long each time; no
+    round waits for it.
+    """
+
+    def __init__(self, messenger: Messenger, config: Config) -> None:
+        self.nodes: Nodes = {}
+        self._messenger, self._clients = messenger, config.clients
+        self._content = RecordDict({"config": ConfigRecord({**shared(config)})})
+        self._questions: dict[int, _Question] = {}
+        self._rejected: set[int] = set()
+
+    def wait_for(self, least: int, strict: bool = False) -> None:
+        """Ask every node which shard it holds. Nodes may take two minutes to join; then `least` of them are enough.
+
+        A node that cannot take part (its federation has another size, its own configuration is wrong, its shard is
+        another node's) is rejected with a line, or, `strict`, raises UserError.
         """
-        self.nodes = {}
+        self.nodes, self._questions = {}, {}
+        self._rejected.clear()
         deadline = time.monotonic() + JOIN_SECONDS
         while True:
-            self.nodes |= self._workers([node for node in self._grid.get_node_ids() if node not in self.nodes])
-            if len(self.nodes) >= self._clients or time.monotonic() > deadline:
+            connected = set(self._messenger.grid.get_node_ids())
+            found, rejected = self._identify(connected)
+            if strict:
+                self._check(found, rejected)
+            self._take_in(found, rejected)
+            if len(self.nodes) >= self._clients or (time.monotonic() > deadline and not self._first_questions()):
                 break
-            time.sleep(0.2)
-        self._check(least)
-
-    def update(self) -> None:
-        """Take in nodes that have connected since; one that holds the shard of another takes its place."""
-        for node in self._grid.get_node_ids():
-            if node in self.nodes or node in self._strangers:
-                continue
-            try:
-                come = self._workers([node])
-            except UserError as error:
-                self._strangers.add(node)
-                print(f"a node that has connected is left out: {error}", flush=True)
-                continue
-            self.nodes = {n: worker for n, worker in self.nodes.items() if worker not in come.values()} | come
-            self._sort()
-
-    def _workers(self, nodes: Iterable[int]) -> Nodes:
-        """The workers that `nodes` are, without those that do not answer."""
-        workers = {}
-        for node, reply in ask(self._grid, "query.partition", dict.fromkeys(nodes, self._question)).items():
-            if reply.has_error():
-                if reply.error.code == CLIENT_FAILED:
-                    raise UserError(f"a node cannot take part: {reply.error.reason}")
-                continue
-            held = reply.content.metric_records.get("partition", MetricRecord())
-            worker, number = held.get("partition-id"), held.get("num-partitions")
-            if number != self._clients:
-                raise UserError(
-                    f"clients = {self._clients}, but the federation has {number} nodes: make them equal, by "
-                    f"-c clients=N, or in a simulation by --federation-config num-supernodes={self._clients}"
-                )
-            if not isinstance(worker, int):
-                raise UserError(f"a node holds shard {worker}: give it a partition-id, a whole number")
-            workers[node] = worker
-        return workers
-
-    def _check(self, least: int) -> None:
-        shards = sorted(self.nodes.values())
-        if len(shards) < least:
+            time.sleep(LOOK_SECONDS)
+        if len(self.nodes) < least:
             raise UserError(
-                f"clients = {self._clients}, but only {len(shards)} nodes are connected: connect the others"
+                f"clients = {self._clients}, but only {len(self.nodes)} nodes are connected: connect the others"
             )
-        if len(set(shards)) < len(shards) or not set(shards) <= set(range(self._clients)):
+
+    def refresh(self) -> Nodes:
+        """The known nodes that are connected now. A new one that holds the shard of another replaces it.
+
+        New nodes are asked, and answers read that have come by now, without waiting for any.
+        """
+        connected = set(self._messenger.grid.get_node_ids())
+        self._take_in(*self._identify(connected))
+        return {node: worker for node, worker in self.nodes.items() if node in connected}
+
+    def _identify(self, connected: set[int]) -> tuple[Nodes, dict[int, str]]:
+        """Ask nodes that are not known yet, and read what has been answered: the workers, and reasons to reject."""
+        self._questions = {node: asked for node, asked in self._questions.items() if node in connected}
+        now = time.monotonic()
+        unknown = sorted(connected - self.nodes.keys() - self._rejected)
+        due = [node for node in unknown if node not in self._questions or now >= self._questions[node].again_at]
+        ids = self._messenger.send([Message(self._content, node, "query.partition") for node in due])
+        for node, id_ in zip(due, ids, strict=True):
+            earlier = self._questions.get(node, _Question(set(), 0, ANSWER_SECONDS / 2))
+            patience = 2 * earlier.patience
+            self._questions[node] = _Question(earlier.ids | {id_}, now + patience, patience)
+
+        found: Nodes = {}
+        rejected: dict[int, str] = {}
+        waiting = {id_: node for node, asked in self._questions.items() for id_ in asked.ids if id_}
+        for reply in self._messenger.receive(waiting):
+            node = waiting[reply.metadata.reply_to_message_id]
+            self._questions.pop(node, None)
+            if reply.metadata.src_node_id != node:  # the SuperLink reports that the node is gone
+                continue
+            if not reply.has_error():
+                try:
+                    found[node] = self._worker_of(reply.content)
+                except UserError as error:
+                    rejected[node] = str(error)
+            elif reply.error.code == CLIENT_FAILED:
+                rejected[node] = f"a node cannot take part: {printable(reply.error.reason)}"
+        return dict(sorted(found.items())), rejected
+
+    def _worker_of(self, content: RecordDict) -> int:
+        held = content.metric_records.get("partition", MetricRecord())
+        worker, number = held.get("partition-id"), held.get("num-partitions")
+        if number != self._clients:
+            told = printable(number)
+            raise UserError(
+                f"clients = {self._clients}, but the federation has {told} nodes: make them equal, by "
+                f"-c clients=N, or in a simulation by --federation-config num-supernodes={self._clients}"
+            )
+        if type(worker) is not int or not 0 <= worker < self._clients:
+            last = self._clients - 1
+            raise UserError(f"a node holds shard {printable(worker)}: give it a partition-id from 0 to {last}")
+        return worker
+
+    def _check(self, found: Nodes, rejected: dict[int, str]) -> None:
+        for reason in rejected.values():
+            raise UserError(reason)
+        shards = sorted([*self.nodes.values(), *found.values()])
+        if len(set(shards)) < len(shards):
             raise UserError(
                 f"clients = {self._clients}, but the nodes hold the shards {shards}: give each node its own"
             )
-        self._sort()
 
-    def _sort(self) -> None:
-        self.nodes = dict(sorted(self.nodes.items(), key=lambda node: node[1]))
+    def _take_in(self, found: Nodes, rejected: dict[int, str]) -> None:
+        for node, reason in rejected.items():
+            self._rejected.add(node)
+            print(f"a node that has connected is left out: {reason}", flush=True)
+        for node, worker in found.items():
+            self.nodes = {other: held for other, held in self.nodes.items() if held != worker} | {node: worker}
+        self.nodes = dict(sorted(self.nodes.items(), key=lambda item: item[1]))
 
-
-def collect_states(grid: Grid, nodes: Nodes, rounds: list[int]) -> dict[int, ArrayRecord]:
-    """The optimizer state of each worker after its round in `rounds`; of those that answer."""
-    question = ConfigRecord({STATE_ROUNDS: rounds})
-    replies = ask(grid, "query.state", {node: RecordDict({"config": question}) for node in nodes})
-    return {
-        nodes[node]: reply.content.array_records[STATE]
-        for node, reply in replies.items()
-        if reply.has_content() and STATE in reply.content.array_records
-    }
-
-
-def usable_states(
-    records: Mapping[int, ArrayRecord], rounds: list[int], like: Mapping[str, Tensor]
-) -> dict[int, dict[str, Tensor]]:
-    """The states of those workers that sent one shaped as `like` and finite; after round 0 there is nothing in it."""
-    states = {}
-    for worker, record in records.items():
-        with contextlib.suppress(ValueError):
-            state = tensors_like(record, tensor_record(like if rounds[worker] else {}))
-            if all(tensor.isfinite().all() for tensor in state.values()):
-                states[worker] = state
-    return states
-
-
-def restore_states(grid: Grid, nodes: Nodes, rounds: list[int], states: Mapping[int, Mapping[str, Tensor]]) -> None:
-    """Hand each worker the state that it kept after its round in `rounds`, when the checkpoint was made."""
-    question = ConfigRecord({STATE_ROUNDS: rounds})
-    ask(
-        grid,
-        "query.state",
-        {
-            node: RecordDict({STATE: tensor_record(states[worker]), "config": question})
-            for node, worker in nodes.items()
-            if worker in states
-        },
-    )
-
-
-def ask(grid: Grid, question: str, contents: Mapping[int, RecordDict]) -> dict[int, Message]:
-    """The answers to a query with these contents, by node; without the nodes that take too long or are gone."""
-    replies = exchange(grid, [Message(content, node, question) for node, content in contents.items()], ANSWER_SECONDS)
-    # That a node is gone is said by the SuperLink, in its own name
-    return {reply.metadata.src_node_id: reply for reply in replies if reply.metadata.src_node_id in contents}
-
-
-def exchange(grid: Grid, messages: Sequence[Message], seconds: float = math.inf) -> list[Message]:
-    """The replies to `messages` that come within so many seconds.
-
-    `Grid.send_and_receive` does the same, but in a deployment it looks for replies every three seconds only.
-    """
-    deadline = time.monotonic() + seconds
-    waiting = {id for id in grid.push_messages(messages) if id} if messages else set()
-    replies: list[Message] = []
-    while waiting:
-        come = list(grid.pull_messages(waiting))
-        replies += come
-        waiting -= {reply.metadata.reply_to_message_id for reply in come}
-        if time.monotonic() > deadline:
-            break
-        if waiting:
-            time.sleep(LOOK_SECONDS)
-    return replies
+    def _first_questions(self) -> bool:
+        """Whether a node may still answer the first question that it was asked."""
+        now = time.monotonic()
+        return any(asked.patience == ANSWER_SECONDS and now < asked.again_at for asked in self._questions.values())

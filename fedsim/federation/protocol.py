@@ -1,4 +1,7 @@
-"""What server and clients agree on: which keys, arrays and records their messages hold, and under which names."""
+"""What server and clients agree on: which keys and records their messages hold, and under which names.
+
+The arrays of a message are told apart by `strategies.sections`.
+"""
 
 from __future__ import annotations
 
@@ -8,12 +11,12 @@ from torch import Tensor
 
 from fedsim.config import Config, Value
 
-OPTIMIZER = "optimizer/"  # prefix of the optimizer state that is averaged with the model
-STATE = "optimizer"  # record of the optimizer state that a client keeps
-STATE_ROUNDS = "state-rounds"  # for each worker, the last round in which its update counted
-SEND_STATE = "send-state"  # whether a client is to send its new state along with its update, for a checkpoint
-STATE_LOST = "it does not keep its optimizer's state any more and begins anew"  # why a client declines
-# The keys that messages bring from the server: those that shape the result but for what is the machine's
+OPTIMIZER = "optimizer/"  # prefix of optimizer state, in a client's memory and among the extras that are averaged
+MEMORY = "memory"  # record of what a client keeps between rounds
+MEMORY_ROUNDS = "memory-rounds"  # for each worker, the last round in which its update was averaged
+SEND_MEMORY = "send-memory"  # whether a client sends its memory along with its update, for a checkpoint
+MEMORY_LOST = "it has lost its optimizer state and starts again without"  # why a client declines a round
+# The keys that messages bring from the server: those that shape the result, except for the machine's own
 SHARED = [name for name in Config().identity("localsgd") if name not in ("device", "threads")]
 
 
@@ -23,13 +26,16 @@ def shared(config: Config) -> dict[str, Value]:
     return {name: keys[name] for name in SHARED}
 
 
-def join(weights: Mapping[str, Tensor], optimizer: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The arrays of a message: the model's state_dict and the optimizer state that is averaged with it."""
-    return {**weights, **{OPTIMIZER + name: value for name, value in optimizer.items()}}
+def keeps_memory(config: Config) -> bool:
+    """Whether a client keeps anything between rounds: today, its optimizer's state."""
+    return config.momentum_at_sync == "keep"
 
 
-def split(arrays: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """A message's arrays as the model's state_dict and the optimizer state."""
-    weights = {name: value for name, value in arrays.items() if not name.startswith(OPTIMIZER)}
-    state = {name.removeprefix(OPTIMIZER): value for name, value in arrays.items() if name.startswith(OPTIMIZER)}
-    return weights, state
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under names with `prefix`."""
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `tensors` whose names have `prefix`, under the names without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}

@@ -3,114 +3,161 @@
 from __future__ import annotations
 
 import math
-import statistics
-from dataclasses import dataclass, field
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass, field, replace
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
-from flwr.serverapp import Grid
+from torch import nn
 
 from fedsim.config import Config
-from fedsim.federation.node_registry import Roster, exchange
-from fedsim.federation.protocol import SEND_STATE, STATE, STATE_LOST, STATE_ROUNDS, shared
+from fedsim.errors import RunFailed
+from fedsim.federation.messenger import Messenger
+from fedsim.federation.node_registry import NodeRegistry
+from fedsim.federation.protocol import (
+    MEMORY,
+    MEMORY_LOST,
+    MEMORY_ROUNDS,
+    OPTIMIZER,
+    SEND_MEMORY,
+    shared,
+    with_prefix,
+)
+from fedsim.optim import zero_state
 from fedsim.records import Row
 from fedsim.training.run_plan import RunPlan
-from strategies import STRATEGIES, LocalSGD, array_bytes
+from strategies import STRATEGIES, LocalSGD, batchnorm_buffers, buffers_of, join, payload_bytes, sections, tensor_record
+from strategies.local_sgd import State
+from strategies.screening import Request
 
 
-@dataclass
+@dataclass(frozen=True)
 class Progress:
-    """How far a run has come."""
+    """How far a run has come: with the clients' memories, all that its next round depends on."""
 
     round: int
     arrays: ArrayRecord
-    counted: list[int]  # for each worker, the last round in which its update counted; 0: it begins anew
-    bytes_up: int = 0
-    bytes_down: int = 0
-    losses: list[float] = field(default_factory=list)  # of each round since the last row
+    last_aggregated_round: list[int]  # for each worker; 0: it starts without memory
+    server_state: State = field(default_factory=dict)
+    update_bytes_up: int = 0  # of the updates averaged
+    update_bytes_down: int = 0  # of the global arrays sent in the rounds averaged
+    losses: list[tuple[float, float]] = field(default_factory=list)  # (mean, samples) of each round since the last row
     left_out: dict[str, str] = field(default_factory=dict)  # since the last row
 
 
 class TooFewClients(Exception):
-    """No average: too few usable updates; `states_lost` where a client does not keep its optimizer's state any more."""
+    """Fewer usable updates than a round needs; `memory_lost` where the reason is that a client has lost its memory."""
 
-    def __init__(self, reason: str, states_lost: bool) -> None:
+    def __init__(self, reason: str, memory_lost: bool) -> None:
         super().__init__(reason)
-        self.states_lost = states_lost
+        self.memory_lost = memory_lost
 
 
-def build_strategy(config: Config, plan: RunPlan) -> LocalSGD:
-    """The strategy of `config`; who is asked in a round stands in the round's roster."""
+def initial_progress(config: Config, model: nn.Module) -> Progress:
+    """The progress of a run that starts with the weights of `model`."""
+    averaged = config.momentum_at_sync == "average"
+    extras = with_prefix(OPTIMIZER, zero_state(config, dict(model.named_parameters()))) if averaged else {}
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    arrays = join(sections(state, buffers_of(model), extras))
+    return Progress(0, tensor_record(arrays), [0] * config.clients)
+
+
+def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
+    """The strategy of `config` for the arrays of `model`."""
     return STRATEGIES[config.strategy](
-        batchnorm_at_sync=config.batchnorm_at_sync,
         seed=config.seed,
         population=config.clients,
         fraction_train=config.fraction,
         min_updates=config.min_clients or 1,
         max_examples=plan.max_steps * config.batch_size,
         metrics=["train-loss"],
+        other_records=[MEMORY],
+        batchnorm=batchnorm_buffers(model),
+        batchnorm_at_sync=config.batchnorm_at_sync,
     )
 
 
 def train_round(
-    grid: Grid, config: Config, strategy: LocalSGD, roster: Roster, progress: Progress, with_states: bool = False
-) -> dict[int, ArrayRecord]:
-    """Take `progress` a round further; where too few clients send a usable update it stays as it is.
+    messenger: Messenger,
+    config: Config,
+    strategy: LocalSGD,
+    registry: NodeRegistry,
+    progress: Progress,
+    with_memories: bool = False,
+) -> tuple[Progress, dict[int, ArrayRecord]]:
+    """The progress after one more round and, `with_memories`, what each worker averaged keeps after it.
 
-    Returns, `with_states`, the optimizer's state that each of the workers averaged keeps after it, where it keeps one.
+    Raises TooFewClients where too few send a usable update, RunFailed where their average is not finite.
     """
-    roster.update()
-    strategy.workers = roster.nodes
-    round = progress.round + 1
-    question = ConfigRecord({**shared(config), STATE_ROUNDS: progress.counted, SEND_STATE: with_states})
-    messages = list(strategy.configure_train(round, progress.arrays, question, grid))
-    replies = exchange(grid, messages, config.round_timeout or math.inf)
-    states = {roster.nodes.get(reply.metadata.src_node_id): _state_taken_out(reply) for reply in replies}
-    averaged, metrics = strategy.aggregate_train(round, replies)
+    round_ = progress.round + 1
+    nodes = registry.refresh()
+    keys = ConfigRecord({**shared(config), MEMORY_ROUNDS: progress.last_aggregated_round, SEND_MEMORY: with_memories})
+    request = strategy.request(round_, progress.arrays, keys, nodes)
+    replies = messenger.exchange(request.messages, config.round_timeout or math.inf)
+    try:
+        result = strategy.aggregate(round_, request, replies, progress.server_state)
+    except FloatingPointError as error:
+        raise RunFailed(f"{error}: give a smaller lr") from error
 
-    lost = [worker for worker, reason in strategy.left_out.items() if reason == STATE_LOST]
-    if averaged is None or metrics is None:
-        raise TooFewClients(f"round {round}: too few usable updates: {_told(strategy.left_out)}", bool(lost))
-    progress.round = round
-    progress.arrays = averaged
-    for worker in lost:
-        progress.counted[worker] = 0
-    for worker in strategy.averaged:
-        progress.counted[worker] = round
-    progress.bytes_down += len(messages) * payload(progress.arrays)
-    progress.bytes_up += len(strategy.averaged) * payload(progress.arrays)
-    progress.losses.append(float(metrics["train-loss"]))  # type: ignore[arg-type]
-    progress.left_out |= {str(worker): reason for worker, reason in strategy.left_out.items()}
-    return {worker: state for worker in strategy.averaged if (state := states[worker]) is not None}
+    lost = [worker for worker, reason in result.left_out.items() if reason == MEMORY_LOST]
+    if result.arrays is None:
+        raise TooFewClients(f"round {round_}: too few usable updates: {format_reasons(result.left_out)}", bool(lost))
+    aggregated_in = dict.fromkeys(lost, 0) | dict.fromkeys(result.averaged, round_)
+    updates = _sent_by(result.averaged, "arrays", request, replies)
+    bytes_up = sum(map(payload_bytes, updates.values()))
+    bytes_down = len(request.messages) * payload_bytes(progress.arrays)
+    progress = replace(
+        progress,
+        round=round_,
+        arrays=result.arrays,
+        last_aggregated_round=[aggregated_in.get(k, last) for k, last in enumerate(progress.last_aggregated_round)],
+        server_state=result.state,
+        update_bytes_up=progress.update_bytes_up + bytes_up,
+        update_bytes_down=progress.update_bytes_down + bytes_down,
+        losses=[*progress.losses, (float(result.metrics["train-loss"]), result.samples)],  # type: ignore[arg-type]
+        left_out=progress.left_out | {str(worker): reason for worker, reason in result.left_out.items()},
+    )
+    return progress, _sent_by(result.averaged, MEMORY, request, replies)
 
 
-def row_of(plan: RunPlan, progress: Progress) -> Row:
-    """The row of what has been trained; tests come to it."""
+def row_of(plan: RunPlan, progress: Progress, messenger: Messenger) -> Row:
+    """The row of what has been trained, without tests.
+
+    `bytes_up` and `bytes_down` are all arrays that were sent in the run. The overheads among them are what averaged
+    updates alone would not have cost: refused and late updates, repeated rounds, memories for checkpoints.
+    """
     steps = plan.first_step(progress.round + 1)
+    samples = math.fsum(of_round for _, of_round in progress.losses)
     return {
         "round": progress.round,
         "epoch": float(plan.epoch(progress.round)),
         "local_steps": steps,
         "syncs": progress.round,
-        "bytes_up": progress.bytes_up,
-        "bytes_down": progress.bytes_down,
+        "bytes_up": messenger.bytes_up,
+        "bytes_down": messenger.bytes_down,
+        "overhead_bytes_up": messenger.bytes_up - progress.update_bytes_up,
+        "overhead_bytes_down": messenger.bytes_down - progress.update_bytes_down,
         "lr": plan.lr(steps - 1),
-        "train_loss": statistics.fmean(progress.losses),
+        "train_loss": math.fsum(loss * (of_round / samples) for loss, of_round in progress.losses),
         "left_out": progress.left_out,
     }
 
 
-def payload(record: ArrayRecord) -> int:
-    """The bytes of all arrays in `record`, headers not counted."""
-    return sum(array_bytes(array) for array in record.values())
+def recorded(progress: Progress) -> Progress:
+    """`progress` once its row is written: losses and absences count from here."""
+    return replace(progress, losses=[], left_out={})
 
 
-def _state_taken_out(reply: Message) -> ArrayRecord | None:
-    """The state sent along with an update, of which the strategy knows nothing."""
-    state = reply.content.pop(STATE, None) if reply.has_content() else None
-    return state if isinstance(state, ArrayRecord) else None
+def format_reasons(left_out: Mapping[int, str]) -> str:
+    """The first three of the workers left out, with their reasons, and how many more there are."""
+    reasons = [f"worker {worker}: {reason}" for worker, reason in sorted(left_out.items())]
+    more = f"; and {len(reasons) - 3} more" if len(reasons) > 3 else ""
+    return "; ".join(reasons[:3]) + more
 
 
-def _told(left_out: dict[int, str]) -> str:
-    told = [f"worker {worker}: {reason}" for worker, reason in sorted(left_out.items())]
-    more = f"; and {len(told) - 3} more" if len(told) > 3 else ""
-    return "; ".join(told[:3]) + more
+def _sent_by(
+    workers: Collection[int], name: str, request: Request, replies: Iterable[Message]
+) -> dict[int, ArrayRecord]:
+    """The array record of this name in the reply of each of `workers`, where there is one."""
+    of_worker = {request.workers.get(reply.metadata.src_node_id): reply for reply in replies if reply.has_content()}
+    records = {worker: of_worker[worker].content.array_records.get(name) for worker in workers}
+    return {worker: record for worker, record in records.items() if record is not None}

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
-from dataclasses import fields, replace
 
-from flwr.app import ArrayRecord, Context
+from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
-from torch import Tensor, nn
+from torch import nn
 
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
@@ -16,19 +14,27 @@ from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, UserError
+from fedsim.federation.checkpoint import collect_memories, resume, save
 from fedsim.federation.error_log import log_errors_in_one_line
-from fedsim.federation.node_registry import Roster, collect_states, restore_states, usable_states
-from fedsim.federation.protocol import join, split
-from fedsim.federation.round import Progress, TooFewClients, build_strategy, row_of, train_round
+from fedsim.federation.messenger import Messenger
+from fedsim.federation.node_registry import NodeRegistry
+from fedsim.federation.round import (
+    Progress,
+    TooFewClients,
+    build_strategy,
+    initial_progress,
+    recorded,
+    row_of,
+    train_round,
+)
 from fedsim.models import build_model
-from fedsim.optim import zero_state
 from fedsim.records import Run, config_of_run, print_row, run_folder
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
-from strategies import tensor_record, tensors_of
+from strategies import split, tensors_of
 
 app = ServerApp()
-TRIES = 3  # a node that comes back is noticed by the second, and what it has lost is mended by the third
+MAX_ATTEMPTS = 3  # the second sees nodes that have reconnected; if these lost their memory, the third restores it
 
 
 @app.main()
@@ -52,109 +58,91 @@ def main(grid: Grid, context: Context) -> None:
 
 
 def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
-    """The rounds of `config` (resolved), from the run's checkpoint on if it has one."""
+    """Train the rounds of `config` (resolved) that follow the run's checkpoint, if it has one."""
     prepare(config)
     data = load_dataset(config)
     check_shards(config, len(data.train), config.clients)
     plan = run_plan(config, len(data.train))
     model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
-    new = new_progress(config, model)
-    roster = Roster(grid, config)
-    roster.call(least=config.min_clients or config.clients)
-    strategy = build_strategy(config, plan)
-    progress = begin(grid, run, roster, new, plan.rounds)
+    initial = initial_progress(config, model)
+    strategy = build_strategy(config, plan, model)
+    messenger = Messenger(grid)
+    registry = NodeRegistry(messenger, config)
+    registry.wait_for(config.min_clients or config.clients, strict=True)
+    progress = resume(run, messenger, registry.nodes, initial, plan.rounds)
 
-    furthest, failures = progress.round, 0  # failures since a round went further than all before it
+    furthest, failures = progress.round, 0  # failures since a round came further than all before it
     while progress.round < plan.last_round:
+        saves = is_saved(config, plan, progress.round + 1)
+
+        # Train a round
         try:
-            saves = is_saved(config, plan, progress.round + 1)
-            states = train_round(grid, config, strategy, roster, progress, with_states=saves)
-            ends = progress.round == plan.rounds
-
-            if completes(config, plan, progress.round, 1) or ends:
-                test_loss, test_accuracy = None, None
-                if completes(config, plan, progress.round, config.evaluate_every) or ends:
-                    test_loss, test_accuracy = evaluate(loaded(model, progress), data.test, config.precision)
-                run.log_row(row_of(plan, progress) | {"test_loss": test_loss, "test_accuracy": test_accuracy})
-                progress.losses, progress.left_out = [], {}
-
+            progress, sent = train_round(messenger, config, strategy, registry, progress, with_memories=saves)
             if saves:
-                save(grid, config, run, roster, progress, model, states)
-
+                memories = collect_memories(messenger, config, registry.nodes, progress, sent, model)
         except TooFewClients as failure:
             failures += 1
-            if failures == TRIES:
-                raise RunFailed(f"{failure}; tried {TRIES} times; --resume {run.folder.name} goes on") from failure
-            print(f"{failure}; it is tried again", flush=True)
-            try:
-                roster.call(least=config.min_clients or 1)
-            except UserError as error:  # what was right when the run began
-                raise RunFailed(str(error)) from error
-            if failure.states_lost:  # every client goes back to where the states of all are known
-                progress = begin(grid, run, roster, new, plan.rounds)
-
+            if failures == MAX_ATTEMPTS:
+                how = f"tried {MAX_ATTEMPTS} times; resume from the checkpoint with --resume {run.folder.name}"
+                raise RunFailed(f"{failure}; {how}") from failure
+            progress = recover(failure, config, plan, run, messenger, registry, progress, initial)
+            continue
         if progress.round > furthest:
             furthest, failures = progress.round, 0
+
+        # Evaluate and record
+        ends = progress.round == plan.rounds
+        if ends or completes(config, plan, progress.round, 1):
+            tested: tuple[float | None, float | None] = None, None
+            if ends or completes(config, plan, progress.round, config.evaluate_every):
+                tested = evaluate(loaded(model, progress), data.test, config.precision)
+            row = row_of(plan, progress, messenger)
+            run.log_row(row | dict(zip(("test_loss", "test_accuracy"), tested, strict=True)))
+            progress = recorded(progress)
+
+        # Save a checkpoint
+        if saves:
+            save(run, config, messenger, progress, memories)
 
     run.save_model(loaded(model, progress).state_dict())
     run.write_summary(plan.last_round == plan.rounds, sum(p.numel() for p in model.parameters()), config.device)
 
 
-def new_progress(config: Config, model: nn.Module) -> Progress:
-    """The progress of a run that begins with the weights of `model`."""
-    initial = {name: value.clone() for name, value in model.state_dict().items()}
-    averaged_state = zero_state(config, dict(model.named_parameters())) if config.momentum_at_sync == "average" else {}
-    return Progress(0, tensor_record(join(initial, averaged_state)), counted=[0] * config.clients)
-
-
-def begin(grid: Grid, run: Run, roster: Roster, new: Progress, rounds: int) -> Progress:
-    """The progress of the run's checkpoint, the workers' states handed back to them; or that of `new`, copied."""
-    checkpoint = run.resume(rounds, {**vars(new), "arrays": tensors_of(new.arrays), "clients": {}})
-    if checkpoint is None:
-        return replace(new, counted=list(new.counted), losses=[], left_out={})
-    held = {item.name: checkpoint[item.name] for item in fields(Progress)}
-    progress = Progress(**{**held, "arrays": tensor_record(checkpoint["arrays"])})
-    restore_states(grid, roster.nodes, progress.counted, checkpoint["clients"])
-    return progress
-
-
-def completes(config: Config, plan: RunPlan, round: int, every: int) -> bool:
-    """Whether `round` is the one that completes another `every` rounds, or, where ``record-by`` says so, epochs."""
-    return round % every == 0 if config.record_by == "round" else plan.completes_epochs(round, every)
-
-
-def is_saved(config: Config, plan: RunPlan, round: int) -> bool:
-    """Whether a checkpoint is made after `round`."""
-    return completes(config, plan, round, config.checkpoint_every) or round == plan.last_round
-
-
-def save(
-    grid: Grid,
+def recover(
+    failure: TooFewClients,
     config: Config,
+    plan: RunPlan,
     run: Run,
-    roster: Roster,
+    messenger: Messenger,
+    registry: NodeRegistry,
     progress: Progress,
-    model: nn.Module,
-    sent: Mapping[int, ArrayRecord],
-) -> None:
-    """Save all that the run needs to go on; a worker whose state is not to be had would then begin anew.
+    initial: Progress,
+) -> Progress:
+    """Where to train on from after a failed round, once nodes had time to reconnect.
 
-    `sent` are the states that came along with the round's updates; the other workers are asked for theirs.
+    The round is repeated; where clients have lost their memory, all go back to the last checkpoint, as a resumed run
+    does.
     """
-    states: dict[int, dict[str, Tensor]] = {}
-    counted = progress.counted
-    if config.momentum_at_sync == "keep":
-        others = {node: worker for node, worker in roster.nodes.items() if worker not in sent}
-        like = zero_state(config, dict(model.named_parameters()))
-        states = usable_states({**sent, **collect_states(grid, others, counted)}, counted, like)
-        counted = [round if worker in states else 0 for worker, round in enumerate(counted)]
-        if len(states) < (config.min_clients or 1):
-            raise TooFewClients(f"round {progress.round}: only {len(states)} clients keep their state", True)
-    arrays = tensors_of(progress.arrays)
-    run.save_checkpoint({**vars(progress), "counted": counted, "arrays": arrays, "clients": states})
+    print(f"{failure}; trying again", flush=True)
+    try:
+        registry.wait_for(config.min_clients or 1)
+    except UserError as error:  # not the user's: the nodes were there when the run began
+        raise RunFailed(str(error)) from error
+    return resume(run, messenger, registry.nodes, initial, plan.rounds) if failure.memory_lost else progress
+
+
+def completes(config: Config, plan: RunPlan, round_: int, every: int) -> bool:
+    """Whether a round completes another `every` rounds or, with ``record-by`` = epoch, epochs."""
+    return round_ % every == 0 if config.record_by == "round" else plan.completes_epochs(round_, every)
+
+
+def is_saved(config: Config, plan: RunPlan, round_: int) -> bool:
+    """Whether a checkpoint is made after a round."""
+    return completes(config, plan, round_, config.checkpoint_every) or round_ == plan.last_round
 
 
 def loaded(model: nn.Module, progress: Progress) -> nn.Module:
-    """`model` with the global weights that `progress` has come to."""
-    model.load_state_dict(split(tensors_of(progress.arrays))[0])
+    """`model` with the global weights and buffers of `progress`."""
+    parameters, buffers, _ = split(tensors_of(progress.arrays))
+    model.load_state_dict({**parameters, **buffers})
     return model

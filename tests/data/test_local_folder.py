@@ -17,7 +17,7 @@ from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
-from fedsim.federation.in_process import FleetGrid
+from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import shared
 from fedsim.federation.server_app import train_localsgd
 from fedsim.models import build_model
@@ -35,7 +35,7 @@ def with_folders(config: Config, folders: Path, replies: list[Message] | None = 
         return reply
 
     run = Run(config, "localsgd")
-    with FleetGrid(client, config) as grid:  # type: ignore[arg-type]
+    with InProcessGrid(client, config) as grid:  # type: ignore[arg-type]
         for context in grid._contexts.values():
             context.node_config["data-dir"] = str(folders / str(context.node_config["partition-id"]))
         train_localsgd(grid, config, run)
@@ -82,13 +82,13 @@ def test_the_images_never_leave_a_node(small: Config, shards: Path) -> None:
     replies: list[Message] = []
     with_folders(config, shards, replies)
     weights = {name: tuple(value.shape) for name, value in build_model("lenet5", 10, 0).state_dict().items()}
-    momentum = {f"{name}/momentum_buffer": shape for name, shape in weights.items()}
+    momentum = {f"optimizer/{name}/momentum_buffer": shape for name, shape in weights.items()}
     expected: dict[str, dict[str, Any]] = {
         "query.partition": {"partition": {"partition-id", "num-partitions"}},
         "train": {"arrays": weights, "metrics": {"num-examples", "train-loss"}},
-        "query.state": {"optimizer": momentum},
+        "query.memory": {"memory": momentum},
     }
-    expected["train, saved"] = expected["train"] | expected["query.state"]
+    expected["train, saved"] = expected["train"] | expected["query.memory"]
     seen = set()
     for reply in replies:
         sent: dict[str, Any] = {
@@ -97,7 +97,7 @@ def test_the_images_never_leave_a_node(small: Config, shards: Path) -> None:
         }
         sent |= {name: set(record) for name, record in reply.content.metric_records.items()}
         kind = reply.metadata.message_type + (", saved" if len(sent) == 3 else "")
-        if kind == "query.state" and not sent["optimizer"]:
+        if kind == "query.memory" and not sent["memory"]:
             continue  # of a client that was never sampled
         assert sent == expected[kind]
         assert not reply.content.config_records
@@ -150,7 +150,7 @@ def config_on_node(config: Config, **node_config: Any) -> Config:
     """The configuration of a run on a node with these keys in its node config."""
     keys = {name.replace("_", "-"): value for name, value in node_config.items()}
     context = Context(1, 2, {"partition-id": 0, "num-partitions": 4, **keys}, RecordDict(), dict(config.as_keys()))
-    with FleetGrid(client_app.app, config):  # within a run, where messages can be made
+    with InProcessGrid(client_app.app, config):  # within a run, where messages can be made
         message = Message(RecordDict({"config": ConfigRecord({**shared(config)})}), 2, "query.partition")
     return client_app._config(message, context)
 

@@ -14,7 +14,7 @@ from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation import client_app
-from fedsim.federation.in_process import FleetGrid
+from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run, read_summary
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
@@ -126,7 +126,9 @@ def test_rows_and_summary_tell_the_cost(run: Execute) -> None:
     assert len(rows) == 8  # 2 epochs of 512 images in rounds of 4 clients, 2 steps, 16 images
     last = rows[-1]
     assert (last["round"], last["epoch"], last["local_steps"], last["syncs"]) == (8, 2.0, 16, 8)
-    assert last["bytes_up"] == last["bytes_down"] == 8 * 4 * 62_006 * 4  # rounds, clients, parameters, bytes
+    assert last["bytes_down"] == 8 * 4 * 62_006 * 4  # rounds, clients, parameters, bytes
+    assert last["bytes_up"] == last["bytes_down"] + last["overhead_bytes_up"]
+    assert last["overhead_bytes_up"] == 4 * 62_006 * 4  # momentum, for the last round's checkpoint
     assert [row["test_accuracy"] is not None for row in rows] == [False, False, True] * 2 + [False, True]
     assert [row["seconds"] for row in rows] == sorted(row["seconds"] for row in rows)
     summary = read_summary(result.folder)
@@ -195,7 +197,7 @@ def test_an_early_stop_tells_where_its_rows_come_from(run: Execute) -> None:
 def test_another_number_of_nodes_is_an_error_not_a_wait(small: Config) -> None:
     config = resolve(small.changed({"name": "count"}), "localsgd")
     with (
-        FleetGrid(client_app.app, config.changed({"clients": 3})) as grid,
+        InProcessGrid(client_app.app, config.changed({"clients": 3})) as grid,
         pytest.raises(UserError, match="clients = 4, but the federation has 3 nodes"),
     ):
         train_localsgd(grid, config, Run(config, "localsgd"))

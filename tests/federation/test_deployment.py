@@ -16,6 +16,7 @@ from fedsim.deploy.files import Federation, deploy
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
 from fedsim.federation.flwr_run import copy_app, free_port
+from fedsim.records import read_rows
 from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
 from tests.federation.processes import JOINED, Running, client_environment, running, started
 
@@ -70,6 +71,11 @@ def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(federation
     fleet = execute(resolve(Config().changed({**keys, "name": "fleet"}), "localsgd"), "localsgd")
     assert len(rows_of(fleet)) == 3
     assert rows_of(tmp_path / "deployed") == rows_of(fleet)
+    sent = [
+        [(row["bytes_up"], row["bytes_down"], row["overhead_bytes_up"], row["overhead_bytes_down"]) for row in rows]
+        for rows in (read_rows(tmp_path / "deployed"), read_rows(fleet.folder))
+    ]
+    assert sent[0] == sent[1]
     assert_same_bits(final_model(tmp_path / "deployed"), final_model(fleet))
 
 

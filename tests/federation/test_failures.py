@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation import client_app
-from fedsim.federation.client_state import StateLost, keep_state, kept_state, put_state
-from fedsim.federation.in_process import FleetGrid
+from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
+from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.protocol import MEMORY_LOST
+from fedsim.federation.resources import check_memory
 from fedsim.federation.server_app import train_localsgd
-from fedsim.records import Run
+from fedsim.records import Run, read_rows
+from strategies import STRATEGIES, LocalSGD
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
 Fault = Callable[[Message, Context], Message | None]  # a reply in place of the client's own, or None
@@ -27,11 +31,11 @@ def answer(message: Message, context: Context) -> Message:
     return client_app.train(message, context)
 
 
-def faulty(fault: Fault, state: Callable[[Message, Context], Message] = client_app.state) -> ClientApp:
+def faulty(fault: Fault, state: Callable[[Message, Context], Message] = client_app.memory) -> ClientApp:
     """fedsim's client, but for the replies that `fault` makes, and for `state`."""
     app = ClientApp()
     app.query("partition")(client_app.partition)
-    app.query("state")(state)
+    app.query("memory")(state)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
@@ -40,10 +44,10 @@ def faulty(fault: Fault, state: Callable[[Message, Context], Message] = client_a
     return app
 
 
-def run_with(fault: Fault, config: Config) -> Run:
+def run_with(fault: Fault, config: Config, grid_type: type[InProcessGrid] = InProcessGrid) -> Run:
     config = resolve(config, "localsgd")
     run = Run(config, "localsgd")
-    with FleetGrid(faulty(fault), config) as grid:
+    with grid_type(faulty(fault), config) as grid:
         train_localsgd(grid, config, run)
     return run
 
@@ -148,20 +152,12 @@ def test_where_others_are_enough_it_is_left_out_and_begins_anew(run: Execute, sm
     whole = run(name="whole")
     lost = run_with(once(6, 2, forget), small.changed({"name": "lost"}))
     rows = rows_of(lost)
-    assert [row["left_out"] for row in rows] == [{}] * 5 + [
-        {"2": "it does not keep its optimizer's state any more and begins anew"}
-    ] + [{}] * 2
+    assert [row["left_out"] for row in rows] == [{}] * 5 + [{"2": MEMORY_LOST}] + [{}] * 2
     assert rows[:5] == rows_of(whole)[:5]
 
 
 def test_a_worker_that_was_left_out_goes_on_from_its_last_update_that_counted(small: Config) -> None:
     """Its update of round 3 never counts, whether it is refused or not made: the momentum is that after round 2."""
-
-    def refused(message: Message, context: Context) -> Message:
-        reply = answer(message, context)
-        reply.content["metrics"] = MetricRecord({"num-examples": -1})
-        return reply
-
     runs = [run_with(once(3, 1, what), small.changed({"name": name})) for name, what in (("r", refused), ("f", fail))]
     assert_same_bits(*map(final_model, runs))
 
@@ -191,22 +187,24 @@ def test_a_state_that_is_no_state_is_not_saved(small: Config, run: Execute, frac
     config = resolve(small.changed({"name": "nonsense", **keys}), "localsgd")
 
     def nonsense(reply: Message, context: Context) -> Message:
-        if context.node_config["partition-id"] == 1 and "optimizer" in reply.content:
-            reply.content["optimizer"] = ArrayRecord({"spam": torch.zeros(3)})
+        if context.node_config["partition-id"] == 1 and "memory" in reply.content:
+            reply.content["memory"] = ArrayRecord({"spam": torch.zeros(3)})
         return reply
 
     app = faulty(
         lambda message, context: nonsense(answer(message, context), context),
-        lambda message, context: nonsense(client_app.state(message, context), context),
+        lambda message, context: nonsense(client_app.memory(message, context), context),
     )
     result = Run(config, "localsgd")
-    with FleetGrid(app, config) as grid:
+    with InProcessGrid(app, config) as grid:
         train_localsgd(grid, config, result)
     saved = torch.load(result.folder / "checkpoint.pt", weights_only=True)
     whole = torch.load(run(name="whole", **keys).folder / "checkpoint.pt", weights_only=True)
-    assert whole["counted"][1] > 0
-    assert saved["counted"] == [0 if worker == 1 else round for worker, round in enumerate(whole["counted"])]
-    assert sorted(saved["clients"]) == [0, 2, 3]
+    assert whole["last_aggregated_round"][1] > 0
+    assert saved["last_aggregated_round"] == [
+        0 if worker == 1 else round for worker, round in enumerate(whole["last_aggregated_round"])
+    ]
+    assert sorted(saved["memories"]) == [0, 2, 3]
     assert run(name="nonsense", fraction=fraction).finished
 
 
@@ -231,16 +229,240 @@ def _value(record: ArrayRecord) -> Any:
 
 def test_a_client_keeps_the_state_after_its_last_round_and_the_one_before() -> None:
     client = context()
-    assert len(kept_state(client, 0)) == 0
-    keep_state(client, _state(1), 1, begun_after=0)
-    keep_state(client, _state(2), 2, begun_after=1)
-    assert (_value(kept_state(client, 2)), _value(kept_state(client, 1))) == (2, 1)
-    keep_state(client, _state(2.5), 2, begun_after=1)  # taken again
-    assert (_value(kept_state(client, 2)), _value(kept_state(client, 1))) == (2.5, 1)
-    keep_state(client, _state(5), 5, begun_after=2)  # not sampled in between
-    with pytest.raises(StateLost, match="after round 1 is not kept"):
-        kept_state(client, 1)
-    put_state(client, _state(9), 3)
-    assert _value(kept_state(client, 3)) == 9
-    with pytest.raises(StateLost):
-        kept_state(client, 5)
+    assert len(memory_after(client, 0)) == 0
+    keep_memory(client, _state(1), 1, started_after=0)
+    keep_memory(client, _state(2), 2, started_after=1)
+    assert (_value(memory_after(client, 2)), _value(memory_after(client, 1))) == (2, 1)
+    keep_memory(client, _state(2.5), 2, started_after=1)  # taken again
+    assert (_value(memory_after(client, 2)), _value(memory_after(client, 1))) == (2.5, 1)
+    keep_memory(client, _state(5), 5, started_after=2)  # not sampled in between
+    with pytest.raises(MemoryLost, match="after round 1 is not kept"):
+        memory_after(client, 1)
+    restore_memory(client, _state(9), 3)
+    assert _value(memory_after(client, 3)) == 9
+    with pytest.raises(MemoryLost):
+        memory_after(client, 5)
+
+
+UPDATE = 62_006 * 4  # bytes of a model of lenet5 for ten classes, and of its momentum
+
+
+def nothing(message: Message, context: Context) -> None:
+    """No fault."""
+
+
+def refused(message: Message, context: Context) -> Message:
+    reply = answer(message, context)
+    reply.content["metrics"] = MetricRecord({"num-examples": -1})
+    return reply
+
+
+@pytest.mark.parametrize(
+    ("fault", "keys", "up", "down", "overhead_up", "overhead_down"),
+    [
+        # 8 rounds of 4 clients; the last one has a checkpoint, with the momentum of each
+        (nothing, {}, 36, 32, 4, 0),
+        (nothing, {"momentum-at-sync": "reset"}, 32, 32, 0, 0),
+        (once(3, 1, refused), {}, 36, 32, 5, 0),
+        (once(3, 1, fail), {}, 35, 32, 4, 0),
+        # the round is repeated: 3 updates and 4 messages more
+        (once(3, 1, fail), {"min-clients": 4}, 39, 36, 7, 4),
+        # Round 6 has 3 updates, each with its momentum; all go back to round 4, with their momentum of then
+        (once(6, 2, forget), {"min-clients": 4, "checkpoint-every": 2}, 58, 44, 26, 12),
+    ],
+)
+def test_every_array_that_is_sent_is_counted(
+    small: Config, fault: Fault, keys: dict[str, Any], up: int, down: int, overhead_up: int, overhead_down: int
+) -> None:
+    run = run_with(fault, small.changed({"name": "counted", **keys}))
+    row = read_rows(run.folder)[-1]
+    names = ("bytes_up", "bytes_down", "overhead_bytes_up", "overhead_bytes_down")
+    assert [row[name] / UPDATE for name in names] == [up, down, overhead_up, overhead_down]
+
+
+def test_a_resumed_run_counts_what_was_sent_before_it_failed(small: Config) -> None:
+    keys = {"name": "few", "min-clients": 3, "checkpoint-every": 2}
+
+    def fault(message: Message, context: Context) -> Message | None:
+        round, worker = place(message, context)
+        return fail(message, context) if round >= 4 and worker >= 2 else None
+
+    with pytest.raises(RunFailed, match="--resume few"):
+        run_with(fault, small.changed(keys))
+    run = run_with(nothing, small.changed(keys))
+    row = read_rows(run.folder)[-1]
+    # Three rounds recorded, the momentum of round 2 handed back, and the rounds after it
+    assert row["bytes_down"] / UPDATE == 3 * 4 + 4 + 6 * 4
+    assert row["overhead_bytes_down"] / UPDATE == 2 * 4
+
+
+def test_a_late_update_is_fetched_counted_and_changes_nothing(small: Config, run: Execute) -> None:
+    class Late(InProcessGrid):
+        """The first reply of each round but the last comes after its round."""
+
+        held: tuple[str, ...] = ()
+
+        def push_messages(self, messages: Iterable[Message]) -> list[str]:
+            messages = list(messages)
+            ids = list(super().push_messages(messages))
+            if messages and messages[0].metadata.message_type == "train" and place_of(messages[0]) < 8:
+                self.held = (ids[0],)
+            else:
+                self.held = ()
+            return ids
+
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            return list(super().pull_messages(set(message_ids) - set(self.held)))
+
+    def place_of(message: Message) -> int:
+        return int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
+
+    late = run_with(nothing, small.changed({"name": "late", "round-timeout": 0.01}), Late)
+    away = run_with(
+        lambda message, context: (
+            fail(message, context) if place(message, context) < (8, 0) and not place(message, context)[1] else None
+        ),
+        small.changed({"name": "away"}),
+    )
+    assert_same_bits(final_model(late), final_model(away))
+    row = read_rows(late.folder)[-1]
+    assert row["left_out"] == {}
+    assert (row["bytes_up"] / UPDATE, row["overhead_bytes_up"] / UPDATE) == (36, 7 + 4)
+
+
+def test_the_loss_of_a_row_is_over_the_samples_of_its_rounds(small: Config) -> None:
+    """Three rounds of 4, 3 and 4 clients."""
+    by_round, by_epoch = (
+        run_with(once(2, 1, refused), small.changed({"name": unit, "local-steps": 3, "record-by": unit}))
+        for unit in ("round", "epoch")
+    )
+    losses = [row["train_loss"] for row in rows_of(by_round)]
+    expected = (4 * losses[0] + 3 * losses[1] + 4 * losses[2]) / 11
+    assert rows_of(by_epoch)[0]["train_loss"] == pytest.approx(expected, rel=1e-12)
+    assert rows_of(by_epoch)[0]["train_loss"] != pytest.approx(sum(losses[:3]) / 3, rel=1e-7)
+
+
+def test_a_mean_that_is_not_finite_ends_the_run_as_failed(small: Config) -> None:
+    def far(message: Message, context: Context) -> Message:
+        reply = answer(message, context)
+        state = reply.content.array_records["arrays"].to_torch_state_dict()
+        state["fc3.bias"][0] = 1.7e308 * (-1) ** place(message, context)[1]
+        reply.content["arrays"] = ArrayRecord(state)
+        return reply
+
+    with pytest.raises(RunFailed, match=r"round 1: the average of fc3\.bias is not finite"):
+        run_with(far, small.changed({"name": "far", "precision": "fp64"}))
+
+
+def test_a_negative_variance_never_reaches_the_model(small: Config) -> None:
+    def negative(message: Message, context: Context) -> Message:
+        reply = answer(message, context)
+        state = reply.content.array_records["arrays"].to_torch_state_dict()
+        state["buffers/bn1.running_var"] -= 1e6
+        reply.content["arrays"] = ArrayRecord(state)
+        return reply
+
+    run = run_with(once(2, 1, negative), small.changed({"name": "negative", "model": "lenet-bn", "rounds": 3}))
+    assert [row["left_out"] for row in rows_of(run)] == [{}, {"1": "buffers/bn1.running_var is negative"}, {}]
+    assert all(row["test_loss"] is not None for row in rows_of(run))
+
+
+def test_the_order_of_replies_changes_nothing_that_is_written(small: Config) -> None:
+    class Reversed(InProcessGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            return list(super().pull_messages(sorted(message_ids, key=int, reverse=True)))
+
+    class Forward(InProcessGrid):
+        def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+            return list(super().pull_messages(sorted(message_ids, key=int)))
+
+    def fault(message: Message, context: Context) -> Message | None:
+        return fail(message, context) if place(message, context)[1] in (1, 2) else None
+
+    one, other = (run_with(fault, small.changed({"name": g.__name__, "clients": 8}), g) for g in (Forward, Reversed))
+    assert [list(row.items()) for row in rows_of(one)] == [list(row.items()) for row in rows_of(other)]
+    assert [list(row["left_out"]) for row in rows_of(other)] == [["1", "2"]] * len(rows_of(other))
+    checkpoints = [torch.load(run.folder / "checkpoint.pt", weights_only=True) for run in (one, other)]
+    assert list(checkpoints[0]["memories"]) == list(checkpoints[1]["memories"]) == list(range(8))
+    assert_same_bits(final_model(one), final_model(other))
+
+
+class OuterMomentum(LocalSGD):
+    """Outer SGD with momentum on the pseudo-gradient, as FedAvgM does."""
+
+    def server_step(
+        self, x: dict[str, Tensor], mean: dict[str, Tensor], state: dict[str, Any], round_: int
+    ) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        assert state.get("rounds", 0) == round_ - 1
+        assert not any("num_batches_tracked" in name or name.startswith(("buffers/", "extras/")) for name in x)
+        velocity = {name: 0.5 * state.get(f"velocity/{name}", 0) + (x[name] - mean[name]) for name in x}
+        moved = {name: x[name] - velocity[name] for name in x}
+        return moved, {"rounds": round_, **{f"velocity/{name}": value for name, value in velocity.items()}}
+
+
+def test_the_servers_state_is_resumed_and_rolled_back_bitwise(
+    small: Config, run: Execute, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    keys: dict[str, Any] = {"model": "lenet-bn", "synthetic-images": 64, "batch-size": 2, "rounds": 6}
+    keys |= {"min-clients": 4, "checkpoint-every": 2, "evaluate-every": 6}
+    plain = run(name="plain", **keys)
+    monkeypatch.setitem(STRATEGIES, "localsgd", OuterMomentum)
+    whole = run(name="whole", **keys)
+    assert not torch.equal(final_model(whole)["fc1.weight"], final_model(plain)["fc1.weight"])
+    run(name="parts", stop_after_rounds=3, **keys)
+    back = run_with(once(5, 2, forget), small.changed({"name": "back", **keys}))
+    for other in (run(name="parts", **keys), back):
+        assert_same_bits(final_model(other), final_model(whole))
+        assert rows_of(other) == rows_of(whole)
+
+
+def test_clients_that_train_together_fail_as_one_that_fails(small: Config) -> None:
+    config = resolve(small.changed({"name": "together"}), "localsgd")
+
+    def broken(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        raise MemoryError("out of memory")
+
+    with (
+        InProcessGrid(client_app.app, config, broken) as grid,
+        pytest.raises(RunFailed, match=r"round 1: .*worker 0: its client failed \(MemoryError: out of memory\)"),
+    ):
+        train_localsgd(grid, config, Run(config, "localsgd"))
+
+
+def test_one_of_those_that_train_together_that_lost_its_momentum_is_left_out(small: Config) -> None:
+    config = resolve(small.changed({"name": "together", "rounds": 4}), "localsgd")
+
+    def forgetful(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        if place(messages[2], contexts[2]) == (3, 2):
+            forget(messages[2], contexts[2])
+        return client_app.train_together(messages, contexts)
+
+    run = Run(config, "localsgd")
+    with InProcessGrid(client_app.app, config, forgetful) as grid:
+        train_localsgd(grid, config, run)
+    assert [row["left_out"] for row in rows_of(run)] == [{}, {}, {"2": MEMORY_LOST}, {}]
+
+
+def test_a_client_at_rest_keeps_one_state(small: Config) -> None:
+    config = resolve(small.changed({"name": "sampled", "clients": 8, "fraction": 0.25, "rounds": 12}), "localsgd")
+    with InProcessGrid(client_app.app, config) as grid:
+        train_localsgd(grid, config, Run(config, "localsgd"))
+        states = [
+            len(context.state.array_records.get(name, {}))
+            for context in grid._contexts.values()
+            for name in ("memory", "memory-previous")
+        ]
+    current, previous = states[::2], states[1::2]
+    assert sum(map(bool, current)) > 4
+    assert sum(map(bool, previous)) <= 2  # those of the last round
+
+
+def test_more_clients_than_there_is_memory_for_are_refused(small: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(
+        UserError, match=r"clients = 10000000: .* need \d+\.\d GiB of memory, but .* --momentum-at-sync"
+    ):
+        check_memory(small.changed({"clients": 10**7, "fraction": 1e-6}))
+    check_memory(small.changed({"clients": 10**7, "fraction": 1e-6, "momentum-at-sync": "reset"}))
+    assert capsys.readouterr().out == ""
+    check_memory(small.changed({"clients": 1700, "fraction": 0.1}))
+    assert "memory: the optimizer states and updates of 1700 clients take up to 1.3 GiB" in capsys.readouterr().out

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from fedsim.config import Config
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.step import run_steps
-from strategies.local_sgd import weighted_mean
+from strategies.mean import weighted_mean
 
 Batch = tuple[Tensor, Tensor]
 WORKERS, BATCH, ROUNDS = 4, 8, 6

@@ -1,0 +1,106 @@
+"""A run's checkpoint, clients' memories included, and the one way back to it: a resumed run's and a failed round's."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Mapping
+from dataclasses import fields, replace
+from typing import Any
+
+from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from torch import Tensor, nn
+
+from fedsim.config import Config
+from fedsim.federation.messenger import Messenger
+from fedsim.federation.node_registry import Nodes
+from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS, OPTIMIZER, keeps_memory, with_prefix
+from fedsim.federation.round import Progress, TooFewClients
+from fedsim.optim import zero_state
+from fedsim.records import Run, read_rows
+from strategies import tensor_record, tensors_like, tensors_of
+
+Memory = dict[str, Tensor]  # what a client keeps between rounds
+
+
+def resume(run: Run, messenger: Messenger, nodes: Nodes, initial: Progress, rounds: int) -> Progress:
+    """The progress of the run's checkpoint, its memories handed back to the clients; `initial` without a checkpoint.
+
+    `rounds` are those of the whole run.
+    Rows made after the checkpoint are dropped, but the bytes that were sent for them still count.
+    """
+    rows = read_rows(run.folder)
+    checkpoint = run.resume(rounds, _state(initial, {}, messenger))
+    counted = [*rows, checkpoint] if checkpoint else rows
+    messenger.bytes_up = max([messenger.bytes_up, *(one["bytes_up"] for one in counted)])
+    messenger.bytes_down = max([messenger.bytes_down, *(one["bytes_down"] for one in counted)])
+    if checkpoint is None:
+        return initial
+    held = {item.name: checkpoint[item.name] for item in fields(Progress)}
+    progress = Progress(**{**held, "arrays": tensor_record(checkpoint["arrays"])})
+    hand_back(messenger, nodes, progress.last_aggregated_round, checkpoint["memories"])
+    return progress
+
+
+def save(run: Run, config: Config, messenger: Messenger, progress: Progress, memories: Mapping[int, Memory]) -> None:
+    """Save all that the run needs to resume; a client whose memory is not among `memories` then starts without."""
+    last = progress.last_aggregated_round
+    if keeps_memory(config):
+        last = [round_ if worker in memories else 0 for worker, round_ in enumerate(last)]
+    run.save_checkpoint(_state(replace(progress, last_aggregated_round=last), memories, messenger))
+
+
+def _state(progress: Progress, memories: Mapping[int, Memory], messenger: Messenger) -> dict[str, Any]:
+    """What a checkpoint holds."""
+    return {
+        **vars(progress),
+        "arrays": tensors_of(progress.arrays),
+        "memories": dict(memories),
+        "bytes_up": messenger.bytes_up,
+        "bytes_down": messenger.bytes_down,
+    }
+
+
+def collect_memories(
+    messenger: Messenger,
+    config: Config,
+    nodes: Nodes,
+    progress: Progress,
+    sent: Mapping[int, ArrayRecord],
+    model: nn.Module,
+) -> dict[int, Memory]:
+    """The memory of every client that still has it, by worker.
+
+    `sent` came along with the round's updates; the other clients are asked. Raises TooFewClients where fewer than
+    min-clients have theirs.
+    """
+    if not keeps_memory(config):
+        return {}
+    rounds = progress.last_aggregated_round
+    question = RecordDict({"config": ConfigRecord({MEMORY_ROUNDS: rounds})})
+    replies = messenger.ask("query.memory", {node: question for node, worker in nodes.items() if worker not in sent})
+    records = dict(sent)
+    for node, reply in replies.items():
+        if reply.has_content() and MEMORY in reply.content.array_records:
+            records[nodes[node]] = reply.content.array_records[MEMORY]
+
+    memories: dict[int, Memory] = {}
+    like = with_prefix(OPTIMIZER, zero_state(config, dict(model.named_parameters())))
+    for worker, record in sorted(records.items()):
+        with contextlib.suppress(ValueError):  # what a client sends may be anything
+            memories[worker] = tensors_like(record, tensor_record(like if rounds[worker] else {}))
+    if len(memories) < (config.min_clients or 1):
+        raise TooFewClients(f"round {progress.round}: only {len(memories)} clients have their optimizer state", True)
+    return memories
+
+
+def hand_back(messenger: Messenger, nodes: Nodes, rounds: list[int], memories: Mapping[int, Memory]) -> None:
+    """Restore each client's memory as the one after its round in `rounds`."""
+    config = ConfigRecord({MEMORY_ROUNDS: rounds})
+    messenger.ask(
+        "query.memory",
+        {
+            node: RecordDict({MEMORY: tensor_record(memories[worker]), "config": config})
+            for node, worker in nodes.items()
+            if worker in memories
+        },
+    )

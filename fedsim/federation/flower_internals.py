@@ -1,0 +1,27 @@
+"""All that fedsim uses of Flower beyond its public API, for running clients and server in one process.
+
+Where one of these moves in a later version of Flower, `tests/strategies` and every in-process run fail at import or at
+the first message; change it here alone. Look for: who reads `TaskIdentity` in `flwr.app.Message` (the sender of a
+message), how `HttpGrid.push_messages` gives a message its id, and what `Grid.set_run` and `Grid.run` hold.
+"""
+
+from __future__ import annotations
+
+from flwr.app import Message
+from flwr.common.constant import ErrorCode
+from flwr.supercore.run import Run as FlowerRun
+from flwr.supercore.task_identity import TaskIdentity
+
+__all__ = ["CLIENT_FAILED", "FlowerRun", "become_server", "set_message_id"]
+
+CLIENT_FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+
+
+def become_server(run_id: int, node_id: int) -> None:
+    """Let messages be made in this process; in one of Flower's own this is set at its start."""
+    TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, node_id
+
+
+def set_message_id(message: Message, id_: str) -> None:
+    """Give a message the id that its reply refers to, as Flower's own grids do."""
+    message.metadata.__dict__["_message_id"] = id_

@@ -1,0 +1,79 @@
+"""Messages to clients and their replies, over any Flower grid, and the bytes of the arrays in both."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterable, Mapping, Sequence
+
+from flwr.app import Message, RecordDict
+from flwr.serverapp import Grid
+
+from strategies import payload_bytes
+
+ANSWER_SECONDS = 120  # how long a node may take to answer a question; Flower starts a process for it
+LOOK_SECONDS = 0.1  # between two looks for replies
+
+
+class Messenger:
+    """Sends and receives over `grid`. `bytes_up` and `bytes_down` count every array that it moved, averaged or not.
+
+    A reply that comes too late is fetched at a later exchange, counted and dropped.
+    """
+
+    def __init__(self, grid: Grid) -> None:
+        self.grid = grid
+        self.bytes_up = 0
+        self.bytes_down = 0
+        self._unanswered: set[str] = set()  # ids of messages that were not waited for any longer
+
+    def send(self, messages: Sequence[Message]) -> list[str]:
+        """Send messages; returns the ids of those that were accepted, else an empty string, in their order."""
+        if not messages:
+            return []
+        self.bytes_down += sum(payload(message) for message in messages)
+        return [id_ or "" for id_ in self.grid.push_messages(messages)]
+
+    def receive(self, ids: Iterable[str]) -> list[Message]:
+        """The replies that have come by now to the messages with these ids."""
+        wanted = set(ids)
+        replies = list(self.grid.pull_messages(wanted)) if wanted else []
+        self.bytes_up += sum(payload(reply) for reply in replies)
+        return replies
+
+    def exchange(self, messages: Sequence[Message], seconds: float = math.inf) -> list[Message]:
+        """The replies to `messages` that come within so many seconds.
+
+        `Grid.send_and_receive` does the same, but in a deployment it looks for replies every three seconds only.
+        """
+        deadline = time.monotonic() + seconds
+        waiting = set(filter(None, self.send(messages)))
+        replies: list[Message] = []
+        while waiting:
+            arrived = self.receive(waiting)
+            replies += arrived
+            waiting -= _answered(arrived)
+            if time.monotonic() > deadline:
+                break
+            if waiting:
+                time.sleep(LOOK_SECONDS)
+        self._unanswered -= _answered(self.receive(self._unanswered))
+        self._unanswered |= waiting
+        return replies
+
+    def ask(self, question: str, contents: Mapping[int, RecordDict]) -> dict[int, Message]:
+        """The answers to a query, by node, without those of nodes that take too long or are gone."""
+        replies = self.exchange(
+            [Message(content, node, question) for node, content in contents.items()], ANSWER_SECONDS
+        )
+        # That a node is gone is reported by the SuperLink, in its own name
+        return {reply.metadata.src_node_id: reply for reply in replies if reply.metadata.src_node_id in contents}
+
+
+def payload(message: Message) -> int:
+    """The bytes of all arrays in a message."""
+    return sum(map(payload_bytes, message.content.array_records.values())) if message.has_content() else 0
+
+
+def _answered(replies: Iterable[Message]) -> set[str]:
+    return {reply.metadata.reply_to_message_id for reply in replies}

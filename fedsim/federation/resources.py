@@ -1,0 +1,50 @@
+"""How much memory the clients of one process need, checked before they are made."""
+
+from __future__ import annotations
+
+import psutil
+import torch
+
+from fedsim.config import Config
+from fedsim.data.datasets import classes_of
+from fedsim.errors import UserError
+from fedsim.federation.protocol import keeps_memory
+from fedsim.models import blank_model
+from fedsim.optim import zero_state
+
+GIB = 2**30
+
+
+def check_memory(config: Config) -> None:
+    """Print what the clients of `config` need where that is much; raise UserError where it is not there."""
+    needed, free = needed_bytes(config), free_bytes(config.device)
+    told = f"the optimizer states and updates of {config.clients} clients"
+    if needed > free:
+        other = ", or --momentum-at-sync reset or average" if keeps_memory(config) else " or a smaller --fraction"
+        raise UserError(
+            f"clients = {config.clients}: {told} need {needed / GIB:.1f} GiB of memory, but {free / GIB:.1f} GiB are "
+            f"free: give fewer clients{other}"
+        )
+    if needed > GIB:
+        print(f"memory: {told} take up to {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free", flush=True)
+
+
+def needed_bytes(config: Config) -> int:
+    """The bytes of all states and updates that exist at once, without models in training and the data set.
+
+    Each client keeps one optimizer state; a checkpoint of all of them is a buffer that is copied as it grows. An
+    update in flight holds the weights and, unless it is reset, a new state.
+    """
+    model = blank_model(config.model, classes_of(config), config.device, config.precision)
+    weights: int = sum(value.nbytes for value in model.state_dict().values())
+    state: int = sum(value.nbytes for value in zero_state(config, dict(model.named_parameters())).values())
+    kept = 3 * config.clients * state if keeps_memory(config) else 0
+    update = weights if config.momentum_at_sync == "reset" else weights + state
+    return kept + config.clients_per_round * update
+
+
+def free_bytes(device: str) -> int:
+    """The memory that is free on `device`, in bytes."""
+    if device.startswith("cuda"):
+        return int(torch.cuda.mem_get_info(device)[0])
+    return int(psutil.virtual_memory().available)

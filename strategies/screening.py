@@ -1,0 +1,162 @@
+"""Which replies of a round may be averaged, and why the others may not.
+
+Nothing that a client sends is trusted: not its arrays, its numbers, its text, nor how much of each there is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from flwr.app import Array, ArrayRecord, Message, MetricRecord
+from torch import Tensor
+
+from strategies.tensor_array import TensorArray, array_bytes, dtype_name, tensor_of
+
+DECLINED = "declined"  # record with the reason of a client that has nothing to send in this round
+MAX_TEXT = 200  # characters
+MAX_METRICS = 1000  # numbers in a reply
+MAX_METRIC = torch.finfo(torch.float32).max  # of a metric's absolute value: means of such numbers cannot overflow
+NPY_HEADER = 1024  # bytes that an array may come with besides its values
+
+
+class Request(NamedTuple):
+    """What a round was asked with."""
+
+    arrays: ArrayRecord
+    messages: list[Message]
+    workers: dict[int, int]  # node -> worker, of all messages
+    away: list[int]  # sampled workers whose node is not connected
+
+
+class Update(NamedTuple):
+    """What one worker sent."""
+
+    weight: float
+    arrays: dict[str, Tensor]
+    metrics: MetricRecord
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What an update must hold: its records, its weight (at most `max_examples`), `metrics` that it must report.
+
+    `nonnegative` names arrays, for instance variances. `other_records` may come besides and are not looked at.
+    """
+
+    arrays: str = "arrays"
+    weight: str = "num-examples"
+    max_examples: float = 2.0**53
+    metrics: Sequence[str] = ()
+    nonnegative: Collection[str] = ()
+    other_records: Collection[str] = ()
+
+
+def screen(replies: Iterable[Message], request: Request, rules: Rules) -> tuple[dict[int, Update], dict[int, str]]:
+    """The usable updates by worker, and for every other sampled worker the reason why it has none.
+
+    Late replies to earlier rounds, second replies and those of other nodes are ignored.
+    """
+    ids = {message.metadata.message_id for message in request.messages}
+    updates: dict[int, Update] = {}
+    left_out = dict.fromkeys(request.away, "its node is not connected")
+    for reply in replies:
+        # Flower's own report that a node is gone comes from none of the nodes
+        worker = request.workers.get(reply.metadata.src_node_id)
+        late = reply.metadata.reply_to_message_id not in ids
+        if worker is None or late or worker in updates or worker in left_out:
+            continue
+        try:
+            updates[worker] = _usable(reply, request.arrays, rules)
+        except ValueError as reason:
+            left_out[worker] = printable(reason)
+    for worker in request.workers.values():
+        if worker not in updates:
+            left_out.setdefault(worker, "it did not answer")
+    return updates, dict(sorted(left_out.items()))
+
+
+def printable(text: object) -> str:
+    """Text of a client, fit to be logged and stored: one line of at most 200 printable characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in str(text)[:MAX_TEXT])
+
+
+def tensors_like(record: ArrayRecord, sent: Mapping[str, Array]) -> dict[str, Tensor]:
+    """The tensors of a client's record, which must be finite and like those `sent`, under their names.
+
+    Raises ValueError with what is wrong. What an array says of itself is checked against its bytes, and these are
+    not parsed where they are too many.
+    """
+    if record.keys() != sent.keys():
+        raise ValueError(f"its arrays are others than those sent: {min(record.keys() ^ sent.keys())}")
+    tensors = {name: _tensor_like(name, record[name], array) for name, array in sent.items()}
+    if wrong := not_finite(tensors):
+        raise ValueError(f"{wrong} is not finite")
+    return tensors
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
+    """The name of a tensor that holds an infinity or NaN, if one does."""
+    # 0 * x is 0 but for infinities and NaN; on a CPU `isfinite` takes three times as long
+    return _first(tensors, [tensor.mul(0).any() for tensor in tensors.values()])
+
+
+def _first(tensors: Mapping[str, Tensor], wrong: list[Tensor]) -> str | None:
+    """The first name whose flag is set. All are read at once, so that a GPU is waited for once."""
+    flags = torch.stack(wrong).tolist() if wrong else []
+    return list(tensors)[flags.index(True)] if any(flags) else None
+
+
+def _usable(reply: Message, sent: ArrayRecord, rules: Rules) -> Update:
+    """The update in a reply; raises ValueError with the reason where it may not be averaged."""
+    if reply.has_error():
+        raise ValueError(f"its client failed ({printable(reply.error.reason)})")
+    content = reply.content
+    if DECLINED in content.config_records:
+        raise ValueError(printable(content.config_records[DECLINED].get("reason")))
+    arrays = content.array_records.get(rules.arrays)
+    others = content.keys() - {rules.arrays, *content.metric_records, *rules.other_records}
+    if arrays is None or len(content.metric_records) != 1 or others:
+        raise ValueError(f"it sent other records than {rules.arrays} and one of metrics")
+    metrics = next(iter(content.metric_records.values()))
+    weight = _usable_weight(metrics, rules)
+    tensors = tensors_like(arrays, sent)
+    variances = {name: tensor for name, tensor in tensors.items() if name in rules.nonnegative}
+    if wrong := _first(variances, [tensor.lt(0).any() for tensor in variances.values()]):
+        raise ValueError(f"{wrong} is negative")
+    return Update(weight, tensors, metrics)
+
+
+def _usable_weight(metrics: MetricRecord, rules: Rules) -> float:
+    """The weight in `metrics`, all of which must be numbers that can be averaged."""
+    numbers = {name: value if isinstance(value, list) else [value] for name, value in metrics.items()}
+    if sum(map(len, numbers.values())) > MAX_METRICS:
+        raise ValueError(f"its metrics are more than {MAX_METRICS} numbers")
+    weight = metrics.get(rules.weight)
+    if not isinstance(weight, int | float) or not 0 < weight <= rules.max_examples:
+        raise ValueError(f"{rules.weight} is {printable(weight)}")
+    for name in rules.metrics:
+        if not isinstance(metrics.get(name), int | float):
+            raise ValueError(f"{name} is {printable(metrics.get(name))}")
+    for name, values in numbers.items():
+        for value in values:
+            if not -MAX_METRIC <= value <= MAX_METRIC:  # so is NaN
+                raise ValueError(f"{name} is {value}")
+    return float(weight)
+
+
+def _tensor_like(name: str, array: Array, sent: Array) -> Tensor:
+    expected = sent.dtype, tuple(sent.shape)
+    if (array.dtype, tuple(array.shape)) != expected:
+        raise ValueError(f"{name} is {printable(array.dtype)} {list(array.shape)}, not as it was sent")
+    if not isinstance(array, TensorArray) and len(array.data) > (most := array_bytes(sent) + NPY_HEADER):
+        raise ValueError(f"{name} holds {len(array.data)} bytes, more than {most}")
+    try:
+        tensor = tensor_of(array)
+    except Exception as error:  # whatever NumPy makes of foreign bytes
+        raise ValueError(f"{name} cannot be read ({printable(error)})") from error
+    if (dtype_name(tensor), tuple(tensor.shape)) != expected:  # its bytes say otherwise than it does
+        raise ValueError(f"{name} is {dtype_name(tensor)} {list(tensor.shape)}, not as it was sent")
+    return tensor

@@ -1,0 +1,53 @@
+"""The bytes of a run, and its results, where messages leave the process: what Ray and a SuperLink do to arrays."""
+
+from __future__ import annotations
+
+import pickle
+from typing import Any
+
+import pytest
+from flwr.app import Array, ArrayRecord, Message
+
+from fedsim.config import Config
+from fedsim.device import resolve
+from fedsim.federation import client_app
+from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.server_app import train_localsgd
+from fedsim.records import Run, read_rows
+from strategies import payload_bytes, tensors_of
+from tests.conftest import Execute, assert_same_bits, final_model
+
+
+class Pickled(InProcessGrid):
+    """Every message is taken apart and put together again, both ways."""
+
+    def _handle(self, message: Message) -> Message:
+        reply: Message = pickle.loads(pickle.dumps(super()._handle(pickle.loads(pickle.dumps(message)))))
+        for record in reply.content.array_records.values():
+            assert all(type(array) is Array for array in record.values())
+            assert payload_bytes(record) == sum(tensor.nbytes for tensor in tensors_of(record).values())
+        return reply
+
+
+@pytest.mark.parametrize(
+    "keys", [{"model": "lenet-bn", "optimizer": "lamb", "fraction": 0.5}, {"momentum-at-sync": "average"}]
+)
+def test_messages_that_leave_the_process_change_neither_bits_nor_bytes(
+    small: Config, run: Execute, keys: dict[str, Any]
+) -> None:
+    whole = run(name="whole", rounds=4, checkpoint_every=2, **keys)
+    config = resolve(small.changed({"name": "pickled", "rounds": 4, "checkpoint-every": 2, **keys}), "localsgd")
+    pickled = Run(config, "localsgd")
+    with Pickled(client_app.app, config) as grid:
+        train_localsgd(grid, config, pickled)
+    assert_same_bits(final_model(pickled), final_model(whole))
+    names = ("bytes_up", "bytes_down", "overhead_bytes_up", "overhead_bytes_down")
+    counted = [[{name: row[name] for name in names} for row in read_rows(one.folder)] for one in (whole, pickled)]
+    assert counted[0] == counted[1]
+    assert counted[0][-1]["bytes_down"] > 0
+
+
+def test_an_array_that_lies_about_its_size_counts_for_what_was_sent() -> None:
+    record = ArrayRecord()
+    record["x"] = Array("float64", (10**12,), "numpy.ndarray", b"spam" * 10)
+    assert payload_bytes(record) == 40

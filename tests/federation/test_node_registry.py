@@ -1,0 +1,179 @@
+"""Which node is which worker: nodes that join late, say nonsense or nothing at all."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+
+from fedsim.config import Config, own_keys
+from fedsim.errors import UserError
+from fedsim.federation import client_app, node_registry
+from fedsim.federation.in_process import SERVER_ID, InProcessGrid
+from fedsim.federation.messenger import Messenger
+from fedsim.federation.node_registry import NodeRegistry
+
+
+class Network(InProcessGrid):
+    """Nodes 2 to 5 hold the shards 0 to 3. Others join with an answer of their own, or never answer."""
+
+    def __init__(self, config: Config) -> None:
+        app = ClientApp()
+        app.query("partition")(self.partition)
+        super().__init__(app, config)
+        self.answers: dict[int, MetricRecord] = {}
+        self.silent: set[int] = set()
+        self.gone: set[int] = set()
+        self.slow: set[int] = set()  # what they reply is on its way
+        self.asked: Counter[int] = Counter()
+
+    def partition(self, message: Message, context: Context) -> Message:
+        if context.node_id in self.answers:
+            return Message(RecordDict({"partition": self.answers[context.node_id]}), reply_to=message)
+        return client_app.partition(message, context)
+
+    def join(self, node: int, silent: bool = False, **answer: Any) -> None:
+        self._contexts[node] = Context(1, node, {}, RecordDict(), {})
+        self.answers[node] = MetricRecord({name.replace("_", "-"): value for name, value in answer.items()})
+        self.silent |= {node} if silent else set()
+
+    def push_messages(self, messages: Iterable[Message]) -> list[str]:
+        messages = list(messages)
+        self.asked.update(message.metadata.dst_node_id for message in messages)
+        ids = list(super().push_messages(messages))
+        for id_, message in zip(ids, messages, strict=True):
+            if message.metadata.dst_node_id in self.gone:
+                self._replies[id_] = Message(Error(5, "Node Unavailable"), reply_to=message)
+                self._replies[id_].metadata.__dict__["_src_node_id"] = SERVER_ID
+            if message.metadata.dst_node_id in self.silent:
+                del self._replies[id_]
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        slow = {id_ for id_, reply in self._replies.items() if reply.metadata.src_node_id in self.slow}
+        return list(super().pull_messages(set(message_ids) - slow))
+
+
+@pytest.fixture
+def network(small: Config) -> Iterator[Network]:
+    network = Network(small)
+    with network:
+        yield network
+
+
+@pytest.fixture
+def registry(network: Network, small: Config) -> NodeRegistry:
+    registry = NodeRegistry(Messenger(network), small)
+    registry.wait_for(4, strict=True)
+    return registry
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
+    """The registry's time, which passes when a test or its waiting says so."""
+    clock = SimpleNamespace(now=1000.0)
+    clock.monotonic = lambda: clock.now
+    clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
+    monkeypatch.setattr(node_registry, "time", clock)
+    return clock
+
+
+@pytest.mark.parametrize("partition_id", [99, -1, 4, 2**62, 1.0, [1]])
+def test_a_late_node_with_no_shard_of_the_run_is_rejected_with_a_line(
+    network: Network, registry: NodeRegistry, capsys: pytest.CaptureFixture[str], partition_id: Any
+) -> None:
+    network.join(50, partition_id=partition_id, num_partitions=4)
+    assert registry.refresh() == registry.refresh() == {2: 0, 3: 1, 4: 2, 5: 3}
+    line = f"a node holds shard {partition_id}: give it a partition-id from 0 to 3"
+    assert capsys.readouterr().out == f"a node that has connected is left out: {line}\n"
+    assert network.asked[50] == 1
+
+
+def test_a_node_that_replaces_another_takes_its_shard(network: Network, registry: NodeRegistry) -> None:
+    network.join(50, partition_id=1, num_partitions=4)
+    del network._contexts[3]
+    assert registry.refresh() == {2: 0, 50: 1, 4: 2, 5: 3}
+
+
+def test_nodes_with_the_same_shard_are_an_error_at_the_start(network: Network, small: Config) -> None:
+    network.join(50, partition_id=1, num_partitions=4)
+    with pytest.raises(UserError, match=r"the nodes hold the shards \[0, 1, 1, 2, 3\]: give each node its own"):
+        NodeRegistry(Messenger(network), small).wait_for(4, strict=True)
+
+
+def test_nodes_that_never_answer_hold_up_nothing_and_are_asked_ever_more_seldom(
+    network: Network, registry: NodeRegistry, clock: SimpleNamespace
+) -> None:
+    network.join(50, silent=True)
+    network.join(51, silent=True)
+    asked = []
+    for _ in range(15):
+        began = clock.now
+        assert len(registry.refresh()) == 4
+        assert clock.now == began
+        asked.append(network.asked[50])
+        assert network.asked[51] == network.asked[50]
+        clock.now += 60
+    assert asked == [1, 1, 2, 2, 2, 2, 3, 3, 3, 3, 3, 3, 3, 3, 4]
+
+
+def test_a_node_that_answers_late_takes_part_from_then_on(network: Network, registry: NodeRegistry) -> None:
+    network.join(50, partition_id=1, num_partitions=4)
+    network.slow = {50}
+    del network._contexts[3]
+    assert registry.refresh() == {2: 0, 4: 2, 5: 3}
+    network.slow = set()
+    assert registry.refresh() == {2: 0, 50: 1, 4: 2, 5: 3}
+    assert network.asked[50] == 1
+
+
+def test_a_node_that_the_superlink_reports_gone_is_asked_again_when_it_is_back(
+    network: Network, registry: NodeRegistry
+) -> None:
+    network.join(50, partition_id=1, num_partitions=4)
+    del network._contexts[3]
+    network.gone = {50}
+    assert registry.refresh() == {2: 0, 4: 2, 5: 3}
+    network.gone = set()
+    assert registry.refresh() == {2: 0, 50: 1, 4: 2, 5: 3}
+
+
+def test_a_run_begins_without_those_that_never_answer_once_their_time_is_up(
+    network: Network, small: Config, clock: SimpleNamespace
+) -> None:
+    network.silent = {3, 4}
+    registry = NodeRegistry(Messenger(network), small)
+    registry.wait_for(2, strict=True)
+    assert registry.refresh() == {2: 0, 5: 3}
+    assert 120 <= clock.now - 1000 < 125  # not twice as long for two
+    with pytest.raises(UserError, match="clients = 4, but only 2 nodes are connected: connect the others"):
+        registry.wait_for(3)
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("partition_id", "partition_id cannot stand in the node config: did you mean partition-id?"),
+        ("num_partitions", "num_partitions cannot stand in the node config: did you mean num-partitions?"),
+        ("partition-ids", "partition-ids cannot stand in the node config: did you mean partition-id?"),
+    ],
+)
+def test_misspelt_keys_of_flowers_in_the_node_config_are_named(name: str, words: str) -> None:
+    with pytest.raises(UserError) as caught:
+        own_keys({"num-partitions": 4, name: 1})
+    assert str(caught.value) == words
+
+
+@pytest.mark.parametrize("value", [None, 1.5, "0", True])
+def test_a_node_whose_shard_is_no_whole_number_cannot_take_part(network: Network, small: Config, value: Any) -> None:
+    node_config = network._contexts[4].node_config
+    node_config.pop("partition-id")
+    if value is not None:
+        node_config["partition-id"] = value
+    with pytest.raises(UserError, match=f"cannot take part: .*partition-id = {value} in the node config: give a whole"):
+        NodeRegistry(Messenger(network), small).wait_for(4, strict=True)

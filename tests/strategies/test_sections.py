@@ -1,0 +1,64 @@
+"""Parameters, buffers and extras, told apart by the model itself, and how buffers are merged."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from strategies import batchnorm_buffers, buffers_in, buffers_of, join, sections, split
+from strategies.batchnorm import merge
+from tests.conftest import assert_same_bits
+
+
+class Meter(nn.Module):
+    """No BatchNorm, but buffers that are called as its are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.running_var = nn.Parameter(torch.ones(2))
+        self.register_buffer("running_mean", torch.zeros(2))
+
+
+MODEL = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), Meter())
+
+
+def test_the_model_tells_parameters_from_buffers() -> None:
+    extras = {"optimizer/0.weight/momentum_buffer": torch.ones(2, 2)}
+    arrays = join(sections(MODEL.state_dict(), buffers_of(MODEL), extras))
+    found = split(arrays)
+    assert set(found.parameters) == {"0.weight", "0.bias", "1.weight", "1.bias", "2.running_var"}
+    assert (
+        set(found.buffers)
+        == buffers_in(arrays)
+        == {
+            "1.running_mean",
+            "1.running_var",
+            "1.num_batches_tracked",
+            "2.running_mean",
+        }
+    )
+    assert_same_bits({**found.parameters, **found.buffers}, MODEL.state_dict())
+    assert_same_bits(found.extras, extras)
+
+
+def test_batchnorm_is_known_by_its_type_not_by_names() -> None:
+    assert batchnorm_buffers(MODEL) == {
+        "1.running_mean": "running_mean",
+        "1.running_var": "running_var",
+        "1.num_batches_tracked": "num_batches_tracked",
+    }
+    assert batchnorm_buffers(nn.BatchNorm2d(3)).keys() == {"running_mean", "running_var", "num_batches_tracked"}
+
+
+@pytest.mark.parametrize(("how", "mean"), [("average", 3.0), ("worker-0", 1.0)])
+def test_only_batchnorms_buffers_are_merged_as_asked(how: str, mean: float) -> None:
+    def buffers(value: float, count: int) -> dict[str, Tensor]:
+        means = {name: torch.full((2,), value) for name in ("1.running_mean", "2.running_mean")}
+        return {**means, "1.num_batches_tracked": torch.tensor(count)}
+
+    merged = merge([buffers(1.0, 7), buffers(5.0, 9)], [0.5, 0.5], how, batchnorm_buffers(MODEL))
+    assert merged["1.running_mean"].tolist() == [mean, mean]
+    assert merged["2.running_mean"].tolist() == [3.0, 3.0]
+    count = merged["1.num_batches_tracked"]
+    assert (count.dtype, int(count)) == (torch.int64, 9 if how == "average" else 7)
