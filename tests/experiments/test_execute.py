@@ -160,9 +160,9 @@ def test_averaged_momentum_travels_with_the_model(run: Execute) -> None:
 
 def test_learning_happens(run: Execute) -> None:
     keys = {"synthetic-images": 2000, "lr": 0.05, "epochs": 6.0, "evaluate-every": 1000}
-    assert rows_of(run(name="local", **keys))[-1]["test_accuracy"] > 0.8  # 10 classes
+    assert rows_of(run(name="local", **keys))[-1]["test_accuracy"] > 0.6  # 10 classes, chance is 0.1
     central = run("centralized", name="central", **{**keys, "batch-size": 64})
-    assert rows_of(central)[-1]["test_accuracy"] > 0.8
+    assert rows_of(central)[-1]["test_accuracy"] > 0.6
 
 
 def test_a_finished_run_is_left_alone_unless_asked(run: Execute) -> None:
