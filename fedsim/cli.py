@@ -309,7 +309,7 @@ def study(
     if not studies:
         from fedsim.experiments.cost import list_studies
 
-        for line in list_studies(chosen, Path(results_dir)):
+        for line in list_studies(chosen, _results(results_dir)):
             console.print(line, **PLAIN)
         return
     keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
@@ -317,9 +317,10 @@ def study(
     read = [read_study(name).in_precision(precision) if precision else read_study(name) for name in studies]
     todo = [(found, select(found, found.cells(chosen, keys), only)) for found in read]
     runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine)
-    failed = run_studies(todo, Path(results_dir), runner, rerun, console)
+    results = _results(results_dir)
+    failed = run_studies(todo, results, runner, rerun, console)
     for found, _ in todo:
-        folder = Path(results_dir).expanduser().absolute() / found.name
+        folder = results / found.name
         show_results(folder, console)
         console.print(f"python run.py report {folder} -o report", **PLAIN)
     fail_if_any(failed, sum(len(cells) for _, cells in todo))
@@ -330,10 +331,15 @@ def _run_grid(study: Study, cells: Sequence[Cell], results_dir: str, runner: Run
     from fedsim.experiments.sweep import fail_if_any, run_studies
     from fedsim.report.page import show_results
 
-    console = _console()
-    failed = run_studies([(study, cells)], Path(results_dir), runner, rerun, console)
-    show_results(Path(results_dir).expanduser().absolute() / study.name, console, save_as="grid")
+    console, results = _console(), _results(results_dir)
+    failed = run_studies([(study, cells)], results, runner, rerun, console)
+    show_results(results / study.name, console, save_as="grid")
     fail_if_any(failed, len(cells))
+
+
+def _results(folder: str) -> Path:
+    """The folder that --results-dir names, checked as the key is."""
+    return Path(typed("results-dir", folder)).expanduser().absolute()
 
 
 OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")

@@ -134,7 +134,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ),
         (f"localsgd --dataset synthetic --results-dir {'a/' * 2500}", "File name too long"),
         ("demo --results-dir ~nosuch", "results-dir = '~nosuch' begins with another user's home folder"),
-        ("paper kj-small --results-dir ~nosuch", "results-dir = '~nosuch' begins with another user's home folder"),
+        ("study kj-small --results-dir ~nosuch", "results-dir = '~nosuch' begins with another user's home folder"),
         ("localsgd --dataset synthetic --name \x1b[2J", r"name = '\x1b[2J' holds a control character"),
         ("report \x1b[2J", r"\x1b[2J holds no runs"),
         ("train", "error: No such command 'train'.\n"),
@@ -245,7 +245,7 @@ def test_every_key_is_a_flag_with_its_default_in_the_help(call: Call) -> None:
             mode: Mode = "centralized" if command == "centralized" else "localsgd"
             offered = has_key(mode, name) and (command, name) not in GRIDS_OTHERS
             assert (f"--{kebab(name)} " in out) == offered, name
-            if offered and (command, name) not in (("grid", "clients"), ("grid", "local_steps")):
+            if offered and (command != "grid" or name not in ("clients", "local_steps", "results_dir")):
                 default = {"": "empty", True: "true", False: "false"}.get(field.default, field.default)
                 assert f"(default:{default})" in "".join(out.split())
         assert out.index("Keys used most") < out.index("All other keys")
