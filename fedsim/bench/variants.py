@@ -34,7 +34,7 @@ from fedsim.federation.server_app import new_progress
 from fedsim.models import build_model
 from fedsim.optim import build_optimizer
 from fedsim.records import read_rows, run_folder
-from fedsim.training import stacked as fused
+from fedsim.training import stacked, streams
 from fedsim.training.run_plan import run_plan
 from fedsim.training.step import step_inputs
 from fedsim.training.step_fn import make_step_fn, simple_step_fn
@@ -81,10 +81,9 @@ def fleet_rounds(config: Config, rounds: int) -> list[float]:
     return _rounds_on_grid(config, rounds, None)
 
 
-def fused_rounds(config: Config, rounds: int, way: fused.Way | None = None) -> list[float]:
-    """The same, all clients at once, by `way` or as fedsim does."""
-    fused.WAY = way or fused.WAY  # of this process, which is the contestant's own
-    return _rounds_on_grid(config, rounds, train_together)
+def fused_rounds(config: Config, rounds: int, **choices: Any) -> list[float]:
+    """The same, all clients at once, as fedsim does or by the `choices` of `train_together`."""
+    return _rounds_on_grid(config, rounds, functools.partial(train_together, **choices))
 
 
 def _rounds_on_grid(config: Config, rounds: int, train_together: TrainTogether | None) -> list[float]:
@@ -116,12 +115,15 @@ CONTESTANTS: dict[str, tuple[Rounds, str]] = {
     ),
     "fleet": (fleet_rounds, "fedsim in one process"),
     "fused": (fused_rounds, "the same, its replicas at once, as --engine fused does"),
-    "fused-groups": (functools.partial(fused_rounds, way="groups"), "side by side, convolutions by groups"),
+    "fused-groups": (fused_rounds, "one stacked network, convolutions by groups"),
     "fused-products": (
-        functools.partial(fused_rounds, way="products"),
-        "side by side, convolutions by products",
+        functools.partial(fused_rounds, take_rounds=functools.partial(stacked.take_rounds, by_products=True)),
+        "one stacked network, convolutions by products",
     ),
-    "fused-streams": (functools.partial(fused_rounds, way="streams"), "each on a CUDA graph and a stream of its own"),
+    "fused-streams": (
+        functools.partial(fused_rounds, take_rounds=streams.take_rounds),
+        "each on a CUDA graph and a stream of its own",
+    ),
     "loop": (fleet_rounds, "the same, one client after the other on all cores"),
     "flower": (flower_rounds, "fedsim's app by flwr run, on Ray"),
     "flower-plain": (tutorial_rounds, "Flower alone, on Ray: an app and FedAvg in the way of its tutorials"),

@@ -8,7 +8,7 @@ shapes the result comes with each train message; device and threads are the clie
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -18,7 +18,7 @@ from fedsim.data.local_folder import check_named
 from fedsim.device import resolve
 from fedsim.federation.client_state import StateLost, keep_state, kept_state, put_state
 from fedsim.federation.protocol import SEND_STATE, SHARED, STATE, STATE_LOST, STATE_ROUNDS, join, split
-from fedsim.training import stacked as fused
+from fedsim.training import stacked
 from fedsim.training.local_round import End, Start, take_round
 from strategies import DECLINED, tensor_record, tensors_of
 
@@ -36,11 +36,15 @@ def train(message: Message, context: Context) -> Message:
     return _reply(config, message, context, take_round(config, start))
 
 
-def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    """`train` for several clients of one process at once, their replicas side by side."""
+def train_together(
+    messages: Sequence[Message],
+    contexts: Sequence[Context],
+    take_rounds: Callable[[Config, Sequence[Start]], list[End]] = stacked.take_rounds,
+) -> list[Message]:
+    """`train` for several clients of one process at once, by default with their replicas as one stacked network."""
     config = _config(messages[0], contexts[0])
     starts = [_start(config, *pair) for pair in zip(messages, contexts, strict=True)]
-    ends = fused.take_rounds(config, starts)
+    ends = take_rounds(config, starts)
     return [_reply(config, *reply) for reply in zip(messages, contexts, ends, strict=True)]
 
 

@@ -7,12 +7,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsim.config import Config
 from fedsim.data.datasets import CIFAR100, load_dataset
 from fedsim.data.images import Images
-from fedsim.models import LeNet5, build_model
+from fedsim.models import build_model
+from fedsim.models.lenet import LeNet5
+from fedsim.models.stack import stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.rng import generator
 from fedsim.training.cuda_graph import CapturedSteps
@@ -107,11 +109,9 @@ def test_a_round_reads_no_value_on_the_device(
     """On the device meta, which has no values: whatever would wait for one raises."""
     monkeypatch.setattr(torch, "_fused_sgd_", lambda *tensors, **keys: None)  # the one kernel that meta lacks
     images = Images(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64), CIFAR100, "meta")
-    with torch.device("meta"):
-        model = LeNet5(10, replicas)
+    model: nn.Module = LeNet5(10).to("meta")
     if replicas > 1:
-        for parameter in model.parameters():
-            parameter.grad = torch.zeros_like(parameter)
+        model = stack(model, replicas)
     optimizer = build_optimizer(small.changed(keys), dict(model.named_parameters()))
     optimizer._need_device_dtype_check_for_fused = False  # type: ignore[attr-defined]  # which refuses meta
     steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, "fp32", replicas)
