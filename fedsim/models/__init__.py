@@ -38,8 +38,10 @@ def blank_model(name: str, classes: int, device: torch.device | str = "cpu", pre
     with torch.device("meta"):
         model = _network(name, classes)
     # What `to_empty` does, without the second that it takes to import SymPy for it
-    shapes = model.state_dict().items()
-    values = {name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in shapes}
+    shapes = model.state_dict()
+    values = {name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in shapes.items()}
+    if left_out := dict(model.named_buffers()).keys() - shapes.keys():
+        raise UserError(f"model {name}: every buffer must be persistent, {', '.join(sorted(left_out))} is not")
     model.load_state_dict(values, assign=True)
     return model.to(parameter_dtype(precision)).to(memory_format=torch.channels_last)
 

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedsim.errors import UserError
 from fedsim.rng import random_words_on_device
 
 _RESOLUTION = 2**24  # a mask compares 24 random bits with the probability
@@ -28,8 +29,9 @@ class StepKeys:
 class Dropout(nn.Module):
     """Dropout (Srivastava et al. 2014) with counter-based masks, the same on every device.
 
-    The replicas of `keys` lie along the first dimension of the input, unless there is one alone. A layer that is
-    called twice in a step draws two masks. Without keys it is `nn.Dropout`, which draws from the process's global state.
+    With the keys of K replicas, these lie along the first dimension of the input; with one key all of the input belongs
+    to it. A layer that is called twice in a step draws two masks. Without keys it is `nn.Dropout`, which draws from the
+    process's global state.
     """
 
     def __init__(self, p: float) -> None:
@@ -55,7 +57,7 @@ def use_counter_based_dropout(model: nn.Module) -> None:
             model.set_submodule(name, Dropout(module.p))
         elif isinstance(module, nn.modules.dropout._DropoutNd):
             kind = type(module).__name__
-            raise ValueError(f"{name} ({kind}) draws from the process's global random state: use nn.Dropout")
+            raise UserError(f"{name} ({kind}) draws from the process's global random state: use nn.Dropout")
 
 
 def set_dropout_keys(model: nn.Module, keys: StepKeys) -> None:

@@ -8,10 +8,10 @@ own, so that norms stay the workers' own; SGDM, which treats each value apart, s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fedsim.config import Config
@@ -25,7 +25,7 @@ from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
 from fedsim.training.local_round import End, Start, local_plan, round_inputs
 
-IMAGE = (3, SIDE, SIDE)
+IMAGE = (3, SIDE, SIDE)  # what a model is given
 
 
 class StackedReplicas:
@@ -33,10 +33,8 @@ class StackedReplicas:
 
     def __init__(self, config: Config, replicas: int, by_products: bool = False) -> None:
         prepare(config)
-        try:
-            check_stack(lambda: blank_model(config.model, classes_of(config), precision="fp64"), IMAGE, by_products)
-        except CannotStack as error:
-            raise UserError(f"model {config.model}: {error}: take an engine that trains the replicas apart") from error
+        if problem := why_not(config, by_products):
+            raise UserError(f"model {config.model}: {problem}: choose the engine that trains each client in a thread")
         self._config = config
         single = blank_model(config.model, classes_of(config), config.device, config.precision)
         self._model = stack(single, replicas, by_products).to(memory_format=torch.channels_last)
@@ -91,6 +89,15 @@ class StackedReplicas:
         assert parameter.grad is not None
         for parts, gradient in zip(self._parts, _split(parameter.grad, len(self._parts)), strict=True):
             parts[name].grad = gradient
+
+
+def why_not(config: Config, by_products: bool = False) -> str:
+    """Why the replicas of `config` cannot be stacked; empty if they can, and then compute what each does alone."""
+    try:
+        check_stack(lambda: blank_model(config.model, classes_of(config), precision="fp64"), IMAGE, by_products)
+    except CannotStack as error:
+        return str(error)
+    return ""
 
 
 def take_rounds(config: Config, starts: Sequence[Start], by_products: bool = False) -> list[End]:

@@ -21,7 +21,7 @@ from fedsim.training.cuda_graph import CapturedSteps
 from fedsim.training.step import StepInputs, step_inputs
 from fedsim.training.step_fn import simple_step_fn
 
-SAMPLES, BATCH = 40, 16  # the last batch is smaller
+SAMPLES, BATCH = 10, 4  # the last batch is smaller
 OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "sgdm"},
     {"optimizer": "sgdm", "nesterov": True, "decay-on": "matrices"},
@@ -35,6 +35,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
 
 def rounds(config: Config, static: bool, capture: bool = False) -> dict[str, Tensor]:
     """All that is left of three rounds, the last with a new optimizer's state: losses, weights, state."""
+    config = config.changed({"batch-size": BATCH})
     images = load_dataset(config).train
     model = build_model(config.model, config.synthetic_classes, 0, config.device, config.precision)
     named = dict(model.named_parameters())
@@ -63,8 +64,8 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], within: float
 @pytest.mark.parametrize(
     ("model", "precision", "keys"),
     [
-        *(("lenet-bn", "fp32", keys) for keys in OPTIMIZERS),
         *(("lenet5", "fp64", keys) for keys in OPTIMIZERS),
+        ("lenet-bn", "fp32", OPTIMIZERS[0]),
         ("lenet-bn", "bf16", OPTIMIZERS[0]),
     ],
 )
@@ -86,7 +87,7 @@ def test_another_momentum_would_be_seen(small: Config) -> None:
 
 @pytest.mark.parametrize("keys", OPTIMIZERS)
 def test_warming_up_leaves_no_mark_but_the_zeros_of_a_new_state(small: Config, keys: dict[str, Any]) -> None:
-    config = small.changed({"model": "lenet-bn", **keys})
+    config = small.changed(keys)
     model = build_model("lenet-bn", 10, 0)
     named = dict(model.named_parameters())
     optimizer = build_optimizer(config, named)
