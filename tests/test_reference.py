@@ -13,7 +13,7 @@ from fedsim.data.datasets import load_dataset
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
 from fedsim.models import build_model
-from fedsim.models.dropout import Dropout, set_dropout_keys
+from fedsim.models.dropout import Dropout, StepKeys
 from fedsim.optim import build_optimizer
 from fedsim.reference import local_sgd
 from fedsim.training.local_round import Start, round_inputs
@@ -28,22 +28,21 @@ def reference(config: Config) -> dict[str, Tensor]:
     images = load_dataset(config).train
     plan = run_plan(config, len(images))
     model = build_model(config.model, config.synthetic_classes, config.seed, precision=config.precision)
-    key = torch.zeros(1, dtype=torch.int64)
+    step_keys = StepKeys()
 
-    def read_key(layer: nn.Module, _: Any) -> None:
-        layer.keys = key  # of a copy of the model too
+    def use_keys(layer: Dropout, _: Any) -> None:
+        layer.keys = step_keys  # in a copy of the model too
 
     def batch(worker: int, step: int) -> tuple[Tensor, Tensor]:
         inputs = round_inputs(config, Start(worker, 1 + step // STEPS, {}, {}))
         part = slice(step % STEPS * BATCH, (step % STEPS + 1) * BATCH)
-        key.fill_(inputs.dropout_keys[step % STEPS])
+        step_keys.begin_step(inputs.dropout_keys[step % STEPS])
         index, *crop = inputs.crops[:, part]
         return images.crop(index, *crop).double(), images.labels[index]
 
-    set_dropout_keys(model, key)
     for layer in model.modules():
         if isinstance(layer, Dropout):
-            layer.register_forward_pre_hook(read_key)
+            layer.register_forward_pre_hook(use_keys)
     keep = {"momentum_at_sync": config.momentum_at_sync, "batchnorm_at_sync": config.batchnorm_at_sync}
     local_sgd(
         model,

@@ -27,7 +27,7 @@ from fedsim.federation.round import build_strategy, initial_progress, train_roun
 from fedsim.models import build_model
 from fedsim.optim import build_optimizer
 from fedsim.records import read_rows, run_folder
-from fedsim.training import stacked as fused
+from fedsim.training import stacked, streams
 from fedsim.training.run_plan import run_plan
 from fedsim.training.step import step_inputs
 from fedsim.training.step_fn import make_step_fn, simple_step_fn
@@ -53,15 +53,14 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
     return timed(lambda: float(run(inputs())), rounds, config.device)
 
 
-def fleet_rounds(config: Config, rounds: int) -> list[float]:
+def threaded_rounds(config: Config, rounds: int) -> list[float]:
     """LocalSGD in this process, one client in a thread: ``InProcessGrid`` and the strategy, nothing tested or saved."""
     return _rounds_on_grid(config, rounds, None)
 
 
-def fused_rounds(config: Config, rounds: int, way: fused.Way | None = None) -> list[float]:
-    """The same, all clients at once, by `way` or as fedsim does."""
-    fused.WAY = way or fused.WAY  # of this process, which serves this variant alone
-    return _rounds_on_grid(config, rounds, train_together)
+def stacked_rounds(config: Config, rounds: int, **choices: Any) -> list[float]:
+    """The same, all clients at once, as fedsim does or by the `choices` of `train_together`."""
+    return _rounds_on_grid(config, rounds, functools.partial(train_together, **choices))
 
 
 def _rounds_on_grid(config: Config, rounds: int, train_together: TrainTogether | None) -> list[float]:
@@ -99,13 +98,16 @@ VARIANTS: dict[str, tuple[Rounds, str]] = {
         functools.partial(centralized_rounds, compiled=True),
         "the same, its model compiled by torch.compile",
     ),
-    "in-process": (fleet_rounds, "fedsim in one process, a client in each thread"),
-    "loop": (fleet_rounds, "the same, one client after the other on all cores"),
-    "stacked": (fused_rounds, "fedsim in one process, all replicas in one network"),
-    "stacked-groups": (functools.partial(fused_rounds, way="groups"), "the same, convolutions by groups"),
-    "stacked-products": (functools.partial(fused_rounds, way="products"), "the same, convolutions by products"),
+    "in-process": (threaded_rounds, "fedsim in one process, a client in each thread"),
+    "loop": (threaded_rounds, "the same, one client after the other on all cores"),
+    "stacked": (stacked_rounds, "fedsim in one process, all replicas in one network"),
+    "stacked-groups": (stacked_rounds, "the same, convolutions by groups"),
+    "stacked-products": (
+        functools.partial(stacked_rounds, take_rounds=functools.partial(stacked.take_rounds, by_products=True)),
+        "the same, convolutions by products",
+    ),
     "stacked-streams": (
-        functools.partial(fused_rounds, way="streams"),
+        functools.partial(stacked_rounds, take_rounds=streams.take_rounds),
         "fedsim in one process, a CUDA graph and a stream for each replica",
     ),
     "flower": (flower_rounds, "fedsim's app by flwr run, on Ray"),

@@ -8,7 +8,7 @@ come with each train message; device and threads are the client's own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -29,7 +29,7 @@ from fedsim.federation.protocol import (
     under_prefix,
     with_prefix,
 )
-from fedsim.training import stacked as fused
+from fedsim.training import stacked
 from fedsim.training.local_round import End, Start, take_round
 from strategies import DECLINED, buffers_in, join, sections, split, tensor_record, tensors_of
 
@@ -47,8 +47,12 @@ def train(message: Message, context: Context) -> Message:
     return _reply(config, message, context, take_round(config, start))
 
 
-def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    """`train` for several clients of one process at once, their replicas side by side."""
+def train_together(
+    messages: Sequence[Message],
+    contexts: Sequence[Context],
+    take_rounds: Callable[[Config, Sequence[Start]], list[End]] = stacked.take_rounds,
+) -> list[Message]:
+    """`train` for several clients of one process at once, by default with their replicas as one stacked network."""
     config = _config(messages[0], contexts[0])
     replies: list[Message | None] = []
     starts = []
@@ -58,7 +62,7 @@ def train_together(messages: Sequence[Message], contexts: Sequence[Context]) -> 
             replies.append(None)
         except MemoryLost:
             replies.append(_declined(message))
-    ends = iter(fused.take_rounds(config, starts) if starts else ())
+    ends = iter(take_rounds(config, starts) if starts else ())
     return [
         reply or _reply(config, message, context, next(ends))
         for reply, message, context in zip(replies, messages, contexts, strict=True)

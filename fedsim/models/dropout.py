@@ -2,39 +2,66 @@
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fedsim.errors import UserError
 from fedsim.rng import random_words_on_device
 
 _RESOLUTION = 2**24  # a mask compares 24 random bits with the probability
-_LAYER = 2**40  # numbers apart: the words of one layer never reach those of the next
+_MASK = 2**40  # numbers apart: the words of one mask never reach those of the next
+
+
+class StepKeys:
+    """The dropout keys of the current step, one for each of K replicas, and how many masks the step has drawn."""
+
+    def __init__(self, replicas: int = 1, device: torch.device | str = "cpu") -> None:
+        self.values = torch.zeros(replicas, dtype=torch.int64, device=device)  # filled in place: a CUDA graph reads it
+        self.masks = 0
+
+    def begin_step(self, values: Tensor) -> None:
+        """Draw the masks of the next step from `values`, (K,) int64 or a scalar; see `fedsim.rng.step_keys`."""
+        self.values.copy_(values)
+        self.masks = 0
 
 
 class Dropout(nn.Module):
     """Dropout (Srivastava et al. 2014) with counter-based masks, the same on every device.
 
-    `keys` is a (K,) int64 tensor, the current step's key of each of K replicas that lie along the first dimension of
-    the input; see `fedsim.rng.step_keys`. Without keys it is `nn.Dropout`, which draws from the process's global state.
+    With the keys of K replicas, these lie along the first dimension of the input; with one key all of the input belongs
+    to it. A layer that is called twice in a step draws two masks. Without keys it is `nn.Dropout`, which draws from the
+    process's global state.
     """
 
     def __init__(self, p: float) -> None:
         super().__init__()
         self.p = p
-        self.layer = 0
-        self.keys: Tensor | None = None
+        self.keys: StepKeys | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         """`x` of any shape; the result has the same."""
         if not self.training or self.keys is None:
             return F.dropout(x, self.p, self.training)
-        words = random_words_on_device(self.keys, x.numel() // len(self.keys), self.layer * _LAYER)
+        keys = self.keys.values
+        words = random_words_on_device(keys, x.numel() // len(keys), self.keys.masks * _MASK)
+        self.keys.masks += 1
         kept = (words & (_RESOLUTION - 1)) < (1 - self.p) * _RESOLUTION
         return x * kept.view(x.shape).to(x.dtype).div_(1 - self.p)
 
 
-def set_dropout_keys(model: nn.Module, keys: Tensor) -> None:
-    """Let every dropout layer of `model` read the keys of the current step from `keys`, which is filled in place."""
-    layers = [module for module in model.modules() if isinstance(module, Dropout)]
-    for number, module in enumerate(layers):
-        module.layer, module.keys = number, keys
+def use_counter_based_dropout(model: nn.Module) -> None:
+    """Replace every `nn.Dropout` in `model` by `Dropout`; its other kinds (of whole channels, alpha) are refused."""
+    for name, module in list(model.named_modules(remove_duplicate=False)):
+        if type(module) is nn.Dropout:
+            model.set_submodule(name, Dropout(module.p))
+        elif isinstance(module, nn.modules.dropout._DropoutNd):
+            kind = type(module).__name__
+            raise UserError(f"{name} ({kind}) draws from the process's global random state: use nn.Dropout")
+
+
+def set_dropout_keys(model: nn.Module, keys: StepKeys) -> None:
+    """Let every `Dropout` of `model` draw its masks from `keys`."""
+    for module in model.modules():
+        if isinstance(module, Dropout):
+            module.keys = keys

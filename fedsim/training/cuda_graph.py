@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 
 from fedsim.config import Config
 from fedsim.data.images import Images
-from fedsim.models.dropout import set_dropout_keys
+from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.optim import load_optimizer_state, optimizer_state, set_lr
 from fedsim.training.step import StepInputs, take_step
 
@@ -24,7 +24,7 @@ WARM_UP = 3  # steps before a capture, in which CUDA's libraries choose their ke
 
 
 class CapturedSteps:
-    """Rounds of `samples` images for each of K `replicas` side by side, in batches; the last may be smaller.
+    """Rounds of `samples` images for each of K `replicas` in a stacked network, in batches; the last may be smaller.
 
     From now on weights and optimizer state must be changed in place only. With `capture` the warm-up steps leave both
     as they were.
@@ -56,9 +56,9 @@ class CapturedSteps:
         self._within = torch.arange(batch_size, device=self._device)
         self._step = torch.zeros(1, dtype=torch.int64, device=self._device)  # of the round, the next to be taken
         self._lr = torch.zeros((), dtype=rate_dtype, device=self._device)
-        self._key = torch.zeros(replicas, dtype=torch.int64, device=self._device)
+        self._step_keys = StepKeys(replicas, self._device)
         set_lr(optimizer, self._lr)
-        set_dropout_keys(model, self._key)
+        set_dropout_keys(model, self._step_keys)
         self._full = full
         self._take_full: Callable[[], None] = self._captured() if capture else lambda: self._take(batch_size)
 
@@ -90,7 +90,7 @@ class CapturedSteps:
         index, top, left, flip = self._crops.index_select(2, columns).flatten(1)  # each (K * size,)
         crops = self._images.crop(index, top, left, flip, self._replicas).to(self._dtype)
         labels = self._images.labels.index_select(0, index)
-        self._key.copy_(self._keys.index_select(0, self._step).squeeze(0))
+        self._step_keys.begin_step(self._keys.index_select(0, self._step).squeeze(0))
         self._lr.copy_(self._rates.index_select(0, self._step).squeeze(0))
         losses = take_step(self._model, self._optimizer, crops, labels, self._precision, self._replicas)
         self._losses.index_copy_(0, self._step, losses.view(1, -1).to(self._dtype))

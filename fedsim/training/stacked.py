@@ -1,139 +1,113 @@
-"""The rounds of K workers at once on one device, each worker's arithmetic its own.
+"""The rounds of K workers at once on one device, their replicas stacked into one network.
 
-With `WAY` = groups or products their replicas are side by side in one network: convolutions run as the groups of one,
-or as batched products over patches (`models.Conv2d`), and fully connected layers as one batched product; BN and
-pooling treat channels apart anyway. LARS and LAMB see each replica's part of a stacked parameter as a parameter of its
-own, so that norms stay the workers' own; SGDM, which treats each value apart, sees the stacked one. With streams each
-worker has a replica, and on a GPU a CUDA graph and a stream, of its own. All are `local_round.take_round`, up to the
-rounding of the kernels.
+`models.stack` makes the network. LARS and LAMB see each replica's part of a stacked parameter as a parameter of its
+own, so that norms stay the workers' own; SGDM, which treats each value apart, sees the stacked one. A round is
+`local_round.take_round` of each worker, up to the rounding of the kernels.
 """
 
 from __future__ import annotations
 
 import functools
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.optim import Optimizer
 
 from fedsim.config import Config
 from fedsim.data.datasets import classes_of, load_dataset
+from fedsim.data.images import SIDE
 from fedsim.device import prepare
-from fedsim.models import blank_model, convolve_by_products
+from fedsim.errors import UserError
+from fedsim.models import blank_model
+from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
-from fedsim.training.local_round import (
-    End,
-    Replica,
-    Start,
-    build_replica,
-    local_plan,
-    round_inputs,
-    train_replica,
-)
+from fedsim.training.local_round import End, Start, local_plan, round_inputs
 
-Way = Literal["groups", "products", "streams"]
-
-WAY: Way = "groups"  # the fastest on a CPU; on a GPU not measured yet, `run.py bench` does
+IMAGE = (3, SIDE, SIDE)  # what a model is given
 
 
-@dataclass
-class Fleet:
-    """K replicas side by side: the network, its parts by replica and name, and an optimizer that knows their states."""
+class StackedReplicas:
+    """K replicas in one network, and an optimizer that remembers each one's state; a round sets all their values."""
 
-    model: nn.Module
-    parts: list[dict[str, Tensor]]  # of parameters, each with a part of the stacked gradient as its .grad
-    buffers: list[dict[str, Tensor]]
-    optimizer: Optimizer
-    steps: CapturedSteps
+    def __init__(self, config: Config, replicas: int, by_products: bool = False) -> None:
+        prepare(config)
+        if problem := why_not(config, by_products):
+            raise UserError(f"model {config.model}: {problem}: choose the engine that trains each client in a thread")
+        self._config = config
+        single = blank_model(config.model, classes_of(config), config.device, config.precision)
+        self._model = stack(single, replicas, by_products).to(memory_format=torch.channels_last)
+        self._parts = [  # of each replica: views of its parameters
+            {name: _split(p.detach(), replicas)[replica] for name, p in self._model.named_parameters()}
+            for replica in range(replicas)
+        ]
+        self._buffers = [
+            {name: _split(buffer, replicas)[replica] for name, buffer in self._model.named_buffers()}
+            for replica in range(replicas)
+        ]
+        self._optimizer = self._sgdm() if config.optimizer == "sgdm" else self._optimizer_of_parts()
+        samples = local_plan(config).max_steps * config.batch_size
+        keys = (samples, config.batch_size, config.precision, replicas)
+        images = load_dataset(config).train
+        self._steps = CapturedSteps(self._model, self._optimizer, images, *keys, capture=capturable(config))
 
+    def take_rounds(self, starts: Sequence[Start]) -> list[End]:
+        """The local steps of K workers, which are in the same round."""
+        config, names = self._config, list(starts[0].weights)
+        tensors = [{**parts, **buffers} for parts, buffers in zip(self._parts, self._buffers, strict=True)]
+        _fill(
+            (of_replica[name] for of_replica in tensors for name in names),
+            (start.weights[name] for start in starts for name in names),
+        )
+        load_optimizer_state(_named(self._parts), self._optimizer, _named([start.state for start in starts]))
+        losses = self._steps.run([round_inputs(config, start) for start in starts]).tolist()
+        samples = local_plan(config).samples(starts[0].round)
+        return [
+            End(_copies({name: of[name] for name in names}), optimizer_state(parts, self._optimizer), loss, samples)
+            for of, parts, loss in zip(tensors, self._parts, losses, strict=True)
+        ]
 
-def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
-    """The local steps of all workers in `starts`, which are in the same round."""
-    return _on_streams(config, starts) if WAY == "streams" else _side_by_side(config, starts)
+    def _sgdm(self) -> Optimizer:
+        """SGDM over the stacked parameters, in which the parts' momenta are parts of the stacked ones."""
+        named = dict(self._model.named_parameters())
+        optimizer = build_optimizer(self._config, named)
+        for name, parameter in named.items() if self._config.momentum else ():
+            momentum = torch.zeros_like(parameter)
+            optimizer.state[parameter]["momentum_buffer"] = momentum
+            for parts, of_replica in zip(self._parts, _split(momentum, len(self._parts)), strict=True):
+                optimizer.state[parts[name]]["momentum_buffer"] = of_replica
+        return optimizer
 
+    def _optimizer_of_parts(self) -> Optimizer:
+        """An optimizer over the parts, whose gradients are parts of the stacked ones as soon as these are there."""
+        for name, parameter in self._model.named_parameters():
+            parameter.register_post_accumulate_grad_hook(functools.partial(self._split_gradient, name))
+        return build_optimizer(self._config, _named(self._parts))
 
-def _side_by_side(config: Config, starts: Sequence[Start]) -> list[End]:
-    fleet = build_fleet(config, len(starts), WAY)
-    tensors = [{**parts, **buffers} for parts, buffers in zip(fleet.parts, fleet.buffers, strict=True)]
-    weights = [{name: start.weights[name] for name in of} for of, start in zip(tensors, starts, strict=True)]
-    _fill(_named(tensors).values(), _named(weights).values())
-    load_optimizer_state(_named(fleet.parts), fleet.optimizer, _named([start.state for start in starts]))
-    losses = fleet.steps.run([round_inputs(config, start) for start in starts]).tolist()
-    samples = local_plan(config).samples(starts[0].round)
-    return [
-        End(_copies(of), optimizer_state(parts, fleet.optimizer), loss, samples)
-        for of, parts, loss in zip(tensors, fleet.parts, losses, strict=True)
-    ]
-
-
-@functools.lru_cache(maxsize=1)
-def build_fleet(config: Config, replicas: int, way: Way) -> Fleet:
-    """A fleet whose values are not set; kept, so that it is built once for all rounds, each of which sets them."""
-    prepare(config)
-    model = blank_model(config.model, classes_of(config), config.device, config.precision, replicas=replicas)
-    if way == "products":
-        convolve_by_products(model)
-    parts = _parts_with_gradients(model, replicas)
-    buffers = [
-        {name: _split(buffer, replicas)[replica] for name, buffer in model.named_buffers()}
-        for replica in range(replicas)
-    ]
-    optimizer = _sgdm(config, model, parts) if config.optimizer == "sgdm" else build_optimizer(config, _named(parts))
-    keys = (local_plan(config).max_steps * config.batch_size, config.batch_size, config.precision, replicas)
-    steps = CapturedSteps(model, optimizer, load_dataset(config).train, *keys, capture=capturable(config))
-    return Fleet(model, parts, buffers, optimizer, steps)
-
-
-def _parts_with_gradients(model: nn.Module, replicas: int) -> list[dict[str, Tensor]]:
-    """Each replica's parts of the parameters; their .grad are parts of the stacked ones, which stay where they are."""
-    parts: list[dict[str, Tensor]] = [{} for _ in range(replicas)]
-    for name, parameter in model.named_parameters():
-        parameter.grad = torch.zeros_like(parameter)
-        pairs = zip(_split(parameter.detach(), replicas), _split(parameter.grad, replicas), strict=True)
-        for of_replica, (part, of_gradient) in zip(parts, pairs, strict=True):
-            part.grad = of_gradient
-            of_replica[name] = part
-    return parts
-
-
-def _sgdm(config: Config, model: nn.Module, parts: Sequence[dict[str, Tensor]]) -> Optimizer:
-    """SGDM over the stacked parameters, in which the parts' momenta are parts of the stacked ones."""
-    named = dict(model.named_parameters())
-    optimizer = build_optimizer(config, named)
-    for name, parameter in named.items() if config.momentum else ():
-        momentum = torch.zeros_like(parameter)
-        optimizer.state[parameter]["momentum_buffer"] = momentum
-        for of_replica, part in zip(parts, _split(momentum, len(parts)), strict=True):
-            optimizer.state[of_replica[name]]["momentum_buffer"] = part
-    return optimizer
+    def _split_gradient(self, name: str, parameter: Tensor) -> None:
+        assert parameter.grad is not None
+        for parts, gradient in zip(self._parts, _split(parameter.grad, len(self._parts)), strict=True):
+            parts[name].grad = gradient
 
 
-def _on_streams(config: Config, starts: Sequence[Start]) -> list[End]:
-    """Each worker on a replica of its own; on a GPU all at once, and the device is waited for when all are on it."""
-    replicas, streams = _build_replicas(config, len(starts))
-    ends = []
-    for replica, stream, start in zip(replicas, streams, starts, strict=True):
-        if stream:
-            stream.wait_stream(torch.cuda.current_stream(stream.device))
-        with torch.cuda.stream(stream):  # without one, as if this line were not here
-            ends.append(train_replica(config, replica, start))
-    for stream in filter(None, streams):
-        torch.cuda.current_stream(stream.device).wait_stream(stream)
-    samples = local_plan(config).samples(starts[0].round)
-    return [End(weights, state, float(loss), samples) for weights, state, loss in ends]
+def why_not(config: Config, by_products: bool = False) -> str:
+    """Why the replicas of `config` cannot be stacked; empty if they can, and then compute what each does alone."""
+    try:
+        check_stack(lambda: blank_model(config.model, classes_of(config), precision="fp64"), IMAGE, by_products)
+    except CannotStack as error:
+        return str(error)
+    return ""
+
+
+def take_rounds(config: Config, starts: Sequence[Start], by_products: bool = False) -> list[End]:
+    """The local steps of all workers in `starts`, which are in the same round; convolutions by groups or products."""
+    return _replicas(config, len(starts), by_products).take_rounds(starts)
 
 
 @functools.lru_cache(maxsize=1)
-def _build_replicas(config: Config, count: int) -> tuple[list[Replica], list[torch.cuda.Stream | None]]:
-    replicas = [build_replica(config) for _ in range(count)]
-    if not config.device.startswith("cuda"):
-        return replicas, [None] * count
-    device = torch.device(config.device)
-    return replicas, [torch.cuda.Stream(device) for _ in range(count)]  # type: ignore[no-untyped-call]
+def _replicas(config: Config, replicas: int, by_products: bool) -> StackedReplicas:
+    return StackedReplicas(config, replicas, by_products)
 
 
 def _split(stacked: Tensor, replicas: int) -> list[Tensor]:

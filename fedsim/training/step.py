@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from fedsim.data.images import Images, sample_crops
 from fedsim.device import products_in, thread_pool
-from fedsim.models.dropout import set_dropout_keys
+from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.optim import set_lr
 from fedsim.rng import random_words, step_keys
 
@@ -60,11 +60,11 @@ def run_steps(
     """
     model.train()
     parameter = next(model.parameters())
-    current_key = torch.empty(1, dtype=torch.int64, device=parameter.device)
-    set_dropout_keys(model, current_key)
+    step_keys = StepKeys(device=parameter.device)
+    set_dropout_keys(model, step_keys)
     losses, sizes = [], []
-    for (images, labels), lr, key in zip(batches, rates, dropout_keys.tolist(), strict=True):
-        current_key.fill_(key)
+    for (images, labels), lr, key in zip(batches, rates, dropout_keys, strict=True):
+        step_keys.begin_step(key)
         set_lr(optimizer, lr)
         losses.append(take_step(model, optimizer, images.to(parameter.dtype), labels, precision))
         sizes.append(len(labels))
@@ -77,9 +77,9 @@ def take_step(
 ) -> Tensor:
     """One optimizer step on a batch; returns its mean loss before the step, for which nothing has waited.
 
-    For K `replicas` side by side, `labels` are (K * B,) and the losses (K,).
+    For a stacked network of K `replicas`, `labels` are (K * B,) and the losses (K,).
     """
-    model.zero_grad(set_to_none=replicas == 1)  # the gradients of replicas are parts of stacked ones
+    model.zero_grad()
     with products_in(precision, images.device):
         logits = model(images)
         if replicas == 1:

@@ -6,8 +6,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.errors import UserError
-from fedsim.models import LeNetBN, blank_model, build_model
-from fedsim.models.dropout import Dropout, set_dropout_keys
+from fedsim.models import MODELS, blank_model, build_model
+from fedsim.models.dropout import Dropout, StepKeys, set_dropout_keys
+from fedsim.models.lenet import LeNetBN
 
 
 @pytest.mark.parametrize(
@@ -67,29 +68,58 @@ def test_a_blank_model_is_laid_out_like_a_built_one_and_draws_nothing() -> None:
         assert blank.state_dict()[name].device == value.device
 
 
-def test_dropout_follows_its_key_alone_and_keeps_the_mean() -> None:
-    model = nn.Sequential(Dropout(0.25), Dropout(0.25))
-    key = torch.zeros(1, dtype=torch.int64)
-    set_dropout_keys(model, key)
-    x = torch.ones(1000, 100)
+class Unusual(nn.Module):
+    """A dropout layer under two names, called three times, and something that a test puts in."""
 
-    def masked(value: int, layer: int = 0) -> torch.Tensor:
-        key.fill_(value)
-        y: torch.Tensor = model[layer](x)
-        return y
+    def __init__(self, classes: int, part: nn.Module) -> None:
+        super().__init__()
+        self.dropout = self.again = nn.Dropout(0.25)
+        self.part = part
 
-    assert torch.equal(masked(1), masked(1))
-    assert not torch.equal(masked(1), masked(2))
-    assert not torch.equal(masked(1), masked(1, layer=1))
-    assert sorted(set(masked(1).flatten().tolist())) == pytest.approx([0.0, 4 / 3])
-    assert float(masked(1).mean()) == pytest.approx(1, abs=0.01)
-    assert torch.equal(model.eval()(x), x)
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.dropout(x), self.dropout(x), self.again(x)])
+
+
+def masks(model: nn.Module, x: Tensor, *keys: int) -> Tensor:
+    step_keys = StepKeys(len(keys))
+    set_dropout_keys(model, step_keys)
+    step_keys.begin_step(torch.tensor(keys))
+    y: Tensor = model(x)
+    return y
+
+
+def test_every_dropout_of_a_model_follows_its_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "unusual", lambda classes: Unusual(classes, nn.Linear(1, 1)))
+    model, x = build_model("unusual", 10, 0), torch.ones(1000, 100)
+    one, two, three = masks(model, x, 1)
+    assert torch.equal(masks(model, x, 1), torch.stack([one, two, three]))
+    for other in (two, three, masks(model, x, 2)[0]):
+        assert not torch.equal(one, other)
+    assert not torch.equal(two, three)
+    assert sorted(set(one.flatten().tolist())) == pytest.approx([0.0, 4 / 3])
+    assert float(one.mean()) == pytest.approx(1, abs=0.01)
+    assert torch.equal(model.eval()(x)[0], x)
 
 
 def test_dropout_of_replicas_is_that_of_each_alone() -> None:
     layer, x = Dropout(0.5), torch.ones(3, 4, 5)
-    set_dropout_keys(layer, torch.tensor([7, 8, 9]))
-    together = layer(x)
+    together = masks(layer, x, 7, 8, 9)
     for replica, key in enumerate((7, 8, 9)):
-        set_dropout_keys(layer, torch.tensor([key]))
-        assert torch.equal(layer(x[replica]), together[replica])
+        assert torch.equal(masks(layer, x[replica], key), together[replica])
+
+
+def test_dropout_of_whole_channels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "unusual", lambda classes: Unusual(classes, nn.Dropout2d(0.5)))
+    with pytest.raises(UserError, match=r"part \(Dropout2d\) draws from the process's global random state: use nn.D"):
+        build_model("unusual", 10, 0)
+
+
+def test_a_buffer_that_no_state_dict_holds_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def build(classes: int) -> nn.Module:
+        part = nn.Linear(1, 1)
+        part.register_buffer("table", torch.ones(3), persistent=False)
+        return Unusual(classes, part)
+
+    monkeypatch.setitem(MODELS, "unusual", build)
+    with pytest.raises(UserError, match=r"every buffer must be persistent, part\.table is not"):
+        blank_model("unusual", 10)

@@ -1,4 +1,4 @@
-"""What a GPU adds, by ``pytest -m gpu`` on a machine with one: captured steps, the fused fleet, runs that go on."""
+"""What a GPU adds, by ``pytest -m gpu`` on a machine with one: captured steps, all workers at once, resumed runs."""
 
 from __future__ import annotations
 
@@ -13,14 +13,13 @@ from fedsim.device import prepare
 from fedsim.experiments.execute import execute
 from fedsim.models import build_model
 from fedsim.training import local_round
-from fedsim.training import stacked as fused
 from fedsim.training.local_round import Start
 from tests.conftest import NEEDS_GPU, assert_same_bits, final_model, rows_of
+from tests.training import test_stacked as stacked_tests
 from tests.training.test_cuda_graph import OPTIMIZERS, assert_close, rounds
-from tests.training.test_stacked import NOISE_OF_LAMB, begin, difference
+from tests.training.test_stacked import NOISE_OF_LAMB, WAYS, assert_same_rounds
 
 pytestmark = [pytest.mark.gpu, NEEDS_GPU]
-WAYS = ["groups", "products", "streams"]
 
 
 @pytest.fixture
@@ -43,26 +42,10 @@ def test_a_captured_step_is_the_step(on_gpu: Config, keys: dict[str, Any]) -> No
 
 
 @pytest.mark.parametrize("way", WAYS)
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"optimizer": "sgdm"},
-        {"optimizer": "lars", "decay-on": "matrices", "trust-coefficient": 0.05},
-        {"optimizer": "lamb", "decay-on": "matrices"},
-    ],
-)
-def test_the_fused_fleet_is_the_loop(
-    on_gpu: Config, way: str, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(fused, "WAY", way)
+@pytest.mark.parametrize("keys", stacked_tests.OPTIMIZERS)
+def test_all_at_once_is_one_by_one(on_gpu: Config, way: str, keys: dict[str, Any]) -> None:
     config = on_gpu.changed({"precision": "fp64", **keys})
-    starts = [begin(config, worker) for worker in (3, 0, 2)]
-    for _ in range(2):
-        alone = [local_round.take_round(config, start) for start in starts]
-        for one, other in zip(alone, fused.take_rounds(config, starts), strict=True):
-            assert difference(one, other, NOISE_OF_LAMB if config.optimizer == "lamb" else ()) < 1e-12
-            assert one.loss == pytest.approx(other.loss, abs=1e-12)
-        starts = [Start(s.worker, 2, end.weights, end.state) for s, end in zip(starts, alone, strict=True)]
+    assert_same_rounds(config, WAYS[way], NOISE_OF_LAMB if config.optimizer == "lamb" else ())
 
 
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
@@ -73,8 +56,8 @@ def test_steps_wait_for_nothing(on_gpu: Config, precision: str) -> None:
     local_round.train_replica(config, replica, start)
     torch.cuda.synchronize()
     try:
-        with warnings.catch_warnings():  # that this mode is experimental
-            warnings.simplefilter("ignore")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # torch warns that this mode is experimental
             torch.cuda.set_sync_debug_mode("error")
         _, _, loss = local_round.train_replica(config, replica, start)
     finally:

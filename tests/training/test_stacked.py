@@ -2,20 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import itertools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pytest
-import torch
+from torch import Tensor, nn
+from torchvision.models.resnet import BasicBlock, ResNet
 
 from fedsim.config import Config
 from fedsim.device import resolve
-from fedsim.experiments.execute import execute
-from fedsim.models import build_model
-from fedsim.training import local_round
-from fedsim.training import stacked as fused
+from fedsim.errors import UserError
+from fedsim.models import MODELS, build_model
+from fedsim.models.lenet import LeNet5
+from fedsim.training import local_round, stacked, streams
 from fedsim.training.local_round import End, Start
-from tests.conftest import final_model, rows_of
+
+TakeRounds = Callable[[Config, Sequence[Start]], list[End]]
+WAYS: dict[str, TakeRounds] = {
+    "groups": stacked.take_rounds,
+    "products": functools.partial(stacked.take_rounds, by_products=True),
+    "streams": streams.take_rounds,
+}
+OPTIMIZERS: list[dict[str, Any]] = [
+    {"optimizer": "sgdm", "nesterov": True, "decay-on": "matrices"},
+    {"optimizer": "lars", "decay-on": "matrices", "trust-coefficient": 0.05},
+    {"optimizer": "lamb", "decay-on": "matrices"},
+]
+OTHER_OPTIMIZERS: list[dict[str, Any]] = [
+    {"optimizer": "sgdm", "momentum": 0.0},
+    {"optimizer": "lars", "decay-on": "matrices", "optimizer-backend": "torch-optimizer"},
+    {"optimizer": "lamb", "decay-on": "matrices", "optimizer-backend": "torch-optimizer"},
+]
 
 
 def begin(config: Config, worker: int, round: int = 1) -> Start:
@@ -37,58 +56,84 @@ def difference(one: End, other: End, but: Sequence[str] = ()) -> float:
     return max(float((a - b).abs().max()) for a, b in pairs)
 
 
-@pytest.mark.parametrize("way", ["groups", "products", "streams"])
-@pytest.mark.parametrize("model", ["lenet-bn", "lenet5"])
-@pytest.mark.parametrize(
-    "keys",
-    [
-        {"optimizer": "sgdm"},
-        {"optimizer": "sgdm", "momentum": 0.0},
-        {"optimizer": "sgdm", "nesterov": True, "decay-on": "matrices"},
-        {"optimizer": "lars", "decay-on": "matrices", "trust-coefficient": 0.05},
-        {"optimizer": "lamb", "decay-on": "matrices"},
-        {"optimizer": "lars", "decay-on": "matrices", "optimizer-backend": "torch-optimizer"},
-        {"optimizer": "lamb", "decay-on": "matrices", "optimizer-backend": "torch-optimizer"},
-    ],
-)
-def test_all_at_once_is_one_by_one(
-    small: Config, way: str, model: str, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+def assert_same_rounds(
+    config: Config,
+    take_rounds: TakeRounds,
+    but: Sequence[str] = (),
+    workers: Sequence[int] = (3, 0, 2),
+    rounds: int = 2,
 ) -> None:
-    monkeypatch.setattr(fused, "WAY", way)
-    config = resolve(small.changed({"model": model, "precision": "fp64", **keys}), "localsgd")
-    noise = NOISE_OF_LAMB if (config.optimizer, model) == ("lamb", "lenet-bn") else ()
-    starts = [begin(config, worker) for worker in (3, 0, 2)]
-    for _ in range(2):  # the second round goes on from the state of the first
+    """A round from new weights and states, and the second from those after the first."""
+    starts = [begin(config, worker) for worker in workers]
+    for _ in range(rounds):
         alone = [local_round.take_round(config, start) for start in starts]
-        together = fused.take_rounds(config, starts)
+        together = take_rounds(config, starts)
         for one, other in zip(alone, together, strict=True):
-            assert difference(one, other, noise) < 1e-12
+            assert list(one.weights) == list(other.weights)
+            assert difference(one, other, but) < 1e-12
             assert one.loss == pytest.approx(other.loss, abs=1e-12)
             assert one.samples == other.samples
         starts = [Start(s.worker, 2, end.weights, end.state) for s, end in zip(starts, alone, strict=True)]
 
 
+@pytest.mark.parametrize(
+    ("way", "model", "keys"),
+    [
+        *itertools.product(["groups"], ["lenet-bn"], OPTIMIZERS),
+        *itertools.product(["groups"], ["lenet5"], OTHER_OPTIMIZERS),
+        *itertools.product(["products"], ["lenet-bn", "lenet5"], OPTIMIZERS[:1]),
+        ("streams", "lenet-bn", OPTIMIZERS[0]),
+    ],
+)
+def test_all_at_once_is_one_by_one(small: Config, way: str, model: str, keys: dict[str, Any]) -> None:
+    config = resolve(small.changed({"model": model, "precision": "fp64", "batch-size": 4, **keys}), "localsgd")
+    assert_same_rounds(config, WAYS[way], NOISE_OF_LAMB if (config.optimizer, model) == ("lamb", "lenet-bn") else ())
+
+
+@pytest.mark.parametrize(
+    ("blocks", "norm", "keys"),
+    [
+        (2, nn.BatchNorm2d, {"optimizer": "lars", "trust-coefficient": 0.05}),
+        (1, functools.partial(nn.GroupNorm, 8), {"optimizer": "lamb"}),
+    ],
+)
+def test_a_resnet_needs_no_code_of_its_own(
+    small: Config, blocks: int, norm: Any, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """torchvision's ResNet-18, or half of it, with dropout and in its form for CIFAR: one more entry of the registry."""
+
+    def resnet(classes: int) -> nn.Module:
+        model = ResNet(BasicBlock, [blocks] * 4, classes, norm_layer=norm)
+        model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+        model.fc = nn.Sequential(nn.Dropout(0.2), model.fc)
+        return model
+
+    monkeypatch.setitem(MODELS, "lenet5", resnet)
+    shape = {"precision": "fp64", "batch-size": 2, "local-steps": 2, "lr": 0.01, "synthetic-images": 260}
+    config = resolve(small.changed({**shape, **keys}), "localsgd")
+    assert_same_rounds(config, stacked.take_rounds, workers=(1, 0), rounds=1)
+
+
+def test_a_model_that_cannot_be_stacked_fails_and_says_why(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Reversed(LeNet5):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x.flip(3))
+
+    monkeypatch.setitem(MODELS, "lenet5", Reversed)
+    config = resolve(small.changed({"seed": 77}), "localsgd")
+    with pytest.raises(UserError, match="model lenet5: cannot stack the method flip in the forward pass: choose the"):
+        stacked.take_rounds(config, [begin(config, worker) for worker in (0, 1)])
+
+
 def test_a_mix_up_of_workers_would_be_seen(small: Config) -> None:
     config = resolve(small.changed({"precision": "fp64"}), "localsgd")
     alone = local_round.take_round(config, begin(config, 0))
-    (other, _) = fused.take_rounds(config, [begin(config, 1), begin(config, 0)])
+    (other, _) = stacked.take_rounds(config, [begin(config, 1), begin(config, 0)])
     assert difference(alone, other) > 1e-3
-
-
-@pytest.mark.parametrize("momentum_at_sync", ["keep", "average"])
-def test_a_whole_run_of_the_fused_fleet_is_that_of_the_loop(small: Config, momentum_at_sync: str) -> None:
-    keys = {"model": "lenet-bn", "precision": "fp64", "momentum-at-sync": momentum_at_sync, "synthetic-images": 256}
-    config = resolve(small.changed(keys), "localsgd")
-    loop = execute(config.changed({"name": "loop"}), "localsgd", "fleet")
-    together = execute(config.changed({"name": "fused"}), "localsgd", "fused")
-    for name, value in final_model(loop).items():
-        torch.testing.assert_close(value, final_model(together)[name], rtol=0, atol=1e-11)
-    assert [row["test_accuracy"] for row in rows_of(loop)] == [row["test_accuracy"] for row in rows_of(together)]
-    assert final_model(loop)["fc1.weight"].dtype == torch.float64
 
 
 def test_in_single_precision_they_differ_by_rounding_alone(small: Config) -> None:
     config = resolve(small.changed({"model": "lenet-bn", "local-steps": 1}), "localsgd")
     starts = [begin(config, worker) for worker in (0, 1)]
-    pairs = zip([local_round.take_round(config, s) for s in starts], fused.take_rounds(config, starts), strict=True)
+    pairs = zip([local_round.take_round(config, s) for s in starts], stacked.take_rounds(config, starts), strict=True)
     assert max(difference(one, other) for one, other in pairs) < 1e-5
