@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, NoReturn, Optional, get_args
 
 import click
 import typer
@@ -17,7 +17,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from fedsim import __version__
-from fedsim.config import FIELDS, Mode, accepted, has_key, kebab, typed
+from fedsim.config import FIELDS, Engine, Mode, accepted, has_key, kebab, typed
 from fedsim.errors import RunFailed, UserError
 from fedsim.interrupts import Interrupted, interruption
 
@@ -183,7 +183,7 @@ RESULTS_DIR = typer.Option(
     callback=lambda folder: typed("results-dir", folder),
 )
 ENGINE = typer.Option(
-    "fleet", "--engine", help="fleet or fused: in this process; flower: Flower's simulation on Ray", metavar="NAME"
+    "auto", "--engine", help="threads or stacked: in this process (auto: the faster); flower: on Ray", metavar="NAME"
 )
 RAY = typer.Option(
     None,
@@ -253,7 +253,7 @@ def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
     from fedsim.experiments.study import read_study
 
     study = read_study("demo")
-    _run_grid(study, study.cells(), results_dir, _runner(None, None, None, "fleet"), rerun)
+    _run_grid(study, study.cells(), results_dir, _runner(None, None, None, "auto"), rerun)
 
 
 @cli.command(cls=Command)
@@ -438,8 +438,8 @@ def deploy(
 
 
 def _engine(name: str) -> Any:
-    if name not in ("fleet", "fused", "flower"):
-        raise UserError(f"engine = {name!r} is unknown: it must be one of fleet, fused, flower")
+    if name not in get_args(Engine):
+        raise UserError(f"engine = {name!r} is unknown: it must be one of {', '.join(get_args(Engine))}")
     return name
 
 
@@ -474,7 +474,7 @@ def integers(name: str, listed: str) -> list[int]:
         raise UserError(f"{name} = {listed!r} is no list of whole numbers: for instance --{name} 4,12") from None
 
 
-def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str = "fleet") -> None:
+def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str = "auto") -> None:
     from fedsim.device import resolve  # torch takes seconds to import: --help does not wait for it
     from fedsim.experiments.execute import execute
     from fedsim.experiments.study import configure

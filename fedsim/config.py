@@ -14,8 +14,8 @@ import math
 import os
 import re
 import unicodedata
-from collections.abc import Iterator, Mapping
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin
+from collections.abc import Hashable, Iterator, Mapping
+from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
 from pydantic import (
@@ -33,8 +33,8 @@ from pydantic.fields import FieldInfo
 from fedsim.errors import UserError
 
 Mode = Literal["centralized", "localsgd"]
+Engine = Literal["auto", "threads", "stacked", "flower"]  # how the clients of a run are trained
 Value = bool | int | float | str
-V = TypeVar("V")
 
 MAX_THREADS = 1024  # of one training step; more than a process can start crash it
 MAX_NAME_BYTES = 255  # of a file system
@@ -170,18 +170,18 @@ class Config(BaseModel, frozen=True):
     """Implementation of lars and lamb: fedsim's faster one, or torch-optimizer's."""
     lr: Positive = 0.01
     """Peak learning rate."""
-    reference_batch: CountOrZero = 0
-    """Scale lr by (total batch of all clients / reference-batch); 0: do not scale."""
-    scaling: Literal["linear", "sqrt"] = "linear"
-    """With reference-batch: scale lr by the ratio (Goyal et al. 2017) or its root (Krizhevsky 2014)."""
+    lr_scaling_batch: CountOrZero = 0
+    """Scale lr by (total batch of all clients / lr-scaling-batch); 0: do not scale."""
+    lr_scaling: Literal["linear", "sqrt"] = "linear"
+    """With lr-scaling-batch: scale lr by the ratio (Goyal et al. 2017) or its root (Krizhevsky 2014)."""
     momentum: Decay = 0.9
     """Momentum of sgdm and lars."""
     nesterov: Bool = False
     """Nesterov momentum, for sgdm and lars."""
     weight_decay: NotNegative = 4e-4
     """L2 penalty (sgdm, lars) or weight decay (lamb)."""
-    decay_on: Literal["all", "matrices"] = "all"
-    """Parameters to decay: all, or only those of more than one dimension."""
+    decay_biases_and_norms: Bool = True
+    """Decay all parameters, or only those of more than one dimension: weights, not biases and norms."""
     trust_coefficient: Positive = 0.001
     """LARS: the trust coefficient."""
     lars_lr_in_momentum: Bool = False
@@ -232,9 +232,9 @@ class Config(BaseModel, frozen=True):
     """How the server aggregates."""
     momentum_at_sync: Annotated[Literal["keep", "reset", "average"], LOCALSGD] = "keep"
     """Keep, reset or average the clients' optimizer states at each sync."""
-    batchnorm_at_sync: Annotated[Literal["average", "worker-0"], LOCALSGD] = "average"
-    """Running statistics of BN: average them, or take worker 0's (the paper's code)."""
-    reshuffle: Annotated[Literal["epoch", "round"], LOCALSGD] = "epoch"
+    batchnorm_at_sync: Annotated[Literal["average", "first-worker"], LOCALSGD] = "average"
+    """Running statistics of BN: average them, or take those of the first worker averaged (the paper's code)."""
+    shuffle_every: Annotated[Literal["epoch", "round"], LOCALSGD] = "epoch"
     """Shuffle a client's shard after each pass over it, or every round (the paper's code)."""
 
     # The run
@@ -310,7 +310,17 @@ OF_FEDSIM_ALONE = (
 OF_A_NODE = ("data-dir", "device", "threads")
 OF_FLOWER = ("partition-id", "num-partitions")
 FIELDS: Mapping[str, FieldInfo] = Config.model_fields
-RENAMED: dict[str, str] = {}  # a key's former name, and its present one
+RENAMED = {  # former name of a key -> its present one
+    "reference-batch": "lr-scaling-batch",
+    "scaling": "lr-scaling",
+    "decay-on": "decay-biases-and-norms",
+    "reshuffle": "shuffle-every",
+}
+RENAMED_VALUES: dict[tuple[str, Any], Value] = {  # former name of a key and a former value -> its present value
+    ("decay-on", "all"): True,
+    ("decay-on", "matrices"): False,
+    ("batchnorm-at-sync", "worker-0"): "first-worker",
+}
 
 
 def has_key(mode: Mode, name: str) -> bool:
@@ -318,9 +328,15 @@ def has_key(mode: Mode, name: str) -> bool:
     return mode == "localsgd" or LOCALSGD not in FIELDS[name].metadata
 
 
-def current_names(keys: Mapping[str, V]) -> dict[str, V]:
-    """The `keys` of an older configuration under their present names."""
-    return {RENAMED.get(name, name): value for name, value in keys.items()}
+def current_names(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The `keys` of an older configuration, or of a study kept beside older runs, as they are called now."""
+    return {RENAMED.get(name, name): _current_value(name, value) for name, value in keys.items()}
+
+
+def _current_value(name: str, value: Any) -> Any:
+    if isinstance(value, list):
+        return [_current_value(name, each) for each in value]
+    return RENAMED_VALUES.get((name, value), value) if isinstance(value, Hashable) else value
 
 
 def typed(name: str, value: Any) -> Any:

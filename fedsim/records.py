@@ -36,7 +36,7 @@ import torch
 from torch import Tensor
 
 from fedsim import __version__
-from fedsim.config import Config, Mode
+from fedsim.config import Config, Mode, current_names
 from fedsim.errors import RunFailed, RunInProgress, UserError
 
 Row = dict[str, Any]
@@ -58,11 +58,15 @@ class InvalidCheckpoint(Exception):
 class Run:
     """One run's folder, opened to start the run, to resume it, or to find it finished."""
 
-    def __init__(self, config: Config, mode: Mode, on_row: Callable[[Row], None] | None = None) -> None:
+    def __init__(
+        self, config: Config, mode: Mode, on_row: Callable[[Row], None] | None = None, engine: str = ""
+    ) -> None:
         """Open the folder of `config` (resolved), created if it does not exist.
 
-        A folder that holds another configuration fails and stays as it is. `on_row` is called with each row.
+        A folder that holds another configuration fails and stays as it is. `on_row` is called with each row; the
+        summary names the `engine` that trained the clients.
         """
+        self._engine = engine
         self.folder = run_folder(config, mode)
         self.mode: Mode = mode
         self.tested_on = "validation" if config.validation else "test"
@@ -174,6 +178,7 @@ class Run:
             "tested_on": self.tested_on,
             **_outcome(self.rows),
             "parameters": parameters,
+            **({"engine": self._engine} if self._engine else {}),
             **provenance(device),
         }
         with self._writing():
@@ -397,7 +402,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     mode = held.get("mode")
     if mode not in ("centralized", "localsgd"):
         raise UserError(f"{path} is damaged, it names no mode: restore it, or give another --name or --results-dir")
-    return {**Config().identity(mode), **held}
+    return {**Config().identity(mode), **current_names(held)}
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 MomentumAtSync = Literal["keep", "reset", "average"]
-BatchNormAtSync = Literal["average", "worker-0"]
+BatchNormAtSync = Literal["average", "first-worker"]
 
 
 def local_sgd(
@@ -53,7 +53,7 @@ def local_sgd(
         states = [replica.state_dict() for replica in replicas]
         buffers = {name for name, _ in model.named_buffers()}
         for name, value in model.state_dict().items():
-            from_first = batchnorm_at_sync == "worker-0" and name in buffers
+            from_first = batchnorm_at_sync == "first-worker" and name in buffers
             value.copy_(states[0][name] if from_first else mean([state[name] for state in states]))
 
         for optimizer in optimizers if momentum_at_sync == "reset" else ():

@@ -25,10 +25,10 @@ def merge(
 ) -> dict[str, Tensor]:
     """One set of buffers out of each worker's, in the order of the workers; `weights` sum to one.
 
-    Those named in `batchnorm` are averaged (`how` = average) or those of the first worker (worker-0); all others
+    Those named in `batchnorm` are averaged (`how` = average) or those of the first worker (first-worker); all others
     are averaged. Counters stay integers: the largest is taken.
     """
     merged = mean(buffers, weights)
-    if how == "worker-0":
+    if how == "first-worker":
         merged |= {name: value for name, value in buffers[0].items() if name in batchnorm}
     return merged

@@ -49,7 +49,7 @@ class LocalSGD(FedAvg):
 
     Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples` and reports
     each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
-    `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged: ``average`` or ``worker-0`` (the first
+    `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged: ``average`` or ``first-worker`` (the first
     worker averaged). Other arguments are FedAvg's.
     """
 

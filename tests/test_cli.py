@@ -57,7 +57,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --model lenet", "did you mean lenet5?"),
         ("localsgd --optimizer adam", "optimizer = 'adam' is out of range: it must be one of sgdm, lars, lamb"),
         ("localsgd --strategy fedprox", "strategy = 'fedprox' is out of range: it must be one of localsgd"),
-        ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of fleet, fused, flower"),
+        ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of auto, threads, stacked, flower"),
         ("localsgd --preset table3", "unknown preset table3: it must be one of demo, kj-equal-epochs"),
         ("localsgd --preset table1", "preset = table1 is for mode centralized, not localsgd: give run.py centralized"),
         ("localsgd --dataset synthetic --clients 9000", "clients = 9000 is more than the 8000"),

@@ -122,7 +122,7 @@ def test_identity_holds_what_shapes_the_result_and_nothing_else() -> None:
     identity = Config().identity("centralized")
     assert {"lr", "epochs", "seed", "threads"} <= identity.keys()
     assert not {"clients", "local-steps", "data-dir", "results-dir", "name", "stop-after-epochs"} & identity.keys()
-    assert {"clients", "local-steps", "reshuffle"} <= Config().identity("localsgd").keys()
+    assert {"clients", "local-steps", "shuffle-every"} <= Config().identity("localsgd").keys()
 
 
 def test_a_configuration_is_a_value() -> None:

@@ -92,7 +92,7 @@ WORDS = st.one_of(
     st.integers(300, 6000).map("9".__mul__),
     st.characters(categories=["Cs"]),
     st.sampled_from(
-        ["synthetic", "fused", "table1", "kj-small", "[/b]", "1e400", "1Mbit", "1ms", "auto", "damaged", "\x1b["]
+        ["synthetic", "stacked", "table1", "kj-small", "[/b]", "1e400", "1Mbit", "1ms", "auto", "damaged", "\x1b["]
     ),
 )
 

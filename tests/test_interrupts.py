@@ -23,7 +23,7 @@ DATA = "--dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 1
 RUN = f"--clients 2 --rounds 100000 --schedule cosine --checkpoint-every 7 {DATA} --name run"
 RUNS = {
     "localsgd": f"localsgd --local-steps 2 {RUN}",
-    "fused": f"localsgd --local-steps 2 --engine fused {RUN}",
+    "stacked": f"localsgd --local-steps 2 --engine stacked {RUN}",
     "long rounds": f"localsgd --local-steps 500 {RUN}",
     "centralized": f"centralized --epochs 10000 --checkpoint-every 1 {DATA} --name run",
 }
@@ -152,7 +152,7 @@ from fedsim.interrupts import exit_on_signals
 
 keys = {"dataset": "synthetic", "synthetic-images": 256, "model": "lenet5", "batch-size": 16, "device": "cpu"}
 with exit_on_signals():
-    in_own_process("fleet", Config().changed({**keys, "clients": 2, "threads": 1}), 10**9)
+    in_own_process("threads", Config().changed({**keys, "clients": 2, "threads": 1}), 10**9)
 """
 
 

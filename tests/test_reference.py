@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
@@ -57,15 +57,20 @@ def reference(config: Config) -> dict[str, Tensor]:
     return model.state_dict()
 
 
-@pytest.mark.parametrize("engine", ["fleet", "fused"])
+@pytest.mark.parametrize("engine", ["threads", "stacked"])
 @pytest.mark.parametrize(
     "keys",
     [
         {"momentum-at-sync": "keep"},
-        {"momentum-at-sync": "reset", "reshuffle": "round"},
+        {"momentum-at-sync": "reset", "shuffle-every": "round"},
         {"momentum-at-sync": "average", "nesterov": True},
-        {"batchnorm-at-sync": "worker-0", "schedule": "cosine"},
-        {"optimizer": "lars", "decay-on": "matrices", "trust-coefficient": 0.05, "momentum-at-sync": "average"},
+        {"batchnorm-at-sync": "first-worker", "schedule": "cosine"},
+        {
+            "optimizer": "lars",
+            "decay-biases-and-norms": False,
+            "trust-coefficient": 0.05,
+            "momentum-at-sync": "average",
+        },
         {"optimizer": "lamb", "model": "lenet5"},
     ],
 )
@@ -85,5 +90,5 @@ def test_the_choices_differ(small: Config) -> None:
     keep = reference(config)
     for other in ({"momentum-at-sync": "reset"}, {"momentum-at-sync": "average"}):
         assert float((reference(config.changed(other))["fc3.weight"] - keep["fc3.weight"]).abs().max()) > 1e-6
-    worker_0 = reference(config.changed({"batchnorm-at-sync": "worker-0"}))
+    worker_0 = reference(config.changed({"batchnorm-at-sync": "first-worker"}))
     assert float((worker_0["bn1.running_mean"] - keep["bn1.running_mean"]).abs().max()) > 1e-4

@@ -33,14 +33,14 @@ def check_shards(config: Config, images: int, workers: int) -> None:
         )
 
 
-def sample_order(size: int, first: int, count: int, seed: int, worker: int, reshuffle: str) -> NDArray[np.int64]:
+def sample_order(size: int, first: int, count: int, seed: int, worker: int, shuffle_every: str) -> NDArray[np.int64]:
     """(count,) which of a shard's `size` images a worker takes, its samples `first` to `first` + `count` of the run.
 
-    reshuffle = epoch: the samples of a run are shuffled passes over the shard, one after the other, so that a worker
-    that takes part in every round sees every image once before any twice. A worker that a round does not sample skips
-    the samples of that round. reshuffle = round: a new shuffled pass begins at `first`.
+    `shuffle_every` = epoch: the samples of a run are shuffled passes over the shard, one after the other, so that a
+    worker that takes part in every round sees every image once before any twice. A worker that a round does not sample
+    skips the samples of that round. `shuffle_every` = round: a new shuffled pass begins at `first`.
     """
-    if reshuffle == "round":
+    if shuffle_every == "round":
         rng = generator(seed, worker, first, "shuffle")
         return np.concatenate([rng.permutation(size) for _ in range(-(-count // size))])[:count]
     passes = range(first // size, (first + count - 1) // size + 1)

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Literal
 
-from fedsim.config import Config, Mode
+from fedsim.config import Config, Engine, Mode
 from fedsim.data.datasets import load_dataset
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards
@@ -16,27 +15,29 @@ from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Row, Run
 from fedsim.training.centralized import train_centralized, whole_epochs
+from fedsim.training.engine import choose_engine
 from fedsim.training.run_plan import run_plan
-
-Engine = Literal["fleet", "fused", "flower"]
 
 
 def execute(
     config: Config,
     mode: Mode,
-    engine: Engine = "fleet",
+    engine: Engine = "auto",
     on_row: Callable[[Row], None] | None = None,
     rerun: bool = False,
     patience: float = 0.0,
 ) -> Run:
     """Run `config` (resolved) to its end, or to its early stop: resume it if it was interrupted, skip it if finished.
 
-    `on_row` is called with each row (not by the engine flower, whose log is streamed instead). `rerun` starts
-    again. If another process runs it, this waits up to `patience` seconds and then raises RunInProgress. Input is
-    checked before anything is written.
+    With the engine `auto`, `choose_engine` chooses that of this process which is faster; the summary names it. `on_row`
+    is called with each row (not by the engine flower, whose log is streamed instead). `rerun` starts again. If another
+    process runs it, this waits up to `patience` seconds and then raises RunInProgress. Input is checked before anything
+    is written.
     """
     check(config, mode)
-    run = Run(config, mode, on_row)
+    if engine == "auto" and mode == "localsgd":
+        engine = choose_engine(config)
+    run = Run(config, mode, on_row, "" if mode == "centralized" else engine)
     with run.lock(patience):
         if rerun:
             run.reset()
@@ -47,7 +48,7 @@ def execute(
             train_centralized(config, run)
             return run
         if engine != "flower":
-            with InProcessGrid(client_app, config, train_together if engine == "fused" else None) as grid:
+            with InProcessGrid(client_app, config, train_together if engine == "stacked" else None) as grid:
                 train_localsgd(grid, config, run)
             return run
     # Flower's server app holds the run itself

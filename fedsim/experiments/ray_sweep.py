@@ -28,9 +28,9 @@ from rich.progress import Progress
 
 import fedsim
 import strategies
-from fedsim.config import CORES, Config, cpu_count
+from fedsim.config import CORES, Config, Engine, cpu_count
 from fedsim.errors import RunFailed, UserError
-from fedsim.experiments.execute import Engine, execute
+from fedsim.experiments.execute import execute
 from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
 from fedsim.records import Run, origin, read_summary, run_folder

@@ -29,7 +29,7 @@ from typing import Annotated, Any, NamedTuple
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedsim.config import Config, Mode, Value, typed
+from fedsim.config import Config, Mode, Value, current_names, typed
 from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
 from fedsim.records import default_name
@@ -252,9 +252,18 @@ def read_study(name: str) -> Study:
         known = [field.alias or key for key, field in Study.model_fields.items() if key != "name"]
         for entry in entries.keys() - set(known):
             raise UserError(f"unknown entry {entry}: it must be one of {', '.join(known)}")
-        return _study({**entries, "name": path.absolute().parent.name if path.name == KEPT else path.stem})
+        if path.name == KEPT:
+            return _study({**_as_called_now(entries), "name": path.absolute().parent.name})
+        return _study({**entries, "name": path.stem})
     except (UserError, OverflowError) as error:
         raise UserError(" ".join(f"{path.name}: {error}".split())) from error
+
+
+def _as_called_now(entry: Any) -> Any:
+    """An entry of a study that was kept beside its runs, with the keys that have been renamed since."""
+    if isinstance(entry, dict):
+        return current_names({name: _as_called_now(value) for name, value in entry.items()})
+    return [_as_called_now(each) for each in entry] if isinstance(entry, list) else entry
 
 
 def _study(entries: Mapping[str, Any]) -> Study:

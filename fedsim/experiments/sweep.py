@@ -21,10 +21,11 @@ from rich.progress import (
     TimeRemainingColumn,
 )
 
+from fedsim.config import Engine
 from fedsim.data.datasets import training_images
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
-from fedsim.experiments.execute import Engine, check, execute
+from fedsim.experiments.execute import check, execute
 from fedsim.experiments.study import KEPT, Cell, Study
 from fedsim.records import Row, Run, atomic_write, run_folder
 from fedsim.training.centralized import whole_epochs

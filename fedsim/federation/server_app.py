@@ -44,7 +44,7 @@ def main(grid: Grid, context: Context) -> None:
     config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
     check_of_run(config)
     is_new = not run_folder(config, "localsgd").exists()
-    run = Run(config, "localsgd", on_row=print_row)
+    run = Run(config, "localsgd", print_row, engine="flower")
     print(f"run folder: {run.folder}", flush=True)
     if run.finished:
         raise UserError(f"name = {run.folder.name}: the run in {run.folder} is finished: give another --name")

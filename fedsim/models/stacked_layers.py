@@ -51,10 +51,7 @@ class StackedLinear(nn.Linear):
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(G, ..., N) inputs, (G, M, N) weights and (G * M,) biases -> (G, ..., M)."""
     rows = x.flatten(1, -2)
-    if bias is None:
-        y = torch.bmm(rows, weight.mT)
-    else:
-        y = torch.baddbmm(bias.view(len(x), 1, -1), rows, weight.mT)
+    y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.view(len(x), 1, -1), rows, weight.mT)
     return y.view(*x.shape[:-1], -1)
 
 

@@ -19,12 +19,12 @@ Groups = list[dict[str, Any]]
 Named = Mapping[str, Tensor]  # parameters by their names
 
 
-def parameter_groups(parameters: Sequence[Tensor], weight_decay: float, decay_on: str) -> Groups:
-    """One group that decays and, with decay-on = matrices, one that does not: biases and BN's parameters.
+def parameter_groups(parameters: Sequence[Tensor], weight_decay: float, biases_and_norms: bool) -> Groups:
+    """One group that decays and, without `biases_and_norms`, one for these that does not.
 
     torch-optimizer's LARS gives a group without decay no trust ratio either: it takes the raw rate.
     """
-    if decay_on == "all":
+    if biases_and_norms:
         return [{"params": parameters, "weight_decay": weight_decay}]
     return [
         {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
@@ -74,7 +74,7 @@ def build_optimizer(config: Config, parameters: Named) -> Optimizer:
     """The optimizer of `config` over `parameters`."""
     if config.optimizer not in OPTIMIZERS:
         raise UserError(f"unknown optimizer {config.optimizer}: it must be one of {', '.join(OPTIMIZERS)}")
-    groups = parameter_groups(list(parameters.values()), config.weight_decay, config.decay_on)
+    groups = parameter_groups(list(parameters.values()), config.weight_decay, config.decay_biases_and_norms)
     return OPTIMIZERS[config.optimizer]([group for group in groups if group["params"]], config)
 
 

@@ -46,8 +46,8 @@ class Schedule:
 
 def schedule_of(config: Config, steps_per_epoch: Fraction, epochs: float, workers: int = 1) -> Schedule:
     """The schedule that `config` asks for; its rate scaled, where asked, with the batch of all `workers` together."""
-    ratio = workers * config.batch_size / config.reference_batch if config.reference_batch else 1.0
-    scale = math.sqrt(ratio) if config.scaling == "sqrt" else ratio
+    ratio = workers * config.batch_size / config.lr_scaling_batch if config.lr_scaling_batch else 1.0
+    scale = math.sqrt(ratio) if config.lr_scaling == "sqrt" else ratio
     return Schedule(
         peak=config.lr * scale,
         shape=config.schedule,

@@ -14,7 +14,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from fedsim.config import Config, Mode, Value
+from fedsim.config import Config, Mode, Value, current_names
 from fedsim.errors import UserError
 
 LARGEST = 2**53  # of the whole numbers that a float holds exactly
@@ -112,7 +112,7 @@ def read_records(root: Path) -> Records:
 
 def parse_config(content: bytes) -> dict[str, Value]:
     """A run's mode and keys; keys that are newer than the run have their defaults."""
-    held: dict[str, Any] = KEYS.validate_json(content, strict=True)
+    held: dict[str, Any] = current_names(KEYS.validate_json(content, strict=True))
     missing = [name for name in REQUIRED_KEYS if name not in held]
     if missing:
         raise UserError(f"{missing[0]} is missing")

@@ -87,7 +87,7 @@ def round_inputs(config: Config, start: Start) -> StepInputs:
     plan = local_plan(config)
     first_step, samples = plan.first_step(start.round), plan.samples(start.round)
     first = first_step * config.batch_size
-    order = sample_order(len(held), first, samples, config.seed, start.worker, config.reshuffle)
+    order = sample_order(len(held), first, samples, config.seed, start.worker, config.shuffle_every)
     rates = plan.rates(start.round)
     return step_inputs(held[order], config.batch_size, config.seed, start.worker, first_step, rates)
 

@@ -56,14 +56,14 @@ def folder_of(pixels: np.ndarray, labels: np.ndarray, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("keys", [{}, {"reshuffle": "round", "validation": 64, "clients": 3, "model": "lenet-bn"}])
+@pytest.mark.parametrize("keys", [{}, {"shuffle-every": "round", "validation": 64, "clients": 3, "model": "lenet-bn"}])
 def test_nodes_with_their_own_folders_train_as_by_partition_id_bitwise(
     small: Config, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
     config = resolve(small.changed({"rounds": 5, **keys}), "localsgd")
     write_shards(config, tmp_path / "shards")
     own = with_folders(config.changed({"name": "own"}), tmp_path / "shards")
-    shared = execute(config.changed({"name": "shared"}), "localsgd")
+    shared = execute(config.changed({"name": "shared"}), "localsgd", "threads")
     assert_same_bits(final_model(own), final_model(shared))
     assert rows_of(own) == rows_of(shared)
 

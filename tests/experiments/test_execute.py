@@ -31,7 +31,7 @@ def test_one_client_is_centralized_training_bitwise(run: Execute, optimizer: str
         "schedule": "cosine",
         "warmup-epochs": 1.0,
         "trust-coefficient": 0.1,
-        "decay-on": "matrices",
+        "decay-biases-and-norms": False,
     }
     local = run("localsgd", clients=1, local_steps=8, name="local", **keys)
     central = run("centralized", name="central", **keys)
@@ -108,11 +108,11 @@ def test_cores_and_threads_of_the_pool_change_nothing(run: Execute, monkeypatch:
     [
         ({"momentum-at-sync": "keep"}, {"momentum-at-sync": "reset"}),
         ({"momentum-at-sync": "keep"}, {"momentum-at-sync": "average"}),
-        ({"batchnorm-at-sync": "average"}, {"batchnorm-at-sync": "worker-0"}),
-        ({"reshuffle": "epoch", "local-steps": 1}, {"reshuffle": "round", "local-steps": 1}),
+        ({"batchnorm-at-sync": "average"}, {"batchnorm-at-sync": "first-worker"}),
+        ({"shuffle-every": "epoch", "local-steps": 1}, {"shuffle-every": "round", "local-steps": 1}),
         ({"seed": 1}, {"seed": 2}),
         ({"normalize": "dataset"}, {"normalize": "cifar10"}),
-        ({"decay-on": "all", "weight-decay": 0.1}, {"decay-on": "matrices", "weight-decay": 0.1}),
+        ({"decay-biases-and-norms": True, "weight-decay": 0.1}, {"decay-biases-and-norms": False, "weight-decay": 0.1}),
     ],
 )
 def test_a_visible_choice_is_seen(run: Execute, one: dict[str, Any], other: dict[str, Any]) -> None:

@@ -109,7 +109,7 @@ def test_a_grid_is_kept_as_a_study_that_runs_it_again(grid: Grid, tmp_path: Path
     assert [cell.config.name for cell in study.cells()] == [cell.config.name for cell in asked.cells()]
     for cell in study.cells():
         config = cell.config
-        assert (config.rounds, config.epochs, config.momentum, config.reshuffle) == (0, 2.0, 0.5, "round")
+        assert (config.rounds, config.epochs, config.momentum, config.shuffle_every) == (0, 2.0, 0.5, "round")
         assert (config.dataset, config.batch_size, config.threads) == ("synthetic", 16, 0)
 
 

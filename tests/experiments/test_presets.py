@@ -13,9 +13,12 @@ from fedsim.training.run_plan import run_plan
 @pytest.mark.parametrize(
     ("given", "expected"),
     [
-        ({"optimizer": "sgdm", "batch-size": 8192}, {"lr": 0.01, "reference-batch": 0, "milestones": "50,60"}),
-        ({"optimizer": "lars", "batch-size": 1024}, {"lr": 0.01, "reference-batch": 128, "warmup-epochs": 5.0}),
-        ({"optimizer": "lamb", "batch-size": 1024}, {"lr": 0.01, "warmup-epochs": 10.0, "decay-on": "matrices"}),
+        ({"optimizer": "sgdm", "batch-size": 8192}, {"lr": 0.01, "lr-scaling-batch": 0, "milestones": "50,60"}),
+        ({"optimizer": "lars", "batch-size": 1024}, {"lr": 0.01, "lr-scaling-batch": 128, "warmup-epochs": 5.0}),
+        (
+            {"optimizer": "lamb", "batch-size": 1024},
+            {"warmup-epochs": 10.0, "decay-biases-and-norms": False},
+        ),
         ({"optimizer": "lamb", "batch-size": 2048}, {"lr": 0.02, "schedule": "cosine"}),
     ],
 )
@@ -37,7 +40,11 @@ def test_table2_is_200_rounds_whatever_j() -> None:
         planned = run_plan(config, 50_000)
         assert planned.rounds == 200
         assert planned.lr.epochs == pytest.approx(epochs)
-        assert (config.batchnorm_at_sync, config.reshuffle, config.momentum_at_sync) == ("worker-0", "round", "keep")
+        assert (config.batchnorm_at_sync, config.shuffle_every, config.momentum_at_sync) == (
+            "first-worker",
+            "round",
+            "keep",
+        )
 
 
 def test_explicit_flags_win() -> None:

@@ -258,7 +258,7 @@ def test_a_node_with_other_code_refuses_a_cell(small: Config) -> None:
 
     run_cell: Any = ray_cells._run_cell  # Ray's wrapper of the function
     with pytest.raises(UserError, match=r"the fedsim in .* differs from this command's: give both one commit"):
-        run_cell._function(Cell((), "localsgd", small), "fleet", 1.0, "other")
+        run_cell._function(Cell((), "localsgd", small), "threads", 1.0, "other")
 
 
 def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: Nodes) -> None:
@@ -272,7 +272,7 @@ def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: 
 
 def test_flwr_run_on_an_existing_cluster_is_the_run_in_this_process_bitwise(tmp_path: Path, nodes: Nodes) -> None:
     keys = [*GRID[1:], "--clients", "3", "--rounds", "4"]
-    assert run_py(tmp_path, "localsgd", *keys, "--name", "fleet").returncode == 0
+    assert run_py(tmp_path, "localsgd", *keys, "--name", "threads", "--engine", "threads").returncode == 0
     seen: set[int] = set()
     over = threading.Event()
 
@@ -289,8 +289,8 @@ def test_flwr_run_on_an_existing_cluster_is_the_run_in_this_process_bitwise(tmp_
     watcher.join()
     assert flower.returncode == 0, flower.stdout
     assert seen == {nodes.head.pid, nodes.other.pid}  # its clients were on both nodes
-    assert rows_of(tmp_path / "results" / "flower") == rows_of(tmp_path / "results" / "fleet")
-    assert_same_bits(final_model(tmp_path / "results" / "flower"), final_model(tmp_path / "results" / "fleet"))
+    assert rows_of(tmp_path / "results" / "flower") == rows_of(tmp_path / "results" / "threads")
+    assert_same_bits(final_model(tmp_path / "results" / "flower"), final_model(tmp_path / "results" / "threads"))
     assert answers(nodes.address)
 
 

@@ -82,7 +82,7 @@ def test_a_twin_takes_the_samples_and_the_rate_of_its_column() -> None:
 def test_table2_bn_differs_from_table2_in_the_batchnorm_alone() -> None:
     for one, other in zip(read_study("table2").cells(), read_study("table2-bn").cells(), strict=True):
         assert one.config.changed({"batchnorm-at-sync": "average"}) == other.config
-        assert one.config.batchnorm_at_sync == "worker-0"
+        assert one.config.batchnorm_at_sync == "first-worker"
 
 
 def test_table1_scaled_scales_as_the_text_says() -> None:

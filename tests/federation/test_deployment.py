@@ -68,7 +68,7 @@ def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(federation
     overrides = " ".join(f'{name}="{v}"' if isinstance(v, str) else f"{name}={v}" for name, v in keys.items())
     done = federation.flwr("run", str(copy_app(tmp_path / "app")), "federation", "--stream", "-c", overrides)
     assert (tmp_path / "deployed" / "summary.json").exists(), done.stdout
-    fleet = execute(resolve(Config().changed({**keys, "name": "fleet"}), "localsgd"), "localsgd")
+    fleet = execute(resolve(Config().changed({**keys, "name": "threads"}), "localsgd"), "localsgd", "threads")
     assert len(rows_of(fleet)) == 3
     assert rows_of(tmp_path / "deployed") == rows_of(fleet)
     sent = [

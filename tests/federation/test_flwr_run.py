@@ -52,13 +52,13 @@ def started_by(mark: str) -> list[str]:
 def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
 ) -> None:
-    fleet = run_py(tmp_path, "--name", "fleet", *keys)
+    fleet = run_py(tmp_path, "--name", "threads", *keys, "--engine", "threads")
     assert fleet.returncode == 0, fleet.stderr
     monkeypatch.setenv("STARTED_BY", str(tmp_path))
     flower = run_py(tmp_path, "--name", "flower", *keys, "--engine", "flower")
     assert flower.returncode == 0, flower.stdout
-    assert_same_bits(final_model(tmp_path / "flower"), final_model(tmp_path / "fleet"))
-    assert rows_of(tmp_path / "flower") == rows_of(tmp_path / "fleet")
+    assert_same_bits(final_model(tmp_path / "flower"), final_model(tmp_path / "threads"))
+    assert rows_of(tmp_path / "flower") == rows_of(tmp_path / "threads")
     assert "round    3" in flower.stdout  # the log was streamed
     assert started_by(str(tmp_path)) == []  # and the SuperLink is gone
 

@@ -12,7 +12,7 @@ from fedsim.optim.lr_schedule import schedule_of
 def test_the_papers_lars_at_1024_takes_the_rates_that_its_code_printed() -> None:
     config = Config(
         lr=0.01,
-        reference_batch=128,
+        lr_scaling_batch=128,
         batch_size=1024,
         schedule="cosine",
         schedule_unit="epoch",
@@ -57,6 +57,6 @@ def test_constant_without_warm_up_is_constant() -> None:
 def test_the_rate_follows_the_batch_of_all_workers(
     scaling: Literal["linear", "sqrt"], workers: int, peak: float
 ) -> None:
-    config = Config(lr=0.1, reference_batch=32, batch_size=64, scaling=scaling)
+    config = Config(lr=0.1, lr_scaling_batch=32, batch_size=64, lr_scaling=scaling)
     assert schedule_of(config, Fraction(7), 3, workers)(0) == pytest.approx(peak)
-    assert schedule_of(config.changed({"reference-batch": 0}), Fraction(7), 3, workers)(0) == 0.1
+    assert schedule_of(config.changed({"lr-scaling-batch": 0}), Fraction(7), 3, workers)(0) == 0.1

@@ -17,10 +17,10 @@ from fedsim.optim.lars import LARS
 EVERY: list[dict[str, Any]] = [
     {"optimizer": "sgdm"},
     {"optimizer": "sgdm", "nesterov": True},
-    {"optimizer": "lars", "decay-on": "matrices"},
-    {"optimizer": "lamb", "decay-on": "matrices"},
-    {"optimizer": "lars", "decay-on": "matrices", "optimizer-backend": "torch-optimizer"},
-    {"optimizer": "lamb", "decay-on": "matrices", "optimizer-backend": "torch-optimizer"},
+    {"optimizer": "lars", "decay-biases-and-norms": False},
+    {"optimizer": "lamb", "decay-biases-and-norms": False},
+    {"optimizer": "lars", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
+    {"optimizer": "lamb", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
 ]
 
 
@@ -68,10 +68,12 @@ def test_zero_state_is_a_new_optimizers(keys: dict[str, Any]) -> None:
 
 def test_groups_decay_all_or_matrices_alone() -> None:
     model = build_model("lenet-bn", 10, 0)
-    (every,) = build_optimizer(Config(weight_decay=0.1, decay_on="all"), named(model)).param_groups
+    (every,) = build_optimizer(Config(weight_decay=0.1, decay_biases_and_norms=True), named(model)).param_groups
     assert every["weight_decay"] == 0.1
     assert len(every["params"]) == len(list(model.parameters()))
-    decayed, undecayed = build_optimizer(Config(weight_decay=0.1, decay_on="matrices"), named(model)).param_groups
+    decayed, undecayed = build_optimizer(
+        Config(weight_decay=0.1, decay_biases_and_norms=False), named(model)
+    ).param_groups
     assert (decayed["weight_decay"], undecayed["weight_decay"]) == (0.1, 0)
     assert {p.ndim for p in decayed["params"]} == {2, 4}
     assert {p.ndim for p in undecayed["params"]} == {1}
@@ -111,7 +113,9 @@ def test_both_backends_train_alike(optimizer: Any) -> None:
     weights = []
     for backend in ("fedsim", "torch-optimizer"):
         model = build_model("lenet5", 10, 0)
-        config = Config(optimizer=optimizer, optimizer_backend=backend, decay_on="matrices", trust_coefficient=0.1)
+        config = Config(
+            optimizer=optimizer, optimizer_backend=backend, decay_biases_and_norms=False, trust_coefficient=0.1
+        )
         take(model, build_optimizer(config, named(model)), range(10))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)

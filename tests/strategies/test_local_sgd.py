@@ -140,7 +140,7 @@ def test_the_mean_by_hand(grid: InProcessGrid) -> None:
 
 
 def test_worker_0_gives_its_batchnorm_statistics_where_asked(grid: InProcessGrid) -> None:
-    strategy, messages = begin(grid, 3, batchnorm_at_sync="worker-0")
+    strategy, messages = begin(grid, 3, batchnorm_at_sync="first-worker")
     arrays, _ = strategy.aggregate_train(1, [reply(m, update(w)) for w, m in enumerate(messages)][::-1])
     mean = numpy_of(arrays)
     assert np.array_equal(mean["buffers/bn.running_mean"], update(0)["buffers/bn.running_mean"])

@@ -51,7 +51,7 @@ def test_batchnorm_is_known_by_its_type_not_by_names() -> None:
     assert batchnorm_buffers(nn.BatchNorm2d(3)).keys() == {"running_mean", "running_var", "num_batches_tracked"}
 
 
-@pytest.mark.parametrize(("how", "mean"), [("average", 3.0), ("worker-0", 1.0)])
+@pytest.mark.parametrize(("how", "mean"), [("average", 3.0), ("first-worker", 1.0)])
 def test_only_batchnorms_buffers_are_merged_as_asked(how: str, mean: float) -> None:
     def buffers(value: float, count: int) -> dict[str, Tensor]:
         means = {name: torch.full((2,), value) for name in ("1.running_mean", "2.running_mean")}

@@ -24,11 +24,11 @@ from fedsim.training.step_fn import simple_step_fn
 SAMPLES, BATCH = 10, 4  # the last batch is smaller
 OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "sgdm"},
-    {"optimizer": "sgdm", "nesterov": True, "decay-on": "matrices"},
+    {"optimizer": "sgdm", "nesterov": True, "decay-biases-and-norms": False},
     {"optimizer": "sgdm", "momentum": 0.0},
-    {"optimizer": "lars", "decay-on": "matrices", "trust-coefficient": 0.05},
+    {"optimizer": "lars", "decay-biases-and-norms": False, "trust-coefficient": 0.05},
     {"optimizer": "lars", "lars-lr-in-momentum": True},
-    {"optimizer": "lamb", "decay-on": "matrices"},
+    {"optimizer": "lamb", "decay-biases-and-norms": False},
     {"optimizer": "lamb", "lamb-bias-correction": "moments"},
 ]
 

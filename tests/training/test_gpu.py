@@ -65,7 +65,9 @@ def test_steps_wait_for_nothing(on_gpu: Config, precision: str) -> None:
     assert 0 < float(loss) < 10
 
 
-@pytest.mark.parametrize(("mode", "engine"), [("localsgd", "fleet"), ("localsgd", "fused"), ("centralized", "fleet")])
+@pytest.mark.parametrize(
+    ("mode", "engine"), [("localsgd", "threads"), ("localsgd", "stacked"), ("centralized", "threads")]
+)
 @pytest.mark.parametrize("optimizer", ["sgdm", "lars", "lamb"])
 def test_stopped_and_resumed_is_never_stopped_bitwise(on_gpu: Config, mode: Any, engine: Any, optimizer: str) -> None:
     config = on_gpu.changed({"optimizer": optimizer, "batch-size": 24, "schedule": "cosine"})

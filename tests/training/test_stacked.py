@@ -26,14 +26,14 @@ WAYS: dict[str, TakeRounds] = {
     "streams": streams.take_rounds,
 }
 OPTIMIZERS: list[dict[str, Any]] = [
-    {"optimizer": "sgdm", "nesterov": True, "decay-on": "matrices"},
-    {"optimizer": "lars", "decay-on": "matrices", "trust-coefficient": 0.05},
-    {"optimizer": "lamb", "decay-on": "matrices"},
+    {"optimizer": "sgdm", "nesterov": True, "decay-biases-and-norms": False},
+    {"optimizer": "lars", "decay-biases-and-norms": False, "trust-coefficient": 0.05},
+    {"optimizer": "lamb", "decay-biases-and-norms": False},
 ]
 OTHER_OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "sgdm", "momentum": 0.0},
-    {"optimizer": "lars", "decay-on": "matrices", "optimizer-backend": "torch-optimizer"},
-    {"optimizer": "lamb", "decay-on": "matrices", "optimizer-backend": "torch-optimizer"},
+    {"optimizer": "lars", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
+    {"optimizer": "lamb", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
 ]
 
 
@@ -100,7 +100,7 @@ def test_all_at_once_is_one_by_one(small: Config, way: str, model: str, keys: di
 def test_a_resnet_needs_no_code_of_its_own(
     small: Config, blocks: int, norm: Any, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchvision's ResNet-18, or half of it, with dropout and in its form for CIFAR: one more entry of the registry."""
+    """torchvision's ResNet-18, or half of it, with dropout and its form for CIFAR: one more entry of the registry."""
 
     def resnet(classes: int) -> nn.Module:
         model = ResNet(BasicBlock, [blocks] * 4, classes, norm_layer=norm)
