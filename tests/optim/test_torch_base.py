@@ -37,7 +37,7 @@ def test_a_round_in_a_new_process_loads_only_what_it_needs(optimizer: str) -> No
 
 
 @pytest.mark.parametrize(
-    "keys", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"stacked": True}]
+    "keys", [{"momentum": 0.9}, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}, {"fused": True}]
 )
 def test_sgdm_is_torchs_sgd_bitwise(keys: dict[str, Any]) -> None:
     weights = []
