@@ -51,15 +51,15 @@ class StackedLinear(nn.Linear):
 def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(G, ..., N) inputs, (G, M, N) weights and (G * M,) biases -> (G, ..., M)."""
     rows = x.flatten(1, -2)
-    if bias is None:
-        y = torch.bmm(rows, weight.mT)
-    else:
-        y = torch.baddbmm(bias.view(len(x), 1, -1), rows, weight.mT)
+    y = torch.bmm(rows, weight.mT) if bias is None else torch.baddbmm(bias.view(len(x), 1, -1), rows, weight.mT)
     return y.view(*x.shape[:-1], -1)
 
 
 class StackedLayerNorm(nn.Module):
     """K layer normalizations: (K, B, ...) -> (K, B, ...)."""
+
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
 
     def __init__(self, layer: nn.LayerNorm, copies: int) -> None:
         super().__init__()
