@@ -475,14 +475,15 @@ def integers(name: str, listed: str) -> list[int]:
 
 
 def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str = "auto") -> None:
-    from fedsim.device import resolve  # torch takes seconds to import: --help does not wait for it
-    from fedsim.experiments.execute import execute
+    # torch takes seconds to import: --help does not wait for it
+    from fedsim.experiments.execute import execute, resolve_run
     from fedsim.experiments.study import configure
     from fedsim.records import config_of_run, print_row, read_summary, run_folder
 
-    config = resolve(config_of_run(configure(mode, keys, preset)), mode)
-    print(f"{mode} on {config.device} in {run_folder(config, mode)}", flush=True)
-    run = execute(config, mode, _engine(engine), print_row, rerun)
+    config, chosen = resolve_run(config_of_run(configure(mode, keys, preset)), mode, _engine(engine))
+    by = f" by {chosen}" if mode == "localsgd" else ""
+    print(f"{mode} on {config.device}{by} in {run_folder(config, mode)}", flush=True)
+    run = execute(config, mode, chosen, print_row, rerun)
     if not run.finished:
         print("stopped early: run the same command without --stop-after-... to resume")
     elif summary := read_summary(run.folder):

@@ -115,6 +115,9 @@ class Run:
             except InvalidCheckpoint as reason:
                 refused.append(f"{path} {reason}")
                 continue
+            if checkpoint["stacked"] != (self._engine == "stacked"):
+                other = "stacked" if checkpoint["stacked"] else "threads"
+                raise UserError(f"name = {self.folder.name}: it was trained by another engine: give --engine {other}")
             if refused:
                 self._put_aside(refused[0], checkpoint["round"], rows)
             self._keep_rows(rows, checkpoint["rows_bytes"])
@@ -151,6 +154,7 @@ class Run:
             "version": CHECKPOINT_VERSION,
             "config": self._identity,
             "seconds": self.seconds,
+            "stacked": self._engine == "stacked",
             "rows_bytes": self._rows_bytes,
             "rows_sha256": self._flush_rows(),
         }
@@ -269,7 +273,7 @@ class Run:
             raise InvalidCheckpoint("is of another version of fedsim")
         if checkpoint.get("config") != self._identity:
             raise InvalidCheckpoint("is of another configuration")
-        header = {"round": 0, "seconds": 0.0, "rows_bytes": 0, "rows_sha256": ""}
+        header = {"round": 0, "seconds": 0.0, "stacked": False, "rows_bytes": 0, "rows_sha256": ""}
         if problem := _misfit(checkpoint, {**header, **like}):
             raise InvalidCheckpoint(f"does not fit the run: {problem}")
         done, length = checkpoint["round"], checkpoint["rows_bytes"]

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from fedsim.config import Config, Engine, Mode
+from fedsim.config import Config, Engine, Mode, cpu_count
 from fedsim.data.datasets import load_dataset
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards
+from fedsim.device import resolve
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
 from fedsim.federation.flwr_run import run_with_flwr
@@ -19,24 +20,35 @@ from fedsim.training.engine import choose_engine
 from fedsim.training.run_plan import run_plan
 
 
+def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -> tuple[Config, Engine]:
+    """`config` with the device and threads that it will run on, and the engine that ``auto`` stands for.
+
+    A stacked network uses all cores of a CPU unless ``threads`` says otherwise, as centralized training does; where the
+    run will not be `here`, one.
+    """
+    resolved = resolve(config, mode, here)
+    if engine == "auto":
+        engine = choose_engine(resolved) if mode == "localsgd" else "threads"
+    if engine == "stacked" and resolved.device == "cpu" and not config.threads and here:
+        resolved = resolved.changed({"threads": cpu_count()})
+    return resolved, engine
+
+
 def execute(
     config: Config,
     mode: Mode,
-    engine: Engine = "auto",
+    engine: Engine = "threads",
     on_row: Callable[[Row], None] | None = None,
     rerun: bool = False,
     patience: float = 0.0,
 ) -> Run:
     """Run `config` (resolved) to its end, or to its early stop: resume it if it was interrupted, skip it if finished.
 
-    With the engine `auto`, `choose_engine` chooses that of this process which is faster; the summary names it. `on_row`
-    is called with each row (not by the engine flower, whose log is streamed instead). `rerun` starts again. If another
-    process runs it, this waits up to `patience` seconds and then raises RunInProgress. Input is checked before anything
-    is written.
+    `config` and `engine` are those of `resolve_run`. `on_row` is called with each row (not by the engine flower, whose
+    log is streamed instead). `rerun` starts again. If another process runs it, this waits up to `patience` seconds and
+    then raises RunInProgress. Input is checked before anything is written.
     """
     check(config, mode)
-    if engine == "auto" and mode == "localsgd":
-        engine = choose_engine(config)
     run = Run(config, mode, on_row, "" if mode == "centralized" else engine)
     with run.lock(patience):
         if rerun:

@@ -30,7 +30,7 @@ import fedsim
 import strategies
 from fedsim.config import CORES, Config, Engine, cpu_count
 from fedsim.errors import RunFailed, UserError
-from fedsim.experiments.execute import execute
+from fedsim.experiments.execute import execute, resolve_run
 from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
 from fedsim.records import Run, origin, read_summary, run_folder
@@ -148,6 +148,7 @@ def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> Failure:
         )
     os.environ[CORES] = str(math.ceil(cpus))
     try:
+        config, engine = resolve_run(config, mode, engine)
         execute(config, mode, engine, patience=LOCK_SECONDS)
     except (RunFailed, UserError) as error:
         return error

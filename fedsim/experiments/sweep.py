@@ -23,9 +23,8 @@ from rich.progress import (
 
 from fedsim.config import Engine
 from fedsim.data.datasets import training_images
-from fedsim.device import resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
-from fedsim.experiments.execute import check, execute
+from fedsim.experiments.execute import check, execute, resolve_run
 from fedsim.experiments.study import KEPT, Cell, Study
 from fedsim.records import Row, Run, atomic_write, run_folder
 from fedsim.training.centralized import whole_epochs
@@ -37,7 +36,11 @@ Outcome = tuple[Cell, Failure]  # of a cell that has ended
 
 
 class Runner(Protocol):
-    """Where cells run."""
+    """Where cells run, and by which engine."""
+
+    @property
+    def engine(self) -> Engine:
+        """The engine of each cell, or auto."""
 
     @property
     def here(self) -> bool:
@@ -68,7 +71,8 @@ class OneByOne:
             task = progress.add_task(cell.config.name, total=_last_round(cell))
             why: Failure = None
             try:
-                execute(cell.config, cell.mode, self.engine, _advance(progress, task), rerun, patience)
+                config, engine = resolve_run(cell.config, cell.mode, self.engine)
+                execute(config, cell.mode, engine, _advance(progress, task), rerun, patience)
             except (RunFailed, UserError) as error:
                 why = error
             finally:
@@ -86,7 +90,7 @@ def run_studies(
     folders = {study.name: results.expanduser().absolute() / study.name for study, _ in studies}
     if len(folders) < len(studies):
         raise UserError(f"studies {', '.join(s.name for s, _ in studies)}: give no name twice: each is a folder's")
-    cells = [_resolved(cell, folders[study.name], runner.here) for study, own in studies for cell in own]
+    cells = [_resolved(cell, folders[study.name], runner) for study, own in studies for cell in own]
     with runner.started(cells):
         with _writable(results):
             for cell in cells:
@@ -105,11 +109,12 @@ def fail_if_any(failed: Sequence[str], cells: int) -> None:
         raise RunFailed(f"{len(failed)} of {cells} cells failed: {', '.join(failed)}")
 
 
-def _resolved(cell: Cell, folder: Path, here: bool) -> Cell:
+def _resolved(cell: Cell, folder: Path, runner: Runner) -> Cell:
     """`cell` with the device and threads that it will have, to be recorded in `folder`; checked against the data."""
     try:
-        config = resolve(cell.config.changed({"results-dir": str(folder)}), cell.mode, here)
-        check(config if here else config.changed({"device": "cpu"}), cell.mode)
+        config = cell.config.changed({"results-dir": str(folder)})
+        config, _ = resolve_run(config, cell.mode, runner.engine, runner.here)
+        check(config if runner.here else config.changed({"device": "cpu"}), cell.mode)
     except UserError as error:
         raise UserError(f"{folder.name}/{cell.config.name}: {error}") from error
     return cell._replace(config=config)

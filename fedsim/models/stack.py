@@ -137,7 +137,7 @@ class _Stacker:
 
 def _shift_dimensions(node: fx.Node, names: Sequence[str]) -> bool:
     """Shift the arguments `names` of `node`, which follow its first, by one; False if they are not plain dimensions."""
-    arguments: dict[int | str, Any] = {**dict(enumerate(node.args)), **node.kwargs}
+    arguments: dict[int | str, Any] = dict(enumerate(node.args)) | dict(node.kwargs)
     given = [key for place, name in enumerate(names, 1) for key in (place, name) if key in arguments]
     if not given or given[0] not in (1, names[0]):  # the default would be every dimension
         return False
@@ -169,9 +169,9 @@ def check_stack(build: Callable[[], nn.Module], shape: Sequence[int], by_product
     except Exception as error:
         raise CannotStack(f"cannot stack this model: the stacked network fails with {error}") from error
     for name, value in _concatenated(alone).items():
-        error = (together[name].reshape(value.shape) - value).abs().max()
-        if not error <= 1e-9 * (1 + value.abs().max()):
-            raise CannotStack(f"cannot stack this model: {name} of the stacked network is wrong by {float(error):.1e}")
+        off = float((together[name].reshape(value.shape) - value).abs().max())
+        if not off <= 1e-9 * (1 + float(value.abs().max())):
+            raise CannotStack(f"cannot stack this model: {name} of the stacked network is wrong by {off:.1e}")
 
 
 def _with_random_values(model: nn.Module, random: torch.Generator) -> nn.Module:

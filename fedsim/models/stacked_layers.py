@@ -58,6 +58,9 @@ def _products(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 class StackedLayerNorm(nn.Module):
     """K layer normalizations: (K, B, ...) -> (K, B, ...)."""
 
+    weight: nn.Parameter | None
+    bias: nn.Parameter | None
+
     def __init__(self, layer: nn.LayerNorm, copies: int) -> None:
         super().__init__()
         self.shape, self.eps = layer.normalized_shape, layer.eps

@@ -82,7 +82,8 @@ class StackedReplicas:
     def _optimizer_of_parts(self) -> Optimizer:
         """An optimizer over the parts, whose gradients are parts of the stacked ones as soon as these are there."""
         for name, parameter in self._model.named_parameters():
-            parameter.register_post_accumulate_grad_hook(functools.partial(self._split_gradient, name))
+            hook = functools.partial(self._split_gradient, name)
+            parameter.register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
         return build_optimizer(self._config, _named(self._parts))
 
     def _split_gradient(self, name: str, parameter: Tensor) -> None:

@@ -61,7 +61,7 @@ def test_the_copies_start_from_the_models_values_under_its_names() -> None:
 
 
 class Custom(nn.Module):
-    def __init__(self, forward: Callable[[nn.Module, Tensor], Any], **parts: nn.Module | nn.Parameter) -> None:
+    def __init__(self, forward: Callable[[Any, Tensor], Any], **parts: nn.Module | nn.Parameter) -> None:
         super().__init__()
         self.fc = nn.Linear(3, 3)
         self.function = forward

@@ -100,13 +100,12 @@ def test_all_at_once_is_one_by_one(small: Config, way: str, model: str, keys: di
 def test_a_resnet_needs_no_code_of_its_own(
     small: Config, blocks: int, norm: Any, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """torchvision's ResNet-18, or half of it, with dropout and its form for CIFAR: one more entry of the registry."""
+    """torchvision's ResNet-18, or half of it, with dropout, in its form for CIFAR: one more entry of the registry."""
 
     def resnet(classes: int) -> nn.Module:
         model = ResNet(BasicBlock, [blocks] * 4, classes, norm_layer=norm)
         model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
-        model.fc = nn.Sequential(nn.Dropout(0.2), model.fc)
-        return model
+        return nn.Sequential(nn.Dropout(0.2), model)
 
     monkeypatch.setitem(MODELS, "lenet5", resnet)
     shape = {"precision": "fp64", "batch-size": 2, "local-steps": 2, "lr": 0.01, "synthetic-images": 260}
