@@ -88,7 +88,7 @@ def test_a_study_runs_every_cell_and_twin_in_its_folder_and_shows_its_table(stud
     assert {path.name for path in folder.iterdir()} == names | {"study.toml"}
     assert all((summary := read_summary(folder / name)) and summary["finished"] for name in names)
     assert read_study(str(folder / "study.toml")) == read_study(str(tiny))
-    assert "tiny: Tiny" in text
+    assert "Tiny\n" in text
     assert "large batch" in text
     (table,), warnings = read_tables(folder)
     assert (table.title, warnings) == ("Tiny", [])
