@@ -168,7 +168,9 @@ def start_up(device: str) -> float:
         keys = "--dataset synthetic --synthetic-images 64 --model lenet5 --clients 1 --local-steps 1 --rounds 1".split()
         command = [sys.executable, str(CHECKOUT / "run.py"), "localsgd", *keys]
         began = time.perf_counter()
-        subprocess.run([*command, "--device", device, "--results-dir", folder], check=True, stdout=subprocess.DEVNULL)
+        done = subprocess.run([*command, "--device", device, "--results-dir", folder], capture_output=True, text=True)
+        if done.returncode:
+            raise RunFailed(f"the run of one step failed: {' '.join(done.stderr.splitlines()[-1:])}")
         return time.perf_counter() - began
 
 
