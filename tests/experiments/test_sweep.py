@@ -202,6 +202,7 @@ def leave(number: int, frame: object) -> None:
     sys.exit(128 + number)
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of a file open at that moment
 @pytest.mark.parametrize(("number", "kind"), [(signal.SIGINT, KeyboardInterrupt), (signal.SIGTERM, SystemExit)])
 def test_an_interrupt_ends_the_command_at_once(tiny: Path, number: signal.Signals, kind: type[BaseException]) -> None:
     tiny.write_text(TINY.replace("epochs = 2.0", "epochs = 10000.0"))
