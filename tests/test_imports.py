@@ -11,7 +11,7 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "interrupts", "rng", "reference"),
+    ("errors", "interrupts", "rng", "reference", "checkpoint_file", "provenance"),
     ("config",),
     ("device",),
     ("data", "optim"),
@@ -29,6 +29,8 @@ WITHOUT_FLOWER = (
     "interrupts",
     "rng",
     "reference",
+    "checkpoint_file",
+    "provenance",
     "config",
     "device",
     "data",

@@ -39,7 +39,8 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.study import read_study
 from fedsim.federation.flwr_run import CHECKOUT
 from fedsim.models import build_model
-from fedsim.records import atomic_write, provenance
+from fedsim.provenance import provenance
+from fedsim.records import atomic_write
 
 
 def run_bench(

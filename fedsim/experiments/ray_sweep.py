@@ -33,7 +33,8 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute, resolve_run
 from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
-from fedsim.records import Run, origin, read_summary, run_folder
+from fedsim.provenance import origin
+from fedsim.records import Run, read_summary, run_folder
 
 PACKAGES = [str(Path(package.__file__).parent) for package in (fedsim, strategies) if package.__file__]
 CODE = hashlib.sha256(  # of this process, which may be older than the files are now

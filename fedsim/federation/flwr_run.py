@@ -27,7 +27,7 @@ import torch
 from fedsim.config import Config, cpu_count
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation.processes import cleanup, running
-from fedsim.records import origin
+from fedsim.provenance import origin
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 APP = ("pyproject.toml", "README.md", "LICENSE", "fedsim", "strategies")
