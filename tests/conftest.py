@@ -16,7 +16,7 @@ from fedsim.config import Config, Mode
 from fedsim.data.datasets import data_folder
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
-from fedsim.experiments.study import TWIN, read_study
+from fedsim.experiments.study import LARGE_BATCH, read_study
 from fedsim.records import Run
 
 SMALL: dict[str, Any] = {
@@ -149,17 +149,17 @@ batch-size = 16
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """Records by hand of `STUDY`: all of K = 2; of K = 4 one seed at J = 1, one begun at J = 8, and no twin."""
+    """Records by hand of `STUDY`: all of K = 2; of K = 4 one seed at J = 1, one started at J = 8, and no baseline."""
     folder = tmp_path / "results" / "mine"
     folder.mkdir(parents=True)
     (folder / "study.toml").write_text(STUDY)
     for cell in read_study(str(folder / "study.toml")).cells():
-        k, down, seed = cell.config.clients, cell.place[1], cell.config.seed
-        if (k, seed) == (4, 2) or (k, down) == (4, TWIN):
+        k, down, seed = cell.config.clients, cell.coords[1], cell.config.seed
+        if (k, seed) == (4, 2) or (k, down) == (4, LARGE_BATCH):
             continue
         final = 0.4 + 0.02 * seed + (0.1 if down == 8 else 0.0)
-        sent = 0.0 if down == TWIN else k * (1000.0 if down == 8 else 8000.0)
-        costs = {"local_steps": 8, "syncs": {1: 8, 8: 1, TWIN: 0}[down], "bytes_up": sent, "bytes_down": sent}
+        sent = 0.0 if down == LARGE_BATCH else k * (1000.0 if down == 8 else 8000.0)
+        costs = {"local_steps": 8, "syncs": {1: 8, 8: 1, LARGE_BATCH: 0}[down], "bytes_up": sent, "bytes_down": sent}
         write_run(
             folder / cell.config.name,
             cell.config,

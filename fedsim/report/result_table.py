@@ -14,7 +14,7 @@ import pandas as pd
 
 from fedsim.config import Config, Value
 from fedsim.errors import UserError
-from fedsim.experiments.study import KEPT, TWIN, Study, read_study, study_names
+from fedsim.experiments.study import LARGE_BATCH, STORED, Study, read_study, study_names
 from fedsim.report.load import Records, cell_identity, printable, read_records
 from fedsim.report.network import add_traffic
 from fedsim.report.paper_values import paper_value
@@ -106,7 +106,7 @@ def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records, ax
     cells: dict[tuple[Value, ...], dict[str, Any]] = {}
     for cell in study.cells():
         config = cell_identity({"mode": cell.mode, **cell.config.identity(cell.mode)})
-        cells.setdefault(tuple(cell.place), {"config": config, "expected": len(study.seeds)})
+        cells.setdefault(cell.coords, {"config": config, "expected": len(study.seeds)})
     positions = {json.dumps(cell["config"], sort_keys=True): i for i, cell in enumerate(cells.values())}
     found = runs["identity"].map(positions)
     described, others = runs[found.notna()].assign(cell=found.dropna().astype(int)), runs[found.isna()]
@@ -171,7 +171,7 @@ def _described(
 ) -> dict[str, Any]:
     """What a cell's line holds besides its coordinates and configuration."""
     across = 1 if len(axes) > 1 else 0
-    baseline = coords[-1:] == (TWIN,)
+    baseline = coords[-1:] == (LARGE_BATCH,)
     clients, workers = 1, 1
     if baseline:
         clients = workers = int(coords[0])
@@ -193,7 +193,7 @@ def _described(
 
 def _study_of(folder: Path, warnings: list[str]) -> Study | None:
     """The study that is stored beside the runs, or else the one of the folder's name."""
-    stored = folder / KEPT
+    stored = folder / STORED
     try:
         if stored.is_file():
             return read_study(str(stored))

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedsim.config import Config
-from fedsim.experiments.study import TWIN, read_study, study_names
+from fedsim.experiments.study import LARGE_BATCH, read_study, study_names
 from fedsim.report.paper_values import PaperValue, paper_value
 from fedsim.report.result_table import ResultTable, label, read_tables
 from tests.conftest import write_run
@@ -26,7 +26,7 @@ def test_a_half_finished_study_keeps_the_cells_that_are_missing(study: Path) -> 
     table, warnings = only(study.parent)
     assert warnings == []
     assert (table.name, table.title, table.axes) == ("mine", "A study of the tests", ("clients", "local-steps"))
-    assert runs_by_cell(table) == {(2, 1): 2, (2, 8): 2, (4, 1): 1, (4, 8): 1, (2, TWIN): 2, (4, TWIN): 0}
+    assert runs_by_cell(table) == {(2, 1): 2, (2, 8): 2, (4, 1): 1, (4, 8): 1, (2, LARGE_BATCH): 2, (4, LARGE_BATCH): 0}
     assert list(table.cells["expected"]) == [2] * 6
     assert list(table.cells["workers"]) == [2, 2, 4, 4, 2, 4]
     assert list(table.cells["baseline"]) == [False] * 4 + [True] * 2
@@ -115,7 +115,7 @@ def test_every_cell_of_the_papers_tables_has_the_papers_value() -> None:
     known = {"table1": 18, "table2": 6, "table2-bn": 6, "table1-scaled": 12}
     for name in study_names():
         study = read_study(name)
-        found = {cell.place: paper_value(study.compare, cell.config.identity(cell.mode)) for cell in study.cells()}
+        found = {cell.coords: paper_value(study.compare, cell.config.identity(cell.mode)) for cell in study.cells()}
         assert sum(value is not None for value in found.values()) == known.get(name, 0)
         if name == "table1":
             assert found["lars", 2048] == PaperValue(56.91, 56.91, "")
