@@ -16,7 +16,7 @@ from rich.console import Console
 
 from fedsim import cli
 from fedsim.bench.baseline_torch import PilImages
-from fedsim.bench.measure import at, flop_per_image, large_table, measure, table, write_timings
+from fedsim.bench.measure import at, large_table, measure, table, write_timings
 from fedsim.bench.turn import Timing, run_measured
 from fedsim.bench.variants import ON_CPU
 from fedsim.config import Config
@@ -174,12 +174,6 @@ def test_bad_input_is_one_line_before_anything_is_measured(
     assert (ended.value.code, out, err.count("\n")) == (2, "", 1), err
     assert words.format(folder=tmp_path) in err
     assert {path.name for path in tmp_path.iterdir()} <= {"file", "results"}
-
-
-def test_flop_of_lenet5_by_hand() -> None:
-    """Two FLOP a multiply-add; backward costs twice the forward, but for the first layer's input gradient."""
-    forward = [28 * 28 * 6 * 75, 10 * 10 * 16 * 150, 400 * 120, 120 * 84, 84 * 10]
-    assert flop_per_image(TINY) == 2 * (3 * sum(forward) - forward[0])
 
 
 def test_the_plain_loop_sees_the_same_images() -> None:
