@@ -149,8 +149,8 @@ def test_on_the_cpu_every_variant_uses_all_cores(monkeypatch: pytest.MonkeyPatch
     [
         ("--clients 0", "clients = 0 is out of range"),
         ("--clients=-3", "clients = -3 is out of range"),
-        ("--clients=", "clients = '' is no list of whole numbers"),
-        ("--clients 4,,2", "clients = '4,,2' is no list of whole numbers"),
+        ("--clients=", "clients = '' is not a list of whole numbers"),
+        ("--clients 4,,2", "clients = '4,,2' is not a list of whole numbers"),
         ("--clients 60000", "clients = 60000 is more than the 50000 training images"),
         ("--clients 1000", "batch-size = 64 is more than a shard of 50 images"),
         ("--variants limit", "variants = 'limit' is unknown: it must be one of centralized, "),
