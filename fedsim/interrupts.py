@@ -1,4 +1,4 @@
-"""Stop a command on a signal: `Interrupted` unwinds it, and then all of its child processes are ended."""
+"""Stop a command on a signal: `Interrupted` unwinds it, and then all processes that it started are ended."""
 
 from __future__ import annotations
 
@@ -10,13 +10,10 @@ import threading
 import weakref
 from collections.abc import Iterable, Iterator
 from types import FrameType
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    import psutil
+from fedsim.processes import end_marked, new_mark
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
-STOP_SECONDS = 5
 RETRY_SECONDS = 0.05
 
 
@@ -72,18 +69,19 @@ def interruption(error: BaseException | None) -> Interrupted | None:
 
 @contextlib.contextmanager
 def exit_on_signals() -> Iterator[None]:
-    """Context manager for a command: on a signal, end all child processes, print one line and exit with its code.
+    """Context manager for a command: on a signal, end all processes it started, print one line, exit with its code.
 
     It does not wait for threads that still compute.
     """
     raise_on_signals()
+    os.environ.update(mark := new_mark())
     try:
         yield
     except BaseException as error:
         interrupted = interruption(error)
         if interrupted is None:
             raise
-        end(children())
+        end_marked(mark)
         with contextlib.suppress(OSError):  # the terminal may be closed
             print(": ".join(["interrupted", *getattr(interrupted, "__notes__", ())]), file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
@@ -93,35 +91,3 @@ def exit_on_signals() -> Iterator[None]:
         for number in SIGNALS:  # a signal during the interpreter's shutdown would print a traceback
             if signal.getsignal(number) is not signal.SIG_IGN:
                 signal.signal(number, signal.SIG_DFL)
-
-
-def end(parents: Iterable[psutil.Process]) -> None:
-    """Terminate processes and all their descendants; kill those that still run after `STOP_SECONDS`.
-
-    Each is signalled individually, since those in other sessions would outlive their parent.
-    """
-    import psutil
-
-    everyone = []
-    for parent in parents:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            everyone += [parent, *parent.children(recursive=True)]
-    for process in everyone:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.terminate()
-    _, left = psutil.wait_procs(everyone, timeout=STOP_SECONDS)
-    for process in left:
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-
-
-def children() -> list[psutil.Process]:
-    """The children of this process, without multiprocessing's resource tracker, which ends with it by itself."""
-    import psutil
-
-    found = []
-    for child in psutil.Process().children():
-        with contextlib.suppress(psutil.Error):
-            if not any("multiprocessing.resource_tracker" in part for part in child.cmdline()):
-                found.append(child)
-    return found

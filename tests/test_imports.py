@@ -11,7 +11,8 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "interrupts", "rng", "reference", "checkpoint_file", "provenance"),
+    ("errors", "processes", "rng", "reference", "checkpoint_file", "provenance"),
+    ("interrupts",),
     ("config",),
     ("device",),
     ("data", "optim"),
@@ -27,6 +28,7 @@ LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 WITHOUT_FLOWER = (
     "errors",
     "interrupts",
+    "processes",
     "rng",
     "reference",
     "checkpoint_file",

@@ -146,19 +146,19 @@ def test_with_rerun_the_line_says_to_leave_it_out(tmp_path: Path) -> None:
 
 
 TURN = """
-from fedsim.bench.variants import in_own_process
+from fedsim.bench.turn import take_turn
 from fedsim.config import Config
 from fedsim.interrupts import exit_on_signals
 
 keys = {"dataset": "synthetic", "synthetic-images": 256, "model": "lenet5", "batch-size": 16, "device": "cpu"}
 with exit_on_signals():
-    in_own_process("threads", Config().changed({**keys, "clients": 2, "threads": 1}), 10**9)
+    take_turn("in-process", Config().changed({**keys, "clients": 2, "threads": 1}), 10**9, 600)
 """
 
 
 def test_a_process_of_the_bench_is_ended() -> None:
     process = subprocess.Popen([sys.executable, "-c", TURN], cwd=ROOT, text=True, stderr=subprocess.PIPE)
-    while len(psutil.Process(process.pid).children()) < 2:  # multiprocessing's tracker, and the turn
+    while not psutil.Process(process.pid).children():
         assert process.poll() is None
         time.sleep(0.01)
     time.sleep(1)
@@ -186,6 +186,15 @@ with exit_on_signals():
     time.sleep(30)
     print("not reached")
 """
+ORPHAN = """
+import os, signal, subprocess, time
+from fedsim.interrupts import exit_on_signals
+
+with exit_on_signals():
+    subprocess.run(["sh", "-c", "setsid sleep 600 >/dev/null 2>&1 & echo $!"])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+"""
 CLEANUP = """
 import os, signal, time
 from fedsim.interrupts import exit_on_signals
@@ -205,6 +214,12 @@ with exit_on_signals():
 def test_a_signal_within_a_destructor_is_not_lost() -> None:
     done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "interrupted\n")
+
+
+def test_a_process_that_outlives_its_parent_is_ended() -> None:
+    done = subprocess.run([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 143
+    assert not psutil.pid_exists(int(done.stdout)) or psutil.Process(int(done.stdout)).status() == "zombie"
 
 
 def test_signals_during_the_cleanup_do_not_skip_it() -> None:

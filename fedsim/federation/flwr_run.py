@@ -26,7 +26,7 @@ import torch
 
 from fedsim.config import Config, cpu_count
 from fedsim.errors import RunFailed, UserError
-from fedsim.federation.processes import cleanup, running
+from fedsim.processes import cleanup, running
 from fedsim.provenance import origin
 
 CHECKOUT = Path(__file__).resolve().parents[2]
