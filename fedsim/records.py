@@ -282,11 +282,11 @@ class Run:
 
     def _truncate_rows(self, rows: bytes, length: int) -> None:
         """Continue from the first `length` bytes of `rows`, which are valid; the file loses the others."""
-        kept = rows[:length]
-        self.rows = [json.loads(line) for line in kept.splitlines()]
-        self._rows_sha256, self._rows_bytes = hashlib.sha256(kept), len(kept)
+        valid = rows[:length]
+        self.rows = [json.loads(line) for line in valid.splitlines()]
+        self._rows_sha256, self._rows_bytes = hashlib.sha256(valid), len(valid)
         with self._writing(), atomic_write(self.folder / ROWS) as file:
-            file.write(kept)
+            file.write(valid)
 
     def _flush_rows(self) -> str:
         """Flush metrics.jsonl to disk and return its SHA-256; raises RunFailed if another process has changed it."""

@@ -182,7 +182,7 @@ def test_a_run_is_left_alone_when_finished_and_run_again_when_asked(call: Call, 
     assert call("localsgd", *TINY, "--rerun")[1].count("round ") == 3
 
 
-def test_stop_after_says_how_to_go_on(call: Call) -> None:
+def test_stop_after_says_how_to_resume(call: Call) -> None:
     code, out, _ = call("localsgd", *TINY, "--stop-after-rounds", "2")
     assert (code, out.count("round ")) == (0, 2)
     assert "stopped early" in out

@@ -1,4 +1,4 @@
-"""The direction of imports: each part of fedsim imports only what stands before it."""
+"""The direction of imports: each part of fedsim imports only parts of earlier layers."""
 
 from __future__ import annotations
 

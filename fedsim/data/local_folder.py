@@ -1,4 +1,4 @@
-"""A node's own images, which never leave it, and the folders of them that `export-shards` writes.
+"""A node's own images, which never leave it, and the folders that `export-shards` writes for nodes.
 
 The node config of a SuperNode may set `data-dir`. That folder holds either the official CIFAR-100, of which the node
 uses its shard, or ``images.npy`` and ``labels.npy``, this node's own images. The node trains on all of its own images:

@@ -1,4 +1,4 @@
-"""The bench measures what it says; how fast that is, is no matter of tests."""
+"""The bench measures what it claims; speed itself is not tested."""
 
 from __future__ import annotations
 

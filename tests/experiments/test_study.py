@@ -27,7 +27,7 @@ def written(folder: Path, text: str) -> Study:
 
 
 def cells_of(name: str) -> dict[tuple[Value, ...], int]:
-    """How many seeds each place has."""
+    """The number of seeds of each cell."""
     counts: dict[tuple[Value, ...], int] = {}
     for cell in read_study(name).cells():
         counts[cell.coords] = counts.get(cell.coords, 0) + 1
@@ -157,7 +157,7 @@ TWINS = HEAD + "twins = true\n[grid]\nclients = [2]\nlocal-steps = %s\n[set]\nba
 
 
 def test_the_baseline_of_a_budget_in_rounds_has_the_samples_of_its_column(tmp_path: Path) -> None:
-    """50 rounds of 20 steps of 2 workers at batch 50 are 2 epochs of 50,000 images; the key epochs has no say."""
+    """50 rounds of 20 steps of 2 workers at batch 50 are 2 epochs of 50,000 images; the key epochs has no effect."""
     (cell, baseline) = written(tmp_path, TWINS % ("[20]", "rounds = 50\nepochs = 7.0")).cells()
     plan = run_plan(cell.config, 50_000)
     assert (baseline.config.epochs, baseline.config.batch_size) == (2.0, 100)

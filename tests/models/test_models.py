@@ -35,7 +35,7 @@ def papers_lenet_bn(model: LeNetBN, x: Tensor) -> Tensor:
 
 
 def test_lenet_bn_is_the_papers_layers_in_their_order_bitwise() -> None:
-    """Loss and gradients: that ReLU comes after the pooling here changes no bit."""
+    """Loss and gradients are the same bits, although ReLU comes after the pooling here."""
     model = build_model("lenet-bn", 100, 0)
     assert isinstance(model, LeNetBN)
     model.dropout1.eval()
