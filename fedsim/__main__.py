@@ -6,7 +6,7 @@ from fedsim.interrupts import exit_on_signals
 def main() -> None:
     """Run the command line of this process."""
     with exit_on_signals():
-        from fedsim.cli import main as run  # after the handlers are set, since it takes a moment to import
+        from fedsim.cli import main as run  # slow to import, so the signal handlers are set first
 
         run()
 

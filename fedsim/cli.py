@@ -22,12 +22,12 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.interrupts import Interrupted, interruption
 
 MOST_USED = "dataset model optimizer lr batch-size epochs clients local-steps seed device results-dir name".split()
-OF_A_SHARD = ("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed")
+SHARD_KEYS = ("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed")
 KINDS: dict[Any, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
 
 class CommandGroup(TyperGroup):
-    """All commands; its help shows the first paragraph about each, uncut."""
+    """All commands; help shows the first paragraph of each, not truncated."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         first = {name: (command.help or "").split("\n\n")[0] for name, command in self.commands.items()}
@@ -50,11 +50,11 @@ class Command(TyperCommand):
                 formatter.write_dl(records)
 
 
-if TYPE_CHECKING:  # torch takes seconds to import: --help does not wait for it
+if TYPE_CHECKING:  # these import torch, which takes seconds; --help must not wait for it
     from fedsim.experiments.study import Cell, Study
     from fedsim.experiments.sweep import Runner
 
-# Without rich: it cuts flags and help that do not fit its columns
+# Without rich, which truncates flags and help that do not fit its columns
 cli = typer.Typer(
     cls=CommandGroup,
     add_completion=False,
@@ -69,7 +69,7 @@ def main() -> None:
     """Run the command in ``sys.argv``; exit with 2 on bad input, 1 on a failed run."""
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")  # a path may hold what the terminal cannot show
+            stream.reconfigure(errors="backslashreplace")  # paths may have characters that the terminal lacks
     try:
         _call()
     except Interrupted as interrupted:
@@ -80,9 +80,9 @@ def main() -> None:
 
 
 def _call() -> None:
-    """Call the command of ``sys.argv``, its errors as one line and an exit code."""
+    """Call the command of ``sys.argv``; an error becomes one line and an exit code."""
     try:
-        code = cli(standalone_mode=False)  # of typer.Exit, which is not raised in this mode
+        code = cli(standalone_mode=False)  # the code of typer.Exit, which this mode returns
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.message)
         sys.exit(2)
@@ -99,13 +99,13 @@ def _call() -> None:
 
 
 def _resumes(arguments: list[str]) -> bool:
-    """Whether the command trains: those that do have a flag --rerun."""
+    """Whether the command can be resumed: such commands have a flag --rerun."""
     command = typer.main.get_group(cli).commands.get(next(iter(arguments), ""))
     return command is not None and any(parameter.name == "rerun" for parameter in command.params)
 
 
 def _fail(message: str, code: int) -> NoReturn:
-    """Print the message on one line, without what would control the terminal, and exit."""
+    """Print the message on one line, with control characters escaped, and exit."""
     if interrupted := interruption(sys.exception()):
         raise interrupted
     line = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in " ".join(message.split()))
@@ -114,7 +114,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _console() -> Console:
-    """A console that shows names and paths as they are, brackets and colons included."""
+    """A console that prints names and paths unchanged, also with brackets and colons."""
     return Console(markup=False, emoji=False)
 
 
@@ -132,7 +132,7 @@ def fedsim(
 
 
 def keys_of(mode: Mode, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command one flag for every key of `mode`; it receives those that were given as its argument `keys`."""
+    """Decorator: add a flag for every key of `mode`; the command receives the given ones as its argument `keys`."""
     names = [name for name in FIELDS if has_key(mode, name) and kebab(name) not in without]
 
     def with_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -155,7 +155,7 @@ def keys_of(mode: Mode, without: tuple[str, ...] = ()) -> Callable[[Callable[...
 
 
 def _flag(name: str, panel: str) -> inspect.Parameter:
-    """A key as an option that is None where it is not given; its text is left for the key's own check."""
+    """The option of a key: None if it is not given, otherwise text that `Config` parses and checks."""
     field = FIELDS[name]
     boolean = field.annotation is bool
     about = "; ".join(filter(None, [(field.description or "").rstrip("."), accepted(field, limits=False)]))
@@ -172,34 +172,26 @@ def _flag(name: str, panel: str) -> inspect.Parameter:
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 
-RUNS_OWN = ("results-dir", "name", "resume")
 PRESET = typer.Option("", "--preset", help="settings of fedsim/studies/NAME.toml; flags override it", metavar="NAME")
 RERUN = typer.Option(False, "--rerun", help="start over, also where a run is finished or interrupted")
-RESULTS_DIR = typer.Option(
-    "results",
-    "--results-dir",
-    help="folder of the runs' folders",
-    metavar="TEXT",
-    callback=lambda folder: typed("results-dir", folder),
-)
 ENGINE = typer.Option(
     "auto", "--engine", help="threads or stacked: in this process (auto: the faster); flower: on Ray", metavar="NAME"
 )
 RAY = typer.Option(
     None,
     "--ray",
-    help="run the cells side by side on the Ray cluster at ADDRESS (host:port, or auto); without ADDRESS, on that of "
+    help="run the cells in parallel on the Ray cluster at ADDRESS (host:port, or auto); without ADDRESS, on that of "
     "RAY_ADDRESS or on a Ray started on this machine. For GPUs that this machine lacks, give --device cuda",
     metavar="[ADDRESS]",
 )
-CPUS = typer.Option(None, "--cpus-per-cell", help="with --ray: a cell's share of a node's cores (default: --threads)")
-GPUS = typer.Option(None, "--gpus-per-cell", help="with --ray: a cell's share of a GPU, for instance 0.25 (default: 1)")
-RESULTS_DIR = typer.Option("results", "--results-dir", help="folder of the studies' folders", metavar="TEXT")
+CPUS = typer.Option(None, "--cpus-per-cell", help="with --ray: CPU cores per cell (default: --threads)")
+GPUS = typer.Option(None, "--gpus-per-cell", help="with --ray: share of a GPU per cell, e.g. 0.25 (default: 1)")
+RESULTS_DIR = typer.Option("results", "--results-dir", help="folder for the folders of studies", metavar="TEXT")
 STUDIES = typer.Argument(None, metavar="[STUDY]...", help="names of fedsim/studies/, or TOML files")
 
 
 class RayCommand(Command):
-    """A command whose --ray needs no ADDRESS after it."""
+    """A command with --ray, for which an ADDRESS is optional."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         if "--ray" in args:
@@ -212,14 +204,14 @@ class RayCommand(Command):
 @cli.command(cls=Command)
 @keys_of("centralized")
 def centralized(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN) -> None:
-    """Train on one machine that sees all images: the large-batch rivals."""
+    """Train on one machine that has all images: the large-batch baselines."""
     _run("centralized", keys, preset, rerun)
 
 
 @cli.command(cls=Command)
 @keys_of("localsgd")
 def localsgd(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN, engine: str = ENGINE) -> None:
-    """Train by LocalSGD: K clients, J local steps a round, one average."""
+    """Train by LocalSGD: K clients, J local steps per round, then one average."""
     _run("localsgd", keys, preset, rerun, engine)
 
 
@@ -227,9 +219,9 @@ def localsgd(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN, en
 @keys_of("localsgd", without=("clients", "local-steps", "seed", "results-dir", "resume"))
 def grid(
     keys: dict[str, Any],
-    clients: str = typer.Option("4,12", "--clients", help="the K of cells, with commas", metavar="LIST"),
-    local_steps: str = typer.Option("10,20,30", "--local-steps", help="the J of cells, with commas", metavar="LIST"),
-    seeds: str = typer.Option("2025", "--seeds", help="the seeds of cells, with commas", metavar="LIST"),
+    clients: str = typer.Option("4,12", "--clients", help="the values of K, with commas", metavar="LIST"),
+    local_steps: str = typer.Option("10,20,30", "--local-steps", help="the values of J, with commas", metavar="LIST"),
+    seeds: str = typer.Option("2025", "--seeds", help="the seeds of each cell, with commas", metavar="LIST"),
     results_dir: str = RESULTS_DIR,
     preset: str = PRESET,
     rerun: bool = RERUN,
@@ -238,7 +230,7 @@ def grid(
     cpus_per_cell: Optional[float] = CPUS,
     gpus_per_cell: Optional[float] = GPUS,
 ) -> None:
-    """Run every cell of a K/J grid, then show its table and write its CSV and plot."""
+    """Run every cell of a K/J grid, then show its table and write it as CSV and PNG."""
     from fedsim.experiments.study import grid_study
 
     crossed = {"clients": clients, "local-steps": local_steps, "seed": seeds}
@@ -264,15 +256,15 @@ def bench(
     keys: dict[str, Any],
     clients: str = typer.Option("1,4,12,64", "--clients", help="the K to measure, with commas", metavar="LIST"),
     variants: str = typer.Option(
-        "", "--variants", help="what to measure, with commas (default: all that suit the device)", metavar="LIST"
+        "", "--variants", help="what to measure, with commas (default: all for the device)", metavar="LIST"
     ),
     timed: int = typer.Option(3, "--timed", help="timed rounds in each pass", min=1),
-    passes: int = typer.Option(2, "--passes", help="turns that each variant takes", min=1),
+    passes: int = typer.Option(2, "--passes", help="turns of each variant", min=1),
     time_limit: float = typer.Option(900, "--time-limit", help="seconds after which a turn is ended", min=1),
     grow: bool = typer.Option(True, help="also measure how a round grows with K (to 1,000) and J"),
     output: str = typer.Option("results/bench.json", "--output", "-o", help="the file to write", metavar="FILE"),
 ) -> None:
-    """Time a round in every way there is, in turn, beside centralized training at batch K * B."""
+    """Time a round of every variant of LocalSGD in turn, compared with centralized training at batch K * B."""
     from fedsim.bench.measure import run_bench
 
     sizes = integers("clients", clients)
@@ -291,7 +283,7 @@ def study(
     threads: str = typer.Option("0", "--threads", help="as for localsgd", metavar="INTEGER"),
     stop_after_epochs: str = typer.Option("0", "--stop-after-epochs", help="as for localsgd", metavar="NUMBER"),
     precision: str = typer.Option(
-        "", "--precision", help="run each in this precision, as the study STUDY-PRECISION", metavar="TEXT"
+        "", "--precision", help="run each study in this precision, as STUDY-PRECISION", metavar="TEXT"
     ),
     rerun: bool = RERUN,
     engine: str = ENGINE,
@@ -299,7 +291,7 @@ def study(
     cpus_per_cell: Optional[float] = CPUS,
     gpus_per_cell: Optional[float] = GPUS,
 ) -> None:
-    """Run the studies named, then show their tables; with none named, list them and what they cost."""
+    """Run the given studies, then show their tables; without any, list all studies and their costs."""
     from fedsim.experiments.study import read_study, select
     from fedsim.experiments.sweep import PLAIN, fail_if_any, run_studies
     from fedsim.report.page import show_results
@@ -315,19 +307,19 @@ def study(
     keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
     only = [pattern.strip() for pattern in cells.split(",") if pattern.strip()]
     read = [read_study(name).in_precision(precision) if precision else read_study(name) for name in studies]
-    todo = [(found, select(found, found.cells(chosen, keys), only)) for found in read]
+    selected = [(found, select(found, found.cells(chosen, keys), only)) for found in read]
     runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine)
     results = _results(results_dir)
-    failed = run_studies(todo, results, runner, rerun, console)
-    for found, _ in todo:
+    failed = run_studies(selected, results, runner, rerun, console)
+    for found in read:
         folder = results / found.name
         show_results(folder, console)
         console.print(f"python run.py report {folder} -o report", **PLAIN)
-    fail_if_any(failed, sum(len(cells) for _, cells in todo))
+    fail_if_any(failed, sum(len(cells) for _, cells in selected))
 
 
 def _run_grid(study: Study, cells: Sequence[Cell], results_dir: str, runner: Runner, rerun: bool) -> None:
-    """Run `cells` of `study`, then show its table, and write its runs and its plot beside them."""
+    """Run `cells` of `study`, then show its table and write it as grid.csv and grid.png to its folder."""
     from fedsim.experiments.sweep import fail_if_any, run_studies
     from fedsim.report.page import show_results
 
@@ -338,7 +330,7 @@ def _run_grid(study: Study, cells: Sequence[Cell], results_dir: str, runner: Run
 
 
 def _results(folder: str) -> Path:
-    """The folder that --results-dir names, checked as the key is."""
+    """The folder `folder` of --results-dir; raises UserError like the key results-dir."""
     return Path(typed("results-dir", folder)).expanduser().absolute()
 
 
@@ -347,19 +339,19 @@ RESULTS = typer.Argument("results", help="folder of results, or one study's in i
 
 
 @cli.command(cls=Command)
-@keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in OF_A_SHARD))
+@keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in SHARD_KEYS))
 def export_shards(
     keys: dict[str, Any],
     out: str = typer.Option(..., "-o", "--out", help="the new folder, with a folder for each client in it"),
 ) -> None:
-    """Write the images of each client to a folder, for SuperNodes that hold only their own data.
+    """Write the images of each client to a folder, for SuperNodes that have only their own data.
 
-    They are the shards of a run with the same keys, as images.npy and labels.npy: give each as its node's data-dir.
+    These are the shards of a run with the same keys, as images.npy and labels.npy: set each as its node's data-dir.
     """
     from fedsim.data.local_folder import write_shards
     from fedsim.experiments.study import configure
 
-    keys = {**keys, "device": "cpu", "batch-size": 1}  # a shard does not depend on how it is trained on
+    keys = {**keys, "device": "cpu", "batch-size": 1}  # shards do not depend on either
     config = configure("localsgd", keys)
     write_shards(config, Path(out))
     print(f"{config.clients} shards in {Path(out)}")
@@ -380,23 +372,21 @@ def report(
 @cli.command(cls=Command)
 def time_to_accuracy(
     results: str = RESULTS,
-    bandwidth: str = typer.Option(..., "--bandwidth", help="of a link, for instance 100Mbit or 12.5MB per second"),
-    latency: str = typer.Option(..., "--latency", help="of a message one way, for instance 20ms"),
+    bandwidth: str = typer.Option(..., "--bandwidth", help="of a link per second, e.g. 100Mbit or 12.5MB"),
+    latency: str = typer.Option(..., "--latency", help="of a message one way, e.g. 20ms"),
     target: float = typer.Option(..., "--target", help="the accuracy to reach, a fraction"),
-    compute: str = typer.Option(
-        "", "--compute", help="a worker's time per step, for instance 10ms (default: measured)"
-    ),
+    compute: str = typer.Option("", "--compute", help="time of a worker per local step, e.g. 10ms (default: measured)"),
     link: str = typer.Option(
-        "worker", "--link", help="worker: one link for each; server: all share one", metavar="NAME"
+        "worker", "--link", help="worker: each has its own link; server: all share one", metavar="NAME"
     ),
     out: str = OUT,
 ) -> None:
     """Estimate the time to a target accuracy on a network, for each cell in a folder of results.
 
     seconds = local_steps * compute + syncs * 2 * latency + bytes_on_the_link / bandwidth, at the first test that
-    reaches the target. With --link worker a link carries one worker's bytes, up and down; with --link server those of
-    all. The large batch counts as data-parallel SGD: a sync at every step, of 4 bytes per parameter, worker and way.
-    One worker (K = 1) sends nothing. Compute time is measured as the median over the runs of seconds per training
+    reaches the target. With --link worker a link carries the bytes of one worker, up and down; with --link server those
+    of all. The large-batch baseline counts as data-parallel SGD: a sync at every step, of 4 bytes per parameter, worker
+    and direction. One worker (K = 1) sends nothing. Compute time is the median over the runs of seconds per training
     image, tests included, times the images of a worker's step: each worker is assumed to be as fast as the machine
     that made the records.
     """
@@ -454,28 +444,27 @@ def _runner(address: str | None, cpus: float | None, gpus: float | None, engine:
 
         return OneByOne(checked)
     if engine == "flower":
-        raise UserError("engine = flower with --ray: cells would wait for cores that they hold: leave one of them out")
+        raise UserError("engine = flower with --ray: clients would wait for the cores of their cell: leave one out")
     if cpus is not None and not (cpus > 0 and (cpus < 1 or cpus.is_integer())):
         raise UserError(
-            f"cpus-per-cell = {cpus} is no share of a node: give 1, 2, ... or less than 1, for instance 0.5"
+            f"cpus-per-cell = {cpus} is not a number of cores: give 1, 2, ... or less than 1, for instance 0.5"
         )
     if gpus is not None and not 0 < gpus <= 1:
-        raise UserError(f"gpus-per-cell = {gpus} is no share of a GPU: give above 0 and at most 1, for instance 0.25")
+        raise UserError(f"gpus-per-cell = {gpus} is not a share of a GPU: give above 0 and at most 1, e.g. 0.25")
     from fedsim.experiments.ray_sweep import OnRay
 
     return OnRay(checked, address, cpus, gpus)
 
 
 def integers(name: str, listed: str) -> list[int]:
-    """`listed` as whole numbers between commas, each once."""
+    """The whole numbers of a list with commas, sorted, without duplicates."""
     try:
         return sorted({int(part) for part in listed.split(",")})
     except ValueError:
-        raise UserError(f"{name} = {listed!r} is no list of whole numbers: for instance --{name} 4,12") from None
+        raise UserError(f"{name} = {listed!r} is not a list of whole numbers: for instance --{name} 4,12") from None
 
 
 def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str = "auto") -> None:
-    # torch takes seconds to import: --help does not wait for it
     from fedsim.experiments.execute import execute, resolve_run
     from fedsim.experiments.study import configure
     from fedsim.records import config_of_run, print_row, read_summary, run_folder

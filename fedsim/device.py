@@ -1,4 +1,4 @@
-"""The device and threads of a run, its precision, and how this process's memory and threads are used."""
+"""The device, threads and precision of a run, and the memory settings of its process."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from fedsim.config import Config, Mode, cpu_count
 from fedsim.errors import UserError
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
-BYTES_PER_IMAGE = 12_000  # of the synthetic set while it is made, its quarter of test images included
-THREAD_HEAP = 2**26  # bytes: glibc's largest heap of a thread
+BYTES_PER_IMAGE = 12_000  # peak memory per training image while the synthetic set is made, test images included
+THREAD_HEAP = 2**26  # bytes, the maximal heap of a thread in glibc
 
 
 def resolve(config: Config, mode: Mode, here: bool = True) -> Config:
-    """`config` with the device and threads that it will run on; fails if this machine lacks the device or the memory.
+    """`config` with its actual device and threads; raises UserError if this machine lacks the device or the memory.
 
-    A run that will not be `here` may name a GPU that this machine does not have.
+    For a run that is not `here` neither is checked.
     """
     device = config.device
     if device == "auto":
@@ -34,7 +34,7 @@ def resolve(config: Config, mode: Mode, here: bool = True) -> Config:
         raise UserError(f"precision = tf32 needs a CUDA device, not {device}: give --precision fp32")
     if here and config.dataset == "synthetic":
         _check_memory(config.synthetic_images)
-    # Two clients on a thread each train faster than one client on two threads; on a GPU the CPU only launches.
+    # Two clients with a thread each are faster than one client with two threads; with a GPU, a thread only launches
     threads = config.threads or (cpu_count() if mode == "centralized" and kind == "cpu" else 1)
     return config.changed({"device": device, "threads": threads})
 
@@ -49,21 +49,21 @@ def _check_memory(images: int) -> None:
 
 
 def prepare(config: Config) -> None:
-    """Let torch compute in this thread as `config` (resolved) says."""
+    """Apply the threads and precision of `config` (resolved) to torch in this thread."""
     keep_freed_memory()
     torch.set_num_threads(config.threads)
     set_tf32(config.precision)
-    torch.backends.cudnn.deterministic = True  # a resumed run equals an uninterrupted one bit for bit
+    torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one bit for bit
 
 
 def parameter_dtype(precision: str) -> torch.dtype:
-    """What parameters and inputs are kept in."""
+    """The dtype of parameters and inputs."""
     return torch.float64 if precision == "fp64" else torch.float32
 
 
 @contextlib.contextmanager
 def products_in(precision: str, device: torch.device) -> Iterator[None]:
-    """Within it, this thread's convolutions and matrix products round as `precision` says."""
+    """Context manager: convolutions and matrix products of this thread have the given `precision`."""
     if precision == "bf16":
         with torch.autocast(device.type, torch.bfloat16):
             yield
@@ -72,28 +72,28 @@ def products_in(precision: str, device: torch.device) -> Iterator[None]:
 
 
 def set_tf32(precision: str) -> None:
-    """Let CUDA's products round to tf32 only where asked; torch by itself lets convolutions do so."""
+    """Allow tf32 in CUDA's products only with `precision` = tf32; torch's default allows it in convolutions."""
     torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
 
 
 def keep_freed_memory() -> None:
-    """Let this process's malloc reuse large blocks and give none back to the system.
+    """Let malloc reuse large blocks instead of returning them to the system; results do not change.
 
-    By itself glibc maps each large activation anew in every step, and the system zeroes it page by page: a third of the
-    time of a step at batch 768. Only where blocks come from changes. Other C libraries than glibc are left as they are.
+    By default glibc maps each large activation again in every step, and the kernel zeroes its pages: a third of the
+    time of a step at batch 768. It has no effect with other C libraries than glibc.
     """
     if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         libc.mallopt(M_MMAP_MAX, 0)
         libc.mallopt(M_TRIM_THRESHOLD, -1)
-        libc.mallopt(M_TOP_PAD, 2 * THREAD_HEAP)  # more than a thread's empty heap: it is not given back either
+        libc.mallopt(M_TOP_PAD, 2 * THREAD_HEAP)  # more than the heap of a thread, so that empty ones are not returned
 
 
 def thread_pool(device: torch.device, threads: int) -> ThreadPoolExecutor:
-    """Python threads whose torch work takes `threads` cores each; together all cores, or one for a GPU.
+    """A pool of Python threads that each compute on `threads` cores: as many as fit the CPU, or one for a GPU.
 
-    torch holds no lock while it computes, and the number of threads of a computation (which can change its
-    last bits) stays what was asked for, whatever the machine's cores.
+    torch releases the GIL while it computes. The number of threads of a computation, which can change its last bits,
+    does not depend on the machine.
     """
     workers = max(1, cpu_count() // threads) if device.type == "cpu" else 1
     return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))

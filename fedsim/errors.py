@@ -1,8 +1,8 @@
-"""The ways in which a run ends badly; the command line turns each into one line and an exit code."""
+"""The errors that the command line reports as one line and an exit code."""
 
 
 class UserError(ValueError):
-    """Bad input: the message names the key and the remedy. Exit code 2."""
+    """Bad input; the message names the key and the remedy. Exit code 2."""
 
     exit_code = 2
 

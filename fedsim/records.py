@@ -1,15 +1,15 @@
 """A run's folder: its configuration, its rows, its checkpoint, its model and its summary.
 
-    results/NAME/config.json     every key that shapes the result, and the mode
-                 metrics.jsonl   one row a round (centralized: an epoch), on the disk before the checkpoint after it
-                 checkpoint.pt   what the run needs to resume, bitwise; checkpoint-before.pt is the previous one
+    results/NAME/config.json     every key that affects the result, and the mode
+                 metrics.jsonl   one row per round (centralized: per epoch), on disk before the next checkpoint
+                 checkpoint.pt   what the run needs to resume bit for bit; checkpoint-before.pt is the previous one
                  model.pt        the last global model, a state_dict
-                 summary.json    the outcome, where it comes from, and the SHA-256 of itself, metrics.jsonl, model.pt
+                 summary.json    the outcome, its origin, and the SHA-256 of itself, metrics.jsonl and model.pt
                  .lock           locked by the process that runs it
 
-Files other than the growing metrics.jsonl are replaced atomically. A checkpoint ends with the SHA-256 of its bytes and
-holds that of the rows up to it, so that a run never resumes from a damaged one, or with other rows than it was saved
-with. What is refused on resume stays beside it as checkpoint-refused.pt and metrics-refused.jsonl.
+Files other than metrics.jsonl, which grows, are replaced atomically. A checkpoint file ends with its SHA-256, and the
+checkpoint holds the SHA-256 of the rows before it: a run never resumes from a damaged checkpoint or with other rows
+than it was saved with. An invalid checkpoint and its rows stay as checkpoint-refused.pt and metrics-refused.jsonl.
 """
 
 from __future__ import annotations
@@ -17,42 +17,31 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import hashlib
-import importlib.metadata
-import io
 import json
 import math
 import os
-import platform
 import re
-import shlex
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, TextIO, TypeGuard
 
-import torch
 from torch import Tensor
 
-from fedsim import __version__
+from fedsim.checkpoint_file import InvalidCheckpoint, mismatch, parse_checkpoint, seal, serialize
 from fedsim.config import Config, Mode, current_names
 from fedsim.errors import RunFailed, RunInProgress, UserError
+from fedsim.provenance import provenance
 
 Row = dict[str, Any]
 CHECKPOINT_VERSION = 3
-SEAL = b"fedsim checkpoint, SHA-256: "  # between a checkpoint and the digest of its bytes
 CONFIG, ROWS, MODEL, SUMMARY, LOCK = "config.json", "metrics.jsonl", "model.pt", "summary.json", ".lock"
 CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED = "checkpoint.pt", "checkpoint-before.pt", "checkpoint-refused.pt"
 ROWS_REFUSED = "metrics-refused.jsonl"
 OUTPUTS = (SUMMARY, CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, ROWS, ROWS_REFUSED, MODEL)
-PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *OUTPUTS)))})\.\d+")  # what atomic_write was killed in
+PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *OUTPUTS)))})\.\d+")  # left by a killed atomic_write
 COSTS = ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
-PACKAGES = ("flwr", "torch", "torchvision", "torch-optimizer", "numpy")
-
-
-class InvalidCheckpoint(Exception):
-    """Why a run cannot be resumed from a checkpoint."""
 
 
 class Run:
@@ -63,8 +52,8 @@ class Run:
     ) -> None:
         """Open the folder of `config` (resolved), created if it does not exist.
 
-        A folder that holds another configuration fails and stays as it is. `on_row` is called with each row; the
-        summary names the `engine` that trained the clients.
+        Raises UserError if the folder holds another configuration. `on_row` is called with each row; the summary names
+        the `engine` that trained the clients.
         """
         self._engine = engine
         self.folder = run_folder(config, mode)
@@ -92,17 +81,17 @@ class Run:
 
     @contextlib.contextmanager
     def lock(self, patience: float = 0.0) -> Iterator[None]:
-        """Context manager: only this process runs the run; fail if another still does after `patience` seconds."""
+        """Context manager: hold the run's lock; raises RunInProgress if it is not free after `patience` seconds."""
         with self._writing():
             file = self._locked_file(patience)
         with file:
             yield
 
     def resume(self, rounds: int, like: Mapping[str, Any]) -> dict[str, Any] | None:
-        """The checkpoint to resume from, if there is one; rows made after it are dropped.
+        """The checkpoint to resume from, if there is one; later rows are dropped.
 
-        An invalid one is named and put aside, and the previous one is used. `rounds` (centralized: epochs) are those
-        of the whole run; `like` is what `save_checkpoint` is given, of no round: a valid one has its keys and shapes.
+        If the last one is invalid, this warns, puts it aside and uses the previous one. `rounds` (centralized: epochs)
+        is the length of the whole run; a valid checkpoint has the keys and shapes of `like`.
         """
         rows = _read_rows(self.folder)
         refused: list[str] = []
@@ -120,7 +109,7 @@ class Run:
                 raise UserError(f"name = {self.folder.name}: it was trained by another engine: give --engine {other}")
             if refused:
                 self._put_aside(refused[0], checkpoint["round"], rows)
-            self._keep_rows(rows, checkpoint["rows_bytes"])
+            self._truncate_rows(rows, checkpoint["rows_bytes"])
             self._seconds_before = checkpoint["seconds"]
             self._began = time.perf_counter()
             return checkpoint
@@ -129,11 +118,11 @@ class Run:
                 f"name = {self.folder.name}: {'; '.join(refused)}: there is no other checkpoint to resume from: "
                 "give --rerun to run it again, or another --name"
             )
-        self._keep_rows(rows, 0)
+        self._truncate_rows(rows, 0)
         return None
 
     def log_row(self, row: Row) -> None:
-        """Append a row with its time; a number that is not finite is written as null."""
+        """Append a row, with its time; numbers that are not finite are written as null."""
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["tested_on"] = self.tested_on
         row["seconds"] = round(self.seconds, 3)
@@ -148,7 +137,7 @@ class Run:
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
         """Save what the run needs to resume after ``state["round"]`` rounds (centralized: epochs).
 
-        The rows up to it are flushed to the disk first. The previous checkpoint is kept, for when this one is damaged.
+        The rows before it are flushed to disk first. The previous checkpoint stays, in case this one is damaged.
         """
         header = {
             "version": CHECKPOINT_VERSION,
@@ -158,22 +147,22 @@ class Run:
             "rows_bytes": self._rows_bytes,
             "rows_sha256": self._flush_rows(),
         }
-        content = _saved({**header, **state})
+        content = serialize({**header, **state})
         last = self.folder / CHECKPOINT
         with self._writing(), atomic_write(last) as file:
             file.write(content)
-            file.write(SEAL + hashlib.sha256(content).digest())
+            file.write(seal(content))
             if last.exists():
                 last.replace(self.folder / CHECKPOINT_BEFORE)
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Save the global model as a contiguous CPU state_dict."""
-        content = _saved({name: value.detach().cpu().contiguous() for name, value in state.items()})
+        content = serialize({name: value.detach().cpu().contiguous() for name, value in state.items()})
         with self._writing(), atomic_write(self.folder / MODEL) as file:
             file.write(content)
 
     def write_summary(self, finished: bool, parameters: int, device: str) -> None:
-        """Write the summary: of the whole run, or of one that stops early. Accuracies are None before any test."""
+        """Write the summary of a run that has finished or stopped early. Accuracies are None if nothing was tested."""
         sha256 = {ROWS: self._flush_rows()}
         with self._writing():
             sha256[MODEL] = _sha256_of(self.folder / MODEL)
@@ -189,9 +178,9 @@ class Run:
             _write_json(self.folder / SUMMARY, {**summary, "sha256": {**sha256, SUMMARY: _sha256_of_json(summary)}})
 
     def check_outputs(self) -> None:
-        """Fail where the rows or the model of a finished run are not those of its summary; warn of a missing model.
+        """Raise UserError if rows or model of a finished run do not match its summary; warn if the model is missing.
 
-        The summary of an older fedsim has no digests: only its numbers are compared with the rows.
+        Summaries of older versions have no digests: only their numbers are compared with the rows.
         """
         summary = read_summary(self.folder) or {}
         digests = summary.get("sha256", {})
@@ -206,7 +195,7 @@ class Run:
             print(f"warning: {self.folder / MODEL} is missing: give --rerun to run it again", file=sys.stderr)
 
     def reset(self) -> None:
-        """Remove the results of an earlier run of this configuration, so that it is run again."""
+        """Remove the results of an earlier run of this configuration."""
         with self._writing():
             for name in OUTPUTS:
                 (self.folder / name).unlink(missing_ok=True)
@@ -225,7 +214,7 @@ class Run:
             ) from error
 
     def _locked_file(self, patience: float = 0.0) -> TextIO:
-        """The lock file, locked until it is closed. What killed processes have left half-written is removed."""
+        """The lock file, locked until it is closed. Partial files of killed processes are removed."""
         deadline = time.monotonic() + patience
         file = (self.folder / LOCK).open("w")
         try:
@@ -244,12 +233,12 @@ class Run:
         return file
 
     def _check_folder(self) -> bool:
-        """Whether the folder holds this run; fail if it holds another one, or files that are no run's."""
+        """Whether the folder holds this run; raises UserError if it holds another run, or other files."""
         if not (self.folder / CONFIG).exists():
             found = self.folder.iterdir() if self.folder.exists() else ()
             if any(path.name != LOCK and not PARTIAL.fullmatch(path.name) for path in found):
                 raise UserError(
-                    f"name = {self.folder.name}: {self.folder} is not empty and no run's folder: "
+                    f"name = {self.folder.name}: {self.folder} is not empty and not the folder of a run: "
                     "give another --name or --results-dir"
                 )
             return False
@@ -264,9 +253,9 @@ class Run:
         return True
 
     def _read_checkpoint(self, path: Path, rows: bytes, rounds: int, like: Mapping[str, Any]) -> dict[str, Any]:
-        """The checkpoint in `path`, checked against the run and the content of metrics.jsonl."""
+        """The checkpoint in `path`; raises InvalidCheckpoint if it does not match the run or its `rows`."""
         try:
-            checkpoint = _unsealed(path.read_bytes())
+            checkpoint = parse_checkpoint(path.read_bytes())
         except OSError as error:
             raise InvalidCheckpoint(f"cannot be read ({error.strerror})") from error
         if checkpoint.get("version") != CHECKPOINT_VERSION:
@@ -274,33 +263,33 @@ class Run:
         if checkpoint.get("config") != self._identity:
             raise InvalidCheckpoint("is of another configuration")
         header = {"round": 0, "seconds": 0.0, "stacked": False, "rows_bytes": 0, "rows_sha256": ""}
-        if problem := _misfit(checkpoint, {**header, **like}):
-            raise InvalidCheckpoint(f"does not fit the run: {problem}")
+        if difference := mismatch(checkpoint, {**header, **like}):
+            raise InvalidCheckpoint(f"does not fit the run: {difference}")
         done, length = checkpoint["round"], checkpoint["rows_bytes"]
         if not 0 <= done <= rounds:
             raise InvalidCheckpoint(f"is of round {done}, of a run of {rounds}")
         if hashlib.sha256(rows[:length]).hexdigest() != checkpoint["rows_sha256"]:
-            raise InvalidCheckpoint(f"and {ROWS} disagree: the rows up to round {done} are not those it was saved with")
+            raise InvalidCheckpoint(f"and {ROWS} disagree: the rows up to round {done} have changed since it was saved")
         return checkpoint
 
     def _put_aside(self, refused: str, used: int, rows: bytes) -> None:
-        """Report that the last checkpoint is refused and the previous one used; keep what it is about."""
-        print(f"warning: {refused}: the one before it, of round {used}, is used", file=sys.stderr)
+        """Warn that the last checkpoint is invalid and the previous one is used; store it and its rows beside them."""
+        print(f"warning: {refused}: the previous one, of round {used}, is used", file=sys.stderr)
         with self._writing():
             with atomic_write(self.folder / ROWS_REFUSED) as file:
                 file.write(rows)
             (self.folder / CHECKPOINT).replace(self.folder / CHECKPOINT_REFUSED)
 
-    def _keep_rows(self, rows: bytes, length: int) -> None:
-        """Continue from the first `length` bytes of `rows`, checked ones; the others are dropped from the file."""
-        kept = rows[:length]
-        self.rows = [json.loads(line) for line in kept.splitlines()]
-        self._rows_sha256, self._rows_bytes = hashlib.sha256(kept), len(kept)
+    def _truncate_rows(self, rows: bytes, length: int) -> None:
+        """Continue from the first `length` bytes of `rows`, which are valid; the file loses the others."""
+        valid = rows[:length]
+        self.rows = [json.loads(line) for line in valid.splitlines()]
+        self._rows_sha256, self._rows_bytes = hashlib.sha256(valid), len(valid)
         with self._writing(), atomic_write(self.folder / ROWS) as file:
-            file.write(kept)
+            file.write(valid)
 
     def _flush_rows(self) -> str:
-        """Flush metrics.jsonl to the disk; returns its SHA-256, and fails if it is not what this run has written."""
+        """Flush metrics.jsonl to disk and return its SHA-256; raises RunFailed if another process has changed it."""
         path = self.folder / ROWS
         with self._writing(), path.open("rb") as file:
             os.fsync(file.fileno())
@@ -313,7 +302,7 @@ class Run:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """A full disk, or a folder that has become read-only, ends the run; its checkpoint is kept."""
+        """Context manager: an OSError, of a full disk for instance, ends the run; its checkpoint stays."""
         try:
             yield
         except OSError as error:
@@ -323,7 +312,7 @@ class Run:
 
 
 def config_of_run(config: Config) -> Config:
-    """`config`, or where its key ``resume`` names a run, that run's configuration, to resume it under its name."""
+    """`config`, or the configuration of the run that its key ``resume`` names, under that run's name."""
     if not config.resume:
         return config
     folder = run_folder(config.changed({"name": config.resume}), "localsgd")
@@ -333,7 +322,9 @@ def config_of_run(config: Config) -> Config:
         )
     held = read_config(folder)
     if held.pop("mode") != "localsgd":
-        raise UserError(f"resume = {config.resume}: {folder} is no run of LocalSGD: start it again as it was begun")
+        raise UserError(
+            f"resume = {config.resume}: {folder} is not a run of LocalSGD: repeat the command that started it"
+        )
     for name, default in {**Config().identity("localsgd"), "name": ""}.items():
         given = config.as_keys()[name]
         if given not in (default, held.get(name, config.resume)):
@@ -343,12 +334,12 @@ def config_of_run(config: Config) -> Config:
         return config.changed({**held, "name": config.resume, "resume": ""})
     except UserError as error:
         raise UserError(
-            f"resume = {config.resume}: {folder / CONFIG} is no run's configuration: {_shown(error)}"
+            f"resume = {config.resume}: {folder / CONFIG} is not the configuration of a run: {_shown(error)}"
         ) from error
 
 
 def _locked(file: TextIO) -> bool:
-    """Whether this process has come to hold the lock on `file`."""
+    """Try to lock `file`; whether this process now holds the lock."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -357,7 +348,7 @@ def _locked(file: TextIO) -> bool:
 
 
 def run_folder(config: Config, mode: Mode) -> Path:
-    """The folder of a run: its name, or one made from what distinguishes it."""
+    """The folder of a run, called by the key ``name`` or else by `default_name`."""
     try:
         results = Path(config.results_dir).expanduser().absolute()
     except RuntimeError as error:  # ~user
@@ -366,8 +357,8 @@ def run_folder(config: Config, mode: Mode) -> Path:
 
 
 def default_name(config: Config, mode: Mode) -> str:
-    """A name made from the configuration; its last part tells apart what the others do not show."""
-    # The machine is left out, so that a run is found again (and refused, if it differs) under the same name
+    """A name made from the configuration; it ends with a hash of the keys that affect the result."""
+    # Without the machine: the same run on another machine has the same name, and is refused there
     identity = {k: v for k, v in config.identity(mode).items() if k not in ("device", "threads")}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
     shape = f"-k{config.clients}-j{config.local_steps}" if mode == "localsgd" else ""
@@ -375,7 +366,7 @@ def default_name(config: Config, mode: Mode) -> str:
 
 
 def read_rows(folder: Path) -> list[Row]:
-    """The rows of a run; a last line that was not completely written is left out."""
+    """The rows of a run, without a last line that was not completely written."""
     lines = _read_rows(folder).splitlines()
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
@@ -400,7 +391,7 @@ def _read_rows(folder: Path) -> bytes:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """The configuration of a run with its ``mode``; a key that is younger than the run has its default."""
+    """The configuration of a run, with its ``mode``; keys that are newer than the run have their defaults."""
     path = folder / CONFIG
     held = _read_json(path, "restore it, or give another --name or --results-dir")
     mode = held.get("mode")
@@ -410,52 +401,26 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:
-    """The summary of a run that has ended or stopped, or None."""
+    """The summary of a run that has finished or stopped early, or None."""
     path = folder / SUMMARY
     if not path.exists():
         return None
     remedy = "restore it, or remove it: the same command then writes it again"
     summary = _read_json(path, remedy)
-    whole = isinstance(summary.get("finished"), bool) and isinstance(digests := summary.get("sha256", {}), dict)
-    if whole and summary["finished"]:
-        whole = all(map(_is_number, map(summary.get, ("best_test_accuracy", "final_test_accuracy", "seconds"))))
-    if whole and digests:  # those of an older fedsim have none
+    valid = isinstance(summary.get("finished"), bool) and isinstance(digests := summary.get("sha256", {}), dict)
+    if valid and summary["finished"]:
+        valid = all(map(_is_number, map(summary.get, ("best_test_accuracy", "final_test_accuracy", "seconds"))))
+    if valid and digests:  # summaries of older versions have none
         content = {name: value for name, value in summary.items() if name != "sha256"}
-        whole = digests.get(SUMMARY) == _sha256_of_json(content)
-    if not whole:
+        valid = digests.get(SUMMARY) == _sha256_of_json(content)
+    if not valid:
         raise UserError(f"{path} is damaged: {remedy}")
     return summary
 
 
-def provenance(device: str) -> dict[str, Any]:
-    """Where a result comes from: device, commit, command and versions."""
-    cpu = platform.processor() or platform.machine()
-    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
-    return {
-        "device": f"{device} ({name})",
-        **(json.loads(os.environ.get("FEDSIM_ORIGIN", "null")) or origin()),
-        "versions": {"python": platform.python_version(), "fedsim": __version__, **versions},
-    }
-
-
-def origin() -> dict[str, str]:
-    """The commit of the checkout and the command of this process; a process started for it inherits both."""
-    return {"commit": _commit(), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
-
-
-def _commit() -> str:
-    """The checkout's commit, with + where files differ from it; empty outside a checkout."""
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
-    try:
-        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
-    except (OSError, subprocess.SubprocessError):
-        return ""
-
-
 @contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """A file that appears under `path` only when all of it is on the disk."""
+    """Context manager: a file that appears as `path` only when all of it is on disk."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         with part.open("wb") as file:
@@ -467,48 +432,8 @@ def atomic_write(path: Path) -> Iterator[BinaryIO]:
         part.unlink(missing_ok=True)
 
 
-def _saved(content: Mapping[str, Any]) -> memoryview:
-    """The bytes of `torch.save`; its own writing to a file hides why it failed."""
-    buffer = io.BytesIO()
-    torch.save(dict(content), buffer)
-    return buffer.getbuffer()
-
-
-def _unsealed(content: bytes) -> dict[str, Any]:
-    """The checkpoint in the bytes of its file, of which not one may have changed."""
-    size = len(SEAL) + hashlib.sha256().digest_size
-    saved, seal = content[:-size], content[-size:]
-    if seal != SEAL + hashlib.sha256(saved).digest():
-        older = content[-22:-18] == b"PK\5\6"  # the end of a zip file: version 2 had no seal
-        raise InvalidCheckpoint("is of another version of fedsim" if older else "is damaged")
-    try:
-        checkpoint = torch.load(io.BytesIO(saved), map_location="cpu", weights_only=True)
-    except Exception as error:  # torch documents none
-        raise InvalidCheckpoint("is damaged") from error
-    if not isinstance(checkpoint, dict):
-        raise InvalidCheckpoint("is damaged")
-    return checkpoint
-
-
-def _misfit(state: Mapping[str, Any], like: Mapping[str, Any]) -> str:
-    """How `state` differs from `like` in its keys, types and shapes, or nothing; an empty mapping stands for any."""
-    for name, wanted in like.items():
-        if name not in state:
-            return f"it has no {name}"
-        value = state[name]
-        if isinstance(wanted, Tensor) and isinstance(value, Tensor):
-            if (value.shape, value.dtype) != (wanted.shape, wanted.dtype):
-                return f"{name} is {value.dtype} {list(value.shape)}, not {wanted.dtype} {list(wanted.shape)}"
-        elif isinstance(wanted, Mapping) and isinstance(value, Mapping):
-            if wanted and (problem := _misfit(value, wanted)):
-                return f"in {name}, {problem}"
-        elif not isinstance(value, type(wanted)):
-            return f"{name} is of type {type(value).__name__}, not {type(wanted).__name__}"
-    return ""
-
-
 def _outcome(rows: Sequence[Row]) -> dict[str, Any]:
-    """What a summary says of all rows of a run: its accuracies, costs and seconds."""
+    """The accuracies, costs and seconds that a summary records of all rows of a run."""
     tested = [value for row in rows if _is_number(value := row.get("test_accuracy"))]
     last = rows[-1] if rows else {}
     return {
@@ -533,7 +458,7 @@ def _sha256_of_json(content: Mapping[str, Any]) -> str:
 
 
 def _differs(path: Path, sha256: str) -> bool:
-    """Whether the file is there and has another digest, or cannot be read."""
+    """Whether the file exists and has another digest, or cannot be read."""
     try:
         return _sha256_of(path) != sha256
     except FileNotFoundError:
@@ -555,18 +480,18 @@ def _read_json(path: Path, remedy: str) -> dict[str, Any]:
 
 
 def _parsed(content: bytes) -> dict[str, Any]:
-    """The JSON object that `content` is; fails with ValueError if it is none."""
+    """The JSON object in `content`; raises ValueError if it is not one."""
     try:
         value = json.loads(content.decode())
     except RecursionError as error:
         raise ValueError("it is nested too deeply") from error
     if not isinstance(value, dict):
-        raise ValueError("it is no object")
+        raise ValueError("it is not an object")
     return value
 
 
 def _shown(value: object) -> str:
-    """What stands in a file, as a short text on one line."""
+    """`value` as short text on one line."""
     return " ".join(str(value).split())[:200]
 
 

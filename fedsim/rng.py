@@ -1,10 +1,10 @@
-"""Random numbers, each a function of (seed, worker, local step, purpose) and never of the process's global state.
+"""Random numbers as functions of (seed, worker, local step, purpose), never of global state.
 
-What is drawn once per run or per pass over a shard (initial weights, shards, shuffles) comes from NumPy generators.
-What every local step draws (crops, flips, dropout masks) is counter-based, as in SplitMix64 (Steele, Lea and Flood
-2014): number i of a step is a hash of the step's key and i. It needs no state, can be computed for all steps of a round
-at once and within a CUDA graph, and has the same bits on every device. Nothing depends on the round: runs that differ
-in J, or were interrupted, draw the same numbers at the same local step.
+Initial weights, shards and shuffles, drawn once per run or per pass over a shard, use NumPy generators. Crops, flips
+and dropout masks, drawn in every local step, are counter-based as in SplitMix64 (Steele, Lea and Flood 2014): number i
+of a step is a hash of the step's key and i. These need no state, can be computed for all steps of a round at once and
+within a CUDA graph, and have the same bits on every device. Nothing depends on the round: runs that differ in J, or
+were interrupted, draw the same numbers at the same local step.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from torch import Tensor
 
 Purpose = Literal["shard", "init", "shuffle", "augment", "dropout", "validation"]
 _CODES: dict[Purpose, int] = {"shard": 0, "init": 1, "shuffle": 2, "augment": 3, "dropout": 4, "validation": 5}
-_GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64's constants
+_GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # constants of SplitMix64
 
 
 def generator(seed: int, worker: int, index: int, purpose: Purpose) -> np.random.Generator:
-    """A NumPy generator; `index` is the pass over a shard for ``shuffle`` and 0 for what is drawn once per run."""
+    """A NumPy generator; `index` distinguishes the shuffles of a worker, and is 0 for what is drawn once per run."""
     return np.random.default_rng(np.random.SeedSequence((seed, worker, index, _CODES[purpose])))
 
 
 def step_keys(seed: int, worker: int, first_step: int, steps: int, purpose: Purpose) -> NDArray[np.uint64]:
-    """(steps,) keys of a worker's local steps `first_step`, `first_step` + 1, ... for `random_words`."""
+    """(steps,) keys for `random_words` of a worker's local steps `first_step`, `first_step` + 1, ..."""
     base = np.random.SeedSequence((seed, worker, _CODES[purpose])).generate_state(1, np.uint64)
     return _mix(base + _counters(first_step, steps))
 
@@ -38,7 +38,7 @@ def random_words(keys: NDArray[np.uint64], count: int) -> NDArray[np.uint64]:
 
 
 def random_words_on_device(keys: Tensor, count: int, first: int = 0) -> Tensor:
-    """(len(keys), count) the same words as int64 bits on the device of `keys`, from number `first` on."""
+    """(len(keys), count) the same words as int64 on the device of `keys` (N,) int64, starting at number `first`."""
     numbers = torch.arange(first + 1, first + count + 1, device=keys.device)
     return _mix_on_device(_mix_on_device(numbers * _signed(_GAMMA)) + keys[:, None])
 
@@ -48,19 +48,19 @@ def _counters(first: int, count: int) -> NDArray[np.uint64]:
 
 
 def _mix(words: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's bijection of 64-bit words; products wrap."""
+    """SplitMix64's bijection of 64-bit words; products wrap around."""
     words = (words ^ (words >> np.uint64(30))) * np.uint64(_MIX_1)
     words = (words ^ (words >> np.uint64(27))) * np.uint64(_MIX_2)
     return words ^ (words >> np.uint64(31))
 
 
 def _mix_on_device(words: Tensor) -> Tensor:
-    """The same for int64 tensors, which repeat the sign when they are shifted: it is masked out."""
+    """`_mix` for int64 tensors, whose arithmetic shifts are masked to logical ones."""
     words = (words ^ ((words >> 30) & (2**34 - 1))) * _signed(_MIX_1)
     words = (words ^ ((words >> 27) & (2**37 - 1))) * _signed(_MIX_2)
     return words ^ ((words >> 31) & (2**33 - 1))
 
 
 def _signed(value: int) -> int:
-    """The int64 with the bits of an unsigned 64-bit `value`."""
+    """The int64 that has the bits of the unsigned 64-bit `value`."""
     return value - 2**64 if value >= 2**63 else value

@@ -16,7 +16,7 @@ from fedsim.config import Config, Mode
 from fedsim.data.datasets import data_folder
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
-from fedsim.experiments.study import TWIN, read_study
+from fedsim.experiments.study import LARGE_BATCH, read_study
 from fedsim.records import Run
 
 SMALL: dict[str, Any] = {
@@ -37,7 +37,7 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 @pytest.fixture(scope="session", autouse=True)
 def cache() -> Iterator[Path]:
-    """A cache folder of the tests' own, so that images are decoded once for all of them; the data stays where it is."""
+    """A cache folder for all tests, so that images are decoded once; the data folder does not change."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
         patch.setenv("FEDSIM_DATA", str(data_folder(Config())))
         patch.setenv("XDG_CACHE_HOME", folder)
@@ -89,7 +89,7 @@ def rows_of(run: Run | Path) -> list[dict[str, Any]]:
 
 
 def assert_same_bits(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
-    """The same names, and under each the same bits."""
+    """Both have the same names, and each name the same bits."""
     assert one.keys() == other.keys()
     different = [name for name in one if not torch.equal(one[name], other[name])]
     assert not different, f"these differ: {different}"
@@ -103,16 +103,16 @@ def write_run(
     finished: bool = True,
     **costs: float,
 ) -> Path:
-    """A run's records by hand: a row a round with these accuracies; `costs` are of one round (or epoch)."""
+    """Write the records of a run with a row per accuracy; `costs` are those of one round (or epoch)."""
     each = {"local_steps": 10, "syncs": 1, "bytes_up": 1000, "bytes_down": 1000, "seconds": 2.0, **costs}
     rows: list[dict[str, Any]] = [
         {
-            "round": round,
-            "epoch": float(round),
-            **{name: round * value for name, value in each.items()},
+            "round": round_,
+            "epoch": float(round_),
+            **{name: round_ * value for name, value in each.items()},
             "test_accuracy": accuracy,
         }
-        for round, accuracy in enumerate(accuracies, 1)
+        for round_, accuracy in enumerate(accuracies, 1)
     ]
     tested = [accuracy for accuracy in accuracies if accuracy is not None]
     summary = {
@@ -149,17 +149,17 @@ batch-size = 16
 
 @pytest.fixture
 def study(tmp_path: Path) -> Path:
-    """Records by hand of `STUDY`: all of K = 2; of K = 4 one seed at J = 1, one begun at J = 8, and no twin."""
+    """Records of `STUDY`: all of K = 2; of K = 4 one seed at J = 1, one unfinished at J = 8, and no baseline."""
     folder = tmp_path / "results" / "mine"
     folder.mkdir(parents=True)
     (folder / "study.toml").write_text(STUDY)
     for cell in read_study(str(folder / "study.toml")).cells():
-        k, down, seed = cell.config.clients, cell.place[1], cell.config.seed
-        if (k, seed) == (4, 2) or (k, down) == (4, TWIN):
+        k, down, seed = cell.config.clients, cell.coords[1], cell.config.seed
+        if (k, seed) == (4, 2) or (k, down) == (4, LARGE_BATCH):
             continue
         final = 0.4 + 0.02 * seed + (0.1 if down == 8 else 0.0)
-        sent = 0.0 if down == TWIN else k * (1000.0 if down == 8 else 8000.0)
-        costs = {"local_steps": 8, "syncs": {1: 8, 8: 1, TWIN: 0}[down], "bytes_up": sent, "bytes_down": sent}
+        sent = 0.0 if down == LARGE_BATCH else k * (1000.0 if down == 8 else 8000.0)
+        costs = {"local_steps": 8, "syncs": {1: 8, 8: 1, LARGE_BATCH: 0}[down], "bytes_up": sent, "bytes_down": sent}
         write_run(
             folder / cell.config.name,
             cell.config,

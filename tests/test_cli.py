@@ -68,22 +68,22 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --dataset synthetic --device cuda:99", "device = cuda:99 is not on this machine"),
         ("localsgd --dataset synthetic --results-dir {folder}/file", "results-dir = {folder}/file cannot be written"),
         ("localsgd --dataset synthetic --name a/b", "name = 'a/b' is not a plain folder name"),
-        ("grid --dataset synthetic --clients 4,x", "clients = '4,x' is no list of whole numbers"),
+        ("grid --dataset synthetic --clients 4,x", "clients = '4,x' is not a list of whole numbers"),
         ("grid --dataset synthetic --clients 4,9000", "clients = 9000 is more than the 8000"),
         ("grid --dataset synthetic --engine ray", "engine = 'ray' is unknown"),
         (
             "grid --dataset synthetic --gpus-per-cell 0.5",
             "gpus-per-cell = 0.5 is a share of a Ray node: give --ray too",
         ),
-        ("grid --dataset synthetic --ray --gpus-per-cell 0", "gpus-per-cell = 0.0 is no share of a GPU"),
-        ("grid --dataset synthetic --gpus-per-cell 2 --ray", "gpus-per-cell = 2.0 is no share of a GPU"),
-        ("grid --dataset synthetic --ray --cpus-per-cell -1", "cpus-per-cell = -1.0 is no share of a node"),
-        ("grid --dataset synthetic --ray auto --cpus-per-cell 1.5", "cpus-per-cell = 1.5 is no share of a node"),
+        ("grid --dataset synthetic --ray --gpus-per-cell 0", "gpus-per-cell = 0.0 is not a share of a GPU"),
+        ("grid --dataset synthetic --gpus-per-cell 2 --ray", "gpus-per-cell = 2.0 is not a share of a GPU"),
+        ("grid --dataset synthetic --ray --cpus-per-cell -1", "cpus-per-cell = -1.0 is not a number of cores"),
+        ("grid --dataset synthetic --ray auto --cpus-per-cell 1.5", "cpus-per-cell = 1.5 is not a number of cores"),
         ("study kj-small --ray --engine flower", "engine = flower with --ray"),
         ("study --ray table3", "unknown study table3: it must be one of demo, kj-equal-epochs"),
         ("study table3", "unknown study table3: it must be one of demo, kj-equal-epochs"),
         ("study a/b", "unknown study a/b: it must be one of demo, kj-equal-epochs"),
-        ("study table1 --seeds 1,x", "seeds = '1,x' is no list of whole numbers"),
+        ("study table1 --seeds 1,x", "seeds = '1,x' is not a list of whole numbers"),
         ("study table1 --engine ray", "engine = 'ray' is unknown"),
         ("export-shards --dataset synthetic", "'--out'"),
         (
@@ -182,7 +182,7 @@ def test_a_run_is_left_alone_when_finished_and_run_again_when_asked(call: Call, 
     assert call("localsgd", *TINY, "--rerun")[1].count("round ") == 3
 
 
-def test_stop_after_says_how_to_go_on(call: Call) -> None:
+def test_stop_after_says_how_to_resume(call: Call) -> None:
     code, out, _ = call("localsgd", *TINY, "--stop-after-rounds", "2")
     assert (code, out.count("round ")) == (0, 2)
     assert "stopped early" in out

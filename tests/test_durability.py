@@ -142,7 +142,7 @@ def test_any_flipped_bit_of_a_checkpoint_is_noticed(
         checkpoint = run.resume(8, {})
         assert checkpoint is not None
         assert checkpoint["round"] == 5
-        assert "checkpoint.pt is damaged: the one before it, of round 5, is used" in capsys.readouterr().err
+        assert "checkpoint.pt is damaged: the previous one, of round 5, is used" in capsys.readouterr().err
 
 
 def garbled(content: bytes, chance: random.Random) -> bytes:

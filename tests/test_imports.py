@@ -1,4 +1,4 @@
-"""The direction of imports: each part of fedsim imports only what stands before it."""
+"""The direction of imports: each part of fedsim imports only parts of earlier layers."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "interrupts", "rng", "reference"),
+    ("errors", "processes", "rng", "reference", "checkpoint_file", "provenance"),
+    ("interrupts",),
     ("config",),
     ("device",),
     ("data", "optim"),
@@ -27,8 +28,11 @@ LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 WITHOUT_FLOWER = (
     "errors",
     "interrupts",
+    "processes",
     "rng",
     "reference",
+    "checkpoint_file",
+    "provenance",
     "config",
     "device",
     "data",

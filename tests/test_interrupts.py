@@ -186,6 +186,15 @@ with exit_on_signals():
     time.sleep(30)
     print("not reached")
 """
+ORPHAN = """
+import os, signal, subprocess, time
+from fedsim.interrupts import exit_on_signals
+
+with exit_on_signals():
+    subprocess.run(["sh", "-c", "setsid sleep 600 >/dev/null 2>&1 & echo $!"])
+    os.kill(os.getpid(), signal.SIGTERM)
+    time.sleep(30)
+"""
 CLEANUP = """
 import os, signal, time
 from fedsim.interrupts import exit_on_signals
@@ -205,6 +214,12 @@ with exit_on_signals():
 def test_a_signal_within_a_destructor_is_not_lost() -> None:
     done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, cwd=ROOT)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "interrupted\n")
+
+
+def test_a_process_that_outlives_its_parent_is_ended() -> None:
+    done = subprocess.run([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    assert done.returncode == 143
+    assert not psutil.pid_exists(int(done.stdout)) or psutil.Process(int(done.stdout)).status() == "zombie"
 
 
 def test_signals_during_the_cleanup_do_not_skip_it() -> None:

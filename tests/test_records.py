@@ -1,8 +1,6 @@
 from __future__ import annotations
 
 import contextlib
-import hashlib
-import io
 import json
 import re
 import shutil
@@ -18,11 +16,13 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 
+from fedsim.checkpoint_file import seal, serialize
 from fedsim.config import Config, Mode
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute
-from fedsim.records import SEAL, Run, atomic_write, config_of_run, default_name, provenance, read_rows, read_summary
+from fedsim.provenance import provenance
+from fedsim.records import Run, atomic_write, config_of_run, default_name, read_rows, read_summary
 from tests.conftest import SMALL, Execute, assert_same_bits, final_model, rows_of
 
 MODES: tuple[Mode, ...] = ("localsgd", "centralized")
@@ -59,7 +59,7 @@ def test_what_does_not_shape_the_result_may_change(run: Execute) -> None:
 def test_a_folder_that_is_no_runs_is_refused_and_kept(small: Config, tmp_path: Path) -> None:
     (tmp_path / "mine").mkdir()
     (tmp_path / "mine" / "thesis.tex").write_text("years of work")
-    with pytest.raises(UserError, match="mine is not empty and no run's folder"):
+    with pytest.raises(UserError, match="mine is not empty and not the folder of a run"):
         Run(small.changed({"name": "mine"}), "localsgd")
     assert [path.name for path in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
 
@@ -113,11 +113,10 @@ def of_version_2(path: Path) -> None:
 
 
 def rewrite(path: Path, **changes: Any) -> None:
-    """Replace what a checkpoint holds under these keys, as fedsim itself would write it; None removes one."""
-    buffer = io.BytesIO()
+    """Replace these entries of a checkpoint, as fedsim itself would write it; None removes one."""
     state = {**torch.load(path, weights_only=True), **changes}
-    torch.save({name: value for name, value in state.items() if value is not None}, buffer)
-    path.write_bytes(buffer.getvalue() + SEAL + hashlib.sha256(buffer.getvalue()).digest())
+    content = serialize({name: value for name, value in state.items() if value is not None})
+    path.write_bytes(bytes(content) + seal(content))
 
 
 def of_another_version(path: Path) -> None:
@@ -220,7 +219,7 @@ def test_the_checkpoint_before_a_refused_one_is_used(
     execute(config, mode)
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"warning: {folder}/{REFUSED[spoil]}")
-    assert line.endswith(f": the one before it, of round {used}, is used")
+    assert line.endswith(f": the previous one, of round {used}, is used")
     assert contents(folder / "checkpoint-refused.pt") == spoilt["checkpoint.pt"]
     assert contents(folder / "metrics-refused.jsonl") == spoilt["metrics.jsonl"]
     assert_as_undisturbed(begun, mode, folder)
@@ -375,7 +374,7 @@ def test_resume_takes_what_shapes_the_result_from_the_run(run: Execute, small: C
         ({"resume": "nobody"}, "resume = nobody: there is no run in .*nobody: give one's name"),
         ({"resume": "part", "lr": 0.5}, "resume = part: lr = 0.5, but the run has 0.01: leave it out"),
         ({"resume": "part", "name": "x"}, "resume = part: name = x, but the run has part: leave it out"),
-        ({"resume": "alone"}, "resume = alone: .*alone is no run of LocalSGD"),
+        ({"resume": "alone"}, "resume = alone: .*alone is not a run of LocalSGD"),
         ({"resume": "../part"}, "resume = '../part' is not a plain folder name"),
     ],
 )
@@ -416,7 +415,7 @@ def test_a_configuration_to_resume_that_is_none_is_named(begun: Config, tmp_path
     copy_of_part(begun, "localsgd", tmp_path)
     path = tmp_path / "part" / "config.json"
     path.write_text(json.dumps({**json.loads(path.read_text()), key: value}))
-    with pytest.raises(UserError, match=r"resume = part: .*config.json is no run's configuration: ") as caught:
+    with pytest.raises(UserError, match=r"resume = part: .*config.json is not the configuration of a run: ") as caught:
         config_of_run(Config(results_dir=str(tmp_path), resume="part"))
     assert "\n" not in str(caught.value)
 

@@ -1,1 +1,1 @@
-"""Every way to run a round of LocalSGD, timed in turn."""
+"""``run.py bench``: the variants of running a round of LocalSGD, two baselines without fedsim, and their timing."""

@@ -1,7 +1,7 @@
-"""The other yardstick of `bench`: LocalSGD as a user would write it with Flower alone, in the way of its tutorials.
+"""A baseline of `bench`: LocalSGD with Flower alone, as in its tutorials.
 
-A client that builds model, optimizer and DataLoader anew for every message, and Flower's FedAvg, simulated on Ray.
-Nothing of fedsim's engine, strategy or grid is in it. As there, an optimizer forgets its momentum at every sync.
+The client builds model, optimizer and DataLoader for every message, and the server uses FedAvg, simulated on Ray. It
+uses no engine, strategy or grid of fedsim. As in the tutorials, momentum is reset at every sync.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def tutorial_rounds(config: Config, rounds: int) -> list[float]:
-    """Seconds of each of `rounds` rounds, after one to warm up."""
+    """Seconds of each of `rounds` rounds, after a warm-up round."""
     logging.getLogger("flwr").setLevel(logging.ERROR)
     ends: list[float] = []
     server = ServerApp()
@@ -66,7 +66,7 @@ def tutorial_rounds(config: Config, rounds: int) -> list[float]:
             ArrayRecord(model.state_dict()),
             num_rounds=rounds + 1,
             train_config=ConfigRecord(dict(config.as_keys())),
-            evaluate_fn=lambda round, arrays: ends.append(time.perf_counter()),  # before the first round, too
+            evaluate_fn=lambda round_, arrays: ends.append(time.perf_counter()),  # also before the first round
         )
 
     share: Any = {"num_cpus": float(config.threads), "num_gpus": 0.0 if config.device == "cpu" else 1 / config.clients}

@@ -1,7 +1,7 @@
-"""The yardstick of `bench`: LocalSGD as a user would write it in an afternoon, in plain PyTorch.
+"""A baseline of `bench`: a straightforward LocalSGD in plain PyTorch.
 
-A DataLoader with torchvision's per-image transforms for each client, a model and an optimizer for each, one client
-after the other, parameters averaged in place. Nothing of fedsim's engine is in it.
+Each client has a DataLoader with torchvision's per-image transforms, a model and an optimizer. Clients train one after
+the other, and parameters are averaged in place. It uses no engine of fedsim.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TRANSFORM = transforms.Compose(
 
 
 class PilImages(Dataset[tuple[Tensor, int]]):
-    """Images as torchvision's CIFAR100 gives them: one PIL image at a time, transformed."""
+    """Images as torchvision's CIFAR100 returns them: one transformed PIL image at a time."""
 
     def __init__(self, pixels: NDArray[np.uint8], labels: Tensor) -> None:
         self.pixels, self.labels = pixels, labels.tolist()
@@ -48,7 +48,7 @@ class PilImages(Dataset[tuple[Tensor, int]]):
 
 
 def plain_rounds(config: Config, rounds: int) -> list[float]:
-    """Seconds of each of `rounds` rounds, after one to warm up."""
+    """Seconds of each of `rounds` rounds, after a warm-up round."""
     torch.set_num_threads(config.threads)
     data = load_dataset(config)
     images = PilImages(data.train.pixels(), data.train.labels.cpu())

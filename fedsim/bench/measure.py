@@ -1,12 +1,12 @@
-"""What LocalSGD costs beside centralized training: every way to run a round, measured in turn.
+"""Time the variants of running a round of LocalSGD, compared with centralized training.
 
-Centralized training at batch K * B is the yardstick: the same images and arithmetic, without replicas. A variant runs
-in a process of its own, a round to warm up and then some to be timed. All variants take a turn in every pass, so that
-a machine that slows down slows all of them. Timings are medians over rounds and passes.
+Centralized training at batch K * B is the reference: the same images and arithmetic, without replicas. Each variant
+runs in a new process: one warm-up round, then timed rounds. Every pass measures all variants in turn, so that a slow
+phase of the machine affects all of them. Timings are medians over rounds and passes.
 
-On a GPU also: centralized training at the batches of Table 1, in the precision asked for and in bf16, beside the rate
-of a matrix product. In files of earlier versions `timings` is called `figures`, `variant` `contestant`, and the variant
-`centralized` `limit`, `in-process` `fleet` and `stacked` `fused`.
+On a GPU it also times centralized training at the batch sizes of Table 1, in the configured precision and in bf16,
+compared with the rate of a matrix product. In files of earlier versions `timings` is called `figures`, `variant`
+`contestant`, and the variants `centralized`, `in-process` and `stacked` are `limit`, `fleet` and `fused`.
 """
 
 from __future__ import annotations
@@ -28,7 +28,6 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
-from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.bench.turn import Timing, take_turn
 from fedsim.bench.variants import ON_CPU, ON_GPU, THREADED, VARIANTS, timed
@@ -36,10 +35,11 @@ from fedsim.config import Config, cpu_count
 from fedsim.data.partition import check_shards
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
+from fedsim.experiments.cost import flop_per_image
 from fedsim.experiments.study import read_study
 from fedsim.federation.flwr_run import CHECKOUT
-from fedsim.models import build_model
-from fedsim.records import atomic_write, provenance
+from fedsim.provenance import provenance
+from fedsim.records import atomic_write
 
 
 def run_bench(
@@ -53,10 +53,10 @@ def run_bench(
     output: str,
     console: Console,
 ) -> None:
-    """Measure, print the tables, write the file `output`; without `variants`, those for the device.
+    """Measure `variants` (empty: those for the device), print the tables, and write the file `output`.
 
-    `rounds` are timed in each of `passes`; a turn takes at most `limit` seconds. Raises UserError before anything is
-    measured, and RunFailed at the end where a turn failed.
+    Each of `passes` times `rounds` rounds; a turn is ended after `limit` seconds. Raises UserError before anything is
+    measured, and RunFailed at the end if a turn failed.
     """
     for name in variants:
         if name not in VARIANTS:
@@ -67,7 +67,8 @@ def run_bench(
         check_shards(config.changed({"clients": k}), config.synthetic_images, k)
     check_output(Path(output))
     on_gpu = config.device.startswith("cuda")
-    flop, rate, starting = flop_per_image(config), matrix_rate(config.device), start_up(config.device)
+    flop = flop_per_image(config.model, config.synthetic_classes)
+    rate, starting = matrix_rate(config.device), start_up(config.device)
     console.print(f"{config.device}: {rate / 1e9:,.0f} GFLOP/s in a matrix product; a run starts in {starting:.1f} s")
     chosen = list(dict.fromkeys(variants)) or (ON_GPU if on_gpu else ON_CPU)
     turns = [(name, at(config, k, name)) for _, k, name in itertools.product(range(passes), clients, chosen)]
@@ -87,7 +88,7 @@ def run_bench(
 
 
 def check_output(path: Path) -> None:
-    """Raise UserError where `path` cannot be written."""
+    """Raise UserError if `path` cannot be written."""
     try:
         if path.is_dir():
             raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
@@ -100,9 +101,9 @@ def check_output(path: Path) -> None:
 
 
 def measure(turns: Iterable[tuple[str, Config]], rounds: int, limit: float) -> tuple[list[Timing], list[str]]:
-    """The timings of all `turns`, those of the same variant and configuration joined; and which failed, why.
+    """The timings of all `turns`, joined by variant and configuration, and the errors of those that failed.
 
-    A variant that fails takes no further turn in that configuration; the others do.
+    After a failure the same variant and configuration has no further turn.
     """
     timings: dict[tuple[str, Config], Timing] = {}
     failed: dict[tuple[str, Config], str] = {}
@@ -124,21 +125,12 @@ def measure(turns: Iterable[tuple[str, Config]], rounds: int, limit: float) -> t
 
 def at(config: Config, clients: int, variant: str) -> Config:
     """`config` at K = `clients`; on a CPU every variant uses all cores, by threads of a step or parallel clients."""
-    alone = config.device == "cpu" and variant not in THREADED
-    return config.changed({"clients": clients, "threads": cpu_count() if alone else 1})
-
-
-def flop_per_image(config: Config) -> float:
-    """Floating-point operations of a training step for each image, of convolutions and matrix products."""
-    model = build_model(config.model, config.synthetic_classes, config.seed).eval()
-    inputs = torch.zeros(8, 3, 32, 32)
-    with FlopCounterMode(display=False) as counter:
-        model(inputs).sum().backward()
-    return float(counter.get_total_flops()) / len(inputs)
+    all_cores = config.device == "cpu" and variant not in THREADED
+    return config.changed({"clients": clients, "threads": cpu_count() if all_cores else 1})
 
 
 def matrix_rate(device: str) -> float:
-    """FLOP/s of a large matrix product on `device`, in float32 on a CPU and in bfloat16 on a GPU; the best of ten."""
+    """The best FLOP/s of ten large matrix products on `device`, in float32 on a CPU and bfloat16 on a GPU."""
     size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
     torch.set_num_threads(cpu_count())
     one = torch.randn(size, size, device=device, dtype=dtype)
@@ -147,7 +139,7 @@ def matrix_rate(device: str) -> float:
 
 
 def large_batches(config: Config) -> list[tuple[str, Config]]:
-    """Centralized training at the batches of Table 1, in the precision of `config` and in bf16."""
+    """Centralized training at the batch sizes of Table 1, in the precision of `config` and in bf16."""
     batches = read_study("table1").grid["batch-size"]
     return [
         ("centralized", at(config.changed({"precision": precision, "batch-size": batch}), 1, "centralized"))
@@ -156,14 +148,14 @@ def large_batches(config: Config) -> list[tuple[str, Config]]:
 
 
 def growth(config: Config) -> list[tuple[str, Config]]:
-    """Rounds of `lenet5` that grow with K, at J = 1 to 1,000 clients, and with J at K = 4."""
+    """Rounds of `lenet5` at J = 1 with 1 to 1,000 clients, and at K = 4 with growing J."""
     small = config.changed({"model": "lenet5", "batch-size": 32})
     cells = [(k, 1) for k in (1, 10, 100, 1000)] + [(4, j) for j in (1, 4, 16, 64)]
     return [("in-process", at(small, k, "in-process").changed({"local-steps": j})) for k, j in cells]
 
 
 def start_up(device: str) -> float:
-    """Seconds that ``run.py localsgd`` takes for a round of one small step: its start, and little else."""
+    """Seconds of ``run.py localsgd`` with one round of one small step, nearly all of them its start-up."""
     with tempfile.TemporaryDirectory() as folder:
         keys = "--dataset synthetic --synthetic-images 64 --model lenet5 --clients 1 --local-steps 1 --rounds 1".split()
         command = [sys.executable, str(CHECKOUT / "run.py"), "localsgd", *keys]
@@ -175,12 +167,12 @@ def start_up(device: str) -> float:
 
 
 def table(timings: Sequence[Timing], flop: float) -> Table:
-    """The timings, each beside centralized training at its K."""
+    """The timings, compared with centralized training at the same K."""
     legend = "\n".join(f"{name}: {VARIANTS[name][1]}" for name in dict.fromkeys(each.variant for each in timings))
     result = Table(title="A round of LocalSGD: medians (least to most)", caption=legend, caption_justify="left")
     for name in ("K", "variant", "s a round", "images/s", "GFLOP/s", "of centralized", peak_label(timings)):
         result.add_column(name, justify="left" if name == "variant" else "right")
-    yardstick = {each.config.clients: each.images_per_second for each in timings if each.variant == "centralized"}
+    reference = {each.config.clients: each.images_per_second for each in timings if each.variant == "centralized"}
     for each in timings:
         rate, k = each.images_per_second, each.config.clients
         result.add_row(
@@ -189,20 +181,20 @@ def table(timings: Sequence[Timing], flop: float) -> Table:
             f"{statistics.median(each.seconds):.3f} ({min(each.seconds):.3f} to {max(each.seconds):.3f})",
             f"{rate:,.0f}",
             f"{rate * flop / 1e9:,.1f}",
-            f"{rate / yardstick[k]:.2f}" if k in yardstick else "",
+            f"{rate / reference[k]:.2f}" if k in reference else "",
             f"{each.peak_bytes / 2**20:,.0f}",
         )
     return result
 
 
 def peak_label(timings: Sequence[Timing]) -> str:
-    """The memory that `Timing.peak_bytes` means."""
+    """The column title of `Timing.peak_bytes`."""
     on_gpu = any(each.config.device.startswith("cuda") for each in timings)
     return "peak MiB of the GPU" if on_gpu else "peak MiB, sum of processes"
 
 
 def large_table(timings: Sequence[Timing], flop: float, matrix: float) -> Table:
-    """Centralized training by its batch, beside the device's matrix product."""
+    """Centralized training by batch size, compared with the matrix product of the device."""
     result = Table(title="Centralized training, J steps a round")
     for name in ("precision", "batch", "ms a step", "images/s", "TFLOP/s", "of the matrix product"):
         result.add_column(name, justify="right")
@@ -232,7 +224,7 @@ def growth_table(timings: Sequence[Timing]) -> Table:
 
 
 def write_timings(path: Path, timings: Sequence[Timing], device: str, **rates: float) -> None:
-    """Everything that was measured, with where it comes from, as one JSON file."""
+    """Write all measurements and their provenance to a JSON file."""
     content = {
         **provenance(device),
         **rates,

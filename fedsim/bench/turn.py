@@ -1,4 +1,4 @@
-"""A turn of a variant: its rounds timed in a fresh process, within a time limit, and the memory that they took."""
+"""One turn of a variant: time its rounds in a new process, with a time limit, and measure its peak memory."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from fedsim.bench.variants import VARIANTS
 from fedsim.config import Config
 from fedsim.errors import RunFailed
 from fedsim.federation.flwr_run import CHECKOUT, environment
-from fedsim.federation.processes import cleanup, marked, running
+from fedsim.processes import cleanup, marked, running
 
 SAMPLE_SECONDS = 0.5
 LOG_LINES = 50  # of a turn that fails
@@ -43,15 +43,15 @@ class Timing:
         return images / statistics.median(self.seconds)
 
     def joined(self, other: Timing) -> Timing:
-        """This turn and another one of the same variant."""
+        """The rounds of both turns, of the same variant and configuration."""
         peak = max(self.peak_bytes, other.peak_bytes)
         return Timing(self.variant, self.config, [*self.seconds, *other.seconds], peak)
 
 
 def take_turn(variant: str, config: Config, rounds: int, limit: float) -> Timing:
-    """Time `rounds` rounds of a variant; raises RunFailed where it fails or takes more than `limit` seconds in all.
+    """Time `rounds` rounds of a variant; raises RunFailed if it fails or runs for more than `limit` seconds in all.
 
-    It has a temporary folder, and a Ray that joins no cluster; all its processes are ended.
+    It has a temporary folder and, if it uses Ray, a new cluster; afterwards all its processes are ended.
     """
     temporary = tempfile.TemporaryDirectory(prefix=".fs-")
     with cleanup(temporary.cleanup):
@@ -80,10 +80,10 @@ def take_turn(variant: str, config: Config, rounds: int, limit: float) -> Timing
 
 
 def run_measured(command: Sequence[str], env: Mapping[str, str], output: IO[bytes], limit: float) -> int:
-    """Run `command` and end all processes that it leaves; returns the memory that it took, in bytes.
+    """Run `command`, then end all processes that it has started; returns its peak memory in bytes.
 
-    It is the sum, over the processes that run at the same time, of the peak resident memory of each (VmHWM), at the
-    moment when this sum is largest: pages that processes share are counted for each. Zero where there is no /proc.
+    This is the maximum over time of the sum of VmHWM, the peak resident memory, of all running processes: pages that
+    they share count several times. Zero without /proc.
     """
     deadline, peak = time.monotonic() + limit, 0
     with running(command, env, output) as (process, mark):
@@ -96,9 +96,9 @@ def run_measured(command: Sequence[str], env: Mapping[str, str], output: IO[byte
 
 
 def peak_memory(pid: int) -> int:
-    """The most resident memory, in bytes, that a process has had; zero if it has ended.
+    """The peak resident memory of a process in bytes; zero if it has ended.
 
-    Not `ru_maxrss`: that is inherited from the parent, whose memory it then shows.
+    `ru_maxrss` would be wrong: a child process inherits it from its parent.
     """
     with contextlib.suppress(OSError):
         for line in Path(f"/proc/{pid}/status").read_text().splitlines():
@@ -108,7 +108,7 @@ def peak_memory(pid: int) -> int:
 
 
 def main(task: Mapping[str, Any]) -> None:
-    """Take the turn that `task` describes in this process, and write its outcome to the file `result`."""
+    """Run the `task` of `take_turn` in this process, and write the outcome to its file `result`."""
     config = Config().changed(task["keys"])
     outcome: dict[str, Any] = {}
     try:

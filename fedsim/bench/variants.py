@@ -1,4 +1,4 @@
-"""The variants that `bench` measures: every way to run rounds of LocalSGD, as functions that time them."""
+"""The variants that `bench` measures, as functions that time rounds of LocalSGD."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ Rounds = Callable[[Config, int], list[float]]
 
 
 def centralized_rounds(config: Config, rounds: int, captured: bool = True, compiled: bool = False) -> list[float]:
-    """The same images on one machine: J steps at batch K * B; captured in a CUDA graph or not, compiled or not."""
+    """J centralized steps at batch K * B, optionally captured in a CUDA graph or compiled."""
     prepare(config)
     data = load_dataset(config)
     model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
@@ -54,12 +54,12 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
 
 
 def threaded_rounds(config: Config, rounds: int) -> list[float]:
-    """LocalSGD in this process, one client in a thread: ``InProcessGrid`` and the strategy, nothing tested or saved."""
+    """LocalSGD in this process, a client in each thread, without tests and checkpoints."""
     return _rounds_on_grid(config, rounds, None)
 
 
 def stacked_rounds(config: Config, rounds: int, **choices: Any) -> list[float]:
-    """The same, all clients at once, as fedsim does or by the `choices` of `train_together`."""
+    """LocalSGD in this process, all clients in one stacked network; `choices` are arguments of `train_together`."""
     return _rounds_on_grid(config, rounds, functools.partial(train_together, **choices))
 
 
@@ -80,7 +80,7 @@ def _rounds_on_grid(config: Config, rounds: int, train_together: TrainTogether |
 
 
 def flower_rounds(config: Config, rounds: int) -> list[float]:
-    """LocalSGD by ``flwr run`` on Ray; without the first round, and the last, which evaluates and saves."""
+    """LocalSGD by ``flwr run`` on Ray, without the first round (warm-up) and the last (test and checkpoint)."""
     with tempfile.TemporaryDirectory() as folder:
         run = config.changed({"rounds": rounds + 2, "results-dir": folder, "name": "bench", "evaluate-every": 10**6})
         run_with_flwr(run)
@@ -133,17 +133,17 @@ ON_GPU = (
 
 
 def timed(one_round: Callable[[], Any], rounds: int, device: str) -> list[float]:
-    """Seconds of each of `rounds` rounds, after one to warm up."""
+    """Seconds of each of `rounds` rounds, after a warm-up round."""
 
-    def wait() -> None:
+    def synchronize() -> None:
         if device.startswith("cuda"):
             torch.cuda.synchronize(device)
 
     seconds = []
     for _ in range(rounds + 1):
-        wait()
+        synchronize()
         began = time.perf_counter()
         one_round()
-        wait()
+        synchronize()
         seconds.append(time.perf_counter() - began)
     return seconds[1:]

@@ -1,1 +1,1 @@
-"""Images, data sets by name, partitions, the decoded cache, a node's own folder."""
+"""Data sets by name, images and their augmentation, partitions, the cache of decoded images, a node's own images."""

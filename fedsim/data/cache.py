@@ -1,8 +1,8 @@
-"""Arrays that are costly to make, kept on disk and mapped into memory: only the pages that are used are read.
+"""A cache on disk of arrays that are slow to make, mapped into memory: only the pages that are used are read.
 
-In a deployment every message is a new process on the node, which maps what the first one decoded, in milliseconds.
-To read all of it takes longer, so the CRC-32 kept with it is checked when a process that trains or tests by itself
-first loads it, and when a node joins a run, but not for each message: what changes in between is not noticed.
+In a deployment every message is a new process on the node, which maps the cached arrays in milliseconds. Their CRC-32
+takes longer, so it is checked only when a process that trains or tests by itself first loads them and when a node joins
+a run, not for each message: damage in between is not noticed.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from numpy.typing import NDArray
 
 from fedsim.errors import UserError
 
-FORMAT = 2  # of the arrays that are kept; those of another format are made again
-CHECKSUMS = "crc32.json"  # of each file beside it
+FORMAT = 2  # of the cached arrays; those of another format are made again
+CHECKSUMS = "crc32.json"  # of the array files in the same folder
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -39,27 +39,27 @@ def user_cache() -> Path:
 
 
 def cached(sources: Iterable[Path], names: Sequence[str], make: Callable[[], Arrays]) -> Arrays:
-    """The arrays `names` that `make` makes of the files `sources`: mapped from the cache, or made and kept there.
+    """The arrays `names` that `make` makes from the files `sources`: mapped from the cache, or made and cached.
 
-    A source of another size or time, or at another place, is another source. The arrays are copy-on-write: what is
-    written to them stays in this process. If the cache cannot be written they stay in memory, which is reported once.
+    Sources are identified by path, size and modification time. The arrays are copy-on-write. If the cache cannot be
+    written, they stay in memory, which is reported once.
     """
     folder = _folder_of(sources)
-    if folder is None:  # `make` knows best what to say of a missing file
+    if folder is None:  # the error of `make` says more about a missing file
         return make()
-    if kept := _mapped(folder, names):
-        return kept
+    if found := _mapped(folder, names):
+        return found
     made = make()
     try:
-        _keep(made, folder)
+        _store(made, folder)
     except OSError as error:
-        _say(f"images cannot be kept in {user_cache()} ({error.strerror or error}): every process decodes them again")
+        _warn_once(f"cannot cache images in {user_cache()} ({error.strerror or error}): every process decodes them")
         return made
     return _mapped(folder, names) or made
 
 
 def discard_damaged(sources: Iterable[Path]) -> bool:
-    """Read what is kept of `sources`; if any bit of it has changed it is removed, to be made again. Whether it was."""
+    """Remove the cached arrays of `sources` if their checksums do not match; returns whether they were removed."""
     folder = _folder_of(sources)
     if folder is None or not folder.exists():
         return False
@@ -69,10 +69,10 @@ def discard_damaged(sources: Iterable[Path]) -> bool:
             return False
     except (OSError, ValueError):
         pass
-    print(f"the images kept in {folder} are damaged: they are decoded again", file=sys.stderr, flush=True)
+    print(f"the cached images in {folder} are damaged: they are decoded again", file=sys.stderr, flush=True)
     try:
         aside = folder.rename(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
-    except FileNotFoundError:  # another process has found the same
+    except FileNotFoundError:  # another process has removed it
         return True
     except OSError as error:
         raise UserError(f"{folder} cannot be removed ({error.strerror}): remove it, or set XDG_CACHE_HOME") from error
@@ -81,14 +81,14 @@ def discard_damaged(sources: Iterable[Path]) -> bool:
 
 
 def _folder_of(sources: Iterable[Path]) -> Path | None:
-    """A folder for each place that sources lie at, in it one for what lies there now; None if a source is missing."""
+    """The cache folder of `sources`: PATHS/SIZES-AND-TIMES, both as digests. None if a source is missing."""
     sources = [source.absolute() for source in sources]
     try:
         stats = [source.stat() for source in sources]
     except OSError:
         return None
-    place = user_cache() / "arrays" / _digest([str(source) for source in sources])
-    return place / _digest([FORMAT, *((stat.st_size, stat.st_mtime_ns) for stat in stats)])
+    parent = user_cache() / "arrays" / _digest([str(source) for source in sources])
+    return parent / _digest([FORMAT, *((stat.st_size, stat.st_mtime_ns) for stat in stats)])
 
 
 def _digest(key: list[Any]) -> str:
@@ -104,17 +104,17 @@ def _crc32(path: Path) -> int:
 
 
 def _mapped(folder: Path, names: Iterable[str]) -> Arrays:
-    """The arrays in `folder`; none if one of them is missing, or its header damaged."""
+    """The arrays in `folder`; none if one of them is missing or has a damaged header."""
     try:
         return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in names}
-    except Exception:  # NumPy evaluates the header, and documents no exceptions for that
+    except Exception:  # NumPy does not document what a damaged header raises
         return {}
 
 
-def _keep(arrays: Arrays, folder: Path) -> None:
-    """Write `folder` whole or not at all, then remove what else lies at its place: of another key, or interrupted.
+def _store(arrays: Arrays, folder: Path) -> None:
+    """Write `folder` atomically, then remove all else beside it: older versions, and partial ones.
 
-    Of processes that start at once the first one's stays; the others find theirs refused, or gone, and use it.
+    If several processes write it at once, the first one wins and the others use its folder.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     part = Path(tempfile.mkdtemp(prefix=".part-", dir=folder.parent))
@@ -139,5 +139,5 @@ def _keep(arrays: Arrays, folder: Path) -> None:
 
 
 @functools.cache
-def _say(words: str) -> None:
-    print(words, file=sys.stderr, flush=True)
+def _warn_once(message: str) -> None:
+    print(message, file=sys.stderr, flush=True)

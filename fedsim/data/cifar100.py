@@ -1,4 +1,4 @@
-"""The official CIFAR-100, read by torchvision, which checks its sums and downloads it where it is absent."""
+"""The official CIFAR-100, read by torchvision, which checks its MD5 sums and downloads it if it is missing."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ def official_files(folder: Path) -> list[Path]:
 
 
 def read_official(folder: Path, train: bool) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """(N, 32, 32, 3) images and (N,) labels of one split; downloaded to `folder` where there are none."""
-    from torchvision.datasets import CIFAR100  # a second to import, needed only where nothing has been decoded yet
+    """(N, 32, 32, 3) images and (N,) labels of one split, downloaded to `folder` if it has none."""
+    from torchvision.datasets import CIFAR100  # takes a second, and is needed only while nothing is cached
 
     try:
         missing = not (folder / OFFICIAL).exists()

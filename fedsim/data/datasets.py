@@ -1,4 +1,4 @@
-"""The data sets, by name: CIFAR-100 and a synthetic set, with a validation split where one is asked for."""
+"""The data sets, by name: CIFAR-100 and a synthetic set, with an optional validation split."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SPLITS = ("train", "test")
 
 @dataclass(frozen=True)
 class Dataset:
-    """Images to train on and to test on, and the number of classes that their labels run over."""
+    """Training images, test images, and the number of classes."""
 
     train: Images
     test: Images
@@ -34,12 +34,12 @@ class Dataset:
 
 
 def load_dataset(config: Config, verify: bool = True) -> Dataset:
-    """The data set of `config` on its (resolved) device; kept, so that a process reads it once.
+    """The data set of `config` (resolved) on its device; a process reads it only once.
 
-    With `verify`, what is cached of it is verified before (see `verify_cache`).
+    With `verify`, the decoded images in the cache are verified first (see `verify_cache`).
 
-    With a validation split, `train` lacks the images held out and `test` is those: the test images are out of
-    reach of whoever chooses by what such a run reports. Server and clients draw the same split from the seed.
+    With a validation split, `test` is the images held out of `train`, so that no choice can depend on the test images.
+    Server and clients draw the same split from the seed.
     """
     if config.validation >= (available := _training_images(config)):
         raise UserError(f"validation = {config.validation} leaves none of the {available} training images: give less")
@@ -56,7 +56,7 @@ def load_dataset(config: Config, verify: bool = True) -> Dataset:
 
 
 def verify_cache(config: Config) -> None:
-    """Read the decoded images in the cache, once in a process (0.4 s); damaged ones are removed, to be made again."""
+    """Check the decoded images in the cache, once per process (0.4 s); damaged ones are removed and decoded again."""
     if config.dataset == "cifar100":
         _verify(str(data_folder(config)))
 
@@ -69,17 +69,17 @@ def _verify(folder: str) -> None:
 
 
 def training_images(config: Config) -> int:
-    """The images that `config` trains on, known without reading them."""
+    """The number of images that `config` trains on; reads no data."""
     return _training_images(config) - config.validation
 
 
 def classes_of(config: Config) -> int:
-    """The classes that its labels run over, known without reading them."""
+    """The number of classes of the data set of `config`; reads no data."""
     return 100 if config.dataset == "cifar100" else config.synthetic_classes
 
 
 def moments_of(dataset: str, normalize: str) -> Moments:
-    """What images of `dataset` are normalised by."""
+    """The constants that normalise images of `dataset`; `normalize` = cifar10: CIFAR-10's."""
     if normalize == "cifar10":
         return CIFAR10
     return CIFAR100 if dataset == "cifar100" else ((0.5,) * 3, (0.21,) * 3)
@@ -97,7 +97,7 @@ def _hold_out(read: Callable[..., Dataset], key: tuple[Any, ...], count: int, se
 
 
 def data_folder(config: Config) -> Path:
-    """The folder that holds ``cifar-100-python``: the key, the environment's, or the user's cache."""
+    """The folder that holds ``cifar-100-python``: the key data-dir, FEDSIM_DATA, or the user's cache."""
     named = config.data_dir or os.environ.get("FEDSIM_DATA") or user_cache()
     try:
         return Path(named).expanduser().absolute()
@@ -125,7 +125,7 @@ def _cifar100(folder: str, normalize: str, device: str) -> Dataset:
 
 @functools.lru_cache(maxsize=2)
 def _synthetic(classes: int, images: int, normalize: str, device: str) -> Dataset:
-    """A learnable set: each class is a coarse colour pattern, each image shifts it and drowns it in noise."""
+    """A learnable set: each class is a coarse colour pattern, each image a shifted copy of it with strong noise."""
     rng = np.random.default_rng(np.random.SeedSequence((classes, images)))
     patterns = rng.standard_normal((classes, 8, 8, 3), np.float32).repeat(4, axis=1).repeat(4, axis=2)
 
@@ -133,7 +133,7 @@ def _synthetic(classes: int, images: int, normalize: str, device: str) -> Datase
         labels = rng.permutation(np.arange(count) % classes)
         rows, columns = (np.arange(SIDE) - rng.integers(-4, 5, size=(2, count, 1))) % SIDE
         pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
-        for start in range(0, count, 1000):  # a part at a time, to spare memory
+        for start in range(0, count, 1000):  # in parts, to save memory
             part = slice(start, start + 1000)
             shifted = patterns[labels[part, None, None], rows[part, :, None], columns[part, None, :]]
             pixels[part] = (127.5 + 20 * shifted + 50 * rng.standard_normal(shifted.shape, np.float32)).clip(0, 255)

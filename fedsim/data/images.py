@@ -1,7 +1,7 @@
 """Images as tensors on the training device, and augmented batches of them.
 
-An image is kept as 32-bit words, one a pixel (red, green, blue and a spare byte), inside a border of black
-pixels. A random crop of a whole batch is then one gather of words, six times faster than gathering bytes.
+An image is stored as one 32-bit word per pixel (red, green, blue and a spare byte), inside a border of black
+pixels. The random crops of a batch are then one gather of words, six times faster than gathering bytes.
 """
 
 from __future__ import annotations
@@ -30,25 +30,25 @@ class Images:
     def __init__(
         self, pixels: NDArray[np.uint8], labels: NDArray[np.int64], moments: Moments, device: torch.device | str
     ) -> None:
-        self._hold(bordered(pixels), labels, moments, device)
+        self._set(bordered(pixels), labels, moments, device)
 
     @classmethod
     def of_words(
         cls, words: NDArray[np.int32], labels: NDArray[np.int64], moments: Moments, device: torch.device | str
     ) -> Images:
-        """The images that `bordered` made `words` of; on the CPU they stay where they are, a file for instance."""
+        """Images from the `words` of `bordered`; on the CPU these are not copied, and may be a mapped file."""
         images = cls.__new__(cls)
-        images._hold(words, labels, moments, device)
+        images._set(words, labels, moments, device)
         return images
 
-    def _hold(
+    def _set(
         self, words: NDArray[np.int32], labels: NDArray[np.int64], moments: Moments, device: torch.device | str
     ) -> None:
         self._words = torch.from_numpy(words).flatten().to(device)
         self._within = torch.arange(SIDE, device=device)
         self.labels = torch.from_numpy(labels).to(device)
         mean, deviation = torch.tensor(moments, dtype=torch.float64)
-        # for a row of pixels: three values at a time are slow on a CPU
+        # repeated for a whole row of pixels: broadcasting over three values is slow on a CPU
         self._scale = (1 / (255 * deviation)).float().repeat(SIDE).to(device)
         self._shift = (mean / deviation).float().repeat(SIDE).to(device)
 
@@ -56,15 +56,15 @@ class Images:
         return len(self.labels)
 
     def pixels(self) -> NDArray[np.uint8]:
-        """(N, 32, 32, 3) the images as they were given."""
+        """(N, 32, 32, 3) uint8, without border and normalisation."""
         bordered = self._words.cpu().view(torch.uint8).view(-1, WIDTH, WIDTH, 4).numpy()
         return bordered[:, PAD:-PAD, PAD:-PAD, :3]
 
     def crop(self, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, replicas: int = 1) -> Tensor:
         """(B, 3, 32, 32) normalised float32 crops, channels-last.
 
-        Image `index[i]` in its black border, cut `top[i]` pixels from above and `left[i]` from the left
-        (0 to 8; 4 is the image itself) and, where `flip[i]`, mirrored. All four: (B,) integers.
+        Crop i begins `top[i]` pixels from above and `left[i]` from the left (0 to 8; 4 is the image itself) in the
+        black border of image `index[i]`, and is mirrored where `flip[i]`. All four: (B,) integers.
         For K `replicas` side by side they are (K * B,), and the crops (B, K * 3, 32, 32).
         """
         rows = (index * WIDTH + top)[:, None] + self._within
@@ -76,7 +76,7 @@ class Images:
         return normalised.view(-1, SIDE, SIDE, 3 * replicas).permute(0, 3, 1, 2)
 
     def subset(self, index: NDArray[np.int64]) -> Images:
-        """A copy that holds the images `index` alone, in that order."""
+        """A copy of the images `index`, in that order."""
         part = copy.copy(self)
         chosen = torch.from_numpy(index).to(self.labels.device)
         part._words = self._words.view(len(self), -1)[chosen].flatten()
@@ -91,16 +91,16 @@ class Images:
 
 
 def bordered(pixels: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """(N, 40, 40) words of (N, 32, 32, 3) pixels in their black border."""
+    """(N, 32, 32, 3) pixels -> (N, 40, 40) words, with a black border."""
     words = np.zeros((len(pixels), WIDTH, WIDTH, 4), np.uint8)
     words[:, PAD:-PAD, PAD:-PAD, :3] = pixels
     return words.view(np.int32)[..., 0]
 
 
 def sample_crops(index: NDArray[np.int64], words: NDArray[np.uint64]) -> Tensor:
-    """(4, N) the arguments of `Images.crop` for the N images `index`, on the CPU: which, from where, mirrored or not.
+    """(4, N) int64 on the CPU: `index`, `top`, `left` and `flip` of `Images.crop` for the N images `index`.
 
-    `words` are N random 64-bit words: the upper half gives the row, the lower half the column, the last bit the mirror.
+    `words` are N random 64-bit words: the upper half gives `top`, the lower half `left`, the last bit `flip`.
     """
     half, corners = np.uint64(32), np.uint64(2 * PAD + 1)
     top, left = (((part * corners) >> half).astype(np.int64) for part in (words >> half, words & np.uint64(2**32 - 1)))
@@ -108,9 +108,9 @@ def sample_crops(index: NDArray[np.int64], words: NDArray[np.uint64]) -> Tensor:
 
 
 def batches(images: Images, drawn: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented batches of what `sample_crops` drew: random crop in a border of 4, random mirror.
+    """Augmented batches of the crops that `sample_crops` has `drawn`.
 
-    Yields ((B, 3, 32, 32) float32, (B,) labels); the last batch is smaller where batch_size does not divide.
+    Yields ((B, 3, 32, 32) float32, (B,) labels); the last batch is smaller if batch_size does not divide their number.
     """
     chosen, top, left, flip = drawn.to(images.labels.device)
     for start in range(0, len(chosen), batch_size):

@@ -1,9 +1,9 @@
-"""Images in a folder of a node, which never leave it, and the folders that `shard` makes.
+"""A node's own images, which never leave it, and the folders that `export-shards` writes for nodes.
 
-A SuperNode's node config may name its `data-dir`. The folder holds the official CIFAR-100, of which the node takes its
-shard, or ``images.npy`` and ``labels.npy``: this node's images alone. It trains on all of these, whatever the run's
-`validation`, which holds out images of the run's dataset, on the server. The run's own `data-dir` may hold no such
-files: every client would train on them.
+The node config of a SuperNode may set `data-dir`. That folder holds either the official CIFAR-100, of which the node
+uses its shard, or ``images.npy`` and ``labels.npy``, this node's own images. The node trains on all of its own images:
+the run's `validation` holds out images of the run's dataset, on the server. The `data-dir` of the run must not hold
+such files, as every client would train on them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ IMAGES, LABELS = "images.npy", "labels.npy"
 
 
 def own_images(config: Config) -> Images | None:
-    """The images that the folder `data-dir` itself holds; None where it holds no such files."""
+    """The images in images.npy and labels.npy of `data-dir`; None if it has no such files."""
     if not _holds_images(config):
         return None
     folder = data_folder(config)
@@ -46,9 +46,9 @@ def _own_images(config: Config, place: str, *changed: int) -> Images:
         problem = f"it holds {OFFICIAL}/ too: keep one of the two"
     if problem:
         raise UserError(f"data-dir = {folder}: {problem}")
-    kept = cached([folder / IMAGES], ["words"], lambda: {"words": bordered(pixels)})
+    arrays = cached([folder / IMAGES], ["words"], lambda: {"words": bordered(pixels)})
     moments = moments_of(config.dataset, config.normalize)
-    return Images.of_words(kept["words"], labels.astype(np.int64), moments, config.device)
+    return Images.of_words(arrays["words"], labels.astype(np.int64), moments, config.device)
 
 
 def _changed(file: Path) -> int:
@@ -61,7 +61,7 @@ def _holds_images(config: Config) -> bool:
 
 
 def check_of_run(config: Config) -> None:
-    """Fail where the `data-dir` of the run, which all its clients share, holds images of a single node."""
+    """Raise UserError if the `data-dir` of the run, which all clients share, holds the images of a single node."""
     if _holds_images(config):
         raise UserError(
             f"data-dir = {config.data_dir} holds {IMAGES} or {LABELS}, the images of one node: name it in the node "
@@ -70,7 +70,7 @@ def check_of_run(config: Config) -> None:
 
 
 def verify_images(config: Config) -> None:
-    """Verify what is cached of a node's images, its own or the run's; damaged ones are decoded again."""
+    """Check the cached images of a node, its own or the run's; damaged ones are removed and decoded again."""
     if not _holds_images(config):
         verify_cache(config)
     elif discard_damaged([data_folder(config) / IMAGES]):
@@ -78,7 +78,7 @@ def verify_images(config: Config) -> None:
 
 
 def check_named(config: Config) -> None:
-    """Fail where the folder that a node names holds no images: nothing is downloaded instead."""
+    """Raise UserError if the `data-dir` of a node config holds no images: a node downloads none."""
     folder = data_folder(config)
     official = config.dataset == "cifar100" and os.path.exists(folder / OFFICIAL)
     if own_images(config) is None and not official:
@@ -89,13 +89,13 @@ def check_named(config: Config) -> None:
 def _mapped(folder: Path, name: str) -> NDArray[Any]:
     try:
         return np.lib.format.open_memmap(folder / name, mode="c")
-    except Exception as error:  # NumPy evaluates the header, and documents no exceptions for that
+    except Exception as error:  # NumPy does not document what a damaged header raises
         reason = " ".join(str(error).split())
         raise UserError(f"data-dir = {folder}: {name} cannot be read as an array ({reason})") from error
 
 
 def _problem(pixels: NDArray[Any], labels: NDArray[Any], config: Config) -> str:
-    """What is wrong with a node's own images, in words; nothing where they will do."""
+    """What is wrong with a node's own images, or ""."""
     if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (SIDE, SIDE, 3):
         return f"{IMAGES} holds {pixels.dtype} {list(pixels.shape)}, not uint8 [N, {SIDE}, {SIDE}, 3]"
     if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
@@ -111,9 +111,9 @@ def _problem(pixels: NDArray[Any], labels: NDArray[Any], config: Config) -> str:
 
 
 def write_shards(config: Config, out: Path) -> None:
-    """Each client's shard as a folder of its own, `out`/0 to `out`/K-1: the shards that a run of `config` has.
+    """Write the shards of a run of `config` to the new folders `out`/0 to `out`/K-1, one for each client.
 
-    `out` appears when it is whole; what is there already is left as it is.
+    `out` appears only when it is complete, and is never overwritten.
     """
     images = load_dataset(config).train
     check_shards(config, len(images), config.clients)
@@ -127,7 +127,7 @@ def write_shards(config: Config, out: Path) -> None:
                 (part / str(worker)).mkdir()
                 np.save(part / str(worker) / IMAGES, pixels[held])
                 np.save(part / str(worker) / LABELS, labels[held])
-            part.chmod(0o755)  # not this user's alone, as a temporary folder is
+            part.chmod(0o755)  # mkdtemp makes it readable by this user only
             part.rename(out)
         finally:
             shutil.rmtree(part, ignore_errors=True)

@@ -13,17 +13,17 @@ from fedsim.rng import generator
 
 
 def shard(images: int, workers: int, worker: int, seed: int) -> NDArray[np.int64]:
-    """The images of one worker: IID shards, disjoint, covering, their sizes at most one apart."""
+    """The images of one worker: IID shards, disjoint and covering all images, with sizes that differ by at most one."""
     return np.array_split(_shuffled(images, seed), workers)[worker]
 
 
-@functools.lru_cache(maxsize=2)  # every client asks in every round
+@functools.lru_cache(maxsize=2)  # called by every client in every round
 def _shuffled(images: int, seed: int) -> NDArray[np.int64]:
     return generator(seed, 0, 0, "shard").permutation(images)
 
 
 def check_shards(config: Config, images: int, workers: int) -> None:
-    """Fail where `images` cannot give every one of `workers` a shard of a batch or more."""
+    """Raise UserError if the shards of `images` among `workers` would be smaller than a batch."""
     if workers > images:
         raise UserError(f"clients = {workers} is more than the {images} training images: give fewer clients")
     if config.batch_size > images // workers:
@@ -34,11 +34,11 @@ def check_shards(config: Config, images: int, workers: int) -> None:
 
 
 def sample_order(size: int, first: int, count: int, seed: int, worker: int, shuffle_every: str) -> NDArray[np.int64]:
-    """(count,) which of a shard's `size` images a worker takes, its samples `first` to `first` + `count` of the run.
+    """(count,) indices into a shard of `size` images: a worker's samples `first` to `first` + `count` of the run.
 
-    `shuffle_every` = epoch: the samples of a run are shuffled passes over the shard, one after the other, so that a
-    worker that takes part in every round sees every image once before any twice. A worker that a round does not sample
-    skips the samples of that round. `shuffle_every` = round: a new shuffled pass begins at `first`.
+    `shuffle_every` = epoch: the run is a sequence of shuffled passes over the shard, so that a worker that takes part
+    in every round sees each image once per pass. A worker that a round leaves out skips the samples of that round.
+    `shuffle_every` = round: a new shuffled pass begins at `first`.
     """
     if shuffle_every == "round":
         rng = generator(seed, worker, first, "shuffle")

@@ -1,1 +1,1 @@
-"""What the machines of a federation need: certificates, keys, scripts, units and settings."""
+"""``run.py deploy``: the certificates, keys, scripts, systemd units and settings of a federation."""

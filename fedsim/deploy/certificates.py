@@ -1,7 +1,7 @@
-"""Keys and certificates of a federation: an authority of its own, the server's certificate, a key for each node.
+"""Keys and certificates of a federation: its certificate authority, the server's certificate, a key for each node.
 
-All keys are on the curve P-384, as Flower asks of a node's. The authority lasts ten years, the server's certificate
-two: renewing it touches no node, for they trust the authority.
+All keys are on the curve P-384, which Flower requires for those of nodes. The authority is valid for ten years, the
+certificate of the server for two. It can be renewed without changes on nodes, which trust the authority.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Key = ec.EllipticCurvePrivateKey
 
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 730
-SLACK = datetime.timedelta(hours=1)  # for machines whose clocks are late
+CLOCK_TOLERANCE = datetime.timedelta(hours=1)  # certificates are valid that long before they were made
 
 
 def new_key() -> Key:
@@ -36,14 +36,14 @@ def new_key() -> Key:
 
 
 class Authority(NamedTuple):
-    """Who signs the server's certificate: all machines of the federation trust its own certificate."""
+    """A certificate authority, which all machines of the federation trust."""
 
     certificate: x509.Certificate
     key: Key
 
 
 def new_authority() -> Authority:
-    """An authority that signs servers' certificates, and no other authority's."""
+    """A new authority, which may sign certificates of servers but not of other authorities."""
     key, name = new_key(), _name("fedsim federation authority")
     builder = _builder(key, name, name, AUTHORITY_DAYS)
     builder = builder.add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
@@ -52,7 +52,7 @@ def new_authority() -> Authority:
 
 
 def read_authority(certificate: bytes, key: bytes) -> Authority:
-    """The authority whose files have this content; a ValueError where they do not belong together."""
+    """The authority with this PEM certificate and key; raises ValueError if they do not belong together."""
     authority = Authority(x509.load_pem_x509_certificate(certificate), load_pem_private_key(key, None))  # type: ignore[arg-type]
     if authority.certificate.public_key() != authority.key.public_key():
         raise ValueError("another certificate's key")
@@ -60,7 +60,7 @@ def read_authority(certificate: bytes, key: bytes) -> Authority:
 
 
 def server_certificate(key: Key, hosts: Sequence[str], authority: Authority) -> x509.Certificate:
-    """A certificate for the server under each of `hosts`, DNS names and IP addresses, signed by the authority."""
+    """A certificate of the server for all `hosts` (DNS names and IP addresses), signed by `authority`."""
     builder = _builder(key, _name(hosts[0][:64]), authority.certificate.subject, SERVER_DAYS)
     builder = builder.add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
     builder = builder.add_extension(_usage("digital_signature"), critical=True)
@@ -72,22 +72,22 @@ def server_certificate(key: Key, hosts: Sequence[str], authority: Authority) -> 
 
 
 def certificate_pem(certificate: x509.Certificate) -> bytes:
-    """A certificate as a file's content."""
+    """A certificate in PEM."""
     return certificate.public_bytes(Encoding.PEM)
 
 
 def private_pem(key: Key) -> bytes:
-    """A certificate's private key as a file's content."""
+    """The private key of a certificate in PEM (PKCS 8)."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
 
 
 def private_openssh(key: Key) -> bytes:
-    """A node's private key as a file's content, in the format in which Flower reads it."""
+    """The private key of a node in the OpenSSH format, as Flower reads it."""
     return key.private_bytes(Encoding.PEM, PrivateFormat.OpenSSH, NoEncryption())
 
 
 def public_openssh(key: Key) -> bytes:
-    """A node's public key as a file's content, in the format in which Flower registers it."""
+    """The public key of a node in the OpenSSH format, as Flower registers it."""
     return key.public_key().public_bytes(Encoding.OpenSSH, PublicFormat.OpenSSH) + b"\n"
 
 
@@ -103,7 +103,7 @@ def _builder(key: Key, subject: x509.Name, issuer: x509.Name, days: int) -> x509
         .issuer_name(issuer)
         .public_key(key.public_key())
         .serial_number(x509.random_serial_number())
-        .not_valid_before(now - SLACK)
+        .not_valid_before(now - CLOCK_TOLERANCE)
         .not_valid_after(now + datetime.timedelta(days=days))
         .add_extension(x509.SubjectKeyIdentifier.from_public_key(key.public_key()), critical=False)
     )

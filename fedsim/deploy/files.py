@@ -1,13 +1,13 @@
-"""``deploy``: the files that the machines of a federation need, a folder for each machine.
+"""``run.py deploy``: the files of a federation, a folder for each machine.
 
-    ca/          the authority's key and certificate: they stay where they were made
+    ca/          key and certificate of the authority, not to be copied
     superlink/   for the server
     nodes/I/     for the machine of node I
-    client/      for whoever calls ``flwr run``
-    compose.yaml the same as containers on one machine
+    client/      for users who call ``flwr run``
+    compose.yaml the same federation as containers on one machine
 
-Each folder is complete and works from wherever it is copied to. ``--insecure`` leaves out TLS and authentication, and
-with them all keys and certificates.
+Each folder is self-contained and can be copied anywhere. ``--insecure`` omits TLS and authentication, with all keys and
+certificates.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fedsim.errors import UserError
 
 TEMPLATES = Path(__file__).parent / "templates"
 LOOPBACK = ("localhost", "127.0.0.1", "::1")
-MOST_NODES = 65534  # the SuperLink and every node have a port of their own
+MOST_NODES = 65534  # the SuperLink and each node have a different port
 COMPOSE_HOST = "superlink"  # the server's name among the containers of compose.yaml
 LABEL = r"[A-Za-z0-9]([A-Za-z0-9-]{0,61}[A-Za-z0-9])?"
 CONNECTION = re.compile("[A-Za-z0-9][A-Za-z0-9_-]*")
@@ -51,7 +51,7 @@ NODE_TLS = "--root-certificates ca.crt --auth-supernode-private-key node.key"
 
 @dataclass(frozen=True)
 class Federation:
-    """What is to be deployed; nodes and clients reach the server at the first of `hosts`."""
+    """A federation to deploy; nodes and clients reach the server at the first of `hosts`."""
 
     nodes: int
     hosts: tuple[str, ...] = ("127.0.0.1",)
@@ -81,12 +81,12 @@ class Federation:
 
     @property
     def address(self) -> str:
-        """Where nodes and clients reach the SuperLink."""
+        """The host and port at which nodes and clients reach the SuperLink."""
         return f"{_bracketed(self.hosts[0])}:{self.port}"
 
     @property
     def listen(self) -> str:
-        """Where the SuperLink listens: on the loopback interface for a loopback host, else on all interfaces."""
+        """The address to listen on: the loopback interface for a loopback host, else all interfaces."""
         host = self.hosts[0]
         if host.lower() == "localhost":
             return "127.0.0.1"
@@ -109,9 +109,9 @@ Files = dict[str, File]
 
 
 def deploy(federation: Federation, out: Path, ca: Path | None = None) -> None:
-    """Write the files of `federation` to the new folder `out`, all or none; `ca` is the ca/ of an earlier deployment.
+    """Write the files of `federation` atomically to the new folder `out`; `ca` is the ca/ of an earlier deployment.
 
-    The path of `out` goes into scripts and settings, so it must consist of printable characters.
+    Scripts and settings contain the path of `out`, so it must consist of printable characters.
     """
     out = out.absolute()
     if not str(out).isprintable():
@@ -132,7 +132,7 @@ def _authority(folder: Path) -> Authority:
 
 
 def _scripts(federation: Federation, out: Path) -> Files:
-    """Scripts, units and settings by their place in the folder."""
+    """Scripts, units and settings by their path in the folder."""
     secure = not federation.insecure
     values = {
         "ADDRESS": federation.address,
@@ -147,7 +147,7 @@ def _scripts(federation: Federation, out: Path) -> Files:
     env = _filled("env.sh", {})
     link = {"UNIT": "fedsim-superlink", "DESCRIPTION": "SuperLink of fedsim", "SCRIPT": "superlink.sh"}
     files = {
-        ".gitignore": File(b"*\n"),  # keys are not for a repository
+        ".gitignore": File(b"*\n"),  # keys must not be committed
         "superlink/env.sh": File(env),
         "superlink/superlink.sh": File(_filled("superlink.sh", values), 0o755),
         "superlink/fedsim-superlink.service": File(_unit(out / "superlink", link)),
@@ -165,7 +165,7 @@ def _scripts(federation: Federation, out: Path) -> Files:
 
 
 def _node_scripts(folder: str, values: Mapping[str, object], out: Path) -> Files:
-    """One node's script and unit."""
+    """The script and the unit of one node."""
     unit = f"fedsim-node-{values['NODE']}"
     about = {"UNIT": unit, "DESCRIPTION": f"SuperNode {values['NODE']} of fedsim", "SCRIPT": "node.sh"}
     return {
@@ -175,7 +175,7 @@ def _node_scripts(folder: str, values: Mapping[str, object], out: Path) -> Files
 
 
 def _secrets(federation: Federation, authority: Authority) -> Files:
-    """Keys and certificates by their place in the folder."""
+    """Keys and certificates by their path in the folder."""
     hosts = tuple(dict.fromkeys((*federation.hosts, *LOOPBACK, COMPOSE_HOST)))
     server, trusted = new_key(), File(certificate_pem(authority.certificate))
     files = {
@@ -195,7 +195,7 @@ def _secrets(federation: Federation, authority: Authority) -> Files:
 
 
 def write_new(folder: Path, files: Files) -> None:
-    """Write `files` to `folder`, which must be empty or new; each is created with its final mode."""
+    """Write `files` atomically to `folder`, which must be empty or new; each is created with its final mode."""
     try:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"out = {folder} exists and is not empty: give another -o, nothing is overwritten")
@@ -226,15 +226,15 @@ def _filled(template: str, values: Mapping[str, object]) -> bytes:
 
 
 def _unit(folder: Path, about: Mapping[str, str]) -> bytes:
-    """A systemd unit: % begins a specifier everywhere; within quotes, \\ and " have a meaning too."""
+    """A systemd unit, with % escaped everywhere and \\ and " within quotes."""
     binaries = re.sub(r'[\\"]', r"\\\g<0>", str(Path(sys.executable).parent))
     paths = {"FOLDER": str(folder).replace("%", "%%"), "BIN": binaries.replace("%", "%%")}
     return _filled("unit.service", {**about, **paths, "USER": getpass.getuser()})
 
 
 def _connection(federation: Federation, certificate: Path) -> bytes:
-    """Flower's config.toml: the SuperLink under the connection's name."""
-    # A JSON string is a TOML string unless it escapes characters beyond 16 bits
+    """Flower's config.toml, with the SuperLink under the name of the connection."""
+    # JSON strings are TOML strings if they do not escape characters beyond 16 bits
     path = json.dumps(str(certificate), ensure_ascii=False)
     trust = "insecure = true" if federation.insecure else f"root-certificates = {path}"
     lines = ("[superlink]", f'default = "{federation.name}"', "", f"[superlink.{federation.name}]")
@@ -242,15 +242,15 @@ def _connection(federation: Federation, certificate: Path) -> bytes:
 
 
 def _bracketed(host: str) -> str:
-    """`host` as it stands before a port: an IPv6 address in brackets."""
+    """`host` in the form that precedes a port: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host else host
 
 
 def _is_server_address(host: str) -> bool:
-    """Whether `host` is an IP address that a server can have: not "any address", and without an IPv6 zone."""
+    """Whether `host` is an IP address of a server: not unspecified or multicast, and without an IPv6 zone."""
     try:
         address = ip_address(host)
     except ValueError:
         return False
-    zoned = isinstance(address, IPv6Address) and address.scope_id  # a zone has no place in a certificate
+    zoned = isinstance(address, IPv6Address) and address.scope_id  # a certificate cannot have a zone
     return not (address.is_unspecified or address.is_multicast or zoned)

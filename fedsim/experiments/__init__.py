@@ -1,1 +1,1 @@
-"""Studies: lists of configurations, run one by one or on Ray."""
+"""One run, studies of many, the runners that run their cells (in this process or on Ray), and what they cost."""

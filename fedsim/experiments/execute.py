@@ -1,4 +1,4 @@
-"""One run, in either mode, on either engine."""
+"""Execute one run, in either mode, by any engine."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ from fedsim.training.run_plan import run_plan
 
 
 def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -> tuple[Config, Engine]:
-    """`config` with the device and threads that it will run on, and the engine that ``auto`` stands for.
+    """`config` with its actual device and threads, and the engine that ``auto`` chooses.
 
-    A stacked network uses all cores of a CPU unless ``threads`` says otherwise, as centralized training does; where the
-    run will not be `here`, one.
+    Unless ``threads`` is set, a stacked network uses all cores of a CPU, as centralized training does, but only one
+    if the run is not `here`.
     """
     resolved = resolve(config, mode, here)
     if engine == "auto":
@@ -42,11 +42,11 @@ def execute(
     rerun: bool = False,
     patience: float = 0.0,
 ) -> Run:
-    """Run `config` (resolved) to its end, or to its early stop: resume it if it was interrupted, skip it if finished.
+    """Run `config` to its end or early stop: resume it if it was interrupted, skip it if it is finished.
 
-    `config` and `engine` are those of `resolve_run`. `on_row` is called with each row (not by the engine flower, whose
-    log is streamed instead). `rerun` starts again. If another process runs it, this waits up to `patience` seconds and
-    then raises RunInProgress. Input is checked before anything is written.
+    `config` and `engine` are those of `resolve_run`. `on_row` is called with each row; the engine flower streams its
+    log instead. `rerun` starts over. If another process runs it, this waits up to `patience` seconds and then raises
+    RunInProgress. Input is checked before anything is written.
     """
     check(config, mode)
     run = Run(config, mode, on_row, "" if mode == "centralized" else engine)
@@ -63,13 +63,13 @@ def execute(
             with InProcessGrid(client_app, config, train_together if engine == "stacked" else None) as grid:
                 train_localsgd(grid, config, run)
             return run
-    # Flower's server app holds the run itself
+    # The server app locks the run itself
     run_with_flwr(config.changed({"name": run.folder.name, "results-dir": str(run.folder.parent)}))
     return run
 
 
 def check(config: Config, mode: Mode) -> None:
-    """Fail if the data is missing, or cannot be split into shards, batches and rounds as `config` asks."""
+    """Raise UserError if the data is missing, or cannot be split into shards, batches and rounds as in `config`."""
     check_of_run(config)
     images = len(load_dataset(config).train)
     if mode == "centralized":

@@ -1,7 +1,7 @@
-"""Runs cells side by side on a Ray cluster, or on shares of this machine: the same runs as one by one.
+"""Run cells in parallel on a Ray cluster, or on shares of this machine, with the same results as one after the other.
 
-A cell is a Ray task that takes a share of a node. If its node or its process dies, Ray starts the task again,
-elsewhere if need be, and the run resumes from its checkpoint. All nodes share the folder of results.
+A cell is a Ray task that uses a share of a node. If its node or process dies, Ray restarts the task, on another node if
+necessary, and the run resumes from its checkpoint. All nodes share the results folder.
 """
 
 from __future__ import annotations
@@ -33,24 +33,26 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute, resolve_run
 from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
-from fedsim.records import Run, origin, read_summary, run_folder
+from fedsim.provenance import origin
+from fedsim.records import Run, read_summary, run_folder
 
-PACKAGES = [str(Path(package.__file__).parent) for package in (fedsim, strategies) if package.__file__]
-CODE = hashlib.sha256(  # of this process, which may be older than the files are now
-    b"".join(file.read_bytes() for package in PACKAGES for file in sorted(Path(package).rglob("*.py")))
+CODE_FOLDERS = [str(Path(package.__file__).parent) for package in (fedsim, strategies) if package.__file__]
+CODE = hashlib.sha256(  # read at import: the files may change while the command runs
+    b"".join(file.read_bytes() for folder in CODE_FOLDERS for file in sorted(Path(folder).rglob("*.py")))
 ).hexdigest()
-TRIES = 10  # restarts of a cell whose node or process dies
-REACH_SECONDS = 15
-LOCK_SECONDS = 300  # a process that has lost the cluster may keep its run locked for so long
-VISIBLE_SECONDS = 60  # on a network file system, what a node has written is visible late
-STORE_BYTES = 100_000_000  # cells exchange no objects; by default Ray takes a third of the memory
+MAX_RESTARTS = 10  # of a cell whose node or process dies
+HEALTH_CHECK_SECONDS = 15
+LOCK_SECONDS = 300  # a process disconnected from the cluster may hold the lock of its run that long
+VISIBLE_SECONDS = 60  # network file systems show what another node has written only after a while
+STORE_BYTES = 100_000_000  # cells exchange no objects; by default Ray reserves a third of the memory
 
 
 @dataclass(frozen=True)
 class OnRay:
-    """Runs cells on the Ray cluster at `address`: of RAY_ADDRESS, or a Ray of its own, if `address` is empty.
+    """Runs cells on the Ray cluster at `address`; if it is empty, at RAY_ADDRESS, or else on a new local Ray.
 
-    Each takes `cpus` cores (by default the threads of its steps) and, on a GPU, `gpus` of one (by default all of it).
+    Each cell uses `cpus` cores (by default the threads of its steps) and, on a GPU, the share `gpus` of it (by default
+    1).
     """
 
     engine: Engine
@@ -61,12 +63,12 @@ class OnRay:
 
     @contextlib.contextmanager
     def started(self, cells: Sequence[Cell]) -> Iterator[None]:
-        """Context manager: connected to the cluster, a node of which has room for each of `cells`.
+        """Context manager: connect to the cluster; raises UserError if it has no node for one of `cells`.
 
-        A Ray started for it is shut down with it; an existing cluster is left as it was.
+        A Ray that was started here is shut down at the end; an existing cluster keeps running.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # else it warns of it
+        os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the future default; without it Ray warns
         shares = [self._share(cell.config) for cell in cells]
         address = self.address or os.environ.get("RAY_ADDRESS") or "local"
         own: dict[str, Any] = {}
@@ -81,7 +83,7 @@ class OnRay:
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level=logging.ERROR,
-                runtime_env={"py_modules": PACKAGES, "env_vars": _environment()},
+                runtime_env={"py_modules": CODE_FOLDERS, "env_vars": _environment()},
                 **own,
             )
             signal.signal(signal.SIGTERM, on_sigterm)
@@ -92,14 +94,14 @@ class OnRay:
             ray.shutdown()
 
     def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
-        """Run `cells` side by side."""
+        """Run `cells` in parallel."""
         tasks: dict[Future[Failure], Cell] = {}
         for cell in cells:
             try:
                 run = Run(cell.config, cell.mode)
                 with run.lock(patience):
                     if rerun:
-                        run.reset()  # here, as a cell that Ray restarts resumes
+                        run.reset()  # here and not in the task, which must resume when Ray restarts it
                 finished = run.finished
             except (RunFailed, UserError) as error:
                 yield cell, error
@@ -109,11 +111,11 @@ class OnRay:
                 else:
                     tasks[self._submit(cell)] = cell
         while tasks:
-            # Python's own wait: within Ray's, a signal's exception is lost
+            # not ray.wait: exceptions that signal handlers raise within it are lost
             ended, _ = wait(tasks, timeout=60, return_when=FIRST_COMPLETED)
             for task in ended:
                 cell = tasks.pop(task)
-                yield cell, _why_failed(task, cell)
+                yield cell, _failure(task, cell)
             if not ended and not any(_has_room(self._share(cell.config)) for cell in tasks.values()):
                 progress.console.print("no node of the cluster has room for a cell now: waiting for one to join it")
 
@@ -124,10 +126,10 @@ class OnRay:
         return future
 
     def _share(self, config: Config) -> dict[str, float]:
-        """What a cell of `config` (resolved) takes of a node."""
+        """The resources of a node that a cell of `config` (resolved) uses."""
         if config.device not in ("cpu", "cuda"):
             raise UserError(
-                f"device = {config.device}: with --ray it must be cpu or cuda, of which Ray gives each a share"
+                f"device = {config.device}: with --ray it must be cpu or cuda, as Ray chooses the GPU of each cell"
             )
         gpus = (self.gpus or 1.0) if config.device == "cuda" else 0.0
         if self.gpus and not gpus:
@@ -135,13 +137,15 @@ class OnRay:
         return {"CPU": self.cpus or float(config.threads), "GPU": gpus}
 
 
-@ray.remote(max_retries=TRIES)
+@ray.remote(max_retries=MAX_RESTARTS)
 def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> Failure:
-    """On a node: run `cell` on `cpus` of its cores; returns why it failed, if it did."""
+    """Run `cell` in a Ray task, on `cpus` cores of its node; returns why it failed, or None."""
     _, mode, config = cell
     here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
     if code != CODE:
-        raise UserError(f"the fedsim in {PACKAGES[0]} on {here} differs from this command's: give both one commit")
+        raise UserError(
+            f"the fedsim in {CODE_FOLDERS[0]} on {here} differs from this command's: use the same commit on both"
+        )
     if not (run_folder(config, mode) / "config.json").exists():
         raise UserError(
             f"results-dir = {config.results_dir} on {here} is another folder: give one that all nodes share"
@@ -155,24 +159,25 @@ def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> Failure:
     return None
 
 
-def _why_failed(task: Future[Failure], cell: Cell) -> Failure:
-    """Why the `task` that has ended failed, if it did."""
+def _failure(task: Future[Failure], cell: Cell) -> Failure:
+    """Why the finished `task` of `cell` failed, or None. Raises UserError if no other cell can run either."""
     try:
-        why = task.result()
+        failure = task.result()
     except RayTaskError as error:
         if isinstance(error.cause, UserError):
             raise UserError(str(error.cause)) from None
         raise
     except RayError as error:
-        return RunFailed(f"its process died {TRIES + 1} times ({str(error).strip().splitlines()[0]})")
-    if not why and not _visible(run_folder(cell.config, cell.mode)):
+        return RunFailed(f"its process died {MAX_RESTARTS + 1} times ({str(error).strip().splitlines()[0]})")
+    if not failure and not _visible(run_folder(cell.config, cell.mode)):
         return RunFailed(
             f"its records are not in results-dir = {cell.config.results_dir}: give a folder that all nodes share"
         )
-    return why
+    return failure
 
 
 def _visible(folder: Path) -> bool:
+    """Wait until the summary in `folder` can be read on this machine; False if it still cannot in the end."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while read_summary(folder) is None:
         if time.monotonic() > deadline:
@@ -182,17 +187,18 @@ def _visible(folder: Path) -> bool:
 
 
 def _environment() -> dict[str, str]:
-    """Environment of the cells: the commit and command they are recorded with, and where the data is."""
-    data = {name: value for name in ("FEDSIM_DATA",) if (value := os.environ.get(name))}
-    return {"FEDSIM_ORIGIN": os.environ.get("FEDSIM_ORIGIN") or json.dumps(origin()), **data}
+    """Environment variables of the cells: the commit and command to record, and the data folder."""
+    data = os.environ.get("FEDSIM_DATA")
+    recorded = {"FEDSIM_ORIGIN": os.environ.get("FEDSIM_ORIGIN") or json.dumps(origin())}
+    return recorded | {"FEDSIM_DATA": data} if data else recorded
 
 
 def _check_address(address: str) -> None:
-    """Fail if no cluster answers; ray.init would try for minutes and then end this process."""
+    """Raise UserError if no cluster answers; ray.init would retry for minutes and then exit this process."""
     command = [str(Path(sys.executable).with_name("ray")), "health-check"]
     command += [] if address == "auto" else ["--address", address]
     try:
-        subprocess.run(command, capture_output=True, check=True, timeout=REACH_SECONDS)
+        subprocess.run(command, capture_output=True, check=True, timeout=HEALTH_CHECK_SECONDS)
     except (subprocess.SubprocessError, OSError):
         raise UserError(
             f"ray = {address}: no Ray cluster answers there: ray start --head, or give its host:port"
@@ -200,12 +206,12 @@ def _check_address(address: str) -> None:
 
 
 def _check_room(needed: dict[str, float]) -> None:
-    """Fail if no node could ever run a cell that takes `needed`."""
+    """Raise UserError if no node is large enough for a cell that uses `needed`."""
     if not _has_room(needed):
         most = {kind: max((node.get(kind, 0.0) for node in _nodes()), default=0.0) for kind in needed}
         raise UserError(
-            f"a cell takes {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs, which no node of the cluster has (the "
-            f"most: {most['CPU']:g} and {most['GPU']:g}): give less by --cpus-per-cell, --gpus-per-cell or --threads"
+            f"a cell uses {needed['CPU']:g} CPUs and {needed['GPU']:g} GPUs, which no node of the cluster has (at most "
+            f"{most['CPU']:g} and {most['GPU']:g}): give less by --cpus-per-cell, --gpus-per-cell or --threads"
         )
 
 

@@ -1,11 +1,11 @@
-"""What to run: a study is a named list of cells, read from a TOML file or made from the flags of a grid.
+"""Studies: named lists of cells to run, read from a TOML file or made from the flags of a grid.
 
-    title = "..."                     what the study asks
+    title = "..."
     mode = "localsgd"                 or "centralized"
-    twins = true                      add each K's large-batch twin (default: false)
+    twins = true                      add the large-batch baseline of each K (default: false)
     compare = "table1"                the table of ``paper.csv`` to compare the results with (default: none)
 
-    [grid]                            keys to cross: a cell for each combination, run with every seed
+    [grid]                            a cell for each combination of these values, run with every seed
     clients = [4, 12]
     seed = [1, 2, 3]
 
@@ -14,7 +14,8 @@
     when = { optimizer = ["lamb"] }
     set = { lr = 0.02 }
 
-The first key of the grid runs across a table and the others down it. A preset is a study without its grid.
+In result tables the first key of the grid varies across the columns and the others down the rows. A preset is a study
+without its grid.
 """
 
 from __future__ import annotations
@@ -36,22 +37,22 @@ from fedsim.records import default_name
 from fedsim.training.run_plan import run_plan
 
 FOLDER = Path(__file__).parents[1] / "studies"
-KEPT = "study.toml"  # the study as it was run, beside its runs
-TWIN = "large batch"  # stands for J in the place of a twin
-SHORT = {"clients": "k", "local-steps": "j", "batch-size": "b"}
-PLACES = ("name", "results-dir", "resume")  # keys that say where a run is recorded, which is up to the runner
+STORED = "study.toml"  # the study as it was run, in the folder of its runs
+LARGE_BATCH = "large batch"  # in the coordinates of a baseline, in place of J
+SHORT_NAMES = {"clients": "k", "local-steps": "j", "batch-size": "b"}
+RECORD_KEYS = ("name", "results-dir", "resume")  # where a run is recorded, which the runner decides
 
 
 class Cell(NamedTuple):
-    """One run of a study: its place in the table (a value for each axis), its mode and its configuration."""
+    """One run of a study: its coordinates in the table (a value for each axis), mode and configuration."""
 
-    place: tuple[Value, ...]
+    coords: tuple[Value, ...]
     mode: Mode
     config: Config
 
 
 def _settings(settings: dict[str, Any]) -> dict[str, Any]:
-    for name in PLACES:
+    for name in RECORD_KEYS:
         if name in settings:
             raise UserError(f"set {name}: a study cannot set it: its runs are in RESULTS/STUDY/CELL")
     return {name: typed(name, value) for name, value in settings.items()}
@@ -61,7 +62,7 @@ def _lists(lists: dict[str, list[Any]]) -> dict[str, list[Any]]:
     found = {name: [typed(name, value) for value in values] for name, values in lists.items()}
     for name, values in found.items():
         if not values or len(set(values)) < len(values):
-            raise UserError(f"{name} = {values!r} must have one value or more, and none of them twice")
+            raise UserError(f"{name} = {values!r} must have one value or more, without duplicates")
     return found
 
 
@@ -78,10 +79,10 @@ class Case(BaseModel):
 
 
 class Study(BaseModel):
-    """A study, checked: each of its cells has a valid configuration and a name of its own."""
+    """A valid study: each of its cells has a valid configuration and a unique name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    name: str = Field(exclude=True)  # of its folder in the results; not written in its file
+    name: str = Field(exclude=True)  # of its file and of its folder in the results
     title: str
     mode: Mode
     twins: bool = False
@@ -92,7 +93,7 @@ class Study(BaseModel):
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The keys that distinguish its cells, without the seed."""
+        """The keys of the grid, without the seed."""
         return tuple(name for name in self.grid if name != "seed")
 
     @property
@@ -115,14 +116,14 @@ class Study(BaseModel):
         return Config().changed(_override(settings, keys))
 
     def cells(self, seeds: Sequence[int] = (), keys: Mapping[str, Any] | None = None) -> list[Cell]:
-        """Every cell with every seed (by default the study's), named; `keys` override its settings."""
+        """Every cell with each of `seeds` (by default the study's); `keys` override its settings."""
         cells = []
-        places = itertools.product(*(self.grid[name] for name in self.axes))
-        for seed, place in itertools.product(seeds or self.seeds, places):
-            own = dict(zip(self.axes, place, strict=True))
+        combinations = itertools.product(*(self.grid[name] for name in self.axes))
+        for seed, coords in itertools.product(seeds or self.seeds, combinations):
+            own = dict(zip(self.axes, coords, strict=True))
             name = "-".join([*(_part(*item) for item in own.items()), f"seed{seed}"])
-            cells.append(Cell(place, self.mode, self.configure({**(keys or {}), **own, "seed": seed, "name": name})))
-        return sorted(cells + _twins(cells), key=lambda cell: cell.config.seed) if self.twins else cells
+            cells.append(Cell(coords, self.mode, self.configure({**(keys or {}), **own, "seed": seed, "name": name})))
+        return sorted(cells + _baselines(cells), key=lambda cell: cell.config.seed) if self.twins else cells
 
     def with_settings(self, keys: Mapping[str, Any], **entries: Any) -> Study:
         """This study with `keys` set in every cell, and other `entries` (title, grid, ...) replaced."""
@@ -155,43 +156,42 @@ class Study(BaseModel):
 
 
 def _override(settings: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
-    """`settings` overridden by `keys`, where a budget in epochs replaces one in rounds."""
-    kept = dict(settings)
-    if "epochs" in keys:
-        kept.pop("rounds", None)
-    return {**kept, **keys}
+    """`settings` overridden by `keys`; a budget in epochs also replaces one in rounds."""
+    replaced = {"rounds"} if "epochs" in keys else set()
+    return {**{name: value for name, value in settings.items() if name not in replaced}, **keys}
 
 
 def _part(name: str, value: Value) -> str:
-    return value if isinstance(value, str) else f"{SHORT.get(name, name)}{value}"
+    """The part of a cell's name for one axis, for instance k4."""
+    return value if isinstance(value, str) else f"{SHORT_NAMES.get(name, name)}{value}"
 
 
-def _twins(cells: Sequence[Cell]) -> list[Cell]:
-    """SGD on one machine at the batch of all K workers together, over the same samples: one for each K and seed."""
-    twins: dict[str, Cell] = {}
-    for cell in cells:
-        config, where = cell.config, f"twins = true: clients = {cell.config.clients}"
+def _baselines(cells: Sequence[Cell]) -> list[Cell]:
+    """The large-batch baseline of each K and seed: SGD on one machine at the batch of all K workers together."""
+    baselines: dict[str, Cell] = {}
+    for config in (cell.config for cell in cells):
+        where = f"twins = true: clients = {config.clients}"
         epochs = config.epochs
         if config.rounds:
             plan = run_plan(config, training_images(config))
             epochs = float(plan.epoch(plan.rounds))
-        name = f"k{config.clients}-twin-seed{config.seed}"
+        name = f"k{config.clients}-twin-seed{config.seed}"  # as in the results recorded so far
         batch = config.clients_per_round * config.batch_size
-        twin = config.changed({"name": name, "batch-size": batch, "epochs": epochs})
-        first = twins.setdefault(name, Cell((config.clients, TWIN), "centralized", twin)).config
-        for key, value in first.identity("centralized").items():
-            if (other := twin.as_keys()[key]) != value:
+        baseline = config.changed({"name": name, "batch-size": batch, "epochs": epochs})
+        cell = Cell((config.clients, LARGE_BATCH), "centralized", baseline)
+        for key, value in baselines.setdefault(name, cell).config.identity("centralized").items():
+            if (other := baseline.as_keys()[key]) != value:
                 raise UserError(
-                    f"{where} has cells of {key} = {value} and {other}, and one twin for all: give them the same"
+                    f"{where} has cells with {key} = {value} and {other}, but one baseline: give them the same"
                     + (", a budget in epochs instead of rounds" if key == "epochs" and config.rounds else "")
                 )
         if not epochs.is_integer():
-            raise UserError(f"{where} trains for {epochs:g} epochs, and a twin for whole ones: change the budget")
-    return list(twins.values())
+            raise UserError(f"{where} trains for {epochs:g} epochs, but a baseline needs whole ones: change the budget")
+    return list(baselines.values())
 
 
 def select(study: Study, cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
-    """Those of its `cells` whose names, without the seed, match one of the `patterns`; without any, all of them."""
+    """The `cells` of `study` with names, without the seed, that match any of `patterns`; without patterns, all."""
     names = [cell.config.name.rpartition("-seed")[0] for cell in cells]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -203,12 +203,12 @@ def select(study: Study, cells: Sequence[Cell], patterns: Sequence[str]) -> list
 
 def configure(mode: Mode, keys: Mapping[str, Any], preset: str = "") -> Config:
     """The configuration of one run: the defaults, overridden by the preset, overridden by `keys`."""
-    config = Config().changed(keys)  # errors of `keys` come first
+    config = Config().changed(keys)  # also with a preset: errors in `keys` are reported first
     return read_preset(preset, mode).configure(keys) if preset else config
 
 
 def read_preset(name: str, mode: Mode) -> Study:
-    """The study `name`, to take settings for `mode` from."""
+    """The study `name`, if it has settings for `mode`."""
     if name not in study_names():
         raise UserError(f"unknown preset {name}: it must be one of {', '.join(study_names())}")
     if (study := read_study(name)).mode != mode:
@@ -221,10 +221,10 @@ def read_preset(name: str, mode: Mode) -> Study:
 
 
 def grid_study(grid: Mapping[str, Sequence[Value]], keys: Mapping[str, Any], preset: str = "") -> Study:
-    """The study of LocalSGD that crosses `grid`, with the settings of `preset` overridden by `keys`.
+    """The study of LocalSGD over `grid`, with the settings of `preset` overridden by `keys`.
 
-    Its name is the key ``name``, or one made from what all cells share. Keys that shape no result (threads,
-    checkpoint-every, ...) are left out of it: give them to `Study.cells`.
+    Its name is the key ``name``, or made from the keys that all cells share. It does not contain keys that affect no
+    result (threads, checkpoint-every, ...): pass these to `Study.cells`.
     """
     base = configure("localsgd", keys, preset)
     first = default_name(base.changed({"clients": 1, "local-steps": 1, "seed": 0}), "localsgd")
@@ -238,36 +238,39 @@ def grid_study(grid: Mapping[str, Sequence[Value]], keys: Mapping[str, Any], pre
 
 
 def read_study(name: str) -> Study:
-    """The study of this name, or in this TOML file, or kept beside its runs; errors name the file and the key."""
+    """The study with this name, or in this TOML file, which may be one stored with its runs.
+
+    Raises UserError, which names the file and the key.
+    """
     if not name.endswith(".toml") and name not in study_names():
         raise UserError(f"unknown study {name}: it must be one of {', '.join(study_names())}, or a file NAME.toml")
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
-        raise UserError(f"{name} cannot be read ({error.strerror}): give a TOML file of a study") from error
+        raise UserError(f"{name} cannot be read ({error.strerror}): give the TOML file of a study") from error
     except (ValueError, RecursionError) as error:
         raise UserError(f"{path.name} is not TOML in UTF-8: {' '.join(str(error).split())}") from error
     try:
         known = [field.alias or key for key, field in Study.model_fields.items() if key != "name"]
         for entry in entries.keys() - set(known):
             raise UserError(f"unknown entry {entry}: it must be one of {', '.join(known)}")
-        if path.name == KEPT:
-            return _study({**_as_called_now(entries), "name": path.absolute().parent.name})
+        if path.name == STORED:
+            return _study({**_with_current_names(entries), "name": path.absolute().parent.name})
         return _study({**entries, "name": path.stem})
     except (UserError, OverflowError) as error:
         raise UserError(" ".join(f"{path.name}: {error}".split())) from error
 
 
-def _as_called_now(entry: Any) -> Any:
-    """An entry of a study that was kept beside its runs, with the keys that have been renamed since."""
+def _with_current_names(entry: Any) -> Any:
+    """An entry of a stored study, with the current names of keys that have been renamed since."""
     if isinstance(entry, dict):
-        return current_names({name: _as_called_now(value) for name, value in entry.items()})
-    return [_as_called_now(each) for each in entry] if isinstance(entry, list) else entry
+        return current_names({name: _with_current_names(value) for name, value in entry.items()})
+    return [_with_current_names(each) for each in entry] if isinstance(entry, list) else entry
 
 
 def _study(entries: Mapping[str, Any]) -> Study:
-    """The study of these entries; the first error in one line."""
+    """The study of these entries; raises UserError with the first error on one line."""
     try:
         return Study.model_validate(entries)
     except ValidationError as caught:
@@ -275,11 +278,11 @@ def _study(entries: Mapping[str, Any]) -> Study:
         if cause := error.get("ctx", {}).get("error"):
             raise UserError(str(cause)) from None
         where = " ".join(map(str, error["loc"]))
-        words = WORDS.get(error["type"], "= {}: " + error["msg"])
-        raise UserError(f"{where} {words.format(repr(error['input']))}") from None
+        message = MESSAGES.get(error["type"], "= {}: " + error["msg"])
+        raise UserError(f"{where} {message.format(repr(error['input']))}") from None
 
 
-WORDS = {  # for Pydantic's own
+MESSAGES = {  # by the type of Pydantic's error
     "missing": "is missing",
     "extra_forbidden": "is unknown: a [[case]] has a table when and a table set, and nothing else",
     "string_type": "= {} is not text",

@@ -1,4 +1,4 @@
-"""Runs the cells of studies: all are checked before the first begins, finished ones skipped, failed ones named."""
+"""Run the cells of studies: check all before the first starts, skip finished ones, report failed ones."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ from fedsim.config import Engine
 from fedsim.data.datasets import training_images
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.experiments.execute import check, execute, resolve_run
-from fedsim.experiments.study import KEPT, Cell, Study
+from fedsim.experiments.study import STORED, Cell, Study
 from fedsim.records import Row, Run, atomic_write, run_folder
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 
-PLAIN: Any = {"soft_wrap": True, "highlight": False, "markup": False}  # print a line as it is
-Failure = RunFailed | UserError | None  # why a cell failed, if it did
-Outcome = tuple[Cell, Failure]  # of a cell that has ended
+PLAIN: Any = {"soft_wrap": True, "highlight": False, "markup": False}  # of Console.print: the line as it is
+Failure = RunFailed | UserError | None  # why a cell failed, or None
+Outcome = tuple[Cell, Failure]
 
 
 class Runner(Protocol):
-    """Where cells run, and by which engine."""
+    """How cells are run: where, and by which engine."""
 
     @property
     def engine(self) -> Engine:
@@ -44,15 +44,15 @@ class Runner(Protocol):
 
     @property
     def here(self) -> bool:
-        """Whether they run on this machine, which must then have their devices."""
+        """Whether cells run on this machine, so that it must have their devices."""
 
     def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
-        """Context manager: within it `cells` can be run."""
+        """Context manager within which `cells` can be run."""
 
     def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
-        """Run `cells`, finished ones too if `rerun`; yields each as it ends.
+        """Run `cells`, also finished ones if `rerun`; yields the outcome of each as it ends.
 
-        One that another process is running ends with RunInProgress after `patience` seconds.
+        It is RunInProgress for a cell that another process still runs after `patience` seconds.
         """
 
 
@@ -69,27 +69,27 @@ class OneByOne:
     def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
         for cell in cells:
             task = progress.add_task(cell.config.name, total=_last_round(cell))
-            why: Failure = None
+            failure: Failure = None
             try:
                 config, engine = resolve_run(cell.config, cell.mode, self.engine)
                 execute(config, cell.mode, engine, _advance(progress, task), rerun, patience)
             except (RunFailed, UserError) as error:
-                why = error
+                failure = error
             finally:
                 progress.remove_task(task)
-            yield cell, why
+            yield cell, failure
 
 
 def run_studies(
     studies: Sequence[tuple[Study, Sequence[Cell]]], results: Path, runner: Runner, rerun: bool, console: Console
 ) -> list[str]:
-    """Run cells of each study, in the folder ``RESULTS/STUDY``, after all of them have been checked.
+    """Check the given cells of all studies, then run them in the folders ``RESULTS/STUDY``.
 
-    A cell that fails does not keep the others from running; returns the names of those that failed.
+    The other cells run also if one fails. Returns the names of those that failed.
     """
     folders = {study.name: results.expanduser().absolute() / study.name for study, _ in studies}
     if len(folders) < len(studies):
-        raise UserError(f"studies {', '.join(s.name for s, _ in studies)}: give no name twice: each is a folder's")
+        raise UserError(f"studies {', '.join(s.name for s, _ in studies)}: give each name once, as it names a folder")
     cells = [_resolved(cell, folders[study.name], runner) for study, own in studies for cell in own]
     with runner.started(cells):
         with _writable(results):
@@ -98,19 +98,19 @@ def run_studies(
                     Run(cell.config, cell.mode)  # raises if the folder holds another configuration
             for study, _ in studies:
                 folders[study.name].mkdir(parents=True, exist_ok=True)
-                with atomic_write(folders[study.name] / KEPT) as file:
+                with atomic_write(folders[study.name] / STORED) as file:
                     file.write(study.toml.encode())
         return _run_all(cells, runner, rerun, console)
 
 
 def fail_if_any(failed: Sequence[str], cells: int) -> None:
-    """Raise RunFailed, naming the cells that `failed`; to be called when all else has been shown."""
+    """Raise RunFailed with the names of the cells that `failed`."""
     if failed:
         raise RunFailed(f"{len(failed)} of {cells} cells failed: {', '.join(failed)}")
 
 
 def _resolved(cell: Cell, folder: Path, runner: Runner) -> Cell:
-    """`cell` with the device and threads that it will have, to be recorded in `folder`; checked against the data."""
+    """`cell` with its actual device and threads, recorded in `folder`; raises UserError if it cannot run."""
     try:
         config = cell.config.changed({"results-dir": str(folder)})
         config, _ = resolve_run(config, cell.mode, runner.engine, runner.here)
@@ -131,7 +131,7 @@ def _writable(results: Path) -> Iterator[None]:
 
 
 def _run_all(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Console) -> list[str]:
-    """Run all `cells`, those that other processes are running last; returns the names of those that failed."""
+    """Run `cells`, and last those that other processes were running; returns the names of those that failed."""
     failed: list[str] = []
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
     with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
@@ -139,13 +139,13 @@ def _run_all(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Consol
         patience = 0.0
         while cells:
             busy = []
-            for cell, why in runner.run(cells, rerun, patience, progress):
-                if isinstance(why, RunInProgress):
+            for cell, failure in runner.run(cells, rerun, patience, progress):
+                if isinstance(failure, RunInProgress):
                     busy.append(cell)
                     continue
-                if why:
+                if failure:
                     failed.append(_label(cell))
-                    progress.console.print(f"{_label(cell)} failed: {why}", style="red", **PLAIN)
+                    progress.console.print(f"{_label(cell)} failed: {failure}", style="red", **PLAIN)
                 progress.advance(overall)
             if busy:
                 progress.console.print(f"waiting for other processes to run {', '.join(map(_label, busy))}", **PLAIN)

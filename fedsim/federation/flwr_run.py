@@ -26,8 +26,8 @@ import torch
 
 from fedsim.config import Config, cpu_count
 from fedsim.errors import RunFailed, UserError
-from fedsim.federation.processes import cleanup, running
-from fedsim.records import origin
+from fedsim.processes import cleanup, running
+from fedsim.provenance import origin
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 APP = ("pyproject.toml", "README.md", "LICENSE", "fedsim", "strategies")

@@ -1,4 +1,4 @@
-"""The networks, by name: plain modules that know nothing of workers or replicas."""
+"""The networks by name, as plain modules; counter-based dropout; and K copies of a network stacked into one."""
 
 from __future__ import annotations
 
@@ -19,25 +19,26 @@ MODELS: dict[str, Callable[[int], nn.Module]] = {"lenet-bn": LeNetBN, "lenet5": 
 def build_model(
     name: str, classes: int, seed: int, device: torch.device | str = "cpu", precision: str = "fp32"
 ) -> nn.Module:
-    """The model with PyTorch's default initialisation drawn from `seed`, channels-last on `device`.
+    """The model with PyTorch's default initialisation from `seed`, channels-last on `device`.
 
-    It is drawn on the CPU: the same weights on every device. Channels-last trains 1.3 to 2.8 times faster.
+    Weights are drawn on the CPU, so that they are the same on every device. Channels-last trains 1.3 to 2.8 times
+    faster. Raises UserError for an unknown name, and for dropout that `use_counter_based_dropout` does not support.
     """
-    with torch.random.fork_rng(devices=[]):  # nn.Module's initialisation knows only the global stream
+    with torch.random.fork_rng(devices=[]):  # nn.Module's initialisation uses only the global generator
         torch.manual_seed(int(generator(seed, 0, 0, "init").integers(2**63)))
         model = _network(name, classes)
     return model.to(device, parameter_dtype(precision)).to(memory_format=torch.channels_last)
 
 
 def blank_model(name: str, classes: int, device: torch.device | str = "cpu", precision: str = "fp32") -> nn.Module:
-    """The model in the memory layout of `build_model`, its values uninitialised: for others to be loaded.
+    """The model in the memory layout of `build_model`, with uninitialised values, for a state_dict to be loaded.
 
-    It draws nothing, so that client threads may build theirs at once: two that touch torch's global stream
-    deadlock, one in `get_rng_state`, which holds its lock and waits for the GIL, one in `manual_seed`.
+    It draws no random numbers, so that client threads may call it in parallel: two threads that use torch's global
+    generator deadlock, one in `get_rng_state`, which holds its lock and waits for the GIL, the other in `manual_seed`.
     """
     with torch.device("meta"):
         model = _network(name, classes)
-    # What `to_empty` does, without the second that it takes to import SymPy for it
+    # `to_empty` would import SymPy, which takes a second
     shapes = model.state_dict()
     values = {name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in shapes.items()}
     if left_out := dict(model.named_buffers()).keys() - shapes.keys():

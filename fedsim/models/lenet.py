@@ -1,4 +1,4 @@
-"""Two LeNets for images of 32 x 32 pixels."""
+"""LeNet-5 and the wider variant with BatchNorm of the course paper, for images of 32 x 32 pixels."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class LeNetBN(nn.Module):
         self.fc3 = nn.Linear(192, classes)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.pool(self.bn1(self.conv1(x))).relu()  # pool(relu(x)), bit for bit, on a quarter of the values
+        x = self.pool(self.bn1(self.conv1(x))).relu()  # equals pool(relu(x)) bit for bit, with a quarter of the work
         x = self.pool(self.bn2(self.conv2(x))).relu()
         x = self.dropout1(self.fc1(x.flatten(1)).relu())
         x = self.dropout2(self.fc2(x).relu())
@@ -33,7 +33,7 @@ class LeNetBN(nn.Module):
 
 
 class LeNet5(nn.Module):
-    """The classic LeNet-5 (LeCun et al. 1998) with ReLU and max-pooling; for small machines.
+    """LeNet-5 (LeCun et al. 1998) with ReLU and max-pooling; for small machines.
 
     (B, 3, 32, 32) images -> (B, classes) logits; 62,006 parameters with 10 classes.
     """

@@ -1,7 +1,7 @@
-"""K copies of a network as one network, whose kernels each do the work of all K.
+"""K copies of a network as one network, so that each kernel computes all K.
 
-torch.fx traces the forward pass of the network, and it is rewritten with the layers and operations of
-`fedsim.models.stacked_layers`. What is not listed there is refused by its name.
+torch.fx traces the forward pass, and its graph is rewritten with the layers and operations of
+`fedsim.models.stacked_layers`. `CannotStack` names any layer or operation that is not listed there.
 """
 
 from __future__ import annotations
@@ -31,15 +31,15 @@ Form = Literal["side by side", "by copy", "size"]  # of a value in the stacked n
 
 
 class CannotStack(ValueError):
-    """The model has a part that `stack` does not know; the message names it."""
+    """The model has a layer or operation that cannot be stacked; the message names it."""
 
 
 def stack(model: nn.Module, copies: int, by_products: bool = False) -> nn.Module:
-    """K `copies` of `model`, which start from its values, as one network in training mode.
+    """K `copies` of `model` with its values, as one network in training mode. Raises `CannotStack`.
 
-    For a model that maps (B, C, ...) inputs to (B, ...) outputs it maps (B, K * C, ...) to (K, B, ...). Parameters and
-    buffers keep their names; those of the copies are concatenated along the first dimension, and scalars are shared.
-    Convolutions run as the groups of one or, `by_products`, as one batched matrix product over patches.
+    If the model maps (B, C, ...) to (B, ...), the network maps (B, K * C, ...) to (K, B, ...). Parameters and buffers
+    have the same names, concatenated along the first dimension; scalars are shared. Convolutions run as one grouped
+    convolution or, with `by_products`, as one batched matrix product over patches.
     """
     model = copy.deepcopy(model).train()
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
@@ -67,7 +67,7 @@ class _Stacker:
         self._model, self._copies, self._by_products = model, copies, by_products
         try:
             self._graph = _Tracer().trace(model)
-        except Exception as error:  # whatever the model's own code raises when it is given a proxy
+        except Exception as error:  # the model's own code may raise anything
             raise CannotStack(f"cannot trace the forward pass of {type(model).__name__}: {error}") from error
         self._layers: dict[str, nn.Module] = {}
         self._forms: dict[fx.Node, Form] = {}
@@ -84,7 +84,7 @@ class _Stacker:
         return fx.GraphModule(self._layers, self._graph)
 
     def _rewrite(self, node: fx.Node) -> Form:
-        """Let `node` do the work of all copies; returns the form of its output."""
+        """Rewrite `node` for all copies; returns the form of its output."""
         target: Any = node.target
         if node.op == "placeholder" and not self._forms:
             return "side by side"
@@ -114,14 +114,14 @@ class _Stacker:
         if type(layer) not in LAYERS:
             raise CannotStack(f"cannot stack {name} ({type(layer).__name__})")
         if name not in self._layers:
-            with torch.device("meta"):  # draws no initial values
+            with torch.device("meta"):  # without drawing initial values
                 self._layers[name] = LAYERS[type(layer)](layer, self._copies, self._by_products)
         if type(layer) in LAYERS_SIDE_BY_SIDE:
             return "side by side"
         return "by copy" if type(layer) in LAYERS_BY_COPY else self._common_form(node)
 
     def _common_form(self, node: fx.Node) -> Form:
-        """That of all inputs; by copy if they differ."""
+        """The form of all inputs, or by copy if their forms differ."""
         forms = {self._forms[value] for value in node.all_input_nodes}
         return forms.pop() if len(forms) == 1 else "by copy"
 
@@ -139,7 +139,7 @@ def _shift_dimensions(node: fx.Node, names: Sequence[str]) -> bool:
     """Shift the arguments `names` of `node`, which follow its first, by one; False if they are not plain dimensions."""
     arguments: dict[int | str, Any] = dict(enumerate(node.args)) | dict(node.kwargs)
     given = [key for place, name in enumerate(names, 1) for key in (place, name) if key in arguments]
-    if not given or given[0] not in (1, names[0]):  # the default would be every dimension
+    if not given or given[0] not in (1, names[0]):  # by default such operations use all dimensions
         return False
     for key in given:
         value = arguments[key]
@@ -153,10 +153,10 @@ def _shift_dimensions(node: fx.Node, names: Sequence[str]) -> bool:
 
 
 def check_stack(build: Callable[[], nn.Module], shape: Sequence[int], by_products: bool = False) -> None:
-    """Raise `CannotStack` unless two stacked copies of the float64 model that `build` makes compute what each does.
+    """Raise `CannotStack` unless two stacked copies of the float64 model that `build` makes compute the same as alone.
 
-    Compared are the outputs, gradients and buffers of a training step on random inputs of `shape` (C, ...), from
-    random parameters.
+    It compares the outputs, gradients and buffers of a training step with random parameters, on random inputs of
+    `shape` (C, ...).
     """
     random = torch.Generator().manual_seed(0)
     singles = [_with_random_values(build(), random) for _ in range(2)]
@@ -175,7 +175,7 @@ def check_stack(build: Callable[[], nn.Module], shape: Sequence[int], by_product
 
 
 def _with_random_values(model: nn.Module, random: torch.Generator) -> nn.Module:
-    """Weights that keep the variance of activations, all other values between 0.5 and 1.5."""
+    """Draw weights that preserve the variance of activations, and all other values between 0.5 and 1.5."""
     for value in model.state_dict().values():
         noise = torch.rand(value.shape, generator=random, dtype=torch.float64) - 0.5
         value.copy_(noise * (12 / value[0].numel()) ** 0.5 if value.ndim > 1 else noise + 1)

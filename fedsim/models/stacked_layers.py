@@ -1,7 +1,7 @@
-"""The layers of K copies of a network as single layers, and the operations that need no change but of dimensions.
+"""Layers that compute K copies of a layer at once, and the operations that can be stacked as they are.
 
-Between two layers the activations of the copies, (B, C, ...) each, are held in one of two forms: side by side,
-(B, K * C, ...), or by copy, (K, B, C, ...).
+Between layers the activations of the copies, (B, C, ...) each, are in one of two forms: side by side, (B, K * C, ...),
+or by copy, (K, B, C, ...).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def by_copy(x: Tensor, copies: int) -> Tensor:
 
 
 class ConvolutionByProducts(nn.Conv2d):
-    """A convolution in G groups as one batched matrix product over patches: (B, G * C, H, W) -> (B, G * D, H', W')."""
+    """A convolution in G groups, as a batched matrix product over patches: (B, G * C, H, W) -> (B, G * D, H', W')."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = F.pad(x, self._reversed_padding_repeated_twice)
@@ -77,7 +77,7 @@ class StackedLayerNorm(nn.Module):
 
 
 def shifted(dim: int) -> int:
-    """The dimension of an activation by copy that is `dim` of each copy's."""
+    """The dimension of an activation by copy that corresponds to `dim` of a copy."""
     return dim + 1 if dim >= 0 else dim
 
 
@@ -156,7 +156,7 @@ LAYERS_BY_COPY: dict[type[nn.Module], StackLayer] = {
 LAYERS_ELEMENTWISE: dict[type[nn.Module], StackLayer] = dict.fromkeys(ACTIVATIONS, _same)
 LAYERS = LAYERS_SIDE_BY_SIDE | LAYERS_BY_COPY | LAYERS_ELEMENTWISE
 
-# Functions, and methods of tensors by their names
+# Functions, and names of tensor methods
 OPERATIONS_SIDE_BY_SIDE: set[Any] = {F.max_pool2d, F.avg_pool2d, F.adaptive_avg_pool2d, F.adaptive_max_pool2d}
 OPERATIONS_ELEMENTWISE: set[Any] = {
     *(operator.add, operator.sub, operator.mul, operator.truediv, operator.floordiv, operator.neg),
@@ -164,7 +164,7 @@ OPERATIONS_ELEMENTWISE: set[Any] = {
     *(F.relu, F.relu6, F.leaky_relu, F.elu, F.gelu, F.silu, F.mish, F.hardswish, F.hardsigmoid, F.sigmoid, F.tanh),
     *("add", "add_", "sub", "mul", "mul_", "relu", "relu_", "sigmoid", "tanh", "contiguous"),
 }
-# The names of those arguments, after the first, that are dimensions; the first of them must be given
+# For each, the arguments after the first that are dimensions; the first of these must be given
 OPERATIONS_ON_DIMENSIONS: dict[Any, tuple[str, ...]] = {
     **dict.fromkeys((torch.flatten, "flatten"), ("start_dim", "end_dim")),
     **dict.fromkeys((torch.mean, torch.sum, torch.amax, torch.cat, F.softmax, F.log_softmax), ("dim",)),

@@ -1,4 +1,4 @@
-"""Optimizers by name, and their state as named tensors that can be kept, averaged or saved."""
+"""Optimizers by name (SGD with momentum, LARS, LAMB), their state as named tensors, and learning rate schedules."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ Named = Mapping[str, Tensor]  # parameters by their names
 
 
 def parameter_groups(parameters: Sequence[Tensor], weight_decay: float, biases_and_norms: bool) -> Groups:
-    """One group that decays and, without `biases_and_norms`, one for these that does not.
+    """One group with weight decay; without `biases_and_norms`, a second one without decay for 1-dim parameters.
 
-    torch-optimizer's LARS gives a group without decay no trust ratio either: it takes the raw rate.
+    In groups without decay LARS uses no trust ratio, by default here and always in torch-optimizer.
     """
     if biases_and_norms:
         return [{"params": parameters, "weight_decay": weight_decay}]
@@ -79,16 +79,16 @@ def build_optimizer(config: Config, parameters: Named) -> Optimizer:
 
 
 def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
-    """Let the next step of every group take the rate `lr`, or that which the tensor `lr` then holds."""
+    """Set the learning rate of all parameter groups: a float, or a tensor that is read at each step."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
 
 def optimizer_state(parameters: Named, optimizer: Optimizer) -> dict[str, Tensor]:
-    """Copies of all that `optimizer` remembers of `parameters`: ``PARAMETER/ENTRY`` -> tensor.
+    """Copies of the state of `parameters`: ``PARAMETER/ENTRY`` -> tensor.
 
-    torch-optimizer's Lamb counts its steps in a Python int, here an int64; the norms of its last step, which
-    it notes too, are recomputed and so not part of the state.
+    The step count of torch-optimizer's Lamb, a Python int, becomes an int64 tensor; the norms that it stores are left
+    out, since every step recomputes them.
     """
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
@@ -101,40 +101,40 @@ def optimizer_state(parameters: Named, optimizer: Optimizer) -> dict[str, Tensor
 
 
 def load_optimizer_state(parameters: Named, optimizer: Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Let `optimizer` remember of `parameters` copies of `state`, and zeros besides: what a new one begins with.
+    """Load `state` into `optimizer`; entries that `state` lacks are set to zero, as in a new optimizer.
 
-    A tensor that it remembers already is filled, not replaced: a CUDA graph of its step holds it.
+    Existing tensors are filled in place, since CUDA graphs of the step refer to them.
     """
     for name, parameter in parameters.items():
-        remembered = optimizer.state.get(parameter, {})
-        for entry, value in remembered.items():
+        entries = optimizer.state.get(parameter, {})
+        for entry, value in entries.items():
             if f"{name}/{entry}" not in state:
-                remembered[entry] = value.zero_() if isinstance(value, Tensor) else 0
+                entries[entry] = value.zero_() if isinstance(value, Tensor) else 0
     filled: list[Tensor] = []
     values: list[Tensor] = []
     for key, value in state.items():
         name, _, entry = key.rpartition("/")
-        remembered = optimizer.state[parameters[name]]
+        entries = optimizer.state[parameters[name]]
         if not value.is_floating_point():
-            remembered[entry] = int(value)
+            entries[entry] = int(value)
             continue
-        if entry not in remembered:
-            remembered[entry] = _room_for(value, parameters[name])
-        filled.append(remembered[entry])
+        if entry not in entries:
+            entries[entry] = _empty_entry(value, parameters[name])
+        filled.append(entries[entry])
         values.append(value)
     if filled:
-        torch._foreach_copy_(filled, values)  # a launch for all of a layout, where a GPU would take one for each
+        torch._foreach_copy_(filled, values)  # fewer kernel launches than a copy each
 
 
-def _room_for(value: Tensor, parameter: Tensor) -> Tensor:
-    """An empty tensor on the parameter's device, and laid out like it where it has its shape."""
+def _empty_entry(value: Tensor, parameter: Tensor) -> Tensor:
+    """An empty tensor for `value` on the parameter's device, in its memory layout if the shapes are equal."""
     if value.shape == parameter.shape:
         return torch.empty_like(parameter).detach()
     return torch.empty(value.shape, dtype=value.dtype, device=parameter.device)
 
 
 def zero_state(config: Config, parameters: Named) -> dict[str, Tensor]:
-    """The state of a new optimizer, every entry there and zero: what clients that average theirs begin with."""
+    """The state of a new optimizer with every entry present and zero: the initial state where clients average it."""
     stand_ins = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for stand_in in stand_ins.values():
         stand_in.grad = torch.zeros_like(stand_in)

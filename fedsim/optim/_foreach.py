@@ -1,53 +1,67 @@
-"""What LARS and LAMB share: the parameters of a group as lists, and norms that stay on their device."""
+"""What LARS and LAMB share: a step in multi-tensor operations that never wait for the device."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedsim.optim.torch_base import Optimizer
+
 Group = dict[str, Any]
-Closure = Callable[[], float]
+
+
+class LayerwiseOptimizer(Optimizer, ABC):
+    """The base of LARS and LAMB: a step updates all parameters of a group that share device and dtype together."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        """Update every parameter that has a gradient; returns the loss of `closure`, which also computes gradients."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for group in self.param_groups:
+            for parameters in parameter_lists(group):
+                self._update(parameters, group)
+        return loss
+
+    @abstractmethod
+    def _update(self, params: list[Tensor], group: Group) -> None:
+        """One step of `params`, each with a gradient, all on one device and of one dtype."""
 
 
 def require_nonnegative(**arguments: float | Tensor) -> None:
-    """Refuse an argument below zero, and a NaN."""
+    """Raise ValueError if an argument is negative or NaN."""
     for name, value in arguments.items():
         if not value >= 0:
             raise ValueError(f"invalid {name}: it must be at least 0, not {value}")
 
 
-def evaluate(closure: Closure | None) -> float | None:
-    """The loss that `closure` recomputes together with its gradients; None without a closure."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
 def parameter_lists(group: Group) -> Iterable[list[Tensor]]:
-    """The parameters of `group` that have a gradient: one list for each device and dtype, as foreach ops want them."""
+    """The parameters of `group` that have a gradient: a list for each device and dtype, as foreach ops require."""
     lists: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
     for parameter in group["params"]:
         if parameter.grad is None:
             continue
         if parameter.grad.is_sparse:
-            raise RuntimeError("LARS and LAMB take no sparse gradients: the norm of a whole layer enters every step")
+            raise RuntimeError("LARS and LAMB do not support sparse gradients")
         lists.setdefault((parameter.device, parameter.dtype), []).append(parameter)
     return lists.values()
 
 
 def gradients(parameters: list[Tensor]) -> list[Tensor]:
-    """The gradients of `parameters`, of those that have one."""
+    """The gradients of those `parameters` that have one."""
     return [p.grad for p in parameters if p.grad is not None]
 
 
 def zeros_for(parameter: Tensor) -> Tensor:
-    """Zeros laid out like `parameter`, for an optimizer to remember."""
+    """A new state buffer: zeros in the memory layout of `parameter`."""
     if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
-        # the zeros would become part of the graph, and every replay would forget the steps before it
+        # the graph would contain the zeros, and every replay would reset the buffer
         raise RuntimeError("take a step before capturing one in a CUDA graph: the first step creates the state")
     return torch.zeros_like(parameter, memory_format=torch.preserve_format)
 

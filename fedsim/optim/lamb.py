@@ -1,4 +1,4 @@
-"""LAMB: Adam whose every layer steps in proportion to the norm of its own weights."""
+"""LAMB: Adam in which each layer's step is proportional to the norm of its weights."""
 
 from __future__ import annotations
 
@@ -8,25 +8,15 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fedsim.optim._foreach import (
-    Closure,
-    Group,
-    evaluate,
-    gradients,
-    norms,
-    parameter_lists,
-    require_nonnegative,
-    zeros_for,
-)
-from fedsim.optim.torch_base import Optimizer
+from fedsim.optim._foreach import Group, LayerwiseOptimizer, gradients, norms, require_nonnegative, zeros_for
 
 BIAS_CORRECTIONS = ("none", "step-size", "moments")
 
 
-class LAMB(Optimizer):
+class LAMB(LayerwiseOptimizer):
     r"""Layer-wise adaptive moments for batch training (You et al. 2020, arXiv 1904.00962), multi-tensor.
 
-    For each parameter w with gradient g, at its step t, b1 and b2 the ``betas`` and d the ``weight_decay``::
+    For each parameter w with gradient g at step t, ``betas`` b1 and b2, and ``weight_decay`` d::
 
         m = b1 m + (1 - b1) g
         v = b2 v + (1 - b2) g^2
@@ -34,11 +24,11 @@ class LAMB(Optimizer):
         r = min(||w||, clamp_value) / ||u||      the trust ratio; 1 where either norm is 0
         w = w - lr r u
 
-    The defaults are torch-optimizer's Lamb. ``bias_correction="moments"`` and ``clamp_value=None`` make it algorithm 2
-    of the paper; with ``adapt_undecayed=False`` besides it is timm's, less the clipping of the gradients.
+    The defaults are torch-optimizer's Lamb. With ``bias_correction="moments"`` and ``clamp_value=None`` it is Algorithm
+    2 of the paper; with ``adapt_undecayed=False`` too, it is timm's without gradient clipping.
 
     Args:
-        params: parameters, or groups of them with any of these arguments of their own.
+        params: parameters, or parameter groups, which may override any of these arguments.
         lr: the global rate, at least 0; a float or a 0-dim tensor.
         betas: b1 and b2, in [0, 1).
         eps: added to the root of v.
@@ -46,18 +36,19 @@ class LAMB(Optimizer):
         bias_correction: "none"; "step-size", which multiplies the rate by sqrt(1 - b2^t) / (1 - b1^t), after
             the ratio (torch-optimizer's ``debias``); or the paper's "moments", m / (1 - b1^t) and v / (1 - b2^t),
             before it.
-        clamp_value: the paper's phi, the largest weight norm that the ratio sees; None or inf for no clamp.
-        adapt_undecayed: False leaves groups without weight decay at r = 1.
+        clamp_value: the paper's phi: the largest weight norm used in the ratio; None or inf: no clamp.
+        adapt_undecayed: False: r = 1 in groups without weight decay.
         adam: r = 1 everywhere; with "moments" this is AdamW.
 
     Pitfalls:
-        Uncorrected moments cancel in r, but not where r = 1: a zero-initialised bias first moves
-        (1 - b1) / sqrt(1 - b2) = 3.2 times the rate.
-        The clamp of 10 binds on wide layers from the start (a fully connected layer of 1.6 M weights has norm 11).
-        r makes an undecayed parameter move by lr ||w|| however small its gradient is, even if that is rounding noise,
-        as that of a convolution's bias before BN is.
-        Nothing waits for the device, so a step can be captured in a CUDA graph, after one outside that creates the
-        state. A graph holds a float ``lr`` fixed; a tensor on the parameters' device can be refilled.
+        Without bias correction the bias cancels in r, but not where r = 1: the first step of a bias initialized to zero
+        is (1 - b1) / sqrt(1 - b2) = 3.2 times the rate.
+        The default clamp of 10 is active on wide layers from the first step: a fully connected layer of 1.6 M weights
+        has norm 11.
+        An undecayed parameter with r moves by lr ||w|| however small its gradient is, even if that is rounding noise,
+        as for a convolution's bias before BN.
+        A step can be captured in a CUDA graph after one outside it, which creates the state. The graph fixes a float
+        ``lr``; a tensor ``lr`` on the parameters' device can be changed in place.
     """
 
     def __init__(
@@ -93,20 +84,11 @@ class LAMB(Optimizer):
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        """Also what load_state_dict ends in; torch leaves a loaded step count on the device it was saved from."""
+        """Move step counts to the device of their parameter. `load_state_dict` calls this too."""
         super().__setstate__(state)
         for parameter, entries in self.state.items():
             if "step" in entries:
                 entries["step"] = torch.as_tensor(entries["step"], dtype=torch.float32, device=parameter.device)
-
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns the loss of `closure`, if there is one."""
-        loss = evaluate(closure)
-        for group in self.param_groups:
-            for params in parameter_lists(group):
-                self._update(params, group)
-        return loss
 
     def _update(self, params: list[Tensor], group: Group) -> None:
         for p in params:
@@ -133,10 +115,10 @@ class LAMB(Optimizer):
 
 
 def _adam_directions(m: list[Tensor], v: list[Tensor], steps: list[Tensor], group: Group) -> list[Tensor]:
-    """m / (sqrt(v) + eps), of the corrected moments where these are asked for; shaped like the parameters."""
+    """m / (sqrt(v) + eps), with corrected moments if ``bias_correction`` is "moments"; shaped like the parameters."""
     denominators = torch._foreach_sqrt(v)
     if group["bias_correction"] == "moments":
-        # both corrections in the denominator, to save a pass: c1 (sqrt(v / c2) + eps)
+        # both corrections in the denominator, which saves a pass: c1 (sqrt(v / c2) + eps)
         correction1, correction2 = _bias_corrections(steps, group)
         torch._foreach_mul_(denominators, (correction1 / correction2.sqrt()).unbind())
         torch._foreach_add_(denominators, (correction1 * group["eps"]).unbind())
@@ -146,14 +128,14 @@ def _adam_directions(m: list[Tensor], v: list[Tensor], steps: list[Tensor], grou
 
 
 def _bias_corrections(steps: list[Tensor], group: Group) -> tuple[Tensor, Tensor]:
-    """(N,) 1 - b1^t and (N,) 1 - b2^t of N parameters, in float64: in float32 the second is off by 1e-5 at t = 1."""
+    """(N,) 1 - b1^t and (N,) 1 - b2^t, in float64: in float32 the relative error of the second is 1e-5 at t = 1."""
     beta1, beta2 = group["betas"]
     counts = torch.stack(steps).double()
     return 1 - beta1**counts, 1 - beta2**counts
 
 
 def _trust_ratios(params: list[Tensor], updates: list[Tensor], group: Group) -> Tensor:
-    """(N,) ratios r of N parameters."""
+    """(N,) trust ratios r; 1 where either norm is 0."""
     if group["adam"] or (group["weight_decay"] == 0 and not group["adapt_undecayed"]):
         return torch.ones(len(params), dtype=params[0].dtype, device=params[0].device)
     weight, update = norms(params), norms(updates)

@@ -1,4 +1,4 @@
-"""LARS: momentum SGD whose every layer steps in proportion to the norm of its own weights."""
+"""LARS: momentum SGD in which each layer's step is proportional to the norm of its weights."""
 
 from __future__ import annotations
 
@@ -6,20 +6,10 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fedsim.optim._foreach import (
-    Closure,
-    Group,
-    evaluate,
-    gradients,
-    norms,
-    parameter_lists,
-    require_nonnegative,
-    zeros_for,
-)
-from fedsim.optim.torch_base import Optimizer
+from fedsim.optim._foreach import Group, LayerwiseOptimizer, gradients, norms, require_nonnegative, zeros_for
 
 
-class LARS(Optimizer):
+class LARS(LayerwiseOptimizer):
     r"""Layer-wise adaptive rate scaling (You, Gitman and Ginsburg 2017, arXiv 1708.03888), multi-tensor.
 
     For each parameter w with gradient g, d the ``weight_decay``, m the ``momentum`` and c the ``trust_coefficient``::
@@ -28,32 +18,32 @@ class LARS(Optimizer):
         v = m v + (1 - dampening) r (g + d w)    the first v is r (g + d w)
         w = w - lr v                             nesterov: lr (r (g + d w) + m v)
 
-    These are torch-optimizer's LARS and, where no gradient is all zero, timm's. The rate never changes what v
-    remembers, as in torch's SGD. Algorithm 1 of the paper has it inside, so that v still holds the rates of earlier
-    steps; the two agree while the rate is constant and part under warm-up or decay: ``lr_in_momentum=True`` is
+    This equals torch-optimizer's LARS and, where no gradient is all zero, timm's. As in torch's SGD, v does not contain
+    the rate. In Algorithm 1 of the paper it does, so that v holds the rates of earlier steps; the two differ only where
+    the rate varies. ``lr_in_momentum=True`` is that algorithm::
 
         v = m v + (1 - dampening) lr r (g + d w)
         w = w - v
 
     Args:
-        params: parameters, or groups of them with any of these arguments of their own.
+        params: parameters, or parameter groups, which may override any of these arguments.
         lr: the global rate, at least 0; a float or a 0-dim tensor.
-        momentum: m; 0 keeps no buffer.
-        dampening: the share of a new direction that v leaves out.
+        momentum: m; without it (0) there is no buffer.
+        dampening: as in torch's SGD; the first v is not damped.
         weight_decay: d, inside the ratio and scaled by it.
-        nesterov: look ahead along v; wants a momentum and no dampening.
-        trust_coefficient: c, how far a layer moves relative to its norm.
+        nesterov: Nesterov momentum; needs a momentum and no dampening.
+        trust_coefficient: c, the size of a layer's step relative to its norm.
         eps: keeps the ratio finite.
-        lr_in_momentum: the paper's algorithm 1, see above.
-        adapt_undecayed: give groups without weight decay a trust ratio too.
+        lr_in_momentum: the paper's Algorithm 1, see above.
+        adapt_undecayed: use the trust ratio also in groups without weight decay.
 
     Pitfalls:
-        A group with ``weight_decay=0`` has r = 1 unless ``adapt_undecayed``: biases and BN parameters in it take the
-        raw rate, and rates that suit LARS are large.
+        A group with ``weight_decay=0`` has r = 1 unless ``adapt_undecayed``: biases and BN parameters in it use the
+        global rate, which is large for LARS.
         A parameter of norm 0 has r = 1, so that it can leave zero; where the gradient is all zero, r = 0 and
         the weights do not decay either.
-        Nothing waits for the device, so a step can be captured in a CUDA graph, after one outside that creates the
-        buffers. A graph holds a float ``lr`` fixed; a tensor on the parameters' device can be refilled.
+        A step can be captured in a CUDA graph after one outside it, which creates the buffers. The graph fixes a float
+        ``lr``; a tensor ``lr`` on the parameters' device can be changed in place.
     """
 
     def __init__(
@@ -73,7 +63,7 @@ class LARS(Optimizer):
         require_nonnegative(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
         require_nonnegative(trust_coefficient=trust_coefficient, eps=eps)
         if nesterov and (momentum == 0 or dampening != 0):
-            raise ValueError("nesterov wants a momentum and no dampening")
+            raise ValueError("nesterov needs a momentum and no dampening")
         defaults = {
             "lr": lr,
             "momentum": momentum,
@@ -87,15 +77,6 @@ class LARS(Optimizer):
         }
         super().__init__(params, defaults)
 
-    @torch.no_grad()
-    def step(self, closure: Closure | None = None) -> float | None:  # type: ignore[override]
-        """One update of every parameter that has a gradient; returns the loss of `closure`, if there is one."""
-        loss = evaluate(closure)
-        for group in self.param_groups:
-            for params in parameter_lists(group):
-                self._update(params, group)
-        return loss
-
     def _update(self, params: list[Tensor], group: Group) -> None:
         directions = _directions(params, group)
         if group["momentum"] != 0:
@@ -103,20 +84,20 @@ class LARS(Optimizer):
         lr = group["lr"]
         if group["lr_in_momentum"]:
             torch._foreach_sub_(params, directions)
-        elif isinstance(lr, Tensor):  # as alpha it would be read back from its device
+        elif isinstance(lr, Tensor):  # alpha would copy it to the host
             torch._foreach_sub_(params, torch._foreach_mul(directions, lr))
         else:
             torch._foreach_sub_(params, directions, alpha=lr)
 
     def _with_momentum(self, params: list[Tensor], directions: list[Tensor], group: Group) -> list[Tensor]:
-        """Let v take up the directions; v, or with Nesterov the directions + m v."""
+        """Update v by the directions; returns v, or with Nesterov directions + m v."""
         new = [i for i, p in enumerate(params) if "momentum_buffer" not in self.state[p]]
         for i in new:
             self.state[params[i]]["momentum_buffer"] = zeros_for(params[i])
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_mul_(buffers, group["momentum"])
         torch._foreach_add_(buffers, directions, alpha=1 - group["dampening"])
-        for i in new:  # the first direction enters undamped, as in torch.optim.SGD
+        for i in new:  # the first direction is not damped, as in torch.optim.SGD
             buffers[i].copy_(directions[i])
         if group["nesterov"]:
             return list(torch._foreach_add(directions, buffers, alpha=group["momentum"]))
@@ -124,7 +105,7 @@ class LARS(Optimizer):
 
 
 def _directions(params: list[Tensor], group: Group) -> list[Tensor]:
-    """What v takes up, shaped like `params`: r (g + d w), times the rate with ``lr_in_momentum``."""
+    """What is added to v, shaped like `params`: r (g + d w), times the rate with ``lr_in_momentum``."""
     grads = gradients(params)
     inner_lr = group["lr"] if group["lr_in_momentum"] else None
     if group["weight_decay"] == 0 and not group["adapt_undecayed"]:
@@ -138,7 +119,7 @@ def _directions(params: list[Tensor], group: Group) -> list[Tensor]:
 
 
 def _trust_ratios(params: list[Tensor], grads: list[Tensor], group: Group) -> Tensor:
-    """(N,) ratios r of N parameters; 1 where the parameter is zero, 0 where the gradient is."""
+    """(N,) trust ratios r; 1 where the parameter is zero, 0 where the gradient is."""
     weight, gradient = norms(params), norms(grads)
     ratios: Tensor = group["trust_coefficient"] * weight / (gradient + group["weight_decay"] * weight + group["eps"])
     return ratios.masked_fill_(weight == 0, 1).masked_fill_(gradient == 0, 0)

@@ -1,7 +1,6 @@
-"""The learning rate as a function of the local steps taken: warm-up, then constant, cosine or multi-step.
+"""The learning rate as a function of the local step: warm-up, then constant, cosine or multi-step.
 
-Counted in steps, never in rounds: LocalSGD with any J, and centralized training, follow one schedule over the
-same samples.
+It never depends on the round: LocalSGD with any J and centralized training follow the same schedule over the samples.
 """
 
 from __future__ import annotations
@@ -17,8 +16,8 @@ from fedsim.config import Config
 class Schedule:
     """lr(step) for step = 0, 1, ... of `steps_per_epoch` * `epochs` local steps.
 
-    With `unit` = epoch the rate changes only where an epoch begins, as PyTorch's schedulers stepped once an
-    epoch do; with step, at every local step.
+    With `unit` = epoch the rate changes only at the start of an epoch, like PyTorch's schedulers when they are stepped
+    once per epoch; with step, at every local step.
     """
 
     peak: float
@@ -45,7 +44,7 @@ class Schedule:
 
 
 def schedule_of(config: Config, steps_per_epoch: Fraction, epochs: float, workers: int = 1) -> Schedule:
-    """The schedule that `config` asks for; its rate scaled, where asked, with the batch of all `workers` together."""
+    """The schedule of `config`; with ``lr-scaling-batch`` the rate is scaled by the total batch of all `workers`."""
     ratio = workers * config.batch_size / config.lr_scaling_batch if config.lr_scaling_batch else 1.0
     scale = math.sqrt(ratio) if config.lr_scaling == "sqrt" else ratio
     return Schedule(

@@ -1,7 +1,7 @@
-"""torch's optimizers without what they load for torch.compile, which fedsim does not use.
+"""torch's optimizers without their import of torch's compiler, which fedsim does not use.
 
-Some methods of torch's `Optimizer` import torch's compiler when they are first called: a second in every new process,
-and a node has one for each message. These classes have the same methods without that wrapping, and the same arithmetic.
+Some methods of torch's `Optimizer` are wrapped to import the compiler at their first call. That takes a second in every
+new process, and on a node each message is a new process. These classes unwrap them; the arithmetic is the same.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch.optim import Optimizer as TorchOptimizer
 
 
 class Optimizer(TorchOptimizer):
-    """The base of optimizers whose `step` is their own."""
+    """`torch.optim.Optimizer`; subclasses define `step`."""
 
     add_param_group = inspect.unwrap(TorchOptimizer.add_param_group)
     zero_grad = inspect.unwrap(TorchOptimizer.zero_grad)

@@ -1,1 +1,1 @@
-"""Tables, figures, a page and the time to accuracy on a network, made from records alone."""
+"""Tables, figures, the HTML and Markdown report, and the time to accuracy on a network, made from records only."""

@@ -1,7 +1,7 @@
-"""Read the records of runs into data frames, without changing them.
+"""Read the records of runs into data frames.
 
-A file that cannot be read, or does not fit the schema below, is named in a warning and left out; the rest is read.
-Keys that the schema does not know are ignored.
+A file that cannot be read or does not match the schema below is left out with a warning. Keys that the schema does not
+have are ignored.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from fedsim.config import Config, Mode, Value, current_names
 from fedsim.errors import UserError
 
-LARGEST = 2**53  # of the whole numbers that a float holds exactly
+LARGEST = 2**53  # integers up to this are exact as floats
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Quantity = Annotated[float, Field(ge=0, le=LARGEST)]
 Accuracy = Annotated[float, Field(ge=0, le=1)]
@@ -27,7 +27,7 @@ KEYS = TypeAdapter(
     ]
 )
 REQUIRED_KEYS = ("mode", "seed", "optimizer", "batch-size")
-MACHINE_KEYS = ("device", "threads")  # runs of one cell may differ in these, as in the seed
+MACHINE_KEYS = ("device", "threads")  # runs of one cell may differ in these and in the seed
 SHOWN_LINES = 5  # line numbers in one warning
 
 T = TypeVar("T")
@@ -40,7 +40,7 @@ class Record(BaseModel):
 
 
 class Costs(Record):
-    """What a run had taken by a row or its end; None where it is not recorded. Bytes are those of all workers."""
+    """The costs of a run so far; None if not recorded. Bytes are those of all workers together."""
 
     syncs: Count | None = None
     bytes_up: Quantity | None = None
@@ -74,12 +74,12 @@ class Summary(Costs):
 
 
 class Records(NamedTuple):
-    """Everything under a folder.
+    """All runs under a folder.
 
-    `runs`: a line for each run: the configuration's keys in kebab-case, the summary's in snake_case, and `folder`,
-    `run` (its name) and `identity` (equal for all seeds of a cell). Costs and accuracies of an unfinished run are those
-    so far.
-    `rows`: a line for each row, with `run`, the index of its run.
+    `runs`: a line for each run: the keys of its configuration in kebab-case, those of its summary in snake_case,
+    `folder`, `run` (its name) and `identity` (equal for all seeds of a cell). Unfinished runs have their costs and
+    accuracies so far.
+    `rows`: a line for each row of each run, with `run`, the index of its run.
     """
 
     runs: pd.DataFrame
@@ -139,16 +139,16 @@ def _outcome(summary: Summary | None, rows: list[Row]) -> dict[str, Any]:
     tested = [row.test_accuracy for row in rows if row.test_accuracy is not None]
     so_far = {"best_test_accuracy": max(tested, default=None), "final_test_accuracy": tested[-1] if tested else None}
     last = rows[-1].model_dump(exclude={"test_accuracy"}) if rows else {}
-    told = summary.model_dump(exclude_none=True) if summary else {"finished": False}
-    if told["finished"]:
+    summarized = summary.model_dump(exclude_none=True) if summary else {"finished": False}
+    if summarized["finished"]:
         so_far = dict.fromkeys(so_far)
     else:
-        told = {name: value for name, value in told.items() if name not in {*Row.model_fields, *so_far}}
-    return {**dict.fromkeys(Summary.model_fields), **last, **so_far, **told}
+        summarized = {name: value for name, value in summarized.items() if name not in {*Row.model_fields, *so_far}}
+    return {**dict.fromkeys(Summary.model_fields), **last, **so_far, **summarized}
 
 
 def _read(path: Path, parse: Callable[[bytes], T], warnings: list[str]) -> T | None:
-    """The parsed file; None, with a warning, if it is damaged, and None if there is none."""
+    """The parsed file; None if it does not exist, and None with a warning if it is damaged."""
     try:
         if not path.exists():
             return None
@@ -162,7 +162,7 @@ def _read(path: Path, parse: Callable[[bytes], T], warnings: list[str]) -> T | N
 
 
 def _read_rows(path: Path, warnings: list[str]) -> list[Row]:
-    """The rows in the order of their rounds; of a repeated round the last."""
+    """The rows sorted by round; the last one of a repeated round."""
     lines = _read(path, bytes.splitlines, warnings) or []
     rows: dict[int, Row] = {}
     damaged: list[str] = []

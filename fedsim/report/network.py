@@ -1,18 +1,18 @@
-"""The traffic of a run between its machines, and its time on a network. Table, figures and plan all use this.
+"""The network traffic of a run, and its time on a given network.
 
 - LocalSGD sends what its rows record: a sync is a message up and a message down for each worker of the round.
-- A large batch is counted as data-parallel SGD on the K workers whose baseline it is, each with a K-th of the batch: a
-  sync at every step, which sends the gradient up and the mean gradient down, 4 bytes a parameter, way and worker.
-- One worker (K = 1), and a batch that is no baseline, is one machine: no syncs, no bytes, whatever its rows record.
+- The large-batch baseline of K workers counts as data-parallel SGD on K workers, each with a K-th of the batch: a
+  sync at every step sends the gradient up and the mean gradient down, 4 bytes per parameter, direction and worker.
+- One worker (K = 1), and a centralized run that is not a baseline, is one machine: it has no syncs and sends no bytes.
 
-With K workers (those of a round) and one server, every round the same:
+With K workers per round and one server:
 
     seconds = local_steps * compute + syncs * 2 * latency + bytes_on_the_link / bandwidth
 
-- `local_steps`, of one worker: workers compute at the same time, each step in `compute` seconds;
-- each of a sync's two messages takes `latency` seconds one way;
-- `link` = worker: each worker has its own link, bytes_on_the_link = bytes / K; server: all share the server's link,
-  bytes_on_the_link = bytes. Up and down follow one another, and no step overlaps with a message.
+- `local_steps` are those of one worker, of `compute` seconds each: workers compute in parallel;
+- each of the two messages of a sync has a one-way `latency`;
+- `link` = worker: each worker has its own link, bytes_on_the_link = bytes / K; server: all share the link of the
+  server, bytes_on_the_link = bytes. Upload, download and local steps do not overlap.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 class Network(NamedTuple):
-    """Bytes per second, seconds one way, and whose link the bytes cross."""
+    """Bandwidth in bytes per second, one-way latency in seconds, and the link that limits the traffic."""
 
     bandwidth: float
     latency: float
@@ -39,10 +39,10 @@ class Network(NamedTuple):
 
 
 def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
-    """`records` (runs or rows) with `network_syncs` and `network_bytes`, of all workers and both ways.
+    """`records` (runs or rows) with `network_syncs` and `network_bytes`, of all workers in both directions.
 
-    They are missing where the recorded traffic, or the number of parameters of a baseline, is unknown. Needs the
-    columns `clients`, `workers` and `baseline` of the cell, `parameters`, and the costs of a row.
+    They are NaN where the recorded traffic, or the number of parameters of a baseline, is unknown. Requires the columns
+    `clients`, `workers` and `baseline` of the cell, `parameters`, and the costs of a row.
     """
     syncs = records["syncs"].where(~records["baseline"], records["local_steps"])
     gradient = BYTES_PER_PARAMETER * records["parameters"] * records["workers"]
@@ -53,7 +53,7 @@ def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def network_seconds(records: pd.DataFrame, compute: pd.Series, network: Network) -> pd.Series:
-    """The module's formula for each of `records`; `compute` in seconds per local step."""
+    """The formula of this module for each of `records`; `compute` in seconds per local step."""
     on_the_link = records["network_bytes"] / (records["workers"] if network.link == "worker" else 1)
     messages = records["network_syncs"] * 2 * network.latency
     return records["local_steps"] * compute + messages + on_the_link / network.bandwidth

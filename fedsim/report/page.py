@@ -1,4 +1,4 @@
-"""``run.py report``: everything under a folder of results as one HTML page, as Markdown, as figures and as CSV."""
+"""``run.py report``: all results under a folder as an HTML page, Markdown, figures and CSV files."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ from fedsim.report.tables import (
 
 TITLE = "fedsim: results of the runs"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
-PIXELS_PER_INCH = 96  # of CSS: text then has the size of the page's
+PIXELS_PER_INCH = 96  # of CSS, so that text in figures is as large as that of the page
 
 
 class Figure(NamedTuple):
-    """A picture ``NAME.png`` beside ``NAME.csv``, the command that makes both, and its width on the page in pixels."""
+    """``NAME.png`` and ``NAME.csv``, the command that makes both, the PNG in base64, and its width in CSS pixels."""
 
     name: str
     caption: str
@@ -46,7 +46,7 @@ class Figure(NamedTuple):
 
 
 class Section(NamedTuple):
-    """One table of results."""
+    """The part of the report about one `ResultTable`."""
 
     name: str
     title: str
@@ -57,7 +57,7 @@ class Section(NamedTuple):
 
 
 def build_report(root: str, out: str, figure: str, console: Console) -> None:
-    """Write the report on everything under `root` to `out`; or, with `figure`, that one picture and its CSV."""
+    """Write the report on all results under `root` to `out`; with `figure`, only that figure and its CSV."""
     tables, warnings = read_tables(folder("results", root))
     show_warnings(warnings, console)
     command = shlex.join(["python", "run.py", "report", root, "-o", out])
@@ -81,12 +81,9 @@ def build_report(root: str, out: str, figure: str, console: Console) -> None:
             show_path(path / name, console)
 
 
-def show_results(root: Path, console: Console, axes: Sequence[str] = (), save_as: str = "") -> None:
-    """Print the final accuracies under `root`; with `save_as`, also write that name's .csv and .png of the first table.
-
-    `axes` are the keys that tell apart the cells of runs that no study describes.
-    """
-    tables, warnings = read_tables(root, axes)
+def show_results(root: Path, console: Console, save_as: str = "") -> None:
+    """Print the final accuracies under `root`; with `save_as`, also write the first table to `save_as`.csv and .png."""
+    tables, warnings = read_tables(root)
     show_warnings(warnings, console)
     for table in tables:
         console.print(table.title, markup=False, highlight=False)
@@ -100,7 +97,7 @@ def show_results(root: Path, console: Console, axes: Sequence[str] = (), save_as
 
 
 def folder(key: str, text: str) -> Path:
-    """The folder that the argument `key` names; ``~`` is a home folder."""
+    """The folder `text`, given as the argument `key`; ``~`` is expanded."""
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
@@ -109,7 +106,7 @@ def folder(key: str, text: str) -> Path:
 
 @contextlib.contextmanager
 def output_folder(text: str) -> Iterator[Path]:
-    """Make the folder to write to. A full disk within the context is a failed run, any other `OSError` bad input."""
+    """Context manager: create the folder to write to. `OSError` becomes RunFailed for a full disk, else UserError."""
     path = folder("out", text)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -165,10 +162,10 @@ def _render(template: str, content: dict[str, Any]) -> str:
 
 
 def _markdown(text: str) -> str:
-    """`text` such that Markdown shows it as it is."""
+    """`text` with Markdown's special characters escaped."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(text, quote=False))
 
 
 def _code(text: str) -> str:
-    """`text` as code, where Markdown needs no escapes for it."""
+    """`text` as Markdown code, or only escaped if it has characters that cannot be escaped in code."""
     return _markdown(text) if re.search("[`|<>&]", text) else f"`{text}`"

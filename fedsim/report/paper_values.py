@@ -1,4 +1,4 @@
-"""The paper's accuracies in %, from ``studies/paper.csv``: the best test epoch, and the last as its code printed it."""
+"""The accuracies of the course paper, from ``studies/paper.csv``."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from typing import NamedTuple
 from fedsim.config import Value
 from fedsim.experiments.study import FOLDER
 
-CHOOSING = ("optimizer", "batch-size", "clients", "local-steps")  # an empty column fits every cell
+KEYS = ("optimizer", "batch-size", "clients", "local-steps")  # an empty field matches every cell
 
 
 class PaperValue(NamedTuple):
-    """Accuracies in %; `final` is None where only the best is known. `note`: an optional comment."""
+    """Test accuracies in %: of the best epoch, and of the last (`final`) as its code printed it, or None if unknown."""
 
     best: float
     final: float | None
@@ -24,7 +24,7 @@ def paper_value(table: str, config: Mapping[str, Value]) -> PaperValue | None:
     """The value of the paper's `table` for a cell's configuration, if it has one."""
     with (FOLDER / "paper.csv").open() as file:
         for row in csv.DictReader(file):
-            fits = all(row[name] in ("", str(config.get(name))) for name in CHOOSING)
-            if row["table"] == table and fits:
+            matches = all(row[name] in ("", str(config.get(name))) for name in KEYS)
+            if row["table"] == table and matches:
                 return PaperValue(float(row["best"]), float(row["final"]) if row["final"] else None, row["note"])
     return None

@@ -1,4 +1,4 @@
-"""Runs arranged in tables, one for each folder of runs: by its study, or by the keys in which the runs differ."""
+"""Arrange runs in tables: one for each folder of runs, by its study or by the keys in which the runs differ."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ import pandas as pd
 
 from fedsim.config import Config, Value
 from fedsim.errors import UserError
-from fedsim.experiments.study import KEPT, TWIN, Study, read_study, study_names
+from fedsim.experiments.study import LARGE_BATCH, STORED, Study, read_study, study_names
 from fedsim.report.load import Records, cell_identity, printable, read_records
 from fedsim.report.network import add_traffic
 from fedsim.report.paper_values import paper_value
 
-MOST_AXES = 3  # a table of runs that differ in more keys has a line for each name
-LONGEST_NAME = 150  # bytes of a table's name, which begins the names of its files
+MOST_AXES = 3  # runs that differ in more keys are listed by name
+LONGEST_NAME = 150  # bytes of a table's name, a prefix of its file names
 SYMBOLS = {"clients": "K", "local-steps": "J", "batch-size": "batch"}
 NOTHING = "–"
 
@@ -29,10 +29,11 @@ NOTHING = "–"
 class ResultTable:
     """The runs of one folder.
 
-    `axes`: the keys that tell cells apart. With several, the first runs across the table and the others down it.
-    `cells`: a line for each cell, in the table's order: `coords` (a value for each axis), `column`, `row` and `label`
-    (them in words), `tick` (those down, without their names), `config`, `mode`, `expected` (runs), `clients`, `workers`
-    (of a round), `baseline` (whether it is the large-batch baseline of K workers), `paper` (its values or None).
+    `axes`: the keys that distinguish cells. With several, the first varies across columns and the others down rows.
+    `cells`: a line for each cell, in the order of the table: `coords` (a value for each axis) and, as text, `column`,
+    `row`, `label` (both) and `tick` (the row's values); `config`, `mode`, `expected` (number of runs), `clients`,
+    `workers` (per round), `baseline` (whether it is the large-batch baseline of K workers), `paper` (its values or
+    None).
     `runs` and `rows`: as in `Records`, with `cell`, the index of the cell, its `clients`, `workers` and `baseline`, and
     `network_syncs` and `network_bytes` (see `network`).
     """
@@ -47,29 +48,29 @@ class ResultTable:
 
     @property
     def row_axes(self) -> tuple[str, ...]:
-        """The axes down the table."""
+        """The axes that vary down the rows."""
         return self.axes[1:] or self.axes
 
     @property
     def tested_on(self) -> str:
-        """The images that the accuracies are of: test, validation, or both."""
+        """The images that accuracies are measured on: test, validation, or both."""
         held_out = self.runs["validation"].fillna(0) > 0
         return " and ".join(sorted({"validation" if held else "test" for held in held_out})) or "test"
 
     @property
     def counted(self) -> pd.DataFrame:
-        """Tested runs that tables and curves show: of each cell the finished ones, or all if none is finished."""
+        """The tested runs that tables and curves show: the finished ones of a cell, or all if none is finished."""
         tested = self.runs[self.runs["final_test_accuracy"].notna()]
         return tested[tested["finished"] | ~tested["cell"].isin(tested["cell"][tested["finished"]])]
 
     @property
     def with_traffic(self) -> bool:
-        """Whether any run sends anything."""
+        """Whether any run has network traffic."""
         return bool((self.runs["network_bytes"] > 0).any())
 
 
-def read_tables(root: Path, axes: Sequence[str] = ()) -> tuple[list[ResultTable], list[str]]:
-    """The tables of all runs under `root`, and warnings; `axes` are those of runs that no study describes."""
+def read_tables(root: Path) -> tuple[list[ResultTable], list[str]]:
+    """The tables of all runs under `root`, and warnings. Raises UserError if there are no runs."""
     shown = printable(str(root))
     try:
         if (root / "config.json").is_file():
@@ -86,27 +87,27 @@ def read_tables(root: Path, axes: Sequence[str] = ()) -> tuple[list[ResultTable]
         name = _file_name("-".join(folder.relative_to(root).parts) or folder.resolve().name)
         taken = {table.name for table in tables}
         name = next(n for n in [name, *(f"{name}-{i}" for i in range(2, len(tables) + 3))] if n not in taken)
-        tables += _tables_of(name, folder, _without_duplicates(runs, records.warnings), records, axes)
+        tables += _tables_of(name, folder, _without_duplicates(runs, records.warnings), records)
     return tables, records.warnings
 
 
 def label(axes: Sequence[str], coords: Sequence[Value]) -> str:
-    """Coordinates in words, for instance ``K = 4, J = 10``; texts such as ``lars`` stand alone."""
+    """Coordinates as text, for instance ``K = 4, J = 10``; strings such as ``lars`` without their key."""
     named = zip(axes, coords, strict=True)
     return ", ".join(
         value if isinstance(value, str) else f"{SYMBOLS.get(axis, axis)} = {value}" for axis, value in named
     )
 
 
-def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records, axes: Sequence[str]) -> list[ResultTable]:
-    """The folder's runs by its study, then those that the study does not describe; without a study, all of them."""
+def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records) -> list[ResultTable]:
+    """The table of the study of `folder` and one of its other runs; without a study, one table of all runs."""
     study = _study_of(folder, records.warnings)
     if study is None:
-        return [_inferred_table(name, printable(folder.resolve().name), folder, runs, records, axes)]
+        return [_inferred_table(name, printable(folder.resolve().name), folder, runs, records)]
     cells: dict[tuple[Value, ...], dict[str, Any]] = {}
     for cell in study.cells():
         config = cell_identity({"mode": cell.mode, **cell.config.identity(cell.mode)})
-        cells.setdefault(tuple(cell.place), {"config": config, "expected": len(study.seeds)})
+        cells.setdefault(cell.coords, {"config": config, "expected": len(study.seeds)})
     positions = {json.dumps(cell["config"], sort_keys=True): i for i, cell in enumerate(cells.values())}
     found = runs["identity"].map(positions)
     described, others = runs[found.notna()].assign(cell=found.dropna().astype(int)), runs[found.isna()]
@@ -116,30 +117,29 @@ def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records, ax
         return tables
     names = ", ".join(others["run"])
     records.warnings.append(
-        f"{printable(str(folder))}: {len(others)} runs differ from the study {study.name} and are shown apart: {names}"
+        f"{printable(str(folder))}: {len(others)} runs are not part of the study {study.name} "
+        f"and are shown separately: {names}"
     )
     title = f"{study.name}: other configurations"
     return [*tables, _inferred_table(f"{name}-other", title, folder, others, records)]
 
 
-def _inferred_table(
-    name: str, title: str, folder: Path, runs: pd.DataFrame, records: Records, axes: Sequence[str] = ()
-) -> ResultTable:
-    """The runs by `axes`, or the keys in which they differ, or, if those are many, by their names without the seed."""
+def _inferred_table(name: str, title: str, folder: Path, runs: pd.DataFrame, records: Records) -> ResultTable:
+    """The runs by the keys in which they differ or, if those are many, by their names without the seed."""
     keys = ["mode", *Config().as_keys()]
-    held = [cell_identity(json.loads(text)) for text in runs["identity"]]
-    differing = tuple(axes) or tuple(key for key in keys if len({str(c[key]) for c in held if key in c}) > 1)
-    if len(differing) > MOST_AXES or "mode" in differing:
-        differing = ("run",)
+    configs = [cell_identity(json.loads(text)) for text in runs["identity"]]
+    axes = tuple(key for key in keys if len({str(config[key]) for config in configs if key in config}) > 1)
+    if len(axes) > MOST_AXES or "mode" in axes:
+        axes = ("run",)
         coords: list[tuple[Value, ...]] = [(re.sub(r"-seed\d+$", "", run),) for run in runs["run"]]
     else:
-        coords = [tuple(config.get(axis, NOTHING) for axis in differing) for config in held]
-    found = dict(zip(coords, held, strict=True))
-    order = sorted(found, key=lambda place: [(isinstance(value, str), value) for value in place])
+        coords = [tuple(config.get(axis, NOTHING) for axis in axes) for config in configs]
+    found = dict(zip(coords, configs, strict=True))
+    order = sorted(found, key=lambda values: [(isinstance(value, str), value) for value in values])
     expected = runs["seed"].nunique()
-    cells = [{"coords": place, "config": found[place], "expected": expected} for place in order]
-    positions = [order.index(place) for place in coords]
-    return _table(name, title, folder, differing, cells, runs.assign(cell=positions), records)
+    cells = [{"coords": values, "config": found[values], "expected": expected} for values in order]
+    positions = [order.index(values) for values in coords]
+    return _table(name, title, folder, axes, cells, runs.assign(cell=positions), records)
 
 
 def _table(
@@ -169,9 +169,9 @@ def _table(
 def _described(
     axes: tuple[str, ...], coords: tuple[Value, ...], config: dict[str, Any], compare: str
 ) -> dict[str, Any]:
-    """What a cell's line holds besides its coordinates and configuration."""
+    """The other columns of a cell's line, from its coordinates and configuration."""
     across = 1 if len(axes) > 1 else 0
-    baseline = coords[-1:] == (TWIN,)
+    baseline = coords[-1:] == (LARGE_BATCH,)
     clients, workers = 1, 1
     if baseline:
         clients = workers = int(coords[0])
@@ -192,8 +192,8 @@ def _described(
 
 
 def _study_of(folder: Path, warnings: list[str]) -> Study | None:
-    """The study that is stored beside the runs, or else the one of the folder's name."""
-    stored = folder / KEPT
+    """The study that is stored with the runs, or else the study with the name of the folder."""
+    stored = folder / STORED
     try:
         if stored.is_file():
             return read_study(str(stored))
@@ -205,7 +205,7 @@ def _study_of(folder: Path, warnings: list[str]) -> Study | None:
 
 
 def _without_duplicates(runs: pd.DataFrame, warnings: list[str]) -> pd.DataFrame:
-    """One run for each configuration and seed, a finished one if there is one."""
+    """One run for each configuration and seed, preferably a finished one."""
     ordered = runs.sort_values("finished", ascending=False, kind="stable")
     first = ordered.drop_duplicates(["identity", "seed"])
     for run in ordered[~ordered.index.isin(first.index)].itertuples():
@@ -215,7 +215,7 @@ def _without_duplicates(runs: pd.DataFrame, warnings: list[str]) -> pd.DataFrame
 
 
 def _warn_of_namesakes(records: Records) -> None:
-    """Two folders of one study and name with different configurations are two experiments under one name."""
+    """Warn if two runs of the same study and name have different configurations."""
     first: dict[tuple[str, str], Any] = {}
     for run in records.runs.itertuples():
         other = first.setdefault((run.folder.parent.name, run.folder.name), run)
@@ -230,7 +230,7 @@ def _warn_of_namesakes(records: Records) -> None:
 
 
 def _file_name(name: str) -> str:
-    """`name` as a part of file names, links and options: without special characters, and not too long."""
+    """`name` for use in file names, links and options: without special characters, and not too long."""
     plain = re.sub(r"[^\w.+=,-]+", "_", name.encode(errors="replace").decode()).lstrip("-.") or "results"
     while len(os.fsencode(plain)) > LONGEST_NAME:
         plain = plain[:-1]

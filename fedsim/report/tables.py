@@ -1,4 +1,4 @@
-"""What a `ResultTable` shows, as tables of text: accuracies by cell, costs, and where the runs come from."""
+"""Text tables of a `ResultTable`: accuracies, costs, notes and provenance."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ CSV_COLUMNS = (
 
 
 class Entry(NamedTuple):
-    """One field of a table: its text, and what is to be said of it in small print."""
+    """One field of a table: its text, and a note in small print."""
 
     text: str
     note: str = ""
 
 
 class TextTable(NamedTuple):
-    """A table for a reader."""
+    """A table of text, for the page and the terminal."""
 
     caption: str
     header: Sequence[str]
@@ -35,7 +35,7 @@ class TextTable(NamedTuple):
 
 
 class Cost(NamedTuple):
-    """How a cost is shown: the title of its column, its unit and its decimals."""
+    """How a cost is shown: the title of its column, its unit, and the number of decimals."""
 
     title: str
     unit: float = 1
@@ -57,10 +57,10 @@ TRAFFIC = ("network_syncs", "network_bytes")
 
 
 def summarize(table: ResultTable) -> pd.DataFrame:
-    """A line for each cell that has a test, over its `counted` runs.
+    """A line for each tested cell, over its `counted` runs.
 
-    `best`, `final` (means, fractions), `best_std`, `final_std` (missing for one run), the means of `COSTS`, `finished`
-    and `started` (numbers of runs), `reached` (the furthest epoch of an unfinished run), and the columns of the cell.
+    `best`, `final` (means, fractions), `best_std`, `final_std` (NaN for one run), the means of `COSTS`, `finished` and
+    `started` (numbers of runs), `reached` (the last epoch of unfinished runs), and the columns of the cell.
     """
     by_cell = table.counted.groupby("cell")
     accuracy = by_cell.agg(
@@ -77,7 +77,7 @@ def summarize(table: ResultTable) -> pd.DataFrame:
 
 
 def accuracy_table(table: ResultTable, which: str) -> TextTable:
-    """The ``best`` or ``final`` accuracy of each tested cell, beside the paper's: the first axis across."""
+    """The ``best`` or ``final`` accuracy of each tested cell, with the value of the paper; the first axis is across."""
     summary = summarize(table)
     summary["entry"] = [_accuracy(line, which) for line in summary.to_dict("records")]
     order = {"index": summary["row"].unique(), "columns": table.cells["column"].unique()}
@@ -91,7 +91,7 @@ def accuracy_table(table: ResultTable, which: str) -> TextTable:
 
 
 def cost_table(table: ResultTable) -> TextTable:
-    """A line for each tested cell: its runs, its accuracies, and what a run took."""
+    """A line for each tested cell: its number of runs, its accuracies, and the mean costs of a run."""
     shown = [name for name in COSTS if table.with_traffic or name not in TRAFFIC]
     rows = []
     for line in summarize(table).to_dict("records"):
@@ -111,7 +111,7 @@ def cost_table(table: ResultTable) -> TextTable:
 
 
 def notes(table: ResultTable) -> list[str]:
-    """What a reader must know to read the tables and figures."""
+    """Paragraphs that explain the tables and figures."""
     texts = [progress(table), protocol(table)]
     if table.with_traffic:
         texts.append(traffic_note(table))
@@ -122,7 +122,7 @@ def notes(table: ResultTable) -> list[str]:
 
 
 def progress(table: ResultTable) -> str:
-    """How many runs are finished, and which cells the tables leave out."""
+    """The number of finished runs, and of cells that the tables leave out."""
     finished = int(table.runs["finished"].sum())
     text = f"Finished: {finished} of {table.cells['expected'].sum()} runs"
     if started := len(table.runs) - finished:
@@ -133,7 +133,7 @@ def progress(table: ResultTable) -> str:
 
 
 def protocol(table: ResultTable) -> str:
-    """What the accuracies are of, and how the best one is chosen."""
+    """The images that accuracies are measured on, and how the best one is chosen."""
     held = sorted(set(table.runs["validation"].dropna()) - {0})
     images = ", ".join(map(str, held))
     if table.tested_on == "validation":
@@ -164,11 +164,11 @@ def traffic_note(table: ResultTable) -> str:
 def provenance(table: ResultTable) -> list[tuple[str, str]]:
     """Commit, device, versions and commands of the runs, each with the number of runs that have it."""
     runs = table.runs
-    versions = [", ".join(f"{k} {v}" for k, v in (held or {}).items()) for held in runs["versions"].map(_or_none)]
-    told = [("folder", [str(table.folder)])]
-    told += [(name, [_or_none(value) or "" for value in runs[name]]) for name in ("commit", "device")]
-    told += [("versions", versions), ("command", [_or_none(value) or "" for value in runs["command"]])]
-    return [(name, _counted([value for value in values if value])) for name, values in told if any(values)]
+    versions = [", ".join(f"{k} {v}" for k, v in (found or {}).items()) for found in runs["versions"].map(_or_none)]
+    facts = [("folder", [str(table.folder)])]
+    facts += [(name, [_or_none(value) or "" for value in runs[name]]) for name in ("commit", "device")]
+    facts += [("versions", versions), ("command", [_or_none(value) or "" for value in runs["command"]])]
+    return [(name, _counted([value for value in values if value])) for name, values in facts if any(values)]
 
 
 def runs_frame(table: ResultTable) -> pd.DataFrame:
@@ -194,7 +194,7 @@ def runs_frame(table: ResultTable) -> pd.DataFrame:
 
 
 def csv_text(frame: pd.DataFrame) -> str:
-    """`frame` as CSV, without its index; a text that a spreadsheet would run as a formula begins with an apostrophe."""
+    """`frame` as CSV, without its index; an apostrophe precedes text that a spreadsheet would run as a formula."""
     return str(frame.map(_not_a_formula).convert_dtypes().to_csv(index=False))
 
 
@@ -229,7 +229,7 @@ def number(value: float, decimals: int = 0) -> str:
 
 
 def _accuracy(line: dict[str, Any], which: str) -> Entry:
-    """The accuracy of a line of `summarize`, and beside it the paper's and the difference."""
+    """The accuracy of a line of `summarize`, with that of the paper and the difference as its note."""
     remarks = [] if line["finished"] else [f"unfinished, epoch {line['reached']:.1f}"]
     paper = line["paper"]
     printed = None if paper is None else paper.best if which == "best" else paper.final
@@ -253,7 +253,7 @@ def _counted(values: Sequence[str]) -> str:
 
 
 def _or_none(value: Any) -> Any:
-    """`value`, or None for what pandas has put in the place of None."""
+    """`value`, or None where pandas has replaced None by NaN."""
     return value if isinstance(value, str | dict) else None
 
 

@@ -1,7 +1,7 @@
-"""``run.py time-to-accuracy``: when each cell would reach a target accuracy on a given network, from its records.
+"""``run.py time-to-accuracy``: estimate from records when each cell would reach a target accuracy on a given network.
 
-Runs are tested every so often, so a time is known only to the time between two tests, its resolution: the target was
-reached after the test before it.
+The resolution of a time is the interval between two tests: the target was reached between the last test below it and
+the first test above it.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from fedsim.report.page import folder, output_folder, save_plot, show_path, show
 from fedsim.report.result_table import NOTHING, ResultTable, read_tables
 from fedsim.report.tables import COSTS, TRAFFIC, Entry, TextTable, number, percent, rich_table
 
-CAPTION = "within: seconds since the test before; ±: standard deviation over runs, if larger"
+CAPTION = "within: seconds since the previous test; ±: standard deviation over runs, if larger"
 MEANS = ["seconds", "resolution", "epoch", "network_syncs", "network_bytes"]
 
 
 def time_to_accuracy(
     root: str, target: float, network: Network, compute: float | None, out: str, command: str, console: Console
 ) -> None:
-    """For every table under `root`: print the times, and write them and a figure to `out`."""
+    """Print the times of every table under `root`, and write them and a figure to `out`. `compute`: in seconds."""
     if not 0 < target < 1:
         raise UserError(f"target = {target} is not an accuracy: give a fraction between 0 and 1, for instance 0.5")
     tables, warnings = read_tables(folder("results", root))
@@ -41,12 +41,12 @@ def time_to_accuracy(
 
 
 def times_to_target(table: ResultTable, target: float, network: Network, compute: float | None) -> pd.DataFrame:
-    """A line for each cell that has a test: the first test at or above `target`, over the runs that reach it.
+    """A line for each tested cell, on the first test at or above `target` of the runs that reach it.
 
-    `compute` is a worker's seconds per local step; None: as measured, see `seconds_per_image`. Columns: means of
-    `seconds`, `resolution` (seconds since the test before), `epoch`, `network_syncs`, `network_bytes`; `seconds_std`;
-    `reached` and `runs` (numbers of runs); `compute_s`; `best_accuracy` of any run; `finished` (whether all runs are);
-    and the columns of the cell.
+    `compute`: seconds of a worker per local step; None: measured, see `seconds_per_image`. Columns: means of `seconds`,
+    `resolution` (seconds since the previous test), `epoch`, `network_syncs`, `network_bytes`; `seconds_std`; `reached`
+    and `runs` (numbers of runs); `compute_s`; `best_accuracy` of any run; `finished` (whether all runs are); and the
+    columns of the cell.
     """
     tested = table.rows[table.rows["test_accuracy"].notna()].sort_values(["run", "round"])
     cells = table.cells.loc[sorted(tested["cell"].unique())]
@@ -64,23 +64,23 @@ def times_to_target(table: ResultTable, target: float, network: Network, compute
 
 
 def seconds_per_image(table: ResultTable) -> float:
-    """The median over a table's runs of seconds per training image computed, tests included."""
+    """The median over all runs of the recorded seconds, tests included, per training image computed."""
     workers_images = table.runs["workers"] * table.runs["cell"].map(images_per_step(table.cells))
-    pace = table.runs["seconds"] / (table.runs["local_steps"] * workers_images)
-    measured = pace[(pace > 0) & (pace < float("inf"))]
+    seconds = table.runs["seconds"] / (table.runs["local_steps"] * workers_images)
+    measured = seconds[(seconds > 0) & (seconds < float("inf"))]
     if measured.empty:
         raise UserError(f"{table.folder} has no recorded seconds: give --compute, for instance 10ms")
     return float(measured.median())
 
 
 def images_per_step(cells: pd.DataFrame) -> pd.Series:
-    """A worker's images in a step; for the large batch, its share of it."""
+    """The images of a worker in a step; for a large-batch baseline, its K-th part of the batch."""
     batch = cells["config"].map(lambda config: config["batch-size"])
     return batch / cells["workers"].where(cells["baseline"], 1)
 
 
 def time_table(times: pd.DataFrame, table: ResultTable, target: float) -> TextTable:
-    """The times for the terminal, the shortest first."""
+    """The times as a table, the shortest first."""
     shown = ("epoch", *TRAFFIC) if table.with_traffic else ("epoch",)
     rows = []
     for line in times.sort_values("seconds", kind="stable", na_position="last").to_dict("records"):

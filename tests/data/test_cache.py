@@ -110,7 +110,7 @@ def test_a_changed_bit_is_noticed_wherever_it_is(
         path = moments.choice(sorted(folder.iterdir()))
         flip_a_bit(path, moments)
         assert discard_damaged([made.source])
-        assert capsys.readouterr().err == f"the images kept in {folder} are damaged: they are decoded again\n"
+        assert capsys.readouterr().err == f"the cached images in {folder} are damaged: they are decoded again\n"
         assert made.kept()["words"].tolist() == made.kept()["labels"].tolist() == list(b"abc")
         assert made.times == flips + 1
         assert len(folders(tmp_path)) == 1
@@ -152,7 +152,7 @@ def test_a_cache_that_cannot_be_written_is_said_once_and_done_without(
     assert made.times == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert f"images cannot be kept in {tmp_path}/cache/fedsim (Not a directory)" in said
+    assert f"cannot cache images in {tmp_path}/cache/fedsim (Not a directory)" in said
 
 
 def test_a_missing_source_is_for_its_maker_to_tell(made: Made) -> None:
@@ -200,7 +200,7 @@ def test_a_new_process_maps_the_real_images_and_notices_a_changed_bit(real_data:
         file.write(changed)
     restored = read(tmp_path)
     assert restored[:-1] == first[:-1]
-    assert restored[-1] == f"the images kept in {words.parent} are damaged: they are decoded again\n"
+    assert restored[-1] == f"the cached images in {words.parent} are damaged: they are decoded again\n"
     assert sum(path.stat().st_size for path in tmp_path.rglob("*.npy")) > 60_000 * 6400
 
 

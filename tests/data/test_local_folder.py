@@ -1,4 +1,4 @@
-"""Nodes with images of their own: federations within this process, each client with a folder."""
+"""Nodes with their own images: federations in this process in which each client has a folder."""
 
 from __future__ import annotations
 

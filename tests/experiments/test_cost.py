@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from fedsim.config import Config
-from fedsim.experiments.cost import REFERENCE_PACE, cost, flop_per_image, list_studies, measured_paces
+from fedsim.experiments.cost import REFERENCE_FLOPS, cost, flop_per_image, list_studies, measured_rates
 from fedsim.experiments.study import study_names
 from tests.conftest import write_run
 
@@ -39,32 +39,34 @@ def seconds_of(name: str, results: Path) -> float:
 def test_the_list_counts_the_hours_of_a_model_by_its_flop(tmp_path: Path) -> None:
     flop = {"lenet-bn": flop_per_image("lenet-bn", 100), "lenet5": flop_per_image("lenet5", 100)}
     for name, images, model in (("table1", 18 * 3 * 100 * 50_000, "lenet-bn"), ("scaled-small", 24_000_000, "lenet5")):
-        expected = images * flop[model] / REFERENCE_PACE
+        expected = images * flop[model] / REFERENCE_FLOPS
         assert seconds_of(name, tmp_path) == pytest.approx(expected, rel=0.02, abs=180)  # to a tenth of an hour
-    assert list(list_studies([], tmp_path))[-1] == "Hours: run one by one, at 100 GFLOP/s."
+    assert list(list_studies([], tmp_path))[-1] == "Hours: one run after the other, at 100 GFLOP/s."
     (line,) = (
         line for line in list_studies([1], tmp_path) if line.startswith("    18 runs (seed 1): 90,000,000 images")
     )
     assert "116,400 local steps, 0 syncs" in line
 
 
-def test_the_list_takes_the_pace_of_finished_runs(tmp_path: Path) -> None:
+def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
     lenet5 = Config(model="lenet5")
     for name, seconds in (("one", 10.0), ("other", 40.0), ("third", 20.0)):  # 1 epoch of 50,000 images
         write_run(tmp_path / name, lenet5, "centralized", [0.1], seconds=seconds)
+    older = tmp_path / "third" / "config.json"
+    older.write_text(older.read_text().replace('"lr-scaling-batch"', '"reference-batch"'))
     write_run(tmp_path / "short", lenet5, "centralized", [0.1], seconds=1.0)
     write_run(tmp_path / "unfinished", lenet5, "centralized", [0.1], finished=False, seconds=10.0)
     for name, text in (("damaged", "{"), ("foreign", "[]"), ("empty", "{}")):
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(text)
         (tmp_path / name / "config.json").write_text(text)
-    assert measured_paces(tmp_path) == {("lenet5", "fp32"): 2500}
+    assert measured_rates(tmp_path) == {("lenet5", "fp32"): 2500}
     assert seconds_of("scaled-small", tmp_path) == pytest.approx(24_000_000 / 2500, abs=180)
     last = list(list_studies([], tmp_path))[-1]
     assert f"finished runs in {tmp_path}, 2,500 images/s (lenet5, fp32); else at 100 GFLOP/s." in last
 
 
-def test_the_names_of_studies_are_whole_in_a_pipe(tmp_path: Path) -> None:
+def test_the_names_of_studies_are_complete_in_a_pipe(tmp_path: Path) -> None:
     done = subprocess.run(
         [sys.executable, str(ROOT / "run.py"), "study"],
         capture_output=True,

@@ -90,11 +90,13 @@ def test_runs_of_other_settings_are_not_in_the_table_of_a_grid(grid: Grid, tmp_p
     folder = tmp_path / "results" / "grid"
     grid("--clients 1 --local-steps 2")
     text = grid("--clients 2 --local-steps 2 --lr 0.5")
-    assert f"warning: {folder}: 1 runs differ from the study grid and are shown apart: k1-j2-seed2025\n" in text
+    assert (
+        f"warning: {folder}: 1 runs are not part of the study grid and are shown separately: k1-j2-seed2025\n" in text
+    )
     with (folder / "grid.csv").open() as file:
         assert [row["run"] for row in csv.DictReader(file)] == ["k2-j2-seed2025"]
     text = grid("--clients 1 --local-steps 2,4")
-    assert "are shown apart: k2-j2-seed2025\n" in text
+    assert "are shown separately: k2-j2-seed2025\n" in text
     with (folder / "grid.csv").open() as file:
         assert [row["run"] for row in csv.DictReader(file)] == ["k1-j2-seed2025", "k1-j4-seed2025"]
 

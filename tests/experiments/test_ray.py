@@ -258,7 +258,7 @@ def test_a_node_with_other_code_refuses_a_cell(small: Config) -> None:
     from fedsim.experiments import ray_sweep as ray_cells
 
     run_cell: Any = ray_cells._run_cell  # Ray's wrapper of the function
-    with pytest.raises(UserError, match=r"the fedsim in .* differs from this command's: give both one commit"):
+    with pytest.raises(UserError, match=r"the fedsim in .* differs from this command's: use the same commit on both"):
         run_cell._function(Cell((), "localsgd", small), "threads", 1.0, "other")
 
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from fedsim.config import Value
 from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
-from fedsim.experiments.study import FOLDER, TWIN, Study, read_study, study_names
+from fedsim.experiments.study import FOLDER, LARGE_BATCH, Study, read_study, study_names
 from fedsim.optim.lr_schedule import schedule_of
 from fedsim.training.run_plan import run_plan
 
@@ -27,10 +27,10 @@ def written(folder: Path, text: str) -> Study:
 
 
 def cells_of(name: str) -> dict[tuple[Value, ...], int]:
-    """How many seeds each place has."""
+    """The number of seeds of each cell."""
     counts: dict[tuple[Value, ...], int] = {}
     for cell in read_study(name).cells():
-        counts[cell.place] = counts.get(cell.place, 0) + 1
+        counts[cell.coords] = counts.get(cell.coords, 0) + 1
     return counts
 
 
@@ -64,19 +64,19 @@ def test_every_study_is_listed_above() -> None:
     assert sorted(case[0] for case in listed.args[1]) == study_names()
 
 
-def test_a_twin_takes_the_samples_and_the_rate_of_its_column() -> None:
+def test_a_baseline_has_the_samples_and_the_rate_of_its_column() -> None:
     for name in ("kj-equal-epochs", "kj-small"):
         cells = read_study(name).cells([1])
-        twins = {cell.place[0]: cell.config for cell in cells if cell.place[1] == TWIN}
-        assert {cell.mode for cell in cells if cell.place[1] == TWIN} == {"centralized"}
+        baselines = {cell.coords[0]: cell.config for cell in cells if cell.coords[1] == LARGE_BATCH}
+        assert {cell.mode for cell in cells if cell.coords[1] == LARGE_BATCH} == {"centralized"}
         for cell in cells:
             if cell.mode == "localsgd":
-                own, twin = cell.config, twins[cell.config.clients]
-                assert twin.batch_size == own.clients * own.batch_size
-                assert twin.epochs == own.epochs
-                of_twin = schedule_of(twin, Fraction(50_000, twin.batch_size), twin.epochs)
-                assert run_plan(own, training_images(own)).lr.peak == pytest.approx(of_twin.peak)
-                assert of_twin.peak == pytest.approx(0.01 * own.clients)
+                own, baseline = cell.config, baselines[cell.config.clients]
+                assert baseline.batch_size == own.clients * own.batch_size
+                assert baseline.epochs == own.epochs
+                of_baseline = schedule_of(baseline, Fraction(50_000, baseline.batch_size), baseline.epochs)
+                assert run_plan(own, training_images(own)).lr.peak == pytest.approx(of_baseline.peak)
+                assert of_baseline.peak == pytest.approx(0.01 * own.clients)
 
 
 def test_table2_bn_differs_from_table2_in_the_batchnorm_alone() -> None:
@@ -89,7 +89,7 @@ def test_table1_scaled_scales_as_the_text_says() -> None:
     for cell in read_study("table1-scaled").cells([1]):
         peak = schedule_of(cell.config, Fraction(10), 100).peak
         ratio = cell.config.batch_size / 256
-        assert peak == pytest.approx(0.01 * (ratio if cell.place[0] == "linear" else ratio**0.5))
+        assert peak == pytest.approx(0.01 * (ratio if cell.coords[0] == "linear" else ratio**0.5))
         assert (cell.config.warmup_epochs, cell.config.schedule) == (5.0, "cosine")
 
 
@@ -156,17 +156,17 @@ def test_an_unknown_precision_is_named(tmp_path: Path) -> None:
 TWINS = HEAD + "twins = true\n[grid]\nclients = [2]\nlocal-steps = %s\n[set]\nbatch-size = 50\n%s"
 
 
-def test_the_twin_of_a_budget_in_rounds_sees_the_samples_of_its_column(tmp_path: Path) -> None:
-    """50 rounds of 20 steps of 2 workers at batch 50 are 2 epochs of 50,000 images; the key epochs has no say."""
-    (cell, twin) = written(tmp_path, TWINS % ("[20]", "rounds = 50\nepochs = 7.0")).cells()
+def test_the_baseline_of_a_budget_in_rounds_has_the_samples_of_its_column(tmp_path: Path) -> None:
+    """50 rounds of 20 steps of 2 workers at batch 50 are 2 epochs of 50,000 images; the key epochs has no effect."""
+    (cell, baseline) = written(tmp_path, TWINS % ("[20]", "rounds = 50\nepochs = 7.0")).cells()
     plan = run_plan(cell.config, 50_000)
-    assert (twin.config.epochs, twin.config.batch_size) == (2.0, 100)
-    assert plan.first_step(plan.rounds + 1) * twin.config.batch_size == twin.config.epochs * 50_000
+    assert (baseline.config.epochs, baseline.config.batch_size) == (2.0, 100)
+    assert plan.first_step(plan.rounds + 1) * baseline.config.batch_size == baseline.config.epochs * 50_000
 
 
-def test_the_twin_of_sampled_clients_has_the_batch_of_a_round(tmp_path: Path) -> None:
-    (_, twin) = written(tmp_path, TWINS % ("[20]", "fraction = 0.5\nrounds = 100")).cells()
-    assert (twin.config.epochs, twin.config.batch_size) == (2.0, 50)
+def test_the_baseline_of_sampled_clients_has_the_batch_of_a_round(tmp_path: Path) -> None:
+    (_, baseline) = written(tmp_path, TWINS % ("[20]", "fraction = 0.5\nrounds = 100")).cells()
+    assert (baseline.config.epochs, baseline.config.batch_size) == (2.0, 50)
 
 
 @pytest.mark.parametrize(
@@ -174,19 +174,22 @@ def test_the_twin_of_sampled_clients_has_the_batch_of_a_round(tmp_path: Path) ->
     [
         (
             TWINS % ("[10, 20]", "rounds = 50"),
-            "twins = true: clients = 2 has cells of epochs = 1.0 and 2.0, and one twin for all: give them the same, "
+            "twins = true: clients = 2 has cells with epochs = 1.0 and 2.0, but one baseline: give them the same, "
             "a budget in epochs instead of rounds",
         ),
-        (TWINS % ("[20]", "rounds = 60"), "twins = true: clients = 2 trains for 2.4 epochs, and a twin for whole ones"),
+        (
+            TWINS % ("[20]", "rounds = 60"),
+            "twins = true: clients = 2 trains for 2.4 epochs, but a baseline needs whole ones",
+        ),
         (TWINS % ("[20]", "epochs = 2.5"), "twins = true: clients = 2 trains for 2.5 epochs"),
         (
             TWINS % ("[10, 20]", "[[case]]\nwhen = {local-steps = [20]}\nset = {lr = 0.02}"),
-            "twins = true: clients = 2 has cells of lr = 0.01 and 0.02, and one twin for all",
+            "twins = true: clients = 2 has cells with lr = 0.01 and 0.02, but one baseline",
         ),
         ((TWINS % ("[20]", "")).replace("localsgd", "centralized"), "grid clients: results of mode centralized do not"),
     ],
 )
-def test_a_column_without_one_twin_is_refused(tmp_path: Path, text: str, message: str) -> None:
+def test_a_column_without_one_baseline_is_refused(tmp_path: Path, text: str, message: str) -> None:
     with pytest.raises(UserError) as caught:
         written(tmp_path, text)
     assert str(caught.value).startswith(f"mine.toml: {message}")
@@ -205,7 +208,7 @@ def test_a_column_without_one_twin_is_refused(tmp_path: Path, text: str, message
         ("case = 3", "mine.toml: case = 3 is not a list"),
         ("[grid]\nclients = 4", "mine.toml: grid clients = 4 is not a list: for instance [4]"),
         ("[grid]\nclients = []", "mine.toml: clients = [] must have one value or more"),
-        ("[grid]\nlr = [1, 1.0]", "mine.toml: lr = [1.0, 1.0] must have one value or more, and none of them twice"),
+        ("[grid]\nlr = [1, 1.0]", "mine.toml: lr = [1.0, 1.0] must have one value or more, without duplicates"),
         ("[grid]\nclients = [[4]]", "mine.toml: clients = [4] is not a whole number"),
         ("[grid]\ndata-dir = ['a', 'b']", "mine.toml: grid data-dir: results of mode localsgd do not depend on it"),
         ("[set]\nname = 'a'", "mine.toml: set name: a study cannot set it"),

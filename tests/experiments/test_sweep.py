@@ -81,7 +81,7 @@ def finished_runs(table: ResultTable) -> list[int]:
     return cells
 
 
-def test_a_study_runs_every_cell_and_twin_in_its_folder_and_shows_its_table(study: Study, tiny: Path) -> None:
+def test_a_study_runs_every_cell_and_baseline_in_its_folder_and_shows_its_table(study: Study, tiny: Path) -> None:
     text = study()
     folder = tiny.parent / "results" / "tiny"
     names = {f"k{k}-{what}-seed{seed}" for k in (1, 2) for what in ("j2", "twin") for seed in (1, 2)}
@@ -147,7 +147,7 @@ def test_everything_is_checked_before_the_first_run(study: Study, tiny: Path) ->
 
 
 def test_two_studies_of_one_name_are_refused(study: Study, tiny: Path) -> None:
-    with pytest.raises(UserError, match="studies tiny, tiny: give no name twice"):
+    with pytest.raises(UserError, match="studies tiny, tiny: give each name once"):
         study(str(tiny))
     assert not (tiny.parent / "results").exists()
 

@@ -20,7 +20,7 @@ from fedsim.config import Config
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.flwr_run import copy_app, federation, superlink
-from fedsim.federation.processes import cleanup, marked, running
+from fedsim.processes import cleanup, marked, running
 from tests.conftest import assert_same_bits, final_model, rows_of
 
 ROOT = Path(__file__).parents[2]

@@ -35,7 +35,7 @@ def papers_lenet_bn(model: LeNetBN, x: Tensor) -> Tensor:
 
 
 def test_lenet_bn_is_the_papers_layers_in_their_order_bitwise() -> None:
-    """Loss and gradients: that ReLU comes after the pooling here changes no bit."""
+    """Loss and gradients are the same bits, although ReLU comes after the pooling here."""
     model = build_model("lenet-bn", 100, 0)
     assert isinstance(model, LeNetBN)
     model.dropout1.eval()
@@ -110,7 +110,7 @@ def test_dropout_of_replicas_is_that_of_each_alone() -> None:
 
 def test_dropout_of_whole_channels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(MODELS, "unusual", lambda classes: Unusual(classes, nn.Dropout2d(0.5)))
-    with pytest.raises(UserError, match=r"part \(Dropout2d\) draws from the process's global random state: use nn.D"):
+    with pytest.raises(UserError, match=r"part \(Dropout2d\) draws from torch's global generator: use nn.D"):
         build_model("unusual", 10, 0)
 
 

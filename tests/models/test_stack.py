@@ -1,4 +1,4 @@
-"""Stacked copies of a network compute what each computes alone, or are refused by the name of what is not known."""
+"""Stacked copies of a network compute the same as each copy alone, or the unsupported operation is named."""
 
 from __future__ import annotations
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 import pickle
 from collections.abc import Callable
@@ -15,13 +16,14 @@ from timm.optim.lamb import Lamb
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from fedsim.optim.lamb import LAMB
 from tests.conftest import NEEDS_GPU
+from tests.optim import small_net
+from tests.optim.small_net import GROUPINGS, Net, calls_of_second_step, close, difference, groups, vector
 
-STEPS = 100
-GROUPINGS = ("all", "matrices", "none")
+train = functools.partial(small_net.train, rate=small_net.warmup_cosine(0.01))
+trained = functools.partial(small_net.trained, rate=small_net.warmup_cosine(0.01))
 PAPER: dict[str, Any] = {"bias_correction": "moments", "clamp_value": None}
 ALL_SWITCHES: dict[str, Any] = {
     "betas": (0.8, 0.99),
@@ -30,67 +32,6 @@ ALL_SWITCHES: dict[str, Any] = {
     "clamp_value": 0.5,
     "adapt_undecayed": False,
 }
-
-
-class Net(nn.Module):
-    """Has parameters that are zero at first, one whose gradient is always zero, and one that never has a gradient."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.conv = nn.Conv2d(2, 4, 3, bias=False)  # a bias before BN has nothing but rounding errors as its gradient
-        self.bn = nn.BatchNorm2d(4)
-        self.fc = nn.Linear(64, 3)
-        self.idle = nn.Parameter(torch.ones(3))
-        self.unused = nn.Parameter(torch.ones(3))
-        nn.init.zeros_(self.fc.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        logits: Tensor = self.fc(self.bn(self.conv(x)).relu().flatten(1))
-        return logits + 0 * self.idle
-
-
-def groups(net: nn.Module, decay_on: str, weight_decay: float = 0.01) -> list[dict[str, Any]]:
-    params = list(net.parameters())
-    if decay_on == "all":
-        return [{"params": params, "weight_decay": weight_decay}]
-    if decay_on == "none":
-        return [{"params": params, "weight_decay": 0.0}]
-    return [
-        {"params": [p for p in params if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in params if p.ndim <= 1], "weight_decay": 0.0},
-    ]
-
-
-def varying(step: int) -> float:
-    """Warm up to 0.01 over 10 steps, then a cosine down to 0."""
-    return 0.001 * (step + 1) if step < 10 else 0.005 * (1 + math.cos(math.pi * (step - 10) / (STEPS - 10)))
-
-
-def train(net: nn.Module, optimizer: Optimizer, steps: range) -> None:
-    """`steps` on batches that depend on the step alone, as the rate does."""
-    for step in steps:
-        for group in optimizer.param_groups:
-            if isinstance(group["lr"], Tensor):
-                group["lr"].fill_(varying(step))
-            else:
-                group["lr"] = varying(step)
-        generator = torch.Generator().manual_seed(step)
-        x = torch.randn(8, 2, 6, 6, dtype=torch.float64, generator=generator)
-        y = torch.randint(3, (8,), generator=generator)
-        optimizer.zero_grad()
-        nn.functional.cross_entropy(net(x), y).backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-
-
-def trained(make: Callable[[nn.Module], Optimizer], steps: int = STEPS) -> nn.Module:
-    net = Net().double()
-    train(net, make(net), range(steps))
-    return net
-
-
-def difference(a: nn.Module, b: nn.Module) -> float:
-    return max((p - q).abs().max().item() for p, q in zip(a.parameters(), b.parameters(), strict=True))
 
 
 @pytest.mark.parametrize("decay_on", GROUPINGS)
@@ -147,16 +88,6 @@ def test_the_three_bias_corrections_differ() -> None:
     nets = [trained(make(correction)) for correction in ("none", "step-size", "moments")]
     for i in range(3):
         assert difference(nets[i], nets[i - 1]) > 1e-3
-
-
-def vector(*values: float, grad: tuple[float, ...]) -> nn.Parameter:
-    parameter = nn.Parameter(torch.tensor(values, dtype=torch.float64))
-    parameter.grad = torch.tensor(grad, dtype=torch.float64)
-    return parameter
-
-
-def close(actual: Tensor, *expected: float) -> None:
-    torch.testing.assert_close(actual.detach(), torch.tensor(expected, dtype=torch.float64), rtol=1e-14, atol=1e-14)
 
 
 # b1 = 3/4 and b2 = 15/16: after the first step m = g/4 and sqrt(v) = |g|/4, corrected g and |g|
@@ -247,35 +178,12 @@ def test_a_tensor_rate_is_a_rate(decay_on: str, correction: str) -> None:
     assert difference(trained(make(0.1), 50), trained(make(torch.tensor(0.1, dtype=torch.float64)), 50)) <= 1e-14
 
 
-class Calls(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the name of every operator that runs."""
-
-    def __init__(self) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.names: list[str] = []
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.names.append(func._schema.name)
-        return func(*args, **(kwargs or {}))
-
-
-def calls_of_second_step(parameters: int, **options: Any) -> Calls:
-    generator = torch.Generator().manual_seed(0)
-    params = [nn.Parameter(torch.randn(3, 2, generator=generator)) for _ in range(parameters)]
-    for p in params:
-        p.grad = torch.ones_like(p)
-    optimizer = LAMB(params, **options)
-    optimizer.step()
-    with Calls() as calls:
-        optimizer.step()
-    return calls  # type: ignore[no-any-return]
-
-
 @pytest.mark.parametrize("weight_decay", [0, 0.1])
 @pytest.mark.parametrize("switches", [{}, {"bias_correction": "step-size"}, ALL_SWITCHES])
 def test_step_is_multi_tensor_and_reads_nothing_back(weight_decay: float, switches: dict[str, Any]) -> None:
     few, many = (
-        calls_of_second_step(n, lr=torch.tensor(0.1), weight_decay=weight_decay, **switches).names for n in (2, 20)
+        calls_of_second_step(LAMB, n, lr=torch.tensor(0.1), weight_decay=weight_decay, **switches).names
+        for n in (2, 20)
     )
     assert few == many
     assert not {"aten::_local_scalar_dense", "aten::item", "aten::is_nonzero", "aten::equal"} & set(many)

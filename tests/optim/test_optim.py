@@ -38,7 +38,7 @@ def take(model: nn.Module, optimizer: torch.optim.Optimizer, steps: range) -> No
 
 
 @pytest.mark.parametrize("keys", EVERY)
-def test_state_taken_out_and_put_into_another_optimizer_goes_on_bitwise(keys: dict[str, Any]) -> None:
+def test_a_state_loaded_into_another_optimizer_continues_bitwise(keys: dict[str, Any]) -> None:
     config = Config().changed(keys)
     model = build_model("lenet5", 10, 0)
     optimizer = build_optimizer(config, named(model))
@@ -131,7 +131,7 @@ def test_the_papers_switches_reach_fedsims_optimizers() -> None:
 
 
 @pytest.mark.parametrize("keys", EVERY)
-def test_an_empty_state_forgets(keys: dict[str, Any]) -> None:
+def test_an_empty_state_resets(keys: dict[str, Any]) -> None:
     config = Config().changed(keys)
     model = build_model("lenet5", 10, 0)
     optimizer = build_optimizer(config, named(model))

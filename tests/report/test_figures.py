@@ -10,7 +10,7 @@ import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 from fedsim.config import Config
-from fedsim.experiments.study import TWIN, read_study
+from fedsim.experiments.study import LARGE_BATCH, read_study
 from fedsim.report.figures import BYTES, EPOCHS, SYNCS, Plot, XAxis, mean_curves, pareto_front, plot_accuracy, plots_of
 from fedsim.report.result_table import ResultTable, read_tables
 from fedsim.report.tables import csv_text
@@ -43,12 +43,12 @@ def test_an_unfinished_run_is_a_curve_only_where_nothing_is_finished(study: Path
     (table,), _ = read_tables(study)
     assert set(curve(table, EPOCHS, 4, 8)["runs"]) == {1}
     assert set(curve(table, EPOCHS, 2, 1)["runs"]) == {1}
-    assert curve(table, EPOCHS, 4, TWIN).empty
+    assert curve(table, EPOCHS, 4, LARGE_BATCH).empty
 
 
 def test_the_baselines_curve_along_bytes_is_data_parallel_sgd(table: ResultTable) -> None:
-    assert list(curve(table, BYTES, 2, TWIN)["bytes"]) == [rounds * 8 * 2 * 2 * 250 * 4 for rounds in (1, 3, 4)]
-    assert list(curve(table, SYNCS, 2, TWIN)["syncs"]) == [8, 24, 32]
+    assert list(curve(table, BYTES, 2, LARGE_BATCH)["bytes"]) == [rounds * 8 * 2 * 2 * 250 * 4 for rounds in (1, 3, 4)]
+    assert list(curve(table, SYNCS, 2, LARGE_BATCH)["syncs"]) == [8, 24, 32]
 
 
 def test_the_front_costs_more_and_gains_more_at_every_step() -> None:
@@ -105,7 +105,7 @@ def test_many_cells_with_long_names_are_not_cut(tmp_path: Path) -> None:
 
 def test_accuracy_by_cell_holds_finished_runs_alone(table: ResultTable) -> None:
     rows = {tuple(row[:2]): row[2:] for row in plot_accuracy(table).numbers.to_numpy().tolist()}
-    assert rows.keys() == {(2, 1), (2, 8), (2, TWIN), (4, 1)}
+    assert rows.keys() == {(2, 1), (2, 8), (2, LARGE_BATCH), (4, 1)}
     assert rows[2, 8] == pytest.approx([53, 2 / 2**0.5, 2])
     assert rows[4, 1] == pytest.approx([42, 0, 1])
 

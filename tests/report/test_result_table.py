@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from fedsim.config import Config
-from fedsim.experiments.study import TWIN, read_study, study_names
+from fedsim.experiments.study import LARGE_BATCH, read_study, study_names
 from fedsim.report.paper_values import PaperValue, paper_value
 from fedsim.report.result_table import ResultTable, label, read_tables
 from tests.conftest import write_run
@@ -26,7 +26,7 @@ def test_a_half_finished_study_keeps_the_cells_that_are_missing(study: Path) -> 
     table, warnings = only(study.parent)
     assert warnings == []
     assert (table.name, table.title, table.axes) == ("mine", "A study of the tests", ("clients", "local-steps"))
-    assert runs_by_cell(table) == {(2, 1): 2, (2, 8): 2, (4, 1): 1, (4, 8): 1, (2, TWIN): 2, (4, TWIN): 0}
+    assert runs_by_cell(table) == {(2, 1): 2, (2, 8): 2, (4, 1): 1, (4, 8): 1, (2, LARGE_BATCH): 2, (4, LARGE_BATCH): 0}
     assert list(table.cells["expected"]) == [2] * 6
     assert list(table.cells["workers"]) == [2, 2, 4, 4, 2, 4]
     assert list(table.cells["baseline"]) == [False] * 4 + [True] * 2
@@ -45,7 +45,7 @@ def test_an_unfinished_run_counts_only_where_nothing_is_finished(study: Path) ->
 def test_a_run_that_the_study_does_not_describe_is_shown_apart(study: Path) -> None:
     write_run(study / "k9-j1-seed1", Config(dataset="synthetic", clients=9, lr=0.7, seed=1), "localsgd", [0.3])
     (table, other), (warning,) = read_tables(study)
-    assert "1 runs differ from the study mine and are shown apart: k9-j1-seed1" in warning
+    assert "1 runs are not part of the study mine and are shown separately: k9-j1-seed1" in warning
     assert len(table.runs) == 8
     assert list(other.runs["run"]) == ["k9-j1-seed1"]
     assert other.name == "mine-other"
@@ -79,7 +79,7 @@ def test_a_duplicate_counts_once_and_the_finished_one(study: Path) -> None:
 @pytest.mark.parametrize(
     "content", [b"mode = 3", b"\xff", b"title = 3\nmode = 'localsgd'\ngrid = 3", b"x = " + 9999 * b"["]
 )
-def test_a_stored_study_that_cannot_be_read_costs_the_study_alone(study: Path, content: bytes) -> None:
+def test_the_runs_of_a_stored_study_that_cannot_be_read_are_shown_without_it(study: Path, content: bytes) -> None:
     (study / "study.toml").write_bytes(content)
     table, (warning,) = only(study)
     assert "is shown without its study" in warning
@@ -87,7 +87,7 @@ def test_a_stored_study_that_cannot_be_read_costs_the_study_alone(study: Path, c
     assert len(table.runs) == 8
 
 
-def test_runs_of_no_study_go_by_the_keys_in_which_they_differ(tmp_path: Path) -> None:
+def test_runs_without_a_study_are_arranged_by_the_keys_in_which_they_differ(tmp_path: Path) -> None:
     for lr in (0.1, 0.2):
         for steps in (1, 5):
             config = Config(lr=lr, local_steps=steps)
@@ -95,11 +95,9 @@ def test_runs_of_no_study_go_by_the_keys_in_which_they_differ(tmp_path: Path) ->
     table, _ = only(tmp_path)
     assert table.axes == ("lr", "local-steps")
     assert list(table.cells["coords"]) == [(0.1, 1), (0.1, 5), (0.2, 1), (0.2, 5)]
-    (table,), _ = read_tables(tmp_path, axes=("clients", "local-steps"))
-    assert table.axes == ("clients", "local-steps")
 
 
-def test_runs_that_differ_in_much_go_by_their_names(tmp_path: Path) -> None:
+def test_runs_that_differ_in_many_keys_are_listed_by_name(tmp_path: Path) -> None:
     write_run(tmp_path / "some" / "one-seed1", Config(seed=1), "localsgd", [0.5])
     write_run(tmp_path / "some" / "one-seed2", Config(seed=2), "localsgd", [0.5])
     write_run(tmp_path / "some" / "other", Config(optimizer="lars", lr=0.7), "centralized", [0.5])
@@ -115,7 +113,7 @@ def test_every_cell_of_the_papers_tables_has_the_papers_value() -> None:
     known = {"table1": 18, "table2": 6, "table2-bn": 6, "table1-scaled": 12}
     for name in study_names():
         study = read_study(name)
-        found = {cell.place: paper_value(study.compare, cell.config.identity(cell.mode)) for cell in study.cells()}
+        found = {cell.coords: paper_value(study.compare, cell.config.identity(cell.mode)) for cell in study.cells()}
         assert sum(value is not None for value in found.values()) == known.get(name, 0)
         if name == "table1":
             assert found["lars", 2048] == PaperValue(56.91, 56.91, "")

@@ -72,7 +72,7 @@ def test_progress_and_provenance_are_told(table: ResultTable) -> None:
 
 
 def test_the_papers_values_stand_beside_with_the_difference(tmp_path: Path) -> None:
-    cells = {cell.place: cell for cell in read_study("table1").cells([1])}
+    cells = {cell.coords: cell for cell in read_study("table1").cells([1])}
     for place, accuracies in ((("sgdm", 256), [0.53, 0.52]), (("lars", 256), [0.5, 0.5])):
         config = cells[place].config
         write_run(tmp_path / "table1" / config.name, config, "centralized", list(accuracies))
@@ -87,7 +87,7 @@ def test_the_papers_values_stand_beside_with_the_difference(tmp_path: Path) -> N
 
 
 def test_a_comment_on_the_papers_value_is_told(tmp_path: Path) -> None:
-    cell = next(cell for cell in read_study("table2").cells([1]) if cell.place == (12, 20))
+    cell = next(cell for cell in read_study("table2").cells([1]) if cell.coords == (12, 20))
     write_run(tmp_path / "table2" / str(cell.config.name), cell.config, cell.mode, [0.1, 0.3955])
     (table,), _ = read_tables(tmp_path)
     (note,) = (note for note in notes(table) if note.startswith("The paper's value at K = 12, J = 20: "))

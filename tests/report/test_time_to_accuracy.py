@@ -10,7 +10,7 @@ from rich.console import Console
 
 from fedsim.config import Config
 from fedsim.errors import UserError
-from fedsim.experiments.study import TWIN
+from fedsim.experiments.study import LARGE_BATCH
 from fedsim.report.network import Network
 from fedsim.report.result_table import ResultTable, read_tables
 from fedsim.report.time_to_accuracy import plot_times, seconds_per_image, time_table, time_to_accuracy, times_to_target
@@ -37,9 +37,9 @@ def test_the_time_of_each_cell_by_hand(table: ResultTable) -> None:
     # J = 1, seed 1 has 0.43 and 0.42: round 3 too; 24 syncs, 3 * 8000 bytes up and down
     assert found[2, 1] == pytest.approx(2.4 + 24 + 48)
     # The large batch: a sync a step, 250 parameters of 4 bytes up and down
-    assert found[2, TWIN] == pytest.approx(2.4 + 24 + 24 * 2 * 1000 / 1000)
+    assert found[2, LARGE_BATCH] == pytest.approx(2.4 + 24 + 24 * 2 * 1000 / 1000)
     assert found[4, 8] == pytest.approx(2.4 + 3 + 6)  # unfinished, and already there
-    assert (4, TWIN) not in found
+    assert (4, LARGE_BATCH) not in found
 
 
 def test_a_shared_link_carries_the_bytes_of_all(table: ResultTable) -> None:
@@ -63,7 +63,7 @@ def test_one_worker_takes_as_long_as_its_large_batch_baseline(tmp_path: Path) ->
     write_run(tmp_path / "k1-j1", Config(clients=1, local_steps=1), "localsgd", [0.1, 0.5], bytes_up=5e6)
     write_run(tmp_path / "twin", Config(clients=1), "centralized", [0.1, 0.5], local_steps=10, syncs=0)
     (table,), _ = read_tables(tmp_path)
-    assert seconds(table) == pytest.approx({(1, 1): 2.0, (1, TWIN): 2.0})
+    assert seconds(table) == pytest.approx({(1, 1): 2.0, (1, LARGE_BATCH): 2.0})
 
 
 def test_the_resolution_is_told_and_a_smaller_deviation_is_not(study: Path, table: ResultTable) -> None:

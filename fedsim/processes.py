@@ -1,4 +1,4 @@
-"""Processes that end with the block that started them: they are found by a mark in their environment."""
+"""End all processes that a command has started: they are found by a mark in their environment."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ STOP_SECONDS = 5  # from SIGTERM to SIGKILL
 
 
 def new_mark() -> dict[str, str]:
-    """Environment variables that no other process has; what is started with them passes them on to its children.
+    """Environment variables that no other process has. Child processes inherit them.
 
-    So a process is found also if it begins a session or outlives its parent.
+    So a process is found even if it starts a new session or outlives its parent.
     """
-    # Ray's processes change their titles; without SPT_NOENV that would overwrite their environment
+    # Ray's processes change their titles, which overwrites their environment without SPT_NOENV
     return {f"FEDSIM_STARTED_{secrets.token_hex(8)}": "1", "SPT_NOENV": "1"}
 
 
@@ -34,7 +34,7 @@ def marked(mark: Mapping[str, str]) -> list[psutil.Process]:
 
 
 def end_marked(mark: Mapping[str, str]) -> None:
-    """End every process with `mark` by SIGTERM, and after `STOP_SECONDS` by SIGKILL, until none is left."""
+    """Terminate every process with `mark`; after `STOP_SECONDS`, kill them until none is left."""
     stop = psutil.Process.terminate
     while processes := marked(mark):
         for process in processes:
@@ -46,7 +46,7 @@ def end_marked(mark: Mapping[str, str]) -> None:
 
 @contextlib.contextmanager
 def cleanup(clean: Callable[[], object]) -> Iterator[None]:
-    """Call `clean` after the block, also where a signal raises an exception meanwhile; it may be called twice."""
+    """Context manager: call `clean` at its end, again if a signal raises an exception during the first call."""
     try:
         try:
             yield
@@ -60,9 +60,9 @@ def cleanup(clean: Callable[[], object]) -> Iterator[None]:
 def running(
     command: Sequence[str], env: Mapping[str, str], output: IO[bytes], cwd: Path | None = None
 ) -> Iterator[tuple[subprocess.Popen[bytes], dict[str, str]]]:
-    """Start `command` in a session, in `env` and a mark; yields the process and the mark.
+    """Context manager: start `command` in a new session with `env` and a mark; yields the process and the mark.
 
-    After the block every process with that mark is ended.
+    At its end, every process with that mark is ended.
     """
     mark = new_mark()
     started: list[subprocess.Popen[bytes]] = []

@@ -1,0 +1,62 @@
+"""The format of a checkpoint file: the output of `torch.save`, a seal, and the SHA-256 of that output."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+SEAL = b"fedsim checkpoint, SHA-256: "
+
+
+class InvalidCheckpoint(Exception):
+    """Why a run cannot be resumed from a checkpoint."""
+
+
+def serialize(content: Mapping[str, Any]) -> memoryview:
+    """The output of `torch.save`, in memory: when it writes to a file itself, its error hides the cause."""
+    buffer = io.BytesIO()
+    torch.save(dict(content), buffer)
+    return buffer.getbuffer()
+
+
+def seal(serialized: memoryview) -> bytes:
+    """What follows `serialized` in its file."""
+    return SEAL + hashlib.sha256(serialized).digest()
+
+
+def parse_checkpoint(content: bytes) -> dict[str, Any]:
+    """The checkpoint in the `content` of its file; raises `InvalidCheckpoint` if any byte has changed."""
+    size = len(SEAL) + hashlib.sha256().digest_size
+    serialized = memoryview(content)[:-size]
+    if content[-size:] != seal(serialized):
+        older = content[-22:-18] == b"PK\5\6"  # the end of a zip file: version 2 had no seal
+        raise InvalidCheckpoint("is of another version of fedsim" if older else "is damaged")
+    try:
+        checkpoint = torch.load(io.BytesIO(serialized), map_location="cpu", weights_only=True)
+    except Exception as error:  # torch does not document what it raises
+        raise InvalidCheckpoint("is damaged") from error
+    if not isinstance(checkpoint, dict):
+        raise InvalidCheckpoint("is damaged")
+    return checkpoint
+
+
+def mismatch(state: Mapping[str, Any], like: Mapping[str, Any]) -> str:
+    """The first difference of `state` from `like` in keys, types or shapes, or "". An empty mapping matches any."""
+    for name, wanted in like.items():
+        if name not in state:
+            return f"it has no {name}"
+        value = state[name]
+        if isinstance(wanted, Tensor) and isinstance(value, Tensor):
+            if (value.shape, value.dtype) != (wanted.shape, wanted.dtype):
+                return f"{name} is {value.dtype} {list(value.shape)}, not {wanted.dtype} {list(wanted.shape)}"
+        elif isinstance(wanted, Mapping) and isinstance(value, Mapping):
+            if wanted and (difference := mismatch(value, wanted)):
+                return f"in {name}, {difference}"
+        elif not isinstance(value, type(wanted)):
+            return f"{name} is of type {type(value).__name__}, not {type(wanted).__name__}"
+    return ""

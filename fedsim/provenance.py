@@ -1,0 +1,45 @@
+"""The origin of a result: device, commit, command and versions."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedsim import __version__
+
+PACKAGES = ("flwr", "torch", "torchvision", "torch-optimizer", "numpy")
+
+
+def provenance(device: str) -> dict[str, Any]:
+    """What summaries and benchmark files record of their origin."""
+    cpu = platform.processor() or platform.machine()
+    name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
+    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {
+        "device": f"{device} ({name})",
+        **(json.loads(os.environ.get("FEDSIM_ORIGIN", "null")) or origin()),
+        "versions": {"python": platform.python_version(), "fedsim": __version__, **versions},
+    }
+
+
+def origin() -> dict[str, str]:
+    """The commit of the checkout and the command of this process; child processes get both by FEDSIM_ORIGIN."""
+    return {"commit": _commit(), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
+
+
+def _commit() -> str:
+    """The checkout's commit, with + where files differ from it; empty outside a checkout."""
+    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]
+    try:
+        return subprocess.run(git, capture_output=True, text=True, timeout=10, check=True).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return ""
