@@ -13,6 +13,7 @@ import functools
 import math
 import os
 import re
+import sys
 import unicodedata
 from collections.abc import Hashable, Iterator, Mapping
 from typing import Annotated, Any, Literal, get_args, get_origin
@@ -35,6 +36,11 @@ from fedsim.errors import UserError
 Mode = Literal["centralized", "localsgd"]
 Engine = Literal["auto", "threads", "stacked", "flower"]  # how the clients of a run are trained
 Value = bool | int | float | str
+Outer = Literal[
+    "none", "fedavgm", "slowmo", "diloco", "fedadam", "fedyogi", "fedadagrad",  # named methods
+    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd",
+    "yogi",
+]  # fmt: skip
 
 MAX_THREADS = 1024  # of one training step; more than a process can start crash it
 MAX_NAME_BYTES = 255  # of a file system
@@ -109,6 +115,34 @@ def _milestones(value: str) -> str:
         epochs = [math.nan]
     if not all(0 < epoch < math.inf for epoch in epochs) or epochs != sorted(set(epochs)):
         raise ValueError("is out of range: it must be ascending epochs, for instance 50,60")
+    return value
+
+
+Argument = bool | float | tuple[float, ...]
+
+
+def arguments_of(text: str) -> dict[str, Argument]:
+    """The arguments in a text such as ``lr=0.7, nesterov=true, betas=0.9:0.99``, where colons part a tuple's numbers.
+
+    Raises ValueError where it is not of this form.
+    """
+    arguments: dict[str, Argument] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        values = [_number_or_bool(number) for number in value.split(":")]
+        tuple_of_bools = len(values) > 1 and any(isinstance(each, bool) for each in values)
+        if not name.isidentifier() or name in arguments or tuple_of_bools or not all(map(_is_argument, values)):
+            raise ValueError("must be names with numbers, true or false, for instance lr=0.7, momentum=0.9")
+        arguments[name] = values[0] if len(values) == 1 else tuple(values)
+    return arguments
+
+
+def _is_argument(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def _arguments(value: str) -> str:
+    arguments_of(value)
     return value
 
 
@@ -230,6 +264,10 @@ class Config(BaseModel, frozen=True):
     """Seconds to wait for the replies of a round, with Flower's engines; 0: no timeout."""
     strategy: Annotated[Literal["localsgd"], LOCALSGD] = "localsgd"
     """How the server aggregates."""
+    outer: Annotated[Outer, LOCALSGD] = "none"
+    """The server's optimizer on the mean of the clients' models; none: the mean itself."""
+    outer_args: Annotated[Text, AfterValidator(_arguments), LOCALSGD] = ""
+    """Arguments of outer over its defaults, for instance lr=0.7, momentum=0.9, nesterov=true."""
     momentum_at_sync: Annotated[Literal["keep", "reset", "average"], LOCALSGD] = "keep"
     """Keep, reset or average the clients' optimizer states at each sync."""
     batchnorm_at_sync: Annotated[Literal["average", "first-worker"], LOCALSGD] = "average"

@@ -10,7 +10,7 @@ from __future__ import annotations
 import logging
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from strategies.batchnorm import merge
 from strategies.mean import mean
+from strategies.outer import OuterStep
 from strategies.screening import Request, Rules, Update, not_finite, screen
 from strategies.sections import BUFFERS, Sections, join, split
 from strategies.tensor_array import tensor_record, tensors_of
@@ -50,7 +51,8 @@ class LocalSGD(FedAvg):
     Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples` and reports
     each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
     `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged: ``average`` or ``first-worker`` (the first
-    worker averaged). Other arguments are FedAvg's.
+    worker averaged). `outer` is the server's step on the mean of the parameters, and `lr` gives the workers' learning
+    rate at the end of a round. Other arguments are FedAvg's.
     """
 
     def __init__(
@@ -64,6 +66,8 @@ class LocalSGD(FedAvg):
         other_records: Sequence[str] = (),
         batchnorm: Mapping[str, str] | None = None,
         batchnorm_at_sync: str = "average",
+        outer: OuterStep | None = None,
+        lr: Callable[[int], float] = lambda round_: 1.0,
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
@@ -73,6 +77,8 @@ class LocalSGD(FedAvg):
         self.min_updates = min_updates
         self.batchnorm = dict(batchnorm or {})
         self.batchnorm_at_sync = batchnorm_at_sync
+        self.outer = outer or OuterStep(None)
+        self.lr = lr
         variances = [BUFFERS + name for name, entry in self.batchnorm.items() if entry == "running_var"]
         self.rules = Rules(self.arrayrecord_key, self.weighted_by_key, max_examples, metrics, variances, other_records)
 
@@ -125,12 +131,12 @@ class LocalSGD(FedAvg):
     def server_step(
         self, x: dict[str, Tensor], mean: dict[str, Tensor], state: State, round_: int
     ) -> tuple[dict[str, Tensor], State]:
-        """The parameters after a round, from those before it and the mean of the workers' (here: the mean itself).
+        """The parameters after a round, by the outer step, from those before it and the mean of the workers'.
 
         `state`, tensors and numbers by name, is what the server remembers between rounds: {} before the first, then
         what the last call returned. Neither argument may be changed in place.
         """
-        return mean, state
+        return self.outer(x, mean, state, self.lr(round_))
 
     def _server_step(
         self, x: dict[str, Tensor], mean: dict[str, Tensor], state: State, round_: int

@@ -9,8 +9,8 @@ from dataclasses import dataclass, field, replace
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import nn
 
-from fedsim.config import Config
-from fedsim.errors import RunFailed
+from fedsim.config import Config, arguments_of
+from fedsim.errors import RunFailed, UserError
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import (
@@ -27,6 +27,7 @@ from fedsim.records import Row
 from fedsim.training.run_plan import RunPlan
 from strategies import STRATEGIES, LocalSGD, batchnorm_buffers, buffers_of, join, payload_bytes, sections, tensor_record
 from strategies.local_sgd import State
+from strategies.outer import OuterStep, outer_step
 from strategies.screening import Request
 
 
@@ -73,7 +74,17 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         other_records=[MEMORY],
         batchnorm=batchnorm_buffers(model),
         batchnorm_at_sync=config.batchnorm_at_sync,
+        outer=outer_step_of(config),
+        lr=lambda round_: plan.rates(round_)[-1],
     )
+
+
+def outer_step_of(config: Config) -> OuterStep:
+    """The server's step; raises UserError where its optimizer does not take its arguments."""
+    try:
+        return outer_step(config.outer, **arguments_of(config.outer_args))
+    except ValueError as error:
+        raise UserError(f"outer-args = {config.outer_args}: {error}") from error
 
 
 def train_round(
