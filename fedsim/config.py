@@ -42,6 +42,7 @@ Outer = Literal[
     "yogi",
 ]  # fmt: skip
 
+MAX_LOCAL_STEPS = 10**6
 MAX_THREADS = 1024  # of one training step; more than a process can start crash it
 MAX_NAME_BYTES = 255  # of a file system
 SHOWN = 60  # characters of a refused value
@@ -146,12 +147,32 @@ def _arguments(value: str) -> str:
     return value
 
 
+def table_of(text: str) -> list[tuple[float, int]]:
+    """The epochs and local steps in a text such as ``10:1,50:16``; a ValueError where it is not of this form."""
+    table: list[tuple[float, int]] = []
+    for part in text.split(",") if text else []:
+        epoch, steps = (_number_or_bool(number.strip()) for number in part.split(":"))
+        ascending = type(epoch) in (int, float) and (table[-1][0] if table else 0) < epoch < math.inf
+        if not ascending or type(steps) is not int or not 1 <= steps <= MAX_LOCAL_STEPS:
+            raise ValueError
+        table.append((float(epoch), steps))
+    return table
+
+
+def _local_steps_table(value: str) -> str:
+    try:
+        table_of(value)
+    except (ValueError, TypeError):  # text in place of a number
+        raise ValueError("is out of range: it must be ascending epochs with their J, for instance 10:1,50:16") from None
+    return value
+
+
 Bool = Annotated[bool, BeforeValidator(_number_or_bool)]
 Integer = Annotated[int, BeforeValidator(_number_or_bool)]
 Number = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[Integer, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[Integer, Field(ge=0, le=10**9)]
-Steps = Annotated[Integer, Field(ge=1, le=10**6)]
+Steps = Annotated[Integer, Field(ge=1, le=MAX_LOCAL_STEPS)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Decay = Annotated[Number, Field(ge=0, lt=1)]
@@ -254,6 +275,18 @@ class Config(BaseModel, frozen=True):
     """K, the number of clients."""
     local_steps: Annotated[Steps, LOCALSGD] = 10
     """J, the local steps of each client in a round."""
+    local_steps_schedule: Annotated[
+        Literal["constant", "post-local", "qsr", "linear", "doubling", "table"], LOCALSGD
+    ] = "constant"
+    """How J changes during the run, from local-steps on; all but constant need record-by epoch."""
+    local_steps_max: Annotated[CountOrZero, LOCALSGD] = 0
+    """Linear, doubling: the largest J."""
+    qsr_alpha: Annotated[NotNegative, LOCALSGD] = 0.0
+    """Qsr: J is at least (qsr-alpha / rate) squared."""
+    switch_epoch: Annotated[EpochsOrZero, LOCALSGD] = 0.0
+    """Post-local: the epoch from which on J is local-steps; 0: the first of milestones."""
+    local_steps_table: Annotated[Text, AfterValidator(_local_steps_table), LOCALSGD] = ""
+    """Table: from which epochs on which J, for instance 10:1,50:16."""
     batch_size: Count = 64
     """Images in a step of each client."""
     fraction: Annotated[Number, LOCALSGD, Field(gt=0, le=1)] = 1.0

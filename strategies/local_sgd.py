@@ -7,6 +7,7 @@ float64, so that K identical workers average to themselves for every K.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import random
@@ -48,8 +49,8 @@ class LocalSGD(FedAvg):
     sampled in each round, by `seed` and the round: the same workers in every run. `population` is the number of
     workers that are sampled from, including those whose node is not connected (default: as many as `workers`).
 
-    Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples` and reports
-    each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
+    Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples(round)` and
+    reports each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
     `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged: ``average`` or ``first-worker`` (the first
     worker averaged). `outer` is the server's step on the mean of the parameters, and `lr` gives the workers' learning
     rate at the end of a round. Other arguments are FedAvg's.
@@ -61,7 +62,7 @@ class LocalSGD(FedAvg):
         seed: int = 0,
         population: int = 0,
         min_updates: int = 1,
-        max_examples: float = 2.0**53,
+        max_examples: Callable[[int], float] = lambda round_: 2.0**53,
         metrics: Sequence[str] = (),
         other_records: Sequence[str] = (),
         batchnorm: Mapping[str, str] | None = None,
@@ -80,7 +81,14 @@ class LocalSGD(FedAvg):
         self.outer = outer or OuterStep(None)
         self.lr = lr
         variances = [BUFFERS + name for name, entry in self.batchnorm.items() if entry == "running_var"]
-        self.rules = Rules(self.arrayrecord_key, self.weighted_by_key, max_examples, metrics, variances, other_records)
+        self.max_examples = max_examples
+        self.rules = Rules(
+            self.arrayrecord_key,
+            self.weighted_by_key,
+            metrics=metrics,
+            nonnegative=variances,
+            other_records=other_records,
+        )
 
     def request(self, round_: int, arrays: ArrayRecord, config: ConfigRecord, nodes: Mapping[int, int]) -> Request:
         """The train messages of a round, in the order of the workers: `arrays` for each sampled one of `nodes`."""
@@ -105,7 +113,8 @@ class LocalSGD(FedAvg):
 
         Raises FloatingPointError where these arrays are not finite: no further round can then be trained.
         """
-        updates, left_out = screen(replies, request, self.rules)
+        rules = dataclasses.replace(self.rules, max_examples=self.max_examples(round_))
+        updates, left_out = screen(replies, request, rules)
         for worker, reason in left_out.items():
             log.warning("round %s: worker %s is left out of the average: %s", round_, worker, reason)
         if len(updates) < self.min_updates:

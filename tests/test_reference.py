@@ -110,6 +110,7 @@ def reference(config: Config) -> dict[str, Tensor]:
             "momentum-at-sync": "average",
         },
         {"optimizer": "lamb", "model": "lenet5"},
+        {"model": "lenet5", "local-steps-schedule": "table", "local-steps-table": "0.5:1,0.7:4", "record-by": "epoch"},
         {"outer": "slowmo", "schedule": "cosine", "momentum-at-sync": "reset"},
         {"outer": "fedadam", "outer-args": "lr=0.01, eps=0.01", "batchnorm-at-sync": "first-worker"},
     ],

@@ -69,7 +69,7 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         population=config.clients,
         fraction_train=config.fraction,
         min_updates=config.min_clients or 1,
-        max_examples=plan.max_steps * config.batch_size,
+        max_examples=plan.samples,
         metrics=["train-loss"],
         other_records=[MEMORY],
         batchnorm=batchnorm_buffers(model),
