@@ -15,7 +15,7 @@ import os
 import re
 import sys
 import unicodedata
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
@@ -36,6 +36,7 @@ from fedsim.errors import UserError
 Mode = Literal["centralized", "localsgd"]
 Engine = Literal["auto", "threads", "stacked", "flower"]  # how the clients of a run are trained
 Value = bool | int | float | str
+Codec = Literal["none", "fp16", "bf16", "int8", "int4", "sign", "topk", "randomk", "qsgd", "powersgd"]
 Outer = Literal[
     "none", "fedavgm", "slowmo", "diloco", "fedadam", "fedyogi", "fedadagrad",  # named methods
     "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd",
@@ -305,6 +306,16 @@ class Config(BaseModel, frozen=True):
     """Keep, reset or average the clients' optimizer states at each sync."""
     batchnorm_at_sync: Annotated[Literal["average", "first-worker"], LOCALSGD] = "average"
     """Running statistics of BN: average them, or take those of the first worker averaged (the paper's code)."""
+    compress: Annotated[Codec, LOCALSGD] = "none"
+    """How clients compress the updates of parameters that they send; the server sends the model as it is."""
+    compress_ratio: Annotated[Number, LOCALSGD, Field(gt=0, le=1)] = 0.01
+    """Topk, randomk: the fraction of each parameter's values to send."""
+    compress_levels: Annotated[Integer, LOCALSGD, Field(ge=1, le=127)] = 7
+    """Qsgd: levels between zero and the norm."""
+    compress_rank: Annotated[Integer, LOCALSGD, Field(ge=1, le=10**4)] = 4
+    """Powersgd: rank of the factors of each matrix."""
+    error_feedback: Annotated[Bool, LOCALSGD] = True
+    """With compress: add what a message left out to the client's next update."""
     shuffle_every: Annotated[Literal["epoch", "round"], LOCALSGD] = "epoch"
     """Shuffle a client's shard after each pass over it, or every round (the paper's code)."""
 
@@ -392,6 +403,18 @@ RENAMED_VALUES: dict[tuple[str, Any], Value] = {  # former name of a key and a f
     ("decay-on", "matrices"): False,
     ("batchnorm-at-sync", "worker-0"): "first-worker",
 }
+
+
+def check_used(config: Config, choice: str, used_by: Mapping[str, Sequence[str]]) -> None:
+    """Raise UserError where a key has a value that nothing uses.
+
+    `used_by` names for fields the values of the field `choice` with which they are used.
+    """
+    chosen = getattr(config, choice)
+    for name, values in used_by.items():
+        if chosen not in values and getattr(config, name) != FIELDS[name].default:
+            use = " or ".join(values)
+            raise UserError(f"{kebab(name)} is not used by {kebab(choice)} = {chosen}: leave it out, or give {use}")
 
 
 def has_key(mode: Mode, name: str) -> bool:

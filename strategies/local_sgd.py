@@ -14,15 +14,17 @@ import random
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from strategies.batchnorm import merge
+from strategies.compression import Codec, decode, encode
 from strategies.mean import mean
 from strategies.outer import OuterStep
-from strategies.screening import Request, Rules, Update, not_finite, screen
+from strategies.screening import Request, Rules, Update, not_finite, printable, screen
 from strategies.sections import BUFFERS, Sections, join, split
 from strategies.tensor_array import tensor_record, tensors_of
 
@@ -52,8 +54,9 @@ class LocalSGD(FedAvg):
     Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples(round)` and
     reports each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
     `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged: ``average`` or ``first-worker`` (the first
-    worker averaged). `outer` is the server's step on the mean of the parameters, and `lr` gives the workers' learning
-    rate at the end of a round. Other arguments are FedAvg's.
+    worker averaged). With a `codec`, workers send their parameters as the encoded distance from those that they were
+    sent, by the seed `codec_seed(round, worker)`. `outer` is the server's step on the mean of the parameters, and `lr`
+    gives the workers' learning rate at the end of a round. Other arguments are FedAvg's.
     """
 
     def __init__(
@@ -67,6 +70,8 @@ class LocalSGD(FedAvg):
         other_records: Sequence[str] = (),
         batchnorm: Mapping[str, str] | None = None,
         batchnorm_at_sync: str = "average",
+        codec: Codec | None = None,
+        codec_seed: Callable[[int, int], int] = lambda round_, worker: 0,
         outer: OuterStep | None = None,
         lr: Callable[[int], float] = lambda round_: 1.0,
         **fedavg: Any,
@@ -78,6 +83,8 @@ class LocalSGD(FedAvg):
         self.min_updates = min_updates
         self.batchnorm = dict(batchnorm or {})
         self.batchnorm_at_sync = batchnorm_at_sync
+        self.codec = codec
+        self.codec_seed = codec_seed
         self.outer = outer or OuterStep(None)
         self.lr = lr
         variances = [BUFFERS + name for name, entry in self.batchnorm.items() if entry == "running_var"]
@@ -114,7 +121,12 @@ class LocalSGD(FedAvg):
         Raises FloatingPointError where these arrays are not finite: no further round can then be trained.
         """
         rules = dataclasses.replace(self.rules, max_examples=self.max_examples(round_))
-        updates, left_out = screen(replies, request, rules)
+        sent = split(tensors_of(request.arrays))
+        like = self._encoded(self.codec, sent) if self.codec else request.arrays
+        updates, left_out = screen(replies, request, rules, like)
+        if self.codec:
+            updates, undecodable = self._decoded(self.codec, sent.parameters, updates, round_)
+            left_out = dict(sorted((left_out | undecodable).items()))
         for worker, reason in left_out.items():
             log.warning("round %s: worker %s is left out of the average: %s", round_, worker, reason)
         if len(updates) < self.min_updates:
@@ -125,9 +137,14 @@ class LocalSGD(FedAvg):
         samples = math.fsum(update.weight for update in used)
         weights = [update.weight / samples for update in used]
 
-        x = split(tensors_of(request.arrays)).parameters
         y = [split(update.arrays) for update in used]
-        parameters, state = self._server_step(x, mean([part.parameters for part in y], weights), state, round_)
+        combined = mean([part.parameters for part in y], weights)
+        x = _like(combined, sent.parameters)
+        if self.codec:
+            combined = {name: x[name] - update for name, update in combined.items()}
+        device = next((value.device for value in combined.values()), None)
+        state = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
+        parameters, state = self.server_step(x, combined, state, round_)
         buffers = merge([part.buffers for part in y], weights, self.batchnorm_at_sync, self.batchnorm)
         extras = mean([part.extras for part in y], weights)
         arrays = join(Sections(parameters, buffers, extras))
@@ -147,14 +164,30 @@ class LocalSGD(FedAvg):
         """
         return self.outer(x, mean, state, self.lr(round_))
 
-    def _server_step(
-        self, x: dict[str, Tensor], mean: dict[str, Tensor], state: State, round_: int
-    ) -> tuple[dict[str, Tensor], State]:
-        """`server_step` on the device of the mean; `x` and `state` may come from a file or another machine."""
-        device = next((value.device for value in mean.values()), None)
-        x = {name: value.to(device) for name, value in x.items()}
-        state = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
-        return self.server_step(x, mean, state, round_)
+    def _encoded(self, codec: Codec, sent: Sections) -> ArrayRecord:
+        """Arrays with the names, types and shapes that those of an encoded update must have."""
+        zeros = {name: torch.zeros_like(value) for name, value in sent.parameters.items()}
+        message, _ = encode(codec, zeros, {}, 0, feedback=False)
+        return tensor_record(join(sent._replace(parameters=message)))
+
+    def _decoded(
+        self, codec: Codec, x: Mapping[str, Tensor], updates: Mapping[int, Update], round_: int
+    ) -> tuple[dict[int, Update], dict[int, str]]:
+        """The updates with their parameters decoded, which are distances from `x`, and why others cannot be used."""
+        decoded: dict[int, Update] = {}
+        reasons: dict[int, str] = {}
+        for worker, update in updates.items():
+            parts = split(update.arrays)
+            try:
+                moved = decode(codec, parts.parameters, _like(parts.parameters, x), self.codec_seed(round_, worker))
+            except ValueError as error:
+                reasons[worker] = printable(error)
+                continue
+            if wrong := not_finite(moved):
+                reasons[worker] = f"{wrong} is not finite"
+            else:
+                decoded[worker] = update._replace(arrays=join(parts._replace(parameters=moved)))
+        return decoded, reasons
 
     # Flower's own loop (`Strategy.start`) hands neither the request nor the state from call to call, and takes
     # back arrays and metrics alone: these two attributes, and `last`, are kept for it. fedsim uses none of them.
@@ -197,3 +230,9 @@ def mean_metrics(updates: Sequence[Update], weights: Sequence[float], weighted_b
 def sample_size(workers: int, fraction: float) -> int:
     """How many of `workers` a round samples: the nearest whole number, at least one."""
     return max(1, round(fraction * workers))
+
+
+def _like(tensors: Mapping[str, Tensor], x: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`x`, which may come from a file or another machine, on the device of `tensors`."""
+    device = next((value.device for value in tensors.values()), None)
+    return {name: value.to(device) for name, value in x.items()}

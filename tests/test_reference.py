@@ -18,7 +18,7 @@ from fedsim.experiments.execute import execute
 from fedsim.models import build_model
 from fedsim.models.dropout import Dropout, StepKeys
 from fedsim.optim import build_optimizer
-from fedsim.reference import Outer, Tensors, local_sgd
+from fedsim.reference import Compress, Outer, Tensors, local_sgd
 from fedsim.training.local_round import Start, round_inputs
 from fedsim.training.run_plan import run_plan
 from tests.conftest import final_model
@@ -56,6 +56,13 @@ def fedadam() -> Outer:
     return step
 
 
+def topk(update: Tensors) -> Tensors:
+    """The tenth of each tensor's values that is largest, at least one (Stich et al. 2018)."""
+    least = {name: value.abs().flatten().sort().values[-max(1, value.numel() // 10)] for name, value in update.items()}
+    return {name: torch.where(value.abs() >= least[name], value, 0.0) for name, value in update.items()}
+
+
+COMPRESS: dict[str, Compress | None] = {"none": None, "topk": topk}
 OUTER: dict[str, Callable[[], Outer | None]] = {"none": lambda: None, "slowmo": slowmo, "fedadam": fedadam}
 
 
@@ -89,6 +96,8 @@ def reference(config: Config) -> dict[str, Tensor]:
         plan.lr,
         WORKERS,
         [plan.steps(round_) for round_ in range(1, plan.rounds + 1)],
+        compress=COMPRESS[config.compress],
+        error_feedback=config.error_feedback,
         outer=OUTER[config.outer](),
         **keep,  # type: ignore[arg-type]
     )
@@ -111,7 +120,9 @@ def reference(config: Config) -> dict[str, Tensor]:
         },
         {"optimizer": "lamb", "model": "lenet5"},
         {"model": "lenet5", "local-steps-schedule": "table", "local-steps-table": "0.5:1,0.7:4", "record-by": "epoch"},
-        {"outer": "slowmo", "schedule": "cosine", "momentum-at-sync": "reset"},
+        {"model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "outer": "slowmo"},
+        {"model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "error-feedback": False},
+        {"model": "lenet5", "outer": "slowmo", "schedule": "cosine", "momentum-at-sync": "reset"},
         {"outer": "fedadam", "outer-args": "lr=0.01, eps=0.01", "batchnorm-at-sync": "first-worker"},
     ],
 )

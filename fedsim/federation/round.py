@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -11,6 +12,7 @@ from torch import nn
 
 from fedsim.config import Config, arguments_of
 from fedsim.errors import RunFailed, UserError
+from fedsim.federation.compress import check_compress, codec_of, compress_seed
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import (
@@ -64,6 +66,7 @@ def initial_progress(config: Config, model: nn.Module) -> Progress:
 
 def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
     """The strategy of `config` for the arrays of `model`."""
+    check_strategy(config)
     return STRATEGIES[config.strategy](
         seed=config.seed,
         population=config.clients,
@@ -74,9 +77,17 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         other_records=[MEMORY],
         batchnorm=batchnorm_buffers(model),
         batchnorm_at_sync=config.batchnorm_at_sync,
+        codec=codec_of(config),
+        codec_seed=functools.partial(compress_seed, config, plan),
         outer=outer_step_of(config),
         lr=lambda round_: plan.rates(round_)[-1],
     )
+
+
+def check_strategy(config: Config) -> None:
+    """Raise UserError where the keys of the strategy do not go together."""
+    check_compress(config)
+    outer_step_of(config)
 
 
 def outer_step_of(config: Config) -> OuterStep:

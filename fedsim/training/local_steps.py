@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
-from fedsim.config import FIELDS, Config, kebab, table_of
+from fedsim.config import Config, check_used, table_of
 from fedsim.errors import UserError
 
 USED_BY = {  # key -> the schedules that use it
@@ -50,12 +50,7 @@ def local_steps_of(config: Config, steps_per_epoch: Fraction, total: int, rate: 
 def check_local_steps(config: Config) -> None:
     """Raise UserError where the schedule of J lacks a key, or a key is given that it does not use."""
     schedule = config.local_steps_schedule
-    for name, schedules in USED_BY.items():
-        if schedule not in schedules and getattr(config, name) != FIELDS[name].default:
-            use = " or ".join(schedules)
-            raise UserError(
-                f"{kebab(name)} is not used by local-steps-schedule = {schedule}: leave it out, or give {use}"
-            )
+    check_used(config, "local_steps_schedule", USED_BY)
     if schedule in USED_BY["local_steps_max"] and config.local_steps_max < config.local_steps:
         raise UserError(
             f"local-steps-max = {config.local_steps_max} is less than local-steps = {config.local_steps}: give more"
