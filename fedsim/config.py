@@ -298,6 +298,10 @@ class Config(BaseModel, frozen=True):
     """Seconds to wait for the replies of a round, with Flower's engines; 0: no timeout."""
     strategy: Annotated[Literal["localsgd"], LOCALSGD] = "localsgd"
     """How the server aggregates."""
+    mean: Annotated[Literal["exact", "trimmed", "median", "clipped"], LOCALSGD] = "exact"
+    """The mean of the clients' updates; all but exact withstand a few absurd ones."""
+    trim: Annotated[Number, LOCALSGD, Field(ge=0, lt=0.5)] = 0.25
+    """Trimmed: the fraction of the clients whose largest and smallest values are left out, each value by itself."""
     outer: Annotated[Outer, LOCALSGD] = "none"
     """The server's optimizer on the mean of the clients' models; none: the mean itself."""
     outer_args: Annotated[Text, AfterValidator(_arguments), LOCALSGD] = ""

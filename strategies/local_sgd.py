@@ -22,8 +22,8 @@ from torch import Tensor
 
 from strategies.batchnorm import merge
 from strategies.compression import Codec, decode, encode
-from strategies.mean import mean
 from strategies.outer import OuterStep
+from strategies.robust import Mean, combine
 from strategies.screening import Request, Rules, Update, not_finite, printable, screen
 from strategies.sections import BUFFERS, Sections, join, split
 from strategies.tensor_array import tensor_record, tensors_of
@@ -54,8 +54,9 @@ class LocalSGD(FedAvg):
     Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples(round)` and
     reports each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
     `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged: ``average`` or ``first-worker`` (the first
-    worker averaged). With a `codec`, workers send their parameters as the encoded distance from those that they were
-    sent, by the seed `codec_seed(round, worker)`. `outer` is the server's step on the mean of the parameters, and `lr`
+    worker averaged). `mean` and `trim` choose another mean than the exact one (see `strategies.robust`). With a
+    `codec`, workers send their parameters as the encoded distance from those that they were sent, by the seed
+    `codec_seed(round, worker)`. `outer` is the server's step on the mean of the parameters, and `lr`
     gives the workers' learning rate at the end of a round. Other arguments are FedAvg's.
     """
 
@@ -70,6 +71,8 @@ class LocalSGD(FedAvg):
         other_records: Sequence[str] = (),
         batchnorm: Mapping[str, str] | None = None,
         batchnorm_at_sync: str = "average",
+        mean: Mean = "exact",
+        trim: float = 0.0,
         codec: Codec | None = None,
         codec_seed: Callable[[int, int], int] = lambda round_, worker: 0,
         outer: OuterStep | None = None,
@@ -83,6 +86,8 @@ class LocalSGD(FedAvg):
         self.min_updates = min_updates
         self.batchnorm = dict(batchnorm or {})
         self.batchnorm_at_sync = batchnorm_at_sync
+        self.mean = mean
+        self.trim = trim
         self.codec = codec
         self.codec_seed = codec_seed
         self.outer = outer or OuterStep(None)
@@ -138,16 +143,12 @@ class LocalSGD(FedAvg):
         weights = [update.weight / samples for update in used]
 
         y = [split(update.arrays) for update in used]
-        combined = mean([part.parameters for part in y], weights)
-        x = _like(combined, sent.parameters)
-        if self.codec:
-            combined = {name: x[name] - update for name, update in combined.items()}
-        device = next((value.device for value in combined.values()), None)
-        state = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
-        parameters, state = self.server_step(x, combined, state, round_)
-        buffers = merge([part.buffers for part in y], weights, self.batchnorm_at_sync, self.batchnorm)
-        extras = mean([part.extras for part in y], weights)
-        arrays = join(Sections(parameters, buffers, extras))
+        device = next((value.device for value in used[0].arrays.values()), None)
+        sent = Sections(*(_on(device, part) for part in sent))
+        average = self._average(sent, y, weights)
+        parameters, state = self.server_step(sent.parameters, average.parameters, _on(device, state), round_)
+        buffers = merge(average.buffers, y[0].buffers, self.batchnorm_at_sync, self.batchnorm)
+        arrays = join(Sections(parameters, buffers, average.extras))
 
         if wrong := not_finite(arrays):
             raise FloatingPointError(f"round {round_}: the average of {wrong} is not finite")
@@ -164,6 +165,17 @@ class LocalSGD(FedAvg):
         """
         return self.outer(x, mean, state, self.lr(round_))
 
+    def _average(self, sent: Sections, y: Sequence[Sections], weights: Sequence[float]) -> Sections:
+        """The mean of what the workers sent, section by section; decoded parameters are distances from those sent."""
+        x = sent.parameters
+        if self.codec:
+            sent = sent._replace(parameters={name: torch.zeros_like(value) for name, value in x.items()})
+        parts = zip(sent, zip(*y, strict=True), strict=True)
+        average = Sections(*(combine(self.mean, before, each, weights, self.trim) for before, each in parts))
+        if self.codec:
+            average = average._replace(parameters={name: x[name] - average.parameters[name] for name in x})
+        return average
+
     def _encoded(self, codec: Codec, sent: Sections) -> ArrayRecord:
         """Arrays with the names, types and shapes that those of an encoded update must have."""
         zeros = {name: torch.zeros_like(value) for name, value in sent.parameters.items()}
@@ -178,8 +190,9 @@ class LocalSGD(FedAvg):
         reasons: dict[int, str] = {}
         for worker, update in updates.items():
             parts = split(update.arrays)
+            like = _on(next((part.device for part in parts.parameters.values()), None), x)
             try:
-                moved = decode(codec, parts.parameters, _like(parts.parameters, x), self.codec_seed(round_, worker))
+                moved = decode(codec, parts.parameters, like, self.codec_seed(round_, worker))
             except ValueError as error:
                 reasons[worker] = printable(error)
                 continue
@@ -232,7 +245,6 @@ def sample_size(workers: int, fraction: float) -> int:
     return max(1, round(fraction * workers))
 
 
-def _like(tensors: Mapping[str, Tensor], x: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`x`, which may come from a file or another machine, on the device of `tensors`."""
-    device = next((value.device for value in tensors.values()), None)
-    return {name: value.to(device) for name, value in x.items()}
+def _on(device: torch.device | None, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, whose tensors may come from a file or another machine, on `device`."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import nn
 
-from fedsim.config import Config, arguments_of
+from fedsim.config import Config, arguments_of, check_used
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation.compress import check_compress, codec_of, compress_seed
 from fedsim.federation.messenger import Messenger
@@ -77,6 +77,8 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         other_records=[MEMORY],
         batchnorm=batchnorm_buffers(model),
         batchnorm_at_sync=config.batchnorm_at_sync,
+        mean=config.mean,
+        trim=config.trim,
         codec=codec_of(config),
         codec_seed=functools.partial(compress_seed, config, plan),
         outer=outer_step_of(config),
@@ -87,6 +89,14 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
 def check_strategy(config: Config) -> None:
     """Raise UserError where the keys of the strategy do not go together."""
     check_compress(config)
+    check_used(config, "mean", {"trim": ["trimmed"]})
+    if config.mean == "trimmed" and int(config.trim * config.clients_per_round) == 0:
+        least = 1 / config.clients_per_round
+        raise UserError(f"trim = {config.trim} of {config.clients_per_round} clients is none: give {least:.2g} or more")
+    if config.mean != "exact" and config.batchnorm_at_sync == "first-worker":
+        raise UserError(
+            f"mean = {config.mean} does not protect one client's statistics: give --batchnorm-at-sync average"
+        )
     outer_step_of(config)
 
 

@@ -8,6 +8,7 @@ from typing import Any, get_args
 import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message
+from torch import Tensor
 
 from fedsim.config import Codec, Config
 from fedsim.device import resolve
@@ -96,7 +97,7 @@ def test_what_cannot_be_decoded_is_left_out(small: Config) -> None:
         reply = answer(message, context)
         round_, worker = place(message, context)
         if worker == 1:
-            arrays = reply.content.array_records["arrays"].to_torch_state_dict()
+            arrays: dict[str, Tensor] = dict(reply.content.array_records["arrays"].to_torch_state_dict())
             if round_ == 1:
                 arrays["fc3.bias/places"][0] = 10
             elif round_ == 2:
@@ -124,7 +125,7 @@ def test_a_scale_that_overflows_and_weights_that_are_infinite_are_left_out(
     def large(message: Message, context: Context) -> Message:
         reply = answer(message, context)
         if place(message, context)[1] == 1:
-            arrays = reply.content.array_records["arrays"].to_torch_state_dict()
+            arrays: dict[str, Tensor] = dict(reply.content.array_records["arrays"].to_torch_state_dict())
             arrays["fc3.bias/scale"] = torch.tensor(3e38)
             reply.content["arrays"] = ArrayRecord(arrays)
         return reply
