@@ -13,8 +13,9 @@ import functools
 import math
 import os
 import re
+import sys
 import unicodedata
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 import annotated_types
@@ -35,7 +36,14 @@ from fedsim.errors import UserError
 Mode = Literal["centralized", "localsgd"]
 Engine = Literal["auto", "threads", "stacked", "flower"]  # how the clients of a run are trained
 Value = bool | int | float | str
+Codec = Literal["none", "fp16", "bf16", "int8", "int4", "sign", "topk", "randomk", "qsgd", "powersgd"]
+Outer = Literal[
+    "none", "fedavgm", "slowmo", "diloco", "fedadam", "fedyogi", "fedadagrad",  # named methods
+    "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd",
+    "yogi",
+]  # fmt: skip
 
+MAX_LOCAL_STEPS = 10**6
 MAX_THREADS = 1024  # of one training step; more than a process can start crash it
 MAX_NAME_BYTES = 255  # of a file system
 SHOWN = 60  # characters of a refused value
@@ -112,12 +120,60 @@ def _milestones(value: str) -> str:
     return value
 
 
+Argument = bool | float | tuple[float, ...]
+
+
+def arguments_of(text: str) -> dict[str, Argument]:
+    """The arguments in a text such as ``lr=0.7, nesterov=true, betas=0.9:0.99``, where colons part a tuple's numbers.
+
+    Raises ValueError where it is not of this form.
+    """
+    arguments: dict[str, Argument] = {}
+    for part in filter(None, (part.strip() for part in text.split(","))):
+        name, _, value = (piece.strip() for piece in part.partition("="))
+        values = [_number_or_bool(number) for number in value.split(":")]
+        tuple_of_bools = len(values) > 1 and any(isinstance(each, bool) for each in values)
+        if not name.isidentifier() or name in arguments or tuple_of_bools or not all(map(_is_argument, values)):
+            raise ValueError("must be names with numbers, true or false, for instance lr=0.7, momentum=0.9")
+        arguments[name] = values[0] if len(values) == 1 else tuple(values)
+    return arguments
+
+
+def _is_argument(value: object) -> bool:
+    return isinstance(value, int | float) and abs(value) <= sys.float_info.max
+
+
+def _arguments(value: str) -> str:
+    arguments_of(value)
+    return value
+
+
+def table_of(text: str) -> list[tuple[float, int]]:
+    """The epochs and local steps in a text such as ``10:1,50:16``; a ValueError where it is not of this form."""
+    table: list[tuple[float, int]] = []
+    for part in text.split(",") if text else []:
+        epoch, steps = (_number_or_bool(number.strip()) for number in part.split(":"))
+        ascending = type(epoch) in (int, float) and (table[-1][0] if table else 0) < epoch < math.inf
+        if not ascending or type(steps) is not int or not 1 <= steps <= MAX_LOCAL_STEPS:
+            raise ValueError
+        table.append((float(epoch), steps))
+    return table
+
+
+def _local_steps_table(value: str) -> str:
+    try:
+        table_of(value)
+    except (ValueError, TypeError):  # text in place of a number
+        raise ValueError("is out of range: it must be ascending epochs with their J, for instance 10:1,50:16") from None
+    return value
+
+
 Bool = Annotated[bool, BeforeValidator(_number_or_bool)]
 Integer = Annotated[int, BeforeValidator(_number_or_bool)]
 Number = Annotated[float, BeforeValidator(_number)]
 Count = Annotated[Integer, Field(ge=1, le=10**9)]
 CountOrZero = Annotated[Integer, Field(ge=0, le=10**9)]
-Steps = Annotated[Integer, Field(ge=1, le=10**6)]
+Steps = Annotated[Integer, Field(ge=1, le=MAX_LOCAL_STEPS)]
 Positive = Annotated[Number, Field(gt=0)]
 NotNegative = Annotated[Number, Field(ge=0)]
 Decay = Annotated[Number, Field(ge=0, lt=1)]
@@ -220,6 +276,18 @@ class Config(BaseModel, frozen=True):
     """K, the number of clients."""
     local_steps: Annotated[Steps, LOCALSGD] = 10
     """J, the local steps of each client in a round."""
+    local_steps_schedule: Annotated[
+        Literal["constant", "post-local", "qsr", "linear", "doubling", "table"], LOCALSGD
+    ] = "constant"
+    """How J changes during the run, from local-steps on; all but constant need record-by epoch."""
+    local_steps_max: Annotated[CountOrZero, LOCALSGD] = 0
+    """Linear, doubling: the largest J."""
+    qsr_alpha: Annotated[NotNegative, LOCALSGD] = 0.0
+    """Qsr: J is at least (qsr-alpha / rate) squared."""
+    switch_epoch: Annotated[EpochsOrZero, LOCALSGD] = 0.0
+    """Post-local: the epoch from which on J is local-steps; 0: the first of milestones."""
+    local_steps_table: Annotated[Text, AfterValidator(_local_steps_table), LOCALSGD] = ""
+    """Table: from which epochs on which J, for instance 10:1,50:16."""
     batch_size: Count = 64
     """Images in a step of each client."""
     fraction: Annotated[Number, LOCALSGD, Field(gt=0, le=1)] = 1.0
@@ -230,10 +298,28 @@ class Config(BaseModel, frozen=True):
     """Seconds to wait for the replies of a round, with Flower's engines; 0: no timeout."""
     strategy: Annotated[Literal["localsgd"], LOCALSGD] = "localsgd"
     """How the server aggregates."""
+    mean: Annotated[Literal["exact", "trimmed", "median", "clipped"], LOCALSGD] = "exact"
+    """The mean of the clients' updates; all but exact withstand a few absurd ones."""
+    trim: Annotated[Number, LOCALSGD, Field(ge=0, lt=0.5)] = 0.25
+    """Trimmed: the fraction of the clients whose largest and smallest values are left out, each value by itself."""
+    outer: Annotated[Outer, LOCALSGD] = "none"
+    """The server's optimizer on the mean of the clients' models; none: the mean itself."""
+    outer_args: Annotated[Text, AfterValidator(_arguments), LOCALSGD] = ""
+    """Arguments of outer over its defaults, for instance lr=0.7, momentum=0.9, nesterov=true."""
     momentum_at_sync: Annotated[Literal["keep", "reset", "average"], LOCALSGD] = "keep"
     """Keep, reset or average the clients' optimizer states at each sync."""
     batchnorm_at_sync: Annotated[Literal["average", "first-worker"], LOCALSGD] = "average"
     """Running statistics of BN: average them, or take those of the first worker averaged (the paper's code)."""
+    compress: Annotated[Codec, LOCALSGD] = "none"
+    """How clients compress the updates of parameters that they send; the server sends the model as it is."""
+    compress_ratio: Annotated[Number, LOCALSGD, Field(gt=0, le=1)] = 0.01
+    """Topk, randomk: the fraction of each parameter's values to send."""
+    compress_levels: Annotated[Integer, LOCALSGD, Field(ge=1, le=127)] = 7
+    """Qsgd: levels between zero and the norm."""
+    compress_rank: Annotated[Integer, LOCALSGD, Field(ge=1, le=10**4)] = 4
+    """Powersgd: rank of the factors of each matrix."""
+    error_feedback: Annotated[Bool, LOCALSGD] = True
+    """With compress: add what a message left out to the client's next update."""
     shuffle_every: Annotated[Literal["epoch", "round"], LOCALSGD] = "epoch"
     """Shuffle a client's shard after each pass over it, or every round (the paper's code)."""
 
@@ -321,6 +407,18 @@ RENAMED_VALUES: dict[tuple[str, Any], Value] = {  # former name of a key and a f
     ("decay-on", "matrices"): False,
     ("batchnorm-at-sync", "worker-0"): "first-worker",
 }
+
+
+def check_used(config: Config, choice: str, used_by: Mapping[str, Sequence[str]]) -> None:
+    """Raise UserError where a key has a value that nothing uses.
+
+    `used_by` names for fields the values of the field `choice` with which they are used.
+    """
+    chosen = getattr(config, choice)
+    for name, values in used_by.items():
+        if chosen not in values and getattr(config, name) != FIELDS[name].default:
+            use = " or ".join(values)
+            raise UserError(f"{kebab(name)} is not used by {kebab(choice)} = {chosen}: leave it out, or give {use}")
 
 
 def has_key(mode: Mode, name: str) -> bool:

@@ -7,6 +7,7 @@ tested against this file in float64.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -17,6 +18,9 @@ from torch.optim import Optimizer
 
 MomentumAtSync = Literal["keep", "reset", "average"]
 BatchNormAtSync = Literal["average", "first-worker"]
+Tensors = dict[str, Tensor]
+Compress = Callable[[Tensors], Tensors]
+Outer = Callable[[Tensors, Tensors, float], Tensors]
 
 
 def local_sgd(
@@ -25,24 +29,31 @@ def local_sgd(
     batch: Callable[[int, int], tuple[Tensor, Tensor]],
     lr: Callable[[int], float],
     workers: int,
-    rounds: int,
-    local_steps: int,
+    local_steps: Sequence[int],
     momentum_at_sync: MomentumAtSync = "keep",
     batchnorm_at_sync: BatchNormAtSync = "average",
+    compress: Compress | None = None,
+    error_feedback: bool = True,
+    outer: Outer | None = None,
 ) -> None:
-    """Train `model` in place for `rounds` rounds, each of `local_steps` (J) steps on each of K `workers` and one mean.
+    """Train `model` in place: in each round `local_steps[round]` (J) steps on each of K `workers`, and one mean.
 
     `batch(worker, step)` gives the inputs and labels of a local step and `lr(step)` its learning rate; steps are
     counted from 0 through all rounds. `momentum_at_sync` says what becomes of each worker's optimizer state when the
     models are averaged, `batchnorm_at_sync` whether BatchNorm's running statistics are averaged or worker 0's.
+    `compress(update)` is what arrives of a worker's update, x minus its parameters; with `error_feedback` the worker
+    adds what did not arrive to its next update.
+    `outer(x, mean, lr)` is the server's step: the next parameters from those before the round, the mean of the
+    workers' and the learning rate of the round's last step. Without it, that is the mean.
     """
     replicas = [copy.deepcopy(model) for _ in range(workers)]
     optimizers = [make_optimizer(replica) for replica in replicas]
-    for first_step in range(0, rounds * local_steps, local_steps):
+    residuals: list[Tensors] = [{} for _ in range(workers)]
+    for first_step, end in itertools.pairwise(itertools.accumulate(local_steps, initial=0)):
         for worker, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
             replica.load_state_dict(model.state_dict())
             replica.train()
-            for step in range(first_step, first_step + local_steps):
+            for step in range(first_step, end):
                 inputs, labels = batch(worker, step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr(step)
@@ -51,10 +62,20 @@ def local_sgd(
                 optimizer.step()
 
         states = [replica.state_dict() for replica in replicas]
-        buffers = {name for name, _ in model.named_buffers()}
-        for name, value in model.state_dict().items():
-            from_first = batchnorm_at_sync == "first-worker" and name in buffers
-            value.copy_(states[0][name] if from_first else mean([state[name] for state in states]))
+        x = {name: parameter.detach() for name, parameter in model.named_parameters()}
+        if compress:
+            for state, residual in zip(states, residuals, strict=True):
+                update = {name: x[name] - state[name] + residual.get(name, 0.0) for name in x}
+                arrived = compress(update)
+                state |= {name: x[name] - arrived[name] for name in x}
+                if error_feedback:
+                    residual |= {name: update[name] - arrived[name] for name in x}
+        average = {name: mean([state[name] for state in states]) for name in states[0]}
+        if batchnorm_at_sync == "first-worker":
+            average |= {name: states[0][name] for name, _ in model.named_buffers()}
+        if outer:
+            average |= outer(x, {name: average[name] for name in x}, lr(end - 1))
+        model.load_state_dict(average)
 
         for optimizer in optimizers if momentum_at_sync == "reset" else ():
             optimizer.state.clear()

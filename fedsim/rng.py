@@ -16,9 +16,17 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Purpose = Literal["shard", "init", "shuffle", "augment", "dropout", "validation"]
-_CODES: dict[Purpose, int] = {"shard": 0, "init": 1, "shuffle": 2, "augment": 3, "dropout": 4, "validation": 5}
-_GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # constants of SplitMix64
+Purpose = Literal["shard", "init", "shuffle", "augment", "dropout", "validation", "compress"]
+_CODES: dict[Purpose, int] = {
+    "shard": 0,
+    "init": 1,
+    "shuffle": 2,
+    "augment": 3,
+    "dropout": 4,
+    "validation": 5,
+    "compress": 6,
+}
+_GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64's constants
 
 
 def generator(seed: int, worker: int, index: int, purpose: Purpose) -> np.random.Generator:

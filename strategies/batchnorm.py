@@ -1,13 +1,11 @@
-"""How the buffers of several workers become one set: BatchNorm's running statistics by module type, others by mean."""
+"""BatchNorm's running statistics, found by module type, and what becomes of them at a sync."""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-
-from strategies.mean import mean
 
 
 def batchnorm_buffers(model: nn.Module) -> dict[str, str]:
@@ -21,14 +19,12 @@ def batchnorm_buffers(model: nn.Module) -> dict[str, str]:
 
 
 def merge(
-    buffers: Sequence[Mapping[str, Tensor]], weights: Sequence[float], how: str, batchnorm: Collection[str]
+    average: Mapping[str, Tensor], of_first: Mapping[str, Tensor], how: str, batchnorm: Collection[str]
 ) -> dict[str, Tensor]:
-    """One set of buffers out of each worker's, in the order of the workers; `weights` sum to one.
+    """The buffers after a round: the workers' `average` or, for those named in `batchnorm`, the first worker's.
 
-    Those named in `batchnorm` are averaged (`how` = average) or those of the first worker (first-worker); all others
-    are averaged. Counters stay integers: the largest is taken.
+    `how` is average or first-worker.
     """
-    merged = mean(buffers, weights)
     if how == "first-worker":
-        merged |= {name: value for name, value in buffers[0].items() if name in batchnorm}
-    return merged
+        return {**average, **{name: value for name, value in of_first.items() if name in batchnorm}}
+    return dict(average)

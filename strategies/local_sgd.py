@@ -7,20 +7,24 @@ float64, so that K identical workers average to themselves for every K.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import math
 import random
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from strategies.batchnorm import merge
-from strategies.mean import mean
-from strategies.screening import Request, Rules, Update, not_finite, screen
+from strategies.compression import Codec, decode, encode
+from strategies.outer import OuterStep
+from strategies.robust import Mean, combine
+from strategies.screening import Request, Rules, Update, not_finite, printable, screen
 from strategies.sections import BUFFERS, Sections, join, split
 from strategies.tensor_array import tensor_record, tensors_of
 
@@ -47,10 +51,13 @@ class LocalSGD(FedAvg):
     sampled in each round, by `seed` and the round: the same workers in every run. `population` is the number of
     workers that are sampled from, including those whose node is not connected (default: as many as `workers`).
 
-    Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples` and reports
-    each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
+    Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples(round)` and
+    reports each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
     `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged: ``average`` or ``first-worker`` (the first
-    worker averaged). Other arguments are FedAvg's.
+    worker averaged). `mean` and `trim` choose another mean than the exact one (see `strategies.robust`). With a
+    `codec`, workers send their parameters as the encoded distance from those that they were sent, by the seed
+    `codec_seed(round, worker)`. `outer` is the server's step on the mean of the parameters, and `lr`
+    gives the workers' learning rate at the end of a round. Other arguments are FedAvg's.
     """
 
     def __init__(
@@ -59,11 +66,17 @@ class LocalSGD(FedAvg):
         seed: int = 0,
         population: int = 0,
         min_updates: int = 1,
-        max_examples: float = 2.0**53,
+        max_examples: Callable[[int], float] = lambda round_: 2.0**53,
         metrics: Sequence[str] = (),
         other_records: Sequence[str] = (),
         batchnorm: Mapping[str, str] | None = None,
         batchnorm_at_sync: str = "average",
+        mean: Mean = "exact",
+        trim: float = 0.0,
+        codec: Codec | None = None,
+        codec_seed: Callable[[int, int], int] = lambda round_, worker: 0,
+        outer: OuterStep | None = None,
+        lr: Callable[[int], float] = lambda round_: 1.0,
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
@@ -73,8 +86,21 @@ class LocalSGD(FedAvg):
         self.min_updates = min_updates
         self.batchnorm = dict(batchnorm or {})
         self.batchnorm_at_sync = batchnorm_at_sync
+        self.mean = mean
+        self.trim = trim
+        self.codec = codec
+        self.codec_seed = codec_seed
+        self.outer = outer or OuterStep(None)
+        self.lr = lr
         variances = [BUFFERS + name for name, entry in self.batchnorm.items() if entry == "running_var"]
-        self.rules = Rules(self.arrayrecord_key, self.weighted_by_key, max_examples, metrics, variances, other_records)
+        self.max_examples = max_examples
+        self.rules = Rules(
+            self.arrayrecord_key,
+            self.weighted_by_key,
+            metrics=metrics,
+            nonnegative=variances,
+            other_records=other_records,
+        )
 
     def request(self, round_: int, arrays: ArrayRecord, config: ConfigRecord, nodes: Mapping[int, int]) -> Request:
         """The train messages of a round, in the order of the workers: `arrays` for each sampled one of `nodes`."""
@@ -99,7 +125,13 @@ class LocalSGD(FedAvg):
 
         Raises FloatingPointError where these arrays are not finite: no further round can then be trained.
         """
-        updates, left_out = screen(replies, request, self.rules)
+        rules = dataclasses.replace(self.rules, max_examples=self.max_examples(round_))
+        sent = split(tensors_of(request.arrays))
+        like = self._encoded(self.codec, sent) if self.codec else request.arrays
+        updates, left_out = screen(replies, request, rules, like)
+        if self.codec:
+            updates, undecodable = self._decoded(self.codec, sent.parameters, updates, round_)
+            left_out = dict(sorted((left_out | undecodable).items()))
         for worker, reason in left_out.items():
             log.warning("round %s: worker %s is left out of the average: %s", round_, worker, reason)
         if len(updates) < self.min_updates:
@@ -110,12 +142,13 @@ class LocalSGD(FedAvg):
         samples = math.fsum(update.weight for update in used)
         weights = [update.weight / samples for update in used]
 
-        x = split(tensors_of(request.arrays)).parameters
         y = [split(update.arrays) for update in used]
-        parameters, state = self._server_step(x, mean([part.parameters for part in y], weights), state, round_)
-        buffers = merge([part.buffers for part in y], weights, self.batchnorm_at_sync, self.batchnorm)
-        extras = mean([part.extras for part in y], weights)
-        arrays = join(Sections(parameters, buffers, extras))
+        device = next((value.device for value in used[0].arrays.values()), None)
+        sent = Sections(*(_on(device, part) for part in sent))
+        average = self._average(sent, y, weights)
+        parameters, state = self.server_step(sent.parameters, average.parameters, _on(device, state), round_)
+        buffers = merge(average.buffers, y[0].buffers, self.batchnorm_at_sync, self.batchnorm)
+        arrays = join(Sections(parameters, buffers, average.extras))
 
         if wrong := not_finite(arrays):
             raise FloatingPointError(f"round {round_}: the average of {wrong} is not finite")
@@ -125,21 +158,49 @@ class LocalSGD(FedAvg):
     def server_step(
         self, x: dict[str, Tensor], mean: dict[str, Tensor], state: State, round_: int
     ) -> tuple[dict[str, Tensor], State]:
-        """The parameters after a round, from those before it and the mean of the workers' (here: the mean itself).
+        """The parameters after a round, by the outer step, from those before it and the mean of the workers'.
 
         `state`, tensors and numbers by name, is what the server remembers between rounds: {} before the first, then
         what the last call returned. Neither argument may be changed in place.
         """
-        return mean, state
+        return self.outer(x, mean, state, self.lr(round_))
 
-    def _server_step(
-        self, x: dict[str, Tensor], mean: dict[str, Tensor], state: State, round_: int
-    ) -> tuple[dict[str, Tensor], State]:
-        """`server_step` on the device of the mean; `x` and `state` may come from a file or another machine."""
-        device = next((value.device for value in mean.values()), None)
-        x = {name: value.to(device) for name, value in x.items()}
-        state = {name: value.to(device) if isinstance(value, Tensor) else value for name, value in state.items()}
-        return self.server_step(x, mean, state, round_)
+    def _average(self, sent: Sections, y: Sequence[Sections], weights: Sequence[float]) -> Sections:
+        """The mean of what the workers sent, section by section; decoded parameters are distances from those sent."""
+        x = sent.parameters
+        if self.codec:
+            sent = sent._replace(parameters={name: torch.zeros_like(value) for name, value in x.items()})
+        parts = zip(sent, zip(*y, strict=True), strict=True)
+        average = Sections(*(combine(self.mean, before, each, weights, self.trim) for before, each in parts))
+        if self.codec:
+            average = average._replace(parameters={name: x[name] - average.parameters[name] for name in x})
+        return average
+
+    def _encoded(self, codec: Codec, sent: Sections) -> ArrayRecord:
+        """Arrays with the names, types and shapes that those of an encoded update must have."""
+        zeros = {name: torch.zeros_like(value) for name, value in sent.parameters.items()}
+        message, _ = encode(codec, zeros, {}, 0, feedback=False)
+        return tensor_record(join(sent._replace(parameters=message)))
+
+    def _decoded(
+        self, codec: Codec, x: Mapping[str, Tensor], updates: Mapping[int, Update], round_: int
+    ) -> tuple[dict[int, Update], dict[int, str]]:
+        """The updates with their parameters decoded, which are distances from `x`, and why others cannot be used."""
+        decoded: dict[int, Update] = {}
+        reasons: dict[int, str] = {}
+        for worker, update in updates.items():
+            parts = split(update.arrays)
+            like = _on(next((part.device for part in parts.parameters.values()), None), x)
+            try:
+                moved = decode(codec, parts.parameters, like, self.codec_seed(round_, worker))
+            except ValueError as error:
+                reasons[worker] = printable(error)
+                continue
+            if wrong := not_finite(moved):
+                reasons[worker] = f"{wrong} is not finite"
+            else:
+                decoded[worker] = update._replace(arrays=join(parts._replace(parameters=moved)))
+        return decoded, reasons
 
     # Flower's own loop (`Strategy.start`) hands neither the request nor the state from call to call, and takes
     # back arrays and metrics alone: these two attributes, and `last`, are kept for it. fedsim uses none of them.
@@ -182,3 +243,8 @@ def mean_metrics(updates: Sequence[Update], weights: Sequence[float], weighted_b
 def sample_size(workers: int, fraction: float) -> int:
     """How many of `workers` a round samples: the nearest whole number, at least one."""
     return max(1, round(fraction * workers))
+
+
+def _on(device: torch.device | None, values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, whose tensors may come from a file or another machine, on `device`."""
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}

@@ -36,6 +36,7 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
     },
     "yogi": torch_optimizer.Yogi,
 }
+OF_THE_IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")  # no arguments of the method
 ADAPTIVE = {"betas": (0.9, 0.99), "eps": 1e-3}
 PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "fedavgm": ("sgd", {"lr": 1.0, "momentum": 0.9}),
@@ -95,14 +96,15 @@ def outer_step(name: str, **arguments: Any) -> OuterStep:
         return OuterStep(None)
     base, defaults = PRESETS.get(name, (name, {"lr": 1.0}))
     optimizer = OPTIMIZERS[base]
-    known = [argument for argument in inspect.signature(optimizer).parameters if argument != "params"]
+    known = [argument for argument in inspect.signature(optimizer).parameters if argument not in OF_THE_IMPLEMENTATION]
     for argument in arguments:
         if argument not in known:
             raise ValueError(f"outer = {name} has no argument {argument}: it must be one of {', '.join(known)}")
     step = OuterStep(optimizer, {**defaults, **arguments}, per_lr=name == "slowmo")
+    zero = {"": torch.zeros(1)}
     try:
-        optimizer([torch.zeros(1)], **step.arguments)
-    except (TypeError, ValueError) as error:
+        step(zero, zero, {}, 1.0)
+    except Exception as error:  # an argument that the optimizer refuses, or fails on
         raise ValueError(f"outer = {name}: {str(error).splitlines()[0]}") from error
     return step
 
@@ -117,7 +119,9 @@ def _state_of(optimizer: Optimizer, parameters: Tensors) -> State:
 
 
 def _load(optimizer: Optimizer, parameters: Tensors, state: State) -> None:
-    """Let `optimizer` remember copies of `state`."""
+    """Let `optimizer` remember copies of `state`; torch wants its counters of steps on the CPU."""
     for key, value in state.items():
         name, _, entry = key.rpartition("/")
-        optimizer.state[parameters[name]][entry] = value.clone() if isinstance(value, Tensor) else value
+        if isinstance(value, Tensor):
+            value = value.cpu().clone() if entry == "step" else value.clone()
+        optimizer.state[parameters[name]][entry] = value

@@ -16,8 +16,30 @@ from typing import Literal
 import torch
 from torch import Tensor
 
+from strategies.mean import mean
+
 Tensors = Mapping[str, Tensor]
 Mean = Literal["exact", "trimmed", "median", "clipped"]
+
+
+def combine(
+    kind: Mean, x: Tensors, parts: Sequence[Tensors], weights: Sequence[float], trim: float
+) -> dict[str, Tensor]:
+    """The mean `kind` of each named tensor over `parts`, in their order; `x` is what all of them began from.
+
+    `weights` sum to one; the exact and the clipped mean use them. Of integers (counters) the exact mean takes the
+    largest, the others the median.
+    """
+    if kind == "exact":
+        return mean(parts, weights)
+    floats = {name: value for name, value in x.items() if value.is_floating_point()}
+    integers = {name: torch.stack([part[name] for part in parts]).median(0).values for name in x if name not in floats}
+    if kind == "clipped":
+        return integers | mean(clipped(floats, parts), weights)
+    columns = {name: [part[name] for part in parts] for name in floats}
+    if kind == "median":
+        return integers | {name: median(column) for name, column in columns.items()}
+    return integers | {name: trimmed_mean(column, trim) for name, column in columns.items()}
 
 
 def trimmed_mean(parts: Sequence[Tensor], trim: float) -> Tensor:
@@ -38,6 +60,8 @@ def median(parts: Sequence[Tensor]) -> Tensor:
 def clipped(x: Tensors, updates: Sequence[Tensors]) -> list[dict[str, Tensor]]:
     """The models `updates` with their distance from `x`, over all tensors together, cut to the median distance."""
     moves = [{name: update[name].double() - x[name].double() for name in x} for update in updates]
+    if not x:
+        return [{} for _ in updates]
     norms = [torch.stack([move.norm() for move in of_worker.values()]).norm() for of_worker in moves]
     limit = median(norms)
     factors = [torch.where(norm > limit, limit / norm, 1.0) for norm in norms]

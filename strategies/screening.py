@@ -54,9 +54,12 @@ class Rules:
     other_records: Collection[str] = ()
 
 
-def screen(replies: Iterable[Message], request: Request, rules: Rules) -> tuple[dict[int, Update], dict[int, str]]:
+def screen(
+    replies: Iterable[Message], request: Request, rules: Rules, like: ArrayRecord
+) -> tuple[dict[int, Update], dict[int, str]]:
     """The usable updates by worker, and for every other sampled worker the reason why it has none.
 
+    The arrays of an update must be `like` these in names, types and shapes.
     Late replies to earlier rounds, second replies and those of other nodes are ignored.
     """
     ids = {message.metadata.message_id for message in request.messages}
@@ -69,7 +72,7 @@ def screen(replies: Iterable[Message], request: Request, rules: Rules) -> tuple[
         if worker is None or late or worker in updates or worker in left_out:
             continue
         try:
-            updates[worker] = _usable(reply, request.arrays, rules)
+            updates[worker] = _usable(reply, like, rules)
         except ValueError as reason:
             left_out[worker] = printable(reason)
     for worker in request.workers.values():

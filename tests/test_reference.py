@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import bisect
+import itertools
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -15,12 +18,52 @@ from fedsim.experiments.execute import execute
 from fedsim.models import build_model
 from fedsim.models.dropout import Dropout, StepKeys
 from fedsim.optim import build_optimizer
-from fedsim.reference import local_sgd
+from fedsim.reference import Compress, Outer, Tensors, local_sgd
 from fedsim.training.local_round import Start, round_inputs
 from fedsim.training.run_plan import run_plan
 from tests.conftest import final_model
 
 ROUNDS, STEPS, WORKERS, BATCH = 3, 3, 3, 8
+
+
+def slowmo() -> Outer:
+    """Wang et al. 2020, with the defaults of the key: alpha = 1, beta = 0.5."""
+    u: dict[str, Tensor | float] = {}
+
+    def step(x: Tensors, mean: Tensors, lr: float) -> Tensors:
+        for name in x:
+            u[name] = 0.5 * u.get(name, 0.0) + (x[name] - mean[name]) / lr
+        return {name: x[name] - lr * u[name] for name in x}
+
+    return step
+
+
+def fedadam() -> Outer:
+    """Reddi et al. 2021, with Kingma's bias correction, eta = 0.01, betas = 0.9 and 0.99, tau = 0.01."""
+    m: dict[str, Tensor | float] = {}
+    v: dict[str, Tensor | float] = {}
+    rounds = itertools.count(1)
+
+    def step(x: Tensors, mean: Tensors, lr: float) -> Tensors:
+        t, after = next(rounds), {}
+        for name in x:
+            gradient = x[name] - mean[name]
+            m[name] = 0.9 * m.get(name, 0.0) + 0.1 * gradient
+            v[name] = 0.99 * v.get(name, 0.0) + 0.01 * gradient**2
+            after[name] = x[name] - 0.01 * m[name] / (1 - 0.9**t) / ((v[name] / (1 - 0.99**t)) ** 0.5 + 0.01)
+        return after
+
+    return step
+
+
+def topk(update: Tensors) -> Tensors:
+    """The tenth of each tensor's values that is largest, at least one (Stich et al. 2018)."""
+    least = {name: value.abs().flatten().sort().values[-max(1, value.numel() // 10)] for name, value in update.items()}
+    return {name: torch.where(value.abs() >= least[name], value, 0.0) for name, value in update.items()}
+
+
+COMPRESS: dict[str, Compress | None] = {"none": None, "topk": topk}
+OUTER: dict[str, Callable[[], Outer | None]] = {"none": lambda: None, "slowmo": slowmo, "fedadam": fedadam}
 
 
 def reference(config: Config) -> dict[str, Tensor]:
@@ -34,9 +77,11 @@ def reference(config: Config) -> dict[str, Tensor]:
         layer.keys = step_keys  # in a copy of the model too
 
     def batch(worker: int, step: int) -> tuple[Tensor, Tensor]:
-        inputs = round_inputs(config, Start(worker, 1 + step // STEPS, {}, {}))
-        part = slice(step % STEPS * BATCH, (step % STEPS + 1) * BATCH)
-        step_keys.begin_step(inputs.dropout_keys[step % STEPS])
+        round_ = bisect.bisect_right(plan.starts, step)
+        inputs = round_inputs(config, Start(worker, round_, {}, {}))
+        local_step = step - plan.first_step(round_)
+        part = slice(local_step * BATCH, (local_step + 1) * BATCH)
+        step_keys.begin_step(inputs.dropout_keys[local_step])
         index, *crop = inputs.crops[:, part]
         return images.crop(index, *crop).double(), images.labels[index]
 
@@ -50,8 +95,10 @@ def reference(config: Config) -> dict[str, Tensor]:
         batch,
         plan.lr,
         WORKERS,
-        ROUNDS,
-        STEPS,
+        [plan.steps(round_) for round_ in range(1, plan.rounds + 1)],
+        compress=COMPRESS[config.compress],
+        error_feedback=config.error_feedback,
+        outer=OUTER[config.outer](),
         **keep,  # type: ignore[arg-type]
     )
     return model.state_dict()
@@ -72,6 +119,11 @@ def reference(config: Config) -> dict[str, Tensor]:
             "momentum-at-sync": "average",
         },
         {"optimizer": "lamb", "model": "lenet5"},
+        {"model": "lenet5", "local-steps-schedule": "table", "local-steps-table": "0.5:1,0.7:4", "record-by": "epoch"},
+        {"model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "outer": "slowmo"},
+        {"model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "error-feedback": False},
+        {"model": "lenet5", "outer": "slowmo", "schedule": "cosine", "momentum-at-sync": "reset"},
+        {"outer": "fedadam", "outer-args": "lr=0.01, eps=0.01", "batchnorm-at-sync": "first-worker"},
     ],
 )
 def test_an_engine_is_the_reference(small: Config, engine: Any, keys: dict[str, Any]) -> None:

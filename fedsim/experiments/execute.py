@@ -13,6 +13,7 @@ from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
 from fedsim.federation.flwr_run import run_with_flwr
 from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.round import check_strategy
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Row, Run
 from fedsim.training.centralized import train_centralized, whole_epochs
@@ -78,3 +79,4 @@ def check(config: Config, mode: Mode) -> None:
     else:
         check_shards(config, images, config.clients)
         run_plan(config, images)
+        check_strategy(config)

@@ -11,11 +11,11 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from torch import Tensor, nn
 
 from fedsim.config import Config
+from fedsim.federation.compress import zero_memory
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import Nodes
-from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS, OPTIMIZER, keeps_memory, with_prefix
+from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS, keeps_memory
 from fedsim.federation.round import Progress, TooFewClients
-from fedsim.optim import zero_state
 from fedsim.records import Run, read_rows
 from strategies import tensor_record, tensors_like, tensors_of
 
@@ -84,12 +84,12 @@ def collect_memories(
             records[nodes[node]] = reply.content.array_records[MEMORY]
 
     memories: dict[int, Memory] = {}
-    like = with_prefix(OPTIMIZER, zero_state(config, dict(model.named_parameters())))
+    like = zero_memory(config, model)
     for worker, record in sorted(records.items()):
         with contextlib.suppress(ValueError):  # what a client sends may be anything
             memories[worker] = tensors_like(record, tensor_record(like if rounds[worker] else {}))
     if len(memories) < (config.min_clients or 1):
-        raise TooFewClients(f"round {progress.round}: only {len(memories)} clients have their optimizer state", True)
+        raise TooFewClients(f"round {progress.round}: only {len(memories)} clients have their memory", True)
     return memories
 
 

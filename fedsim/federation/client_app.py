@@ -12,13 +12,16 @@ from collections.abc import Callable, Sequence
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
+from torch import Tensor
 
 from fedsim.config import Config, Value, own_keys
 from fedsim.data.local_folder import check_named, check_of_run, verify_images
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
+from fedsim.federation.compress import codec_of, compress_seed, compress_update
 from fedsim.federation.protocol import (
+    COMPRESS,
     MEMORY,
     MEMORY_LOST,
     MEMORY_ROUNDS,
@@ -30,8 +33,9 @@ from fedsim.federation.protocol import (
     with_prefix,
 )
 from fedsim.training import stacked
-from fedsim.training.local_round import End, Start, take_round
+from fedsim.training.local_round import End, Start, local_plan, take_round
 from strategies import DECLINED, buffers_in, join, sections, split, tensor_record, tensors_of
+from strategies.screening import not_finite
 
 app = ClientApp()
 
@@ -43,7 +47,7 @@ def train(message: Message, context: Context) -> Message:
     try:
         start = _start(config, message, context)
     except MemoryLost:  # the server decides what becomes of the round
-        return _declined(message)
+        return _declined(message, MEMORY_LOST)
     return _reply(config, message, context, take_round(config, start))
 
 
@@ -61,7 +65,7 @@ def train_together(
             starts.append(_start(config, message, context))
             replies.append(None)
         except MemoryLost:
-            replies.append(_declined(message))
+            replies.append(_declined(message, MEMORY_LOST))
     ends = iter(take_rounds(config, starts) if starts else ())
     return [
         reply or _reply(config, message, context, next(ends))
@@ -97,28 +101,41 @@ def memory(message: Message, context: Context) -> Message:
 
 def _start(config: Config, message: Message, context: Context) -> Start:
     parameters, buffers, extras = split(tensors_of(message.content.array_records["arrays"]))
-    state = under_prefix(OPTIMIZER, extras)  # averaged, or none
-    if keeps_memory(config):
-        state = under_prefix(OPTIMIZER, tensors_of(memory_after(context, _memory_round(message, context))))
+    state = under_prefix(OPTIMIZER, {**extras, **_memory(config, message, context)})  # averaged, kept, or none
     return Start(worker=_worker(context), round=_round(message), weights={**parameters, **buffers}, state=state)
 
 
 def _reply(config: Config, message: Message, context: Context, end: End) -> Message:
-    buffers = buffers_in(message.content.array_records["arrays"])
+    received = message.content.array_records["arrays"]
     state = with_prefix(OPTIMIZER, end.state)
-    arrays = join(sections(end.weights, buffers, state if config.momentum_at_sync == "average" else {}))
+    sent = sections(end.weights, buffers_in(received), state if config.momentum_at_sync == "average" else {})
+    kept = state if config.momentum_at_sync == "keep" else {}
+    if codec := codec_of(config):
+        if not_finite(sent.parameters):  # an infinity would stay in the residual
+            return _declined(message, "its parameters are not finite")
+        x = split(tensors_of(received)).parameters
+        seed = compress_seed(config, local_plan(config), _round(message), _worker(context))
+        memory = under_prefix(COMPRESS, _memory(config, message, context))
+        update, remembered = compress_update(config, codec, x, sent.parameters, memory, seed)
+        sent = sent._replace(parameters=update)
+        kept |= with_prefix(COMPRESS, remembered)
     metrics = MetricRecord({"num-examples": end.samples, "train-loss": end.loss})
-    content = RecordDict({"arrays": tensor_record(arrays), "metrics": metrics})
+    content = RecordDict({"arrays": tensor_record(join(sent)), "metrics": metrics})
     if keeps_memory(config):
-        kept = tensor_record(state)
-        keep_memory(context, kept, _round(message), _memory_round(message, context))
+        record = tensor_record(kept)
+        keep_memory(context, record, _round(message), _memory_round(message, context))
         if message.content.config_records["config"][SEND_MEMORY]:
-            content[MEMORY] = kept
+            content[MEMORY] = record
     return Message(content, reply_to=message)
 
 
-def _declined(message: Message) -> Message:
-    return Message(RecordDict({DECLINED: ConfigRecord({"reason": MEMORY_LOST})}), reply_to=message)
+def _declined(message: Message, reason: str) -> Message:
+    return Message(RecordDict({DECLINED: ConfigRecord({"reason": reason})}), reply_to=message)
+
+
+def _memory(config: Config, message: Message, context: Context) -> dict[str, Tensor]:
+    """What this client kept after the last round in which its update was averaged; raises MemoryLost."""
+    return tensors_of(memory_after(context, _memory_round(message, context))) if keeps_memory(config) else {}
 
 
 def _worker(context: Context) -> int:

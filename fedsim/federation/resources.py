@@ -8,7 +8,7 @@ import torch
 from fedsim.config import Config
 from fedsim.data.datasets import classes_of
 from fedsim.errors import UserError
-from fedsim.federation.protocol import keeps_memory
+from fedsim.federation.compress import zero_memory
 from fedsim.models import blank_model
 from fedsim.optim import zero_state
 
@@ -20,7 +20,11 @@ def check_memory(config: Config) -> None:
     needed, free = needed_bytes(config), free_bytes(config.device)
     told = f"the optimizer states and updates of {config.clients} clients"
     if needed > free:
-        other = ", or --momentum-at-sync reset or average" if keeps_memory(config) else " or a smaller --fraction"
+        other = (
+            ", or --momentum-at-sync reset or average"
+            if config.momentum_at_sync == "keep"
+            else " or a smaller --fraction"
+        )
         raise UserError(
             f"clients = {config.clients}: {told} need {needed / GIB:.1f} GiB of memory, but {free / GIB:.1f} GiB are "
             f"free: give fewer clients{other}"
@@ -32,15 +36,15 @@ def check_memory(config: Config) -> None:
 def needed_bytes(config: Config) -> int:
     """The bytes of all states and updates that exist at once, without models in training and the data set.
 
-    Each client keeps one optimizer state; a checkpoint of all of them is a buffer that is copied as it grows. An
+    Each client keeps one memory (`zero_memory`); a checkpoint of all of them is a buffer that is copied as it grows. An
     update in flight holds the weights and, unless it is reset, a new state.
     """
     model = blank_model(config.model, classes_of(config), config.device, config.precision)
     weights: int = sum(value.nbytes for value in model.state_dict().values())
-    state: int = sum(value.nbytes for value in zero_state(config, dict(model.named_parameters())).values())
-    kept = 3 * config.clients * state if keeps_memory(config) else 0
-    update = weights if config.momentum_at_sync == "reset" else weights + state
-    return kept + config.clients_per_round * update
+    memory = sum(value.nbytes for value in zero_memory(config, model).values())
+    averaged = zero_state(config, dict(model.named_parameters())) if config.momentum_at_sync == "average" else {}
+    update = weights + memory + sum(value.nbytes for value in averaged.values())
+    return 3 * config.clients * memory + config.clients_per_round * update
 
 
 def free_bytes(device: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -9,8 +10,9 @@ from dataclasses import dataclass, field, replace
 from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import nn
 
-from fedsim.config import Config
-from fedsim.errors import RunFailed
+from fedsim.config import Config, arguments_of, check_used
+from fedsim.errors import RunFailed, UserError
+from fedsim.federation.compress import check_compress, codec_of, compress_seed
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import (
@@ -27,6 +29,7 @@ from fedsim.records import Row
 from fedsim.training.run_plan import RunPlan
 from strategies import STRATEGIES, LocalSGD, batchnorm_buffers, buffers_of, join, payload_bytes, sections, tensor_record
 from strategies.local_sgd import State
+from strategies.outer import OuterStep, outer_step
 from strategies.screening import Request
 
 
@@ -63,17 +66,46 @@ def initial_progress(config: Config, model: nn.Module) -> Progress:
 
 def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
     """The strategy of `config` for the arrays of `model`."""
+    check_strategy(config)
     return STRATEGIES[config.strategy](
         seed=config.seed,
         population=config.clients,
         fraction_train=config.fraction,
         min_updates=config.min_clients or 1,
-        max_examples=plan.max_steps * config.batch_size,
+        max_examples=plan.samples,
         metrics=["train-loss"],
         other_records=[MEMORY],
         batchnorm=batchnorm_buffers(model),
         batchnorm_at_sync=config.batchnorm_at_sync,
+        mean=config.mean,
+        trim=config.trim,
+        codec=codec_of(config),
+        codec_seed=functools.partial(compress_seed, config, plan),
+        outer=outer_step_of(config),
+        lr=lambda round_: plan.rates(round_)[-1],
     )
+
+
+def check_strategy(config: Config) -> None:
+    """Raise UserError where the keys of the strategy do not go together."""
+    check_compress(config)
+    check_used(config, "mean", {"trim": ["trimmed"]})
+    if config.mean == "trimmed" and int(config.trim * config.clients_per_round) == 0:
+        least = 1 / config.clients_per_round
+        raise UserError(f"trim = {config.trim} of {config.clients_per_round} clients is none: give {least:.2g} or more")
+    if config.mean != "exact" and config.batchnorm_at_sync == "first-worker":
+        raise UserError(
+            f"mean = {config.mean} does not protect one client's statistics: give --batchnorm-at-sync average"
+        )
+    outer_step_of(config)
+
+
+def outer_step_of(config: Config) -> OuterStep:
+    """The server's step; raises UserError where its optimizer does not take its arguments."""
+    try:
+        return outer_step(config.outer, **arguments_of(config.outer_args))
+    except ValueError as error:
+        raise UserError(f"outer-args = {config.outer_args}: {error}") from error
 
 
 def train_round(

@@ -24,8 +24,9 @@ WARM_UP = 3  # steps before a capture, in which CUDA's libraries choose their ke
 
 
 class CapturedSteps:
-    """Rounds of `samples` images for each of K `replicas` in a stacked network, in batches; the last may be smaller.
+    """Rounds of at most `samples` images for each of K `replicas` in a stacked network.
 
+    The last batch may be smaller.
     From now on weights and optimizer state must be changed in place only. With `capture` the warm-up steps leave both
     as they were.
     """
@@ -44,39 +45,42 @@ class CapturedSteps:
         self._model, self._optimizer, self._images = model, optimizer, images
         self._batch_size, self._precision, self._replicas = batch_size, precision, replicas
         self._device, self._dtype = images.labels.device, next(model.parameters()).dtype
-        full, self._rest = divmod(samples, batch_size)
-        sizes = [batch_size] * full + [self._rest] * (self._rest > 0)
+        steps = -(-samples // batch_size)
         # CUDA's fused SGD reads its rate as a float32; in float64 the CPU's bits are those of a Python float
         rate_dtype = torch.float64 if self._device.type == "cpu" else torch.float32
         self._crops = torch.zeros(4, replicas, samples, dtype=torch.int64, device=self._device)
-        self._rates = torch.zeros(len(sizes), dtype=rate_dtype, device=self._device)
-        self._keys = torch.zeros(len(sizes), replicas, dtype=torch.int64, device=self._device)
-        self._losses = torch.zeros(len(sizes), replicas, dtype=self._dtype, device=self._device)
-        self._shares = torch.tensor(sizes, dtype=torch.float64, device=self._device)[:, None] / samples
+        self._rates = torch.zeros(steps, dtype=rate_dtype, device=self._device)
+        self._keys = torch.zeros(steps, replicas, dtype=torch.int64, device=self._device)
+        self._losses = torch.zeros(steps, replicas, dtype=self._dtype, device=self._device)
+        self._shares = torch.zeros(steps, 1, dtype=torch.float64, device=self._device)  # each step's, of the samples
         self._within = torch.arange(batch_size, device=self._device)
         self._step = torch.zeros(1, dtype=torch.int64, device=self._device)  # of the round, the next to be taken
         self._lr = torch.zeros((), dtype=rate_dtype, device=self._device)
         self._step_keys = StepKeys(replicas, self._device)
         set_lr(optimizer, self._lr)
         set_dropout_keys(model, self._step_keys)
-        self._full = full
         self._take_full: Callable[[], None] = self._captured() if capture else lambda: self._take(batch_size)
 
     def run(self, inputs: Sequence[StepInputs]) -> Tensor:
         """Every step of a round; (K,) the replicas' mean losses over its samples, for which nothing has waited.
 
-        `inputs`: of each replica; their rates are the same.
+        `inputs`: of each replica; their rates, and how many steps there are, are the same.
         """
-        self._fill(self._crops, torch.stack([replica.crops for replica in inputs], dim=1))
-        self._fill(self._keys, torch.stack([replica.dropout_keys for replica in inputs], dim=1))
-        self._fill(self._rates, torch.tensor(inputs[0].rates, dtype=self._rates.dtype))
+        samples = inputs[0].crops.shape[1]
+        full, rest = divmod(samples, self._batch_size)
+        sizes = [self._batch_size] * full + [rest] * (rest > 0)
+        steps = len(sizes)
+        self._fill(self._crops[:, :, :samples], torch.stack([replica.crops for replica in inputs], dim=1))
+        self._fill(self._keys[:steps], torch.stack([replica.dropout_keys for replica in inputs], dim=1))
+        self._fill(self._rates[:steps], torch.tensor(inputs[0].rates, dtype=self._rates.dtype))
+        self._fill(self._shares[:steps], torch.tensor(sizes, dtype=torch.float64)[:, None] / samples)
         self._step.zero_()
         self._model.train()
-        for _ in range(self._full):
+        for _ in range(full):
             self._take_full()
-        if self._rest:
-            self._take(self._rest)
-        return (self._losses * self._shares).sum(0)
+        if rest:
+            self._take(rest)
+        return (self._losses[:steps] * self._shares[:steps]).sum(0)
 
     def _fill(self, buffer: Tensor, values: Tensor) -> None:
         """One copy that is not waited for, where pinned memory makes that possible."""

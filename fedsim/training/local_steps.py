@@ -14,10 +14,63 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
+from fedsim.config import Config, check_used, table_of
+from fedsim.errors import UserError
+
+USED_BY = {  # key -> the schedules that use it
+    "local_steps_max": ("linear", "doubling"),
+    "qsr_alpha": ("qsr",),
+    "switch_epoch": ("post-local",),
+    "local_steps_table": ("table",),
+}
 LocalSteps = Callable[[int], int]  # the first local step of a round -> how many it takes
+
+
+def local_steps_of(config: Config, steps_per_epoch: Fraction, total: int, rate: Callable[[int], float]) -> LocalSteps:
+    """The rule of `config` for a run of `total` steps with the learning rate `rate`."""
+    least, largest = config.local_steps, config.local_steps_max
+    match config.local_steps_schedule:
+        case "post-local":
+            return post_local(least, math.ceil(Fraction(_switch_epoch(config)) * steps_per_epoch))
+        case "qsr":
+            return qsr(least, config.qsr_alpha, rate, math.ceil(Fraction(config.warmup_epochs) * steps_per_epoch))
+        case "linear":
+            return linear(least, largest, total)
+        case "doubling":
+            return doubling(least, largest, total)
+        case "table":
+            return table(least, table_of(config.local_steps_table), steps_per_epoch)
+        case "constant":
+            return constant(least)
+
+
+def check_local_steps(config: Config) -> None:
+    """Raise UserError where the schedule of J lacks a key, or a key is given that it does not use."""
+    schedule = config.local_steps_schedule
+    check_used(config, "local_steps_schedule", USED_BY)
+    if schedule in USED_BY["local_steps_max"] and config.local_steps_max < config.local_steps:
+        raise UserError(
+            f"local-steps-max = {config.local_steps_max} is less than local-steps = {config.local_steps}: give more"
+        )
+    if schedule == "qsr" and not config.qsr_alpha:
+        raise UserError("qsr-alpha = 0: local-steps-schedule = qsr needs it, for instance --qsr-alpha 0.02")
+    if schedule == "table" and not config.local_steps_table:
+        raise UserError("local-steps-table is empty: local-steps-schedule = table needs it, for instance 10:1,50:16")
+    if schedule == "post-local" and not _switch_epoch(config):
+        raise UserError("switch-epoch = 0: local-steps-schedule = post-local needs it, or schedule = multistep")
+    if schedule != "constant" and config.record_by == "round":
+        raise UserError(f"local-steps-schedule = {schedule} makes rounds of unequal length: give --record-by epoch")
+    needs_total = schedule in ("linear", "doubling") or (schedule == "qsr" and config.schedule == "cosine")
+    if config.rounds and needs_total:
+        raise UserError(f"rounds = {config.rounds}: local-steps-schedule = {schedule} needs the budget in --epochs")
+
+
+def _switch_epoch(config: Config) -> float:
+    first = config.milestones.split(",")[0] if config.schedule == "multistep" else ""
+    return config.switch_epoch or float(first or 0)
 
 
 def constant(local_steps: int) -> LocalSteps:
@@ -66,5 +119,13 @@ def table(local_steps: int, epochs: Sequence[tuple[float, int]], steps_per_epoch
 
 def round_starts(steps: LocalSteps, total: int) -> tuple[int, ...]:
     """The local step at which each round begins, and as the last entry `total`, where the run ends."""
-    starts = itertools.accumulate(itertools.repeat(0), lambda start, _: min(total, start + steps(start)))
-    return (*itertools.takewhile(lambda start: start < total, starts), total)
+    return (*itertools.takewhile(lambda start: start < total, _all_starts(steps)), total)
+
+
+def starts_of_rounds(steps: LocalSteps, rounds: int) -> tuple[int, ...]:
+    """The local step at which each of `rounds` rounds begins, and as the last entry the one where the run ends."""
+    return tuple(itertools.islice(_all_starts(steps), rounds + 1))
+
+
+def _all_starts(steps: LocalSteps) -> Iterator[int]:
+    return itertools.accumulate(itertools.repeat(0), lambda start, _: start + steps(start))

@@ -6,13 +6,16 @@ Nothing else multiplies by J. Rounds are counted from 1 and local steps from 0: 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import bisect
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.optim.lr_schedule import Schedule, schedule_of
+from fedsim.training.local_steps import check_local_steps, local_steps_of, round_starts, starts_of_rounds
 
 
 @dataclass(frozen=True)
@@ -64,23 +67,41 @@ class RunPlan:
         return self.epoch(round_ - 1) // every < self.epoch(round_) // every
 
 
+@functools.lru_cache(maxsize=8)  # every client asks in every round, and there may be a million rounds
 def run_plan(config: Config, images: int) -> RunPlan:
     """The plan of `config` on `images` training images."""
     workers = config.clients_per_round
     if config.min_clients > workers:
         raise UserError(f"min-clients = {config.min_clients} is more than the {workers} clients of a round: give fewer")
+    check_local_steps(config)
     steps_per_epoch = Fraction(images, workers * config.batch_size)
 
-    def rounds_of(epochs: float) -> int:
-        return max(1, round(epochs * steps_per_epoch / config.local_steps))
+    def schedule(total: int) -> Schedule:
+        return schedule_of(config, steps_per_epoch, float(total / steps_per_epoch), workers)
 
-    rounds = config.rounds or rounds_of(config.epochs)
-    stops = [rounds]
+    starts = _starts(config, steps_per_epoch, schedule)
+    stops = [len(starts) - 1]
     if config.stop_after_rounds:
         stops.append(config.stop_after_rounds)
     if config.stop_after_epochs:
-        stops.append(rounds_of(config.stop_after_epochs))
-    starts = range(0, rounds * config.local_steps + 1, config.local_steps)
-    epochs = float(starts[-1] / steps_per_epoch)
-    lr = schedule_of(config, steps_per_epoch, epochs, workers)
-    return RunPlan(starts, min(stops), config.batch_size, steps_per_epoch, lr)
+        stops.append(max(1, bisect.bisect_left(starts, _steps_of(config, steps_per_epoch, config.stop_after_epochs))))
+    return RunPlan(starts, min(stops), config.batch_size, steps_per_epoch, schedule(starts[-1]))
+
+
+def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int], Schedule]) -> Sequence[int]:
+    """`RunPlan.starts`; `schedule` gives the learning rates of a run of so many steps."""
+    if config.local_steps_schedule == "constant":
+        total = config.rounds * config.local_steps or _steps_of(config, steps_per_epoch, config.epochs)
+        return range(0, total + 1, config.local_steps)
+    if config.rounds:
+        # No rule of a run of so many rounds depends on its number of steps (`check_local_steps`)
+        rule = local_steps_of(config, steps_per_epoch, 1, schedule(1))
+        return starts_of_rounds(rule, config.rounds)
+    total = _steps_of(config, steps_per_epoch, config.epochs)
+    return round_starts(local_steps_of(config, steps_per_epoch, total, schedule(total)), total)
+
+
+def _steps_of(config: Config, steps_per_epoch: Fraction, epochs: float) -> int:
+    """The local steps of so many epochs: with a constant J those of the nearest number of whole rounds."""
+    whole = config.local_steps if config.local_steps_schedule == "constant" else 1
+    return max(1, round(epochs * steps_per_epoch / whole)) * whole

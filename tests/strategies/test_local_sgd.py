@@ -327,7 +327,7 @@ def test_records_beside_those_asked_for_leave_a_client_out(grid: InProcessGrid) 
 
 @pytest.mark.parametrize("value", [float("nan"), "low", None])
 def test_a_metric_asked_for_must_be_a_finite_number(grid: InProcessGrid, value: Any) -> None:
-    strategy, messages = begin(grid, 2, metrics=["train-loss"], max_examples=64)
+    strategy, messages = begin(grid, 2, metrics=["train-loss"], max_examples=lambda round_: 64)
     bad = reply(messages[0], update(0))
     record = bad.content.metric_records["metrics"]
     del record["train-loss"]
@@ -340,7 +340,7 @@ def test_a_metric_asked_for_must_be_a_finite_number(grid: InProcessGrid, value: 
 
 
 def test_more_examples_than_there_can_be_leave_a_client_out(grid: InProcessGrid) -> None:
-    strategy, messages = begin(grid, 2, max_examples=64)
+    strategy, messages = begin(grid, 2, max_examples=lambda round_: 64)
     strategy.aggregate_train(1, [reply(messages[0], update(0)), reply(messages[1], update(1), **{"num-examples": 65})])
     assert left_out(strategy) == {1: "num-examples is 65"}
 

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from strategies import batchnorm_buffers, buffers_in, buffers_of, join, sections, split
 from strategies.batchnorm import merge
+from strategies.mean import mean as mean_of
 from tests.conftest import assert_same_bits
 
 
@@ -57,7 +58,8 @@ def test_only_batchnorms_buffers_are_merged_as_asked(how: str, mean: float) -> N
         means = {name: torch.full((2,), value) for name in ("1.running_mean", "2.running_mean")}
         return {**means, "1.num_batches_tracked": torch.tensor(count)}
 
-    merged = merge([buffers(1.0, 7), buffers(5.0, 9)], [0.5, 0.5], how, batchnorm_buffers(MODEL))
+    workers = [buffers(1.0, 7), buffers(5.0, 9)]
+    merged = merge(mean_of(workers, [0.5, 0.5]), workers[0], how, batchnorm_buffers(MODEL))
     assert merged["1.running_mean"].tolist() == [mean, mean]
     assert merged["2.running_mean"].tolist() == [3.0, 3.0]
     count = merged["1.num_batches_tracked"]

@@ -49,8 +49,11 @@ def rounds(config: Config, static: bool, capture: bool = False) -> dict[str, Ten
     for round in range(3):
         if round == 2:
             load_optimizer_state(named, optimizer, {})
-        order = generator(1, 0, round, "shuffle").permutation(len(images))[:SAMPLES]
-        inputs = step_inputs(order, BATCH, 1, 0, 3 * round, [0.01, 0.02 / (1 + round), 0.03])
+        samples, rates = SAMPLES, [0.01, 0.02 / (1 + round), 0.03]
+        if round == 1:  # a shorter one
+            samples, rates = SAMPLES - BATCH, rates[:-1]
+        order = generator(1, 0, round, "shuffle").permutation(len(images))[:samples]
+        inputs = step_inputs(order, BATCH, 1, 0, 3 * round, rates)
         losses.append(float(steps.run([inputs]) if static else simple(inputs)))
     return {"losses": torch.tensor(losses), **model.state_dict(), **optimizer_state(named, optimizer)}
 

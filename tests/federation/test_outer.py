@@ -1,0 +1,85 @@
+"""Outer optimizers within a run; their formulas are tested in tests/test_reference.py and tests/strategies."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import get_args
+
+import pytest
+import torch
+
+from fedsim.config import Config, Outer
+from fedsim.errors import UserError
+from strategies.outer import OUTER
+from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+
+
+def test_the_key_knows_the_names_of_the_strategies() -> None:
+    assert get_args(Outer) == OUTER
+
+
+@pytest.mark.parametrize(
+    ("outer", "arguments"), [("sgd", ""), ("slowmo", "momentum=0"), ("diloco", "lr=1, momentum=0, nesterov=false")]
+)
+def test_at_its_identity_a_run_is_the_plain_one_bitwise(run: Execute, outer: str, arguments: str) -> None:
+    plain = run(name="plain", epochs=1.0)
+    same = run(name="same", epochs=1.0, outer=outer, outer_args=arguments)
+    assert_same_bits(final_model(same), final_model(plain))
+    assert rows_of(same) == rows_of(plain)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        # the last epoch's rate of this schedule is 0: the last rounds have no pseudo-gradient in units of the rate
+        {"outer": "slowmo", "schedule": "cosine", "schedule_unit": "epoch", "epochs": 3.0, "warmup_epochs": 1.0},
+        {"outer": "fedadam", "outer_args": "lr=0.01, betas=0.8:0.95"},
+    ],
+)
+def test_a_run_that_is_stopped_and_resumed_is_never_stopped_bitwise(run: Execute, keys: dict[str, object]) -> None:
+    whole = run(name="whole", **keys)
+    run(name="parts", stop_after_rounds=3, **keys)
+    parts = run(name="parts", **keys)
+    assert_same_bits(final_model(parts), final_model(whole))
+    assert rows_of(parts) == rows_of(whole)
+    state = torch.load(whole.folder / "checkpoint.pt", weights_only=True)["server_state"]
+    assert state["fc3.bias/momentum_buffer" if keys["outer"] == "slowmo" else "fc3.bias/exp_avg_sq"].any()
+    plain = run(name="plain", **{name: value for name, value in keys.items() if not name.startswith("outer")})
+    assert not torch.equal(final_model(plain)["fc3.bias"], final_model(whole)["fc3.bias"])
+
+
+def test_buffers_do_not_pass_through_it(run: Execute) -> None:
+    """After one round, in which all workers start alike, BatchNorm's statistics are those of plain averaging."""
+    keys = {"model": "lenet-bn", "rounds": 1}
+    plain, outer = final_model(run(name="plain", **keys)), final_model(run(name="outer", outer="fedadam", **keys))
+    statistics = [name for name in plain if name.startswith("bn") and not name.endswith(("weight", "bias"))]
+    assert len(statistics) == 6
+    assert_same_bits({name: outer[name] for name in statistics}, {name: plain[name] for name in statistics})
+    assert not torch.equal(outer["fc3.weight"], plain["fc3.weight"])
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"outer": "diloco", "outer_args": "mu=0.9"}, "outer = diloco has no argument mu: it must be one of lr, mom"),
+        ({"outer": "sgd", "outer_args": "fused=true"}, "outer = sgd has no argument fused"),
+        ({"outer": "adam", "outer_args": "betas=0.9"}, "outer = adam: "),
+        ({"outer": "sgd", "outer_args": "lr=-1"}, "outer-args = lr=-1: outer = sgd: Invalid learning rate: -1"),
+        ({"outer_args": "lr=0.5"}, "outer = none takes no arguments, but lr was given"),
+    ],
+)
+def test_wrong_arguments_are_refused_before_anything_is_written(
+    run: Execute, tmp_path: Path, keys: dict[str, object], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        run(**keys)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", ["lr", "lr=", "lr=fast", "lr=1e999", "=1", "lr=1, lr=2", "a b=1", "betas=0.9:", "betas=true:0.9", "lr=nan"]
+)
+def test_a_text_that_is_no_arguments_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"outer-args = .* must be names with numbers, true or false"):
+        Config().changed({"outer": "adam", "outer-args": text})

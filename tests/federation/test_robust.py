@@ -1,0 +1,64 @@
+"""Robust means within a run: one hostile client, whose arrays are finite and absurd."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message
+
+from fedsim.config import FIELDS, Config
+from fedsim.errors import UserError
+from strategies.robust import Mean
+from tests.conftest import Execute, final_model, rows_of
+from tests.federation.test_failures import answer, place, run_with
+
+
+def test_the_key_knows_the_names_of_the_strategies() -> None:
+    assert get_args(FIELDS["mean"].annotation) == get_args(Mean)
+
+
+def hostile(message: Message, context: Context) -> Message:
+    """Worker 1 sends the largest that it can: 1e30 (in fp16: 6e4), in buffers, momenta and counters too."""
+    reply = answer(message, context)
+    if place(message, context)[1] == 1:
+        arrays = reply.content.array_records["arrays"].to_torch_state_dict()
+        largest = {torch.float32: 1e30, torch.float16: 6e4, torch.int64: 10**9}
+        absurd = {name: torch.full_like(value, largest[value.dtype]) for name, value in arrays.items()}
+        reply.content["arrays"] = ArrayRecord(absurd)
+    return reply
+
+
+@pytest.mark.parametrize("mean", ["trimmed", "median", "clipped"])
+@pytest.mark.parametrize("keys", [{"model": "lenet-bn", "momentum-at-sync": "average"}, {"compress": "fp16"}])
+def test_one_hostile_client_does_not_move_the_model_far(small: Config, mean: str, keys: dict[str, Any]) -> None:
+    config = small.changed({"synthetic-images": 256, "rounds": 3, **keys})
+    robust = run_with(hostile, config.changed({"name": "robust", "mean": mean}))
+    assert all(float(value.abs().max()) < 100 for value in final_model(robust).values())
+    assert all(row["left_out"] == {} for row in rows_of(robust))
+    exact = final_model(run_with(hostile, config.changed({"name": "exact", "rounds": 1})))
+    assert float(exact["fc3.weight"].abs().max()) > 1e4
+
+
+@pytest.mark.parametrize("mean", ["median", "clipped"])
+def test_of_one_worker_it_is_the_exact_mean(run: Execute, mean: str) -> None:
+    keys: dict[str, Any] = {"rounds": 2, "clients": 1, "model": "lenet-bn"}
+    exact, robust = final_model(run(name="exact", **keys)), final_model(run(name="robust", mean=mean, **keys))
+    for name, value in robust.items():
+        torch.testing.assert_close(value, exact[name], rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"trim": 0.1}, "trim is not used by mean = exact: leave it out, or give trimmed"),
+        ({"mean": "trimmed", "trim": 0.2}, "trim = 0.2 of 4 clients is none: give 0.25 or more"),
+        ({"mean": "median", "batchnorm_at_sync": "first-worker"}, "give --batchnorm-at-sync average"),
+    ],
+)
+def test_what_makes_no_sense_is_refused(run: Execute, tmp_path: Path, keys: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        run(**keys)
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,146 @@
+"""Runs in which J changes; the rules by hand are in test_local_steps.py."""
+
+from __future__ import annotations
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+from flwr.app import Context, Message
+
+from fedsim.config import Config
+from fedsim.device import resolve
+from fedsim.errors import UserError
+from fedsim.experiments.execute import execute
+from fedsim.training.run_plan import RunPlan, run_plan
+from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.federation.test_failures import answer, place, run_with
+
+SCHEDULES: dict[str, dict[str, Any]] = {  # 32 steps of 1 client, or 8 of 4, in each of the two epochs of `small`
+    "post-local": {"switch-epoch": 0.6},
+    "qsr": {"qsr-alpha": 0.02, "schedule": "cosine", "warmup-epochs": 0.5},
+    "linear": {"local-steps-max": 9},
+    "doubling": {"local-steps-max": 8},
+    "table": {"local-steps-table": "0.5:1,1.2:5"},
+}
+
+
+def keys_of(schedule: str) -> dict[str, Any]:
+    return {"local-steps-schedule": schedule, "record-by": "epoch", **SCHEDULES[schedule]}
+
+
+def lengths(plan: RunPlan) -> list[int]:
+    return [plan.steps(round_) for round_ in range(1, plan.rounds + 1)]
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_alone_a_client_of_any_rounds_is_centralized_training(small: Config, run: Execute, schedule: str) -> None:
+    keys = {"schedule": "cosine", "warmup-epochs": 0.5}
+    central = execute(resolve(small.changed({**keys, "name": "central"}), "centralized"), "centralized")
+    config = resolve(small.changed({**keys, **keys_of(schedule), "clients": 1}), "localsgd")
+    assert len(set(lengths(run_plan(config, 512)))) > 1
+    alone = execute(config.changed({"name": "alone"}), "localsgd")
+    assert_same_bits(final_model(alone), final_model(central))
+    rows = rows_of(alone)
+    assert rows[-1]["local_steps"] == 64
+    assert rows[-1]["syncs"] == len(lengths(run_plan(config, 512)))
+    assert [int(row["epoch"]) for row in rows] == [1, 2]
+
+
+@pytest.mark.parametrize("schedule", ["qsr", "doubling"])
+def test_stopped_and_resumed_it_is_never_stopped_bitwise(small: Config, schedule: str) -> None:
+    config = resolve(small.changed({**keys_of(schedule), "epochs": 3.0}), "localsgd")
+    whole = execute(config.changed({"name": "whole"}), "localsgd")
+    execute(config.changed({"name": "parts", "stop-after-rounds": 3}), "localsgd")
+    execute(config.changed({"name": "parts", "stop-after-epochs": 2.0}), "localsgd")
+    parts = execute(config.changed({"name": "parts"}), "localsgd")
+    assert_same_bits(final_model(parts), final_model(whole))
+    assert [row["local_steps"] for row in rows_of(whole)][-1] == 24
+
+
+def test_the_budget_in_epochs_is_met_to_a_step_and_in_rounds_to_a_round(small: Config) -> None:
+    for schedule in SCHEDULES:
+        config = small.changed({**keys_of(schedule), "epochs": 3.3})
+        assert sum(lengths(run_plan(config, 512))) == round(3.3 * 8)
+        stopped = run_plan(config.changed({"stop-after-epochs": 1.0}), 512)
+        assert stopped.first_step(stopped.last_round) < 8 <= stopped.first_step(stopped.last_round + 1)
+    table = run_plan(small.changed({**keys_of("table"), "rounds": 12}), 512)
+    assert lengths(table) == [2, 2, 1, 1, 1, 1, 1, 1, 5, 5, 5, 5]
+    assert table.epoch(12) == sum(lengths(table)) / 8
+
+
+def test_post_local_switches_at_the_first_milestone_unless_told_otherwise(small: Config) -> None:
+    keys = {"local-steps-schedule": "post-local", "record-by": "epoch", "schedule": "multistep", "milestones": "0.75,1"}
+    plan = run_plan(small.changed(keys), 512)
+    assert lengths(plan) == [1] * 6 + [2] * 5
+    rates = [plan.rates(round_) for round_ in range(1, plan.rounds + 1)]
+    first = next(round_ for round_, of in enumerate(rates, 1) if of[0] < rates[0][0])
+    assert plan.steps(first - 1) == 1
+    assert plan.steps(first) == 2
+    assert lengths(run_plan(small.changed({**keys, "switch-epoch": 0.25}), 512)) == [1] * 2 + [2] * 7
+
+
+def test_qsr_follows_the_scaled_rate_of_the_run(small: Config) -> None:
+    config = small.changed({**keys_of("qsr"), "epochs": 6.0, "lr-scaling-batch": 32, "qsr-alpha": 0.04})
+    plan = run_plan(config, 512)
+    assert plan.rates(4) != run_plan(config.changed({"lr-scaling-batch": 0}), 512).rates(4)
+    for round_, (start, end) in enumerate(itertools.pairwise(plan.starts), 1):
+        rule = 2 if start < 4 else max(2, int((0.04 / plan.lr(start)) ** 2))
+        assert end - start == (rule if round_ < plan.rounds else min(rule, 48 - start))
+    assert plan.max_steps > 8
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        (
+            {**keys_of("linear"), "record-by": "round"},
+            "schedule = linear makes rounds of unequal length: give --record-by",
+        ),
+        ({**keys_of("linear"), "local-steps-max": 1}, "local-steps-max = 1 is less than local-steps = 2: give more"),
+        ({**keys_of("qsr"), "qsr-alpha": 0.0}, "qsr-alpha = 0: local-steps-schedule = qsr needs it"),
+        ({**keys_of("table"), "local-steps-table": ""}, "local-steps-table is empty: "),
+        ({**keys_of("post-local"), "switch-epoch": 0.0}, "switch-epoch = 0: .* needs it, or schedule = multistep"),
+        ({"qsr-alpha": 0.1}, "qsr-alpha is not used by local-steps-schedule = constant: leave it out, or give qsr"),
+        ({**keys_of("qsr"), "local-steps-max": 4}, "leave it out, or give linear or doubling"),
+        (
+            {**keys_of("doubling"), "rounds": 4},
+            "rounds = 4: local-steps-schedule = doubling needs the budget in --epochs",
+        ),
+        ({**keys_of("qsr"), "rounds": 4}, "rounds = 4: local-steps-schedule = qsr needs the budget in --epochs"),
+    ],
+)
+def test_what_a_schedule_lacks_or_does_not_use_is_refused(
+    run: Execute, tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message):
+        run(**{name.replace("-", "_"): value for name, value in keys.items()})
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text", ["10", "10:1:2", "10:0", "0:3", "5:1,5:2", "nan:1", "true:1", "10:1.5", "10:1,", "a:b"]
+)
+def test_a_text_that_is_no_table_is_refused(text: str) -> None:
+    with pytest.raises(UserError, match=r"local-steps-table = .* must be ascending epochs with their J"):
+        Config().changed({"local-steps-table": text})
+
+
+def test_a_client_that_claims_more_samples_than_its_round_has_is_left_out(
+    small: Config, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As many as the longest round has: too many in the others."""
+    config = small.changed(keys_of("doubling"))
+    longest = run_plan(config, 512).max_steps * config.batch_size
+
+    def claim(message: Message, context: Context) -> Message:
+        reply = answer(message, context)
+        if place(message, context)[1] == 3:
+            reply.content.metric_records["metrics"]["num-examples"] = longest
+        return reply
+
+    run_with(claim, config)
+    shorter = [round_ for round_, steps in enumerate(lengths(run_plan(config, 512)), 1) if 16 * steps < longest]
+    refused = f"worker 3 is left out of the average: num-examples is {longest}"
+    assert [int(message.split()[1][:-1]) for message in caplog.messages if refused in message] == shorter
