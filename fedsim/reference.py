@@ -7,7 +7,6 @@ tested against this file in float64.
 from __future__ import annotations
 
 import copy
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -42,18 +41,18 @@ def local_sgd(
     counted from 0 through all rounds. `momentum_at_sync` says what becomes of each worker's optimizer state when the
     models are averaged, `batchnorm_at_sync` whether BatchNorm's running statistics are averaged or worker 0's.
     `compress(update)` is what arrives of a worker's update, x minus its parameters; with `error_feedback` the worker
-    adds what did not arrive to its next update.
-    `outer(x, mean, lr)` is the server's step: the next parameters from those before the round, the mean of the
-    workers' and the learning rate of the round's last step. Without it, that is the mean.
+    adds what did not arrive to its next update. `outer(x, mean, lr)` is the server's step: the next parameters from
+    those before the round, the mean of the workers' and the rate of the round's last step; without it, the mean.
     """
     replicas = [copy.deepcopy(model) for _ in range(workers)]
     optimizers = [make_optimizer(replica) for replica in replicas]
     residuals: list[Tensors] = [{} for _ in range(workers)]
-    for first_step, end in itertools.pairwise(itertools.accumulate(local_steps, initial=0)):
+    first_step = 0
+    for steps in local_steps:
         for worker, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
             replica.load_state_dict(model.state_dict())
             replica.train()
-            for step in range(first_step, end):
+            for step in range(first_step, first_step + steps):
                 inputs, labels = batch(worker, step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr(step)
@@ -74,13 +73,14 @@ def local_sgd(
         if batchnorm_at_sync == "first-worker":
             average |= {name: states[0][name] for name, _ in model.named_buffers()}
         if outer:
-            average |= outer(x, {name: average[name] for name in x}, lr(end - 1))
+            average |= outer(x, {name: average[name] for name in x}, lr(first_step + steps - 1))
         model.load_state_dict(average)
 
         for optimizer in optimizers if momentum_at_sync == "reset" else ():
             optimizer.state.clear()
         if momentum_at_sync == "average":
             average_states(optimizers)
+        first_step += steps
 
 
 def mean(values: Sequence[Tensor]) -> Tensor:

@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from fedsim.config import Config, check_used
+from fedsim.errors import UserError
 from fedsim.federation.protocol import COMPRESS, OPTIMIZER, with_prefix
 from fedsim.optim import zero_state
 from fedsim.rng import step_keys
 from fedsim.training.run_plan import RunPlan
-from strategies.compression import Codec, encode, make_codec
+from strategies.compression import BUCKET, Codec, encode, make_codec
 
+QSGD_LEVELS = math.ceil(
+    (BUCKET / 4) ** 0.5
+)  # its squared error is at most BUCKET / (4 levels^2) of the update's square
 USED_BY = {  # key -> the values of `compress` that use it
     "compress_ratio": ("topk", "randomk"),
     "compress_levels": ("qsgd",),
@@ -28,8 +33,13 @@ def codec_of(config: Config) -> Codec | None:
 
 
 def check_compress(config: Config) -> None:
-    """Raise UserError where a key is given that the codec of `config` does not use."""
+    """Raise UserError where a key is given that the codec of `config` does not use, or its residuals would grow."""
     check_used(config, "compress", USED_BY)
+    if config.compress == "qsgd" and config.error_feedback and config.compress_levels < QSGD_LEVELS:
+        raise UserError(
+            f"compress-levels = {config.compress_levels}: with error feedback the residual would grow: give "
+            f"{QSGD_LEVELS} or more, or --no-error-feedback"
+        )
 
 
 def compress_seed(config: Config, plan: RunPlan, round_: int, worker: int) -> int:

@@ -144,6 +144,10 @@ def test_a_scale_that_overflows_and_weights_that_are_infinite_are_left_out(
         ),
         ({"compress": "int8", "compress_levels": 3}, "compress-levels is not used by compress = int8"),
         ({"compress": "topk", "compress_rank": 3}, "compress-rank is not used by compress = topk"),
+        (
+            {"compress": "qsgd", "compress_levels": 5},
+            "compress-levels = 5: with error feedback the residual would grow",
+        ),
         ({"error_feedback": False}, "error-feedback is not used by compress = none"),
     ],
 )

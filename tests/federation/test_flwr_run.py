@@ -48,7 +48,11 @@ def started_by(mark: str) -> list[str]:
 
 
 @pytest.mark.parametrize(
-    "keys", [("--momentum-at-sync", "keep"), ("--momentum-at-sync", "average", "--validation", "64")]
+    "keys",
+    [
+        ("--momentum-at-sync", "keep", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
+        ("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
+    ],
 )
 def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]

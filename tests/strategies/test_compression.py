@@ -93,6 +93,17 @@ def test_qsgd_is_right_in_the_mean() -> None:
     assert float((mean - value["w"]).abs().max()) < 5 * norm / 4 / 2 / 3000**0.5  # five standard errors at most
 
 
+def test_the_residual_of_qsgd_stays_bounded_from_six_levels_on() -> None:
+    def residual(levels: int) -> float:
+        codec, memory = codec_of("qsgd", levels=levels), dict[str, Tensor]()
+        for seed in range(60):
+            _, memory = encode(codec, {"w": torch.ones(1280)}, memory, seed)
+        return float(memory["residual/w"].norm())
+
+    assert residual(6) < 20 * 1280**0.5
+    assert residual(3) > 1000 * 1280**0.5
+
+
 def test_the_largest_values_are_sent() -> None:
     value = {"w": torch.tensor([[0.1, -5.0, 0.3], [4.0, 0.2, 0.0]])}
     assert sent(codec_of("topk", ratio=0.34), value)["w"].tolist() == [[0, -5.0, 0], [4.0, 0, 0]]

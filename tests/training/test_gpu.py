@@ -85,3 +85,16 @@ def test_one_client_is_centralized_training(on_gpu: Config, optimizer: str) -> N
     local = execute(config.changed({"name": "local"}), "localsgd")
     central = execute(config.changed({"name": "central"}), "centralized")
     assert_same_bits(final_model(local), final_model(central))
+
+
+@pytest.mark.parametrize("engine", ["threads", "stacked"])
+@pytest.mark.parametrize("codec", ["topk", "powersgd"])
+def test_the_servers_and_the_clients_memories_are_resumed_bitwise(on_gpu: Config, engine: Any, codec: str) -> None:
+    """Outer Adam, residuals, and rounds of several lengths."""
+    rounds = {"local-steps-schedule": "doubling", "local-steps-max": 4, "record-by": "epoch", "epochs": 4.0}
+    config = on_gpu.changed({"outer": "fedadam", "outer-args": "lr=0.01", "compress": codec, **rounds})
+    whole = execute(config.changed({"name": "whole"}), "localsgd", engine)
+    execute(config.changed({"name": "parts", "stop-after-epochs": 2.0}), "localsgd", engine)
+    parts = execute(config.changed({"name": "parts"}), "localsgd", engine)
+    assert_same_bits(final_model(parts), final_model(whole))
+    assert rows_of(parts) == rows_of(whole)
