@@ -82,8 +82,10 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize("most", [4.0, 20.0])
-def test_a_run_that_is_ended_leaves_no_process_and_no_file(tmp_path: Path, temporary: Path, most: float) -> None:
+@pytest.mark.parametrize(("number", "most"), [(signal.SIGTERM, 4.0), (signal.SIGHUP, 20.0)])
+def test_a_run_that_is_ended_leaves_no_process_and_no_file(
+    tmp_path: Path, temporary: Path, number: signal.Signals, most: float
+) -> None:
     """At a random moment, from the start of its SuperLink to its rounds; further signals do not skip the cleanup."""
     command = [sys.executable, str(ROOT / "run.py"), *SMALL, "--results-dir", str(tmp_path), "--engine", "flower"]
     env = {**os.environ, "STARTED_BY": str(tmp_path), "TMPDIR": str(temporary)}
@@ -96,11 +98,11 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_file(tmp_path: Path, tempo
             assert process.poll() is None
             time.sleep(0.1)
         time.sleep(seconds)
-        process.terminate()
+        process.send_signal(number)
         time.sleep(0.3)
-        process.terminate()
+        process.send_signal(number)
         log, _ = process.communicate(timeout=100)
-    assert process.returncode == 143, log
+    assert process.returncode == 128 + number, log
     assert started_by(str(tmp_path)) == []
     assert list(temporary.iterdir()) == []
 
