@@ -152,11 +152,12 @@ def table_of(text: str) -> list[tuple[float, int]]:
     """The epochs and local steps in a text such as ``10:1,50:16``; a ValueError where it is not of this form."""
     table: list[tuple[float, int]] = []
     for part in text.split(",") if text else []:
-        epoch, steps = (_number_or_bool(number.strip()) for number in part.split(":"))
-        ascending = type(epoch) in (int, float) and (table[-1][0] if table else 0) < epoch < math.inf
+        of_epoch, of_steps = part.split(":")
+        epoch, steps = _number(of_epoch.strip()), _number_or_bool(of_steps.strip())
+        ascending = type(epoch) is float and (table[-1][0] if table else 0) < epoch < math.inf
         if not ascending or type(steps) is not int or not 1 <= steps <= MAX_LOCAL_STEPS:
             raise ValueError
-        table.append((float(epoch), steps))
+        table.append((epoch, steps))
     return table
 
 

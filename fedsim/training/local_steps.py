@@ -91,7 +91,7 @@ def qsr(local_steps: int, alpha: float, rate: Callable[[int], float], warmup_ste
             return local_steps
         if rate(step) == 0:
             return 2**62  # the rest of the run
-        return max(local_steps, math.floor(min((alpha / rate(step)) ** 2, 2.0**62)))
+        return max(local_steps, math.floor(min(alpha / rate(step), 2.0**31) ** 2))
 
     return steps
 

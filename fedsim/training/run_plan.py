@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import bisect
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fedsim.config import Config
+from fedsim.config import MAX_LOCAL_STEPS, Config
 from fedsim.errors import UserError
 from fedsim.optim.lr_schedule import Schedule, schedule_of
 from fedsim.training.local_steps import check_local_steps, local_steps_of, round_starts, starts_of_rounds
@@ -95,8 +96,12 @@ def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int],
         return range(0, total + 1, config.local_steps)
     if config.rounds:
         # No rule of a run of so many rounds depends on its number of steps (`check_local_steps`)
-        rule = local_steps_of(config, steps_per_epoch, 1, schedule(1))
-        return starts_of_rounds(rule, config.rounds)
+        starts = starts_of_rounds(local_steps_of(config, steps_per_epoch, 1, schedule(1)), config.rounds)
+        if max(after - before for before, after in itertools.pairwise(starts)) > MAX_LOCAL_STEPS:
+            raise UserError(
+                f"qsr-alpha = {config.qsr_alpha}: some J is more than {MAX_LOCAL_STEPS:,}: give a smaller one"
+            )
+        return starts
     total = _steps_of(config, steps_per_epoch, config.epochs)
     return round_starts(local_steps_of(config, steps_per_epoch, total, schedule(total)), total)
 

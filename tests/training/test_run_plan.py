@@ -102,6 +102,10 @@ def test_qsr_follows_the_scaled_rate_of_the_run(small: Config) -> None:
         ({**keys_of("qsr"), "qsr-alpha": 0.0}, "qsr-alpha = 0: local-steps-schedule = qsr needs it"),
         ({**keys_of("table"), "local-steps-table": ""}, "local-steps-table is empty: "),
         ({**keys_of("post-local"), "switch-epoch": 0.0}, "switch-epoch = 0: .* needs it, or schedule = multistep"),
+        (
+            {**keys_of("qsr"), "schedule": "constant", "rounds": 4, "lr": 1e-300},
+            "qsr-alpha = 0.02: some J is more than 1,000,000: give a smaller one",
+        ),
         ({"qsr-alpha": 0.1}, "qsr-alpha is not used by local-steps-schedule = constant: leave it out, or give qsr"),
         ({**keys_of("qsr"), "local-steps-max": 4}, "leave it out, or give linear or doubling"),
         (
@@ -120,7 +124,7 @@ def test_what_a_schedule_lacks_or_does_not_use_is_refused(
 
 
 @pytest.mark.parametrize(
-    "text", ["10", "10:1:2", "10:0", "0:3", "5:1,5:2", "nan:1", "true:1", "10:1.5", "10:1,", "a:b"]
+    "text", ["10", "10:1:2", "10:0", "0:3", "5:1,5:2", "nan:1", "true:1", "10:1.5", "10:1,", "a:b", "9" * 4000 + ":1"]
 )
 def test_a_text_that_is_no_table_is_refused(text: str) -> None:
     with pytest.raises(UserError, match=r"local-steps-table = .* must be ascending epochs with their J"):
