@@ -260,7 +260,8 @@ class Run:
             raise InvalidCheckpoint(f"cannot be read ({error.strerror})") from error
         if checkpoint.get("version") != CHECKPOINT_VERSION:
             raise InvalidCheckpoint("is of another version of fedsim")
-        if checkpoint.get("config") != self._identity:
+        config = checkpoint.get("config")  # without the keys that are newer than it
+        if not isinstance(config, dict) or {**Config().identity(self.mode), **current_names(config)} != self._identity:
             raise InvalidCheckpoint("is of another configuration")
         header = {"round": 0, "seconds": 0.0, "stacked": False, "rows_bytes": 0, "rows_sha256": ""}
         if difference := mismatch(checkpoint, {**header, **like}):

@@ -23,7 +23,7 @@ from fedsim.models import blank_model
 from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
-from fedsim.training.local_round import End, Start, local_plan, round_inputs
+from fedsim.training.local_round import End, Start, local_plan, round_inputs, take_round
 
 IMAGE = (3, SIDE, SIDE)  # what a model is given
 
@@ -102,7 +102,12 @@ def why_not(config: Config, by_products: bool = False) -> str:
 
 
 def take_rounds(config: Config, starts: Sequence[Start], by_products: bool = False) -> list[End]:
-    """The local steps of all workers in `starts`, which are in the same round; convolutions by groups or products."""
+    """The local steps of all workers in `starts`, which are in the same round; convolutions by groups or products.
+
+    A single worker has nothing to be stacked with.
+    """
+    if len(starts) == 1:
+        return [take_round(config, starts[0])]
     return _replicas(config, len(starts), by_products).take_rounds(starts)
 
 

@@ -13,6 +13,7 @@ from fedsim import device as pool
 from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
+from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
@@ -47,6 +48,13 @@ def test_one_client_is_centralized_training_at_every_j(run: Execute, local_steps
     """Rounds that are shorter or longer than the epoch of 8 steps: crops and masks belong to the local step."""
     local = run("localsgd", clients=1, local_steps=local_steps, name="local", **BN_AND_DROPOUT)
     assert_same_bits(final_model(local), final_model(run("centralized", name="central", **BN_AND_DROPOUT)))
+
+
+def test_one_client_is_not_stacked(run: Execute, small: Config) -> None:
+    threads = run("localsgd", clients=1, name="threads", **BN_AND_DROPOUT)
+    config = small.changed({"clients": 1, "name": "stacked", **BN_AND_DROPOUT})
+    stacked = execute(resolve(config, "localsgd"), "localsgd", "stacked")
+    assert_same_bits(final_model(threads), final_model(stacked))
 
 
 @pytest.mark.parametrize("momentum_at_sync", ["keep", "reset", "average"])
