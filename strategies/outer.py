@@ -20,7 +20,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-import torch_optimizer
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -34,7 +33,6 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
         for name, value in vars(torch.optim).items()
         if isinstance(value, type) and name not in NEED_MORE_THAN_GRADIENTS
     },
-    "yogi": torch_optimizer.Yogi,
 }
 OF_THE_IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")  # no arguments of the method
 ADAPTIVE = {"betas": (0.9, 0.99), "eps": 1e-3}
@@ -46,7 +44,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "fedyogi": ("yogi", {"lr": 0.01, **ADAPTIVE}),
     "fedadagrad": ("adagrad", {"lr": 0.1, "eps": 1e-3}),
 }
-OUTER = ("none", *PRESETS, *sorted(OPTIMIZERS))  # the names that `outer_step` knows
+OUTER = ("none", *PRESETS, *sorted([*OPTIMIZERS, "yogi"]))  # the names that `outer_step` knows
 
 
 @dataclass(frozen=True)
@@ -95,7 +93,7 @@ def outer_step(name: str, **arguments: Any) -> OuterStep:
             raise ValueError(f"outer = none takes no arguments, but {', '.join(arguments)} was given")
         return OuterStep(None)
     base, defaults = PRESETS.get(name, (name, {"lr": 1.0}))
-    optimizer = OPTIMIZERS[base]
+    optimizer = _optimizer_class(base)
     known = [argument for argument in inspect.signature(optimizer).parameters if argument not in OF_THE_IMPLEMENTATION]
     for argument in arguments:
         if argument not in known:
@@ -107,6 +105,15 @@ def outer_step(name: str, **arguments: Any) -> OuterStep:
     except Exception as error:  # an argument that the optimizer refuses, or fails on
         raise ValueError(f"outer = {name}: {str(error).splitlines()[0]}") from error
     return step
+
+
+def _optimizer_class(name: str) -> type[Optimizer]:
+    if name == "yogi":
+        import torch_optimizer  # only here: every client process imports this module
+
+        yogi: type[Optimizer] = torch_optimizer.Yogi
+        return yogi
+    return OPTIMIZERS[name]
 
 
 def _state_of(optimizer: Optimizer, parameters: Tensors) -> State:
