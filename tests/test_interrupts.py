@@ -230,10 +230,10 @@ def test_signals_during_the_cleanup_do_not_skip_it() -> None:
 MOMENTS = 20
 
 
-def disturb(folder: Path, arguments: str, line: str, most: float, moments: random.Random, times: int = MOMENTS) -> int:
+def disturb(folder: Path, arguments: str, line: str, most: float, moments: random.Random) -> int:
     """Start the command again and again, each time with a signal after up to `most` seconds; how many still ran."""
     hit = 0
-    for _ in range(times):
+    for _ in range(MOMENTS):
         process = start(folder, arguments)
         time.sleep(moments.uniform(0, most))
         hit += interrupt(process, moments.choice(SIGNALS), line)
@@ -287,5 +287,6 @@ def test_a_bench_interrupted_at_twenty_random_moments_leaves_no_process(tmp_path
 
 
 @pytest.mark.chaos
-def test_a_run_by_flower_interrupted_at_random_moments_leaves_no_process(tmp_path: Path) -> None:
-    assert disturb(tmp_path, FLOWER, LINE, 30, random.Random("flower"), times=6) == 6
+@pytest.mark.timeout(1800)
+def test_a_run_by_flower_interrupted_at_twenty_random_moments_leaves_no_process(tmp_path: Path) -> None:
+    assert disturb(tmp_path, FLOWER, LINE, 30, random.Random("flower")) == MOMENTS
