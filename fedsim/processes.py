@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import secrets
 import subprocess
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -12,6 +13,7 @@ from typing import IO
 import psutil
 
 STOP_SECONDS = 5  # from SIGTERM to SIGKILL
+KILLS = 6  # how often to kill what is left; a process that waits for a dead disk cannot be killed
 
 
 def new_mark() -> dict[str, str]:
@@ -34,14 +36,18 @@ def marked(mark: Mapping[str, str]) -> list[psutil.Process]:
 
 
 def end_marked(mark: Mapping[str, str]) -> None:
-    """Terminate every process with `mark`; after `STOP_SECONDS`, kill them until none is left."""
-    stop = psutil.Process.terminate
-    while processes := marked(mark):
+    """Terminate every process with `mark`; after `STOP_SECONDS`, kill those that are left, and report the rest."""
+    for stop in (psutil.Process.terminate, *KILLS * [psutil.Process.kill]):
+        processes = marked(mark)
+        if not processes:
+            return
         for process in processes:
             with contextlib.suppress(psutil.NoSuchProcess):
                 stop(process)
         psutil.wait_procs(processes, timeout=STOP_SECONDS)
-        stop = psutil.Process.kill
+    for process in marked(mark):
+        with contextlib.suppress(OSError):  # the terminal may be closed
+            print(f"process {process.pid} could not be ended", file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import re
 import shutil
 import subprocess
@@ -16,6 +17,7 @@ import pytest
 import torch
 from hypothesis import given, settings, strategies
 
+import fedsim
 from fedsim.checkpoint_file import seal, serialize
 from fedsim.config import Config, Mode
 from fedsim.device import resolve
@@ -547,6 +549,18 @@ def test_names_tell_configurations_apart_but_not_machines() -> None:
     assert default_name(config, "localsgd") != default_name(config.changed({"lr": 0.5}), "localsgd")
     assert default_name(config, "localsgd") == default_name(config.changed({"device": "cpu", "threads": 7}), "localsgd")
     assert default_name(config, "centralized") == default_name(config.changed({"clients": 7}), "centralized")
+
+
+def test_a_package_inside_another_projects_checkout_has_no_commit(tmp_path: Path) -> None:
+    shutil.copytree(Path(fedsim.__file__).parent, tmp_path / "lib" / "fedsim")
+    subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
+    subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
+    identity = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    subprocess.run(["git", *identity, "commit", "-qm", "all"], cwd=tmp_path, check=True)
+    code = "from fedsim.provenance import origin; print(repr(origin()['commit']))"
+    env = {**os.environ, "PYTHONPATH": str(tmp_path / "lib")}
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.stdout.strip() == "''", done
 
 
 def test_provenance_is_inherited(monkeypatch: pytest.MonkeyPatch) -> None:
