@@ -55,12 +55,12 @@ class LocalSGD(FedAvg):
 
     Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples(round)` and
     reports each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
-    `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged: ``average`` or ``first-worker`` (the first
-    worker averaged). `mean` and `trim` choose another mean than the exact one (see `strategies.robust`). With a
-    `codec`, workers send their parameters as the encoded distance from those that they began from, by the seed
-    `codec_seed(round, worker)`. With a `codec_down`, workers are sent the encoded change of the parameters, by the seed
-    `codec_seed(round, None)` (see `strategies.compression.broadcast`). `outer` is the server's step on the mean of the
-    parameters, and `lr` gives the workers' learning rate at the end of a round. Other arguments are FedAvg's.
+    `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged (see `strategies.batchnorm.merge`). `mean`
+    and `trim` choose another mean than the exact one (see `strategies.robust`). With a `codec`, workers send their
+    parameters as the encoded distance from those that they began from, by the seed `codec_seed(round, worker)`. With a
+    `codec_down`, they are sent the encoded change of the parameters, by the seed `codec_seed(round, None)` (see
+    `strategies.compression.broadcast`). `outer` is the server's step on the mean of the parameters, and `lr` gives the
+    workers' learning rate at the end of a round. Other arguments are FedAvg's.
     """
 
     def __init__(
@@ -179,13 +179,11 @@ class LocalSGD(FedAvg):
         y = [split(update.arrays) for update in used]
         device = next((value.device for value in used[0].arrays.values()), None)
         sent = Sections(*(_on(device, part) for part in sent))
-        average = self._average(sent, y, weights)
-        x, mean = sent.parameters, average.parameters
-        if request.model:  # the workers began beside it, where the broadcast had left something out
-            x = _on(device, split(tensors_of(request.model)).parameters)
-            mean = {name: x[name] - (sent.parameters[name] - value) for name, value in mean.items()}
+        model = split(tensors_of(request.model)).parameters if request.model is not None else sent.parameters
+        x = _on(device, model)
+        average = self._average(x, sent, y, weights)
         outer_state = {name: value for name, value in state.items() if not name.startswith(BROADCAST)}
-        parameters, state = self.server_step(x, mean, _on(device, outer_state), round_)
+        parameters, state = self.server_step(x, average.parameters, _on(device, outer_state), round_)
         state = {**state, **request.state}
         buffers = merge(average.buffers, [part.buffers for part in y], weights, self.batchnorm_at_sync, self.batchnorm)
         arrays = join(Sections(parameters, buffers, average.extras))
@@ -205,16 +203,24 @@ class LocalSGD(FedAvg):
         """
         return self.outer(x, mean, state, self.lr(round_))
 
-    def _average(self, sent: Sections, y: Sequence[Sections], weights: Sequence[float]) -> Sections:
-        """The mean of what the workers sent, section by section; decoded parameters are distances from those sent."""
-        x = sent.parameters
+    def _average(
+        self, x: Mapping[str, Tensor], sent: Sections, y: Sequence[Sections], weights: Sequence[float]
+    ) -> Sections:
+        """The mean of what the workers sent, section by section; decoded parameters are distances from those sent.
+
+        Where the workers began from other parameters than `x`, the mean is that of x and the way each has gone.
+        """
+        start = sent.parameters
         if self.codec:
-            sent = sent._replace(parameters={name: torch.zeros_like(value) for name, value in x.items()})
+            sent = sent._replace(parameters={name: torch.zeros_like(value) for name, value in start.items()})
         parts = zip(sent, zip(*y, strict=True), strict=True)
         average = Sections(*(combine(self.mean, before, each, weights, self.trim) for before, each in parts))
+        mean = average.parameters
         if self.codec:
-            average = average._replace(parameters={name: x[name] - average.parameters[name] for name in x})
-        return average
+            mean = {name: x[name] - distance for name, distance in mean.items()}
+        elif self.codec_down:
+            mean = {name: x[name] - (start[name] - value) for name, value in mean.items()}
+        return average._replace(parameters=mean)
 
     def _encoded(self, codec: Codec, sent: Sections) -> ArrayRecord:
         """Arrays with the names, types and shapes that those of an encoded update must have."""

@@ -98,7 +98,7 @@ def memory(message: Message, context: Context) -> Message:
         restore_memory(context, message.content.array_records[MEMORY], round_)
         return Message(RecordDict(), reply_to=message)
     try:
-        return Message(RecordDict({MEMORY: _unknown_to_server(memory_after(context, round_))}), reply_to=message)
+        return Message(RecordDict({MEMORY: _without_model(memory_after(context, round_))}), reply_to=message)
     except MemoryLost:
         return Message(RecordDict(), reply_to=message)
 
@@ -141,7 +141,7 @@ def _reply(config: Config, message: Message, context: Context, start: Start, end
         record = tensor_record(kept)
         keep_memory(context, record, _round(message), _memory_round(message, context))
         if message.content.config_records["config"][SEND_MEMORY]:
-            content[MEMORY] = _unknown_to_server(record)
+            content[MEMORY] = _without_model(record)
     return Message(content, reply_to=message)
 
 
@@ -154,7 +154,7 @@ def _memory(config: Config, message: Message, context: Context) -> dict[str, Ten
     return tensors_of(memory_after(context, _memory_round(message, context))) if keeps_memory(config) else {}
 
 
-def _unknown_to_server(memory: ArrayRecord) -> ArrayRecord:
+def _without_model(memory: ArrayRecord) -> ArrayRecord:
     """A memory as it is sent for a checkpoint: without the model, which the server has."""
     return tensor_record({name: value for name, value in tensors_of(memory).items() if not name.startswith(MODEL)})
 

@@ -72,7 +72,7 @@ def test_where_all_take_part_local_statistics_are_the_first_workers(run: Execute
 
 @pytest.mark.parametrize("rule", ["local", "re-estimated"])
 def test_resumed_or_rolled_back_it_is_the_same_run_bitwise(small: Config, run: Execute, rule: str) -> None:
-    keys = {"model": "lenet-bn", "batchnorm-at-sync": rule, "momentum-at-sync": "reset"}
+    keys: dict[str, Any] = {"model": "lenet-bn", "batchnorm-at-sync": rule, "momentum-at-sync": "reset"}
     keys |= {"rounds": 6, "fraction": 0.5, "checkpoint-every": 2, "precision": "fp64"}
     whole = run(name="whole", **keys)
     run(name="parts", stop_after_rounds=3, **keys)

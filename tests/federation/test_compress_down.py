@@ -24,8 +24,8 @@ from fedsim.training.local_round import End, Start, take_round
 from strategies.compression import CODECS, HELD
 from strategies.local_sgd import BROADCAST, LocalSGD
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
-from tests.federation.test_compress import SIZES, UPDATE
-from tests.federation.test_failures import Fault, fail, faulty, forget, nothing, once, refused, run_with
+from tests.federation.test_compress import SIZES
+from tests.federation.test_failures import UPDATE, Fault, fail, faulty, forget, nothing, once, refused, run_with
 from tests.federation.test_messenger import Pickled
 
 TOPK = sum(8 * max(1, size // 100) for size in SIZES)  # bytes of an encoded update of lenet5
@@ -173,8 +173,9 @@ def test_the_bytes_of_the_rows_are_those_of_all_messages(
     codecs = {"compress": "topk", "compress-down": "int8", "checkpoint-every": 2}
     config = resolve(small.changed({**codecs, "momentum-at-sync": "reset", **keys}), "localsgd")
     run = Run(config, "localsgd")
-    with Counting(faulty(fault), config) as grid:
-        grid.late = late
+    grid = Counting(faulty(fault), config)
+    grid.late = late
+    with grid:
         train_localsgd(grid, config, run)
     row = read_rows(run.folder)[-1]
     averaged = 8 * 4 - sum(len(one["left_out"]) for one in read_rows(run.folder))

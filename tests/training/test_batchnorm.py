@@ -23,7 +23,7 @@ def network(dropout: float = 0.0) -> nn.Sequential:
 def test_it_is_update_bn_of_the_same_batches(small: Config) -> None:
     images, model, expected = load_dataset(small).train, network(), network()
     crops = calibration_crops(small.changed({"batchnorm-images": 3 * BATCH + 5}), len(images))
-    batches = [images.crop(*part).double() for part in crops.split(BATCH, dim=1)]
+    batches = [images.crop(*part).double() for part in torch.split(crops, BATCH, dim=1)]
     assert [len(batch) for batch in batches] == [BATCH] * 3
     reestimate(model, images, crops, "fp64")
     update_bn(batches, expected)
