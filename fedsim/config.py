@@ -309,12 +309,19 @@ class Config(BaseModel, frozen=True):
     """Arguments of outer over its defaults, for instance lr=0.7, momentum=0.9, nesterov=true."""
     momentum_at_sync: Annotated[Literal["keep", "reset", "average"], LOCALSGD] = "keep"
     """Keep, reset or average the clients' optimizer states at each sync."""
-    batchnorm_at_sync: Annotated[Literal["average", "first-worker"], LOCALSGD] = "average"
-    """Running statistics of BN: average them, or take those of the first worker averaged (the paper's code)."""
+    batchnorm_at_sync: Annotated[Literal["average", "first-worker", "pooled", "local", "re-estimated"], LOCALSGD] = (
+        "average"
+    )
+    """Running statistics of BN: averaged, those of the first worker averaged (the paper's code), pooled with the
+    variance of the means, local to each client (tested with the first worker's), or re-estimated before each test."""
+    batchnorm_images: Annotated[Count, LOCALSGD] = 12_800
+    """Re-estimated: training images, drawn by the seed, that statistics are estimated on; all, if there are fewer."""
     compress: Annotated[Codec, LOCALSGD] = "none"
-    """How clients compress the updates of parameters that they send; the server sends the model as it is."""
+    """How clients compress the updates of parameters that they send."""
+    compress_down: Annotated[Codec, LOCALSGD] = "none"
+    """How the server compresses the change of the parameters for clients that took part in the last round."""
     compress_ratio: Annotated[Number, LOCALSGD, Field(gt=0, le=1)] = 0.01
-    """Topk, randomk: the fraction of each parameter's values to send."""
+    """Topk, randomk: the fraction of each parameter's values to send, either way."""
     compress_levels: Annotated[Integer, LOCALSGD, Field(ge=1, le=127)] = 7
     """Qsgd: levels between zero and the norm."""
     compress_rank: Annotated[Integer, LOCALSGD, Field(ge=1, le=10**4)] = 4

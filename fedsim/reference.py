@@ -7,7 +7,7 @@ tested against this file in float64.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
 import torch
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 MomentumAtSync = Literal["keep", "reset", "average"]
-BatchNormAtSync = Literal["average", "first-worker"]
+BatchNormAtSync = Literal["average", "first-worker", "pooled", "local", "re-estimated"]
 Tensors = dict[str, Tensor]
 Compress = Callable[[Tensors], Tensors]
 Outer = Callable[[Tensors, Tensors, float], Tensors]
@@ -33,24 +33,36 @@ def local_sgd(
     batchnorm_at_sync: BatchNormAtSync = "average",
     compress: Compress | None = None,
     error_feedback: bool = True,
+    compress_down: Compress | None = None,
     outer: Outer | None = None,
 ) -> None:
     """Train `model` in place: in each round `local_steps[round]` (J) steps on each of K `workers`, and one mean.
 
     `batch(worker, step)` gives the inputs and labels of a local step and `lr(step)` its learning rate; steps are
     counted from 0 through all rounds. `momentum_at_sync` says what becomes of each worker's optimizer state when the
-    models are averaged, `batchnorm_at_sync` whether BatchNorm's running statistics are averaged or worker 0's.
-    `compress(update)` is what arrives of a worker's update, x minus its parameters; with `error_feedback` the worker
-    adds what did not arrive to its next update. `outer(x, mean, lr)` is the server's step: the next parameters from
-    those before the round, the mean of the workers' and the rate of the round's last step; without it, the mean.
+    models are averaged, `batchnorm_at_sync` what becomes of BatchNorm's running statistics; to re-estimate them is to
+    average them and to call `reestimate` on the model. `compress(update)` is what arrives of a worker's update, the
+    parameters that it began the round from minus its own; with `error_feedback` the worker adds what did not arrive to
+    its next update. Workers begin a round from x, the model's parameters; with `compress_down`, from what they began
+    the last one from plus `compress_down(change)`, what arrives of the change from there to x. `outer(x, mean, lr)` is
+    the server's step: the next parameters from those before the round, the mean of the workers' and the rate of the
+    round's last step; without it, the mean.
     """
     replicas = [copy.deepcopy(model) for _ in range(workers)]
     optimizers = [make_optimizer(replica) for replica in replicas]
     residuals: list[Tensors] = [{} for _ in range(workers)]
+    begun: Tensors = {}
     first_step = 0
     for steps in local_steps:
+        x = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+        if compress_down and begun:
+            arrived = compress_down({name: x[name] - begun[name] for name in x})
+            begun = {name: begun[name] + arrived[name] for name in x}
+        else:
+            begun = x
         for worker, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
-            replica.load_state_dict(model.state_dict())
+            own = dict(replica.named_buffers()) if batchnorm_at_sync == "local" else {}
+            replica.load_state_dict({**model.state_dict(), **begun, **own})
             replica.train()
             for step in range(first_step, first_step + steps):
                 inputs, labels = batch(worker, step)
@@ -61,17 +73,22 @@ def local_sgd(
                 optimizer.step()
 
         states = [replica.state_dict() for replica in replicas]
-        x = {name: parameter.detach() for name, parameter in model.named_parameters()}
         if compress:
             for state, residual in zip(states, residuals, strict=True):
-                update = {name: x[name] - state[name] + residual.get(name, 0.0) for name in x}
+                update = {name: begun[name] - state[name] + residual.get(name, 0.0) for name in x}
                 arrived = compress(update)
-                state |= {name: x[name] - arrived[name] for name in x}
+                state |= {name: begun[name] - arrived[name] for name in x}
                 if error_feedback:
                     residual |= {name: update[name] - arrived[name] for name in x}
         average = {name: mean([state[name] for state in states]) for name in states[0]}
-        if batchnorm_at_sync == "first-worker":
+        if batchnorm_at_sync in ("first-worker", "local"):
             average |= {name: states[0][name] for name, _ in model.named_buffers()}
+        for name in average if batchnorm_at_sync == "pooled" else ():
+            if name.endswith("running_var"):
+                means = [state[name.replace("var", "mean")] for state in states]
+                average[name] += mean([(each - mean(means)) ** 2 for each in means])
+        if compress_down:
+            average |= {name: x[name] - (begun[name] - average[name]) for name in x}
         if outer:
             average |= outer(x, {name: average[name] for name in x}, lr(first_step + steps - 1))
         model.load_state_dict(average)
@@ -87,6 +104,19 @@ def mean(values: Sequence[Tensor]) -> Tensor:
     """The mean of equally shaped tensors, in float64; of integers (BatchNorm's counters) the largest."""
     stacked = torch.stack(list(values))
     return stacked.double().mean(0) if stacked.is_floating_point() else stacked.amax(0)
+
+
+def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
+    """Set the running statistics of BatchNorm layers to the means of those of `batches`; dropout is off."""
+    layers = [layer for layer in model.modules() if isinstance(layer, nn.BatchNorm1d | nn.BatchNorm2d)]
+    model.eval()
+    for layer in layers:
+        layer.reset_running_stats()
+        layer.train()
+        layer.momentum = None  # the mean of all batches
+    with torch.no_grad():
+        for inputs in batches:
+            model(inputs)
 
 
 def average_states(optimizers: Sequence[Optimizer]) -> None:

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-Purpose = Literal["shard", "init", "shuffle", "augment", "dropout", "validation", "compress"]
+Purpose = Literal["shard", "init", "shuffle", "augment", "dropout", "validation", "compress", "broadcast", "batchnorm"]
 _CODES: dict[Purpose, int] = {
     "shard": 0,
     "init": 1,
@@ -25,6 +25,8 @@ _CODES: dict[Purpose, int] = {
     "dropout": 4,
     "validation": 5,
     "compress": 6,
+    "broadcast": 7,
+    "batchnorm": 8,
 }
 _GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64's constants
 

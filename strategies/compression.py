@@ -11,14 +11,15 @@ A codec encodes a tensor as a few smaller ones, whose bytes are what is sent, an
     powersgd     rank-`rank` factors of each matrix by one power iteration (Vogels et al. 2019), for each worker by
                  itself; vectors are sent as they are
 
-With error feedback (Seide et al. 2014) a worker adds what the last message left out to the next one.
+With error feedback (Seide et al. 2014) a worker adds what the last message left out to the next one. The server may
+compress what it sends too (`broadcast`). A decoded tensor has the same bits wherever it is decoded.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -28,6 +29,7 @@ Parts = dict[str, Tensor]  # what one tensor is encoded as
 BUCKET = 128  # values of qsgd that share a norm
 FP16_MAX = 65504.0
 RESIDUAL, WARM_START = "residual/", "warm-start/"  # prefixes of what a worker remembers
+HELD = "held/"  # prefix of what the server remembers: the parameters that workers hold
 
 
 class Codec(Protocol):
@@ -73,9 +75,10 @@ class Sign:
     """One bit a value (0 counts as positive) and the mean magnitude."""
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
-        bits = F.pad((x >= 0).flatten(), (0, -x.numel() % 8)).view(-1, 8)
+        flat = x.flatten()  # in one order in every memory layout, for the sum
+        bits = F.pad(flat >= 0, (0, -x.numel() % 8)).view(-1, 8)
         places = 2 ** torch.arange(8, device=x.device)
-        return {"bits": (bits * places).sum(1).to(torch.uint8), "scale": x.abs().mean().float()}
+        return {"bits": (bits * places).sum(1).to(torch.uint8), "scale": flat.abs().mean().float()}
 
     def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
         places = 2 ** torch.arange(8, device=like.device)
@@ -96,8 +99,10 @@ class TopK:
 
     def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
         places = parts["places"].to(torch.int64)
-        if len(places) and not 0 <= int(places.min()) <= int(places.max()) < like.numel():
+        if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < like.numel():
             raise ValueError("a place is outside the tensor")
+        if (places.diff() <= 0).any():
+            raise ValueError("its places are not ascending")
         return torch.zeros_like(like).flatten().index_copy_(0, places, parts["values"]).view(like.shape)
 
 
@@ -155,7 +160,12 @@ class PowerSGD:
         return {"left": left, "right": matrix.T @ left}
 
     def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
-        return (parts["left"] @ parts["right"].T).view(like.shape) if self._pays(like) else parts["values"]
+        if not self._pays(like):
+            return parts["values"]
+        product = torch.zeros_like(parts["left"][:, :1] * parts["right"][:, 0])
+        for column, row in zip(parts["left"].T, parts["right"].T, strict=True):
+            product += column[:, None] * row  # a matrix product would round otherwise on other devices
+        return product.view(like.shape)
 
     def _pays(self, x: Tensor) -> bool:
         return x.ndim > 1 and self.rank <= len(x) and self.rank * (len(x) + x[0].numel()) < x.numel()
@@ -211,6 +221,37 @@ def decode(codec: Codec, message: Mapping[str, Tensor], like: Mapping[str, Tenso
         name, _, part = key.rpartition("/")
         parts[name][part] = tensor
     return {name: codec.decode(parts[name], value, generator) for name, value in like.items()}
+
+
+class Broadcast(NamedTuple):
+    """What the server sends to begin a round: to workers that hold the last model a message, to others all of it."""
+
+    parameters: dict[str, Tensor]  # that all workers have then
+    message: dict[str, Tensor]  # ``NAME/PART`` -> tensor; {} in the first round
+    state: dict[str, Tensor]  # that the server is to remember
+
+
+def broadcast(codec: Codec, x: Mapping[str, Tensor], state: Mapping[str, Tensor], seed: int) -> Broadcast:
+    """Send the parameters `x` to workers as the encoded change from those that they hold.
+
+    This is EF21-P (Gruntkowska, Tyurin and Richtárik 2023): the next change contains what a message leaves out, which
+    is the server's error feedback. `state` is {} before the first round, in which workers get `x` itself. `receive`
+    needs the same `seed`.
+    """
+    held = {name: state[HELD + name] for name in x if HELD + name in state}
+    message: dict[str, Tensor] = {}
+    remembered: dict[str, Tensor] = {}
+    if held:
+        change = {name: value - held[name] for name, value in x.items()}
+        message, remembered = encode(codec, change, state, seed, feedback=False)
+    after = receive(codec, held, message, seed) if held else dict(x)
+    return Broadcast(after, message, {**{HELD + name: value for name, value in after.items()}, **remembered})
+
+
+def receive(codec: Codec, held: Mapping[str, Tensor], message: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+    """The parameters of a worker that holds `held`, after a `message` of `broadcast`."""
+    change = decode(codec, message, held, seed)
+    return {name: value + change[name] for name, value in held.items()}
 
 
 def _count(x: Tensor, ratio: float) -> int:

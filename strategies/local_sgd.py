@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import math
 import random
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from strategies.batchnorm import merge
-from strategies.compression import Codec, decode, encode
+from strategies.compression import Codec, broadcast, decode, encode
 from strategies.outer import OuterStep
 from strategies.robust import Mean, combine
 from strategies.screening import Request, Rules, Update, not_finite, printable, screen
@@ -29,6 +29,8 @@ from strategies.sections import BUFFERS, Sections, join, split
 from strategies.tensor_array import tensor_record, tensors_of
 
 State = dict[str, Any]  # tensors and numbers
+BROADCAST = "broadcast/"  # prefix of what the server remembers of what it has sent, in its state
+ENCODED = "encoded"  # key of a message's config: true where its parameters are the message of a `broadcast`
 log = logging.getLogger(__name__)
 
 
@@ -53,11 +55,12 @@ class LocalSGD(FedAvg):
 
     Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples(round)` and
     reports each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
-    `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged: ``average`` or ``first-worker`` (the first
-    worker averaged). `mean` and `trim` choose another mean than the exact one (see `strategies.robust`). With a
-    `codec`, workers send their parameters as the encoded distance from those that they were sent, by the seed
-    `codec_seed(round, worker)`. `outer` is the server's step on the mean of the parameters, and `lr`
-    gives the workers' learning rate at the end of a round. Other arguments are FedAvg's.
+    `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged (see `strategies.batchnorm.merge`). `mean`
+    and `trim` choose another mean than the exact one (see `strategies.robust`). With a `codec`, workers send their
+    parameters as the encoded distance from those that they began from, by the seed `codec_seed(round, worker)`. With a
+    `codec_down`, they are sent the encoded change of the parameters, by the seed `codec_seed(round, None)` (see
+    `strategies.compression.broadcast`). `outer` is the server's step on the mean of the parameters, and `lr` gives the
+    workers' learning rate at the end of a round. Other arguments are FedAvg's.
     """
 
     def __init__(
@@ -74,7 +77,8 @@ class LocalSGD(FedAvg):
         mean: Mean = "exact",
         trim: float = 0.0,
         codec: Codec | None = None,
-        codec_seed: Callable[[int, int], int] = lambda round_, worker: 0,
+        codec_down: Codec | None = None,
+        codec_seed: Callable[[int, int | None], int] = lambda round_, worker: 0,
         outer: OuterStep | None = None,
         lr: Callable[[int], float] = lambda round_: 1.0,
         **fedavg: Any,
@@ -89,6 +93,7 @@ class LocalSGD(FedAvg):
         self.mean = mean
         self.trim = trim
         self.codec = codec
+        self.codec_down = codec_down
         self.codec_seed = codec_seed
         self.outer = outer or OuterStep(None)
         self.lr = lr
@@ -102,16 +107,45 @@ class LocalSGD(FedAvg):
             other_records=other_records,
         )
 
-    def request(self, round_: int, arrays: ArrayRecord, config: ConfigRecord, nodes: Mapping[int, int]) -> Request:
-        """The train messages of a round, in the order of the workers: `arrays` for each sampled one of `nodes`."""
+    def request(
+        self,
+        round_: int,
+        arrays: ArrayRecord,
+        config: ConfigRecord,
+        nodes: Mapping[int, int],
+        state: Mapping[str, Any] | None = None,
+        holders: Collection[int] = (),
+    ) -> Request:
+        """The train messages of a round, in the order of the workers: `arrays` for each sampled one of `nodes`.
+
+        With a `codec_down` these are what the server's `state` makes of them, encoded for the workers among `holders`:
+        those that hold what the last round began from.
+        """
         node_of = {worker: node for node, worker in nodes.items()}
         everyone = list(range(self.population)) or sorted(self.workers.values()) or sorted(node_of)
         sampled = self.sample(round_, everyone)
-        config["server-round"] = round_
-        content = RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
         workers = {node_of[worker]: worker for worker in sampled if worker in node_of}
-        messages = [Message(content, node, MessageType.TRAIN) for node in workers]
-        return Request(arrays, messages, workers, [worker for worker in sampled if worker not in node_of])
+        away = [worker for worker in sampled if worker not in node_of]
+        config["server-round"] = round_
+        if self.codec_down is None:
+            content = self._content(arrays, config)
+            return Request(arrays, [Message(content, node, MessageType.TRAIN) for node in workers], workers, away)
+
+        x = split(tensors_of(arrays))
+        sent = broadcast(self.codec_down, x.parameters, _broadcast_state(state or {}, x), self.codec_seed(round_, None))
+        begun = tensor_record(join(x._replace(parameters=sent.parameters)))
+        whole = self._content(begun, config)
+        encoded = tensor_record(join(x._replace(parameters=sent.message)))
+        change = self._content(encoded, ConfigRecord({**config, ENCODED: True}))
+        messages = [
+            Message(change if worker in holders and sent.message else whole, node, MessageType.TRAIN)
+            for node, worker in workers.items()
+        ]
+        remembered = {BROADCAST + name: value for name, value in sent.state.items()}
+        return Request(begun, messages, workers, away, arrays, remembered)
+
+    def _content(self, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
+        return RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
 
     def sample(self, round_: int, everyone: list[int]) -> list[int]:
         """The workers of a round: drawn from all, connected or not, so that one that is away moves no other."""
@@ -145,9 +179,13 @@ class LocalSGD(FedAvg):
         y = [split(update.arrays) for update in used]
         device = next((value.device for value in used[0].arrays.values()), None)
         sent = Sections(*(_on(device, part) for part in sent))
-        average = self._average(sent, y, weights)
-        parameters, state = self.server_step(sent.parameters, average.parameters, _on(device, state), round_)
-        buffers = merge(average.buffers, y[0].buffers, self.batchnorm_at_sync, self.batchnorm)
+        model = split(tensors_of(request.model)).parameters if request.model is not None else sent.parameters
+        x = _on(device, model)
+        average = self._average(x, sent, y, weights)
+        outer_state = {name: value for name, value in state.items() if not name.startswith(BROADCAST)}
+        parameters, state = self.server_step(x, average.parameters, _on(device, outer_state), round_)
+        state = {**state, **request.state}
+        buffers = merge(average.buffers, [part.buffers for part in y], weights, self.batchnorm_at_sync, self.batchnorm)
         arrays = join(Sections(parameters, buffers, average.extras))
 
         if wrong := not_finite(arrays):
@@ -165,16 +203,24 @@ class LocalSGD(FedAvg):
         """
         return self.outer(x, mean, state, self.lr(round_))
 
-    def _average(self, sent: Sections, y: Sequence[Sections], weights: Sequence[float]) -> Sections:
-        """The mean of what the workers sent, section by section; decoded parameters are distances from those sent."""
-        x = sent.parameters
+    def _average(
+        self, x: Mapping[str, Tensor], sent: Sections, y: Sequence[Sections], weights: Sequence[float]
+    ) -> Sections:
+        """The mean of what the workers sent, section by section; decoded parameters are distances from those sent.
+
+        Where the workers began from other parameters than `x`, the mean is that of x and the way each has gone.
+        """
+        start = sent.parameters
         if self.codec:
-            sent = sent._replace(parameters={name: torch.zeros_like(value) for name, value in x.items()})
+            sent = sent._replace(parameters={name: torch.zeros_like(value) for name, value in start.items()})
         parts = zip(sent, zip(*y, strict=True), strict=True)
         average = Sections(*(combine(self.mean, before, each, weights, self.trim) for before, each in parts))
+        mean = average.parameters
         if self.codec:
-            average = average._replace(parameters={name: x[name] - average.parameters[name] for name in x})
-        return average
+            mean = {name: x[name] - distance for name, distance in mean.items()}
+        elif self.codec_down:
+            mean = {name: x[name] - (start[name] - value) for name, value in mean.items()}
+        return average._replace(parameters=mean)
 
     def _encoded(self, codec: Codec, sent: Sections) -> ArrayRecord:
         """Arrays with the names, types and shapes that those of an encoded update must have."""
@@ -215,7 +261,8 @@ class LocalSGD(FedAvg):
         """Flower's form of `request`: to those of `workers`, or of all nodes, that are connected."""
         connected = sorted(grid.get_node_ids())
         nodes = {node: self.workers.get(node, node) for node in connected if not self.workers or node in self.workers}
-        self._request = self.request(server_round, arrays, config, nodes)
+        holders = self.last.averaged if self.last else ()
+        self._request = self.request(server_round, arrays, config, nodes, self._state, holders)
         return self._request.messages
 
     def aggregate_train(
@@ -243,6 +290,13 @@ def mean_metrics(updates: Sequence[Update], weights: Sequence[float], weighted_b
 def sample_size(workers: int, fraction: float) -> int:
     """How many of `workers` a round samples: the nearest whole number, at least one."""
     return max(1, round(fraction * workers))
+
+
+def _broadcast_state(state: Mapping[str, Any], x: Sections) -> dict[str, Tensor]:
+    """What the server remembers of its broadcasts, on the device of `x`."""
+    device = next((value.device for value in x.parameters.values()), None)
+    found = {name.removeprefix(BROADCAST): value for name, value in state.items() if name.startswith(BROADCAST)}
+    return _on(device, found)
 
 
 def _on(device: torch.device | None, values: Mapping[str, Any]) -> dict[str, Any]:

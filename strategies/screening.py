@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import NamedTuple
 
 import torch
@@ -25,10 +26,12 @@ NPY_HEADER = 1024  # bytes that an array may come with besides its values
 class Request(NamedTuple):
     """What a round was asked with."""
 
-    arrays: ArrayRecord
+    arrays: ArrayRecord  # that the workers begin from
     messages: list[Message]
     workers: dict[int, int]  # node -> worker, of all messages
     away: list[int]  # sampled workers whose node is not connected
+    model: ArrayRecord | None = None  # the global model, where the workers begin from another one
+    state: Mapping[str, Tensor] = MappingProxyType({})  # that the server is to remember of what it sent
 
 
 class Update(NamedTuple):

@@ -18,7 +18,9 @@ from fedsim.experiments.execute import execute
 from fedsim.models import build_model
 from fedsim.models.dropout import Dropout, StepKeys
 from fedsim.optim import build_optimizer
-from fedsim.reference import Compress, Outer, Tensors, local_sgd
+from fedsim.reference import Compress, Outer, Tensors, local_sgd, reestimate
+from fedsim.training.batchnorm import BATCH as CALIBRATION_BATCH
+from fedsim.training.batchnorm import calibration_crops
 from fedsim.training.local_round import Start, round_inputs
 from fedsim.training.run_plan import run_plan
 from tests.conftest import final_model
@@ -97,10 +99,14 @@ def reference(config: Config) -> dict[str, Tensor]:
         WORKERS,
         [plan.steps(round_) for round_ in range(1, plan.rounds + 1)],
         compress=COMPRESS[config.compress],
+        compress_down=COMPRESS[config.compress_down],
         error_feedback=config.error_feedback,
         outer=OUTER[config.outer](),
         **keep,  # type: ignore[arg-type]
     )
+    if config.batchnorm_at_sync == "re-estimated":
+        crops = torch.split(calibration_crops(config, len(images)), CALIBRATION_BATCH, dim=1)
+        reestimate(model, (images.crop(*batch).double() for batch in crops))
     return model.state_dict()
 
 
@@ -112,6 +118,8 @@ def reference(config: Config) -> dict[str, Tensor]:
         {"momentum-at-sync": "reset", "shuffle-every": "round"},
         {"momentum-at-sync": "average", "nesterov": True},
         {"batchnorm-at-sync": "first-worker", "schedule": "cosine"},
+        {"batchnorm-at-sync": "pooled", "compress-down": "topk", "compress-ratio": 0.1},
+        {"batchnorm-at-sync": "re-estimated", "batchnorm-images": 100},
         {
             "optimizer": "lars",
             "decay-biases-and-norms": False,
@@ -122,6 +130,13 @@ def reference(config: Config) -> dict[str, Tensor]:
         {"model": "lenet5", "local-steps-schedule": "table", "local-steps-table": "0.5:1,0.7:4", "record-by": "epoch"},
         {"model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "outer": "slowmo"},
         {"model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "error-feedback": False},
+        {
+            "model": "lenet5",
+            "compress": "topk",
+            "compress-down": "topk",
+            "compress-ratio": 0.1,
+            "outer": "slowmo",
+        },
         {"model": "lenet5", "outer": "slowmo", "schedule": "cosine", "momentum-at-sync": "reset"},
         {"outer": "fedadam", "outer-args": "lr=0.01, eps=0.01", "batchnorm-at-sync": "first-worker"},
     ],
@@ -144,3 +159,7 @@ def test_the_choices_differ(small: Config) -> None:
         assert float((reference(config.changed(other))["fc3.weight"] - keep["fc3.weight"]).abs().max()) > 1e-6
     worker_0 = reference(config.changed({"batchnorm-at-sync": "first-worker"}))
     assert float((worker_0["bn1.running_mean"] - keep["bn1.running_mean"]).abs().max()) > 1e-4
+    pooled = reference(config.changed({"batchnorm-at-sync": "pooled"}))
+    assert float((pooled["bn1.running_var"] - keep["bn1.running_var"]).min()) > 0
+    down = reference(config.changed({"compress-down": "topk"}))
+    assert float((down["fc3.weight"] - keep["fc3.weight"]).abs().max()) > 1e-6

@@ -14,10 +14,12 @@ from fedsim.config import Config
 from fedsim.federation.compress import zero_memory
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import Nodes
-from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS, keeps_memory
+from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS, MODEL, keeps_memory, under_prefix, with_prefix
 from fedsim.federation.round import Progress, TooFewClients
 from fedsim.records import Run, read_rows
 from strategies import tensor_record, tensors_like, tensors_of
+from strategies.compression import HELD
+from strategies.local_sgd import BROADCAST
 
 Memory = dict[str, Tensor]  # what a client keeps between rounds
 
@@ -37,7 +39,10 @@ def resume(run: Run, messenger: Messenger, nodes: Nodes, initial: Progress, roun
         return initial
     held = {item.name: checkpoint[item.name] for item in fields(Progress)}
     progress = Progress(**{**held, "arrays": tensor_record(checkpoint["arrays"])})
-    hand_back(messenger, nodes, progress.last_aggregated_round, checkpoint["memories"])
+    begun = under_prefix(BROADCAST + HELD, progress.server_state)
+    models = dict.fromkeys(progress.holders, with_prefix(MODEL, begun))
+    memories = {worker: {**memory, **models.get(worker, {})} for worker, memory in checkpoint["memories"].items()}
+    hand_back(messenger, nodes, progress.last_aggregated_round, memories)
     return progress
 
 

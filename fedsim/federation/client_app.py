@@ -10,21 +10,24 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Sequence
 
-from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedsim.config import Config, Value, own_keys
+from fedsim.data.datasets import classes_of
 from fedsim.data.local_folder import check_named, check_of_run, verify_images
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
-from fedsim.federation.compress import codec_of, compress_seed, compress_update
+from fedsim.federation.compress import codec_of, compress_seed, compress_update, receive_change
 from fedsim.federation.protocol import (
+    BATCHNORM,
     COMPRESS,
     MEMORY,
     MEMORY_LOST,
     MEMORY_ROUNDS,
+    MODEL,
     OPTIMIZER,
     SEND_MEMORY,
     SHARED,
@@ -32,9 +35,11 @@ from fedsim.federation.protocol import (
     under_prefix,
     with_prefix,
 )
+from fedsim.models import blank_model
 from fedsim.training import stacked
 from fedsim.training.local_round import End, Start, local_plan, take_round
-from strategies import DECLINED, buffers_in, join, sections, split, tensor_record, tensors_of
+from strategies import DECLINED, batchnorm_buffers, buffers_in, join, sections, split, tensor_record, tensors_of
+from strategies.local_sgd import ENCODED
 from strategies.screening import not_finite
 
 app = ClientApp()
@@ -48,7 +53,7 @@ def train(message: Message, context: Context) -> Message:
         start = _start(config, message, context)
     except MemoryLost:  # the server decides what becomes of the round
         return _declined(message, MEMORY_LOST)
-    return _reply(config, message, context, take_round(config, start))
+    return _reply(config, message, context, start, take_round(config, start))
 
 
 def train_together(
@@ -58,18 +63,17 @@ def train_together(
 ) -> list[Message]:
     """`train` for several clients of one process at once, by default with their replicas as one stacked network."""
     config = _config(messages[0], contexts[0])
-    replies: list[Message | None] = []
-    starts = []
+    starts: list[Start | None] = []
     for message, context in zip(messages, contexts, strict=True):
         try:
             starts.append(_start(config, message, context))
-            replies.append(None)
         except MemoryLost:
-            replies.append(_declined(message, MEMORY_LOST))
-    ends = iter(take_rounds(config, starts) if starts else ())
+            starts.append(None)
+    begun = [start for start in starts if start]
+    ends = iter(take_rounds(config, begun) if begun else ())
     return [
-        reply or _reply(config, message, context, next(ends))
-        for reply, message, context in zip(replies, messages, contexts, strict=True)
+        _reply(config, message, context, start, next(ends)) if start else _declined(message, MEMORY_LOST)
+        for start, message, context in zip(starts, messages, contexts, strict=True)
     ]
 
 
@@ -94,38 +98,50 @@ def memory(message: Message, context: Context) -> Message:
         restore_memory(context, message.content.array_records[MEMORY], round_)
         return Message(RecordDict(), reply_to=message)
     try:
-        return Message(RecordDict({MEMORY: memory_after(context, round_)}), reply_to=message)
+        return Message(RecordDict({MEMORY: _without_model(memory_after(context, round_))}), reply_to=message)
     except MemoryLost:
         return Message(RecordDict(), reply_to=message)
 
 
 def _start(config: Config, message: Message, context: Context) -> Start:
     parameters, buffers, extras = split(tensors_of(message.content.array_records["arrays"]))
-    state = under_prefix(OPTIMIZER, {**extras, **_memory(config, message, context)})  # averaged, kept, or none
-    return Start(worker=_worker(context), round=_round(message), weights={**parameters, **buffers}, state=state)
+    memory = _memory(config, message, context)
+    if message.content.config_records["config"].get(ENCODED):
+        held = under_prefix(MODEL, memory)
+        if not held:
+            raise MemoryLost("the model that the message is the change of is not kept here")
+        parameters = receive_change(config, local_plan(config), _round(message), held, parameters)
+    weights = {**parameters, **buffers, **under_prefix(BATCHNORM, memory)}
+    state = under_prefix(OPTIMIZER, {**extras, **memory})  # averaged, kept, or none
+    return Start(worker=_worker(context), round=_round(message), weights=weights, state=state)
 
 
-def _reply(config: Config, message: Message, context: Context, end: End) -> Message:
-    received = message.content.array_records["arrays"]
+def _reply(config: Config, message: Message, context: Context, start: Start, end: End) -> Message:
+    buffers = buffers_in(message.content.array_records["arrays"])
+    x = sections(start.weights, buffers, {}).parameters
     state = with_prefix(OPTIMIZER, end.state)
-    sent = sections(end.weights, buffers_in(received), state if config.momentum_at_sync == "average" else {})
+    sent = sections(end.weights, buffers, state if config.momentum_at_sync == "average" else {})
     kept = state if config.momentum_at_sync == "keep" else {}
+    if config.batchnorm_at_sync == "local":
+        own = batchnorm_buffers(blank_model(config.model, classes_of(config), "meta"))
+        kept |= {BATCHNORM + name: sent.buffers[name] for name in own}
     if codec := codec_of(config):
         if not_finite(sent.parameters):  # an infinity would stay in the residual
             return _declined(message, "its parameters are not finite")
-        x = split(tensors_of(received)).parameters
         seed = compress_seed(config, local_plan(config), _round(message), _worker(context))
         memory = under_prefix(COMPRESS, _memory(config, message, context))
         update, remembered = compress_update(config, codec, x, sent.parameters, memory, seed)
         sent = sent._replace(parameters=update)
         kept |= with_prefix(COMPRESS, remembered)
+    if config.compress_down != "none":
+        kept |= with_prefix(MODEL, x)
     metrics = MetricRecord({"num-examples": end.samples, "train-loss": end.loss})
     content = RecordDict({"arrays": tensor_record(join(sent)), "metrics": metrics})
     if keeps_memory(config):
         record = tensor_record(kept)
         keep_memory(context, record, _round(message), _memory_round(message, context))
         if message.content.config_records["config"][SEND_MEMORY]:
-            content[MEMORY] = record
+            content[MEMORY] = _without_model(record)
     return Message(content, reply_to=message)
 
 
@@ -136,6 +152,11 @@ def _declined(message: Message, reason: str) -> Message:
 def _memory(config: Config, message: Message, context: Context) -> dict[str, Tensor]:
     """What this client kept after the last round in which its update was averaged; raises MemoryLost."""
     return tensors_of(memory_after(context, _memory_round(message, context))) if keeps_memory(config) else {}
+
+
+def _without_model(memory: ArrayRecord) -> ArrayRecord:
+    """A memory as it is sent for a checkpoint: without the model, which the server has."""
+    return tensor_record({name: value for name, value in tensors_of(memory).items() if not name.startswith(MODEL)})
 
 
 def _worker(context: Context) -> int:

@@ -1,4 +1,4 @@
-"""The compression of a client's update on its way to the server, as a run's keys say."""
+"""The compression of what clients and the server send, as a run's keys say; and what a client keeps."""
 
 from __future__ import annotations
 
@@ -10,50 +10,68 @@ from torch import Tensor, nn
 
 from fedsim.config import Config, check_used
 from fedsim.errors import UserError
-from fedsim.federation.protocol import COMPRESS, OPTIMIZER, with_prefix
+from fedsim.federation.protocol import BATCHNORM, COMPRESS, OPTIMIZER, with_prefix
 from fedsim.optim import zero_state
-from fedsim.rng import step_keys
+from fedsim.rng import Purpose, step_keys
 from fedsim.training.run_plan import RunPlan
-from strategies.compression import BUCKET, Codec, encode, make_codec
+from strategies import batchnorm_buffers
+from strategies.compression import BUCKET, CODECS, Codec, encode, make_codec, receive
 
 QSGD_LEVELS = math.ceil(
     (BUCKET / 4) ** 0.5
 )  # its squared error is at most BUCKET / (4 levels^2) of the update's square
-USED_BY = {  # key -> the values of `compress` that use it
+USED_BY = {  # key -> the values of `compress` or `compress_down` that use it
     "compress_ratio": ("topk", "randomk"),
     "compress_levels": ("qsgd",),
     "compress_rank": ("powersgd",),
-    "error_feedback": ("fp16", "bf16", "int8", "int4", "sign", "topk", "randomk", "qsgd", "powersgd"),
 }
 
 
 def codec_of(config: Config) -> Codec | None:
-    """The codec of `config`; None where updates are sent as they are."""
+    """The codec of clients' updates; None where they are sent as they are."""
     return make_codec(config.compress, config.compress_ratio, config.compress_levels, config.compress_rank)
 
 
+def codec_down_of(config: Config) -> Codec | None:
+    """The codec of what the server sends; None where it sends the model as it is."""
+    return make_codec(config.compress_down, config.compress_ratio, config.compress_levels, config.compress_rank)
+
+
 def check_compress(config: Config) -> None:
-    """Raise UserError where a key is given that the codec of `config` does not use, or its residuals would grow."""
-    check_used(config, "compress", USED_BY)
-    if config.compress == "qsgd" and config.error_feedback and config.compress_levels < QSGD_LEVELS:
+    """Raise UserError where a key is given that no codec of `config` uses, or a residual would grow."""
+    for name, codecs in USED_BY.items():
+        check_used(config, "compress_down" if config.compress_down in codecs else "compress", {name: codecs})
+    check_used(config, "compress", {"error_feedback": CODECS[1:]})
+    if config.compress_levels >= QSGD_LEVELS:
+        return
+    if config.compress_down == "qsgd":
+        raise UserError(
+            f"compress-levels = {config.compress_levels}: with compress-down = qsgd what the messages leave out would "
+            f"grow: give {QSGD_LEVELS} or more"
+        )
+    if config.compress == "qsgd" and config.error_feedback:
         raise UserError(
             f"compress-levels = {config.compress_levels}: with error feedback the residual would grow: give "
             f"{QSGD_LEVELS} or more, or --no-error-feedback"
         )
 
 
-def compress_seed(config: Config, plan: RunPlan, round_: int, worker: int) -> int:
-    """The seed of what a worker's message and its decoding draw in a round."""
-    return int(step_keys(config.seed, worker, plan.first_step(round_), 1, "compress")[0])
+def compress_seed(config: Config, plan: RunPlan, round_: int, worker: int | None) -> int:
+    """The seed of what a worker's message (None: the server's) and its decoding draw in a round."""
+    purpose: Purpose = "broadcast" if worker is None else "compress"
+    return int(step_keys(config.seed, worker or 0, plan.first_step(round_), 1, purpose)[0])
 
 
 def zero_memory(config: Config, model: nn.Module) -> dict[str, Tensor]:
-    """All that a client keeps between rounds of training `model`, every entry there and zero."""
+    """All that a client keeps between rounds of training `model` and the server has not, every entry zero."""
     parameters = dict(model.named_parameters())
     memory = with_prefix(OPTIMIZER, zero_state(config, parameters)) if config.momentum_at_sync == "keep" else {}
     if codec := codec_of(config):
         zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         memory |= with_prefix(COMPRESS, encode(codec, zeros, {}, 0, config.error_feedback)[1])
+    if config.batchnorm_at_sync == "local":
+        buffers = dict(model.named_buffers())
+        memory |= {BATCHNORM + name: torch.zeros_like(buffers[name]) for name in batchnorm_buffers(model)}
     return memory
 
 
@@ -70,3 +88,14 @@ def compress_update(
     device = next(iter(update.values())).device
     held = {name: value.to(device) for name, value in memory.items()}
     return encode(codec, update, held, seed, config.error_feedback)
+
+
+def receive_change(
+    config: Config, plan: RunPlan, round_: int, held: Mapping[str, Tensor], message: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """The parameters of a client that holds `held`, after the server's `message` of a round."""
+    codec = codec_down_of(config)
+    assert codec is not None
+    device = next(iter(message.values())).device
+    held = {name: value.to(device) for name, value in held.items()}
+    return receive(codec, held, message, compress_seed(config, plan, round_, None))

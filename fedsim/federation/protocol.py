@@ -13,10 +13,12 @@ from fedsim.config import Config, Value
 
 OPTIMIZER = "optimizer/"  # prefix of optimizer state, in a client's memory and among the extras that are averaged
 COMPRESS = "compress/"  # prefix of what a client remembers of its messages, in its memory
+BATCHNORM = "batchnorm/"  # prefix of a client's own BatchNorm statistics, in its memory
+MODEL = "model/"  # prefix of the parameters that a client began its round from; the server has them too
 MEMORY = "memory"  # record of what a client keeps between rounds
 MEMORY_ROUNDS = "memory-rounds"  # for each worker, the last round in which its update was averaged
 SEND_MEMORY = "send-memory"  # whether a client sends its memory along with its update, for a checkpoint
-MEMORY_LOST = "it has lost its optimizer state or residual and starts again without"  # why a client declines a round
+MEMORY_LOST = "it has lost what it kept between rounds and starts again without"  # why a client declines a round
 # The keys that messages bring from the server: those that shape the result, except for the machine's own
 SHARED = [name for name in Config().identity("localsgd") if name not in ("device", "threads")]
 
@@ -28,9 +30,10 @@ def shared(config: Config) -> dict[str, Value]:
 
 
 def keeps_memory(config: Config) -> bool:
-    """Whether a client keeps anything between rounds: its optimizer's state, or what its messages left out."""
+    """Whether a client keeps anything between rounds; see the prefixes above."""
     compresses = config.compress != "none" and (config.error_feedback or config.compress == "powersgd")
-    return config.momentum_at_sync == "keep" or compresses
+    own = config.momentum_at_sync == "keep" or config.batchnorm_at_sync == "local"
+    return own or compresses or config.compress_down != "none"
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -36,15 +36,16 @@ def check_memory(config: Config) -> None:
 def needed_bytes(config: Config) -> int:
     """The bytes of all states and updates that exist at once, without models in training and the data set.
 
-    Each client keeps one memory (`zero_memory`); a checkpoint of all of them is a buffer that is copied as it grows. An
-    update in flight holds the weights and, unless it is reset, a new state.
+    Each client keeps one memory (`zero_memory`), with compression down the model too; a checkpoint of all memories is a
+    buffer that is copied as it grows. An update in flight holds the weights and, unless it is reset, a new state.
     """
     model = blank_model(config.model, classes_of(config), config.device, config.precision)
     weights: int = sum(value.nbytes for value in model.state_dict().values())
     memory = sum(value.nbytes for value in zero_memory(config, model).values())
     averaged = zero_state(config, dict(model.named_parameters())) if config.momentum_at_sync == "average" else {}
     update = weights + memory + sum(value.nbytes for value in averaged.values())
-    return 3 * config.clients * memory + config.clients_per_round * update
+    model_kept = weights if config.compress_down != "none" else 0
+    return config.clients * (3 * memory + model_kept) + config.clients_per_round * update
 
 
 def free_bytes(device: str) -> int:

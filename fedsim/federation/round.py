@@ -12,8 +12,8 @@ from torch import nn
 
 from fedsim.config import Config, arguments_of, check_used
 from fedsim.errors import RunFailed, UserError
-from fedsim.federation.compress import check_compress, codec_of, compress_seed
-from fedsim.federation.messenger import Messenger
+from fedsim.federation.compress import check_compress, codec_down_of, codec_of, compress_seed
+from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import (
     MEMORY,
@@ -45,6 +45,11 @@ class Progress:
     update_bytes_down: int = 0  # of the global arrays sent in the rounds averaged
     losses: list[tuple[float, float]] = field(default_factory=list)  # (mean, samples) of each round since the last row
     left_out: dict[str, str] = field(default_factory=dict)  # since the last row
+
+    @property
+    def holders(self) -> list[int]:
+        """The workers that hold what the last round began from: those whose update of it was averaged."""
+        return [worker for worker, last in enumerate(self.last_aggregated_round) if last == self.round > 0]
 
 
 class TooFewClients(Exception):
@@ -80,6 +85,7 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         mean=config.mean,
         trim=config.trim,
         codec=codec_of(config),
+        codec_down=codec_down_of(config),
         codec_seed=functools.partial(compress_seed, config, plan),
         outer=outer_step_of(config),
         lr=lambda round_: plan.rates(round_)[-1],
@@ -90,12 +96,14 @@ def check_strategy(config: Config) -> None:
     """Raise UserError where the keys of the strategy do not go together."""
     check_compress(config)
     check_used(config, "mean", {"trim": ["trimmed"]})
+    check_used(config, "batchnorm_at_sync", {"batchnorm_images": ["re-estimated"]})
     if config.mean == "trimmed" and int(config.trim * config.clients_per_round) == 0:
         least = 1 / config.clients_per_round
         raise UserError(f"trim = {config.trim} of {config.clients_per_round} clients is none: give {least:.2g} or more")
-    if config.mean != "exact" and config.batchnorm_at_sync == "first-worker":
+    if config.mean != "exact" and config.batchnorm_at_sync in ("first-worker", "pooled", "local"):
         raise UserError(
-            f"mean = {config.mean} does not protect one client's statistics: give --batchnorm-at-sync average"
+            f"batchnorm-at-sync = {config.batchnorm_at_sync} trusts the statistics of every client, which mean = "
+            f"{config.mean} does not: give --batchnorm-at-sync average or re-estimated"
         )
     outer_step_of(config)
 
@@ -123,7 +131,7 @@ def train_round(
     round_ = progress.round + 1
     nodes = registry.refresh()
     keys = ConfigRecord({**shared(config), MEMORY_ROUNDS: progress.last_aggregated_round, SEND_MEMORY: with_memories})
-    request = strategy.request(round_, progress.arrays, keys, nodes)
+    request = strategy.request(round_, progress.arrays, keys, nodes, progress.server_state, progress.holders)
     replies = messenger.exchange(request.messages, config.round_timeout or math.inf)
     try:
         result = strategy.aggregate(round_, request, replies, progress.server_state)
@@ -136,7 +144,7 @@ def train_round(
     aggregated_in = dict.fromkeys(lost, 0) | dict.fromkeys(result.averaged, round_)
     updates = _sent_by(result.averaged, "arrays", request, replies)
     bytes_up = sum(map(payload_bytes, updates.values()))
-    bytes_down = len(request.messages) * payload_bytes(progress.arrays)
+    bytes_down = sum(map(payload, request.messages))
     progress = replace(
         progress,
         round=round_,

@@ -10,6 +10,7 @@ from torch import nn
 
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
+from fedsim.data.images import Images
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards
 from fedsim.device import prepare, resolve
@@ -29,6 +30,7 @@ from fedsim.federation.round import (
 )
 from fedsim.models import build_model
 from fedsim.records import Run, config_of_run, print_row, run_folder
+from fedsim.training.batchnorm import calibration_crops, reestimate
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
 from strategies import split, tensors_of
@@ -95,7 +97,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         if ends or completes(config, plan, progress.round, 1):
             tested: tuple[float | None, float | None] = None, None
             if ends or completes(config, plan, progress.round, config.evaluate_every):
-                tested = evaluate(loaded(model, progress), data.test, config.precision)
+                tested = evaluate(loaded(config, model, progress, data.train), data.test, config.precision)
             row = row_of(plan, progress, messenger)
             run.log_row(row | dict(zip(("test_loss", "test_accuracy"), tested, strict=True)))
             progress = recorded(progress)
@@ -104,7 +106,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         if saves:
             save(run, config, messenger, progress, memories)
 
-    run.save_model(loaded(model, progress).state_dict())
+    run.save_model(loaded(config, model, progress, data.train).state_dict())
     run.write_summary(plan.last_round == plan.rounds, sum(p.numel() for p in model.parameters()), config.device)
 
 
@@ -141,8 +143,10 @@ def is_saved(config: Config, plan: RunPlan, round_: int) -> bool:
     return completes(config, plan, round_, config.checkpoint_every) or round_ == plan.last_round
 
 
-def loaded(model: nn.Module, progress: Progress) -> nn.Module:
-    """`model` with the global weights and buffers of `progress`."""
+def loaded(config: Config, model: nn.Module, progress: Progress, images: Images) -> nn.Module:
+    """`model` with the global weights and buffers of `progress`, or statistics re-estimated on training `images`."""
     parameters, buffers, _ = split(tensors_of(progress.arrays))
     model.load_state_dict({**parameters, **buffers})
+    if config.batchnorm_at_sync == "re-estimated":
+        reestimate(model, images, calibration_crops(config, len(images)), config.precision)
     return model

@@ -22,7 +22,7 @@ from tests.federation.processes import JOINED, Running, client_environment, runn
 
 pytestmark = pytest.mark.deployment
 
-KEYS = {**SMALL, "rounds": 3}
+KEYS = {**SMALL, "rounds": 3, "fraction": 0.75, "compress-down": "topk"}
 
 
 @pytest.fixture(scope="module")

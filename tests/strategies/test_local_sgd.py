@@ -173,6 +173,13 @@ def test_layout_changes_no_bit_of_the_mean() -> None:
     assert torch.equal(plain, last)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mean_leaves_its_parts_as_they_are(dtype: torch.dtype) -> None:
+    parts = [torch.full((3,), value, dtype=dtype) for value in (1.0, 3.0)]
+    assert weighted_mean(parts, [0.5, 0.5]).tolist() == [2.0] * 3
+    assert [part.tolist() for part in parts] == [[1.0] * 3, [3.0] * 3]
+
+
 def test_blocks_change_no_bit_of_the_mean() -> None:
     rows = 2 * CPU_BLOCK // 100 + 7
     parts = [torch.randn(rows, 100, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]

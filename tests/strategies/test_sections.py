@@ -59,7 +59,7 @@ def test_only_batchnorms_buffers_are_merged_as_asked(how: str, mean: float) -> N
         return {**means, "1.num_batches_tracked": torch.tensor(count)}
 
     workers = [buffers(1.0, 7), buffers(5.0, 9)]
-    merged = merge(mean_of(workers, [0.5, 0.5]), workers[0], how, batchnorm_buffers(MODEL))
+    merged = merge(mean_of(workers, [0.5, 0.5]), workers, [0.5, 0.5], how, batchnorm_buffers(MODEL))
     assert merged["1.running_mean"].tolist() == [mean, mean]
     assert merged["2.running_mean"].tolist() == [3.0, 3.0]
     count = merged["1.num_batches_tracked"]
