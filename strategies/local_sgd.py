@@ -60,6 +60,8 @@ class LocalSGD(FedAvg):
     gives the workers' learning rate at the end of a round. Other arguments are FedAvg's.
     """
 
+    not_resumable = ""  # why a run cannot be resumed from the arrays and the state of its last round
+
     def __init__(
         self,
         workers: Mapping[int, int] | None = None,
@@ -146,7 +148,10 @@ class LocalSGD(FedAvg):
         device = next((value.device for value in used[0].arrays.values()), None)
         sent = Sections(*(_on(device, part) for part in sent))
         average = self._average(sent, y, weights)
-        parameters, state = self.server_step(sent.parameters, average.parameters, _on(device, state), round_)
+        updates = dict(zip(averaged, used, strict=True))
+        parameters, state = self.next_parameters(
+            round_, sent.parameters, average.parameters, updates, _on(device, state)
+        )
         buffers = merge(average.buffers, y[0].buffers, self.batchnorm_at_sync, self.batchnorm)
         arrays = join(Sections(parameters, buffers, average.extras))
 
@@ -154,6 +159,12 @@ class LocalSGD(FedAvg):
             raise FloatingPointError(f"round {round_}: the average of {wrong} is not finite")
         metrics = mean_metrics(used, weights, self.weighted_by_key)
         return Aggregate(tensor_record(arrays), metrics, state, samples, averaged, left_out)
+
+    def next_parameters(
+        self, round_: int, x: dict[str, Tensor], mean: dict[str, Tensor], updates: Mapping[int, Update], state: State
+    ) -> tuple[dict[str, Tensor], State]:
+        """The parameters after a round and the state: those of the server step from the mean of all `updates`."""
+        return self.server_step(x, mean, state, round_)
 
     def server_step(
         self, x: dict[str, Tensor], mean: dict[str, Tensor], state: State, round_: int
