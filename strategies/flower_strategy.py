@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import inspect
 import io
 import random
 import traceback
@@ -58,10 +59,12 @@ class FlowerStrategy(LocalSGD):
         """The parameters that the strategy makes of `updates`, and what it remembers."""
         if self._alive is not None:
             return take_round(self._alive, self.seed, round_, x, updates), {}
-        strategy = _restored(self.make, state)
+        strategy = self.make()
+        new = dict(vars(strategy))
+        set_state(strategy, state)
         parameters = take_round(strategy, self.seed, round_, x, updates)
         try:
-            return parameters, state_of(strategy, self.make())
+            return parameters, state_of(strategy, new)
         except NotPlain as reason:
             remedy = "make it in the constructor, then the run has no checkpoints, or keep arrays and numbers alone"
             raise StrategyFailed(f"round {round_}: it cannot be saved: {reason}: {remedy}") from reason
@@ -87,8 +90,7 @@ def take_round(
         except StrategyFailed as error:
             raise StrategyFailed(f"round {round_}: it {error}") from error
         except Exception as error:
-            at = traceback.extract_tb(error.__traceback__)[-1]
-            what = f"{type(error).__name__}: {first_line(error)}, in line {at.lineno} of {at.filename}"
+            what = f"{type(error).__name__}: {first_line(error)}, {_place(error, strategy)}"
             raise StrategyFailed(f"round {round_}: it failed ({what})") from error
 
 
@@ -105,27 +107,31 @@ def why_not_resumable(make: MakeStrategy, parameters: Tensors, workers: int, see
         for round_ in range(1, TRIAL_ROUNDS + 1):
             updates = {worker: _made_up(x, worker, generator) for worker in range(workers)}
             following = take_round(alive, seed, round_, x, updates)
-            restored = _restored(make, state)
-            again = take_round(restored, seed, round_, again, updates)
+            strategy = make()
+            new = dict(vars(strategy))
+            set_state(strategy, state)
+            again = take_round(strategy, seed, round_, again, updates)
             try:
-                state = state_of(restored, make())
+                state = state_of(strategy, new)
             except NotPlain as reason:
                 return str(reason)
             x = following
             if any(not torch.equal(x[name], again[name]) for name in x):
-                return "it remembers something outside its attributes"
+                return "it depends on more than its attributes, a module's variable or random numbers of its own"
     return ""
+
+
+def _place(error: Exception, strategy: Strategy) -> str:
+    """Where an error was raised: if it went through the strategy's own file, there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == inspect.getfile(type(strategy))]
+    at = (own or frames)[-1]
+    return f"in line {at.lineno} of {at.filename}"
 
 
 def _made_up(x: Tensors, worker: int, generator: torch.Generator) -> Update:
     moved = {n: v + 0.01 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in x.items()}
     return Update(1.0, moved, MetricRecord({"num-examples": 64 + worker, "train-loss": 1.0}))
-
-
-def _restored(make: MakeStrategy, state: State) -> Strategy:
-    strategy = make()
-    set_state(strategy, state)
-    return strategy
 
 
 def _record(tensors: Tensors) -> ArrayRecord:

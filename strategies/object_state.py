@@ -11,7 +11,7 @@ import logging
 import re
 import types
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import PurePath
 from typing import Any
 
@@ -36,14 +36,14 @@ class NotPlain(Exception):
     """An attribute that has no place in a checkpoint."""
 
 
-def state_of(instance: object, new: object) -> dict[str, Any]:
-    """The attributes of `instance`, encoded, without constants that are those of a `new` one.
+def state_of(instance: object, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of `instance`, encoded, without constants that a `new` one has too.
 
     Raises NotPlain where an attribute is neither.
     """
     state = {}
     for name, value in vars(instance).items():
-        if isinstance(value, CONSTANT) and _is_same(value, vars(new).get(name)):
+        if isinstance(value, CONSTANT) and _is_same(value, new.get(name)):
             continue
         try:
             state[name] = _encoded(value)
