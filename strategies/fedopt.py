@@ -53,7 +53,7 @@ class FedAdam(Optimizer):
         bias_correction: bool,
         **_: Any,
     ) -> None:
-        if not state:
+        if "m" not in state:
             state |= {"m": torch.zeros_like(parameter), "v": torch.zeros_like(parameter), "rounds": 0}
         state["rounds"] += 1
         m, v = state["m"], state["v"]
