@@ -18,7 +18,7 @@ from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.test_failures import answer, forget, once, place, run_with
 
 OF_FLOWER, OF_USER = "flwr.serverapp.strategy:", "tests.strategies.user_strategies:"
-KEYS: dict[str, Any] = {"model": "lenet-bn", "synthetic_images": 64, "batch_size": 2, "rounds": 6, "evaluate_every": 6}
+KEYS: dict[str, Any] = {"model": "lenet-bn", "synthetic_images": 64, "batch_size": 2, "rounds": 4, "evaluate_every": 4}
 
 
 @pytest.mark.parametrize(
@@ -26,7 +26,6 @@ KEYS: dict[str, Any] = {"model": "lenet-bn", "synthetic_images": 64, "batch_size
     [
         (OF_USER + "SlowMo", "beta=0.6"),
         (OF_FLOWER + "FedAdam", "eta=0.001"),
-        (OF_FLOWER + "FedAvgM", "server_momentum=0.6"),
     ],
 )
 def test_cut_and_resumed_or_rolled_back_it_is_the_same_run_bitwise(
@@ -35,17 +34,17 @@ def test_cut_and_resumed_or_rolled_back_it_is_the_same_run_bitwise(
     """With BatchNorm, of which Flower's FedAdam would make NaN, and optimizer states that are averaged or kept."""
     keys = {**KEYS, "strategy": strategy, "strategy_args": arguments, "min_clients": 4, "checkpoint_every": 2}
     whole = run(name="whole", **keys)
-    run(name="parts", stop_after_rounds=3, **keys)
+    run(name="parts", stop_after_rounds=1, **keys)
     kebab = {name.replace("_", "-"): value for name, value in keys.items()}
-    back = run_with(once(5, 2, forget), small.changed({"name": "back", **kebab}))
+    back = run_with(once(4, 2, forget), small.changed({"name": "back", **kebab}))
     for other in (run(name="parts", **keys), back):
         assert_same_bits(final_model(other), final_model(whole))
         assert rows_of(other) == rows_of(whole)
-    assert final_model(whole)["bn1.num_batches_tracked"].equal(torch.tensor(12))
+    assert final_model(whole)["bn1.num_batches_tracked"].equal(torch.tensor(8))
 
 
 def test_a_users_slowmo_is_ours(run: Execute) -> None:
-    keys = {**KEYS, "precision": "fp64", "fraction": 0.5, "momentum_at_sync": "average"}
+    keys = {**KEYS, "model": "lenet5", "precision": "fp64", "fraction": 0.5, "momentum_at_sync": "average"}
     theirs = final_model(run(name="theirs", strategy=OF_USER + "SlowMo", **keys))
     ours = final_model(run(name="ours", outer="slowmo", **keys))
     plain = final_model(run(name="plain", **keys))
