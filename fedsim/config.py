@@ -148,6 +148,14 @@ def _arguments(value: str) -> str:
     return value
 
 
+def _strategy(value: str) -> str:
+    of_flower = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value)
+    if value != "localsgd" and not of_flower:
+        hint = " (did you mean localsgd?)" if difflib.get_close_matches(value, ["localsgd"]) else ""
+        raise ValueError(f"is neither localsgd nor module:Class, e.g. flwr.serverapp.strategy:FedAdam{hint}")
+    return value
+
+
 def table_of(text: str) -> list[tuple[float, int]]:
     """The epochs and local steps in a text such as ``10:1,50:16``; a ValueError where it is not of this form."""
     table: list[tuple[float, int]] = []
@@ -297,8 +305,10 @@ class Config(BaseModel, frozen=True):
     """Fewest clients to start with and to aggregate; 0: start with all, aggregate any number."""
     round_timeout: Annotated[Seconds, LOCALSGD, OPERATIONAL] = 0.0
     """Seconds to wait for the replies of a round, with Flower's engines; 0: no timeout."""
-    strategy: Annotated[Literal["localsgd"], LOCALSGD] = "localsgd"
-    """How the server aggregates."""
+    strategy: Annotated[Text, AfterValidator(_strategy), LOCALSGD] = "localsgd"
+    """How the server aggregates: localsgd, or module:Class of Flower's, e.g. flwr.serverapp.strategy:FedAdam."""
+    strategy_args: Annotated[Text, AfterValidator(_arguments), LOCALSGD] = ""
+    """Arguments of the strategy's class, for instance eta=0.1, beta_1=0.9."""
     mean: Annotated[Literal["exact", "trimmed", "median", "clipped"], LOCALSGD] = "exact"
     """The mean of the clients' updates; all but exact withstand a few absurd ones."""
     trim: Annotated[Number, LOCALSGD, Field(ge=0, lt=0.5)] = 0.25

@@ -63,6 +63,8 @@ class LocalSGD(FedAvg):
     workers' learning rate at the end of a round. Other arguments are FedAvg's.
     """
 
+    not_resumable = ""  # why a run cannot be resumed from the arrays and the state of its last round
+
     def __init__(
         self,
         workers: Mapping[int, int] | None = None,
@@ -183,7 +185,9 @@ class LocalSGD(FedAvg):
         x = _on(device, model)
         average = self._average(x, sent, y, weights)
         outer_state = {name: value for name, value in state.items() if not name.startswith(BROADCAST)}
-        parameters, state = self.server_step(x, average.parameters, _on(device, outer_state), round_)
+        parameters, state = self.next_parameters(
+            round_, x, average.parameters, dict(zip(averaged, used, strict=True)), _on(device, outer_state)
+        )
         state = {**state, **request.state}
         buffers = merge(average.buffers, [part.buffers for part in y], weights, self.batchnorm_at_sync, self.batchnorm)
         arrays = join(Sections(parameters, buffers, average.extras))
@@ -192,6 +196,12 @@ class LocalSGD(FedAvg):
             raise FloatingPointError(f"round {round_}: the average of {wrong} is not finite")
         metrics = mean_metrics(used, weights, self.weighted_by_key)
         return Aggregate(tensor_record(arrays), metrics, state, samples, averaged, left_out)
+
+    def next_parameters(
+        self, round_: int, x: dict[str, Tensor], mean: dict[str, Tensor], updates: Mapping[int, Update], state: State
+    ) -> tuple[dict[str, Tensor], State]:
+        """The parameters after a round and the state: those of the server step from the mean of all `updates`."""
+        return self.server_step(x, mean, state, round_)
 
     def server_step(
         self, x: dict[str, Tensor], mean: dict[str, Tensor], state: State, round_: int

@@ -6,8 +6,8 @@ With x the model that a round began from and ȳ the mean of what the workers sen
     fedavgm     SGD with momentum (Hsu et al. 2019)
     slowmo      SGD with momentum on Δ / lr, its rate in units of the workers' lr (Wang et al. 2020)
     diloco      SGD, lr 0.7, Nesterov momentum 0.9 (Douillard et al. 2023)
-    fedadam, fedyogi, fedadagrad    adaptive (Reddi et al. 2021, whose algorithms have no bias correction; Adam and Yogi
-                here have Kingma's)
+    fedadam, fedyogi    adaptive (Reddi et al. 2021), without bias correction unless it is asked for
+    fedadagrad  Adagrad (the same)
 
 State in, state out: an outer step returns what it remembers as a flat dict of tensors and numbers.
 """
@@ -23,6 +23,9 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from strategies.errors import StrategyFailed
+from strategies.fedopt import FedAdam, FedYogi
+
 Tensors = Mapping[str, Tensor]
 State = dict[str, Any]
 
@@ -33,6 +36,8 @@ OPTIMIZERS: dict[str, type[Optimizer]] = {
         for name, value in vars(torch.optim).items()
         if isinstance(value, type) and name not in NEED_MORE_THAN_GRADIENTS
     },
+    "fedadam": FedAdam,
+    "fedyogi": FedYogi,
 }
 OF_THE_IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")  # no arguments of the method
 ADAPTIVE = {"betas": (0.9, 0.99), "eps": 1e-3}
@@ -40,11 +45,11 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "fedavgm": ("sgd", {"lr": 1.0, "momentum": 0.9}),
     "slowmo": ("sgd", {"lr": 1.0, "momentum": 0.5}),
     "diloco": ("sgd", {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
-    "fedadam": ("adam", {"lr": 0.1, **ADAPTIVE}),
-    "fedyogi": ("yogi", {"lr": 0.01, **ADAPTIVE}),
+    "fedadam": ("fedadam", {"lr": 0.1, **ADAPTIVE}),
+    "fedyogi": ("fedyogi", {"lr": 0.01, **ADAPTIVE}),
     "fedadagrad": ("adagrad", {"lr": 0.1, "eps": 1e-3}),
 }
-OUTER = ("none", *PRESETS, *sorted([*OPTIMIZERS, "yogi"]))  # the names that `outer_step` knows
+OUTER = ("none", *PRESETS, *sorted({*OPTIMIZERS, "yogi"} - PRESETS.keys()))  # the names that `outer_step` knows
 
 
 @dataclass(frozen=True)
@@ -67,7 +72,7 @@ class OuterStep:
         """The next global parameters and what is to be remembered, after a round that ended at the local rate `lr`.
 
         Neither `x`, `mean` nor `state` is changed. SlowMo's Δ / lr has no value where `lr` is 0 (the workers have not
-        moved): the mean is taken and the momentum kept.
+        moved): the mean is taken and the momentum kept. Raises StrategyFailed for the state of another optimizer.
         """
         if self.is_identity or (self.per_lr and lr == 0):
             return dict(mean), state
@@ -81,7 +86,10 @@ class OuterStep:
         )
         _load(optimizer, parameters, state)
         optimizer.step()
-        return parameters, _state_of(optimizer, parameters)
+        following = _state_of(optimizer, parameters)
+        if state and state.keys() != following.keys():
+            raise StrategyFailed("the server's state is of another optimizer: give --rerun to run it again")
+        return parameters, following
 
 
 def outer_step(name: str, **arguments: Any) -> OuterStep:

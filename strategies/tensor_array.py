@@ -52,6 +52,13 @@ class TensorArray(Array):
         return Array, (self.dtype, self.shape, self.stype, self.data)
 
 
+class CopiedArray(TensorArray):
+    """A `TensorArray` whose values are copied for whoever asks for them, and may be changed there."""
+
+    def numpy(self) -> NDArray[Any]:
+        return super().numpy().copy()
+
+
 def tensor_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
     """A Flower record of `tensors`, which must not change any more.
 

@@ -70,7 +70,7 @@ def test_values_are_read_from_text_and_from_toml() -> None:
         ({"optimizer": 3}, "optimizer = 3 is out of range: it must be one of sgdm, lars, lamb"),
         ({"model": "resnet"}, "model = 'resnet' is out of range: it must be one of lenet-bn, lenet5"),
         ({"dataset": "cifar10"}, "(did you mean cifar100?)"),
-        ({"strategy": "fedavg"}, "strategy = 'fedavg' is out of range: it must be one of localsgd"),
+        ({"strategy": "fedavg"}, "strategy = 'fedavg' is neither localsgd nor module:Class, e.g. flwr.serverapp."),
         ({"device": "gpu"}, "device = 'gpu' is out of range: it must be auto, cpu, cuda or cuda:N"),
         ({"device": "mps"}, "device = 'mps' is out of range: it must be auto, cpu, cuda or cuda:N"),
         ({"device": "cuda:\u00b2"}, "is out of range: it must be auto, cpu, cuda or cuda:N"),

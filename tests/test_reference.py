@@ -138,7 +138,11 @@ def reference(config: Config) -> dict[str, Tensor]:
             "outer": "slowmo",
         },
         {"model": "lenet5", "outer": "slowmo", "schedule": "cosine", "momentum-at-sync": "reset"},
-        {"outer": "fedadam", "outer-args": "lr=0.01, eps=0.01", "batchnorm-at-sync": "first-worker"},
+        {
+            "outer": "fedadam",
+            "outer-args": "lr=0.01, eps=0.01, bias_correction=true",
+            "batchnorm-at-sync": "first-worker",
+        },
     ],
 )
 def test_an_engine_is_the_reference(small: Config, engine: Any, keys: dict[str, Any]) -> None:

@@ -12,7 +12,7 @@ from flwr.common.constant import ErrorCode
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["CLIENT_FAILED", "FlowerRun", "become_server", "set_message_id"]
+__all__ = ["CLIENT_FAILED", "FlowerRun", "become_server", "let_messages_be_made", "set_message_id"]
 
 CLIENT_FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
@@ -20,6 +20,14 @@ CLIENT_FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 def become_server(run_id: int, node_id: int) -> None:
     """Let messages be made in this process; in one of Flower's own this is set at its start."""
     TaskIdentity.task_id, TaskIdentity.run_id, TaskIdentity.node_id = 1, run_id, node_id
+
+
+def let_messages_be_made() -> None:
+    """The same where no run has begun in this process; its messages are not sent."""
+    try:
+        TaskIdentity.run_id  # noqa: B018
+    except RuntimeError:
+        become_server(1, 1)
 
 
 def set_message_id(message: Message, id_: str) -> None:

@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedsim.config import Config, arguments_of, check_used
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation.compress import check_compress, codec_down_of, codec_of, compress_seed
+from fedsim.federation.flower_internals import let_messages_be_made
 from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import (
@@ -24,10 +27,14 @@ from fedsim.federation.protocol import (
     shared,
     with_prefix,
 )
+from fedsim.models import build_model
 from fedsim.optim import zero_state
 from fedsim.records import Row
 from fedsim.training.run_plan import RunPlan
 from strategies import STRATEGIES, LocalSGD, batchnorm_buffers, buffers_of, join, payload_bytes, sections, tensor_record
+from strategies.by_name import strategy_factory
+from strategies.errors import StrategyFailed
+from strategies.flower_strategy import FlowerStrategy, why_not_resumable
 from strategies.local_sgd import State
 from strategies.outer import OuterStep, outer_step
 from strategies.screening import Request
@@ -72,16 +79,22 @@ def initial_progress(config: Config, model: nn.Module) -> Progress:
 def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
     """The strategy of `config` for the arrays of `model`."""
     check_strategy(config)
+    of_run: dict[str, Any] = {
+        "seed": config.seed,
+        "population": config.clients,
+        "fraction_train": config.fraction,
+        "min_updates": config.min_clients or 1,
+        "max_examples": plan.samples,
+        "metrics": ["train-loss"],
+        "other_records": [MEMORY],
+        "batchnorm": batchnorm_buffers(model),
+        "batchnorm_at_sync": config.batchnorm_at_sync,
+    }
+    if config.strategy not in STRATEGIES:
+        make = flower_strategy_of(config)
+        return FlowerStrategy(make, why_config_is_not_resumable(config, make), **of_run)
     return STRATEGIES[config.strategy](
-        seed=config.seed,
-        population=config.clients,
-        fraction_train=config.fraction,
-        min_updates=config.min_clients or 1,
-        max_examples=plan.samples,
-        metrics=["train-loss"],
-        other_records=[MEMORY],
-        batchnorm=batchnorm_buffers(model),
-        batchnorm_at_sync=config.batchnorm_at_sync,
+        **of_run,
         mean=config.mean,
         trim=config.trim,
         codec=codec_of(config),
@@ -97,6 +110,8 @@ def check_strategy(config: Config) -> None:
     check_compress(config)
     check_used(config, "mean", {"trim": ["trimmed"]})
     check_used(config, "batchnorm_at_sync", {"batchnorm_images": ["re-estimated"]})
+    of_localsgd = ("compress", "compress_down", "mean", "outer", "outer_args")
+    check_used(config, "strategy", {key: list(STRATEGIES) for key in of_localsgd})
     if config.mean == "trimmed" and int(config.trim * config.clients_per_round) == 0:
         least = 1 / config.clients_per_round
         raise UserError(f"trim = {config.trim} of {config.clients_per_round} clients is none: give {least:.2g} or more")
@@ -106,6 +121,29 @@ def check_strategy(config: Config) -> None:
             f"{config.mean} does not: give --batchnorm-at-sync average or re-estimated"
         )
     outer_step_of(config)
+    if config.strategy not in STRATEGIES:
+        why_config_is_not_resumable(config, flower_strategy_of(config))
+    elif config.strategy_args:
+        raise UserError(f"strategy-args is not used by strategy = {config.strategy}: leave it out")
+
+
+def flower_strategy_of(config: Config) -> Callable[[], Strategy]:
+    """What makes Flower's or the user's strategy of `config`; raises UserError where it cannot be made."""
+    try:
+        return strategy_factory(config.strategy, **arguments_of(config.strategy_args))
+    except ValueError as error:
+        arguments = f", strategy-args = {config.strategy_args}" if config.strategy_args else ""
+        raise UserError(f"strategy = {config.strategy}{arguments}: {error}") from error
+
+
+def why_config_is_not_resumable(config: Config, make: Callable[[], Strategy]) -> str:
+    """`why_not_resumable` of the strategy of `config`; raises UserError where it fails on made-up updates."""
+    let_messages_be_made()
+    parameters = dict(build_model(config.model, 2, config.seed, precision=config.precision).named_parameters())
+    try:
+        return why_not_resumable(make, parameters, config.clients_per_round, config.seed)
+    except StrategyFailed as error:
+        raise UserError(f"strategy = {config.strategy}: on made-up updates, in {error}") from error
 
 
 def outer_step_of(config: Config) -> OuterStep:
@@ -126,7 +164,8 @@ def train_round(
 ) -> tuple[Progress, dict[int, ArrayRecord]]:
     """The progress after one more round and, `with_memories`, what each worker averaged keeps after it.
 
-    Raises TooFewClients where too few send a usable update, RunFailed where their average is not finite.
+    Raises TooFewClients where too few send a usable update, RunFailed where their average is not finite or the
+    strategy fails.
     """
     round_ = progress.round + 1
     nodes = registry.refresh()
@@ -137,6 +176,8 @@ def train_round(
         result = strategy.aggregate(round_, request, replies, progress.server_state)
     except FloatingPointError as error:
         raise RunFailed(f"{error}: give a smaller lr") from error
+    except StrategyFailed as error:
+        raise RunFailed(f"strategy = {config.strategy}: {error}") from error
 
     lost = [worker for worker, reason in result.left_out.items() if reason == MEMORY_LOST]
     if result.arrays is None:

@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from strategies.errors import StrategyFailed
 from strategies.outer import OUTER, State, outer_step
 
 LR = 0.05
@@ -87,17 +88,44 @@ def test_diloco_is_nesterovs_momentum_by_hand() -> None:
     assert distance(run("diloco"), x) < 1e-14
 
 
-def test_fedadam_is_adam_by_hand() -> None:
+@pytest.mark.parametrize("name", ["fedadam", "fedyogi"])
+def test_fedadam_and_fedyogi_are_their_papers_formulas(name: str) -> None:
+    """Reddi et al. 2021, Algorithm 2, which has no bias correction; from v = 0."""
     x = {n: torch.zeros_like(v) for n, v in values(0).items()}
     m, v = ({n: torch.zeros_like(value) for n, value in x.items()} for _ in range(2))
-    for t, mean in enumerate(means(4), 1):
+    for mean in means(4):
         for n in x:
-            gradient = x[n] - mean[n]
-            m[n] = 0.9 * m[n] + 0.1 * gradient
-            v[n] = 0.99 * v[n] + 0.01 * gradient**2
-            corrected = m[n] / (1 - 0.9**t), v[n] / (1 - 0.99**t)
-            x[n] = x[n] - 0.1 * corrected[0] / (corrected[1].sqrt() + 1e-3)
-    assert distance(run("fedadam"), x) < 1e-14
+            delta = mean[n] - x[n]
+            m[n] = 0.9 * m[n] + 0.1 * delta
+            if name == "fedadam":
+                v[n] = 0.99 * v[n] + 0.01 * delta**2
+            else:
+                v[n] = v[n] - 0.01 * delta**2 * torch.sign(v[n] - delta**2)
+            x[n] = x[n] + 0.1 * m[n] / (v[n].sqrt() + 1e-3)
+    assert distance(run(name, lr=0.1), x) < 1e-14
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "other", "others"),
+    [
+        ("fedadam", {"lr": 0.1}, "adam", {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3}),
+        ("fedyogi", {"lr": 0.1}, "yogi", {"lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3, "initial_accumulator": 0.0}),
+    ],
+)
+def test_with_bias_correction_they_are_the_libraries(
+    name: str, arguments: dict[str, Any], other: str, others: dict[str, Any]
+) -> None:
+    """torch.optim.Adam and torch_optimizer.Yogi."""
+    corrected, library = run(name, bias_correction=True, **arguments), run(other, **others)
+    assert distance(corrected, library) < 1e-14
+    assert distance(run(name, **arguments), library) > 1e-3
+
+
+def test_the_state_of_another_optimizer_is_refused() -> None:
+    """As a checkpoint holds where FedAdam was torch.optim.Adam."""
+    _, state = outer_step("adam")(values(0), values(1), {}, LR)
+    with pytest.raises(StrategyFailed, match="the server's state is of another optimizer: give --rerun"):
+        outer_step("fedadam")(values(0), values(1), state, LR)
 
 
 def test_an_outer_step_goes_towards_the_mean() -> None:
@@ -136,6 +164,9 @@ def test_its_state_is_resumed_bit_for_bit(name: str) -> None:
         ("none", {"lr": 1.0}, "outer = none takes no arguments"),
         ("diloco", {"mu": 0.9}, "outer = diloco has no argument mu: it must be one of lr, momentum"),
         ("fedadam", {"lr": -1.0}, "outer = fedadam: Invalid learning rate"),
+        ("fedyogi", {"eps": -1.0}, "outer = fedyogi: Invalid eps: -1"),
+        ("fedadam", {"betas": (0.9, 1.0)}, r"outer = fedadam: Invalid betas: \(0.9, 1.0\)"),
+        ("fedadam", {"betas": 0.9}, "outer = fedadam: "),
         ("sgd", {"nesterov": True}, "outer = sgd: Nesterov momentum requires a momentum"),
     ],
 )

@@ -1,0 +1,120 @@
+"""A strategy of Flower's current API by its name, ``module:Class``: Flower's own or one of the user's."""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import importlib
+import inspect
+import logging
+import pkgutil
+from collections.abc import Callable, Collection, Iterator
+from typing import Any, TypeGuard
+
+from flwr.serverapp.strategy import Strategy
+
+CURRENT_API = "flwr.serverapp.strategy"
+# What a strategy is told of a run, if it has such an attribute: it gets the replies of the workers that were sampled
+OF_THE_RUN = {
+    "fraction_train": 1.0,
+    "min_train_nodes": 1,
+    "min_available_nodes": 1,
+    "arrayrecord_key": "arrays",
+    "configrecord_key": "config",
+    "weighted_by_key": "num-examples",
+    "train_loss_key": "train-loss",
+}
+NOT_USED = ("fraction_evaluate", "min_evaluate_nodes", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn")
+
+
+def strategy_factory(name: str, **arguments: Any) -> Callable[[], Strategy]:
+    """A function that makes the strategy of a name with `arguments`; a ValueError says in a line what is wrong."""
+    strategy_class = _class_of(name)
+    parameters = inspect.signature(strategy_class).parameters
+    known = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
+    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
+    for argument in arguments:
+        if argument in OF_THE_RUN or argument in NOT_USED:
+            raise ValueError(f"its argument {argument} is set by the run: leave it out")
+        if argument not in known and not takes_any:
+            own = [name for name in known if name not in OF_THE_RUN and name not in NOT_USED]
+            raise ValueError(f"it has no argument {argument}{_nearest(argument, own)}: {_listed(own)}")
+
+    def make() -> Strategy:
+        with quiet():
+            strategy = strategy_class(**arguments)
+        for attribute, value in OF_THE_RUN.items():
+            if hasattr(strategy, attribute):
+                setattr(strategy, attribute, value)
+        return strategy
+
+    try:
+        make()
+    except Exception as error:  # an argument that it refuses, or lacks
+        why = f"{type(error).__name__}: {first_line(error)}"
+        raise ValueError(f"it cannot be made ({why}): give other strategy-args") from error
+    return make
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence what Flower's strategies log of each round and of arguments that are the run's here."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text."""
+    return next(iter(str(error).splitlines()), "")
+
+
+def _class_of(name: str) -> type[Strategy]:
+    module_name, _, class_name = name.partition(":")
+    module = _module_of(module_name)
+    found = getattr(module, class_name, None)
+    if not _is_strategy(found):
+        what = f"{module_name} has no {class_name}" if found is None else f"it is no strategy of {CURRENT_API}"
+        raise ValueError(
+            what + _nearest(class_name, [key for key, value in vars(module).items() if _is_strategy(value)])
+        )
+    if found.start is not Strategy.start:
+        raise ValueError("it has a method start of its own, but the rounds are fedsim's: leave it out")
+    return found
+
+
+def _is_strategy(value: object) -> TypeGuard[type[Strategy]]:
+    return isinstance(value, type) and issubclass(value, Strategy) and not inspect.isabstract(value)
+
+
+def _module_of(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(f"{name} needs the module {error.name}: install it where the server runs") from error
+        parent, _, last = error.name.rpartition(".")
+        beside = [module.name for module in pkgutil.iter_modules(getattr(_imported(parent), "__path__", None))]
+        hint = _nearest(last, beside)
+        where = "install it where the server runs, or put its folder on PYTHONPATH there"
+        raise ValueError(f"there is no module {error.name}{hint}: {where}") from error
+    except Exception as error:
+        raise ValueError(f"{name} cannot be imported ({type(error).__name__}: {first_line(error)})") from error
+
+
+def _imported(name: str) -> Any:
+    """The module of a name; None for the top level."""
+    return importlib.import_module(name) if name else None
+
+
+def _nearest(name: str, names: Collection[str]) -> str:
+    near = difflib.get_close_matches(name, names, n=1)
+    return f" (did you mean {near[0]}?)" if near else ""
+
+
+def _listed(names: Collection[str]) -> str:
+    return f"it must be one of {', '.join(names)}" if names else "it takes none"

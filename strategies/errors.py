@@ -1,0 +1,5 @@
+"""The error of a strategy that cannot go on."""
+
+
+class StrategyFailed(Exception):
+    """Why the server could not make the next model of what the workers sent."""

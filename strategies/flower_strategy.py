@@ -1,0 +1,235 @@
+"""Any strategy of Flower's current API in place of LocalSGD's mean and server step.
+
+The strategy gets the parameters alone, as plain arrays, from the workers whose updates may be averaged, in the order of
+the workers, whose numbers are its node ids. Sampling, screening, buffers and averaged optimizer states stay LocalSGD's,
+since Flower's strategies treat a counter or a variance as a weight.
+
+Each round a new instance begins with what the last one remembered in its attributes, so that a run that is resumed is
+one that was never cut. A strategy that keeps anything else is kept alive, and cannot be resumed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import gc
+import inspect
+import io
+import random
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Strategy
+from torch import Tensor
+
+from strategies.by_name import first_line, quiet
+from strategies.errors import StrategyFailed
+from strategies.local_sgd import LocalSGD, State
+from strategies.object_state import NotPlain, set_state, state_of
+from strategies.screening import Update
+from strategies.sections import split
+from strategies.tensor_array import CopiedArray, tensors_of
+
+Tensors = Mapping[str, Tensor]
+MakeStrategy = Callable[[], Strategy]
+TRIAL_ROUNDS = 3
+MAX_ASKED = 5  # times that a strategy may ask who is there in a round: Flower's ask every second while it waits
+
+
+class FlowerStrategy(LocalSGD):
+    """LocalSGD's round, with the strategies that `make` makes in place of the mean of parameters and the server step.
+
+    `not_resumable` is the reason why their state is not in their attributes alone (see `why_not_resumable`), or empty.
+    Other arguments are those of `LocalSGD`, without another mean, codec or outer step.
+    """
+
+    def __init__(self, make: MakeStrategy, not_resumable: str = "", **localsgd: Any) -> None:
+        super().__init__(**localsgd)
+        self.make = make
+        self.not_resumable = not_resumable
+        self._alive = make() if not_resumable else None
+
+    def next_parameters(
+        self, round_: int, x: dict[str, Tensor], mean: dict[str, Tensor], updates: Mapping[int, Update], state: State
+    ) -> tuple[dict[str, Tensor], State]:
+        """The parameters that the strategy makes of `updates`, and what it remembers."""
+        if self._alive is not None:
+            return take_round(self._alive, self.seed, round_, x, updates), {}
+        strategy = self.make()
+        new = dict(vars(strategy))
+        set_state(strategy, state)
+        parameters = take_round(strategy, self.seed, round_, x, updates)
+        try:
+            return parameters, state_of(strategy, new)
+        except NotPlain as reason:
+            remedy = "make it in the constructor, then the run has no checkpoints, or keep arrays and numbers alone"
+            raise StrategyFailed(f"round {round_}: it cannot be saved: {reason}: {remedy}") from reason
+
+
+def take_round(
+    strategy: Strategy, seed: int, round_: int, x: Tensors, updates: Mapping[int, Update]
+) -> dict[str, Tensor]:
+    """The parameters that `strategy` makes of the `updates` of a round that began from `x`.
+
+    What it draws from the global generators of Python, NumPy and torch depends on `seed` and the round alone. Raises
+    StrategyFailed.
+    """
+    arrays = _record(x)
+    with _isolated(f"{seed}/{round_}"):
+        try:
+            messages = list(strategy.configure_train(round_, arrays, ConfigRecord(), _Workers(updates)))
+            _check(messages, arrays, updates)
+            to = {message.metadata.dst_node_id: message for message in messages}
+            replies = [_reply(to[worker], updates[worker]) for worker in sorted(updates)]
+            made, _ = strategy.aggregate_train(round_, replies)
+            return _like(x, made, len(updates))
+        except StrategyFailed as error:
+            raise StrategyFailed(f"round {round_}: it {error}") from error
+        except Exception as error:
+            what = f"{type(error).__name__}: {first_line(error)}, {_place(error, strategy)}"
+            raise StrategyFailed(f"round {round_}: it failed ({what})") from error
+
+
+def why_not_resumable(make: MakeStrategy, parameters: Tensors, workers: int, seed: int) -> str:
+    """Why what a strategy remembers is not in its attributes alone; empty where it is.
+
+    Tried on a few rounds of made-up updates of parameters with these names: an instance that lives on must give what
+    new ones give that are handed the state. Raises StrategyFailed where the strategy fails on them.
+    """
+    x = again = {name: value[(slice(2),) * value.ndim].detach().cpu() for name, value in parameters.items()}
+    generator = torch.Generator().manual_seed(seed)
+    alive, state = make(), State()
+    with contextlib.redirect_stdout(io.StringIO()):
+        for round_ in range(1, TRIAL_ROUNDS + 1):
+            updates = {worker: _made_up(x, worker, generator) for worker in range(workers)}
+            following = take_round(alive, seed, round_, x, updates)
+            strategy = make()
+            new = dict(vars(strategy))
+            set_state(strategy, state)
+            again = take_round(strategy, seed, round_, again, updates)
+            try:
+                state = state_of(strategy, new)
+            except NotPlain as reason:
+                return str(reason)
+            x = following
+            if any(not torch.equal(x[name], again[name]) for name in x):
+                return "it depends on more than its attributes, a module's variable or random numbers of its own"
+    return ""
+
+
+def _place(error: Exception, strategy: Strategy) -> str:
+    """Where an error was raised: if it went through the strategy's own file, there."""
+    frames = traceback.extract_tb(error.__traceback__)
+    own = [frame for frame in frames if frame.filename == inspect.getfile(type(strategy))]
+    at = (own or frames)[-1]
+    return f"in line {at.lineno} of {at.filename}"
+
+
+def _made_up(x: Tensors, worker: int, generator: torch.Generator) -> Update:
+    moved = {n: v + 0.01 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in x.items()}
+    return Update(1.0, moved, MetricRecord({"num-examples": 64 + worker, "train-loss": 1.0}))
+
+
+def _record(tensors: Tensors) -> ArrayRecord:
+    """A record from which the strategy may take the values and change them."""
+    record = ArrayRecord()
+    for name, tensor in tensors.items():
+        record[name] = CopiedArray(tensor)
+    return record
+
+
+def _reply(message: Message, update: Update) -> Message:
+    arrays = _record(split(update.arrays).parameters)
+    metrics = MetricRecord(dict(update.metrics))
+    return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
+
+
+def _check(messages: Sequence[Message], arrays: ArrayRecord, workers: Iterable[int]) -> None:
+    """Raise StrategyFailed unless the messages are those that the workers were sent."""
+    if sorted(message.metadata.dst_node_id for message in messages) != sorted(workers):
+        raise StrategyFailed("asks others than the clients of the round, which --fraction and the seed sample")
+    for message in messages:
+        for config in message.content.config_records.values():
+            if others := sorted(config.keys() - {"server-round"}):
+                raise StrategyFailed(f"sets {others[0]} for the clients, which follow the keys of the run alone")
+        for sent in message.content.array_records.values():
+            same = sent is arrays or (
+                sent.keys() == arrays.keys() and all(np.array_equal(sent[n].numpy(), arrays[n].numpy()) for n in arrays)
+            )
+            if not same:
+                raise StrategyFailed("sends other arrays than the model")
+
+
+def _like(x: Tensors, made: ArrayRecord | None, replies: int) -> dict[str, Tensor]:
+    """The tensors of `made`, in the precision and on the device of `x`, which they must be like."""
+    if made is None:
+        raise StrategyFailed(f"made no model of {replies} updates: give --min-clients, or other strategy-args")
+    tensors = tensors_of(made)
+    if tensors.keys() != x.keys():
+        raise StrategyFailed(f"made other arrays than it was sent: {min(tensors.keys() ^ x.keys())}")
+    for name, tensor in tensors.items():
+        if tensor.shape != x[name].shape:
+            raise StrategyFailed(f"made {name} of shape {list(tensor.shape)}, not {list(x[name].shape)}")
+    return {name: tensors[name].to(value.device, value.dtype) for name, value in x.items()}
+
+
+@contextlib.contextmanager
+def _isolated(seed: str) -> Iterator[None]:
+    """Seed the global generators for a while.
+
+    The objects of before are kept out of garbage collection, which some of Flower's strategies start for every record.
+    """
+    python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
+    gc.freeze()
+    with quiet(), torch.random.fork_rng(devices=[]):
+        random.seed(seed)
+        np.random.seed(random.getrandbits(32))  # noqa: NPY002
+        torch.manual_seed(random.getrandbits(63))
+        try:
+            yield
+        finally:
+            gc.unfreeze()
+            random.setstate(python)
+            np.random.set_state(numpy)  # noqa: NPY002
+
+
+class _Workers(Grid):
+    """A grid of the workers of a round, for strategies that ask who is there; fedsim itself sends the messages."""
+
+    def __init__(self, workers: Iterable[int]) -> None:
+        self._workers = sorted(workers)
+        self._asked = 0
+
+    def get_node_ids(self) -> Iterable[int]:
+        self._asked += 1
+        if self._asked > MAX_ASKED:
+            raise StrategyFailed("waits for more clients than a round has")
+        return list(self._workers)
+
+    def create_message(
+        self, content: RecordDict, message_type: str, dst_node_id: int, group_id: str, ttl: float | None = None
+    ) -> Message:
+        return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
+
+    def set_run(self, run: Any) -> None:
+        self._refuse()
+
+    @property
+    def run(self) -> Any:
+        self._refuse()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        self._refuse()
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        self._refuse()
+
+    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise StrategyFailed("sends messages of its own, but the rounds are fedsim's")

@@ -1,0 +1,122 @@
+"""What an object remembers in its attributes, as the plain content of a checkpoint, and back.
+
+Plain are numbers, text, bytes, None, and dicts with one entry, ``{KIND: content}``, for everything else: NumPy arrays
+and scalars, tensors, Flower's records, and the containers of Python. ``torch.load(weights_only=True)`` reads it.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import re
+import types
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import PurePath
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
+from torch import Tensor
+
+from strategies.tensor_array import CopiedArray
+
+PLAIN = (type(None), bool, int, float, str, bytes)
+CONTAINERS: dict[str, type] = {"list": list, "tuple": tuple, "set": set}
+MAPPINGS: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict}
+RECORDS: dict[str, type] = {"MetricRecord": MetricRecord, "ConfigRecord": ConfigRecord}
+CONSTANT = (  # types of values without a state of their own, which the object's constructor makes again
+    *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
+    *(np.ufunc, np.dtype, torch.dtype, torch.device, logging.Logger, PurePath, enum.Enum, re.Pattern),
+)
+
+
+class NotPlain(Exception):
+    """An attribute that has no place in a checkpoint."""
+
+
+def state_of(instance: object, new: Mapping[str, Any]) -> dict[str, Any]:
+    """The attributes of `instance`, encoded, without constants that a `new` one has too.
+
+    Raises NotPlain where an attribute is neither.
+    """
+    state = {}
+    for name, value in vars(instance).items():
+        if isinstance(value, CONSTANT) and _is_same(value, new.get(name)):
+            continue
+        try:
+            state[name] = _encoded(value)
+        except TypeError as error:
+            raise NotPlain(f"its attribute {name} holds a {error}") from error
+    return state
+
+
+def set_state(instance: object, state: dict[str, Any]) -> None:
+    """Give `instance` the attributes in `state`, which shares nothing with them."""
+    vars(instance).update({name: _decoded(value) for name, value in state.items()})
+
+
+def _is_same(value: object, other: object) -> bool:
+    """Whether two constants are equal, or are functions and methods with the same code."""
+    return value == other or (hasattr(value, "__code__") and value.__code__ is getattr(other, "__code__", None))
+
+
+def _encoded(value: Any) -> Any:
+    """`value` in plain form; raises TypeError with the name of a type that has none."""
+    kind = type(value)
+    if kind in PLAIN:
+        return value
+    if kind in CONTAINERS.values():
+        return {kind.__name__: [_encoded(each) for each in value]}
+    if kind in (*MAPPINGS.values(), *RECORDS.values()):
+        return {kind.__name__: [[_encoded(key), _encoded(each)] for key, each in value.items()]}
+    if isinstance(value, ArrayRecord):
+        return {"ArrayRecord": [[name, _tensor(array.numpy())] for name, array in value.items()]}
+    if isinstance(value, Array):
+        return {"Array": _tensor(value.numpy())}
+    if kind is np.ndarray:
+        return {"ndarray": _tensor(value)}
+    if isinstance(value, np.generic):
+        return {"scalar": _tensor(np.asarray(value))}
+    if kind is Tensor:
+        return {"Tensor": value.detach().cpu().clone()}
+    raise TypeError(kind.__name__)
+
+
+def _tensor(array: np.ndarray[Any, Any]) -> Tensor:
+    """A tensor with a copy of the values; raises TypeError where torch has no such type."""
+    try:
+        return torch.from_numpy(np.array(array, order="C"))
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"NumPy array of {array.dtype}") from error
+
+
+def _decoded(value: Any) -> Any:
+    """The inverse of `_encoded`."""
+    if not isinstance(value, dict):
+        return value
+    ((kind, content),) = value.items()
+    if kind in CONTAINERS:
+        return CONTAINERS[kind](_decoded(each) for each in content)
+    if kind in MAPPINGS or kind in RECORDS:
+        pairs = {_decoded(key): _decoded(each) for key, each in content}
+        make: Callable[[Any], Any] = (MAPPINGS | RECORDS)[kind]
+        return make(pairs)
+    return DECODE[kind](content)
+
+
+def _record(content: list[tuple[str, Tensor]]) -> ArrayRecord:
+    record = ArrayRecord()
+    for name, tensor in content:
+        record[name] = CopiedArray(tensor)
+    return record
+
+
+DECODE: dict[str, Callable[[Any], Any]] = {
+    "ArrayRecord": _record,
+    "Array": CopiedArray,
+    "ndarray": lambda tensor: tensor.numpy().copy(),
+    "scalar": lambda tensor: tensor.numpy()[()],
+    "Tensor": torch.clone,
+}

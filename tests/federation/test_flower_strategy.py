@@ -1,0 +1,146 @@
+"""Runs with Flower's strategies and the user's: cut and resumed, rolled back, refused, failed, and on Ray."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from flwr.app import ArrayRecord, Context, Message
+
+from fedsim.config import Config
+from fedsim.errors import RunFailed, UserError
+from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.federation.test_failures import answer, forget, once, place, run_with
+
+OF_FLOWER, OF_USER = "flwr.serverapp.strategy:", "tests.strategies.user_strategies:"
+KEYS: dict[str, Any] = {"model": "lenet-bn", "synthetic_images": 64, "batch_size": 2, "rounds": 4, "evaluate_every": 4}
+
+
+@pytest.mark.parametrize(
+    ("strategy", "arguments"),
+    [
+        (OF_USER + "SlowMo", "beta=0.6"),
+        (OF_FLOWER + "FedAdam", "eta=0.001"),
+    ],
+)
+def test_cut_and_resumed_or_rolled_back_it_is_the_same_run_bitwise(
+    run: Execute, small: Config, strategy: str, arguments: str
+) -> None:
+    """With BatchNorm, of which Flower's FedAdam would make NaN, and optimizer states that are averaged or kept."""
+    keys = {**KEYS, "strategy": strategy, "strategy_args": arguments, "min_clients": 4, "checkpoint_every": 2}
+    whole = run(name="whole", **keys)
+    run(name="parts", stop_after_rounds=1, **keys)
+    kebab = {name.replace("_", "-"): value for name, value in keys.items()}
+    back = run_with(once(4, 2, forget), small.changed({"name": "back", **kebab}))
+    for other in (run(name="parts", **keys), back):
+        assert_same_bits(final_model(other), final_model(whole))
+        assert rows_of(other) == rows_of(whole)
+    assert final_model(whole)["bn1.num_batches_tracked"].equal(torch.tensor(8))
+
+
+def test_a_users_slowmo_is_ours(run: Execute) -> None:
+    keys = {**KEYS, "model": "lenet5", "precision": "fp64", "fraction": 0.5, "momentum_at_sync": "average"}
+    theirs = final_model(run(name="theirs", strategy=OF_USER + "SlowMo", **keys))
+    ours = final_model(run(name="ours", outer="slowmo", **keys))
+    plain = final_model(run(name="plain", **keys))
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-12)
+    assert float((theirs["fc3.weight"] - plain["fc3.weight"]).abs().max()) > 1e-6
+
+
+def test_a_hostile_update_does_not_reach_the_strategy(small: Config) -> None:
+    """Alone, the one client that is left is enough: Flower's strategies would wait for two."""
+
+    def infinite(message: Message, context: Context) -> Message:
+        reply = answer(message, context)
+        if place(message, context)[1] > 0:
+            arrays = reply.content.array_records["arrays"].to_torch_state_dict()
+            arrays["fc3.bias"][0] = torch.inf
+            reply.content["arrays"] = ArrayRecord(arrays)
+        return reply
+
+    result = run_with(infinite, small.changed({"rounds": 2, "strategy": OF_FLOWER + "FedYogi"}))
+    assert [sorted(row["left_out"]) for row in rows_of(result)] == [["1", "2", "3"]] * 2
+    assert all(value.isfinite().all() for value in final_model(result).values())
+
+
+def test_what_cannot_be_resumed_says_so_and_is_not(
+    run: Execute, small: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys: dict[str, Any] = {"strategy": OF_USER + "OwnGenerator", "rounds": 4, "checkpoint_every": 1}
+    cut = run(name="cut", stop_after_rounds=2, **keys)
+    assert "this run has no checkpoints and cannot be resumed: tests.strategies.user_strategies:OwnGenerator: its " in (
+        capsys.readouterr().out
+    )
+    files = {path.name: path.read_bytes() for path in cut.folder.iterdir()}
+    assert "checkpoint.pt" not in files
+    with pytest.raises(UserError, match=r"name = cut: a run with .* cannot be resumed .* give --rerun"):
+        run(name="cut", **keys)
+    assert {path.name: path.read_bytes() for path in cut.folder.iterdir()} == files
+    cut.reset()
+    assert_same_bits(final_model(run(name="cut", **keys)), final_model(run(name="whole", **keys)))
+
+    lost = {"name": "lost", "min-clients": 4, "strategy": OF_USER + "OwnGenerator", "rounds": 4}
+    with pytest.raises(RunFailed, match=r"^round 3: .* cannot go back .*: give --rerun, or a lower --min-clients$"):
+        run_with(once(3, 2, forget), small.changed(lost))
+
+
+@pytest.mark.parametrize(
+    ("strategy", "words"),
+    [
+        ("LaterAnObject", "round 5: it cannot be saved: its attribute generator holds a Random: make it in the const"),
+        ("LaterAnError", r"round 5: it failed \(KeyError: 5, in line \d+ of .*user_strategies.py\)"),
+    ],
+)
+def test_one_that_fails_later_ends_the_run_in_one_line(run: Execute, strategy: str, words: str) -> None:
+    with pytest.raises(RunFailed, match=f"^strategy = {OF_USER}{strategy}: {words}") as caught:
+        run(strategy=OF_USER + strategy)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"strategy": "fedavg"}, "strategy = 'fedavg' is neither localsgd nor module:Class, e.g. flwr.serverapp"),
+        ({"strategy": OF_FLOWER + "FedAdm"}, "has no FedAdm .did you mean FedAdam"),
+        ({"strategy": OF_FLOWER + "FedProx"}, "on made-up updates, in round 1: it sets proximal-mu for the clients"),
+        ({"strategy": OF_FLOWER + "FedAdam", "strategy_args": "etta=1"}, "strategy-args = etta=1: it has no argument"),
+        ({"strategy": OF_FLOWER + "FedAdam", "compress": "fp16"}, "compress is not used by strategy = flwr"),
+        ({"strategy": OF_FLOWER + "FedAdam", "outer": "slowmo"}, "outer is not used by strategy = flwr"),
+        ({"strategy": OF_FLOWER + "FedAdam", "mean": "median"}, "mean is not used by strategy = flwr"),
+        ({"strategy_args": "eta=1"}, "strategy-args is not used by strategy = localsgd: leave it out"),
+    ],
+)
+def test_what_does_not_go_together_is_refused_before_anything_is_written(
+    run: Execute, tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(UserError, match=message) as caught:
+        run(**keys)
+    assert "\n" not in str(caught.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_on_ray_a_users_strategy_is_the_run_in_this_process_bitwise(
+    run: Execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The server's process finds the module by PYTHONPATH; the clients do not need it."""
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    shutil.copy(Path(__file__).parents[1] / "strategies" / "user_strategies.py", modules / "own_strategies.py")
+    monkeypatch.syspath_prepend(modules)
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    keys = {"clients": 3, "fraction": 0.67, "rounds": 2, "strategy": "own_strategies:SlowMo", "evaluate_every": 2}
+    here = run(name="threads", **keys)
+    flags = [f"--{name.replace('_', '-')}={value}" for name, value in keys.items()]
+    small = "--dataset synthetic --synthetic-images 512 --model lenet5 --batch-size 16 --local-steps 2 --epochs 2"
+    command = [sys.executable, str(Path(__file__).parents[2] / "run.py"), "localsgd", *small.split(), *flags]
+    command += ["--device", "cpu", "--threads", "1", "--results-dir", str(tmp_path), "--name", "ray"]
+    done = subprocess.run([*command, "--engine", "flower"], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout
+    assert_same_bits(final_model(tmp_path / "ray"), final_model(here))
+    assert rows_of(tmp_path / "ray") == rows_of(here)
