@@ -27,7 +27,7 @@ from fedsim.federation.round import (
     row_of,
     train_round,
 )
-from fedsim.models import build_model
+from fedsim.models import check_model, initial_model
 from fedsim.records import Run, config_of_run, print_row, run_folder
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
@@ -43,6 +43,7 @@ def main(grid: Grid, context: Context) -> None:
     log_errors_in_one_line()
     config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
     check_of_run(config)
+    check_model(config)
     is_new = not run_folder(config, "localsgd").exists()
     run = Run(config, "localsgd", print_row, engine="flower")
     print(f"run folder: {run.folder}", flush=True)
@@ -63,7 +64,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     data = load_dataset(config)
     check_shards(config, len(data.train), config.clients)
     plan = run_plan(config, len(data.train))
-    model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
+    model = initial_model(config)
     initial = initial_progress(config, model)
     strategy = build_strategy(config, plan, model)
     messenger = Messenger(grid)

@@ -15,17 +15,14 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.data.datasets import classes_of, load_dataset
-from fedsim.data.images import SIDE
+from fedsim.data.datasets import image_shape, load_dataset
 from fedsim.device import prepare
 from fedsim.errors import UserError
-from fedsim.models import blank_model
+from fedsim.models import empty_model
 from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
 from fedsim.training.local_round import End, Start, local_plan, round_inputs, take_round
-
-IMAGE = (3, SIDE, SIDE)  # what a model is given
 
 
 class StackedReplicas:
@@ -36,8 +33,7 @@ class StackedReplicas:
         if problem := why_not(config, by_products):
             raise UserError(f"model {config.model}: {problem}: choose the engine that trains each client in a thread")
         self._config = config
-        single = blank_model(config.model, classes_of(config), config.device, config.precision)
-        self._model = stack(single, replicas, by_products).to(memory_format=torch.channels_last)
+        self._model = stack(empty_model(config), replicas, by_products).to(memory_format=torch.channels_last)
         self._parts = [  # of each replica: views of its parameters
             {name: _split(p.detach(), replicas)[replica] for name, p in self._model.named_parameters()}
             for replica in range(replicas)
@@ -95,7 +91,7 @@ class StackedReplicas:
 def why_not(config: Config, by_products: bool = False) -> str:
     """Why the replicas of `config` cannot be stacked; empty if they can, and then compute what each does alone."""
     try:
-        check_stack(lambda: blank_model(config.model, classes_of(config), precision="fp64"), IMAGE, by_products)
+        check_stack(lambda: empty_model(config, "cpu", "fp64"), image_shape(config), by_products)
     except CannotStack as error:
         return str(error)
     return ""
