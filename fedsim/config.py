@@ -247,6 +247,28 @@ class Config(BaseModel, frozen=True):
     """Number of classes of the synthetic set."""
     synthetic_images: Annotated[Integer, Field(ge=1, le=10**8)] = 8000
     """Training images of the synthetic set; its test set has a quarter as many."""
+    partition: Annotated[
+        Literal[
+            "iid",
+            "dirichlet",
+            "inner-dirichlet",
+            "pathological",
+            "shard",
+            "size",
+            "linear",
+            "square",
+            "exponential",
+            "pachinko",
+        ],
+        LOCALSGD,
+    ] = "iid"
+    """Who holds which training images; all but iid and pachinko are partitioners of flwr-datasets."""
+    partition_args: Annotated[Text, AfterValidator(_arguments), LOCALSGD] = ""
+    """Arguments of partition, for instance alpha=0.3 or num_classes_per_partition=2."""
+    small_shards: Annotated[Bool, LOCALSGD] = False
+    """Allow clients with fewer images than batch-size; a batch then holds some of them more than once."""
+    client_weights: Annotated[Literal["equal", "shard-size"], LOCALSGD] = "equal"
+    """How much a client's update counts in the mean: as any other's, or in proportion to its number of images."""
     validation: CountOrZero = 0
     """Training images to hold out, drawn by the seed; evaluate on them instead of the test set."""
 

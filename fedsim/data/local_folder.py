@@ -31,7 +31,7 @@ from fedsim.data.datasets import (
 from fedsim.data.images import Images, bordered
 from fedsim.data.official import OFFICIAL
 from fedsim.data.own_arrays import problem_of
-from fedsim.data.partition import check_shards, shard
+from fedsim.data.partition import check_partition, shard_of
 from fedsim.errors import UserError
 
 IMAGES, LABELS = "images.npy", "labels.npy"
@@ -124,14 +124,14 @@ def write_shards(config: Config, out: Path) -> None:
     `out` appears only when it is complete, and is never overwritten.
     """
     images = load_dataset(config).train
-    check_shards(config, len(images), config.clients)
+    check_partition(config)
     pixels, labels = images.pixels(), images.labels.numpy()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
             for worker in range(config.clients):
-                held = shard(len(images), config.clients, worker, config.seed)
+                held = shard_of(config, worker)
                 (part / str(worker)).mkdir()
                 np.save(part / str(worker) / IMAGES, pixels[held])
                 np.save(part / str(worker) / LABELS, labels[held])

@@ -81,18 +81,18 @@ def read_official(name: str, folder: Path, train: bool) -> tuple[NDArray[np.uint
         if missing:
             print(f"no {official.reader} in {folder}: downloading it there (169 MB)", file=sys.stderr)
         read = reader(str(folder), train=train, download=missing)
-    except (RuntimeError, EOFError, ValueError, pickle.UnpicklingError) as error:
-        again = "start again to download it again" if official.download else official.remedy
-        raise UserError(
-            f"data-dir = {folder} holds a damaged {official.folder} ({_first_line(error)}): remove it and {again}"
-        ) from error
     except OSError as error:
         why = "and it could not be downloaded or read" if official.download else "that can be read"
         raise UserError(
             f"data-dir = {folder} has no {official.reader} {why} ({_first_line(error)}): "
             f"{official.remedy}, or give --dataset synthetic"
         ) from error
-    return np.asarray(read.data).reshape(-1, *official.shape), np.array(read.targets, np.int64)
+    except Exception as error:  # torchvision does not document what damaged files raise
+        again = "start again to download it again" if official.download else official.remedy
+        raise UserError(
+            f"data-dir = {folder} holds a damaged {official.folder} ({_first_line(error)}): remove it and {again}"
+        ) from error
+    return np.asarray(read.data).reshape(-1, *official.shape), np.asarray(read.targets).astype(np.int64)
 
 
 def coarse_labels(folder: Path) -> NDArray[np.int64]:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fedsim.config import Config, Engine, Mode, cpu_count
 from fedsim.data.datasets import load_dataset
 from fedsim.data.local_folder import check_of_run
-from fedsim.data.partition import check_shards
+from fedsim.data.partition import check_partition, check_shards
 from fedsim.device import resolve
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
@@ -20,6 +20,7 @@ from fedsim.records import Row, Run
 from fedsim.training.centralized import train_centralized, whole_epochs
 from fedsim.training.engine import choose_engine
 from fedsim.training.run_plan import run_plan
+from fedsim.training.stacked import check_stackable
 
 
 def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -> tuple[Config, Engine]:
@@ -51,6 +52,8 @@ def execute(
     RunInProgress. Input is checked before anything is written.
     """
     check(config, mode)
+    if mode == "localsgd" and engine == "stacked" and config.clients_per_round > 1:
+        check_stackable(config)
     run = Run(config, mode, on_row, "" if mode == "centralized" else engine)
     with run.lock(patience):
         if rerun:
@@ -79,6 +82,6 @@ def check(config: Config, mode: Mode) -> None:
         check_shards(config, images, 1)
         whole_epochs(config)
     else:
-        check_shards(config, images, config.clients)
+        check_partition(config)
         run_plan(config, images)
         check_strategy(config)

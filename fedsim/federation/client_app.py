@@ -33,7 +33,7 @@ from fedsim.federation.protocol import (
     with_prefix,
 )
 from fedsim.training import stacked
-from fedsim.training.local_round import End, Start, local_plan, take_round
+from fedsim.training.local_round import End, Start, check_machine, held_images, local_plan, take_round
 from strategies import DECLINED, buffers_in, join, sections, split, tensor_record, tensors_of
 from strategies.screening import not_finite
 
@@ -76,7 +76,9 @@ def train_together(
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
     """Which shard this node holds, of how many; fails where it cannot run as the run's keys and its own say."""
-    verify_images(_config(message, context))
+    config = _config(message, context)
+    verify_images(config)
+    check_machine(config)
     held = MetricRecord()
     for name in ("partition-id", "num-partitions"):
         value = context.node_config.get(name)
@@ -119,7 +121,8 @@ def _reply(config: Config, message: Message, context: Context, end: End) -> Mess
         update, remembered = compress_update(config, codec, x, sent.parameters, memory, seed)
         sent = sent._replace(parameters=update)
         kept |= with_prefix(COMPRESS, remembered)
-    metrics = MetricRecord({"num-examples": end.samples, "train-loss": end.loss})
+    weight = end.samples if config.client_weights == "equal" else len(held_images(config, _worker(context)))
+    metrics = MetricRecord({"num-examples": weight, "train-loss": end.loss})
     content = RecordDict({"arrays": tensor_record(join(sent)), "metrics": metrics})
     if keeps_memory(config):
         record = tensor_record(kept)

@@ -11,6 +11,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Message
 from torch import nn
 
 from fedsim.config import Config, arguments_of, check_used
+from fedsim.data.datasets import training_images
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation.compress import check_compress, codec_of, compress_seed
 from fedsim.federation.messenger import Messenger
@@ -72,7 +73,7 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         population=config.clients,
         fraction_train=config.fraction,
         min_updates=config.min_clients or 1,
-        max_examples=plan.samples,
+        max_examples=plan.samples if config.client_weights == "equal" else lambda round_: training_images(config),
         metrics=["train-loss"],
         other_records=[MEMORY],
         batchnorm=batchnorm_buffers(model),
@@ -89,7 +90,7 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
 def check_strategy(config: Config) -> None:
     """Raise UserError where the keys of the strategy do not go together."""
     check_compress(config)
-    check_used(config, "mean", {"trim": ["trimmed"]})
+    check_used(config, "mean", {"trim": ["trimmed"], "client_weights": ["exact", "clipped"]})
     if config.mean == "trimmed" and int(config.trim * config.clients_per_round) == 0:
         least = 1 / config.clients_per_round
         raise UserError(f"trim = {config.trim} of {config.clients_per_round} clients is none: give {least:.2g} or more")

@@ -11,7 +11,7 @@ from torch import nn
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
 from fedsim.data.local_folder import check_of_run
-from fedsim.data.partition import check_shards
+from fedsim.data.partition import check_partition
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation.checkpoint import collect_memories, resume, save
@@ -62,7 +62,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     """Train the rounds of `config` (resolved) that follow the run's checkpoint, if it has one."""
     prepare(config)
     data = load_dataset(config)
-    check_shards(config, len(data.train), config.clients)
+    check_partition(config)
     plan = run_plan(config, len(data.train))
     model = initial_model(config)
     initial = initial_progress(config, model)

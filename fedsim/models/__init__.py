@@ -113,9 +113,7 @@ def blank_model(
 
 
 def _network(name: str, classes: int, image: ImageShape, norm: str) -> nn.Module:
-    if name not in MODELS and ":" not in name:
-        raise UserError(f"unknown model {name}: it must be one of {', '.join(MODELS)}")
-    build = function_of("model", MODELS.get(name, name))
+    build = builder_of(name)
     keywords = _accepted(build, {"image": image, "norm": norm})
     if "norm" not in keywords and norm != "bn":
         raise UserError(f"norm is not used by model = {name}: leave it out")
@@ -133,6 +131,13 @@ def _network(name: str, classes: int, image: ImageShape, norm: str) -> nn.Module
         raise UserError(f"model = {name}: {', '.join(sorted(shared))} is a parameter of another layer too: copy it")
     use_counter_based_dropout(model)
     return model
+
+
+def builder_of(name: str) -> Callable[..., nn.Module]:
+    """The function that builds a model; raises UserError for an unknown name and where it cannot be imported."""
+    if name not in MODELS and ":" not in name:
+        raise UserError(f"unknown model {name}: it must be one of {', '.join(MODELS)}")
+    return function_of("model", MODELS.get(name, name))
 
 
 def _accepted(build: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:

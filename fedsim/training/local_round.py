@@ -6,16 +6,18 @@ import threading
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.data.datasets import load_dataset, training_images
+from fedsim.data.datasets import image_shape, load_dataset, training_images
 from fedsim.data.images import Images
 from fedsim.data.local_folder import own_images
-from fedsim.data.partition import sample_order, shard
+from fedsim.data.partition import sample_order, shard_of
+from fedsim.data.uneven import uneven_shards
 from fedsim.device import prepare
-from fedsim.models import empty_model
+from fedsim.models import builder_of, empty_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import StepInputs, step_inputs
@@ -80,10 +82,23 @@ def local_images(config: Config) -> Images:
     return own_images(config) or load_dataset(config, verify=False).train
 
 
+def check_machine(config: Config) -> None:
+    """Raise UserError where this machine lacks what a worker needs: code of the user's, or flwr-datasets."""
+    builder_of(config.model)
+    image_shape(config)
+    if config.partition != "iid" and own_images(config) is None:
+        uneven_shards(config)
+
+
+def held_images(config: Config, worker: int) -> NDArray[np.int64]:
+    """Which of `local_images` the worker trains on: all of its node's own, or its shard."""
+    own = own_images(config)
+    return np.arange(len(own)) if own else shard_of(config, worker)
+
+
 def round_inputs(config: Config, start: Start) -> StepInputs:
     """What the local steps of a worker's round read."""
-    own = own_images(config)
-    held = np.arange(len(own)) if own else shard(training_images(config), config.clients, start.worker, config.seed)
+    held = held_images(config, start.worker)
     plan = local_plan(config)
     first_step, samples = plan.first_step(start.round), plan.samples(start.round)
     first = first_step * config.batch_size

@@ -13,7 +13,16 @@ from tests.conftest import register
 
 
 @pytest.mark.parametrize(
-    ("name", "classes", "parameters"), [("lenet-bn", 100, 1_774_052), ("lenet5", 10, 62_006), ("lenet5", 100, 69_656)]
+    ("name", "classes", "parameters"),
+    [
+        ("lenet-bn", 100, 1_774_052),
+        ("lenet5", 10, 62_006),
+        ("lenet5", 100, 69_656),
+        ("resnet20", 10, 272_474),
+        ("resnet20", 100, 278_324),
+        ("resnet18", 100, 11_220_132),
+        ("vit-tiny", 100, 5_380_132),
+    ],
 )
 def test_parameters(name: str, classes: int, parameters: int) -> None:
     model = build_model(name, classes, seed=0)
