@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -33,6 +34,9 @@ SMALL: dict[str, Any] = {
 }
 
 Execute = Callable[..., Run]
+NEEDS_FLWR_DATASETS = pytest.mark.skipif(
+    importlib.util.find_spec("flwr_datasets") is None, reason="needs flwr-datasets: pip install fedsim[noniid]"
+)
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 

@@ -93,8 +93,8 @@ def load() -> dict[str, np.ndarray]:
     return arrays()
 
 
-def many_channels() -> dict[str, np.ndarray]:
-    return arrays(shape=(9, 9, 6))
+def larger() -> dict[str, np.ndarray]:
+    return arrays(512)
 
 
 def no_dict() -> Any:

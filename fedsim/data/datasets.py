@@ -228,6 +228,8 @@ def _synthetic(classes: int, images: int, moments: Moments, device: str, padding
             pixels[part] = (127.5 + 20 * shifted + 50 * rng.standard_normal(shifted.shape, np.float32)).clip(0, 255)
         return pixels, labels.astype(np.int64)
 
-    train, test = draw(images), draw(max(images // 4, 1))
-    look = (moments, device, padding, crop)
-    return Dataset(Images(*train, *look), Images(*test, *look), classes)
+    train, test = (
+        Images(*draw(count), moments=moments, device=device, padding=padding, crop=crop)
+        for count in (images, max(images // 4, 1))
+    )
+    return Dataset(train, test, classes)

@@ -120,7 +120,7 @@ def test_the_superclasses_of_the_real_cifar100(real_data: str) -> None:
 
 def test_a_file_and_a_function_give_the_same_run(run: Execute, tmp_path: Path) -> None:
     """Grey images of 12 x 10 pixels."""
-    np.savez(tmp_path / "mine.npz", **arrays())
+    np.savez(tmp_path / "mine.npz", **arrays())  # type: ignore[arg-type]
     keys = {"model": f"{OWN}:mlp", "clients": 2, "batch_size": 8}
     of_function = run(**keys, dataset=f"{OWN}:load", name="function")
     of_file = run(**keys, dataset="mine.npz", data_dir=str(tmp_path), name="file")
@@ -132,7 +132,7 @@ def test_a_file_and_a_function_give_the_same_run(run: Execute, tmp_path: Path) -
 
 def test_facts_and_moments_of_ones_own_images(tmp_path: Path) -> None:
     held = arrays(shape=(9, 7, 5))
-    np.savez_compressed(tmp_path / "mine.npz", **held)
+    np.savez_compressed(tmp_path / "mine.npz", **held)  # type: ignore[arg-type]
     config = config_of("mine.npz", tmp_path, **{"crop-padding": 0, "validation": 16})
     assert facts_of(config)[:3] == (3, 96, (9, 7, 5))
     assert training_images(config) == 80

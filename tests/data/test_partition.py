@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +13,7 @@ import torch
 
 from fedsim.config import Config
 from fedsim.data import uneven
+from fedsim.data.cache import user_cache
 from fedsim.data.datasets import load_dataset
 from fedsim.data.local_folder import write_shards
 from fedsim.data.official import coarse_labels
@@ -22,13 +22,14 @@ from fedsim.data.partition import check_partition, shard_of
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute
+from fedsim.federation.round import build_strategy
 from fedsim.models import initial_model
 from fedsim.report.partition import class_counts, show_partition
+from fedsim.rng import generator
 from fedsim.training.local_round import Start, take_round
-from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from fedsim.training.run_plan import run_plan
+from tests.conftest import NEEDS_FLWR_DATASETS, Execute, assert_same_bits, final_model, rows_of
 
-INSTALLED = importlib.util.find_spec("flwr_datasets") is not None
-FLOWER = pytest.mark.skipif(not INSTALLED, reason="needs flwr-datasets: pip install fedsim[noniid]")
 ROOT = Path(__file__).parents[2]
 DIRICHLET = {"partition": "dirichlet", "partition-args": "alpha=0.5"}
 
@@ -37,7 +38,7 @@ def shards(config: Config) -> list[list[int]]:
     return [shard_of(config, worker).tolist() for worker in range(config.clients)]
 
 
-@FLOWER
+@NEEDS_FLWR_DATASETS
 @pytest.mark.parametrize(
     ("partition", "arguments", "sizes"),
     [
@@ -66,12 +67,12 @@ def test_partitions_are_disjoint_and_seeded(
     assert shards(config) == of_clients
 
 
-@FLOWER
+@NEEDS_FLWR_DATASETS
 def test_dirichlet_is_the_draw_of_the_papers(small: Config) -> None:
     """Hsu et al. 2019: of each class in turn, a share of every client by one draw."""
     config = small.changed({**DIRICHLET, "partition-args": "alpha=0.5, shuffle=false"})
     labels = load_dataset(config).train.labels.numpy()
-    order = uneven.generator(config.seed, 0, 0, "shard").permutation(len(labels))
+    order = generator(config.seed, 0, 0, "shard").permutation(len(labels))
     rng = np.random.default_rng(config.seed)
     expected: list[list[int]] = [[] for _ in range(4)]
     for number in range(10):
@@ -123,7 +124,7 @@ def test_a_partition_that_cannot_be_is_told_in_a_line(small: Config, keys: dict[
     refused(small, keys, message)
 
 
-@FLOWER
+@NEEDS_FLWR_DATASETS
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
@@ -133,11 +134,11 @@ def test_a_partition_that_cannot_be_is_told_in_a_line(small: Config, keys: dict[
         ({"partition": "size", "partition-args": "partition_sizes=512"}, "are for 1 clients, not 4: make them equal"),
         (
             {**DIRICHLET, "partition-args": "alpha=0.01, min_partition_size=0", "seed": 3, "clients": 8},
-            "leaves client 2 without images: give other partition-args, another seed or fewer clients",
+            "leaves client 1 without images: give other partition-args, another seed or fewer clients",
         ),
         (
             {"partition": "size", "partition-args": "partition_sizes=12:100:200:200"},
-            "batch-size = 16 is more than the 12 images of client 0: give a smaller batch-size, other partition-args, or",
+            "batch-size = 16 is more than the 12 images of client 0: give a smaller batch-size, other partition-",
         ),
     ],
 )
@@ -160,7 +161,7 @@ def test_a_machine_without_flwr_datasets_says_what_to_install(small: Config, mon
         shard_of(config, 0)
 
 
-@FLOWER
+@NEEDS_FLWR_DATASETS
 def test_a_partition_is_drawn_once_and_kept(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """As by the processes of a node, one for each message; a damaged one is drawn again."""
     config = small.changed({**DIRICHLET, "seed": 5})
@@ -176,10 +177,10 @@ def test_a_partition_is_drawn_once_and_kept(small: Config, monkeypatch: pytest.M
 
 
 def cache_folders() -> list[Path]:
-    return list((uneven.cached.__globals__["user_cache"]() / "arrays").glob("*/*/images.npy"))
+    return list((user_cache() / "arrays").glob("*/*/images.npy"))
 
 
-@FLOWER
+@NEEDS_FLWR_DATASETS
 def test_clients_draw_batches_from_their_own_shards_and_weigh_by_them(small: Config) -> None:
     """One round by hand: each client's steps, and the mean weighted by the sizes of the shards or equally."""
     keys = {"partition": "size", "partition-args": "partition_sizes=12:300:200", "clients": 3, "small-shards": True}
@@ -193,22 +194,31 @@ def test_clients_draw_batches_from_their_own_shards_and_weigh_by_them(small: Con
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-14)
 
 
-@FLOWER
+def test_no_client_may_claim_more_images_than_there_are(small: Config) -> None:
+    """The strategy leaves out an update that weighs more than `max_examples`."""
+    for weights, most in (("equal", 2 * 16), ("shard-size", 512)):
+        config = small.changed({"client-weights": weights})
+        strategy = build_strategy(config, run_plan(config, 512), initial_model(config))
+        assert strategy.max_examples(1) == most
+
+
+@NEEDS_FLWR_DATASETS
 def test_an_uneven_run_resumes_and_nodes_with_their_own_folders_hold_the_same(run: Execute, tmp_path: Path) -> None:
-    keys = {name.replace("-", "_"): value for name, value in DIRICHLET.items()}
+    keys: dict[str, Any] = {name.replace("-", "_"): value for name, value in DIRICHLET.items()}
     keys |= {"client_weights": "shard-size", "rounds": 4, "batch_size": 8}
     whole = run(**keys, name="whole")
     run(**keys, name="cut", stop_after_rounds=2)
     cut = run(**keys, name="cut")
     assert_same_bits(final_model(whole), final_model(cut))
     assert rows_of(whole) == rows_of(cut)
-    config = Config().changed({**DIRICHLET, "dataset": "synthetic", "synthetic-images": 512, "device": "cpu"})
+    synthetic: dict[str, Any] = {"dataset": "synthetic", "synthetic-images": 512, "device": "cpu", "batch-size": 8}
+    config = Config().changed({**DIRICHLET, **synthetic})
     write_shards(config, tmp_path / "shards")
     sizes = [len(np.load(tmp_path / "shards" / str(worker) / "labels.npy")) for worker in range(4)]
     assert sizes == list(map(len, shards(config)))
 
 
-@FLOWER
+@NEEDS_FLWR_DATASETS
 def test_the_partition_is_shown_and_drawn(small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     command = "partition --dataset synthetic --synthetic-images 512 --partition linear --clients 4 -o partition.svg"
     done = subprocess.run(
