@@ -22,7 +22,10 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.interrupts import Interrupted, interruption
 
 MOST_USED = "dataset model optimizer lr batch-size epochs clients local-steps seed device results-dir name".split()
-SHARD_KEYS = ("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed")
+SHARD_KEYS = (
+    *("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed"),
+    *("partition", "partition-args"),
+)
 KINDS: dict[Any, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
 
@@ -355,6 +358,22 @@ def export_shards(
     config = configure("localsgd", keys)
     write_shards(config, Path(out))
     print(f"{config.clients} shards in {Path(out)}")
+
+
+@cli.command(cls=Command)
+@keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in SHARD_KEYS))
+def partition(
+    keys: dict[str, Any],
+    out: str = typer.Option("", "-o", "--out", help="also draw it to this file, .png, .pdf or .svg", metavar="FILE"),
+) -> None:
+    """Show who holds which images: a table of every client's number of images and of classes.
+
+    It is the partition of a run with the same keys.
+    """
+    from fedsim.experiments.study import configure
+    from fedsim.report.partition import show_partition
+
+    show_partition(configure("localsgd", {**keys, "device": "cpu", "small-shards": True}), out, _console())
 
 
 @cli.command(cls=Command)

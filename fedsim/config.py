@@ -16,7 +16,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
 
 import annotated_types
 from pydantic import (
@@ -32,6 +32,7 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from fedsim.errors import UserError
+from fedsim.registry import DATASETS, MODELS, is_function
 
 Mode = Literal["centralized", "localsgd"]
 Engine = Literal["auto", "threads", "stacked", "flower"]  # how the clients of a run are trained
@@ -177,6 +178,33 @@ def _local_steps_table(value: str) -> str:
     return value
 
 
+class Named(NamedTuple):
+    """In the metadata of a key: the names that it accepts, and what else."""
+
+    names: tuple[str, ...]
+    other: str
+
+
+ANY_MODEL = Named(tuple(MODELS), "package.module:function")
+ANY_DATASET = Named(DATASETS, "a file NAME.npz or package.module:function")
+
+
+def _model(value: str) -> str:
+    return _named(value, ANY_MODEL, is_function(value))
+
+
+def _dataset(value: str) -> str:
+    return _named(value, ANY_DATASET, is_function(value) or value.endswith(".npz"))
+
+
+def _named(value: str, known: Named, own: bool) -> str:
+    if value not in known.names and not own:
+        near = difflib.get_close_matches(value, known.names, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        raise ValueError(f"is unknown: it must be one of {', '.join(known.names)}, or {known.other}{hint}")
+    return value
+
+
 Bool = Annotated[bool, BeforeValidator(_number_or_bool)]
 Integer = Annotated[int, BeforeValidator(_number_or_bool)]
 Number = Annotated[float, BeforeValidator(_number)]
@@ -213,22 +241,50 @@ class Config(BaseModel, frozen=True):
     )
 
     # Data
-    dataset: Literal["cifar100", "synthetic"] = "cifar100"
+    dataset: Annotated[Folder, ANY_DATASET, AfterValidator(_dataset)] = "cifar100"
     """The data set."""
     data_dir: Annotated[Folder, OPERATIONAL] = ""
-    """Folder of cifar-100-python/; empty: FEDSIM_DATA, or fedsim in the user's cache folder."""
+    """Folder of the data set's files; empty: FEDSIM_DATA, or fedsim in the user's cache folder."""
+    crop_size: CountOrZero = 0
+    """Side of the square that a model is given of each image, cut at random in training; 0: the whole image's size."""
+    crop_padding: Annotated[Integer, Field(ge=0, le=1000)] = 4
+    """Black pixels around an image that a random crop may reach into."""
     normalize: Literal["dataset", "cifar10"] = "dataset"
     """Mean and standard deviation to normalize by; the paper's Table 1 used CIFAR-10's."""
     synthetic_classes: Annotated[Integer, Field(ge=2, le=1000)] = 10
     """Number of classes of the synthetic set."""
     synthetic_images: Annotated[Integer, Field(ge=1, le=10**8)] = 8000
     """Training images of the synthetic set; its test set has a quarter as many."""
+    partition: Annotated[
+        Literal[
+            "iid",
+            "dirichlet",
+            "inner-dirichlet",
+            "pathological",
+            "shard",
+            "size",
+            "linear",
+            "square",
+            "exponential",
+            "pachinko",
+        ],
+        LOCALSGD,
+    ] = "iid"
+    """Who holds which training images; all but iid and pachinko are partitioners of flwr-datasets."""
+    partition_args: Annotated[Text, AfterValidator(_arguments), LOCALSGD] = ""
+    """Arguments of partition, for instance alpha=0.3 or num_classes_per_partition=2."""
+    small_shards: Annotated[Bool, LOCALSGD] = False
+    """Allow clients with fewer images than batch-size; a batch then holds some of them more than once."""
+    client_weights: Annotated[Literal["equal", "shard-size"], LOCALSGD] = "equal"
+    """How much a client's update counts in the mean: as any other's, or in proportion to its number of images."""
     validation: CountOrZero = 0
     """Training images to hold out, drawn by the seed; evaluate on them instead of the test set."""
 
     # Model and optimizer
-    model: Literal["lenet-bn", "lenet5"] = "lenet-bn"
+    model: Annotated[Text, ANY_MODEL, AfterValidator(_model)] = "lenet-bn"
     """The model."""
+    norm: Literal["bn", "gn"] = "bn"
+    """Normalization in the ResNets: BatchNorm or GroupNorm."""
     optimizer: Literal["sgdm", "lars", "lamb"] = "sgdm"
     """The optimizer."""
     optimizer_backend: Literal["fedsim", "torch-optimizer"] = "fedsim"
@@ -500,6 +556,9 @@ def accepted(field: FieldInfo, limits: bool = True) -> str:
     """
     if names := choices(field):
         return f"one of {', '.join(names)}"
+    for named in field.metadata:
+        if isinstance(named, Named):
+            return f"one of {', '.join(named.names)}, or {named.other}"
     return " and ".join(_bounds(field, limits))
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import tempfile
 from collections.abc import Callable, Iterator
@@ -10,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import data_folder
@@ -18,6 +19,7 @@ from fedsim.device import resolve
 from fedsim.experiments.execute import execute
 from fedsim.experiments.study import LARGE_BATCH, read_study
 from fedsim.records import Run
+from fedsim.registry import MODELS
 
 SMALL: dict[str, Any] = {
     "dataset": "synthetic",
@@ -32,6 +34,9 @@ SMALL: dict[str, Any] = {
 }
 
 Execute = Callable[..., Run]
+NEEDS_FLWR_DATASETS = pytest.mark.skipif(
+    importlib.util.find_spec("flwr_datasets") is None, reason="needs flwr-datasets: pip install fedsim[noniid]"
+)
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
@@ -68,6 +73,12 @@ def real_data() -> str:
     if not (folder / "cifar-100-python" / "train").exists():
         pytest.skip(f"no CIFAR-100 in {folder}: set FEDSIM_DATA")
     return str(folder)
+
+
+def register(monkeypatch: pytest.MonkeyPatch, name: str, build: Callable[[int], nn.Module]) -> None:
+    """Let `name` be a model of the registry for a test."""
+    monkeypatch.setattr("tests.conftest.registered", build, raising=False)
+    monkeypatch.setitem(MODELS, name, "tests.conftest:registered")
 
 
 def final_model(run: Run | Path) -> dict[str, Tensor]:

@@ -81,7 +81,8 @@ ENDING = {
     "demo": ["--results-dir", ""],
     "bench": ["--clients", "2", "--batch-size", "1000000"],
     "paper": NO_DATA[2:],
-    "shard": NO_DATA,
+    "export-shards": NO_DATA,
+    "partition": NO_DATA,
     "deploy": ["--nodes", "0"],
 }
 WORDS = st.one_of(

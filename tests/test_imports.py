@@ -12,7 +12,7 @@ import fedsim
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
     ("errors", "processes", "rng", "reference", "checkpoint_file", "provenance"),
-    ("interrupts",),
+    ("interrupts", "registry"),
     ("config",),
     ("device",),
     ("data", "optim"),
@@ -31,6 +31,7 @@ WITHOUT_FLOWER = (
     "processes",
     "rng",
     "reference",
+    "registry",
     "checkpoint_file",
     "provenance",
     "config",

@@ -105,7 +105,7 @@ def reference(config: Config) -> dict[str, Tensor]:
         **keep,  # type: ignore[arg-type]
     )
     if config.batchnorm_at_sync == "re-estimated":
-        crops = torch.split(calibration_crops(config, len(images)), CALIBRATION_BATCH, dim=1)
+        crops = torch.split(calibration_crops(config, images), CALIBRATION_BATCH, dim=1)
         reestimate(model, (images.crop(*batch).double() for batch in crops))
     return model.state_dict()
 

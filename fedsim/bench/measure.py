@@ -67,7 +67,7 @@ def run_bench(
         check_shards(config.changed({"clients": k}), config.synthetic_images, k)
     check_output(Path(output))
     on_gpu = config.device.startswith("cuda")
-    flop = flop_per_image(config.model, config.synthetic_classes)
+    flop = flop_per_image(config)
     rate, starting = matrix_rate(config.device), start_up(config.device)
     console.print(f"{config.device}: {rate / 1e9:,.0f} GFLOP/s in a matrix product; a run starts in {starting:.1f} s")
     chosen = list(dict.fromkeys(variants)) or (ON_GPU if on_gpu else ON_CPU)

@@ -24,7 +24,7 @@ from fedsim.federation.in_process import InProcessGrid, TrainTogether
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.round import build_strategy, initial_progress, train_round
-from fedsim.models import build_model
+from fedsim.models import initial_model
 from fedsim.optim import build_optimizer
 from fedsim.records import read_rows, run_folder
 from fedsim.training import stacked, streams
@@ -39,13 +39,14 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
     """J centralized steps at batch K * B, optionally captured in a CUDA graph or compiled."""
     prepare(config)
     data = load_dataset(config)
-    model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
+    model = initial_model(config)
     if compiled:
         model.compile()
     optimizer = build_optimizer(config, dict(model.named_parameters()))
     large = config.changed({"batch-size": config.clients * config.batch_size})
     order = np.resize(np.arange(len(data.train)), large.batch_size * config.local_steps)
-    inputs = functools.partial(step_inputs, order, large.batch_size, 0, 0, 0, [config.lr] * config.local_steps)
+    rates, corners = [config.lr] * config.local_steps, data.train.corners
+    inputs = functools.partial(step_inputs, order, large.batch_size, 0, 0, 0, rates, corners)
     if captured:
         run = make_step_fn(large, model, optimizer, data.train, len(order))
     else:
@@ -65,7 +66,7 @@ def stacked_rounds(config: Config, rounds: int, **choices: Any) -> list[float]:
 
 def _rounds_on_grid(config: Config, rounds: int, train_together: TrainTogether | None) -> list[float]:
     data = load_dataset(config)
-    model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
+    model = initial_model(config)
     with InProcessGrid(client_app, config, train_together) as grid:
         strategy = build_strategy(config, run_plan(config, len(data.train)), model)
         messenger, progress = Messenger(grid), initial_progress(config, model)

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from fedsim.errors import UserError
 
-FORMAT = 2  # of the cached arrays; those of another format are made again
+FORMAT = 3  # of the cached arrays; those of another format are made again
 CHECKSUMS = "crc32.json"  # of the array files in the same folder
 Arrays = dict[str, NDArray[Any]]
 
@@ -38,13 +38,13 @@ def user_cache() -> Path:
         raise UserError(f"the cache folder {named} is in no user's home: set XDG_CACHE_HOME to another") from error
 
 
-def cached(sources: Iterable[Path], names: Sequence[str], make: Callable[[], Arrays]) -> Arrays:
+def cached(sources: Iterable[Path], names: Sequence[str], make: Callable[[], Arrays], form: object = None) -> Arrays:
     """The arrays `names` that `make` makes from the files `sources`: mapped from the cache, or made and cached.
 
-    Sources are identified by path, size and modification time. The arrays are copy-on-write. If the cache cannot be
-    written, they stay in memory, which is reported once.
+    Sources are identified by path, size and modification time; `form`, of JSON, says what else the arrays depend on.
+    The arrays are copy-on-write. If the cache cannot be written, they stay in memory, which is reported once.
     """
-    folder = _folder_of(sources)
+    folder = _folder_of(sources, form)
     if folder is None:  # the error of `make` says more about a missing file
         return make()
     if found := _mapped(folder, names):
@@ -58,9 +58,9 @@ def cached(sources: Iterable[Path], names: Sequence[str], make: Callable[[], Arr
     return _mapped(folder, names) or made
 
 
-def discard_damaged(sources: Iterable[Path]) -> bool:
+def discard_damaged(sources: Iterable[Path], form: object = None) -> bool:
     """Remove the cached arrays of `sources` if their checksums do not match; returns whether they were removed."""
-    folder = _folder_of(sources)
+    folder = _folder_of(sources, form)
     if folder is None or not folder.exists():
         return False
     try:
@@ -80,14 +80,14 @@ def discard_damaged(sources: Iterable[Path]) -> bool:
     return True
 
 
-def _folder_of(sources: Iterable[Path]) -> Path | None:
-    """The cache folder of `sources`: PATHS/SIZES-AND-TIMES, both as digests. None if a source is missing."""
+def _folder_of(sources: Iterable[Path], form: object) -> Path | None:
+    """The cache folder of `sources`: PATHS-AND-FORM/SIZES-AND-TIMES, as digests. None if a source is missing."""
     sources = [source.absolute() for source in sources]
     try:
         stats = [source.stat() for source in sources]
     except OSError:
         return None
-    parent = user_cache() / "arrays" / _digest([str(source) for source in sources])
+    parent = user_cache() / "arrays" / _digest([form, *(str(source) for source in sources)])
     return parent / _digest([FORMAT, *((stat.st_size, stat.st_mtime_ns) for stat in stats)])
 
 

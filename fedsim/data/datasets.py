@@ -1,4 +1,4 @@
-"""The data sets, by name: CIFAR-100 and a synthetic set, with an optional validation split."""
+"""The data set of a run: official files, a synthetic set or arrays of one's own, with an optional validation split."""
 
 from __future__ import annotations
 
@@ -7,21 +7,25 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.config import Config
 from fedsim.data.cache import Arrays, cached, discard_damaged, user_cache
-from fedsim.data.cifar100 import official_files, read_official
-from fedsim.data.images import SIDE, Images, Moments, bordered
+from fedsim.data.images import Images, ImageShape, Moments, bordered
+from fedsim.data.official import CIFAR10, CIFAR100, OFFICIAL, read_official
+from fedsim.data.own_arrays import arrays_of, moments_of_images, read_npz
 from fedsim.errors import UserError
+from fedsim.registry import is_function
 from fedsim.rng import generator
 
-CIFAR10 = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
-CIFAR100 = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
+__all__ = ["CIFAR10", "CIFAR100", "Dataset", "load_dataset"]
+
 SPLITS = ("train", "test")
+STORED = ("train-words", "train-labels", "test-words", "test-labels")  # of a data set in the cache
+SYNTHETIC = (32, 32, 3), ((0.5,) * 3, (0.21,) * 3)  # shape of its images, and their moments
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,15 @@ class Dataset:
     classes: int
 
 
+class Facts(NamedTuple):
+    """What is known of a data set: its classes, training images, (H, W, C) of an image, and moments."""
+
+    classes: int
+    images: int
+    shape: tuple[int, ...]
+    moments: Moments
+
+
 def load_dataset(config: Config, verify: bool = True) -> Dataset:
     """The data set of `config` (resolved) on its device; a process reads it only once.
 
@@ -41,52 +54,113 @@ def load_dataset(config: Config, verify: bool = True) -> Dataset:
     With a validation split, `test` is the images held out of `train`, so that no choice can depend on the test images.
     Server and clients draw the same split from the seed.
     """
-    if config.validation >= (available := _training_images(config)):
+    if config.validation >= (available := facts_of(config).images):
         raise UserError(f"validation = {config.validation} leaves none of the {available} training images: give less")
     if verify:
         verify_cache(config)
+    image_shape(config)
+    look = (moments_of(config), config.device, config.crop_padding, config.crop_size)
     read: Callable[..., Dataset]
     key: tuple[Any, ...]
-    if config.dataset == "cifar100":
-        read, key = _cifar100, (str(data_folder(config)), config.normalize, config.device)
+    if config.dataset == "synthetic":
+        read, key = _synthetic, (config.synthetic_classes, config.synthetic_images, *look)
     else:
-        shape = (config.synthetic_classes, config.synthetic_images)
-        read, key = _synthetic, (*shape, config.normalize, config.device)
+        read, key = _stored, (config.dataset, _folder(config), classes_of(config), *look)
     return _hold_out(read, key, config.validation, config.seed) if config.validation else read(*key)
+
+
+def training_images(config: Config) -> int:
+    """The number of images that `config` trains on; of official and synthetic sets it reads no data."""
+    return facts_of(config).images - config.validation
+
+
+def classes_of(config: Config) -> int:
+    """The number of classes of the data set of `config`."""
+    return facts_of(config).classes
+
+
+def image_shape(config: Config) -> ImageShape:
+    """What a model is given of an image; raises UserError where a crop is larger than the image and its border."""
+    height, width, channels = facts_of(config).shape
+    crop, most = config.crop_size, min(height, width) + 2 * config.crop_padding
+    if crop > most:
+        raise UserError(
+            f"crop-size = {crop} is more than the {most} pixels of an image of {config.dataset} with its border: "
+            "give less, or a larger --crop-padding"
+        )
+    return channels, crop or height, crop or width
+
+
+def moments_of(config: Config) -> Moments:
+    """The constants that normalise images of the data set; those of CIFAR-10 with `normalize` = cifar10."""
+    facts = facts_of(config)
+    if config.normalize == "dataset":
+        return facts.moments
+    if facts.shape[2] != 3:
+        raise UserError(
+            f"normalize = {config.normalize} has 3 channels, and the images of {config.dataset} {facts.shape[2]}: "
+            "leave it out"
+        )
+    return CIFAR10
+
+
+def facts_of(config: Config) -> Facts:
+    """What is known of the data set of `config`; a set of one's own is read for it."""
+    if config.dataset == "synthetic":
+        shape, moments = SYNTHETIC
+        return Facts(config.synthetic_classes, config.synthetic_images, shape, moments)
+    if official := OFFICIAL.get(config.dataset):
+        return Facts(official.classes, official.images, official.shape, official.moments)
+    return _own_facts(config.dataset, _folder(config), config.crop_padding)
+
+
+@functools.lru_cache(maxsize=8)
+def _own_facts(dataset: str, folder: str, padding: int) -> Facts:
+    arrays = _arrays(dataset, folder, padding)
+    classes = 1 + max(int(arrays[f"{split}-labels"].max()) for split in SPLITS)
+    count, height, width, _ = arrays["train-words"].shape
+    mean, deviation = (tuple(map(float, row)) for row in arrays["moments"])
+    return Facts(classes, count, (height - 2 * padding, width - 2 * padding, len(mean)), (mean, deviation))
+
+
+def data_folder(config: Config) -> Path:
+    """The folder of the data set's files: the key data-dir, FEDSIM_DATA, or the user's cache."""
+    named = config.data_dir or os.environ.get("FEDSIM_DATA") or user_cache()
+    try:
+        return Path(named).expanduser().absolute()
+    except RuntimeError as error:  # ~user
+        raise UserError(f"data-dir = {named}: there is no such user: give another folder") from error
+
+
+def _folder(config: Config) -> str:
+    """The data folder; none for a function, which knows where its data is."""
+    return "" if is_function(config.dataset) else str(data_folder(config))
+
+
+def files_of(dataset: str, folder: str) -> list[Path]:
+    """The files that a data set is decoded from; a relative NAME.npz is looked for in `folder`, then here."""
+    if official := OFFICIAL.get(dataset):
+        return [Path(folder) / official.folder / name for name in official.files]
+    if not dataset.endswith(".npz"):
+        return []
+    places = [Path(folder) / Path(dataset).expanduser(), Path(dataset).expanduser().absolute()]
+    for place in places:
+        if place.exists():
+            return [place]
+    raise UserError(f"dataset = {dataset}: there is no such file in {places[0].parent} nor in {places[1].parent}")
 
 
 def verify_cache(config: Config) -> None:
     """Check the decoded images in the cache, once per process (0.4 s); damaged ones are removed and decoded again."""
-    if config.dataset == "cifar100":
-        _verify(str(data_folder(config)))
+    if config.dataset != "synthetic" and not is_function(config.dataset):
+        _verify(config.dataset, _folder(config), config.crop_padding)
 
 
 @functools.lru_cache(maxsize=8)
-def _verify(folder: str) -> None:
-    if discard_damaged(official_files(Path(folder))):
-        _cifar100.cache_clear()
-        _hold_out.cache_clear()
-
-
-def training_images(config: Config) -> int:
-    """The number of images that `config` trains on; reads no data."""
-    return _training_images(config) - config.validation
-
-
-def classes_of(config: Config) -> int:
-    """The number of classes of the data set of `config`; reads no data."""
-    return 100 if config.dataset == "cifar100" else config.synthetic_classes
-
-
-def moments_of(dataset: str, normalize: str) -> Moments:
-    """The constants that normalise images of `dataset`; `normalize` = cifar10: CIFAR-10's."""
-    if normalize == "cifar10":
-        return CIFAR10
-    return CIFAR100 if dataset == "cifar100" else ((0.5,) * 3, (0.21,) * 3)
-
-
-def _training_images(config: Config) -> int:
-    return 50_000 if config.dataset == "cifar100" else config.synthetic_images
+def _verify(dataset: str, folder: str, padding: int) -> None:
+    if discard_damaged(files_of(dataset, folder), padding):
+        for read in (_stored, _hold_out, _own_facts):
+            read.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)  # a split is a copy of the images
@@ -96,49 +170,66 @@ def _hold_out(read: Callable[..., Dataset], key: tuple[Any, ...], count: int, se
     return Dataset(whole.train.subset(order[count:]), whole.train.subset(order[:count]), whole.classes)
 
 
-def data_folder(config: Config) -> Path:
-    """The folder that holds ``cifar-100-python``: the key data-dir, FEDSIM_DATA, or the user's cache."""
-    named = config.data_dir or os.environ.get("FEDSIM_DATA") or user_cache()
-    try:
-        return Path(named).expanduser().absolute()
-    except RuntimeError as error:  # ~user
-        raise UserError(f"data-dir = {named}: there is no such user: give another folder") from error
-
-
 @functools.lru_cache(maxsize=2)
-def _cifar100(folder: str, normalize: str, device: str) -> Dataset:
-    def decode() -> Arrays:
-        arrays: Arrays = {}
-        for split in SPLITS:
-            pixels, arrays[f"{split}-labels"] = read_official(Path(folder), train=split == "train")
-            arrays[f"{split}-words"] = bordered(pixels)
-        return arrays
-
-    names = [f"{split}-{kind}" for split in SPLITS for kind in ("words", "labels")]
-    arrays = cached(official_files(Path(folder)), names, decode)
-    moments = moments_of("cifar100", normalize)
+def _stored(dataset: str, folder: str, classes: int, moments: Moments, device: str, padding: int, crop: int) -> Dataset:
+    arrays = _arrays(dataset, folder, padding)
     train, test = (
-        Images.of_words(arrays[f"{split}-words"], arrays[f"{split}-labels"], moments, device) for split in SPLITS
+        Images.of_words(arrays[f"{split}-words"], arrays[f"{split}-labels"], moments, device, padding, crop)
+        for split in SPLITS
     )
-    return Dataset(train, test, classes=100)
+    return Dataset(train, test, classes)
+
+
+def _arrays(dataset: str, folder: str, padding: int) -> Arrays:
+    """The arrays `STORED` of a data set, and the moments of one's own: from the cache if it is of files."""
+    if is_function(dataset):
+        return _of_function(dataset, padding)
+    files = files_of(dataset, folder)
+    if dataset in OFFICIAL:
+        return cached(files, STORED, lambda: _decoded(dataset, Path(folder), padding), padding)
+    return cached(files, (*STORED, "moments"), lambda: _with_moments(read_npz(files[0]), padding), padding)
+
+
+def _decoded(dataset: str, folder: Path, padding: int) -> Arrays:
+    arrays: Arrays = {}
+    for split in SPLITS:
+        images, arrays[f"{split}-labels"] = read_official(dataset, folder, train=split == "train")
+        arrays[f"{split}-words"] = bordered(images, padding)
+    return arrays
 
 
 @functools.lru_cache(maxsize=2)
-def _synthetic(classes: int, images: int, normalize: str, device: str) -> Dataset:
+def _of_function(dataset: str, padding: int) -> Arrays:
+    return _with_moments(arrays_of(dataset), padding)
+
+
+def _with_moments(own: Arrays, padding: int) -> Arrays:
+    arrays: Arrays = {"moments": np.array(moments_of_images(own["train_images"]))}
+    for split in SPLITS:
+        arrays[f"{split}-words"] = bordered(own[f"{split}_images"], padding)
+        arrays[f"{split}-labels"] = own[f"{split}_labels"]
+    return arrays
+
+
+@functools.lru_cache(maxsize=2)
+def _synthetic(classes: int, images: int, moments: Moments, device: str, padding: int, crop: int) -> Dataset:
     """A learnable set: each class is a coarse colour pattern, each image a shifted copy of it with strong noise."""
     rng = np.random.default_rng(np.random.SeedSequence((classes, images)))
     patterns = rng.standard_normal((classes, 8, 8, 3), np.float32).repeat(4, axis=1).repeat(4, axis=2)
+    side = patterns.shape[1]
 
     def draw(count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
         labels = rng.permutation(np.arange(count) % classes)
-        rows, columns = (np.arange(SIDE) - rng.integers(-4, 5, size=(2, count, 1))) % SIDE
-        pixels = np.empty((count, SIDE, SIDE, 3), np.uint8)
+        rows, columns = (np.arange(side) - rng.integers(-4, 5, size=(2, count, 1))) % side
+        pixels = np.empty((count, side, side, 3), np.uint8)
         for start in range(0, count, 1000):  # in parts, to save memory
             part = slice(start, start + 1000)
             shifted = patterns[labels[part, None, None], rows[part, :, None], columns[part, None, :]]
             pixels[part] = (127.5 + 20 * shifted + 50 * rng.standard_normal(shifted.shape, np.float32)).clip(0, 255)
         return pixels, labels.astype(np.int64)
 
-    moments = moments_of("synthetic", normalize)
-    train, test = draw(images), draw(max(images // 4, 1))
-    return Dataset(Images(*train, moments, device), Images(*test, moments, device), classes)
+    train, test = (
+        Images(*draw(count), moments=moments, device=device, padding=padding, crop=crop)
+        for count in (images, max(images // 4, 1))
+    )
+    return Dataset(train, test, classes)

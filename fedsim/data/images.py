@@ -1,7 +1,7 @@
 """Images as tensors on the training device, and augmented batches of them.
 
-An image is stored as one 32-bit word per pixel (red, green, blue and a spare byte), inside a border of black
-pixels. The random crops of a batch are then one gather of words, six times faster than gathering bytes.
+A pixel is stored as 32-bit words of four channels each (of red, green and blue, one word with a spare byte), inside a
+border of black pixels. The random crops of a batch are then one gather of words, six times faster than gathering bytes.
 """
 
 from __future__ import annotations
@@ -14,103 +14,141 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-SIDE = 32  # pixels
-PAD = 4  # black pixels around an image, as in the usual CIFAR augmentation
-WIDTH = SIDE + 2 * PAD
+PADDING = 4  # black pixels around an image, as in the usual CIFAR augmentation
 
+ImageShape = tuple[int, int, int]  # channels, height and width of what a model is given of an image
+Corners = tuple[int, int]  # the number of rows, and of columns, at which a crop may begin
 Moments = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, of pixel / 255
 
 
 class Images:
     """N labelled images on a device.
 
-    `pixels`: (N, 32, 32, 3) uint8; `labels`: (N,) integers; batches are normalised by `moments`.
+    `pixels`: (N, H, W, C) uint8; `labels`: (N,) integers; batches are normalised by `moments`. Crops are squares of
+    side `crop` (0: as large as the image) out of the image with a border of `padding` black pixels.
     """
 
     def __init__(
-        self, pixels: NDArray[np.uint8], labels: NDArray[np.int64], moments: Moments, device: torch.device | str
+        self,
+        pixels: NDArray[np.uint8],
+        labels: NDArray[np.int64],
+        moments: Moments,
+        device: torch.device | str,
+        padding: int = PADDING,
+        crop: int = 0,
     ) -> None:
-        self._set(bordered(pixels), labels, moments, device)
+        self._set(bordered(pixels, padding), labels, moments, device, padding, crop)
 
     @classmethod
     def of_words(
-        cls, words: NDArray[np.int32], labels: NDArray[np.int64], moments: Moments, device: torch.device | str
+        cls,
+        words: NDArray[np.int32],
+        labels: NDArray[np.int64],
+        moments: Moments,
+        device: torch.device | str,
+        padding: int = PADDING,
+        crop: int = 0,
     ) -> Images:
         """Images from the `words` of `bordered`; on the CPU these are not copied, and may be a mapped file."""
         images = cls.__new__(cls)
-        images._set(words, labels, moments, device)
+        images._set(words, labels, moments, device, padding, crop)
         return images
 
     def _set(
-        self, words: NDArray[np.int32], labels: NDArray[np.int64], moments: Moments, device: torch.device | str
+        self,
+        words: NDArray[np.int32],
+        labels: NDArray[np.int64],
+        moments: Moments,
+        device: torch.device | str,
+        padding: int,
+        crop: int,
     ) -> None:
-        self._words = torch.from_numpy(words).flatten().to(device)
-        self._within = torch.arange(SIDE, device=device)
+        _, self._height, self._width, per_pixel = words.shape
+        self._words = torch.from_numpy(words).view(-1, per_pixel).to(device)
+        if per_pixel == 1:  # elements are gathered faster than rows of one
+            self._words = self._words.flatten()
+        self._padding = padding
+        height, width = crop or self._height - 2 * padding, crop or self._width - 2 * padding
+        self.shape: ImageShape = (len(moments[0]), height, width)
+        self.corners: Corners = (self._height - height + 1, self._width - width + 1)
+        self._rows = torch.arange(height, device=device)
+        self._columns = torch.arange(width, device=device)
         self.labels = torch.from_numpy(labels).to(device)
         mean, deviation = torch.tensor(moments, dtype=torch.float64)
         # repeated for a whole row of pixels: broadcasting over three values is slow on a CPU
-        self._scale = (1 / (255 * deviation)).float().repeat(SIDE).to(device)
-        self._shift = (mean / deviation).float().repeat(SIDE).to(device)
+        self._scale = (1 / (255 * deviation)).float().repeat(width).to(device)
+        self._shift = (mean / deviation).float().repeat(width).to(device)
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def pixels(self) -> NDArray[np.uint8]:
-        """(N, 32, 32, 3) uint8, without border and normalisation."""
-        bordered = self._words.cpu().view(torch.uint8).view(-1, WIDTH, WIDTH, 4).numpy()
-        return bordered[:, PAD:-PAD, PAD:-PAD, :3]
+        """(N, H, W, C) uint8, without border and normalisation."""
+        inside = slice(self._padding, -self._padding or None)
+        words = self._words.cpu().view(-1, self._height, self._width, self._per_pixel)[:, inside, inside]
+        return words.contiguous().view(torch.uint8).numpy()[..., : self.shape[0]]
 
     def crop(self, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, replicas: int = 1) -> Tensor:
-        """(B, 3, 32, 32) normalised float32 crops, channels-last.
+        """(B, C, H, W) normalised float32 crops of `shape`, channels-last.
 
-        Crop i begins `top[i]` pixels from above and `left[i]` from the left (0 to 8; 4 is the image itself) in the
-        black border of image `index[i]`, and is mirrored where `flip[i]`. All four: (B,) integers.
-        For K `replicas` side by side they are (K * B,), and the crops (B, K * 3, 32, 32).
+        Crop i begins `top[i]` pixels from above and `left[i]` from the left, both less than `corners`, in the
+        bordered image `index[i]`, and is mirrored where `flip[i]`. All four: (B,) integers.
+        For K `replicas` side by side they are (K * B,), and the crops (B, K * C, H, W).
         """
-        rows = (index * WIDTH + top)[:, None] + self._within
-        columns = left[:, None] + torch.where(flip[:, None] != 0, SIDE - 1 - self._within, self._within)
-        words = (rows * WIDTH)[:, :, None] + columns[:, None, :]
-        apart = self._words.index_select(0, words.flatten()).view(replicas, -1, SIDE, SIDE)
-        pixels = apart.permute(1, 2, 3, 0).flatten().view(torch.uint8).view(-1, 4)[:, :3]
-        normalised = pixels.float().view(-1, 3 * SIDE).mul_(self._scale).sub_(self._shift)
-        return normalised.view(-1, SIDE, SIDE, 3 * replicas).permute(0, 3, 1, 2)
+        channels, height, width = self.shape
+        rows = (index * self._height + top)[:, None] + self._rows
+        columns = left[:, None] + torch.where(flip[:, None] != 0, width - 1 - self._columns, self._columns)
+        words = (rows * self._width)[:, :, None] + columns[:, None, :]
+        apart = self._words.index_select(0, words.flatten()).view(replicas, -1, height, width, self._per_pixel)
+        together = apart.permute(1, 2, 3, 0, 4).flatten()
+        pixels = together.view(torch.uint8).view(-1, 4 * self._per_pixel)[:, :channels]
+        normalised = pixels.float().view(-1, channels * width).mul_(self._scale).sub_(self._shift)
+        return normalised.view(-1, height, width, channels * replicas).permute(0, 3, 1, 2)
 
     def subset(self, index: NDArray[np.int64]) -> Images:
         """A copy of the images `index`, in that order."""
         part = copy.copy(self)
         chosen = torch.from_numpy(index).to(self.labels.device)
-        part._words = self._words.view(len(self), -1)[chosen].flatten()
+        part._words = self._words.view(len(self), -1)[chosen].view(-1, *self._words.shape[1:])
         part.labels = self.labels[chosen]
         return part
 
     def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Images and labels `start` to `stop` in order, normalised, not augmented."""
+        """Images (their middle) and labels `start` to `stop` in order, normalised, not augmented."""
         index = torch.arange(start, min(stop, len(self)), device=self.labels.device)
-        middle = torch.full_like(index, PAD)
-        return self.crop(index, middle, middle, torch.zeros_like(index)), self.labels[index]
+        top, left = (torch.full_like(index, (count - 1) // 2) for count in self.corners)
+        return self.crop(index, top, left, torch.zeros_like(index)), self.labels[index]
+
+    @property
+    def _per_pixel(self) -> int:
+        """The words of a pixel."""
+        return self._words.shape[1] if self._words.ndim == 2 else 1
 
 
-def bordered(pixels: NDArray[np.uint8]) -> NDArray[np.int32]:
-    """(N, 32, 32, 3) pixels -> (N, 40, 40) words, with a black border."""
-    words = np.zeros((len(pixels), WIDTH, WIDTH, 4), np.uint8)
-    words[:, PAD:-PAD, PAD:-PAD, :3] = pixels
-    return words.view(np.int32)[..., 0]
+def bordered(pixels: NDArray[np.uint8], padding: int = PADDING) -> NDArray[np.int32]:
+    """(N, H, W, C) pixels -> (N, H + 2 padding, W + 2 padding, words of a pixel), with a black border."""
+    count, height, width, channels = pixels.shape
+    around = slice(padding, padding + height), slice(padding, padding + width)
+    words = np.zeros((count, height + 2 * padding, width + 2 * padding, 4 * -(-channels // 4)), np.uint8)
+    words[:, *around, :channels] = pixels
+    return words.view(np.int32)
 
 
-def sample_crops(index: NDArray[np.int64], words: NDArray[np.uint64]) -> Tensor:
+def sample_crops(index: NDArray[np.int64], words: NDArray[np.uint64], corners: Corners) -> Tensor:
     """(4, N) int64 on the CPU: `index`, `top`, `left` and `flip` of `Images.crop` for the N images `index`.
 
     `words` are N random 64-bit words: the upper half gives `top`, the lower half `left`, the last bit `flip`.
     """
-    half, corners = np.uint64(32), np.uint64(2 * PAD + 1)
-    top, left = (((part * corners) >> half).astype(np.int64) for part in (words >> half, words & np.uint64(2**32 - 1)))
+    half = np.uint64(32)
+    halves = zip((words >> half, words & np.uint64(2**32 - 1)), corners, strict=True)
+    top, left = (((part * np.uint64(count)) >> half).astype(np.int64) for part, count in halves)
     return torch.from_numpy(np.stack([index, top, left, (words & np.uint64(1)).astype(np.int64)]))
 
 
 def batches(images: Images, drawn: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Augmented batches of the crops that `sample_crops` has `drawn`.
 
-    Yields ((B, 3, 32, 32) float32, (B,) labels); the last batch is smaller if batch_size does not divide their number.
+    Yields ((B, C, H, W) float32, (B,) labels); the last batch is smaller if batch_size does not divide their number.
     """
     chosen, top, left, flip = drawn.to(images.labels.device)
     for start in range(0, len(chosen), batch_size):

@@ -1,6 +1,6 @@
 """A node's own images, which never leave it, and the folders that `export-shards` writes for nodes.
 
-The node config of a SuperNode may set `data-dir`. That folder holds either the official CIFAR-100, of which the node
+The node config of a SuperNode may set `data-dir`. That folder holds either the data set of the run, of which the node
 uses its shard, or ``images.npy`` and ``labels.npy``, this node's own images. The node trains on all of its own images:
 the run's `validation` holds out images of the run's dataset, on the server. The `data-dir` of the run must not hold
 such files, as every client would train on them.
@@ -20,10 +20,18 @@ from numpy.typing import NDArray
 
 from fedsim.config import Config
 from fedsim.data.cache import cached, discard_damaged
-from fedsim.data.cifar100 import OFFICIAL
-from fedsim.data.datasets import classes_of, data_folder, load_dataset, moments_of, verify_cache
-from fedsim.data.images import SIDE, Images, bordered
-from fedsim.data.partition import check_shards, shard
+from fedsim.data.datasets import (
+    classes_of,
+    data_folder,
+    facts_of,
+    load_dataset,
+    moments_of,
+    verify_cache,
+)
+from fedsim.data.images import Images, bordered
+from fedsim.data.official import OFFICIAL
+from fedsim.data.own_arrays import problem_of
+from fedsim.data.partition import check_partition, shard_of
 from fedsim.errors import UserError
 
 IMAGES, LABELS = "images.npy", "labels.npy"
@@ -42,13 +50,15 @@ def _own_images(config: Config, place: str, *changed: int) -> Images:
     folder = Path(place)
     pixels, labels = (_mapped(folder, name) for name in (IMAGES, LABELS))
     problem = _problem(pixels, labels, config)
-    if (folder / OFFICIAL).exists():
-        problem = f"it holds {OFFICIAL}/ too: keep one of the two"
+    for official in OFFICIAL.values():
+        if (folder / official.folder).exists():
+            problem = f"it holds {official.folder}/ too: keep one of the two"
     if problem:
         raise UserError(f"data-dir = {folder}: {problem}")
-    arrays = cached([folder / IMAGES], ["words"], lambda: {"words": bordered(pixels)})
-    moments = moments_of(config.dataset, config.normalize)
-    return Images.of_words(arrays["words"], labels.astype(np.int64), moments, config.device)
+    padding = config.crop_padding
+    arrays = cached([folder / IMAGES], ["words"], lambda: {"words": bordered(pixels, padding)}, padding)
+    look = (moments_of(config), config.device, padding, config.crop_size)
+    return Images.of_words(arrays["words"], labels.astype(np.int64), *look)
 
 
 def _changed(file: Path) -> int:
@@ -65,7 +75,7 @@ def check_of_run(config: Config) -> None:
     if _holds_images(config):
         raise UserError(
             f"data-dir = {config.data_dir} holds {IMAGES} or {LABELS}, the images of one node: name it in the node "
-            f"config of that node, and give the run a folder that holds {OFFICIAL}/"
+            f"config of that node, and give the run a folder that holds its data set"
         )
 
 
@@ -73,16 +83,18 @@ def verify_images(config: Config) -> None:
     """Check the cached images of a node, its own or the run's; damaged ones are removed and decoded again."""
     if not _holds_images(config):
         verify_cache(config)
-    elif discard_damaged([data_folder(config) / IMAGES]):
+    elif discard_damaged([data_folder(config) / IMAGES], config.crop_padding):
         _own_images.cache_clear()
 
 
 def check_named(config: Config) -> None:
     """Raise UserError if the `data-dir` of a node config holds no images: a node downloads none."""
     folder = data_folder(config)
-    official = config.dataset == "cifar100" and os.path.exists(folder / OFFICIAL)
-    if own_images(config) is None and not official:
-        wanted = f"{IMAGES} and {LABELS}" + (f", or {OFFICIAL}/" if config.dataset == "cifar100" else "")
+    official = OFFICIAL.get(config.dataset)
+    present = os.path.exists(folder / (official.folder if official else config.dataset))
+    if own_images(config) is None and not (present and config.dataset != "synthetic"):
+        also = f", or {official.folder}/" if official else ""
+        wanted = f"{IMAGES} and {LABELS}{also}"
         raise UserError(f"data-dir = {folder} of the node config holds no images: it must hold {wanted}")
 
 
@@ -96,12 +108,8 @@ def _mapped(folder: Path, name: str) -> NDArray[Any]:
 
 def _problem(pixels: NDArray[Any], labels: NDArray[Any], config: Config) -> str:
     """What is wrong with a node's own images, or ""."""
-    if pixels.dtype != np.uint8 or pixels.ndim != 4 or pixels.shape[1:] != (SIDE, SIDE, 3):
-        return f"{IMAGES} holds {pixels.dtype} {list(pixels.shape)}, not uint8 [N, {SIDE}, {SIDE}, 3]"
-    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
-        return f"{LABELS} holds {labels.dtype} {list(labels.shape)}, not integers [N]"
-    if len(pixels) != len(labels):
-        return f"{IMAGES} holds {len(pixels)} images and {LABELS} {len(labels)} labels: make them equal"
+    if problem := problem_of(pixels, labels, IMAGES, LABELS, facts_of(config).shape):
+        return problem
     if len(labels) < config.batch_size:
         return f"batch-size = {config.batch_size} is more than its {len(labels)} images: give a smaller batch-size"
     if labels.min() < 0 or labels.max() >= classes_of(config):
@@ -116,14 +124,14 @@ def write_shards(config: Config, out: Path) -> None:
     `out` appears only when it is complete, and is never overwritten.
     """
     images = load_dataset(config).train
-    check_shards(config, len(images), config.clients)
+    check_partition(config)
     pixels, labels = images.pixels(), images.labels.numpy()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
         try:
             for worker in range(config.clients):
-                held = shard(len(images), config.clients, worker, config.seed)
+                held = shard_of(config, worker)
                 (part / str(worker)).mkdir()
                 np.save(part / str(worker) / IMAGES, pixels[held])
                 np.save(part / str(worker) / LABELS, labels[held])

@@ -8,6 +8,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.config import Config
+from fedsim.data.datasets import training_images
+from fedsim.data.uneven import uneven_shards
 from fedsim.errors import UserError
 from fedsim.rng import generator
 
@@ -22,11 +24,41 @@ def _shuffled(images: int, seed: int) -> NDArray[np.int64]:
     return generator(seed, 0, 0, "shard").permutation(images)
 
 
+def shard_of(config: Config, worker: int) -> NDArray[np.int64]:
+    """The images that a worker of `config` (resolved) trains on, as its key `partition` says."""
+    if config.partition == "iid":
+        return shard(training_images(config), config.clients, worker, config.seed)
+    return uneven_shards(config)[worker]
+
+
+def check_partition(config: Config) -> None:
+    """Raise UserError where a client of `config` (resolved) would hold no images, or less than a batch of them."""
+    if config.partition == "iid":
+        if config.partition_args:
+            raise UserError("partition-args is not used by partition = iid: leave it out, or give another partition")
+        check_shards(config, training_images(config), config.clients)
+        return
+    if config.clients > (images := training_images(config)):
+        raise UserError(f"clients = {config.clients} is more than the {images} training images: give fewer clients")
+    sizes = list(map(len, uneven_shards(config)))
+    least = sizes.index(min(sizes))
+    if sizes[least] == 0:
+        raise UserError(
+            f"partition = {config.partition} leaves client {least} without images: "
+            "give other partition-args, another seed or fewer clients"
+        )
+    if config.batch_size > sizes[least] and not config.small_shards:
+        raise UserError(
+            f"batch-size = {config.batch_size} is more than the {sizes[least]} images of client {least}: "
+            "give a smaller batch-size, other partition-args, or --small-shards"
+        )
+
+
 def check_shards(config: Config, images: int, workers: int) -> None:
-    """Raise UserError if the shards of `images` among `workers` would be smaller than a batch."""
+    """Raise UserError if the even shards of `images` among `workers` would be smaller than a batch."""
     if workers > images:
         raise UserError(f"clients = {workers} is more than the {images} training images: give fewer clients")
-    if config.batch_size > images // workers:
+    if config.batch_size > images // workers and not config.small_shards:
         raise UserError(
             f"batch-size = {config.batch_size} is more than a shard of {images // workers} images: "
             "give a smaller batch-size or fewer clients"

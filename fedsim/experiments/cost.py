@@ -13,9 +13,9 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.config import Config, Mode, current_names
-from fedsim.data.datasets import classes_of, training_images
+from fedsim.data.datasets import image_shape, training_images
 from fedsim.experiments.study import read_study, study_names
-from fedsim.models import blank_model
+from fedsim.models import empty_model
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 
@@ -41,9 +41,9 @@ def cost(config: Config, mode: Mode) -> Cost:
     return Cost(float(steps * config.clients_per_round * config.batch_size), steps, plan.rounds)
 
 
-def flop_per_image(model: str, classes: int) -> float:
+def flop_per_image(config: Config) -> float:
     """Floating-point operations per image of a training step, in convolutions and matrix products."""
-    network, images = blank_model(model, classes, "meta"), torch.zeros(1, 3, 32, 32, device="meta")
+    network, images = empty_model(config, "meta", "fp32"), torch.zeros(1, *image_shape(config), device="meta")
     with FlopCounterMode(display=False) as counter:
         network.eval()(images).sum().backward()
     return float(counter.get_total_flops())
@@ -78,7 +78,7 @@ def list_studies(seeds: Sequence[int], results: Path) -> Iterator[str]:
             run = cost(config, mode)
             kind = config.model, config.precision
             if kind not in rates:
-                rates[kind] = REFERENCE_FLOPS / flop_per_image(config.model, classes_of(config))
+                rates[kind] = REFERENCE_FLOPS / flop_per_image(config)
             images, steps, syncs = images + run.images, steps + run.local_steps, syncs + run.syncs
             seconds += run.images / rates[kind]
         yield f"{study.name}: {study.title}"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from fedsim.config import Config, Engine, Mode, cpu_count
 from fedsim.data.datasets import load_dataset
 from fedsim.data.local_folder import check_of_run
-from fedsim.data.partition import check_shards
+from fedsim.data.partition import check_partition, check_shards
 from fedsim.device import resolve
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
@@ -15,10 +15,12 @@ from fedsim.federation.flwr_run import run_with_flwr
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.round import check_strategy
 from fedsim.federation.server_app import train_localsgd
+from fedsim.models import check_model
 from fedsim.records import Row, Run
 from fedsim.training.centralized import train_centralized, whole_epochs
 from fedsim.training.engine import choose_engine
 from fedsim.training.run_plan import run_plan
+from fedsim.training.stacked import check_stackable
 
 
 def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -> tuple[Config, Engine]:
@@ -50,6 +52,8 @@ def execute(
     RunInProgress. Input is checked before anything is written.
     """
     check(config, mode)
+    if mode == "localsgd" and engine == "stacked" and config.clients_per_round > 1:
+        check_stackable(config)
     run = Run(config, mode, on_row, "" if mode == "centralized" else engine)
     with run.lock(patience):
         if rerun:
@@ -73,10 +77,11 @@ def check(config: Config, mode: Mode) -> None:
     """Raise UserError if the data is missing, or cannot be split into shards, batches and rounds as in `config`."""
     check_of_run(config)
     images = len(load_dataset(config).train)
+    check_model(config)
     if mode == "centralized":
         check_shards(config, images, 1)
         whole_epochs(config)
     else:
-        check_shards(config, images, config.clients)
+        check_partition(config)
         run_plan(config, images)
         check_strategy(config)

@@ -15,7 +15,6 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedsim.config import Config, Value, own_keys
-from fedsim.data.datasets import classes_of
 from fedsim.data.local_folder import check_named, check_of_run, verify_images
 from fedsim.device import resolve
 from fedsim.errors import UserError
@@ -35,9 +34,9 @@ from fedsim.federation.protocol import (
     under_prefix,
     with_prefix,
 )
-from fedsim.models import blank_model
+from fedsim.models import empty_model
 from fedsim.training import stacked
-from fedsim.training.local_round import End, Start, local_plan, take_round
+from fedsim.training.local_round import End, Start, check_machine, held_images, local_plan, take_round
 from strategies import DECLINED, batchnorm_buffers, buffers_in, join, sections, split, tensor_record, tensors_of
 from strategies.local_sgd import ENCODED
 from strategies.screening import not_finite
@@ -80,7 +79,9 @@ def train_together(
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
     """Which shard this node holds, of how many; fails where it cannot run as the run's keys and its own say."""
-    verify_images(_config(message, context))
+    config = _config(message, context)
+    verify_images(config)
+    check_machine(config)
     held = MetricRecord()
     for name in ("partition-id", "num-partitions"):
         value = context.node_config.get(name)
@@ -123,7 +124,7 @@ def _reply(config: Config, message: Message, context: Context, start: Start, end
     sent = sections(end.weights, buffers, state if config.momentum_at_sync == "average" else {})
     kept = state if config.momentum_at_sync == "keep" else {}
     if config.batchnorm_at_sync == "local":
-        own = batchnorm_buffers(blank_model(config.model, classes_of(config), "meta"))
+        own = batchnorm_buffers(empty_model(config, "meta"))
         kept |= {BATCHNORM + name: sent.buffers[name] for name in own}
     if codec := codec_of(config):
         if not_finite(sent.parameters):  # an infinity would stay in the residual
@@ -135,7 +136,8 @@ def _reply(config: Config, message: Message, context: Context, start: Start, end
         kept |= with_prefix(COMPRESS, remembered)
     if config.compress_down != "none":
         kept |= with_prefix(MODEL, x)
-    metrics = MetricRecord({"num-examples": end.samples, "train-loss": end.loss})
+    weight = end.samples if config.client_weights == "equal" else len(held_images(config, _worker(context)))
+    metrics = MetricRecord({"num-examples": weight, "train-loss": end.loss})
     content = RecordDict({"arrays": tensor_record(join(sent)), "metrics": metrics})
     if keeps_memory(config):
         record = tensor_record(kept)

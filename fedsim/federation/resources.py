@@ -6,10 +6,9 @@ import psutil
 import torch
 
 from fedsim.config import Config
-from fedsim.data.datasets import classes_of
 from fedsim.errors import UserError
 from fedsim.federation.compress import zero_memory
-from fedsim.models import blank_model
+from fedsim.models import empty_model
 from fedsim.optim import zero_state
 
 GIB = 2**30
@@ -39,7 +38,7 @@ def needed_bytes(config: Config) -> int:
     Each client keeps one memory (`zero_memory`), with compression down the model too; a checkpoint of all memories is a
     buffer that is copied as it grows. An update in flight holds the weights and, unless it is reset, a new state.
     """
-    model = blank_model(config.model, classes_of(config), config.device, config.precision)
+    model = empty_model(config)
     weights: int = sum(value.nbytes for value in model.state_dict().values())
     memory = sum(value.nbytes for value in zero_memory(config, model).values())
     averaged = zero_state(config, dict(model.named_parameters())) if config.momentum_at_sync == "average" else {}

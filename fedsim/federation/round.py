@@ -13,6 +13,7 @@ from flwr.serverapp.strategy import Strategy
 from torch import nn
 
 from fedsim.config import Config, arguments_of, check_used
+from fedsim.data.datasets import training_images
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation.compress import check_compress, codec_down_of, codec_of, compress_seed
 from fedsim.federation.flower_internals import let_messages_be_made
@@ -27,7 +28,7 @@ from fedsim.federation.protocol import (
     shared,
     with_prefix,
 )
-from fedsim.models import build_model
+from fedsim.models import initial_model
 from fedsim.optim import zero_state
 from fedsim.records import Row
 from fedsim.training.run_plan import RunPlan
@@ -84,7 +85,7 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         "population": config.clients,
         "fraction_train": config.fraction,
         "min_updates": config.min_clients or 1,
-        "max_examples": plan.samples,
+        "max_examples": plan.samples if config.client_weights == "equal" else lambda round_: training_images(config),
         "metrics": ["train-loss"],
         "other_records": [MEMORY],
         "batchnorm": batchnorm_buffers(model),
@@ -108,7 +109,7 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
 def check_strategy(config: Config) -> None:
     """Raise UserError where the keys of the strategy do not go together."""
     check_compress(config)
-    check_used(config, "mean", {"trim": ["trimmed"]})
+    check_used(config, "mean", {"trim": ["trimmed"], "client_weights": ["exact", "clipped"]})
     check_used(config, "batchnorm_at_sync", {"batchnorm_images": ["re-estimated"]})
     of_localsgd = ("compress", "compress_down", "mean", "outer", "outer_args")
     check_used(config, "strategy", {key: list(STRATEGIES) for key in of_localsgd})
@@ -139,7 +140,7 @@ def flower_strategy_of(config: Config) -> Callable[[], Strategy]:
 def why_config_is_not_resumable(config: Config, make: Callable[[], Strategy]) -> str:
     """`why_not_resumable` of the strategy of `config`; raises UserError where it fails on made-up updates."""
     let_messages_be_made()
-    parameters = dict(build_model(config.model, 2, config.seed, precision=config.precision).named_parameters())
+    parameters = dict(initial_model(config.changed({"device": "cpu"})).named_parameters())
     try:
         return why_not_resumable(make, parameters, config.clients_per_round, config.seed)
     except StrategyFailed as error:

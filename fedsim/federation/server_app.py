@@ -12,7 +12,7 @@ from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
 from fedsim.data.images import Images
 from fedsim.data.local_folder import check_of_run
-from fedsim.data.partition import check_shards
+from fedsim.data.partition import check_partition
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation.checkpoint import collect_memories, resume, save
@@ -28,7 +28,7 @@ from fedsim.federation.round import (
     row_of,
     train_round,
 )
-from fedsim.models import build_model
+from fedsim.models import check_model, initial_model
 from fedsim.records import Run, config_of_run, print_row, read_rows, run_folder
 from fedsim.training.batchnorm import calibration_crops, reestimate
 from fedsim.training.run_plan import RunPlan, run_plan
@@ -45,6 +45,7 @@ def main(grid: Grid, context: Context) -> None:
     log_errors_in_one_line()
     config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
     check_of_run(config)
+    check_model(config)
     is_new = not run_folder(config, "localsgd").exists()
     run = Run(config, "localsgd", print_row, engine="flower")
     print(f"run folder: {run.folder}", flush=True)
@@ -63,9 +64,9 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     """Train the rounds of `config` (resolved) that follow the run's checkpoint, if it has one."""
     prepare(config)
     data = load_dataset(config)
-    check_shards(config, len(data.train), config.clients)
+    check_partition(config)
     plan = run_plan(config, len(data.train))
-    model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
+    model = initial_model(config)
     initial = initial_progress(config, model)
     strategy = build_strategy(config, plan, model)
     if strategy.not_resumable:
@@ -163,5 +164,5 @@ def loaded(config: Config, model: nn.Module, progress: Progress, images: Images)
     parameters, buffers, _ = split(tensors_of(progress.arrays))
     model.load_state_dict({**parameters, **buffers})
     if config.batchnorm_at_sync == "re-estimated":
-        reestimate(model, images, calibration_crops(config, len(images)), config.precision)
+        reestimate(model, images, calibration_crops(config, images), config.precision)
     return model

@@ -2,22 +2,80 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
+from fedsim.config import Config
+from fedsim.data.datasets import classes_of, image_shape
+from fedsim.data.images import ImageShape
 from fedsim.device import parameter_dtype
 from fedsim.errors import UserError
-from fedsim.models.dropout import use_counter_based_dropout
-from fedsim.models.lenet import LeNet5, LeNetBN
+from fedsim.models.dropout import StepKeys, set_dropout_keys, use_counter_based_dropout
+from fedsim.registry import MODELS, describe, function_of
 from fedsim.rng import generator
 
-MODELS: dict[str, Callable[[int], nn.Module]] = {"lenet-bn": LeNetBN, "lenet5": LeNet5}  # number of classes -> model
+CIFAR_IMAGE: ImageShape = (3, 32, 32)
+
+
+def initial_model(config: Config) -> nn.Module:
+    """The model of `config` (resolved) with which a run begins."""
+    what = (config.model, classes_of(config), config.seed, config.device, config.precision)
+    return build_model(*what, image_shape(config), config.norm)
+
+
+def empty_model(config: Config, device: str = "", precision: str = "") -> nn.Module:
+    """The same model with uninitialised values (see `blank_model`), if need be on another device."""
+    what = (config.model, classes_of(config), device or config.device, precision or config.precision)
+    return blank_model(*what, image_shape(config), config.norm)
+
+
+def check_model(config: Config) -> None:
+    """Raise UserError where the model of `config` cannot be trained on its images: a step of two of them is tried.
+
+    The forward pass may draw no random numbers but those of fedsim's dropout, or a run could not be repeated, and
+    every parameter must get a gradient.
+    """
+    model = initial_model(config.changed({"device": "cpu", "precision": "fp32"}))
+    shape, classes = image_shape(config), classes_of(config)
+    step_keys = StepKeys()
+    set_dropout_keys(model.train(), step_keys)
+    images = torch.zeros(2, *shape).to(memory_format=torch.channels_last)
+    taken = f"model = {config.model} does not take the images of {config.dataset}, {_by(shape)}"
+    with torch.random.fork_rng(devices=[]):
+        before = torch.get_rng_state()
+        try:
+            logits = model(images)
+        except Exception as error:  # the model's own code may raise anything
+            raise UserError(f"{taken} ({describe(error)})") from error
+        drawn = not torch.equal(before, torch.get_rng_state())
+    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (2, classes):
+        given = _by(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
+        raise UserError(f"{taken}: for two of them it gives {given}, not {_by((2, classes))} logits")
+    if drawn:
+        raise UserError(f"model = {config.model} draws from torch's global generator: let all dropout be nn.Dropout")
+    F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
+    unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
+    if unused:
+        raise UserError(f"model = {config.model}: {', '.join(unused[:3])} gets no gradient: every parameter must")
+
+
+def _by(shape: tuple[int, ...]) -> str:
+    return " x ".join(map(str, shape))
 
 
 def build_model(
-    name: str, classes: int, seed: int, device: torch.device | str = "cpu", precision: str = "fp32"
+    name: str,
+    classes: int,
+    seed: int,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    image: ImageShape = CIFAR_IMAGE,
+    norm: str = "bn",
 ) -> nn.Module:
     """The model with PyTorch's default initialisation from `seed`, channels-last on `device`.
 
@@ -26,18 +84,25 @@ def build_model(
     """
     with torch.random.fork_rng(devices=[]):  # nn.Module's initialisation uses only the global generator
         torch.manual_seed(int(generator(seed, 0, 0, "init").integers(2**63)))
-        model = _network(name, classes)
+        model = _network(name, classes, image, norm)
     return model.to(device, parameter_dtype(precision)).to(memory_format=torch.channels_last)
 
 
-def blank_model(name: str, classes: int, device: torch.device | str = "cpu", precision: str = "fp32") -> nn.Module:
+def blank_model(
+    name: str,
+    classes: int,
+    device: torch.device | str = "cpu",
+    precision: str = "fp32",
+    image: ImageShape = CIFAR_IMAGE,
+    norm: str = "bn",
+) -> nn.Module:
     """The model in the memory layout of `build_model`, with uninitialised values, for a state_dict to be loaded.
 
     It draws no random numbers, so that client threads may call it in parallel: two threads that use torch's global
     generator deadlock, one in `get_rng_state`, which holds its lock and waits for the GIL, the other in `manual_seed`.
     """
     with torch.device("meta"):
-        model = _network(name, classes)
+        model = _network(name, classes, image, norm)
     # `to_empty` would import SymPy, which takes a second
     shapes = model.state_dict()
     values = {name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in shapes.items()}
@@ -47,9 +112,38 @@ def blank_model(name: str, classes: int, device: torch.device | str = "cpu", pre
     return model.to(parameter_dtype(precision)).to(memory_format=torch.channels_last)
 
 
-def _network(name: str, classes: int) -> nn.Module:
-    if name not in MODELS:
-        raise UserError(f"unknown model {name}: it must be one of {', '.join(MODELS)}")
-    model = MODELS[name](classes)
+def _network(name: str, classes: int, image: ImageShape, norm: str) -> nn.Module:
+    build = builder_of(name)
+    keywords = _accepted(build, {"image": image, "norm": norm})
+    if "norm" not in keywords and norm != "bn":
+        raise UserError(f"norm is not used by model = {name}: leave it out")
+    try:
+        model = build(classes, **keywords)
+    except UserError:
+        raise
+    except Exception as error:  # its code may raise anything
+        raise UserError(
+            f"model = {name} cannot be built for {classes} classes and images of {_by(image)} ({describe(error)})"
+        ) from error
+    if not isinstance(model, nn.Module):
+        raise UserError(f"model = {name} returns {type(model).__name__}: it must return an nn.Module")
+    if shared := dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys():
+        raise UserError(f"model = {name}: {', '.join(sorted(shared))} is a parameter of another layer too: copy it")
     use_counter_based_dropout(model)
     return model
+
+
+def builder_of(name: str) -> Callable[..., nn.Module]:
+    """The function that builds a model; raises UserError for an unknown name and where it cannot be imported."""
+    if name not in MODELS and ":" not in name:
+        raise UserError(f"unknown model {name}: it must be one of {', '.join(MODELS)}")
+    return function_of("model", MODELS.get(name, name))
+
+
+def _accepted(build: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
+    """Those of `keywords` that `build` has parameters for."""
+    try:
+        parameters = inspect.signature(build).parameters
+    except ValueError:  # of a function in C
+        return {}
+    return {name: value for name, value in keywords.items() if name in parameters}

@@ -1,24 +1,29 @@
-"""LeNet-5 and the wider variant with BatchNorm of the course paper, for images of 32 x 32 pixels."""
+"""LeNet-5 and the wider variant with BatchNorm of the course paper."""
 
 from __future__ import annotations
 
 from torch import Tensor, nn
 
+from fedsim.data.images import ImageShape
+
+CIFAR: ImageShape = (3, 32, 32)
+
 
 class LeNetBN(nn.Module):
     """The course paper's "LeNet-5 variant": two wide 5x5 convolutions with BN, three fully connected layers.
 
-    (B, 3, 32, 32) images -> (B, classes) logits; 1,774,052 parameters with 100 classes.
+    (B, C, H, W) images -> (B, classes) logits; 1,774,052 parameters with 100 classes and the images of CIFAR.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, image: ImageShape = CIFAR) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 64, 5, padding=2)
+        channels, height, width = image
+        self.conv1 = nn.Conv2d(channels, 64, 5, padding=2)
         self.bn1 = nn.BatchNorm2d(64)
         self.conv2 = nn.Conv2d(64, 64, 5, padding=2)
         self.bn2 = nn.BatchNorm2d(64)
         self.pool = nn.MaxPool2d(2)
-        self.fc1 = nn.Linear(64 * 8 * 8, 384)
+        self.fc1 = nn.Linear(64 * (height // 4) * (width // 4), 384)
         self.dropout1 = nn.Dropout(0.5)
         self.fc2 = nn.Linear(384, 192)
         self.dropout2 = nn.Dropout(0.5)
@@ -35,15 +40,18 @@ class LeNetBN(nn.Module):
 class LeNet5(nn.Module):
     """LeNet-5 (LeCun et al. 1998) with ReLU and max-pooling; for small machines.
 
-    (B, 3, 32, 32) images -> (B, classes) logits; 62,006 parameters with 10 classes.
+    (B, C, H, W) images of 16 x 16 pixels or more -> (B, classes) logits; 62,006 parameters with 10 classes and the
+    images of CIFAR.
     """
 
-    def __init__(self, classes: int) -> None:
+    def __init__(self, classes: int, image: ImageShape = CIFAR) -> None:
         super().__init__()
-        self.conv1 = nn.Conv2d(3, 6, 5)
+        channels, *sides = image
+        height, width = (((side - 4) // 2 - 4) // 2 for side in sides)
+        self.conv1 = nn.Conv2d(channels, 6, 5)
         self.conv2 = nn.Conv2d(6, 16, 5)
         self.pool = nn.MaxPool2d(2)
-        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc1 = nn.Linear(16 * height * width, 120)
         self.fc2 = nn.Linear(120, 84)
         self.fc3 = nn.Linear(84, classes)
 

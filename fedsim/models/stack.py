@@ -60,11 +60,19 @@ class _Tracer(fx.Tracer):
         return type(m) in LAYERS or super().is_leaf_module(m, module_qualified_name)
 
 
+def _is_layer_of_torch(module: nn.Module) -> bool:
+    containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+    return type(module).__module__.startswith("torch.nn") and not isinstance(module, containers)
+
+
 class _Stacker:
     """Rewrites the graph of a model, node by node."""
 
     def __init__(self, model: nn.Module, copies: int, by_products: bool) -> None:
         self._model, self._copies, self._by_products = model, copies, by_products
+        for name, layer in model.named_modules():
+            if _is_layer_of_torch(layer) and type(layer) not in LAYERS:
+                raise CannotStack(f"cannot stack {name} ({type(layer).__name__})")
         try:
             self._graph = _Tracer().trace(model)
         except Exception as error:  # the model's own code may raise anything
@@ -111,8 +119,6 @@ class _Stacker:
 
     def _stack_layer(self, node: fx.Node, name: str) -> Form:
         layer = self._model.get_submodule(name)
-        if type(layer) not in LAYERS:
-            raise CannotStack(f"cannot stack {name} ({type(layer).__name__})")
         if name not in self._layers:
             with torch.device("meta"):  # without drawing initial values
                 self._layers[name] = LAYERS[type(layer)](layer, self._copies, self._by_products)

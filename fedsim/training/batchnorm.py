@@ -17,16 +17,16 @@ STATISTICS = ("running_mean", "running_var")
 BATCH = 128  # images; the same for every K, since the variance within a batch depends on its size
 
 
-def calibration_crops(config: Config, images: int) -> Tensor:
+def calibration_crops(config: Config, images: Images) -> Tensor:
     """(4, N) `Images.crop`'s arguments for ``batchnorm-images`` of the training `images`, in whole batches.
 
     Augmented as in training, and a function of the seed alone: the same at every test, whatever K and J.
     """
-    count = min(config.batchnorm_images, images)
+    count = min(config.batchnorm_images, len(images))
     count -= count % BATCH if count > BATCH else 0
-    chosen = generator(config.seed, 0, 0, "batchnorm").permutation(images)[:count]
+    chosen = generator(config.seed, 0, 0, "batchnorm").permutation(len(images))[:count]
     words = random_words(step_keys(config.seed, 0, 0, 1, "batchnorm"), count)
-    return sample_crops(chosen, words[0])
+    return sample_crops(chosen, words[0], images.corners)
 
 
 def reestimate(model: nn.Module, images: Images, crops: Tensor, precision: str = "fp32") -> None:

@@ -10,7 +10,7 @@ from fedsim.data.datasets import load_dataset
 from fedsim.data.partition import check_shards, sample_order, shard
 from fedsim.device import prepare
 from fedsim.errors import RunFailed, UserError
-from fedsim.models import build_model
+from fedsim.models import initial_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.optim.lr_schedule import schedule_of
 from fedsim.records import Run
@@ -28,7 +28,7 @@ def train_centralized(config: Config, run: Run) -> None:
     prepare(config)
     data = load_dataset(config)
     check_shards(config, len(data.train), 1)
-    model = build_model(config.model, data.classes, config.seed, config.device, config.precision)
+    model = initial_model(config)
     named = dict(model.named_parameters())
     optimizer = build_optimizer(config, named)
     run_steps = make_step_fn(config, model, optimizer, data.train, len(data.train))
@@ -47,7 +47,8 @@ def train_centralized(config: Config, run: Run) -> None:
         order = sample_order(len(images), epoch * len(images), len(images), config.seed, 0, "epoch")
         first_step = epoch * steps_per_epoch
         rates = [lr(step) for step in range(first_step, first_step + steps_per_epoch)]
-        loss = float(run_steps(step_inputs(images[order], config.batch_size, config.seed, 0, first_step, rates)))
+        what = (images[order], config.batch_size, config.seed, 0, first_step, rates, data.train.corners)
+        loss = float(run_steps(step_inputs(*what)))
 
         if not math.isfinite(loss):
             raise RunFailed(f"the training loss of epoch {epoch + 1} is {loss}: a lower --lr may help")

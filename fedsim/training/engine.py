@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.config import Config
-from fedsim.data.datasets import classes_of
-from fedsim.models import blank_model
-from fedsim.training.stacked import IMAGE, why_not
+from fedsim.data.datasets import image_shape
+from fedsim.models import empty_model
+from fedsim.training.stacked import why_not
 
 Engine = Literal["threads", "stacked"]
 STACKED_UP_TO = 100e6  # multiply-adds of a client's forward pass
@@ -46,9 +46,9 @@ def multiply_adds(config: Config) -> int:
     def count(layer: nn.Module, _: Any, output: Tensor) -> None:
         counts.append(output.numel() * layer.get_parameter("weight")[0].numel())
 
-    model = blank_model(config.model, classes_of(config), "meta").eval()
+    model = empty_model(config, "meta", "fp32").eval()
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.register_forward_hook(count)
-    model(torch.empty(1, *IMAGE, device="meta"))
+    model(torch.empty(1, *image_shape(config), device="meta"))
     return sum(counts)

@@ -6,16 +6,18 @@ import threading
 from dataclasses import dataclass
 
 import numpy as np
+from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.data.datasets import classes_of, load_dataset, training_images
+from fedsim.data.datasets import image_shape, load_dataset, training_images
 from fedsim.data.images import Images
 from fedsim.data.local_folder import own_images
-from fedsim.data.partition import sample_order, shard
+from fedsim.data.partition import sample_order, shard_of
+from fedsim.data.uneven import uneven_shards
 from fedsim.device import prepare
-from fedsim.models import blank_model
+from fedsim.models import builder_of, empty_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import StepInputs, step_inputs
@@ -80,16 +82,29 @@ def local_images(config: Config) -> Images:
     return own_images(config) or load_dataset(config, verify=False).train
 
 
+def check_machine(config: Config) -> None:
+    """Raise UserError where this machine lacks what a worker needs: code of the user's, or flwr-datasets."""
+    builder_of(config.model)
+    image_shape(config)
+    if config.partition != "iid" and own_images(config) is None:
+        uneven_shards(config)
+
+
+def held_images(config: Config, worker: int) -> NDArray[np.int64]:
+    """Which of `local_images` the worker trains on: all of its node's own, or its shard."""
+    own = own_images(config)
+    return np.arange(len(own)) if own else shard_of(config, worker)
+
+
 def round_inputs(config: Config, start: Start) -> StepInputs:
     """What the local steps of a worker's round read."""
-    own = own_images(config)
-    held = np.arange(len(own)) if own else shard(training_images(config), config.clients, start.worker, config.seed)
+    held = held_images(config, start.worker)
     plan = local_plan(config)
     first_step, samples = plan.first_step(start.round), plan.samples(start.round)
     first = first_step * config.batch_size
     order = sample_order(len(held), first, samples, config.seed, start.worker, config.shuffle_every)
-    rates = plan.rates(start.round)
-    return step_inputs(held[order], config.batch_size, config.seed, start.worker, first_step, rates)
+    rates, corners = plan.rates(start.round), local_images(config).corners
+    return step_inputs(held[order], config.batch_size, config.seed, start.worker, first_step, rates, corners)
 
 
 def local_plan(config: Config) -> RunPlan:
@@ -108,7 +123,7 @@ def _replica(config: Config) -> Replica:
 def build_replica(config: Config) -> Replica:
     """A replica whose values are not set, and this thread made ready for it."""
     prepare(config)
-    model = blank_model(config.model, classes_of(config), config.device, config.precision)
+    model = empty_model(config)
     optimizer = build_optimizer(config, dict(model.named_parameters()))
     samples = local_plan(config).max_steps * config.batch_size
     return Replica(model, optimizer, make_step_fn(config, model, optimizer, local_images(config), samples))

@@ -8,24 +8,22 @@ own, so that norms stay the workers' own; SGDM, which treats each value apart, s
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.data.datasets import classes_of, load_dataset
-from fedsim.data.images import SIDE
+from fedsim.data.datasets import classes_of, image_shape, load_dataset
+from fedsim.data.images import ImageShape
 from fedsim.device import prepare
 from fedsim.errors import UserError
-from fedsim.models import blank_model
+from fedsim.models import blank_model, builder_of, empty_model
 from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
 from fedsim.training.local_round import End, Start, local_plan, round_inputs, take_round
-
-IMAGE = (3, SIDE, SIDE)  # what a model is given
 
 
 class StackedReplicas:
@@ -33,11 +31,9 @@ class StackedReplicas:
 
     def __init__(self, config: Config, replicas: int, by_products: bool = False) -> None:
         prepare(config)
-        if problem := why_not(config, by_products):
-            raise UserError(f"model {config.model}: {problem}: choose the engine that trains each client in a thread")
+        check_stackable(config, by_products)
         self._config = config
-        single = blank_model(config.model, classes_of(config), config.device, config.precision)
-        self._model = stack(single, replicas, by_products).to(memory_format=torch.channels_last)
+        self._model = stack(empty_model(config), replicas, by_products).to(memory_format=torch.channels_last)
         self._parts = [  # of each replica: views of its parameters
             {name: _split(p.detach(), replicas)[replica] for name, p in self._model.named_parameters()}
             for replica in range(replicas)
@@ -94,11 +90,25 @@ class StackedReplicas:
 
 def why_not(config: Config, by_products: bool = False) -> str:
     """Why the replicas of `config` cannot be stacked; empty if they can, and then compute what each does alone."""
+    builder = builder_of(config.model)
+    return _why_not(builder, config.model, classes_of(config), image_shape(config), config.norm, by_products)
+
+
+@functools.lru_cache(maxsize=8)  # a large model takes seconds
+def _why_not(
+    builder: Callable[..., nn.Module], name: str, classes: int, image: ImageShape, norm: str, by_products: bool
+) -> str:
     try:
-        check_stack(lambda: blank_model(config.model, classes_of(config), precision="fp64"), IMAGE, by_products)
+        check_stack(lambda: blank_model(name, classes, "cpu", "fp64", image, norm), image, by_products)
     except CannotStack as error:
         return str(error)
     return ""
+
+
+def check_stackable(config: Config, by_products: bool = False) -> None:
+    """Raise UserError where the replicas of `config` cannot be stacked."""
+    if problem := why_not(config, by_products):
+        raise UserError(f"model {config.model}: {problem}: choose the engine that trains each client in a thread")
 
 
 def take_rounds(config: Config, starts: Sequence[Start], by_products: bool = False) -> list[End]:

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedsim.data.images import Images, sample_crops
+from fedsim.data.images import Corners, Images, sample_crops
 from fedsim.device import products_in, thread_pool
 from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.optim import set_lr
@@ -36,12 +36,21 @@ class StepInputs:
 
 
 def step_inputs(
-    index: NDArray[np.int64], batch_size: int, seed: int, worker: int, first_step: int, rates: Sequence[float]
+    index: NDArray[np.int64],
+    batch_size: int,
+    seed: int,
+    worker: int,
+    first_step: int,
+    rates: Sequence[float],
+    corners: Corners,
 ) -> StepInputs:
-    """The inputs of the steps `first_step`, `first_step` + 1, ... of a worker on the images `index`, in their order."""
+    """The inputs of the steps `first_step`, `first_step` + 1, ... of a worker on the images `index`, in their order.
+
+    `corners` are those of the `Images`.
+    """
     words = random_words(step_keys(seed, worker, first_step, len(rates), "augment"), batch_size)
     keys = step_keys(seed, worker, first_step, len(rates), "dropout")
-    crops = sample_crops(index, words.reshape(-1)[: len(index)])
+    crops = sample_crops(index, words.reshape(-1)[: len(index)], corners)
     return StepInputs(crops, torch.from_numpy(keys.view(np.int64)), rates)
 
 

@@ -25,7 +25,7 @@ def images_of(count: int = 20) -> tuple[Images, np.ndarray]:
 
 def drawn(order: np.ndarray, step: int = 0) -> torch.Tensor:
     """Crops of the images in `order`, all of one step."""
-    return sample_crops(order, random_words(step_keys(1, 0, step, 1, "augment"), len(order))[0])
+    return sample_crops(order, random_words(step_keys(1, 0, step, 1, "augment"), len(order))[0], (9, 9))
 
 
 def test_crops_are_those_of_torchvision() -> None:

@@ -25,7 +25,7 @@ def test_the_flop_of_a_step_by_hand() -> None:
     """A multiply-add is 2; each layer has a product forward, one for its weights' gradient, one for its inputs'."""
     convolutions = [28 * 28 * 6 * 25 * 3, 10 * 10 * 16 * 25 * 6]
     products = [400 * 120, 120 * 84, 84 * 10]
-    assert flop_per_image("lenet5", 10) == 2 * (
+    assert flop_per_image(Config(model="lenet5", dataset="synthetic")) == 2 * (
         3 * sum([*convolutions, *products]) - convolutions[0]
     )  # the images need none
 
@@ -37,7 +37,7 @@ def seconds_of(name: str, results: Path) -> float:
 
 
 def test_the_list_counts_the_hours_of_a_model_by_its_flop(tmp_path: Path) -> None:
-    flop = {"lenet-bn": flop_per_image("lenet-bn", 100), "lenet5": flop_per_image("lenet5", 100)}
+    flop = {name: flop_per_image(Config(model=name)) for name in ("lenet-bn", "lenet5")}
     for name, images, model in (("table1", 18 * 3 * 100 * 50_000, "lenet-bn"), ("scaled-small", 24_000_000, "lenet5")):
         expected = images * flop[model] / REFERENCE_FLOPS
         assert seconds_of(name, tmp_path) == pytest.approx(expected, rel=0.02, abs=180)  # to a tenth of an hour

@@ -6,6 +6,7 @@ import logging
 import os
 import random
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.flwr_run import copy_app, federation, superlink
 from fedsim.processes import cleanup, marked, running
-from tests.conftest import assert_same_bits, final_model, rows_of
+from tests.conftest import NEEDS_FLWR_DATASETS, assert_same_bits, final_model, rows_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -52,12 +53,21 @@ def started_by(mark: str) -> list[str]:
     "keys",
     [
         ("--compress-down", "powersgd", "--fraction", "0.5", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
-        ("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
+        pytest.param(
+            (
+                *("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
+                *("--model", "my_code:mlp", "--dataset", "my_code:larger", "--partition", "dirichlet"),
+                *("--partition-args", "alpha=0.9", "--client-weights", "shard-size"),
+            ),
+            marks=NEEDS_FLWR_DATASETS,
+        ),
     ],
 )
 def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
 ) -> None:
+    shutil.copy(ROOT / "tests" / "own_code.py", tmp_path / "my_code.py")
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
     fleet = run_py(tmp_path, "--name", "threads", *keys, "--engine", "threads")
     assert fleet.returncode == 0, fleet.stderr
     monkeypatch.setenv("STARTED_BY", str(tmp_path))

@@ -6,13 +6,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.errors import UserError
-from fedsim.models import MODELS, blank_model, build_model
+from fedsim.models import blank_model, build_model
 from fedsim.models.dropout import Dropout, StepKeys, set_dropout_keys
 from fedsim.models.lenet import LeNetBN
+from tests.conftest import register
 
 
 @pytest.mark.parametrize(
-    ("name", "classes", "parameters"), [("lenet-bn", 100, 1_774_052), ("lenet5", 10, 62_006), ("lenet5", 100, 69_656)]
+    ("name", "classes", "parameters"),
+    [
+        ("lenet-bn", 100, 1_774_052),
+        ("lenet5", 10, 62_006),
+        ("lenet5", 100, 69_656),
+        ("resnet20", 10, 272_474),
+        ("resnet20", 100, 278_324),
+        ("resnet18", 100, 11_220_132),
+        ("vit-tiny", 100, 5_380_132),
+    ],
 )
 def test_parameters(name: str, classes: int, parameters: int) -> None:
     model = build_model(name, classes, seed=0)
@@ -21,7 +31,7 @@ def test_parameters(name: str, classes: int, parameters: int) -> None:
 
 
 def test_an_unknown_model_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match="unknown model resnet: it must be one of lenet-bn, lenet5"):
+    with pytest.raises(UserError, match="unknown model resnet: it must be one of lenet-bn, lenet5, "):
         build_model("resnet", 10, 0)
 
 
@@ -89,7 +99,7 @@ def masks(model: nn.Module, x: Tensor, *keys: int) -> Tensor:
 
 
 def test_every_dropout_of_a_model_follows_its_key_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "unusual", lambda classes: Unusual(classes, nn.Linear(1, 1)))
+    register(monkeypatch, "unusual", lambda classes: Unusual(classes, nn.Linear(1, 1)))
     model, x = build_model("unusual", 10, 0), torch.ones(1000, 100)
     one, two, three = masks(model, x, 1)
     assert torch.equal(masks(model, x, 1), torch.stack([one, two, three]))
@@ -109,7 +119,7 @@ def test_dropout_of_replicas_is_that_of_each_alone() -> None:
 
 
 def test_dropout_of_whole_channels_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "unusual", lambda classes: Unusual(classes, nn.Dropout2d(0.5)))
+    register(monkeypatch, "unusual", lambda classes: Unusual(classes, nn.Dropout2d(0.5)))
     with pytest.raises(UserError, match=r"part \(Dropout2d\) draws from torch's global generator: use nn.D"):
         build_model("unusual", 10, 0)
 
@@ -120,6 +130,6 @@ def test_a_buffer_that_no_state_dict_holds_is_refused(monkeypatch: pytest.Monkey
         part.register_buffer("table", torch.ones(3), persistent=False)
         return Unusual(classes, part)
 
-    monkeypatch.setitem(MODELS, "unusual", build)
+    register(monkeypatch, "unusual", build)
     with pytest.raises(UserError, match=r"every buffer must be persistent, part\.table is not"):
         blank_model("unusual", 10)

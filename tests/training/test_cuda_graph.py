@@ -53,7 +53,7 @@ def rounds(config: Config, static: bool, capture: bool = False) -> dict[str, Ten
         if round == 1:  # a shorter one
             samples, rates = SAMPLES - BATCH, rates[:-1]
         order = generator(1, 0, round, "shuffle").permutation(len(images))[:samples]
-        inputs = step_inputs(order, BATCH, 1, 0, 3 * round, rates)
+        inputs = step_inputs(order, BATCH, 1, 0, 3 * round, rates, images.corners)
         losses.append(float(steps.run([inputs]) if static else simple(inputs)))
     return {"losses": torch.tensor(losses), **model.state_dict(), **optimizer_state(named, optimizer)}
 

@@ -6,9 +6,9 @@ import pytest
 from torch import Tensor
 
 from fedsim.config import Config
-from fedsim.models import MODELS
 from fedsim.models.lenet import LeNet5
 from fedsim.training.engine import choose_engine, multiply_adds
+from tests.conftest import register
 
 
 def test_multiply_adds_are_those_of_convolutions_and_fully_connected_layers(small: Config) -> None:
@@ -36,5 +36,5 @@ def test_a_model_that_cannot_be_stacked_runs_on_threads(small: Config, monkeypat
         def forward(self, x: Tensor) -> Tensor:
             return super().forward(x.flip(3))
 
-    monkeypatch.setitem(MODELS, "lenet5", Reversed)
+    register(monkeypatch, "lenet5", Reversed)
     assert choose_engine(small) == "threads"

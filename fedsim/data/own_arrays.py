@@ -1,0 +1,92 @@
+"""Data sets of one's own: four arrays in a file NAME.npz, or returned by a function."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.data.cache import Arrays
+from fedsim.data.images import Moments
+from fedsim.errors import UserError
+from fedsim.registry import describe, function_of
+
+MAX_CLASSES = 100_000  # more is a mistake, and a last layer that fits no memory
+NAMES = ("train_images", "train_labels", "test_images", "test_labels")
+
+
+def read_npz(file: Path) -> Arrays:
+    """The four arrays of a file, checked."""
+    try:
+        with np.load(file, allow_pickle=False) as held:
+            arrays = {name: held[name] for name in held.files if name in NAMES}
+    except Exception as error:  # NumPy does not document what a damaged file raises
+        raise UserError(f"dataset = {file} cannot be read ({describe(error)}): give a file of numpy.savez") from error
+    return checked(str(file), arrays)
+
+
+@functools.lru_cache(maxsize=2)
+def arrays_of(spec: str) -> Arrays:
+    """The four arrays that the function `spec` returns, checked."""
+    function = function_of("dataset", spec)
+    try:
+        arrays = function()
+    except UserError:
+        raise
+    except Exception as error:  # the function may raise anything
+        raise UserError(f"dataset = {spec} fails with {describe(error)}") from error
+    if not isinstance(arrays, Mapping):
+        raise UserError(
+            f"dataset = {spec} returns {type(arrays).__name__}: it must return a dict of {', '.join(NAMES)}"
+        )
+    return checked(spec, arrays)
+
+
+def checked(dataset: str, arrays: Mapping[str, Any]) -> Arrays:
+    """The arrays as they are trained on; raises UserError with what is wrong with those of `dataset`."""
+    if missing := [name for name in NAMES if name not in arrays]:
+        raise UserError(f"dataset = {dataset} has no {', '.join(missing)}: it must have {', '.join(NAMES)}")
+    of = {name: np.asarray(arrays[name]) for name in NAMES}
+    shape = of["train_images"].shape[1:]
+    for split in ("train", "test"):
+        names = f"{split}_images", f"{split}_labels"
+        images, labels = (of[name] for name in names)
+        problem = problem_of(images, labels, *names, shape)
+        if not problem and not images.size:
+            problem = f"{names[0]} holds no pixels: {list(images.shape)}"
+        elif not problem and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
+            problem = (
+                f"{names[1]} runs from {labels.min()} to {labels.max()}: classes are 0 to {MAX_CLASSES - 1} at most"
+            )
+        if problem:
+            raise UserError(f"dataset = {dataset}: {problem}")
+    return {name: array if name.endswith("images") else array.astype(np.int64) for name, array in of.items()}
+
+
+def problem_of(
+    images: NDArray[Any], labels: NDArray[Any], images_name: str, labels_name: str, shape: tuple[int, ...]
+) -> str:
+    """What is wrong with images that should have the `shape` (H, W, C) and their labels, or ""."""
+    if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
+        wanted = ", ".join(map(str, shape)) if len(shape) == 3 else "H, W, C"
+        return f"{images_name} holds {images.dtype} {list(images.shape)}, not uint8 [N, {wanted}]"
+    if not np.issubdtype(labels.dtype, np.integer) or labels.ndim != 1:
+        return f"{labels_name} holds {labels.dtype} {list(labels.shape)}, not integers [N]"
+    if len(images) != len(labels):
+        return f"{images_name} holds {len(images)} images and {labels_name} {len(labels)} labels: make them equal"
+    return ""
+
+
+def moments_of_images(images: NDArray[np.uint8]) -> Moments:
+    """Mean and standard deviation of each channel, of pixel / 255, from exact counts of the 256 values."""
+    values = np.arange(256) / 255
+    mean, deviation = [], []
+    for channel in np.moveaxis(images, -1, 0):
+        share = np.bincount(channel.ravel(), minlength=256) / channel.size
+        mean.append(float(share @ values))
+        deviation.append(float(share @ (values - mean[-1]) ** 2) ** 0.5 or 1.0)  # of a constant channel
+    return tuple(mean), tuple(deviation)

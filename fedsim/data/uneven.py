@@ -1,0 +1,107 @@
+"""Partitions that give clients different classes or numbers of images, by flwr-datasets or, for Pachinko, `pachinko`.
+
+A partition is a function of the labels, its name and arguments, the number of clients and the seed. It is kept in the
+cache, so that the processes of a node, one for each message, do not draw it again.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import inspect
+import warnings
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedsim.config import Argument, Config, arguments_of
+from fedsim.data.cache import Arrays, cached, discard_damaged
+from fedsim.data.datasets import data_folder, load_dataset
+from fedsim.data.official import coarse_labels
+from fedsim.data.pachinko import pachinko
+from fedsim.errors import UserError
+from fedsim.registry import describe
+from fedsim.rng import generator
+
+Shards = list[NDArray[np.int64]]
+OURS = ("num_partitions", "partition_by", "seed")  # arguments of partitioners that follow from other keys
+
+
+@functools.lru_cache(maxsize=2)  # called by every client in every round
+def uneven_shards(config: Config) -> Shards:
+    """The training images of each client of `config` (resolved), whose `partition` is not iid."""
+    labels = load_dataset(config, verify=False).train.labels.cpu().numpy()
+    form = [config.partition, config.partition_args, config.clients, config.seed]
+    form.append(hashlib.sha256(labels.tobytes()).hexdigest())
+    discard_damaged([], form)
+
+    def draw() -> Arrays:
+        shards = _pachinko(config, labels) if config.partition == "pachinko" else _by_flower(config, labels)
+        return {"images": np.concatenate(shards), "ends": np.cumsum([len(shard) for shard in shards])}
+
+    arrays = cached([], ("images", "ends"), draw, form)
+    return [np.array(shard) for shard in np.split(arrays["images"], arrays["ends"][:-1])]
+
+
+def _pachinko(config: Config, labels: NDArray[np.int64]) -> Shards:
+    if config.dataset != "cifar100":
+        raise UserError("partition = pachinko needs superclasses, which cifar100 alone has: give another partition")
+    given = arguments_of(config.partition_args)
+    alpha, beta = (given.pop(name, default) for name, default in (("alpha", 0.1), ("beta", 10.0)))
+    if given or not all(isinstance(value, int | float) and value > 0 for value in (alpha, beta)):
+        raise UserError(
+            f"partition-args = {config.partition_args}: pachinko takes alpha and beta, numbers greater than 0"
+        )
+    rng = generator(config.seed, 0, 0, "shard")
+    coarse = coarse_labels(data_folder(config))
+    return pachinko(labels, coarse, config.clients, float(alpha), float(beta), rng)  # type: ignore[arg-type]
+
+
+def _by_flower(config: Config, labels: NDArray[np.int64]) -> Shards:
+    """The shards of the partitioner of flwr-datasets that the config names, on the images in a seeded order."""
+    try:
+        import datasets
+        from flwr_datasets import partitioner as partitioners
+    except ImportError as error:
+        raise UserError(
+            f"partition = {config.partition} needs flwr-datasets on this machine ({describe(error)}): "
+            "pip install flwr-datasets"
+        ) from error
+    kind = getattr(partitioners, "".join(map(str.capitalize, config.partition.split("-"))) + "Partitioner")
+    order = generator(config.seed, 0, 0, "shard").permutation(len(labels))
+    where = f"partition-args = {config.partition_args or 'empty'}"
+    arguments = _arguments(config, kind, where)
+    try:
+        with warnings.catch_warnings(action="ignore"):  # of draws that are tried again
+            partitioner = kind(**arguments)
+            partitioner.dataset = datasets.Dataset.from_dict({"label": labels[order], "image": order})
+            if (count := partitioner.num_partitions) != config.clients:
+                raise UserError(f"{where} are for {count} clients, not {config.clients}: make them equal")
+            return [np.array(partitioner.load_partition(k)["image"], np.int64) for k in range(count)]
+    except UserError:
+        raise
+    except Exception as error:  # its checks raise errors of many kinds
+        raise UserError(f"{where}: partition = {config.partition} fails ({describe(error)})") from error
+
+
+def _arguments(config: Config, kind: type, where: str) -> dict[str, Any]:
+    """The arguments for a partitioner; raises UserError where one is unknown or missing."""
+    parameters = inspect.signature(kind).parameters
+    ours = dict(zip(OURS, (config.clients, "label", config.seed), strict=True))
+    given = {name: _listed(name, value) for name, value in arguments_of(config.partition_args).items()}
+    free = [name for name in parameters if name not in OURS]
+    if unknown := given.keys() - set(free):
+        takes = f"it takes {', '.join(free)}" if free else "it takes none"
+        raise UserError(f"{where}: partition = {config.partition} does not know {', '.join(unknown)}: {takes}")
+    needed = [name for name in free if parameters[name].default is inspect.Parameter.empty and name not in given]
+    if needed:
+        raise UserError(f"{where}: partition = {config.partition} needs {', '.join(needed)}")
+    return {name: value for name, value in ours.items() if name in parameters} | given
+
+
+def _listed(name: str, value: Argument) -> Any:
+    """Tuples as lists, which flwr-datasets asks for; a single size is a list too."""
+    if isinstance(value, tuple):
+        return list(value)
+    return [value] if name == "partition_sizes" else value

@@ -1,0 +1,79 @@
+"""Residual networks (He et al. 2016) for small images."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import Tensor, nn
+
+from fedsim.data.images import ImageShape
+
+NORMS: dict[str, Callable[[int], nn.Module]] = {
+    "bn": nn.BatchNorm2d,
+    # 32 groups as Wu and He 2018, or groups of two channels where there are fewer than 64
+    "gn": lambda channels: nn.GroupNorm(min(32, channels // 2), channels),
+}
+
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+
+    def __init__(self, channels: int, width: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
+        self.norm1 = norm(width)
+        self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
+        self.norm2 = norm(width)
+        self.shortcut: nn.Module = nn.Identity()
+        if stride > 1 or channels != width:
+            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), norm(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.norm1(self.conv1(x)).relu()
+        return (self.norm2(self.conv2(y)) + self.shortcut(x)).relu()  # type: ignore[no-any-return]
+
+
+class CifarResNet(nn.Module):
+    """The ResNets of depth 6n + 2 that He et al. train on CIFAR-10, section 4.2, with projection shortcuts (option B).
+
+    (B, C, H, W) images of any size -> (B, classes) logits; convolutions by He's initialisation.
+    """
+
+    def __init__(self, blocks: int, classes: int, image: ImageShape, norm: Callable[[int], nn.Module]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(image[0], 16, 3, padding=1, bias=False)
+        self.norm = norm(16)
+        layers: list[nn.Module] = []
+        for width, stride in ((16, 1), (32, 2), (64, 2)):
+            for number in range(blocks):
+                first = number == 0
+                channels = width // stride if first else width
+                layers.append(Block(channels, width, stride if first else 1, norm))
+        self.blocks = nn.Sequential(*layers)
+        self.fc = nn.Linear(64, classes)
+        for layer in self.modules():
+            if isinstance(layer, nn.Conv2d):
+                nn.init.kaiming_normal_(layer.weight, mode="fan_out", nonlinearity="relu")
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.blocks(self.norm(self.conv(x)).relu())
+        return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
+
+
+def resnet20(classes: int, image: ImageShape, norm: str) -> nn.Module:
+    """ResNet-20; 278,324 parameters with 100 classes."""
+    return CifarResNet(3, classes, image, NORMS[norm])
+
+
+def resnet18(classes: int, image: ImageShape, norm: str) -> nn.Module:
+    """torchvision's ResNet-18 with the stem for small images: a 3x3 convolution with stride 1, no max-pooling.
+
+    (B, C, H, W) images of any size -> (B, classes) logits; 11,220,132 parameters with 100 classes.
+    """
+    from torchvision.models import resnet18 as of_torchvision  # takes a second
+
+    model: nn.Module = of_torchvision(num_classes=classes, norm_layer=NORMS[norm])
+    model.conv1 = nn.Conv2d(image[0], 64, 3, padding=1, bias=False)
+    nn.init.kaiming_normal_(model.conv1.weight, mode="fan_out", nonlinearity="relu")
+    model.maxpool = nn.Identity()
+    return model

@@ -1,0 +1,48 @@
+"""What may be chosen by name, and code of one's own as ``package.module:function``."""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from typing import Any
+
+from fedsim.errors import UserError
+
+# Each model is a function of the number of classes. If it has a parameter `image`, it is given the shape (C, H, W) of
+# an image, and if it has a parameter `norm`, the key of that name.
+MODELS = {
+    "lenet-bn": "fedsim.models.lenet:LeNetBN",
+    "lenet5": "fedsim.models.lenet:LeNet5",
+    "resnet20": "fedsim.models.resnet:resnet20",
+    "resnet18": "fedsim.models.resnet:resnet18",
+    "vit-tiny": "fedsim.models.vit:vit_tiny",
+}
+DATASETS = ("cifar100", "cifar10", "fashion-mnist", "synthetic")
+
+
+def is_function(value: str) -> bool:
+    """Whether `value` has the form ``package.module:function``."""
+    return bool(re.fullmatch(r"([^\W\d]\w*\.)*[^\W\d]\w*:[^\W\d]\w*", value))
+
+
+def function_of(key: str, value: str) -> Callable[..., Any]:
+    """The function that `value` names, imported; raises UserError, which names `key`, where it cannot be."""
+    module, _, name = value.partition(":")
+    try:
+        function = getattr(importlib.import_module(module), name, None)
+    except ModuleNotFoundError as error:
+        raise UserError(
+            f"{key} = {value}: no module {error.name} on this machine: install it, or put its folder on PYTHONPATH"
+        ) from error
+    except Exception as error:  # the module's own code may raise anything
+        raise UserError(f"{key} = {value}: {module} cannot be imported ({describe(error)})") from error
+    if not callable(function):
+        raise UserError(f"{key} = {value}: {module} has no function {name}")
+    return function  # type: ignore[no-any-return]
+
+
+def describe(error: BaseException) -> str:
+    """An error of code that is not fedsim's, on one line."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0].strip()}" if lines else type(error).__name__

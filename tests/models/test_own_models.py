@@ -1,0 +1,99 @@
+"""Models by ``package.module:function``, and every model on images of other shapes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fedsim.config import Config
+from fedsim.errors import UserError
+from fedsim.experiments.execute import execute
+from fedsim.models import blank_model, check_model, initial_model
+from fedsim.models.resnet import NORMS
+from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+
+OWN = "tests.own_code"
+FEW: dict[str, Any] = {"synthetic_images": 64, "batch_size": 4}
+
+
+@pytest.mark.parametrize(
+    "keys", [{"model": f"{OWN}:vit"}, {"model": f"{OWN}:mlp"}, {"model": "resnet20", "norm": "gn"}]
+)
+def test_one_client_is_centralized_training_and_resumes_bitwise(run: Execute, keys: dict[str, Any]) -> None:
+    """Also with dropout of torch's in a model of one's own."""
+    keys = {**keys, **FEW, "synthetic_images": 16, "clients": 1}
+    alone = run("centralized", **keys, name="alone")
+    one = run(**keys, local_steps=2, record_by="epoch", name="one")
+    assert_same_bits(final_model(alone), final_model(one))
+    run(**keys, name="cut", stop_after_epochs=1.0, record_by="epoch")
+    assert_same_bits(final_model(run(**keys, name="cut", record_by="epoch")), final_model(one))
+    assert len(rows_of(one)) == 2
+
+
+@pytest.mark.parametrize("model", ["lenet-bn", "lenet5", "resnet20", "resnet18", f"{OWN}:mlp"])
+def test_models_take_grey_and_oblong_images(model: str) -> None:
+    logits = blank_model(model, 5, image=(1, 28, 20)).eval()(torch.zeros(2, 1, 28, 20))
+    assert logits.shape == (2, 5)
+
+
+def test_the_key_norm_replaces_every_batchnorm() -> None:
+    for name in ("resnet20", "resnet18"):
+        model = blank_model(name, 10, norm="gn")
+        kinds = [type(module).__name__ for module in model.modules()]
+        assert "BatchNorm2d" not in kinds
+        assert kinds.count("GroupNorm") > 15
+    assert [NORMS["gn"](c).num_groups for c in (16, 32, 64, 512)] == [8, 16, 32, 32]
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"model": "no.such:build"}, "model = no.such:build: no module no on this machine: install it, or put its fol"),
+        ({"model": f"{OWN}:nothing"}, f"model = {OWN}:nothing: {OWN} has no function nothing"),
+        ({"model": f"{OWN}:not_a_function"}, f"{OWN} has no function not_a_function"),
+        ({"model": f"{OWN}:none"}, f"model = {OWN}:none returns NoneType: it must return an nn.Module"),
+        ({"model": f"{OWN}:fails"}, "cannot be built for 10 classes and images of 3 x 32 x 32 (RuntimeError: no weig"),
+        ({"model": f"{OWN}:ten_classes"}, "for two of them it gives 2 x 7, not 2 x 10 logits"),
+        ({"model": f"{OWN}:Tuple"}, "for two of them it gives tuple, not 2 x 10 logits"),
+        ({"model": f"{OWN}:Tied"}, "tests.own_code:Tied: other.weight is a parameter of another layer too: copy it"),
+        ({"model": f"{OWN}:Unused"}, "extra.weight, extra.bias gets no gradient: every parameter must"),
+        ({"model": f"{OWN}:FunctionalDropout"}, "draws from torch's global generator: let all dropout be nn.Dropout"),
+        ({"model": f"{OWN}:noisy_vit"}, "draws from torch's global generator: let all dropout be nn.Dropout"),
+        ({"model": f"{OWN}:Net", "dataset": f"{OWN}:load"}, f"does not take the images of {OWN}:load, 1 x 12 x 10"),
+        ({"model": "lenet5", "dataset": f"{OWN}:load"}, "for 3 classes and images of 1 x 12 x 10"),
+        (
+            {"model": "vit-tiny", "crop-size": 26},
+            "for 10 classes and images of 3 x 26 x 26 (AssertionError: Inp",
+        ),
+        ({"norm": "gn"}, "norm is not used by model = lenet5: leave it out"),
+    ],
+)
+def test_a_model_that_cannot_be_trained_is_told_in_a_line(small: Config, keys: dict[str, Any], message: str) -> None:
+    config = small.changed({**keys, "name": "run"})
+    for _ in range(2):  # whatever the first try has left imported
+        with pytest.raises(UserError) as caught:
+            execute(config, "localsgd")
+        assert message in str(caught.value)
+        assert "\n" not in str(caught.value)
+    assert not any(Path(config.results_dir).iterdir())
+
+
+def test_the_check_of_a_model_draws_nothing_from_the_global_generator(small: Config) -> None:
+    before = torch.get_rng_state()
+    check_model(small.changed({"model": f"{OWN}:vit"}))
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_initial_weights_of_ones_own_model_are_the_seeds(small: Config) -> None:
+    config = small.changed({"model": f"{OWN}:mlp"})
+    one, same, other = (initial_model(config.changed({"seed": seed})).state_dict() for seed in (1, 1, 2))
+    assert_same_bits(one, same)
+    assert not torch.equal(one["2.weight"], other["2.weight"])
+
+
+def test_an_engine_that_cannot_stack_a_model_names_its_layer(small: Config) -> None:
+    with pytest.raises(UserError, match=r"cannot stack encoder\.layers\.encoder_layer_0\.self_attention \(Multihead"):
+        execute(small.changed({"model": f"{OWN}:vit"}), "localsgd", "stacked")

@@ -1,0 +1,105 @@
+"""Models and data sets of one's own, as a user would write them; the tests name them as ``tests.own_code:NAME``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchvision.models import VisionTransformer
+
+
+def mlp(classes: int, image: tuple[int, int, int]) -> nn.Module:
+    """For images of any shape, with dropout."""
+    channels, height, width = image
+    inputs = channels * height * width
+    return nn.Sequential(nn.Flatten(), nn.Dropout(0.2), nn.Linear(inputs, 16), nn.ReLU(), nn.Linear(16, classes))
+
+
+def vit(classes: int) -> nn.Module:
+    """A small transformer of torchvision's, with dropout."""
+    return VisionTransformer(32, 8, 1, 2, 8, 16, dropout=0.1, num_classes=classes)  # type: ignore[no-any-return]
+
+
+def noisy_vit(classes: int) -> nn.Module:
+    """Its attention draws dropout of its own."""
+    return VisionTransformer(32, 8, 1, 2, 8, 16, attention_dropout=0.1, num_classes=classes)  # type: ignore[no-any-return]
+
+
+class Net(nn.Module):
+    """A model whose forward pass is a test's."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.fc = nn.Linear(3 * 32 * 32, classes)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x.flatten(1))
+
+
+class FunctionalDropout(Net):
+    def forward(self, x: Tensor) -> Any:
+        return F.dropout(super().forward(x), 0.5, self.training)
+
+
+class Tuple(Net):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x), x
+
+
+class Unused(Net):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.extra = nn.Linear(1, 1)
+
+
+class Tied(Net):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.other = nn.Linear(3 * 32 * 32, classes)
+        self.other.weight = self.fc.weight
+
+
+def ten_classes(classes: int) -> nn.Module:
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 7))
+
+
+def fails(classes: int) -> nn.Module:
+    raise RuntimeError("no weights\nin this file")
+
+
+def none(classes: int) -> Any:
+    return None
+
+
+not_a_function = 3
+
+
+def arrays(images: int = 96, shape: tuple[int, int, int] = (12, 10, 1), classes: int = 3) -> dict[str, np.ndarray]:
+    """Images whose brightness tells their class."""
+    rng = np.random.default_rng(0)
+    held: dict[str, np.ndarray] = {}
+    for split, count in (("train", images), ("test", images // 4)):
+        labels = rng.integers(0, classes, count)
+        noise = rng.integers(0, 60, (count, *shape))
+        held[f"{split}_images"] = (noise + 60 * labels[:, None, None, None]).astype(np.uint8)
+        held[f"{split}_labels"] = labels
+    return held
+
+
+def load() -> dict[str, np.ndarray]:
+    return arrays()
+
+
+def larger() -> dict[str, np.ndarray]:
+    return arrays(512)
+
+
+def no_dict() -> Any:
+    return [1, 2]
+
+
+def load_fails() -> Any:
+    return torch.load("/nonexistent/file")
