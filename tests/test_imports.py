@@ -11,8 +11,8 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "processes", "rng", "reference", "checkpoint_file", "provenance"),
-    ("interrupts",),
+    ("errors", "processes", "rng", "reference", "copies", "provenance"),
+    ("interrupts", "checkpoint_file"),
     ("config",),
     ("device",),
     ("data", "optim"),
@@ -32,6 +32,7 @@ WITHOUT_FLOWER = (
     "rng",
     "reference",
     "checkpoint_file",
+    "copies",
     "provenance",
     "config",
     "device",

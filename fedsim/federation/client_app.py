@@ -35,7 +35,7 @@ from fedsim.federation.protocol import (
 from fedsim.training import stacked
 from fedsim.training.local_round import End, Start, local_plan, take_round
 from strategies import DECLINED, buffers_in, join, sections, split, tensor_record, tensors_of
-from strategies.screening import not_finite
+from strategies.screening import wrong_values
 
 app = ClientApp()
 
@@ -111,7 +111,7 @@ def _reply(config: Config, message: Message, context: Context, end: End) -> Mess
     sent = sections(end.weights, buffers_in(received), state if config.momentum_at_sync == "average" else {})
     kept = state if config.momentum_at_sync == "keep" else {}
     if codec := codec_of(config):
-        if not_finite(sent.parameters):  # an infinity would stay in the residual
+        if any(wrong_values([sent.parameters])):  # an infinity would stay in the residual
             return _declined(message, "its parameters are not finite")
         x = split(tensors_of(received)).parameters
         seed = compress_seed(config, local_plan(config), _round(message), _worker(context))
