@@ -33,18 +33,22 @@ def copies(parts: Sequence[Mapping[str, Tensor]]) -> list[dict[str, Tensor]]:
 
 def on_host(content: Mapping[str, Any]) -> dict[str, Any]:
     """`content`, nested mappings included, with its tensors on the CPU; a GPU is waited for once."""
-    copied = _copied_to_host(content)
-    if torch.cuda.is_initialized():
-        torch.cuda.synchronize()
+    devices: set[torch.device] = set()
+    copied = _copied_to_host(content, devices)
+    for device in devices:
+        torch.cuda.synchronize(device)
     return copied
 
 
-def _copied_to_host(content: Mapping[str, Any]) -> dict[str, Any]:
-    """Copies into pinned memory that may not have ended yet; what is on the CPU already is not copied."""
+def _copied_to_host(content: Mapping[str, Any], devices: set[torch.device]) -> dict[str, Any]:
+    """Copies that may not have ended yet, into pinned memory; `devices` are then those to wait for."""
     copied: dict[str, Any] = {}
     for name, value in content.items():
         if isinstance(value, Mapping):
-            copied[name] = _copied_to_host(value)
+            copied[name] = _copied_to_host(value, devices)
+        elif isinstance(value, Tensor) and value.is_cuda:
+            devices.add(value.device)
+            copied[name] = value.to("cpu", non_blocking=True)
         else:
-            copied[name] = value.to("cpu", non_blocking=True) if isinstance(value, Tensor) else value
+            copied[name] = value
     return copied

@@ -17,7 +17,6 @@ What it cannot show: kernels and their rounding, cuDNN's choice of them, memory,
 from __future__ import annotations
 
 import contextlib
-import math
 import unittest.mock
 import weakref
 from collections import Counter
@@ -28,17 +27,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_map
+
+from fedsim.bench.operators import bytes_moved, changed_by, kernels, launches_kernel, name_of, tensors_in
 
 GPU = torch.device("cuda", 0)
 DEVICE, PINNED, PAGEABLE = "device", "pinned", "pageable"  # where a storage is
-ALLOCATIONS = ("aten::empty", "aten::empty_like", "aten::empty_strided", "aten::new_empty", "aten::new_empty_strided")
-NO_KERNEL = (*ALLOCATIONS, "aten::_unsafe_view", "aten::detach", "aten::lift_fresh", "aten::set_", "aten::resize_")
-COPIES = ("aten::copy_", "aten::_to_copy", "aten::_foreach_copy_")
-WRITES_UNSAID = {"aten::native_batch_norm": (3, 4)}  # arguments that it changes although its schema does not say so
-# Limits of one kernel over lists of tensors (ATen/native/cuda/MultiTensorApply.cuh): tensors by the number of lists,
-# blocks, and the values of a block
-MOST_TENSORS, MOST_BLOCKS, CHUNK = (110, 64, 48, 36, 30), 320, 65536
+COPIES = ("copy_", "_to_copy", "_foreach_copy_")
 
 
 class GpuError(AssertionError):
@@ -244,7 +239,7 @@ class Operators(TorchDispatchMode):
         self.gpu = gpu
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, gpu, name = kwargs or {}, self.gpu, func._schema.name
+        kwargs, gpu, name = kwargs or {}, self.gpu, name_of(func)
         given = tensors_in((args, kwargs))
         on_device = [tensor for tensor in given if kind(tensor) == DEVICE]
         if not on_device and not Functions.making:
@@ -254,8 +249,8 @@ class Operators(TorchDispatchMode):
         if any(tensor.is_meta for tensor in given):
             return func(*args, **kwargs)
         self._check(func, name, args, kwargs, given, on_device)
-        writes = [tensor for tensor in written(func, args, kwargs) if kind(tensor) == DEVICE]
-        if gpu.capturing and not is_view(func):
+        writes = [tensor for tensor in changed_by(func, args, kwargs) if kind(tensor) == DEVICE]
+        if gpu.capturing and launches_kernel(func):
             out = gpu.capturing.record(func, args, kwargs, writes, lambda: func(*args, **kwargs))
         else:
             out = func(*args, **kwargs)
@@ -266,10 +261,9 @@ class Operators(TorchDispatchMode):
                 place(tensor, DEVICE)
         else:
             gpu.give_memory(fresh)
-        if not is_view(func):
-            gpu.counts["captured" if gpu.capturing else "launches"] += launches(name, args)
-            moved = {(address(t), t.storage_offset(), t.shape): t.nbytes for t in (*given, *tensors_in(out))}
-            gpu.counts["captured bytes" if gpu.capturing else "bytes"] += sum(moved.values())
+        if launches_kernel(func):
+            gpu.counts["captured" if gpu.capturing else "launches"] += kernels(func, args)
+            gpu.counts["captured bytes" if gpu.capturing else "bytes"] += int(bytes_moved(func, args, kwargs, out))
             if not gpu.capturing:
                 changed = {address(tensor) for tensor in writes}
                 gpu.use([t for t in on_device if address(t) not in changed], [*writes, *fresh], name)
@@ -317,6 +311,8 @@ class Functions(TorchFunctionMode):
             return GPU if kind(tensor) == DEVICE else func(tensor)
         if tensor is not None and func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return kind(tensor) == DEVICE
+        if tensor is not None and func == Tensor.is_cpu.__get__:  # type: ignore[attr-defined]
+            return kind(tensor) != DEVICE
         if tensor is not None and name in ("tolist", "numpy"):
             if kind(tensor) == DEVICE:
                 if name == "numpy":
@@ -439,6 +435,7 @@ def replacements(gpu: EmulatedGpu) -> dict[Any, dict[str, Any]]:
             "is_available": lambda: True,
             "is_initialized": lambda: True,
             "device_count": lambda: 1,
+            "get_device_name": lambda device=None: "an emulated GPU",
             "mem_get_info": lambda device=None: (2**40, 2**40),
         },
         torch.accelerator: {"current_stream": lambda device=None: gpu.stream},
@@ -457,10 +454,6 @@ def current() -> EmulatedGpu:
 
 
 _current: Callable[[], EmulatedGpu | None] = lambda: None  # noqa: E731
-
-
-def tensors_in(values: Any) -> list[Tensor]:
-    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
 
 
 def address(tensor: Tensor) -> int:
@@ -496,29 +489,3 @@ def merge(clock: dict[Stream, int], other: dict[Stream, int]) -> None:
 
 def is_cuda(device: Any) -> bool:
     return device is not None and torch.device(device).type == "cuda"
-
-
-def written(func: Any, args: Any, kwargs: Any) -> list[Tensor]:
-    """The tensors that an operator changes."""
-    name, arguments = func._schema.name, func._schema.arguments
-    places = [i for i, a in enumerate(arguments) if a.is_write or i in WRITES_UNSAID.get(name, ())]
-    return tensors_in([args[i] if i < len(args) else kwargs.get(arguments[i].name) for i in places])
-
-
-def is_view(func: Any) -> bool:
-    """Whether an operator launches no kernel."""
-    returns = func._schema.returns
-    aliases = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
-    return aliases or func._schema.name in NO_KERNEL
-
-
-def launches(name: str, args: Any) -> int:
-    """The kernels of an operator: one, or for lists of tensors as many as their number and sizes need."""
-    if not name.startswith(("aten::_foreach", "aten::_fused")):
-        return 1
-    lists = [a for a in args if isinstance(a, Sequence) and a and isinstance(a[0], Tensor)]
-    if name == "aten::_foreach_copy_" and len({(kind(t), t.dtype) for a in lists[1:] for t in a}) > 1:
-        return len(lists[0])
-    blocks = sum(math.ceil(tensor.numel() / CHUNK) for tensor in lists[0])
-    kernels = max(math.ceil(len(lists[0]) / MOST_TENSORS[len(lists) - 1]), math.ceil(blocks / MOST_BLOCKS))
-    return kernels + (name == "aten::_foreach_norm")  # which adds up its blocks

@@ -36,11 +36,14 @@ MOST_MEMORY = 3 * 2**30  # bytes that these tests may add to the process
 
 
 @pytest.fixture(autouse=True, scope="module")
-def bounded_memory() -> Iterator[None]:
+def one_thread_and_bounded_memory() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
     before = memory("VmRSS")
     yield
+    torch.set_num_threads(threads)
     assert memory("VmHWM") - before < MOST_MEMORY
 
 
@@ -60,8 +63,9 @@ def tiny(small: Config) -> Config:
 
 
 def resnet(classes: int) -> nn.Module:
-    """torchvision's ResNet with one block a stage, in its form for CIFAR."""
+    """The first two stages of torchvision's ResNet, in its form for CIFAR."""
     model = ResNet(BasicBlock, [1] * 4, classes)
+    model.layer3, model.layer4, model.fc = nn.Sequential(), nn.Sequential(), nn.Linear(128, classes)
     model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
     return model
 
@@ -103,14 +107,16 @@ def test_a_captured_step_is_the_simple_step(
 
 @pytest.mark.parametrize("kind", [torch.optim.Adam, torch.optim.AdamW, torch.optim.RMSprop, torch.optim.Adadelta])
 def test_a_captured_step_of_torchs_optimizers_is_the_simple_step(tiny: Config, kind: Any) -> None:
-    simple = rounds(tiny, False, build=lambda _, named: kind(named.values(), lr=0.01))
+    config = tiny.changed({"precision": "fp64"})
 
     def capturable(_: Config, named: dict[str, Tensor]) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = kind(named.values(), lr=0.01, capturable=True, foreach=True)
         optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # as in the warm-up
         return optimizer
 
-    assert_close(captured(tiny, build=capturable), simple, 2e-5)
+    with EmulatedGpu():  # where alone it is capturable
+        simple = on_host(rounds(config.changed({"device": "cuda"}), False, build=capturable))
+    assert_close(captured(config, build=capturable), simple, 1e-12)
 
 
 def ends_on(config: Config, take_rounds: Callable[[Config, Sequence[Start]], list[End]]) -> list[End]:
@@ -137,7 +143,9 @@ def ends_one_by_one(config: Config) -> list[End]:
 
 
 def assert_same_ends(config: Config, way: str, within: float, but: Sequence[str] = ()) -> None:
-    for one, other in zip(ends_one_by_one(config), emulated_ends(config, way), strict=True):
+    """In bf16, whose rounding differs between the ways, with the same way on the CPU, without graphs."""
+    expected_ends = ends_on(config, WAYS[way]) if config.precision == "bf16" else ends_one_by_one(config)
+    for one, other in zip(expected_ends, emulated_ends(config, way), strict=True):
         for part in ("weights", "state"):
             expected, found = getattr(one, part), getattr(other, part)
             noise = expected.keys() & set(but)
@@ -152,8 +160,7 @@ def assert_same_ends(config: Config, way: str, within: float, but: Sequence[str]
         *((way, "lenet5", "fp64", optimizer) for way in WAYS for optimizer in ("sgdm", "lars", "lamb")),
         *((way, "lenet-bn", "fp64", "sgdm") for way in WAYS),
         ("groups", "lenet-bn", "fp32", "sgdm"),
-        ("streams", "lenet-bn", "bf16", "sgdm"),
-        ("products", "lenet-bn", "bf16", "lars"),
+        *((way, "lenet-bn", "bf16", "sgdm") for way in WAYS),
         ("groups", "resnet", "fp64", "sgdm"),
     ],
 )
@@ -162,7 +169,7 @@ def test_all_workers_at_once_are_one_by_one(
 ) -> None:
     shape = {"precision": precision, "optimizer": optimizer, "trust-coefficient": 0.05, "batch-size": 2}
     config = named(tiny, model, monkeypatch).changed(shape)
-    within = {"fp64": 1e-12, "fp32": 1e-4, "bf16": 0.02}[precision]
+    within = {"fp64": 1e-12, "fp32": 1e-4, "bf16": 0}[precision]
     assert_same_ends(config, way, within, NOISE_OF_LAMB if optimizer == "lamb" and model == "lenet-bn" else ())
 
 
@@ -171,7 +178,7 @@ def test_all_workers_at_once_are_one_by_one(
     [
         ("centralized", "threads", {}),
         ("localsgd", "threads", {}),
-        ("localsgd", "stacked", {}),
+        ("localsgd", "stacked", {"model": "lenet-bn"}),
         ("localsgd", "stacked", {"outer": "fedadam", "outer-args": "lr=0.01", "compress": "int8"}),
         ("localsgd", "stacked", {"outer": "slowmo", "momentum-at-sync": "average"}),
     ],
@@ -179,7 +186,8 @@ def test_all_workers_at_once_are_one_by_one(
 def test_a_run_on_the_gpu_is_the_run_on_the_cpu_and_is_resumed_bitwise(
     tiny: Config, mode: Any, engine: Any, keys: dict[str, Any]
 ) -> None:
-    config = tiny.changed({"precision": "fp64", "batch-size": 8, "model": "lenet-bn", "synthetic-images": 128, **keys})
+    shape = {"precision": "fp64", "synthetic-images": 24, "clients": 3, "epochs": 2.0, "evaluate-every": 4}
+    config = tiny.changed({**shape, **keys})
     on_cpu = execute(config.changed({"name": "cpu"}), mode, "threads")
     with EmulatedGpu():
         on_gpu = config.changed({"device": "cuda"})
@@ -193,7 +201,8 @@ def test_a_run_on_the_gpu_is_the_run_on_the_cpu_and_is_resumed_bitwise(
 
 @pytest.mark.parametrize("by_products", [False, True])
 def test_a_round_of_twelve_workers_takes_few_launches_and_waits(tiny: Config, by_products: bool) -> None:
-    counts = round_counts(tiny.changed({"model": "lenet-bn", "batch-size": 1, "clients": 12}), by_products)
+    model = "lenet5" if by_products else "lenet-bn"  # whose patches take much memory
+    counts = round_counts(tiny.changed({"model": model, "batch-size": 1, "clients": 12}), by_products)
     assert counts["replays"] == tiny.local_steps
     assert counts["launches"] <= 150
     assert counts["waits"] == 3  # for the losses, for the updates' values, for the average's
@@ -331,7 +340,7 @@ def optimizer_state_replaced(patch: pytest.MonkeyPatch) -> None:
     ("fault", "message"),
     [
         (constant_rate, "losses"),
-        (warm_up_trains, "losses"),
+        (warm_up_trains, "running_mean"),
         (warm_up_leaves_momentum, "losses"),
         (no_warm_up, "losses"),
         (value_read_in_the_step, "the host waits for the device"),
@@ -390,7 +399,7 @@ def test_memory_taken_again_while_another_stream_may_use_it_is_caught() -> None:
         with torch.cuda.stream(other):  # type: ignore[arg-type]
             doubled = value * 2
         del value
-        with pytest.raises(GpuError, match="taking freed memory again is not ordered after aten::mul"):
+        with pytest.raises(GpuError, match="taking freed memory again is not ordered after mul"):
             torch.zeros(4, device="cuda")
         gpu.default.wait_stream(other)
         assert (torch.zeros(4, device="cuda") + doubled).tolist() == [2] * 4
