@@ -87,7 +87,9 @@ def kernels(func: Any, args: Sequence[Any]) -> int:
     if not name.startswith(("_foreach", "_fused")):
         return 1
     lists = [a for a in args if isinstance(a, Sequence) and a and isinstance(a[0], Tensor)]
-    if any(one.dtype != of[0].dtype or one.device != of[0].device for of in lists for one in of):
+    alike = all(one.dtype == of[0].dtype and one.device == of[0].device for of in lists for one in of)
+    layouts = [[(tensor.shape, tensor.stride()) for tensor in of] for of in lists]
+    if not alike or any(of != layouts[0] for of in layouts):
         return len(lists[0])  # one by one
     blocks = sum(math.ceil(tensor.numel() / BLOCK) for tensor in lists[0])
     by_number = math.ceil(len(lists[0]) / MOST_TENSORS[len(lists) - 1])

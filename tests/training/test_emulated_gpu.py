@@ -116,7 +116,7 @@ def test_a_captured_step_of_torchs_optimizers_is_the_simple_step(tiny: Config, k
 
     with EmulatedGpu():  # where alone it is capturable
         simple = on_host(rounds(config.changed({"device": "cuda"}), False, build=capturable))
-    assert_close(captured(config, build=capturable), simple, 1e-12)
+    assert_close(captured(config, build=capturable), simple, 1e-7)  # 1 - lr * decay in float32
 
 
 def ends_on(config: Config, take_rounds: Callable[[Config, Sequence[Start]], list[End]]) -> list[End]:
@@ -199,10 +199,9 @@ def test_a_run_on_the_gpu_is_the_run_on_the_cpu_and_is_resumed_bitwise(
     assert rows_of(parts) == rows_of(whole)
 
 
-@pytest.mark.parametrize("by_products", [False, True])
-def test_a_round_of_twelve_workers_takes_few_launches_and_waits(tiny: Config, by_products: bool) -> None:
-    model = "lenet5" if by_products else "lenet-bn"  # whose patches take much memory
-    counts = round_counts(tiny.changed({"model": model, "batch-size": 1, "clients": 12}), by_products)
+@pytest.mark.parametrize(("way", "model"), [("groups", "lenet-bn"), ("products", "lenet5")])
+def test_a_round_of_twelve_workers_takes_few_launches_and_waits(tiny: Config, way: str, model: str) -> None:
+    counts = round_counts(tiny.changed({"model": model, "batch-size": 1, "clients": 12}), way)
     assert counts["replays"] == tiny.local_steps
     assert counts["launches"] <= 150
     assert counts["waits"] == 3  # for the losses, for the updates' values, for the average's
