@@ -23,7 +23,7 @@ def mean(parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dic
     }
 
 
-def weighted_means(parts: Sequence[Sequence[Tensor]], weights: Sequence[float]) -> list[Tensor]:
+def weighted_means(parts: Sequence[list[Tensor]], weights: Sequence[float]) -> list[Tensor]:
     """`weighted_mean` of each column of `parts`, the lists of the workers' tensors.
 
     On a GPU each operation takes all tensors of a worker at once, as few kernels; the bits are the same.

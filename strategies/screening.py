@@ -77,10 +77,10 @@ def screen(
         except ValueError as reason:
             left_out[worker] = printable(reason)
     wrong = wrong_values([update.arrays for update in updates.values()], rules.nonnegative)
-    for worker, reason in zip(list(updates), wrong, strict=True):
-        if reason:
+    for worker, problem in zip(list(updates), wrong, strict=True):
+        if problem:
             del updates[worker]
-            left_out[worker] = printable(reason)
+            left_out[worker] = printable(problem)
     for worker in request.workers.values():
         if worker not in updates:
             left_out.setdefault(worker, "it did not answer")

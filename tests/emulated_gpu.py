@@ -231,11 +231,11 @@ class Outside:
         return torch.empty(0, dtype=self.dtype).set_(storage, *self.view)
 
 
-class Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Sees every operator below autograd."""
 
     def __init__(self, gpu: EmulatedGpu) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.gpu = gpu
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -273,7 +273,8 @@ class Operators(TorchDispatchMode):
         self, func: Any, name: str, args: Any, kwargs: Any, given: Sequence[Tensor], on_device: Sequence[Tensor]
     ) -> None:
         gpu = self.gpu
-        if {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags):
+        by_values = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape} & set(func.tags)
+        if by_values and (name != "index" or any(tensor.dtype == torch.bool for tensor in given[1:])):
             gpu.host_reads(on_device[0], name)
         if gpu.capturing and torch.Tag.nondeterministic_seeded in func.tags:
             raise GpuError(f"{name} draws from a generator, whose state a graph would have to advance")
@@ -307,7 +308,7 @@ class Functions(TorchFunctionMode):
         kwargs = dict(kwargs or {})
         name = getattr(func, "__name__", "")
         tensor = args[0] if args and isinstance(args[0], Tensor) else None
-        if tensor is not None and func == Tensor.device.__get__:  # type: ignore[attr-defined]
+        if tensor is not None and func == Tensor.device.__get__:
             return GPU if kind(tensor) == DEVICE else func(tensor)
         if tensor is not None and func == Tensor.is_cuda.__get__:  # type: ignore[attr-defined]
             return kind(tensor) == DEVICE
@@ -378,9 +379,10 @@ class Functions(TorchFunctionMode):
 
 def replacements(gpu: EmulatedGpu) -> dict[Any, dict[str, Any]]:
     """What stands in for torch's interface to CUDA."""
+    from fedsim import device
     from fedsim.federation import in_process
 
-    autocast, thread_pool = torch.autocast, in_process.thread_pool
+    autocast = torch.autocast
     by_device = torch.optim.Optimizer._group_tensors_by_device_and_dtype
 
     @contextlib.contextmanager
@@ -442,7 +444,9 @@ def replacements(gpu: EmulatedGpu) -> dict[Any, dict[str, Any]]:
         torch: {"autocast": lambda device_type, *args, **kwargs: autocast("cpu", *args, **kwargs)},
         torch.optim.Optimizer: {"_group_tensors_by_device_and_dtype": staticmethod(grouped)},
         in_process: {
-            "thread_pool": lambda device, threads: InThisThread() if is_cuda(device) else thread_pool(device, threads)
+            "thread_pool": lambda place, threads: (
+                InThisThread() if is_cuda(place) else device.thread_pool(place, threads)
+            )
         },
     }
 
@@ -462,7 +466,7 @@ def address(tensor: Tensor) -> int:
 
 def whole(tensor: Tensor) -> Tensor:
     """The bytes of the storage of a tensor."""
-    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())  # type: ignore[call-overload,no-any-return]
+    return torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
 
 
 def kind(tensor: Tensor) -> str:

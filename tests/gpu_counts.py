@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
+from collections.abc import Callable, Sequence
 
 from fedsim.bench.bound import Rates, bound, step_operators
 from fedsim.config import Config
@@ -20,10 +21,11 @@ from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.round import build_strategy, initial_progress, train_round
 from fedsim.models import build_model
 from fedsim.training import stacked, streams
+from fedsim.training.local_round import End, Start
 from fedsim.training.run_plan import run_plan
 from tests.emulated_gpu import EmulatedGpu
 
-WAYS = {
+WAYS: dict[str, Callable[[Config, Sequence[Start]], list[End]]] = {
     "groups": stacked.take_rounds,
     "products": functools.partial(stacked.take_rounds, by_products=True),
     "streams": streams.take_rounds,

@@ -64,7 +64,8 @@ def step_operators(config: Config, batch: int) -> list[Operator]:
         optimizer = build_optimizer(config, dict(model.named_parameters()))
         steps = CapturedSteps(model, optimizer, images, batch, batch, config.precision)
         steps.run([inputs])  # the first makes the optimizer's state
-        with Operators() as operators:
+        operators = Operators()
+        with operators:
             steps.run([inputs])
     return operators.called
 
@@ -82,5 +83,5 @@ def bound(config: Config, rates: Rates, centralized: bool) -> float:
         return config.local_steps * seconds(step_operators(single, config.clients * config.batch_size), rates)
     step = config.clients * seconds(step_operators(single, config.batch_size), rates)
     model = blank_model(config.model, classes_of(config), "meta", config.precision)
-    weights = sum(value.nbytes for value in model.state_dict().values())
+    weights: int = sum(value.nbytes for value in model.state_dict().values())
     return config.local_steps * step + 2 * config.clients * weights / rates.bytes

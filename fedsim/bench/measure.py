@@ -72,7 +72,7 @@ def run_bench(
     on_gpu = config.device.startswith("cuda")
     flop = flop_per_image(config.model, config.synthetic_classes)
     precisions = dict.fromkeys((config.precision, "bf16") if on_gpu else (config.precision,))
-    rates = {precision: measure_rates(config.device, precision) for precision in precisions}
+    rates: dict[str, Rates] = {precision: measure_rates(config.device, precision) for precision in precisions}
     starting = start_up(config.device)
     for precision, rate in rates.items():
         console.print(f"{config.device}, {precision}: {rate.flop / 1e9:,.0f} GFLOP/s in a matrix product")

@@ -30,11 +30,11 @@ class Operator(NamedTuple):
     bytes: float  # each tensor read and written once
 
 
-class Operators(TorchDispatchMode):
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the operators called within in `called`. `_fused_sgd_`, which has no fake kernel, is not run."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.called: list[Operator] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -93,4 +93,5 @@ def kernels(func: Any, args: Sequence[Any]) -> int:
         return len(lists[0])  # one by one
     blocks = sum(math.ceil(tensor.numel() / BLOCK) for tensor in lists[0])
     by_number = math.ceil(len(lists[0]) / MOST_TENSORS[len(lists) - 1])
-    return max(by_number, math.ceil(blocks / MOST_BLOCKS)) + (name == "_foreach_norm")  # which adds up its blocks
+    least: int = max(by_number, math.ceil(blocks / MOST_BLOCKS))
+    return least + (name == "_foreach_norm")  # which adds up its blocks

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,7 @@ def rounds(
     config: Config,
     static: bool,
     capture: bool = False,
-    build: Callable[[Config, dict[str, Tensor]], Optimizer] = build_optimizer,
+    build: Callable[[Config, Mapping[str, Tensor]], Optimizer] = lambda config, named: build_optimizer(config, named),
     steps_in: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> dict[str, Tensor]:
     """All that is left of three rounds, the last with a new optimizer's state: losses, weights, state.

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,12 +21,16 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from fedsim.config import Config
 from fedsim.copies import on_host
+from fedsim.data.datasets import load_dataset
 from fedsim.experiments.execute import execute
-from fedsim.models import MODELS
+from fedsim.models import MODELS, build_model
 from fedsim.models.dropout import Dropout
-from fedsim.training import cuda_graph, local_round, stacked, streams
+from fedsim.optim import load_optimizer_state
+from fedsim.training import cuda_graph, local_round, stacked, step, streams
 from fedsim.training.cuda_graph import CapturedSteps
 from fedsim.training.local_round import End, Start
+from strategies import wrong_values
+from strategies.mean import mean
 from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
 from tests.emulated_gpu import EmulatedGpu, GpuError, Stream, current
 from tests.gpu_counts import round_counts
@@ -62,7 +67,7 @@ def tiny(small: Config) -> Config:
     return small.changed({"synthetic-images": 64, "batch-size": 4, "lr": 2**-6})
 
 
-def resnet(classes: int) -> nn.Module:
+def resnet(classes: int) -> ResNet:
     """The first two stages of torchvision's ResNet, in its form for CIFAR."""
     model = ResNet(BasicBlock, [1] * 4, classes)
     model.layer3, model.layer4, model.fc = nn.Sequential(), nn.Sequential(), nn.Linear(128, classes)
@@ -109,14 +114,14 @@ def test_a_captured_step_is_the_simple_step(
 def test_a_captured_step_of_torchs_optimizers_is_the_simple_step(tiny: Config, kind: Any) -> None:
     config = tiny.changed({"precision": "fp64"})
 
-    def capturable(_: Config, named: dict[str, Tensor]) -> torch.optim.Optimizer:
+    def capturable(_: Config, named: Mapping[str, Tensor]) -> torch.optim.Optimizer:
         optimizer: torch.optim.Optimizer = kind(named.values(), lr=0.01, capturable=True, foreach=True)
-        optimizer._warned_capturable_if_run_uncaptured = True  # type: ignore[attr-defined]  # as in the warm-up
+        vars(optimizer)["_warned_capturable_if_run_uncaptured"] = True  # as in the warm-up
         return optimizer
 
     with EmulatedGpu():  # where alone it is capturable
         simple = on_host(rounds(config.changed({"device": "cuda"}), False, build=capturable))
-    assert_close(captured(config, build=capturable), simple, 1e-7)  # 1 - lr * decay in float32
+    assert_close(captured(config, build=capturable), simple, 1e-5)  # 1 - lr * decay in float32
 
 
 def ends_on(config: Config, take_rounds: Callable[[Config, Sequence[Start]], list[End]]) -> list[End]:
@@ -148,8 +153,7 @@ def assert_same_ends(config: Config, way: str, within: float, but: Sequence[str]
     for one, other in zip(expected_ends, emulated_ends(config, way), strict=True):
         for part in ("weights", "state"):
             expected, found = getattr(one, part), getattr(other, part)
-            noise = expected.keys() & set(but)
-            assert_close(*({k: v for k, v in each.items() if k not in noise} for each in (found, expected)), within)
+            assert_close(found, expected | {name: found[name] for name in expected.keys() & set(but)}, within)
         assert one.loss == pytest.approx(other.loss, abs=within)
         assert one.samples == other.samples
 
@@ -234,6 +238,49 @@ def test_a_checkpoint_waits_once(tiny: Config) -> None:
         assert [each["x"].tolist() for each in held["of"].values()] == [[1, 1]] * 12
 
 
+def test_the_mean_on_the_gpu_has_the_bits_of_the_mean_on_the_cpu() -> None:
+    random = torch.Generator().manual_seed(0)
+    shapes = {"a": (3, 5), "b": (7,), "c": (), "d": (2, 3, 4, 4)}
+    parts = [{name: torch.randn(shape, generator=random) for name, shape in shapes.items()} for _ in range(5)]
+    for i, part in enumerate(parts):
+        part["d"] = part["d"].to(memory_format=torch.channels_last)
+        part["steps"] = torch.tensor(i)
+    weights = [0.1, 0.15, 0.2, 0.25, 0.3]
+    with EmulatedGpu() as gpu:
+        on_gpu = [{name: value.to("cuda") for name, value in part.items()} for part in parts]
+        with gpu.counting() as counts:
+            averaged = mean(on_gpu, weights)
+        assert counts["launches"] == 4 * len(parts) + 2  # those of integers included, whatever the number of tensors
+        assert_same_bits(on_host(averaged), mean(parts, weights))
+
+
+def test_wrong_values_are_found_by_one_wait() -> None:
+    fine = {"x": torch.ones(3), "v": torch.zeros(2), "n": torch.tensor(1)}
+    inf, nan, less = torch.tensor([1.0, -math.inf]), torch.tensor([math.nan, 1.0]), torch.tensor([1.0, -1e-30])
+    parts = [fine, fine | {"x": inf}, fine | {"v": nan}, fine | {"v": less}, {}, fine | {"x": torch.ones(0)}]
+    reasons = ["", "x is not finite", "v is not finite", "v is negative", "", ""]
+    assert wrong_values(parts, ["v"]) == reasons
+    with EmulatedGpu() as gpu:
+        on_gpu = [{name: value.to("cuda") for name, value in part.items()} for part in parts]
+        with gpu.counting() as counts:
+            assert wrong_values(on_gpu, ["v"]) == reasons
+        assert counts["waits"] == 1
+
+
+def test_a_model_is_tested_by_one_wait_in_this_thread(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(step, "GPU_TEST_BATCH", 5)
+    config = tiny.changed({"precision": "fp64"})
+    images = load_dataset(config).test
+    expected = step.evaluate(build_model("lenet5", 10, 0, precision="fp64"), images)
+    with EmulatedGpu() as gpu:
+        config = config.changed({"device": "cuda"})
+        model, images = build_model("lenet5", 10, 0, "cuda", "fp64"), load_dataset(config).test
+        with gpu.counting() as counts:
+            assert step.evaluate(model, images) == pytest.approx(expected, rel=1e-12)
+        assert counts["waits"] == 1
+        assert counts["launches"] > len(images) / 5 * 10  # of other threads none would be counted
+
+
 # Faults, planted one at a time
 
 
@@ -253,7 +300,7 @@ def no_warm_up(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(CapturedSteps, "warm_up", lambda self: None)
 
 
-def before_take(patch: pytest.MonkeyPatch, change: Callable[[CapturedSteps], None]) -> None:
+def before_take(patch: pytest.MonkeyPatch, change: Callable[[CapturedSteps], object]) -> None:
     take = CapturedSteps._take
 
     def changed(self: CapturedSteps, size: int) -> None:
@@ -272,7 +319,7 @@ def operand_on_the_host(patch: pytest.MonkeyPatch) -> None:
 
 
 def stale_batch(patch: pytest.MonkeyPatch) -> None:
-    before_take(patch, lambda self: self._step.zero_())
+    before_take(patch, lambda self: vars(self)["_step"].zero_())
 
 
 def pageable_copy(patch: pytest.MonkeyPatch) -> None:
@@ -325,7 +372,7 @@ def statistics_of_batchnorm_dropped(patch: pytest.MonkeyPatch) -> None:
 
 def optimizer_state_replaced(patch: pytest.MonkeyPatch) -> None:
     """Loaded as new tensors instead of in place, so that the graph steps on the old ones."""
-    load = cuda_graph.load_optimizer_state
+    load = load_optimizer_state
 
     def replaced(parameters: Any, optimizer: Any, state: Any) -> None:
         for entries in optimizer.state.values():
