@@ -10,6 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fedsim.copies import on_host
+
 SEAL = b"fedsim checkpoint, SHA-256: "
 
 
@@ -20,7 +22,7 @@ class InvalidCheckpoint(Exception):
 def serialize(content: Mapping[str, Any]) -> memoryview:
     """The output of `torch.save`, in memory: when it writes to a file itself, its error hides the cause."""
     buffer = io.BytesIO()
-    torch.save(dict(content), buffer)
+    torch.save(on_host(content), buffer)
     return buffer.getbuffer()
 
 

@@ -2,7 +2,7 @@
 
 from strategies.batchnorm import batchnorm_buffers
 from strategies.local_sgd import LocalSGD
-from strategies.screening import DECLINED, printable, tensors_like
+from strategies.screening import DECLINED, printable, tensors_like, wrong_values
 from strategies.sections import buffers_in, buffers_of, join, sections, split
 from strategies.tensor_array import TensorArray, payload_bytes, tensor_record, tensors_of
 
@@ -24,4 +24,5 @@ __all__ = [
     "tensor_record",
     "tensors_like",
     "tensors_of",
+    "wrong_values",
 ]

@@ -24,7 +24,7 @@ from strategies.batchnorm import merge
 from strategies.compression import Codec, broadcast, decode, encode
 from strategies.outer import OuterStep
 from strategies.robust import Mean, combine
-from strategies.screening import Request, Rules, Update, not_finite, printable, screen
+from strategies.screening import Request, Rules, Update, printable, screen, wrong_values
 from strategies.sections import BUFFERS, Sections, join, split
 from strategies.tensor_array import tensor_record, tensors_of
 
@@ -192,8 +192,8 @@ class LocalSGD(FedAvg):
         buffers = merge(average.buffers, [part.buffers for part in y], weights, self.batchnorm_at_sync, self.batchnorm)
         arrays = join(Sections(parameters, buffers, average.extras))
 
-        if wrong := not_finite(arrays):
-            raise FloatingPointError(f"round {round_}: the average of {wrong} is not finite")
+        if wrong := wrong_values([arrays])[0]:
+            raise FloatingPointError(f"round {round_}: the average of {wrong}")
         metrics = mean_metrics(used, weights, self.weighted_by_key)
         return Aggregate(tensor_record(arrays), metrics, state, samples, averaged, left_out)
 
@@ -242,21 +242,20 @@ class LocalSGD(FedAvg):
         self, codec: Codec, x: Mapping[str, Tensor], updates: Mapping[int, Update], round_: int
     ) -> tuple[dict[int, Update], dict[int, str]]:
         """The updates with their parameters decoded, which are distances from `x`, and why others cannot be used."""
-        decoded: dict[int, Update] = {}
+        decoded: dict[int, dict[str, Tensor]] = {}
         reasons: dict[int, str] = {}
         for worker, update in updates.items():
             parts = split(update.arrays)
             like = _on(next((part.device for part in parts.parameters.values()), None), x)
             try:
                 moved = decode(codec, parts.parameters, like, self.codec_seed(round_, worker))
+                decoded[worker] = join(parts._replace(parameters=moved))
             except ValueError as error:
                 reasons[worker] = printable(error)
-                continue
-            if wrong := not_finite(moved):
-                reasons[worker] = f"{wrong} is not finite"
-            else:
-                decoded[worker] = update._replace(arrays=join(parts._replace(parameters=moved)))
-        return decoded, reasons
+        wrong = dict(zip(decoded, wrong_values(list(decoded.values())), strict=True))
+        reasons |= {worker: reason for worker, reason in wrong.items() if reason}
+        kept = {worker: updates[worker]._replace(arrays=decoded[worker]) for worker in decoded if not wrong[worker]}
+        return kept, reasons
 
     # Flower's own loop (`Strategy.start`) hands neither the request nor the state from call to call, and takes
     # back arrays and metrics alone: these two attributes, and `last`, are kept for it. fedsim uses none of them.

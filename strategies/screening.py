@@ -5,6 +5,7 @@ Nothing that a client sends is trusted: not its arrays, its numbers, its text, n
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -78,6 +79,11 @@ def screen(
             updates[worker] = _usable(reply, like, rules)
         except ValueError as reason:
             left_out[worker] = printable(reason)
+    wrong = wrong_values([update.arrays for update in updates.values()], rules.nonnegative)
+    for worker, problem in zip(list(updates), wrong, strict=True):
+        if problem:
+            del updates[worker]
+            left_out[worker] = printable(problem)
     for worker in request.workers.values():
         if worker not in updates:
             left_out.setdefault(worker, "it did not answer")
@@ -90,33 +96,56 @@ def printable(text: object) -> str:
 
 
 def tensors_like(record: ArrayRecord, sent: Mapping[str, Array]) -> dict[str, Tensor]:
-    """The tensors of a client's record, which must be finite and like those `sent`, under their names.
+    """The tensors of a client's record, which must be like those `sent` under their names; values are not looked at.
 
     Raises ValueError with what is wrong. What an array says of itself is checked against its bytes, and these are
     not parsed where they are too many.
     """
     if record.keys() != sent.keys():
         raise ValueError(f"its arrays are others than those sent: {min(record.keys() ^ sent.keys())}")
-    tensors = {name: _tensor_like(name, record[name], array) for name, array in sent.items()}
-    if wrong := not_finite(tensors):
-        raise ValueError(f"{wrong} is not finite")
-    return tensors
+    return {name: _tensor_like(name, record[name], array) for name, array in sent.items()}
 
 
-def not_finite(tensors: Mapping[str, Tensor]) -> str | None:
-    """The name of a tensor that holds an infinity or NaN, if one does."""
-    # 0 * x is 0 but for infinities and NaN; on a CPU `isfinite` takes three times as long
-    return _first(tensors, [tensor.mul(0).any() for tensor in tensors.values()])
+def wrong_values(parts: Sequence[Mapping[str, Tensor]], nonnegative: Collection[str] = ()) -> list[str]:
+    """For each of `parts`, what is wrong with its values, or "": a tensor that is not finite, or is negative.
+
+    A GPU is waited for once, whatever their number. `nonnegative` names tensors.
+    """
+    floats = [(i, name) for i, part in enumerate(parts) for name in part if part[name].is_floating_point()]
+    signed = [(i, name) for i, part in enumerate(parts) for name in part if name in nonnegative]
+    tensors = [parts[i][name] for i, name in floats]
+    below_zero = list(torch._foreach_clamp_max([parts[i][name] for i, name in signed], 0)) if signed else []
+    largest = _largest([*tensors, *below_zero])
+    reasons = [""] * len(parts)
+    for (i, name), magnitude in zip(floats, largest, strict=False):
+        if not math.isfinite(magnitude):
+            reasons[i] = reasons[i] or f"{name} is not finite"
+    for (i, name), magnitude in zip(signed, largest[len(floats) :], strict=True):
+        if magnitude:
+            reasons[i] = reasons[i] or f"{name} is negative"
+    return reasons
 
 
-def _first(tensors: Mapping[str, Tensor], wrong: list[Tensor]) -> str | None:
-    """The first name whose flag is set. All are read at once, so that a GPU is waited for once."""
-    flags = torch.stack(wrong).tolist() if wrong else []
-    return list(tensors)[flags.index(True)] if any(flags) else None
+def _largest(tensors: Sequence[Tensor]) -> list[float]:
+    """The largest magnitude in each tensor, NaN where there is one; 0 of an empty tensor."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}  # multi-tensor kernels take one kind at a time
+    for place, tensor in enumerate(tensors):
+        if tensor.numel():
+            kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
+    largest = [0.0] * len(tensors)
+    for (_, device), places in kinds.items():
+        of_kind = [tensors[place] for place in places]
+        if device.type == "cpu":  # where it is 20 times as fast as the norm
+            found = [tensor.abs().amax() for tensor in of_kind]
+        else:
+            found = list(torch._foreach_norm(of_kind, math.inf))
+        for place, value in zip(places, torch.stack(found).tolist(), strict=True):
+            largest[place] = value
+    return largest
 
 
 def _usable(reply: Message, sent: ArrayRecord, rules: Rules) -> Update:
-    """The update in a reply; raises ValueError with the reason where it may not be averaged."""
+    """The update in a reply, its values unseen; raises ValueError with the reason where it may not be averaged."""
     if reply.has_error():
         raise ValueError(f"its client failed ({printable(reply.error.reason)})")
     content = reply.content
@@ -128,11 +157,7 @@ def _usable(reply: Message, sent: ArrayRecord, rules: Rules) -> Update:
         raise ValueError(f"it sent other records than {rules.arrays} and one of metrics")
     metrics = next(iter(content.metric_records.values()))
     weight = _usable_weight(metrics, rules)
-    tensors = tensors_like(arrays, sent)
-    variances = {name: tensor for name, tensor in tensors.items() if name in rules.nonnegative}
-    if wrong := _first(variances, [tensor.lt(0).any() for tensor in variances.values()]):
-        raise ValueError(f"{wrong} is negative")
-    return Update(weight, tensors, metrics)
+    return Update(weight, tensors_like(arrays, sent), metrics)
 
 
 def _usable_weight(metrics: MetricRecord, rules: Rules) -> float:

@@ -11,8 +11,8 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "processes", "rng", "reference", "checkpoint_file", "provenance"),
-    ("interrupts", "registry"),
+    ("errors", "processes", "rng", "reference", "copies", "provenance"),
+    ("interrupts", "registry", "checkpoint_file"),
     ("config",),
     ("device",),
     ("data", "optim"),
@@ -33,6 +33,7 @@ WITHOUT_FLOWER = (
     "reference",
     "registry",
     "checkpoint_file",
+    "copies",
     "provenance",
     "config",
     "device",

@@ -4,6 +4,9 @@ Centralized training at batch K * B is the reference: the same images and arithm
 runs in a new process: one warm-up round, then timed rounds. Every pass measures all variants in turn, so that a slow
 phase of the machine affects all of them. Timings are medians over rounds and passes.
 
+Each rate is also compared with what the device could reach at best by its measured rates (`fedsim.bench.bound`): with
+K models that is less than with one.
+
 On a GPU it also times centralized training at the batch sizes of Table 1, in the configured precision and in bf16,
 compared with the rate of a matrix product. In files of earlier versions `timings` is called `figures`, `variant`
 `contestant`, and the variants `centralized`, `in-process` and `stacked` are `limit`, `fleet` and `fused`.
@@ -25,12 +28,12 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console
 from rich.table import Table
 
+from fedsim.bench.bound import Rates, bound, measure_rates
 from fedsim.bench.turn import Timing, take_turn
-from fedsim.bench.variants import ON_CPU, ON_GPU, THREADED, VARIANTS, timed
+from fedsim.bench.variants import ON_CPU, ON_GPU, THREADED, VARIANTS
 from fedsim.config import Config, cpu_count
 from fedsim.data.partition import check_shards
 from fedsim.device import resolve
@@ -68,20 +71,26 @@ def run_bench(
     check_output(Path(output))
     on_gpu = config.device.startswith("cuda")
     flop = flop_per_image(config)
-    rate, starting = matrix_rate(config.device), start_up(config.device)
-    console.print(f"{config.device}: {rate / 1e9:,.0f} GFLOP/s in a matrix product; a run starts in {starting:.1f} s")
+    precisions = dict.fromkeys((config.precision, "bf16") if on_gpu else (config.precision,))
+    rates: dict[str, Rates] = {precision: measure_rates(config.device, precision) for precision in precisions}
+    starting = start_up(config.device)
+    for precision, rate in rates.items():
+        console.print(f"{config.device}, {precision}: {rate.flop / 1e9:,.0f} GFLOP/s in a matrix product")
+    memory = rates[config.precision].bytes
+    console.print(f"{memory / 1e9:,.1f} GB/s in a copy; a run starts in {starting:.1f} s")
     chosen = list(dict.fromkeys(variants)) or (ON_GPU if on_gpu else ON_CPU)
     turns = [(name, at(config, k, name)) for _, k, name in itertools.product(range(passes), clients, chosen)]
     timings, failed = measure(turns, rounds, limit)
-    console.print(table(timings, flop))
+    console.print(table(timings, flop, rates))
     large, more = measure(large_batches(config) if on_gpu else [], rounds, limit)
     if large:
-        console.print(large_table(large, flop, rate))
+        console.print(large_table(large, flop, rates))
     grown, still_more = measure(growth(config) if grow else [], rounds, limit)
     if grown:
         console.print(growth_table(grown))
-    rates = {"matrix_flop_per_second": rate, "flop_per_image": flop, "start_up_seconds": starting}
-    write_timings(Path(output), [*timings, *large, *grown], config.device, **rates)
+    found = {"matrix_flop_per_second": rates[config.precision].flop, "memory_bytes_per_second": memory}
+    found |= {"flop_per_image": flop, "start_up_seconds": starting}
+    write_timings(Path(output), [*timings, *large, *grown], config.device, **found)
     console.print(output, soft_wrap=True, highlight=False)
     if failed := [*failed, *more, *still_more]:
         raise RunFailed(f"these failed, the others are in {output}: {'; '.join(failed)}")
@@ -129,15 +138,6 @@ def at(config: Config, clients: int, variant: str) -> Config:
     return config.changed({"clients": clients, "threads": cpu_count() if all_cores else 1})
 
 
-def matrix_rate(device: str) -> float:
-    """The best FLOP/s of ten large matrix products on `device`, in float32 on a CPU and bfloat16 on a GPU."""
-    size, dtype = (2048, torch.float32) if device == "cpu" else (8192, torch.bfloat16)
-    torch.set_num_threads(cpu_count())
-    one = torch.randn(size, size, device=device, dtype=dtype)
-    seconds = timed(lambda: one @ one, 10, device)
-    return 2 * size**3 / min(seconds)
-
-
 def large_batches(config: Config) -> list[tuple[str, Config]]:
     """Centralized training at the batch sizes of Table 1, in the precision of `config` and in bf16."""
     batches = read_study("table1").grid["batch-size"]
@@ -166,11 +166,12 @@ def start_up(device: str) -> float:
         return time.perf_counter() - began
 
 
-def table(timings: Sequence[Timing], flop: float) -> Table:
-    """The timings, compared with centralized training at the same K."""
+def table(timings: Sequence[Timing], flop: float, rates: Mapping[str, Rates]) -> Table:
+    """The timings, compared with centralized training at the same K, and with the bound by the rates of a precision."""
     legend = "\n".join(f"{name}: {VARIANTS[name][1]}" for name in dict.fromkeys(each.variant for each in timings))
     result = Table(title="A round of LocalSGD: medians (least to most)", caption=legend, caption_justify="left")
-    for name in ("K", "variant", "s a round", "images/s", "GFLOP/s", "of centralized", peak_label(timings)):
+    columns = ("K", "variant", "s a round", "images/s", "GFLOP/s", "of centralized", "of its bound")
+    for name in (*columns, peak_label(timings)):
         result.add_column(name, justify="left" if name == "variant" else "right")
     reference = {each.config.clients: each.images_per_second for each in timings if each.variant == "centralized"}
     for each in timings:
@@ -182,9 +183,16 @@ def table(timings: Sequence[Timing], flop: float) -> Table:
             f"{rate:,.0f}",
             f"{rate * flop / 1e9:,.1f}",
             f"{rate / reference[k]:.2f}" if k in reference else "",
+            f"{of_bound(each, rates[each.config.precision]):.2f}",
             f"{each.peak_bytes / 2**20:,.0f}",
         )
     return result
+
+
+def of_bound(timing: Timing, rates: Rates) -> float:
+    """The least time that a device of such rates needs for a round, over the median that was measured."""
+    centralized = timing.variant.startswith("centralized")
+    return bound(timing.config, rates, centralized) / statistics.median(timing.seconds)
 
 
 def peak_label(timings: Sequence[Timing]) -> str:
@@ -193,10 +201,10 @@ def peak_label(timings: Sequence[Timing]) -> str:
     return "peak MiB of the GPU" if on_gpu else "peak MiB, sum of processes"
 
 
-def large_table(timings: Sequence[Timing], flop: float, matrix: float) -> Table:
-    """Centralized training by batch size, compared with the matrix product of the device."""
+def large_table(timings: Sequence[Timing], flop: float, rates: Mapping[str, Rates]) -> Table:
+    """Centralized training by batch size, compared with the device's matrix product in the same precision."""
     result = Table(title="Centralized training, J steps a round")
-    for name in ("precision", "batch", "ms a step", "images/s", "TFLOP/s", "of the matrix product"):
+    for name in ("precision", "batch", "ms a step", "images/s", "TFLOP/s", "of the matrix product", "of its bound"):
         result.add_column(name, justify="right")
     for each in timings:
         config, rate = each.config, each.images_per_second
@@ -206,7 +214,8 @@ def large_table(timings: Sequence[Timing], flop: float, matrix: float) -> Table:
             f"{1000 * statistics.median(each.seconds) / config.local_steps:.2f}",
             f"{rate:,.0f}",
             f"{rate * flop / 1e12:,.2f}",
-            f"{rate * flop / matrix:.3f}",
+            f"{rate * flop / rates[config.precision].flop:.3f}",
+            f"{of_bound(each, rates[config.precision]):.2f}",
         )
     return result
 

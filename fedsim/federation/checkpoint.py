@@ -17,7 +17,7 @@ from fedsim.federation.node_registry import Nodes
 from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS, MODEL, keeps_memory, under_prefix, with_prefix
 from fedsim.federation.round import Progress, TooFewClients
 from fedsim.records import Run, read_rows
-from strategies import tensor_record, tensors_like, tensors_of
+from strategies import tensor_record, tensors_like, tensors_of, wrong_values
 from strategies.compression import HELD
 from strategies.local_sgd import BROADCAST
 
@@ -93,6 +93,8 @@ def collect_memories(
     for worker, record in sorted(records.items()):
         with contextlib.suppress(ValueError):  # what a client sends may be anything
             memories[worker] = tensors_like(record, tensor_record(like if rounds[worker] else {}))
+    wrong = wrong_values(list(memories.values()))
+    memories = {worker: memory for (worker, memory), reason in zip(memories.items(), wrong, strict=True) if not reason}
     if len(memories) < (config.min_clients or 1):
         raise TooFewClients(f"round {progress.round}: only {len(memories)} clients have their memory", True)
     return memories

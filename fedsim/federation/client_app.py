@@ -39,7 +39,7 @@ from fedsim.training import stacked
 from fedsim.training.local_round import End, Start, check_machine, held_images, local_plan, take_round
 from strategies import DECLINED, batchnorm_buffers, buffers_in, join, sections, split, tensor_record, tensors_of
 from strategies.local_sgd import ENCODED
-from strategies.screening import not_finite
+from strategies.screening import wrong_values
 
 app = ClientApp()
 
@@ -127,7 +127,7 @@ def _reply(config: Config, message: Message, context: Context, start: Start, end
         own = batchnorm_buffers(empty_model(config, "meta"))
         kept |= {BATCHNORM + name: sent.buffers[name] for name in own}
     if codec := codec_of(config):
-        if not_finite(sent.parameters):  # an infinity would stay in the residual
+        if any(wrong_values([sent.parameters])):  # an infinity would stay in the residual
             return _declined(message, "its parameters are not finite")
         seed = compress_seed(config, local_plan(config), _round(message), _worker(context))
         memory = under_prefix(COMPRESS, _memory(config, message, context))

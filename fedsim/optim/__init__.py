@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 
 from fedsim.config import Config
+from fedsim.copies import copies, fill
 from fedsim.errors import UserError
 from fedsim.optim.lamb import LAMB
 from fedsim.optim.lars import LARS
@@ -94,10 +95,10 @@ def optimizer_state(parameters: Named, optimizer: Optimizer) -> dict[str, Tensor
     for name, parameter in parameters.items():
         for entry, value in optimizer.state.get(parameter, {}).items():
             if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[f"{name}/{entry}"] = value.detach().clone()
+                state[f"{name}/{entry}"] = value
             elif entry == "step":
-                state[f"{name}/{entry}"] = torch.as_tensor(value).clone()
-    return state
+                state[f"{name}/{entry}"] = torch.as_tensor(value)
+    return copies([state])[0]
 
 
 def load_optimizer_state(parameters: Named, optimizer: Optimizer, state: Mapping[str, Tensor]) -> None:
@@ -105,11 +106,18 @@ def load_optimizer_state(parameters: Named, optimizer: Optimizer, state: Mapping
 
     Existing tensors are filled in place, since CUDA graphs of the step refer to them.
     """
+    absent: list[Tensor] = []
     for name, parameter in parameters.items():
         entries = optimizer.state.get(parameter, {})
         for entry, value in entries.items():
-            if f"{name}/{entry}" not in state:
-                entries[entry] = value.zero_() if isinstance(value, Tensor) else 0
+            if f"{name}/{entry}" in state:
+                continue
+            if isinstance(value, Tensor):
+                absent.append(value)
+            else:
+                entries[entry] = 0
+    if absent:
+        torch._foreach_zero_(absent)
     filled: list[Tensor] = []
     values: list[Tensor] = []
     for key, value in state.items():
@@ -122,8 +130,7 @@ def load_optimizer_state(parameters: Named, optimizer: Optimizer, state: Mapping
             entries[entry] = _empty_entry(value, parameters[name])
         filled.append(entries[entry])
         values.append(value)
-    if filled:
-        torch._foreach_copy_(filled, values)  # fewer kernel launches than a copy each
+    fill(filled, values)
 
 
 def _empty_entry(value: Tensor, parameter: Tensor) -> Tensor:

@@ -107,8 +107,8 @@ class CapturedSteps:
         state = optimizer_state(parameters, self._optimizer)
         self._model.train()
         for _ in range(WARM_UP):
-            self._step.zero_()
             self._take(self._batch_size)
+            self._step.zero_()
         self._model.load_state_dict(weights)
         load_optimizer_state(parameters, self._optimizer, state)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
+from fedsim.copies import copies, fill
 from fedsim.data.datasets import image_shape, load_dataset, training_images
 from fedsim.data.images import Images
 from fedsim.data.local_folder import own_images
@@ -70,11 +71,11 @@ def train_replica(
     A GPU is not waited for.
     """
     named = dict(replica.model.named_parameters())
-    replica.model.load_state_dict(start.weights)
+    values = replica.model.state_dict()
+    fill(values.values(), (start.weights[name] for name in values))
     load_optimizer_state(named, replica.optimizer, start.state)
     loss = replica.run_steps(round_inputs(config, start))
-    weights = {name: value.clone() for name, value in replica.model.state_dict().items()}
-    return weights, optimizer_state(named, replica.optimizer), loss
+    return copies([values])[0], optimizer_state(named, replica.optimizer), loss
 
 
 def local_images(config: Config) -> Images:

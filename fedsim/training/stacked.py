@@ -8,13 +8,15 @@ own, so that norms stay the workers' own; SGDM, which treats each value apart, s
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
+from fedsim.copies import copies, fill
 from fedsim.data.datasets import classes_of, image_shape, load_dataset
 from fedsim.data.images import ImageShape
 from fedsim.device import prepare
@@ -24,6 +26,7 @@ from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
 from fedsim.training.local_round import End, Start, local_plan, round_inputs, take_round
+from fedsim.training.step import StepInputs
 
 
 class StackedReplicas:
@@ -46,23 +49,39 @@ class StackedReplicas:
         samples = local_plan(config).max_steps * config.batch_size
         keys = (samples, config.batch_size, config.precision, replicas)
         images = load_dataset(config).train
+        self._drawn: dict[tuple[int, int], StepInputs] = {}  # for (worker, round), while the GPU trained the one before
         self._steps = CapturedSteps(self._model, self._optimizer, images, *keys, capture=capturable(config))
 
     def take_rounds(self, starts: Sequence[Start]) -> list[End]:
         """The local steps of K workers, which are in the same round."""
         config, names = self._config, list(starts[0].weights)
         tensors = [{**parts, **buffers} for parts, buffers in zip(self._parts, self._buffers, strict=True)]
-        _fill(
-            (of_replica[name] for of_replica in tensors for name in names),
-            (start.weights[name] for start in starts for name in names),
-        )
+        given = {
+            of_replica[name]: start.weights[name]
+            for of_replica, start in zip(tensors, starts, strict=True)
+            for name in names
+        }
+        fill(given.keys(), given.values())  # a scalar, which all share, once
         load_optimizer_state(_named(self._parts), self._optimizer, _named([start.state for start in starts]))
-        losses = self._steps.run([round_inputs(config, start) for start in starts]).tolist()
+        losses = self._steps.run(self._inputs(starts))
+        weights = copies([{name: of[name] for name in names} for of in tensors])
+        states = [optimizer_state(parts, self._optimizer) for parts in self._parts]
+        self._draw_ahead(starts)
         samples = local_plan(config).samples(starts[0].round)
-        return [
-            End(_copies({name: of[name] for name in names}), optimizer_state(parts, self._optimizer), loss, samples)
-            for of, parts, loss in zip(tensors, self._parts, losses, strict=True)
-        ]
+        ends = zip(weights, states, losses.tolist(), strict=True)  # waits for the device
+        return [End(*end, samples) for end in ends]
+
+    def _inputs(self, starts: Sequence[Start]) -> list[StepInputs]:
+        return [self._drawn.get((s.worker, s.round)) or round_inputs(self._config, s) for s in starts]
+
+    def _draw_ahead(self, starts: Sequence[Start]) -> None:
+        """What the same workers read in the next round, drawn while a GPU is busy; a CPU would gain nothing."""
+        following = starts[0].round + 1
+        ahead = self._config.device.startswith("cuda") and following <= local_plan(self._config).rounds
+        self._drawn = {
+            (start.worker, following): round_inputs(self._config, replace(start, round=following))
+            for start in (starts if ahead else ())
+        }
 
     def _sgdm(self) -> Optimizer:
         """SGDM over the stacked parameters, in which the parts' momenta are parts of the stacked ones."""
@@ -136,21 +155,3 @@ def _split(stacked: Tensor, replicas: int) -> list[Tensor]:
 def _named(of_replicas: Sequence[dict[str, Tensor]]) -> dict[str, Tensor]:
     """The tensors of all replicas, as ``REPLICA/NAME``."""
     return {f"{replica}/{name}": tensor for replica, of in enumerate(of_replicas) for name, tensor in of.items()}
-
-
-def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    copies = {name: torch.empty_like(tensor) for name, tensor in tensors.items()}
-    _fill(copies.values(), tensors.values())
-    return copies
-
-
-def _fill(tensors: Iterable[Tensor], values: Iterable[Tensor]) -> None:
-    """Copy the values, those of one kind at once: a GPU would take a launch for each."""
-    floats: tuple[list[Tensor], list[Tensor]] = ([], [])
-    for tensor, value in zip(tensors, values, strict=True):
-        if tensor.is_floating_point():
-            floats[0].append(tensor)
-            floats[1].append(value)
-        else:
-            tensor.copy_(value)
-    torch._foreach_copy_(*floats)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import socket
@@ -16,12 +17,14 @@ from rich.console import Console
 
 from fedsim import cli
 from fedsim.bench.baseline_torch import PilImages
+from fedsim.bench.bound import Rates, bound, measure_rates, step_operators
 from fedsim.bench.measure import at, large_table, measure, table, write_timings
 from fedsim.bench.turn import Timing, run_measured
 from fedsim.bench.variants import ON_CPU
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
 from fedsim.device import resolve
+from fedsim.experiments.cost import flop_per_image
 from tests.federation.test_flwr_run import started_by
 
 LIMIT = 300.0  # seconds, for what takes a few
@@ -130,11 +133,33 @@ def test_rates_are_images_over_the_median_second() -> None:
         "centralized", config, [1.0, 9.0, 2.0, 3.0], 7
     )
     console = Console(width=200, record=True, quiet=False)
-    console.print(table(timings, flop=1e9))
-    console.print(large_table(timings, flop=1e9, matrix=2.4e10))
+    rates = {"fp32": Rates(flop=2.4e10, bytes=1e10)}
+    console.print(table(timings, 1e9, rates))
+    console.print(large_table(timings, 1e9, rates))
     text = console.export_text()
     assert "0.50" in text  # of centralized
     assert "1.000" in text  # of the matrix product
+    assert f"{bound(config, rates['fp32'], centralized=False) / 4:.2f}" in text
+
+
+def test_the_bound_is_that_of_the_operators_of_a_step() -> None:
+    """A step of 768 images by hand: 2.3 GB in bf16, and 0.72 GB more for twelve models than for one."""
+    keys = {"model": "lenet-bn", "synthetic-classes": 100, "precision": "bf16", "batch-size": 64, "clients": 12}
+    config = Config().changed({**keys, "dataset": "synthetic", "local-steps": 10})
+    one, large = step_operators(config, 64), step_operators(config, 768)
+    assert sum(each.flop for each in one) == 64 * flop_per_image("lenet-bn", 100)
+    assert sum(each.bytes for each in large) == pytest.approx(2.3e9, rel=0.1)
+    assert 12 * sum(each.bytes for each in one) - sum(each.bytes for each in large) == pytest.approx(0.72e9, rel=0.1)
+    h100 = Rates(flop=350e12, bytes=2.8e12)
+    assert bound(config, h100, True) / bound(config, h100, False) == pytest.approx(0.81, abs=0.01)
+    instant = Rates(flop=math.inf, bytes=1e9)
+    assert bound(config, instant, True) == pytest.approx(10 * sum(each.bytes for each in large) / 1e9)
+
+
+def test_the_rates_of_a_device_are_measured() -> None:
+    rates = measure_rates("cpu", "fp32")
+    assert 1e9 < rates.flop < 1e14
+    assert 1e8 < rates.bytes < 1e13
 
 
 def test_on_the_cpu_every_variant_uses_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:

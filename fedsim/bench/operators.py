@@ -1,0 +1,97 @@
+"""What an operator of PyTorch costs a GPU: kernels, bytes and floating-point operations."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from torch.utils.flop_counter import flop_registry
+
+WITHOUT_KERNEL = (
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("_unsafe_view", "detach", "lift_fresh", "set_", "resize_"),
+)
+# Arguments that an operator changes, where its schema says otherwise
+CHANGED = {"native_batch_norm": (3, 4), "_fused_sgd_": (0, 2)}
+# Limits of one kernel over lists of tensors (PyTorch's MultiTensorApply.cuh): tensors by the number of lists, blocks,
+# and the values of a block. Builds for CUDA 13 allow seven times as many.
+MOST_TENSORS, MOST_BLOCKS, BLOCK = (110, 64, 48, 36, 30), 320, 65536
+
+
+class Operator(NamedTuple):
+    """One call of an operator that launches kernels."""
+
+    name: str
+    flop: float  # in convolutions and matrix products
+    bytes: float  # each tensor read and written once
+
+
+class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Notes the operators called within in `called`. `_fused_sgd_`, which has no fake kernel, is not run."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.called: list[Operator] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = None if name_of(func) == "_fused_sgd_" else func(*args, **kwargs)
+        if launches_kernel(func):
+            count = flop_registry.get(func._overloadpacket)
+            flop = count(*args, **kwargs, out_val=out) if count else 0
+            self.called.append(Operator(name_of(func), flop, bytes_moved(func, args, kwargs, out)))
+        return out
+
+
+def name_of(func: Any) -> str:
+    """The name of an operator of ATen, for instance add."""
+    name: str = func._schema.name
+    return name.removeprefix("aten::")
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in nested arguments."""
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def launches_kernel(func: Any) -> bool:
+    """Whether a call computes anything: views, allocations and questions do not."""
+    returns = func._schema.returns
+    is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return func.namespace == "aten" and not is_view and name_of(func) not in WITHOUT_KERNEL
+
+
+def changed_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among its arguments that an operator changes."""
+    arguments = func._schema.arguments
+    said = [place for place, argument in enumerate(arguments) if argument.is_write]
+    places = CHANGED.get(name_of(func), said)
+    return tensors_in([args[i] if i < len(args) else kwargs.get(arguments[i].name) for i in places])
+
+
+def bytes_moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any) -> float:
+    """The bytes of all tensors that an operator reads, and of those that it writes."""
+    given = {id(tensor): tensor for tensor in tensors_in((args, kwargs))}
+    made = [tensor for tensor in tensors_in(out) if id(tensor) not in given]
+    moved = [*given.values(), *changed_by(func, args, kwargs), *made]
+    return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in moved)
+
+
+def kernels(func: Any, args: Sequence[Any]) -> int:
+    """The kernels that an operator launches: one, or for lists of tensors as many as their number and sizes need."""
+    name = name_of(func)
+    if not name.startswith(("_foreach", "_fused")):
+        return 1
+    lists = [a for a in args if isinstance(a, Sequence) and a and isinstance(a[0], Tensor)]
+    alike = all(one.dtype == of[0].dtype and one.device == of[0].device for of in lists for one in of)
+    layouts = [[(tensor.shape, tensor.stride()) for tensor in of] for of in lists]
+    if not alike or any(of != layouts[0] for of in layouts):
+        return len(lists[0])  # one by one
+    blocks = sum(math.ceil(tensor.numel() / BLOCK) for tensor in lists[0])
+    by_number = math.ceil(len(lists[0]) / MOST_TENSORS[len(lists) - 1])
+    least: int = max(by_number, math.ceil(blocks / MOST_BLOCKS))
+    return least + (name == "_foreach_norm")  # which adds up its blocks

@@ -1,0 +1,83 @@
+"""The tables of docs/engine.md on launches, waits and bytes: ``python -m tests.gpu_counts [K ...]`` prints them.
+
+Launches and waits are counted on the emulated GPU. A captured step has a fixed number of kernels; its bytes at the
+batch size of the table are those of `fedsim.bench.bound`, and its time is at the rates of the H100 in docs/engine.md,
+which are assumed.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+
+from fedsim.bench.bound import Rates, bound, step_operators
+from fedsim.config import Config
+from fedsim.federation.client_app import app, train_together
+from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.messenger import Messenger
+from fedsim.federation.node_registry import NodeRegistry
+from fedsim.federation.round import build_strategy, initial_progress, train_round
+from fedsim.models import build_model
+from fedsim.training import stacked, streams
+from fedsim.training.local_round import End, Start
+from fedsim.training.run_plan import run_plan
+from tests.emulated_gpu import EmulatedGpu
+
+WAYS: dict[str, Callable[[Config, Sequence[Start]], list[End]]] = {
+    "groups": stacked.take_rounds,
+    "products": functools.partial(stacked.take_rounds, by_products=True),
+    "streams": streams.take_rounds,
+}
+PAPER = Config().changed({"dataset": "synthetic", "synthetic-classes": 100, "synthetic-images": 256, "threads": 1})
+H100 = {"bf16": Rates(350e12, 2.8e12), "fp32": Rates(45e12, 2.8e12)}  # assumed: `run.py bench --device cuda` measures
+
+
+def round_counts(config: Config, way: str = "groups") -> Counter[str]:
+    """What the second round of `config` takes on the emulated GPU, all clients at once, and the kernels of a step."""
+    config = config.changed({"device": "cuda"})
+    together = functools.partial(train_together, take_rounds=WAYS[way])
+    with EmulatedGpu() as gpu, InProcessGrid(app, config, together) as grid:
+        model = build_model(config.model, config.synthetic_classes, config.seed, config.device, config.precision)
+        strategy = build_strategy(config, run_plan(config, config.synthetic_images), model)
+        messenger, progress = Messenger(grid), initial_progress(config, model)
+        registry = NodeRegistry(messenger, config)
+        registry.wait_for(config.clients)
+        with gpu.counting() as first:
+            progress, _ = train_round(messenger, config, strategy, registry, progress)
+        with gpu.counting() as counts:
+            train_round(messenger, config, strategy, registry, progress)
+    counts["captured"] = first["captured"]
+    return counts
+
+
+def header(*names: str) -> None:
+    print(f"| {' | '.join(names)} |")
+    print("|---" * len(names) + "|")
+
+
+def main() -> None:
+    header("K", "way", "kernels of a step", "launches a round", "waits", "copies from the host", "GB outside steps")
+    small = PAPER.changed({"batch-size": 1, "local-steps": 1})
+    for clients in map(int, sys.argv[1:] or (1, 4, 12, 64)):
+        for way in WAYS if clients in (4, 12) else ["groups"]:
+            found = round_counts(small.changed({"clients": clients}), way)
+            counts = [found[name] for name in ("captured", "launches", "waits", "copies")]
+            print(f"| {clients} | {way} | {' | '.join(map(str, counts))} | {found['bytes'] / 1e9:.2f} |")
+    print()
+    header("K, precision", "GFLOP a step", "GB, one model", "GB, K models", "ms, one model", "ms, K models", "ratio")
+    for precision, rates in H100.items():
+        for clients in (1, 4, 12, 64):
+            config = PAPER.changed({"precision": precision, "clients": clients, "local-steps": 10})
+            one, large = step_operators(config, config.batch_size), step_operators(config, clients * config.batch_size)
+            central, local = bound(config, rates, True), bound(config, rates, False)
+            gb = [sum(each.bytes for each in operators) / 1e9 for operators in (large, one)]
+            print(
+                f"| {clients}, {precision} | {sum(each.flop for each in large) / 1e9:.1f} | {gb[0]:.2f} | "
+                f"{clients * gb[1]:.2f} | {100 * central:.2f} | {100 * local:.2f} | {central / local:.2f} |"
+            )
+
+
+if __name__ == "__main__":
+    main()
