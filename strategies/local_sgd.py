@@ -57,7 +57,9 @@ class LocalSGD(FedAvg):
     worker averaged). `mean` and `trim` choose another mean than the exact one (see `strategies.robust`). With a
     `codec`, workers send their parameters as the encoded distance from those that they were sent, by the seed
     `codec_seed(round, worker)`. `outer` is the server's step on the mean of the parameters, and `lr`
-    gives the workers' learning rate at the end of a round. Other arguments are FedAvg's.
+    gives the workers' learning rate at the end of a round. Extras whose names begin with `population_extras` are means
+    over the population: a worker that is not averaged counts with the values that were sent. Other arguments are
+    FedAvg's.
     """
 
     def __init__(
@@ -77,6 +79,7 @@ class LocalSGD(FedAvg):
         codec_seed: Callable[[int, int], int] = lambda round_, worker: 0,
         outer: OuterStep | None = None,
         lr: Callable[[int], float] = lambda round_: 1.0,
+        population_extras: str | None = None,
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
@@ -92,6 +95,7 @@ class LocalSGD(FedAvg):
         self.codec_seed = codec_seed
         self.outer = outer or OuterStep(None)
         self.lr = lr
+        self.population_extras = population_extras
         variances = [BUFFERS + name for name, entry in self.batchnorm.items() if entry == "running_var"]
         self.max_examples = max_examples
         self.rules = Rules(
@@ -148,7 +152,8 @@ class LocalSGD(FedAvg):
         average = self._average(sent, y, weights)
         parameters, state = self.server_step(sent.parameters, average.parameters, _on(device, state), round_)
         buffers = merge(average.buffers, y[0].buffers, self.batchnorm_at_sync, self.batchnorm)
-        arrays = join(Sections(parameters, buffers, average.extras))
+        extras = self._over_population(sent.extras, average.extras, len(averaged))
+        arrays = join(Sections(parameters, buffers, extras))
 
         if wrong := not_finite(arrays):
             raise FloatingPointError(f"round {round_}: the average of {wrong} is not finite")
@@ -175,6 +180,14 @@ class LocalSGD(FedAvg):
         if self.codec:
             average = average._replace(parameters={name: x[name] - average.parameters[name] for name in x})
         return average
+
+    def _over_population(self, sent: Mapping[str, Tensor], mean: dict[str, Tensor], averaged: int) -> dict[str, Tensor]:
+        """`mean`, which is over so many workers, with the extras of the population as means over all of it."""
+        share = averaged / (self.population or len(self.workers) or averaged)
+        if self.population_extras is None or share == 1:
+            return mean
+        of_all = [name for name in mean if name.startswith(self.population_extras)]
+        return mean | {name: sent[name].lerp(mean[name], share) for name in of_all}
 
     def _encoded(self, codec: Codec, sent: Sections) -> ArrayRecord:
         """Arrays with the names, types and shapes that those of an encoded update must have."""

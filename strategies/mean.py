@@ -36,7 +36,7 @@ def weighted_mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
         origin = first.double()
         offset = torch.zeros_like(origin)
         for other, weight in zip(others, weights[1:], strict=True):
-            offset.add_(other.double().sub_(origin).mul_(weight))
+            offset.add_(other.double().sub(origin).mul_(weight))  # of float64, double() is no copy
         block.copy_(offset.add_(origin))
     return result
 

@@ -99,6 +99,8 @@ def reference(config: Config) -> dict[str, Tensor]:
         compress=COMPRESS[config.compress],
         error_feedback=config.error_feedback,
         outer=OUTER[config.outer](),
+        prox_mu=config.prox_mu if config.local_rule == "fedprox" else 0.0,
+        scaffold=config.local_rule == "scaffold",
         **keep,  # type: ignore[arg-type]
     )
     return model.state_dict()
@@ -123,6 +125,9 @@ def reference(config: Config) -> dict[str, Tensor]:
         {"model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "outer": "slowmo"},
         {"model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "error-feedback": False},
         {"model": "lenet5", "outer": "slowmo", "schedule": "cosine", "momentum-at-sync": "reset"},
+        {"model": "lenet5", "local-rule": "fedprox", "prox-mu": 0.5, "optimizer": "lars", "trust-coefficient": 0.05},
+        {"model": "lenet5", "local-rule": "scaffold", "nesterov": True},
+        {"model": "lenet5", "local-rule": "scaffold", "optimizer": "adamw", "optimizer-args": "betas=0.8:0.9"},
         {"outer": "fedadam", "outer-args": "lr=0.01, eps=0.01", "batchnorm-at-sync": "first-worker"},
     ],
 )

@@ -14,7 +14,7 @@ from fedsim.config import Config
 from fedsim.federation.compress import zero_memory
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import Nodes
-from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS, keeps_memory
+from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS, keeps_memory, needs_all_memories
 from fedsim.federation.round import Progress, TooFewClients
 from fedsim.records import Run, read_rows
 from strategies import tensor_record, tensors_like, tensors_of
@@ -88,7 +88,8 @@ def collect_memories(
     for worker, record in sorted(records.items()):
         with contextlib.suppress(ValueError):  # what a client sends may be anything
             memories[worker] = tensors_like(record, tensor_record(like if rounds[worker] else {}))
-    if len(memories) < (config.min_clients or 1):
+    lost = [worker for worker, round_ in enumerate(rounds) if round_ and worker not in memories]
+    if len(memories) < (config.min_clients or 1) or (lost and needs_all_memories(config)):
         raise TooFewClients(f"round {progress.round}: only {len(memories)} clients have their memory", True)
     return memories
 

@@ -8,7 +8,7 @@ come with each train message; device and threads are the client's own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -22,6 +22,7 @@ from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after
 from fedsim.federation.compress import codec_of, compress_seed, compress_update
 from fedsim.federation.protocol import (
     COMPRESS,
+    CONTROL,
     MEMORY,
     MEMORY_LOST,
     MEMORY_ROUNDS,
@@ -34,6 +35,7 @@ from fedsim.federation.protocol import (
 )
 from fedsim.training import stacked
 from fedsim.training.local_round import End, Start, local_plan, take_round
+from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of
 from strategies import DECLINED, buffers_in, join, sections, split, tensor_record, tensors_of
 from strategies.screening import not_finite
 
@@ -101,15 +103,26 @@ def memory(message: Message, context: Context) -> Message:
 
 def _start(config: Config, message: Message, context: Context) -> Start:
     parameters, buffers, extras = split(tensors_of(message.content.array_records["arrays"]))
-    state = under_prefix(OPTIMIZER, {**extras, **_memory(config, message, context)})  # averaged, kept, or none
-    return Start(worker=_worker(context), round=_round(message), weights={**parameters, **buffers}, state=state)
+    memory = _memory(config, message, context)
+    return Start(
+        worker=_worker(context),
+        round=_round(message),
+        weights={**parameters, **buffers},
+        state=under_prefix(OPTIMIZER, {**extras, **memory}),  # averaged, kept, or none
+        correction=correction_of(*_controls(config, extras, memory)),
+    )
 
 
 def _reply(config: Config, message: Message, context: Context, end: End) -> Message:
     received = message.content.array_records["arrays"]
     state = with_prefix(OPTIMIZER, end.state)
-    sent = sections(end.weights, buffers_in(received), state if config.momentum_at_sync == "average" else {})
+    extras = state if config.momentum_at_sync == "average" else {}
     kept = state if config.momentum_at_sync == "keep" else {}
+    if config.local_rule == "scaffold":
+        c, c_k = _controls(config, split(tensors_of(received)).extras, _memory(config, message, context))
+        extras = extras | with_prefix(CONTROL, control_message(config, c, c_k, end.gradients))
+        kept = kept | with_prefix(CONTROL, end.gradients)
+    sent = sections(end.weights, buffers_in(received), extras)
     if codec := codec_of(config):
         if not_finite(sent.parameters):  # an infinity would stay in the residual
             return _declined(message, "its parameters are not finite")
@@ -127,6 +140,12 @@ def _reply(config: Config, message: Message, context: Context, end: End) -> Mess
         if message.content.config_records["config"][SEND_MEMORY]:
             content[MEMORY] = record
     return Message(content, reply_to=message)
+
+
+def _controls(config: Config, extras: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
+    """SCAFFOLD's c and c_k at the start of a round; empty with other rules."""
+    c = under_prefix(CONTROL, extras)
+    return c, control_variate(config, c, under_prefix(CONTROL, memory))
 
 
 def _declined(message: Message, reason: str) -> Message:

@@ -12,11 +12,12 @@ from torch import Tensor
 from fedsim.config import Config, Value
 
 OPTIMIZER = "optimizer/"  # prefix of optimizer state, in a client's memory and among the extras that are averaged
+CONTROL = "control/"  # prefix of SCAFFOLD's control variates: c_k in a client's memory, c among the extras
 COMPRESS = "compress/"  # prefix of what a client remembers of its messages, in its memory
 MEMORY = "memory"  # record of what a client keeps between rounds
 MEMORY_ROUNDS = "memory-rounds"  # for each worker, the last round in which its update was averaged
 SEND_MEMORY = "send-memory"  # whether a client sends its memory along with its update, for a checkpoint
-MEMORY_LOST = "it has lost its optimizer state or residual and starts again without"  # why a client declines a round
+MEMORY_LOST = "it has lost what it kept between rounds and starts again without"  # why a client declines a round
 # The keys that messages bring from the server: those that shape the result, except for the machine's own
 SHARED = [name for name in Config().identity("localsgd") if name not in ("device", "threads")]
 
@@ -28,9 +29,18 @@ def shared(config: Config) -> dict[str, Value]:
 
 
 def keeps_memory(config: Config) -> bool:
-    """Whether a client keeps anything between rounds: its optimizer's state, or what its messages left out."""
+    """Whether a client keeps anything between rounds: a state, a control variate, or what its messages left out."""
     compresses = config.compress != "none" and (config.error_feedback or config.compress == "powersgd")
-    return config.momentum_at_sync == "keep" or compresses
+    return config.momentum_at_sync == "keep" or config.local_rule == "scaffold" or compresses
+
+
+def needs_all_memories(config: Config) -> bool:
+    """Whether no client may start again without its memory.
+
+    SCAFFOLD's c has a share of each client's c_k. Where all take part in every round, c is made anew in each; else the
+    share of one that is lost would stay in it.
+    """
+    return config.local_rule == "scaffold" and config.clients_per_round < config.clients
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

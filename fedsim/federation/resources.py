@@ -8,9 +8,8 @@ import torch
 from fedsim.config import Config
 from fedsim.data.datasets import classes_of
 from fedsim.errors import UserError
-from fedsim.federation.compress import zero_memory
+from fedsim.federation.compress import zero_extras, zero_memory
 from fedsim.models import blank_model
-from fedsim.optim import zero_state
 
 GIB = 2**30
 
@@ -42,8 +41,7 @@ def needed_bytes(config: Config) -> int:
     model = blank_model(config.model, classes_of(config), config.device, config.precision)
     weights: int = sum(value.nbytes for value in model.state_dict().values())
     memory = sum(value.nbytes for value in zero_memory(config, model).values())
-    averaged = zero_state(config, dict(model.named_parameters())) if config.momentum_at_sync == "average" else {}
-    update = weights + memory + sum(value.nbytes for value in averaged.values())
+    update = weights + memory + sum(value.nbytes for value in zero_extras(config, model).values())
     return 3 * config.clients * memory + config.clients_per_round * update
 
 

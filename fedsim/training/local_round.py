@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor, nn
@@ -17,6 +17,7 @@ from fedsim.data.partition import sample_order, shard
 from fedsim.device import prepare
 from fedsim.models import blank_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
+from fedsim.training.local_rule import LocalRule, build_rule
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import StepInputs, step_inputs
 from fedsim.training.step_fn import StepFn, make_step_fn
@@ -24,30 +25,36 @@ from fedsim.training.step_fn import StepFn, make_step_fn
 
 @dataclass(frozen=True)
 class Start:
-    """Where a worker begins `round`."""
+    """Where a worker begins `round`; `correction` is SCAFFOLD's, of each parameter."""
 
     worker: int
     round: int
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
+    correction: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class End:
-    """Where it ends: weights and state of its own, the mean training loss and the samples seen."""
+    """Where it ends: weights and state of its own, the mean training loss and the samples seen.
+
+    `gradients`: with SCAFFOLD the mean gradient of each parameter.
+    """
 
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
     loss: float
     samples: int
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Replica:
-    """A model and its optimizer, lent to one client at a time."""
+    """A model, its optimizer and local rule, lent to one client at a time."""
 
     model: nn.Module
     optimizer: Optimizer
+    rule: LocalRule | None
     run_steps: StepFn
 
 
@@ -56,23 +63,26 @@ _of_thread = threading.local()
 
 def take_round(config: Config, start: Start) -> End:
     """The local steps of one worker, on this thread's replica."""
-    weights, state, loss = train_replica(config, _replica(config), start)
-    return End(weights, state, float(loss), local_plan(config).samples(start.round))
+    weights, state, gradients, loss = train_replica(config, _replica(config), start)
+    return End(weights, state, float(loss), local_plan(config).samples(start.round), gradients)
 
 
 def train_replica(
     config: Config, replica: Replica, start: Start
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | float]:
-    """The weights, the optimizer state and the mean loss after a worker's local steps on `replica`.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor | float]:
+    """The weights, optimizer state, gradients (see `End`) and mean loss after a worker's local steps on `replica`.
 
     A GPU is not waited for.
     """
     named = dict(replica.model.named_parameters())
     replica.model.load_state_dict(start.weights)
     load_optimizer_state(named, replica.optimizer, start.state)
+    if replica.rule:
+        replica.rule.begin(start.correction)
     loss = replica.run_steps(round_inputs(config, start))
+    gradients = replica.rule.end(local_plan(config).steps(start.round)) if replica.rule else {}
     weights = {name: value.clone() for name, value in replica.model.state_dict().items()}
-    return weights, optimizer_state(named, replica.optimizer), loss
+    return weights, optimizer_state(named, replica.optimizer), gradients, loss
 
 
 def local_images(config: Config) -> Images:
@@ -109,6 +119,8 @@ def build_replica(config: Config) -> Replica:
     """A replica whose values are not set, and this thread made ready for it."""
     prepare(config)
     model = blank_model(config.model, classes_of(config), config.device, config.precision)
-    optimizer = build_optimizer(config, dict(model.named_parameters()))
+    named = dict(model.named_parameters())
+    optimizer, rule = build_optimizer(config, named), build_rule(config, named)
     samples = local_plan(config).max_steps * config.batch_size
-    return Replica(model, optimizer, make_step_fn(config, model, optimizer, local_images(config), samples))
+    run_steps = make_step_fn(config, model, optimizer, local_images(config), samples, rule)
+    return Replica(model, optimizer, rule, run_steps)
