@@ -51,7 +51,7 @@ def started_by(mark: str) -> list[str]:
 @pytest.mark.parametrize(
     "keys",
     [
-        ("--momentum-at-sync", "keep", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
+        ("--outer", "slowmo", "--outer-args", "momentum=0.6", "--local-rule", "scaffold", "--optimizer", "adamw"),
         ("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
     ],
 )

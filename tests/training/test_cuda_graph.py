@@ -18,6 +18,7 @@ from fedsim.models.stack import stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.rng import generator
 from fedsim.training.cuda_graph import CapturedSteps
+from fedsim.training.local_rule import build_rule
 from fedsim.training.step import StepInputs, step_inputs
 from fedsim.training.step_fn import simple_step_fn
 
@@ -30,6 +31,8 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "lars", "lars-lr-in-momentum": True},
     {"optimizer": "lamb", "decay-biases-and-norms": False},
     {"optimizer": "lamb", "lamb-bias-correction": "moments"},
+    {"optimizer": "adamw", "local-rule": "scaffold"},
+    {"optimizer": "adamax", "local-rule": "fedprox", "prox-mu": 0.5},
 ]
 
 
@@ -39,14 +42,16 @@ def rounds(config: Config, static: bool, capture: bool = False) -> dict[str, Ten
     images = load_dataset(config).train
     model = build_model(config.model, config.synthetic_classes, 0, config.device, config.precision)
     named = dict(model.named_parameters())
-    optimizer = build_optimizer(config, named)
-    simple = simple_step_fn(config, model, optimizer, images)
+    optimizer, rule = build_optimizer(config, named), build_rule(config, named)
+    simple = simple_step_fn(config, model, optimizer, images, rule)
     if static:
-        steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture)
+        steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture, rule=rule)
         if not capture:
             steps.warm_up()
-    losses = []
+    losses, correction = [], {name: p.detach() / 100 for name, p in named.items()}
     for round in range(3):
+        if rule:
+            rule.begin(correction)
         if round == 2:
             load_optimizer_state(named, optimizer, {})
         samples, rates = SAMPLES, [0.01, 0.02 / (1 + round), 0.03]
@@ -55,6 +60,7 @@ def rounds(config: Config, static: bool, capture: bool = False) -> dict[str, Ten
         order = generator(1, 0, round, "shuffle").permutation(len(images))[:samples]
         inputs = step_inputs(order, BATCH, 1, 0, 3 * round, rates)
         losses.append(float(steps.run([inputs]) if static else simple(inputs)))
+        correction = rule.end(len(rates)) if rule else {}
     return {"losses": torch.tensor(losses), **model.state_dict(), **optimizer_state(named, optimizer)}
 
 
