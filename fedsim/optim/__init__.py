@@ -17,7 +17,7 @@ from fedsim.optim.torch_base import SGDM
 from fedsim.optim.torch_optimizers import (
     NEW_STATE,
     TORCH_OPTIMIZERS,
-    capturable_by_name,
+    can_be_captured,
     check_arguments,
     torch_optimizer,
 )
@@ -115,7 +115,7 @@ def check_optimizer(config: Config) -> None:
 def is_capturable(config: Config) -> bool:
     """Whether a step of the optimizer of `config` can be part of a CUDA graph."""
     if config.optimizer in TORCH_OPTIMIZERS:
-        return capturable_by_name(config.optimizer)
+        return can_be_captured(config.optimizer)
     return config.optimizer == "sgdm" or config.optimizer_backend == "fedsim"  # torch-optimizer's wait for the device
 
 

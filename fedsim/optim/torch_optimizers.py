@@ -8,6 +8,7 @@ trains.
 from __future__ import annotations
 
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from torch.optim import Optimizer
 from fedsim.optim.torch_base import without_compiler
 
 Groups = list[dict[str, Any]]
-TORCH_OPTIMIZERS: dict[str, type[Optimizer]] = {
+TORCH_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
     kind.__name__.lower(): without_compiler(kind)
     for kind in (
         torch.optim.Adadelta,
@@ -47,18 +48,16 @@ def torch_optimizer(name: str, groups: Groups, lr: float, arguments: dict[str, A
     """The optimizer `name` over `groups`, in the fastest form that takes a tensor as its rate."""
     kind = TORCH_OPTIMIZERS[name]
     forms = inspect.signature(kind).parameters
-    on_cuda = groups[0]["params"][0].is_cuda
-    form: dict[str, bool] = {}
-    if "fused" in forms and not (on_cuda and not capturable_by_name(name)):
-        form["fused"] = True
-    if on_cuda and "capturable" in forms:
-        form["capturable"] = True
-    if on_cuda and not capturable_by_name(name):
-        form["foreach"] = False
+    if groups[0]["params"][0].device.type == "cpu":
+        form = {"fused": True} if "fused" in forms else {}
+    elif can_be_captured(name):
+        form = {switch: True for switch in ("fused", "capturable") if switch in forms}
+    else:
+        form = {"foreach": False}
     return kind(groups, lr=lr, **form, **arguments)
 
 
-def capturable_by_name(name: str) -> bool:
+def can_be_captured(name: str) -> bool:
     """Whether a step of the optimizer `name` can be part of a CUDA graph."""
     return name == "sgd" or "capturable" in inspect.signature(TORCH_OPTIMIZERS[name]).parameters
 

@@ -32,7 +32,7 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "lamb", "decay-biases-and-norms": False},
     {"optimizer": "lamb", "lamb-bias-correction": "moments"},
     {"optimizer": "adamw", "local-rule": "scaffold"},
-    {"optimizer": "adamax", "local-rule": "fedprox", "prox-mu": 0.5},
+    {"optimizer": "lars", "lars-lr-in-momentum": True, "local-rule": "fedprox", "prox-mu": 0.5},
 ]
 
 
@@ -117,14 +117,17 @@ def test_a_round_reads_no_value_on_the_device(
     small: Config, keys: dict[str, Any], replicas: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the device meta, which has no values: whatever would wait for one raises."""
-    monkeypatch.setattr(torch, "_fused_sgd_", lambda *tensors, **keys: None)  # the one kernel that meta lacks
+    for kernel in ("_fused_sgd_", "_fused_adamw_"):  # which meta lacks
+        monkeypatch.setattr(torch, kernel, lambda *tensors, **keys: None)
+    monkeypatch.setattr("torch.optim.adam._device_dtype_check_for_fused", lambda *tensors: None)  # which refuses meta
     images = Images(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64), CIFAR100, "meta")
     model: nn.Module = LeNet5(10).to("meta")
     if replicas > 1:
         model = stack(model, replicas)
-    optimizer = build_optimizer(small.changed(keys), dict(model.named_parameters()))
+    named = dict(model.named_parameters())
+    optimizer, rule = build_optimizer(small.changed(keys), named), build_rule(small.changed(keys), named)
     optimizer._need_device_dtype_check_for_fused = False  # type: ignore[attr-defined]  # which refuses meta
-    steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, "fp32", replicas)
+    steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, "fp32", replicas, rule=rule)
     zeros = [torch.zeros(shape, dtype=torch.int64) for shape in ((4, SAMPLES), (3,))]
     for _ in range(2):
         losses = steps.run([StepInputs(zeros[0], zeros[1], [0.1, 0.2, 0.3])] * replicas)

@@ -29,7 +29,7 @@ def quadratics() -> list[tuple[Tensor, Tensor]]:
     return [(torch.from_numpy(r @ r.T / 4 + np.eye(SIZE)), torch.from_numpy(rng.normal(size=SIZE))) for r in roots]
 
 
-def trained(rounds: int, fails: Fails = lambda round_, worker: False, **keys: Any) -> tuple[Tensor, float]:
+def trained(rounds: int, keys: dict[str, Any], fails: Fails = lambda round_, worker: False) -> tuple[Tensor, float]:
     """The distance from the optimum after each round, and the largest one of c from the mean of all c_k."""
     config = Config(clients=WORKERS, device="cpu", threads=1).changed(keys)
     losses = quadratics()
@@ -80,12 +80,12 @@ def trained(rounds: int, fails: Fails = lambda round_, worker: False, **keys: An
 
 
 def test_scaffold_finds_the_optimum_beside_which_local_steps_settle() -> None:
-    plain, _ = trained(80)
+    plain, _ = trained(80, {})
     assert plain[-1] > 1e-2
-    distances, off = trained(80, **{"local-rule": "scaffold"})
+    distances, off = trained(80, {"local-rule": "scaffold"})
     assert distances[-1] < OPTIMUM_WITHIN
     assert off < 1e-14  # c is the mean of all c_k after each round
-    proximal, _ = trained(80, **{"local-rule": "fedprox", "prox-mu": 5.0})
+    proximal, _ = trained(80, {"local-rule": "fedprox", "prox-mu": 5.0})
     assert OPTIMUM_WITHIN < proximal[-1] < plain[-1]  # FedProx comes nearer
 
 
@@ -93,13 +93,10 @@ def test_scaffold_finds_it_with_a_sample_of_the_clients_and_without_those_left_o
     """A client that is left out keeps the c_k that its last update averaged came with."""
     random = np.random.default_rng(1)
     absent = random.random((300, WORKERS)) < 0.2
-    sampled, off = trained(
-        300, lambda round_, worker: bool(absent[round_ - 1, worker]), fraction=2 / 3, **{"local-rule": "scaffold"}
-    )
+    rule = {"local-rule": "scaffold"}
+    sampled, off = trained(300, {"fraction": 2 / 3, **rule}, lambda round_, worker: bool(absent[round_ - 1, worker]))
     assert sampled[-1] < OPTIMUM_WITHIN
     assert off < 1e-14
-    every, _ = trained(
-        100, lambda round_, worker: round_ < 30 and bool(absent[round_ - 1, worker]), **{"local-rule": "scaffold"}
-    )
+    every, _ = trained(100, rule, lambda round_, worker: round_ < 30 and bool(absent[round_ - 1, worker]))
     assert every[25] > 1e-4
     assert every[-1] < OPTIMUM_WITHIN
