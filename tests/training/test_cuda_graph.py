@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 import numpy as np
@@ -119,7 +120,8 @@ def test_a_round_reads_no_value_on_the_device(
     """On the device meta, which has no values: whatever would wait for one raises."""
     for kernel in ("_fused_sgd_", "_fused_adamw_"):  # which meta lacks
         monkeypatch.setattr(torch, kernel, lambda *tensors, **keys: None)
-    monkeypatch.setattr("torch.optim.adam._device_dtype_check_for_fused", lambda *tensors: None)  # which refuses meta
+    adam = sys.modules["torch.optim.adam"]
+    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *tensors: None)  # which refuses meta
     images = Images(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64), CIFAR100, "meta")
     model: nn.Module = LeNet5(10).to("meta")
     if replicas > 1:
