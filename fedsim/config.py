@@ -38,6 +38,10 @@ Mode = Literal["centralized", "localsgd"]
 Engine = Literal["auto", "threads", "stacked", "flower"]  # how the clients of a run are trained
 Value = bool | int | float | str
 Codec = Literal["none", "fp16", "bf16", "int8", "int4", "sign", "topk", "randomk", "qsgd", "powersgd"]
+Optimizer = Literal[
+    "sgdm", "lars", "lamb", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop",
+    "sgd",
+]  # fmt: skip
 Outer = Literal[
     "none", "fedavgm", "slowmo", "diloco", "fedadam", "fedyogi", "fedadagrad",  # named methods
     "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd",
@@ -285,8 +289,8 @@ class Config(BaseModel, frozen=True):
     """The model."""
     norm: Literal["bn", "gn"] = "bn"
     """Normalization in the ResNets: BatchNorm or GroupNorm."""
-    optimizer: Literal["sgdm", "lars", "lamb"] = "sgdm"
-    """The optimizer."""
+    optimizer: Optimizer = "sgdm"
+    """The optimizer: one of fedsim's three, or one of PyTorch's with optimizer-args."""
     optimizer_backend: Literal["fedsim", "torch-optimizer"] = "fedsim"
     """Implementation of lars and lamb: fedsim's faster one, or torch-optimizer's."""
     lr: Positive = 0.01
@@ -300,7 +304,7 @@ class Config(BaseModel, frozen=True):
     nesterov: Bool = False
     """Nesterov momentum, for sgdm and lars."""
     weight_decay: NotNegative = 4e-4
-    """L2 penalty (sgdm, lars) or weight decay (lamb)."""
+    """L2 penalty (sgdm, lars) or weight decay (lamb, adamw); else as PyTorch's optimizer uses it."""
     decay_biases_and_norms: Bool = True
     """Decay all parameters, or only those of more than one dimension: weights, not biases and norms."""
     trust_coefficient: Positive = 0.001
@@ -319,6 +323,8 @@ class Config(BaseModel, frozen=True):
     """LAMB: upper bound of the weight norm in the ratio; 0: none."""
     lamb_adapt_undecayed: Bool = True
     """LAMB: use a trust ratio for undecayed parameters too."""
+    optimizer_args: Annotated[Text, AfterValidator(_arguments)] = ""
+    """Arguments of an optimizer of PyTorch's over its defaults, for instance betas=0.9:0.95, eps=1e-6."""
 
     # Schedule and budget
     schedule: Literal["constant", "cosine", "multistep"] = "constant"
@@ -373,6 +379,10 @@ class Config(BaseModel, frozen=True):
     """The server's optimizer on the mean of the clients' models; none: the mean itself."""
     outer_args: Annotated[Text, AfterValidator(_arguments), LOCALSGD] = ""
     """Arguments of outer over its defaults, for instance lr=0.7, momentum=0.9, nesterov=true."""
+    local_rule: Annotated[Literal["none", "fedprox", "scaffold"], LOCALSGD] = "none"
+    """What is added to the gradients of local steps: nothing, a pull to the model of the round, control variates."""
+    prox_mu: Annotated[NotNegative, LOCALSGD] = 0.01
+    """Fedprox: the factor of the distance that is added to the gradient."""
     momentum_at_sync: Annotated[Literal["keep", "reset", "average"], LOCALSGD] = "keep"
     """Keep, reset or average the clients' optimizer states at each sync."""
     batchnorm_at_sync: Annotated[Literal["average", "first-worker", "pooled", "local", "re-estimated"], LOCALSGD] = (
@@ -425,7 +435,7 @@ class Config(BaseModel, frozen=True):
 
     @model_validator(mode="after")
     def _check_combinations(self) -> Config:
-        if self.nesterov and (self.momentum == 0 or self.optimizer == "lamb"):
+        if self.nesterov and (self.momentum == 0 or self.optimizer not in ("sgdm", "lars")):
             raise ValueError("nesterov = true needs optimizer sgdm or lars with a momentum above 0")
         if self.optimizer_backend == "torch-optimizer":
             for name in OF_FEDSIM_ALONE:

@@ -35,6 +35,8 @@ def local_sgd(
     error_feedback: bool = True,
     compress_down: Compress | None = None,
     outer: Outer | None = None,
+    prox_mu: float = 0.0,
+    scaffold: bool = False,
 ) -> None:
     """Train `model` in place: in each round `local_steps[round]` (J) steps on each of K `workers`, and one mean.
 
@@ -46,12 +48,14 @@ def local_sgd(
     its next update. Workers begin a round from x, the model's parameters; with `compress_down`, from what they began
     the last one from plus `compress_down(change)`, what arrives of the change from there to x. `outer(x, mean, lr)` is
     the server's step: the next parameters from those before the round, the mean of the workers' and the rate of the
-    round's last step; without it, the mean.
+    round's last step; without it, the mean. FedProx adds `prox_mu` times the distance from where the round began to a
+    gradient, SCAFFOLD c - c_k: c_k is the mean of worker k's gradients in the last round, c the mean of all c_k.
     """
     replicas = [copy.deepcopy(model) for _ in range(workers)]
     optimizers = [make_optimizer(replica) for replica in replicas]
     residuals: list[Tensors] = [{} for _ in range(workers)]
     begun: Tensors = {}
+    controls: list[Tensors] = [{name: torch.zeros_like(p) for name, p in model.named_parameters()}] * workers
     first_step = 0
     for steps in local_steps:
         x = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
@@ -60,17 +64,25 @@ def local_sgd(
             begun = {name: begun[name] + arrived[name] for name in x}
         else:
             begun = x
+        c = {name: mean([control[name] for control in controls]) for name in x}
         for worker, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
             own = dict(replica.named_buffers()) if batchnorm_at_sync == "local" else {}
             replica.load_state_dict({**model.state_dict(), **begun, **own})
             replica.train()
+            sums = {name: torch.zeros_like(value) for name, value in x.items()}
             for step in range(first_step, first_step + steps):
                 inputs, labels = batch(worker, step)
                 for group in optimizer.param_groups:
                     group["lr"] = lr(step)
                 optimizer.zero_grad()
                 F.cross_entropy(replica(inputs), labels).backward()  # type: ignore[no-untyped-call]
+                for name, y in replica.named_parameters():
+                    assert y.grad is not None
+                    sums[name] += y.grad
+                    y.grad += prox_mu * (y.detach() - begun[name])
+                    y.grad += c[name] - controls[worker][name] if scaffold else 0.0
                 optimizer.step()
+            controls[worker] = {name: value / steps for name, value in sums.items()}
 
         states = [replica.state_dict() for replica in replicas]
         if compress:

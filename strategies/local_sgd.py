@@ -60,7 +60,8 @@ class LocalSGD(FedAvg):
     parameters as the encoded distance from those that they began from, by the seed `codec_seed(round, worker)`. With a
     `codec_down`, they are sent the encoded change of the parameters, by the seed `codec_seed(round, None)` (see
     `strategies.compression.broadcast`). `outer` is the server's step on the mean of the parameters, and `lr` gives the
-    workers' learning rate at the end of a round. Other arguments are FedAvg's.
+    workers' learning rate at the end of a round. Extras whose names begin with `population_extras` are means over the
+    population: a worker that is not averaged counts with the values that were sent. Other arguments are FedAvg's.
     """
 
     not_resumable = ""  # why a run cannot be resumed from the arrays and the state of its last round
@@ -83,6 +84,7 @@ class LocalSGD(FedAvg):
         codec_seed: Callable[[int, int | None], int] = lambda round_, worker: 0,
         outer: OuterStep | None = None,
         lr: Callable[[int], float] = lambda round_: 1.0,
+        population_extras: str | None = None,
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
@@ -99,6 +101,7 @@ class LocalSGD(FedAvg):
         self.codec_seed = codec_seed
         self.outer = outer or OuterStep(None)
         self.lr = lr
+        self.population_extras = population_extras
         variances = [BUFFERS + name for name, entry in self.batchnorm.items() if entry == "running_var"]
         self.max_examples = max_examples
         self.rules = Rules(
@@ -190,7 +193,8 @@ class LocalSGD(FedAvg):
         )
         state = {**state, **request.state}
         buffers = merge(average.buffers, [part.buffers for part in y], weights, self.batchnorm_at_sync, self.batchnorm)
-        arrays = join(Sections(parameters, buffers, average.extras))
+        extras = self._over_population(sent.extras, average.extras, len(averaged))
+        arrays = join(Sections(parameters, buffers, extras))
 
         if wrong := wrong_values([arrays])[0]:
             raise FloatingPointError(f"round {round_}: the average of {wrong}")
@@ -231,6 +235,14 @@ class LocalSGD(FedAvg):
         elif self.codec_down:
             mean = {name: x[name] - (start[name] - value) for name, value in mean.items()}
         return average._replace(parameters=mean)
+
+    def _over_population(self, sent: Mapping[str, Tensor], mean: dict[str, Tensor], averaged: int) -> dict[str, Tensor]:
+        """`mean`, which is over so many workers, with the extras of the population as means over all of it."""
+        share = averaged / (self.population or len(self.workers) or averaged)
+        if self.population_extras is None or share == 1:
+            return mean
+        of_all = [name for name in mean if name.startswith(self.population_extras)]
+        return mean | {name: sent[name].lerp(mean[name], share) for name in of_all}
 
     def _encoded(self, codec: Codec, sent: Sections) -> ArrayRecord:
         """Arrays with the names, types and shapes that those of an encoded update must have."""

@@ -55,7 +55,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --lr -1", "lr = -1 is out of range: it must be greater than 0"),
         ("localsgd --dataset imagenet", "dataset = 'imagenet' is out of range: it must be one of cifar100, synthetic"),
         ("localsgd --model lenet", "did you mean lenet5?"),
-        ("localsgd --optimizer adam", "optimizer = 'adam' is out of range: it must be one of sgdm, lars, lamb"),
+        ("localsgd --optimizer lbfgs", "optimizer = 'lbfgs' is out of range: it must be one of sgdm, lars, lamb"),
         ("localsgd --strategy fedprox", "strategy = 'fedprox' is out of range: it must be one of localsgd"),
         ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of auto, threads, stacked, flower"),
         ("localsgd --preset table3", "unknown preset table3: it must be one of demo, kj-equal-epochs"),

@@ -66,7 +66,7 @@ def test_values_are_read_from_text_and_from_toml() -> None:
         ({"nesterov": 1}, "nesterov = 1 is not true or false"),
         ({"momentum": 1.0}, "momentum = 1.0 is out of range: it must be at least 0 and less than 1"),
         ({"fraction": "0"}, "fraction = 0 is out of range: it must be greater than 0 and at most 1"),
-        ({"optimizer": "lasr"}, "it must be one of sgdm, lars, lamb (did you mean lars?)"),
+        ({"optimizer": "lasr"}, "rmsprop, sgd (did you mean lars?)"),
         ({"optimizer": 3}, "optimizer = 3 is out of range: it must be one of sgdm, lars, lamb"),
         ({"model": "resnet"}, "model = 'resnet' is unknown: it must be one of lenet-bn, lenet5, resnet20"),
         ({"dataset": "cifar1000"}, "(did you mean cifar100?)"),

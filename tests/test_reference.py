@@ -102,6 +102,8 @@ def reference(config: Config) -> dict[str, Tensor]:
         compress_down=COMPRESS[config.compress_down],
         error_feedback=config.error_feedback,
         outer=OUTER[config.outer](),
+        prox_mu=config.prox_mu if config.local_rule == "fedprox" else 0.0,
+        scaffold=config.local_rule == "scaffold",
         **keep,  # type: ignore[arg-type]
     )
     if config.batchnorm_at_sync == "re-estimated":
@@ -138,6 +140,9 @@ def reference(config: Config) -> dict[str, Tensor]:
             "outer": "slowmo",
         },
         {"model": "lenet5", "outer": "slowmo", "schedule": "cosine", "momentum-at-sync": "reset"},
+        {"model": "lenet5", "local-rule": "fedprox", "prox-mu": 0.5, "optimizer": "lars", "trust-coefficient": 0.05},
+        {"model": "lenet5", "local-rule": "scaffold", "nesterov": True},
+        {"model": "lenet5", "local-rule": "scaffold", "optimizer": "adamw", "optimizer-args": "betas=0.8:0.9"},
         {
             "outer": "fedadam",
             "outer-args": "lr=0.01, eps=0.01, bias_correction=true",

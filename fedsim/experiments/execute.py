@@ -16,6 +16,7 @@ from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.round import check_strategy
 from fedsim.federation.server_app import train_localsgd
 from fedsim.models import check_model
+from fedsim.optim import check_optimizer
 from fedsim.records import Row, Run
 from fedsim.training.centralized import train_centralized, whole_epochs
 from fedsim.training.engine import choose_engine
@@ -76,6 +77,7 @@ def execute(
 def check(config: Config, mode: Mode) -> None:
     """Raise UserError if the data is missing, or cannot be split into shards, batches and rounds as in `config`."""
     check_of_run(config)
+    check_optimizer(config)
     images = len(load_dataset(config).train)
     check_model(config)
     if mode == "centralized":

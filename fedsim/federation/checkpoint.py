@@ -14,7 +14,15 @@ from fedsim.config import Config
 from fedsim.federation.compress import zero_memory
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import Nodes
-from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS, MODEL, keeps_memory, under_prefix, with_prefix
+from fedsim.federation.protocol import (
+    MEMORY,
+    MEMORY_ROUNDS,
+    MODEL,
+    keeps_memory,
+    needs_all_memories,
+    under_prefix,
+    with_prefix,
+)
 from fedsim.federation.round import Progress, TooFewClients
 from fedsim.records import Run, read_rows
 from strategies import tensor_record, tensors_like, tensors_of, wrong_values
@@ -95,7 +103,8 @@ def collect_memories(
             memories[worker] = tensors_like(record, tensor_record(like if rounds[worker] else {}))
     wrong = wrong_values(list(memories.values()))
     memories = {worker: memory for (worker, memory), reason in zip(memories.items(), wrong, strict=True) if not reason}
-    if len(memories) < (config.min_clients or 1):
+    lost = [worker for worker, round_ in enumerate(rounds) if round_ and worker not in memories]
+    if len(memories) < (config.min_clients or 1) or (lost and needs_all_memories(config)):
         raise TooFewClients(f"round {progress.round}: only {len(memories)} clients have their memory", True)
     return memories
 

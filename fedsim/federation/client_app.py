@@ -8,7 +8,7 @@ come with each train message; device and threads are the client's own.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -23,6 +23,7 @@ from fedsim.federation.compress import codec_of, compress_seed, compress_update,
 from fedsim.federation.protocol import (
     BATCHNORM,
     COMPRESS,
+    CONTROL,
     MEMORY,
     MEMORY_LOST,
     MEMORY_ROUNDS,
@@ -37,6 +38,7 @@ from fedsim.federation.protocol import (
 from fedsim.models import empty_model
 from fedsim.training import stacked
 from fedsim.training.local_round import End, Start, check_machine, held_images, local_plan, take_round
+from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of
 from strategies import DECLINED, batchnorm_buffers, buffers_in, join, sections, split, tensor_record, tensors_of
 from strategies.local_sgd import ENCODED
 from strategies.screening import wrong_values
@@ -112,20 +114,30 @@ def _start(config: Config, message: Message, context: Context) -> Start:
         if not held:
             raise MemoryLost("the model that the message is the change of is not kept here")
         parameters = receive_change(config, local_plan(config), _round(message), held, parameters)
-    weights = {**parameters, **buffers, **under_prefix(BATCHNORM, memory)}
-    state = under_prefix(OPTIMIZER, {**extras, **memory})  # averaged, kept, or none
-    return Start(worker=_worker(context), round=_round(message), weights=weights, state=state)
+    return Start(
+        worker=_worker(context),
+        round=_round(message),
+        weights={**parameters, **buffers, **under_prefix(BATCHNORM, memory)},
+        state=under_prefix(OPTIMIZER, {**extras, **memory}),  # averaged, kept, or none
+        correction=correction_of(*_controls(config, extras, memory)),
+    )
 
 
 def _reply(config: Config, message: Message, context: Context, start: Start, end: End) -> Message:
     buffers = buffers_in(message.content.array_records["arrays"])
     x = sections(start.weights, buffers, {}).parameters
     state = with_prefix(OPTIMIZER, end.state)
-    sent = sections(end.weights, buffers, state if config.momentum_at_sync == "average" else {})
+    extras = state if config.momentum_at_sync == "average" else {}
     kept = state if config.momentum_at_sync == "keep" else {}
+    if config.local_rule == "scaffold":
+        received = message.content.array_records["arrays"]
+        c, c_k = _controls(config, split(tensors_of(received)).extras, _memory(config, message, context))
+        extras = extras | with_prefix(CONTROL, control_message(config, c, c_k, end.gradients))
+        kept = kept | with_prefix(CONTROL, end.gradients)
+    sent = sections(end.weights, buffers, extras)
     if config.batchnorm_at_sync == "local":
         own = batchnorm_buffers(empty_model(config, "meta"))
-        kept |= {BATCHNORM + name: sent.buffers[name] for name in own}
+        kept = kept | {BATCHNORM + name: sent.buffers[name] for name in own}
     if codec := codec_of(config):
         if any(wrong_values([sent.parameters])):  # an infinity would stay in the residual
             return _declined(message, "its parameters are not finite")
@@ -145,6 +157,12 @@ def _reply(config: Config, message: Message, context: Context, start: Start, end
         if message.content.config_records["config"][SEND_MEMORY]:
             content[MEMORY] = _without_model(record)
     return Message(content, reply_to=message)
+
+
+def _controls(config: Config, extras: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
+    """SCAFFOLD's c and c_k at the start of a round; empty with other rules."""
+    c = under_prefix(CONTROL, extras)
+    return c, control_variate(config, c, under_prefix(CONTROL, memory))
 
 
 def _declined(message: Message, reason: str) -> Message:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedsim.config import Config, check_used
 from fedsim.errors import UserError
-from fedsim.federation.protocol import BATCHNORM, COMPRESS, OPTIMIZER, with_prefix
+from fedsim.federation.protocol import BATCHNORM, COMPRESS, CONTROL, OPTIMIZER, with_prefix
 from fedsim.optim import zero_state
 from fedsim.rng import Purpose, step_keys
 from fedsim.training.run_plan import RunPlan
@@ -65,14 +65,26 @@ def compress_seed(config: Config, plan: RunPlan, round_: int, worker: int | None
 def zero_memory(config: Config, model: nn.Module) -> dict[str, Tensor]:
     """All that a client keeps between rounds of training `model` and the server has not, every entry zero."""
     parameters = dict(model.named_parameters())
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     memory = with_prefix(OPTIMIZER, zero_state(config, parameters)) if config.momentum_at_sync == "keep" else {}
+    if config.local_rule == "scaffold":
+        memory |= with_prefix(CONTROL, zeros)
     if codec := codec_of(config):
-        zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
         memory |= with_prefix(COMPRESS, encode(codec, zeros, {}, 0, config.error_feedback)[1])
     if config.batchnorm_at_sync == "local":
         buffers = dict(model.named_buffers())
         memory |= {BATCHNORM + name: torch.zeros_like(buffers[name]) for name in batchnorm_buffers(model)}
     return memory
+
+
+def zero_extras(config: Config, model: nn.Module) -> dict[str, Tensor]:
+    """What is averaged beside the model, at the start of a run."""
+    parameters = dict(model.named_parameters())
+    extras = with_prefix(OPTIMIZER, zero_state(config, parameters)) if config.momentum_at_sync == "average" else {}
+    if config.local_rule == "scaffold":
+        zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+        extras |= with_prefix(CONTROL, zeros)
+    return extras
 
 
 def compress_update(

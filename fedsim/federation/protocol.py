@@ -12,6 +12,7 @@ from torch import Tensor
 from fedsim.config import Config, Value
 
 OPTIMIZER = "optimizer/"  # prefix of optimizer state, in a client's memory and among the extras that are averaged
+CONTROL = "control/"  # prefix of SCAFFOLD's control variates: c_k in a client's memory, c among the extras
 COMPRESS = "compress/"  # prefix of what a client remembers of its messages, in its memory
 BATCHNORM = "batchnorm/"  # prefix of a client's own BatchNorm statistics, in its memory
 MODEL = "model/"  # prefix of the parameters that a client began its round from; the server has them too
@@ -32,8 +33,17 @@ def shared(config: Config) -> dict[str, Value]:
 def keeps_memory(config: Config) -> bool:
     """Whether a client keeps anything between rounds; see the prefixes above."""
     compresses = config.compress != "none" and (config.error_feedback or config.compress == "powersgd")
-    own = config.momentum_at_sync == "keep" or config.batchnorm_at_sync == "local"
+    own = config.momentum_at_sync == "keep" or config.batchnorm_at_sync == "local" or config.local_rule == "scaffold"
     return own or compresses or config.compress_down != "none"
+
+
+def needs_all_memories(config: Config) -> bool:
+    """Whether no client may start again without its memory.
+
+    SCAFFOLD's c has a share of each client's c_k. Where all take part in every round, c is made anew in each; else the
+    share of one that is lost would stay in it.
+    """
+    return config.local_rule == "scaffold" and config.clients_per_round < config.clients
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -7,9 +7,8 @@ import torch
 
 from fedsim.config import Config
 from fedsim.errors import UserError
-from fedsim.federation.compress import zero_memory
+from fedsim.federation.compress import zero_extras, zero_memory
 from fedsim.models import empty_model
-from fedsim.optim import zero_state
 
 GIB = 2**30
 
@@ -41,8 +40,7 @@ def needed_bytes(config: Config) -> int:
     model = empty_model(config)
     weights: int = sum(value.nbytes for value in model.state_dict().values())
     memory = sum(value.nbytes for value in zero_memory(config, model).values())
-    averaged = zero_state(config, dict(model.named_parameters())) if config.momentum_at_sync == "average" else {}
-    update = weights + memory + sum(value.nbytes for value in averaged.values())
+    update = weights + memory + sum(value.nbytes for value in zero_extras(config, model).values())
     model_kept = weights if config.compress_down != "none" else 0
     return config.clients * (3 * memory + model_kept) + config.clients_per_round * update
 

@@ -15,22 +15,23 @@ from torch import nn
 from fedsim.config import Config, arguments_of, check_used
 from fedsim.data.datasets import training_images
 from fedsim.errors import RunFailed, UserError
-from fedsim.federation.compress import check_compress, codec_down_of, codec_of, compress_seed
+from fedsim.federation.compress import check_compress, codec_down_of, codec_of, compress_seed, zero_extras
 from fedsim.federation.flower_internals import let_messages_be_made
 from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import (
+    CONTROL,
     MEMORY,
     MEMORY_LOST,
     MEMORY_ROUNDS,
-    OPTIMIZER,
     SEND_MEMORY,
+    needs_all_memories,
     shared,
-    with_prefix,
 )
 from fedsim.models import initial_model
-from fedsim.optim import zero_state
+from fedsim.optim import check_optimizer
 from fedsim.records import Row
+from fedsim.training.local_rule import check_local_rule
 from fedsim.training.run_plan import RunPlan
 from strategies import STRATEGIES, LocalSGD, batchnorm_buffers, buffers_of, join, payload_bytes, sections, tensor_record
 from strategies.by_name import strategy_factory
@@ -70,10 +71,8 @@ class TooFewClients(Exception):
 
 def initial_progress(config: Config, model: nn.Module) -> Progress:
     """The progress of a run that starts with the weights of `model`."""
-    averaged = config.momentum_at_sync == "average"
-    extras = with_prefix(OPTIMIZER, zero_state(config, dict(model.named_parameters()))) if averaged else {}
     state = {name: value.clone() for name, value in model.state_dict().items()}
-    arrays = join(sections(state, buffers_of(model), extras))
+    arrays = join(sections(state, buffers_of(model), zero_extras(config, model)))
     return Progress(0, tensor_record(arrays), [0] * config.clients)
 
 
@@ -90,6 +89,7 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         "other_records": [MEMORY],
         "batchnorm": batchnorm_buffers(model),
         "batchnorm_at_sync": config.batchnorm_at_sync,
+        "population_extras": CONTROL if config.local_rule == "scaffold" else None,
     }
     if config.strategy not in STRATEGIES:
         make = flower_strategy_of(config)
@@ -107,7 +107,9 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
 
 
 def check_strategy(config: Config) -> None:
-    """Raise UserError where the keys of the strategy do not go together."""
+    """Raise UserError where the keys of the strategy, or those of the clients' steps, do not go together."""
+    check_optimizer(config)
+    check_local_rule(config)
     check_compress(config)
     check_used(config, "mean", {"trim": ["trimmed"], "client_weights": ["exact", "clipped"]})
     check_used(config, "batchnorm_at_sync", {"batchnorm_images": ["re-estimated"]})
@@ -183,6 +185,8 @@ def train_round(
     lost = [worker for worker, reason in result.left_out.items() if reason == MEMORY_LOST]
     if result.arrays is None:
         raise TooFewClients(f"round {round_}: too few usable updates: {format_reasons(result.left_out)}", bool(lost))
+    if lost and needs_all_memories(config):
+        raise TooFewClients(f"round {round_}: {format_reasons(result.left_out)}", True)
     aggregated_in = dict.fromkeys(lost, 0) | dict.fromkeys(result.averaged, round_)
     updates = _sent_by(result.averaged, "arrays", request, replies)
     bytes_up = sum(map(payload_bytes, updates.values()))

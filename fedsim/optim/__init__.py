@@ -1,4 +1,4 @@
-"""Optimizers by name (SGD with momentum, LARS, LAMB), their state as named tensors, and learning rate schedules."""
+"""Optimizers by name (SGD with momentum, LARS, LAMB, PyTorch's), their state as named tensors, learning rates."""
 
 from __future__ import annotations
 
@@ -9,15 +9,36 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fedsim.config import Config
+from fedsim.config import Config, arguments_of, check_used
 from fedsim.copies import copies, fill
 from fedsim.errors import UserError
 from fedsim.optim.lamb import LAMB
 from fedsim.optim.lars import LARS
 from fedsim.optim.torch_base import SGDM
+from fedsim.optim.torch_optimizers import (
+    NEW_STATE,
+    TORCH_OPTIMIZERS,
+    can_be_captured,
+    check_arguments,
+    torch_optimizer,
+)
 
 Groups = list[dict[str, Any]]
 Named = Mapping[str, Tensor]  # parameters by their names
+NOT_STATE = ("weight_norm", "adam_norm", "trust_ratio")  # torch-optimizer's Lamb stores them; every step computes them
+USED_BY = {  # key -> the optimizers that use it, where PyTorch's do not
+    "optimizer_backend": ("lars", "lamb"),
+    "momentum": ("sgdm", "lars"),
+    "nesterov": ("sgdm", "lars"),
+    "trust_coefficient": ("lars",),
+    "lars_lr_in_momentum": ("lars",),
+    "lars_adapt_undecayed": ("lars",),
+    "beta1": ("lamb",),
+    "beta2": ("lamb",),
+    "lamb_bias_correction": ("lamb",),
+    "lamb_clamp": ("lamb",),
+    "lamb_adapt_undecayed": ("lamb",),
+}
 
 
 def parameter_groups(parameters: Sequence[Tensor], weight_decay: float, biases_and_norms: bool) -> Groups:
@@ -73,10 +94,30 @@ OPTIMIZERS: dict[str, Callable[[Groups, Config], Optimizer]] = {"sgdm": _sgdm, "
 
 def build_optimizer(config: Config, parameters: Named) -> Optimizer:
     """The optimizer of `config` over `parameters`."""
-    if config.optimizer not in OPTIMIZERS:
-        raise UserError(f"unknown optimizer {config.optimizer}: it must be one of {', '.join(OPTIMIZERS)}")
-    groups = parameter_groups(list(parameters.values()), config.weight_decay, config.decay_biases_and_norms)
-    return OPTIMIZERS[config.optimizer]([group for group in groups if group["params"]], config)
+    every = parameter_groups(list(parameters.values()), config.weight_decay, config.decay_biases_and_norms)
+    groups = [group for group in every if group["params"]]
+    if config.optimizer in OPTIMIZERS:
+        return OPTIMIZERS[config.optimizer](groups, config)
+    return torch_optimizer(config.optimizer, groups, config.lr, arguments_of(config.optimizer_args))
+
+
+def check_optimizer(config: Config) -> None:
+    """Raise UserError where the optimizer does not take its arguments, or one of PyTorch's does not use a key."""
+    if config.optimizer in OPTIMIZERS:
+        check_used(config, "optimizer", {"optimizer_args": tuple(TORCH_OPTIMIZERS)})
+        return
+    check_used(config, "optimizer", USED_BY)
+    try:
+        check_arguments(config.optimizer, arguments_of(config.optimizer_args))
+    except ValueError as error:
+        raise UserError(f"optimizer-args = {config.optimizer_args}: {error}") from error
+
+
+def is_capturable(config: Config) -> bool:
+    """Whether a step of the optimizer of `config` can be part of a CUDA graph."""
+    if config.optimizer in TORCH_OPTIMIZERS:
+        return can_be_captured(config.optimizer)
+    return config.optimizer == "sgdm" or config.optimizer_backend == "fedsim"  # torch-optimizer's wait for the device
 
 
 def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
@@ -88,21 +129,18 @@ def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
 def optimizer_state(parameters: Named, optimizer: Optimizer) -> dict[str, Tensor]:
     """Copies of the state of `parameters`: ``PARAMETER/ENTRY`` -> tensor.
 
-    The step count of torch-optimizer's Lamb, a Python int, becomes an int64 tensor; the norms that it stores are left
-    out, since every step recomputes them.
+    The step count of torch-optimizer's Lamb, a Python int, becomes an int64 tensor.
     """
     state: dict[str, Tensor] = {}
     for name, parameter in parameters.items():
         for entry, value in optimizer.state.get(parameter, {}).items():
-            if isinstance(value, Tensor) and value.shape == parameter.shape:
-                state[f"{name}/{entry}"] = value
-            elif entry == "step":
+            if value is not None and entry not in NOT_STATE:
                 state[f"{name}/{entry}"] = torch.as_tensor(value)
     return copies([state])[0]
 
 
 def load_optimizer_state(parameters: Named, optimizer: Optimizer, state: Mapping[str, Tensor]) -> None:
-    """Load `state` into `optimizer`; entries that `state` lacks are set to zero, as in a new optimizer.
+    """Load `state` into `optimizer`; entries that `state` lacks become those of a new optimizer.
 
     Existing tensors are filled in place, since CUDA graphs of the step refer to them.
     """
@@ -112,10 +150,12 @@ def load_optimizer_state(parameters: Named, optimizer: Optimizer, state: Mapping
         for entry, value in entries.items():
             if f"{name}/{entry}" in state:
                 continue
-            if isinstance(value, Tensor):
-                absent.append(value)
-            else:
+            if not isinstance(value, Tensor):
                 entries[entry] = 0
+            elif entry in NEW_STATE:
+                value.fill_(NEW_STATE[entry])
+            else:
+                absent.append(value)
     if absent:
         torch._foreach_zero_(absent)
     filled: list[Tensor] = []
@@ -141,10 +181,11 @@ def _empty_entry(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def zero_state(config: Config, parameters: Named) -> dict[str, Tensor]:
-    """The state of a new optimizer with every entry present and zero: the initial state where clients average it."""
+    """The state of a new optimizer with every entry present: the initial state where clients average it."""
     stand_ins = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
     for stand_in in stand_ins.values():
         stand_in.grad = torch.zeros_like(stand_in)
     optimizer = build_optimizer(config, stand_ins)
     optimizer.step()
-    return {name: torch.zeros_like(value) for name, value in optimizer_state(stand_ins, optimizer).items()}
+    state = optimizer_state(stand_ins, optimizer)
+    return {key: value.fill_(NEW_STATE.get(key.rpartition("/")[2], 0)) for key, value in state.items()}

@@ -20,6 +20,12 @@ class Optimizer(TorchOptimizer):
     zero_grad = inspect.unwrap(TorchOptimizer.zero_grad)
 
 
+def without_compiler(kind: type[TorchOptimizer]) -> type[TorchOptimizer]:
+    """A subclass of a `torch.optim` optimizer that is the same without that import."""
+    step = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (Optimizer, kind), {"step": step, "__doc__": f"`torch.optim.{kind.__name__}`."})
+
+
 class SGDM(Optimizer, SGD):
     """`torch.optim.SGD`."""
 

@@ -17,7 +17,8 @@ from torch.optim import Optimizer
 from fedsim.config import Config
 from fedsim.data.images import Images
 from fedsim.models.dropout import StepKeys, set_dropout_keys
-from fedsim.optim import load_optimizer_state, optimizer_state, set_lr
+from fedsim.optim import is_capturable, load_optimizer_state, optimizer_state, set_lr
+from fedsim.training.local_rule import LocalRule
 from fedsim.training.step import StepInputs, take_step
 
 WARM_UP = 3  # steps before a capture, in which CUDA's libraries choose their kernels
@@ -41,8 +42,9 @@ class CapturedSteps:
         precision: str,
         replicas: int = 1,
         capture: bool = False,
+        rule: LocalRule | None = None,
     ) -> None:
-        self._model, self._optimizer, self._images = model, optimizer, images
+        self._model, self._optimizer, self._images, self._rule = model, optimizer, images, rule
         self._batch_size, self._precision, self._replicas = batch_size, precision, replicas
         self._device, self._dtype = images.labels.device, next(model.parameters()).dtype
         steps = -(-samples // batch_size)
@@ -96,7 +98,7 @@ class CapturedSteps:
         labels = self._images.labels.index_select(0, index)
         self._step_keys.begin_step(self._keys.index_select(0, self._step).squeeze(0))
         self._lr.copy_(self._rates.index_select(0, self._step).squeeze(0))
-        losses = take_step(self._model, self._optimizer, crops, labels, self._precision, self._replicas)
+        losses = take_step(self._model, self._optimizer, crops, labels, self._precision, self._replicas, self._rule)
         self._losses.index_copy_(0, self._step, losses.view(1, -1).to(self._dtype))
         self._step.add_(1)
 
@@ -126,6 +128,5 @@ class CapturedSteps:
 
 
 def capturable(config: Config) -> bool:
-    """Whether a step of `config` can be a CUDA graph: torch-optimizer's LARS and Lamb wait for the device in theirs."""
-    own = config.optimizer == "sgdm" or config.optimizer_backend == "fedsim"
-    return own and config.device.startswith("cuda")
+    """Whether a step of `config` can be a CUDA graph."""
+    return is_capturable(config) and config.device.startswith("cuda")

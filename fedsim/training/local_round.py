@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -20,6 +20,7 @@ from fedsim.data.uneven import uneven_shards
 from fedsim.device import prepare
 from fedsim.models import builder_of, empty_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
+from fedsim.training.local_rule import LocalRule, build_rule
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import StepInputs, step_inputs
 from fedsim.training.step_fn import StepFn, make_step_fn
@@ -27,30 +28,36 @@ from fedsim.training.step_fn import StepFn, make_step_fn
 
 @dataclass(frozen=True)
 class Start:
-    """Where a worker begins `round`."""
+    """Where a worker begins `round`; `correction` is SCAFFOLD's, of each parameter."""
 
     worker: int
     round: int
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
+    correction: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class End:
-    """Where it ends: weights and state of its own, the mean training loss and the samples seen."""
+    """Where it ends: weights and state of its own, the mean training loss and the samples seen.
+
+    `gradients`: with SCAFFOLD the mean gradient of each parameter.
+    """
 
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
     loss: float
     samples: int
+    gradients: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Replica:
-    """A model and its optimizer, lent to one client at a time."""
+    """A model, its optimizer and local rule, lent to one client at a time."""
 
     model: nn.Module
     optimizer: Optimizer
+    rule: LocalRule | None
     run_steps: StepFn
 
 
@@ -59,14 +66,14 @@ _of_thread = threading.local()
 
 def take_round(config: Config, start: Start) -> End:
     """The local steps of one worker, on this thread's replica."""
-    weights, state, loss = train_replica(config, _replica(config), start)
-    return End(weights, state, float(loss), local_plan(config).samples(start.round))
+    weights, state, gradients, loss = train_replica(config, _replica(config), start)
+    return End(weights, state, float(loss), local_plan(config).samples(start.round), gradients)
 
 
 def train_replica(
     config: Config, replica: Replica, start: Start
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor | float]:
-    """The weights, the optimizer state and the mean loss after a worker's local steps on `replica`.
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor | float]:
+    """The weights, optimizer state, gradients (see `End`) and mean loss after a worker's local steps on `replica`.
 
     A GPU is not waited for.
     """
@@ -74,8 +81,11 @@ def train_replica(
     values = replica.model.state_dict()
     fill(values.values(), (start.weights[name] for name in values))
     load_optimizer_state(named, replica.optimizer, start.state)
+    if replica.rule:
+        replica.rule.begin(start.correction)
     loss = replica.run_steps(round_inputs(config, start))
-    return copies([values])[0], optimizer_state(named, replica.optimizer), loss
+    gradients = replica.rule.end(local_plan(config).steps(start.round)) if replica.rule else {}
+    return copies([values])[0], optimizer_state(named, replica.optimizer), gradients, loss
 
 
 def local_images(config: Config) -> Images:
@@ -125,6 +135,8 @@ def build_replica(config: Config) -> Replica:
     """A replica whose values are not set, and this thread made ready for it."""
     prepare(config)
     model = empty_model(config)
-    optimizer = build_optimizer(config, dict(model.named_parameters()))
+    named = dict(model.named_parameters())
+    optimizer, rule = build_optimizer(config, named), build_rule(config, named)
     samples = local_plan(config).max_steps * config.batch_size
-    return Replica(model, optimizer, make_step_fn(config, model, optimizer, local_images(config), samples))
+    run_steps = make_step_fn(config, model, optimizer, local_images(config), samples, rule)
+    return Replica(model, optimizer, rule, run_steps)

@@ -26,6 +26,7 @@ from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
 from fedsim.training.local_round import End, Start, local_plan, round_inputs, take_round
+from fedsim.training.local_rule import build_rule
 from fedsim.training.step import StepInputs
 
 
@@ -46,11 +47,11 @@ class StackedReplicas:
             for replica in range(replicas)
         ]
         self._optimizer = self._sgdm() if config.optimizer == "sgdm" else self._optimizer_of_parts()
+        self._rule = build_rule(config, dict(self._model.named_parameters()))
         samples = local_plan(config).max_steps * config.batch_size
-        keys = (samples, config.batch_size, config.precision, replicas)
-        images = load_dataset(config).train
         self._drawn: dict[tuple[int, int], StepInputs] = {}  # for (worker, round), while the GPU trained the one before
-        self._steps = CapturedSteps(self._model, self._optimizer, images, *keys, capture=capturable(config))
+        keys = (samples, config.batch_size, config.precision, replicas, capturable(config), self._rule)
+        self._steps = CapturedSteps(self._model, self._optimizer, load_dataset(config).train, *keys)
 
     def take_rounds(self, starts: Sequence[Start]) -> list[End]:
         """The local steps of K workers, which are in the same round."""
@@ -63,13 +64,19 @@ class StackedReplicas:
         }
         fill(given.keys(), given.values())  # a scalar, which all share, once
         load_optimizer_state(_named(self._parts), self._optimizer, _named([start.state for start in starts]))
+        if self._rule:
+            corrections = [start.correction for start in starts]
+            self._rule.begin({name: torch.cat([of[name] for of in corrections]) for name in corrections[0]})
         losses = self._steps.run(self._inputs(starts))
         weights = copies([{name: of[name] for name in names} for of in tensors])
         states = [optimizer_state(parts, self._optimizer) for parts in self._parts]
+        gradients = self._gradients(starts[0].round)
         self._draw_ahead(starts)
         samples = local_plan(config).samples(starts[0].round)
-        ends = zip(weights, states, losses.tolist(), strict=True)  # waits for the device
-        return [End(*end, samples) for end in ends]
+        return [
+            End(after, state, loss, samples, means)
+            for after, state, loss, means in zip(weights, states, losses.tolist(), gradients, strict=True)  # waits
+        ]
 
     def _inputs(self, starts: Sequence[Start]) -> list[StepInputs]:
         return [self._drawn.get((s.worker, s.round)) or round_inputs(self._config, s) for s in starts]
@@ -82,6 +89,12 @@ class StackedReplicas:
             (start.worker, following): round_inputs(self._config, replace(start, round=following))
             for start in (starts if ahead else ())
         }
+
+    def _gradients(self, round_: int) -> list[dict[str, Tensor]]:
+        """Each replica's mean gradients of the round, where the local rule has them."""
+        stacked = self._rule.end(local_plan(self._config).steps(round_)) if self._rule else {}
+        parts = {name: _split(value, len(self._parts)) for name, value in stacked.items()}
+        return [{name: of[replica].clone() for name, of in parts.items()} for replica in range(len(self._parts))]
 
     def _sgdm(self) -> Optimizer:
         """SGDM over the stacked parameters, in which the parts' momenta are parts of the stacked ones."""

@@ -17,6 +17,7 @@ from fedsim.device import products_in, thread_pool
 from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.optim import set_lr
 from fedsim.rng import random_words, step_keys
+from fedsim.training.local_rule import LocalRule
 
 TEST_BATCH = 250  # images on a CPU; larger ones outgrow a core's cache
 GPU_TEST_BATCH = 2500  # smaller ones leave a GPU waiting for their launches
@@ -61,6 +62,7 @@ def run_steps(
     rates: Sequence[float],
     dropout_keys: Tensor,
     precision: str = "fp32",
+    rule: LocalRule | None = None,
 ) -> float:
     """Run one optimizer step for each batch; returns the mean training loss over all samples.
 
@@ -75,14 +77,20 @@ def run_steps(
     for (images, labels), lr, key in zip(batches, rates, dropout_keys, strict=True):
         step_keys.begin_step(key)
         set_lr(optimizer, lr)
-        losses.append(take_step(model, optimizer, images.to(parameter.dtype), labels, precision))
+        losses.append(take_step(model, optimizer, images.to(parameter.dtype), labels, precision, rule=rule))
         sizes.append(len(labels))
     sums = torch.stack(losses).double().cpu() * torch.tensor(sizes)
     return float(sums.sum()) / sum(sizes)
 
 
 def take_step(
-    model: nn.Module, optimizer: Optimizer, images: Tensor, labels: Tensor, precision: str, replicas: int = 1
+    model: nn.Module,
+    optimizer: Optimizer,
+    images: Tensor,
+    labels: Tensor,
+    precision: str,
+    replicas: int = 1,
+    rule: LocalRule | None = None,
 ) -> Tensor:
     """One optimizer step on a batch; returns its mean loss before the step, for which nothing has waited.
 
@@ -97,6 +105,8 @@ def take_step(
             each = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
             losses = each.view(replicas, -1).mean(1)
     losses.sum().backward()  # type: ignore[no-untyped-call]
+    if rule:
+        rule.correct_gradients()
     optimizer.step()
     return losses.detach()
 

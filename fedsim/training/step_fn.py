@@ -10,28 +10,38 @@ from torch.optim import Optimizer
 from fedsim.config import Config
 from fedsim.data.images import Images, batches
 from fedsim.training.cuda_graph import CapturedSteps, capturable
+from fedsim.training.local_rule import LocalRule
 from fedsim.training.step import StepInputs, run_steps
 
 StepFn = Callable[[StepInputs], Tensor | float]
 
 
-def make_step_fn(config: Config, model: nn.Module, optimizer: Optimizer, images: Images, samples: int) -> StepFn:
+def make_step_fn(
+    config: Config,
+    model: nn.Module,
+    optimizer: Optimizer,
+    images: Images,
+    samples: int,
+    rule: LocalRule | None = None,
+) -> StepFn:
     """The function that runs the steps on `samples` images on the device of `config` and returns the mean loss.
 
     On a GPU it does not wait for the device; elsewhere it is `run_steps`.
     """
     if not config.device.startswith("cuda"):
-        return simple_step_fn(config, model, optimizer, images)
+        return simple_step_fn(config, model, optimizer, images, rule)
     keys = (samples, config.batch_size, config.precision)
-    captured = CapturedSteps(model, optimizer, images, *keys, capture=capturable(config))
+    captured = CapturedSteps(model, optimizer, images, *keys, capture=capturable(config), rule=rule)
     return lambda inputs: captured.run([inputs])
 
 
-def simple_step_fn(config: Config, model: nn.Module, optimizer: Optimizer, images: Images) -> StepFn:
+def simple_step_fn(
+    config: Config, model: nn.Module, optimizer: Optimizer, images: Images, rule: LocalRule | None = None
+) -> StepFn:
     """`run_steps`, on any device."""
 
     def run(inputs: StepInputs) -> float:
         stream = batches(images, inputs.crops, config.batch_size)
-        return run_steps(model, optimizer, stream, inputs.rates, inputs.dropout_keys, config.precision)
+        return run_steps(model, optimizer, stream, inputs.rates, inputs.dropout_keys, config.precision, rule)
 
     return run

@@ -26,7 +26,7 @@ def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
     for stream in filter(None, streams):
         torch.cuda.current_stream(stream.device).wait_stream(stream)
     samples = local_plan(config).samples(starts[0].round)
-    return [End(weights, state, float(loss), samples) for weights, state, loss in ends]
+    return [End(weights, state, float(loss), samples, gradients) for weights, state, gradients, loss in ends]
 
 
 @functools.lru_cache(maxsize=1)

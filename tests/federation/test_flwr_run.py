@@ -52,7 +52,10 @@ def started_by(mark: str) -> list[str]:
 @pytest.mark.parametrize(
     "keys",
     [
-        ("--compress-down", "powersgd", "--fraction", "0.5", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
+        (
+            *("--compress-down", "powersgd", "--fraction", "0.5", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
+            *("--local-rule", "scaffold", "--optimizer", "adamw"),
+        ),
         pytest.param(
             (
                 *("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),

@@ -13,6 +13,7 @@ from fedsim.models import build_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state, set_lr, zero_state
 from fedsim.optim.lamb import LAMB
 from fedsim.optim.lars import LARS
+from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS
 
 EVERY: list[dict[str, Any]] = [
     {"optimizer": "sgdm"},
@@ -21,6 +22,10 @@ EVERY: list[dict[str, Any]] = [
     {"optimizer": "lamb", "decay-biases-and-norms": False},
     {"optimizer": "lars", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
     {"optimizer": "lamb", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
+    *({"optimizer": name} for name in TORCH_OPTIMIZERS if name != "sgd"),
+    {"optimizer": "sgd", "optimizer-args": "momentum=0.9, dampening=0.5"},
+    {"optimizer": "adam", "optimizer-args": "amsgrad=true", "decay-biases-and-norms": False},
+    {"optimizer": "rmsprop", "optimizer-args": "momentum=0.9, centered=true"},
 ]
 
 

@@ -27,7 +27,7 @@ print(*sys.modules)
 NOT_NEEDED = {"torchvision", "torch_optimizer", "torch._dynamo", "sympy", "matplotlib", "timm", "psutil", "ray"}
 
 
-@pytest.mark.parametrize("optimizer", ["sgdm", "lars", "lamb"])
+@pytest.mark.parametrize("optimizer", ["sgdm", "lars", "lamb", "adamw", "nadam"])
 def test_a_round_in_a_new_process_loads_only_what_it_needs(optimizer: str) -> None:
     command = [sys.executable, "-c", ROUND, "synthetic", optimizer]
     done = subprocess.run(command, capture_output=True, text=True)

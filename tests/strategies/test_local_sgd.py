@@ -168,6 +168,13 @@ def test_identical_workers_average_to_themselves(clients: int) -> None:
         assert torch.equal(value, before)  # in float64 the sum is not taken in the workers' own arrays
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_the_mean_leaves_its_arguments_as_they_are(dtype: torch.dtype) -> None:
+    parts = [torch.full((3,), float(value), dtype=dtype) for value in range(3)]
+    weighted_mean(parts, [0.2, 0.3, 0.5])
+    assert [float(part[0]) for part in parts] == [0, 1, 2]
+
+
 def test_layout_changes_no_bit_of_the_mean() -> None:
     parts = [torch.randn(5, 7, 3, 3, generator=torch.Generator().manual_seed(seed)) for seed in range(3)]
     plain = weighted_mean(parts, [0.2, 0.3, 0.5])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -21,6 +22,7 @@ from fedsim.models.stack import stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.rng import generator
 from fedsim.training.cuda_graph import CapturedSteps
+from fedsim.training.local_rule import build_rule
 from fedsim.training.step import StepInputs, step_inputs
 from fedsim.training.step_fn import simple_step_fn
 
@@ -33,6 +35,8 @@ OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "lars", "lars-lr-in-momentum": True},
     {"optimizer": "lamb", "decay-biases-and-norms": False},
     {"optimizer": "lamb", "lamb-bias-correction": "moments"},
+    {"optimizer": "adamw", "local-rule": "scaffold"},
+    {"optimizer": "lars", "lars-lr-in-momentum": True, "local-rule": "fedprox", "prox-mu": 0.5},
 ]
 
 
@@ -51,14 +55,16 @@ def rounds(
     images = load_dataset(config).train
     model = build_model(config.model, config.synthetic_classes, 0, config.device, config.precision)
     named = dict(model.named_parameters())
-    optimizer = build(config, named)
-    simple = simple_step_fn(config, model, optimizer, images)
+    optimizer, rule = build(config, named), build_rule(config, named)
+    simple = simple_step_fn(config, model, optimizer, images, rule)
     if static:
-        steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture)
+        steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture, rule=rule)
         if not capture:
             steps.warm_up()
-    losses = []
+    losses, correction = [], {name: p.detach() / 100 for name, p in named.items()}
     for round in range(3):
+        if rule:
+            rule.begin(correction)
         if round == 2:
             load_optimizer_state(named, optimizer, {})
         samples, rates = SAMPLES, [2**-7, 2**-6 / 2**round, 3 * 2**-7]  # exact in float32, as captured steps read them
@@ -69,6 +75,7 @@ def rounds(
         with steps_in():
             loss = steps.run([inputs]) if static else simple(inputs)
         losses.append(float(loss))
+        correction = rule.end(len(rates)) if rule else {}
     return {"losses": torch.tensor(losses), **model.state_dict(), **optimizer_state(named, optimizer)}
 
 
@@ -126,14 +133,18 @@ def test_a_round_reads_no_value_on_the_device(
     small: Config, keys: dict[str, Any], replicas: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On the device meta, which has no values: whatever would wait for one raises."""
-    monkeypatch.setattr(torch, "_fused_sgd_", lambda *tensors, **keys: None)  # the one kernel that meta lacks
+    for kernel in ("_fused_sgd_", "_fused_adamw_"):  # which meta lacks
+        monkeypatch.setattr(torch, kernel, lambda *tensors, **keys: None)
+    adam = sys.modules["torch.optim.adam"]
+    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *tensors: None)  # which refuses meta
     images = Images(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64), CIFAR100, "meta")
     model: nn.Module = LeNet5(10).to("meta")
     if replicas > 1:
         model = stack(model, replicas)
-    optimizer = build_optimizer(small.changed(keys), dict(model.named_parameters()))
+    named = dict(model.named_parameters())
+    optimizer, rule = build_optimizer(small.changed(keys), named), build_rule(small.changed(keys), named)
     optimizer._need_device_dtype_check_for_fused = False  # type: ignore[attr-defined]  # which refuses meta
-    steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, "fp32", replicas)
+    steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, "fp32", replicas, rule=rule)
     zeros = [torch.zeros(shape, dtype=torch.int64) for shape in ((4, SAMPLES), (3,))]
     for _ in range(2):
         losses = steps.run([StepInputs(zeros[0], zeros[1], [0.1, 0.2, 0.3])] * replicas)

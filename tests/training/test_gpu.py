@@ -59,7 +59,7 @@ def test_steps_wait_for_nothing(on_gpu: Config, precision: str) -> None:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that this mode is experimental
             torch.cuda.set_sync_debug_mode("error")
-        _, _, loss = local_round.train_replica(config, replica, start)
+        *_, loss = local_round.train_replica(config, replica, start)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert 0 < float(loss) < 10

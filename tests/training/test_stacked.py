@@ -35,6 +35,9 @@ OTHER_OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "sgdm", "momentum": 0.0},
     {"optimizer": "lars", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
     {"optimizer": "lamb", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
+    {"optimizer": "adamw", "decay-biases-and-norms": False},
+    {"optimizer": "nadam", "lr": 0.001},
+    {"optimizer": "adafactor"},
 ]
 
 

@@ -1,0 +1,78 @@
+"""The optimizers of `torch.optim` by name, as the optimizer of local steps.
+
+Left out are those that need more than gradients (LBFGS a closure, SparseAdam sparse gradients, Muon matrices alone) and
+those that the learning rate schedule does not reach: Rprop reads its rate once, and ASGD's average is not what it
+trains.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch.optim import Optimizer
+
+from fedsim.optim.torch_base import without_compiler
+
+Groups = list[dict[str, Any]]
+TORCH_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    kind.__name__.lower(): without_compiler(kind)
+    for kind in (
+        torch.optim.Adadelta,
+        torch.optim.Adafactor,
+        torch.optim.Adagrad,
+        torch.optim.Adam,
+        torch.optim.Adamax,
+        torch.optim.AdamW,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.RMSprop,
+        torch.optim.SGD,
+    )
+}
+OWN_KEYS = ("lr", "weight_decay")  # arguments that have keys of their own
+OF_THE_IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")  # no arguments of the method
+NEW_STATE = {"mu_product": 1.0}  # of NAdam; every other entry of a state begins at zero
+NOT_ZERO = ("initial_accumulator_value",)  # of Adagrad, which would begin elsewhere
+
+
+def known_arguments(name: str) -> list[str]:
+    """The arguments that ``optimizer-args`` may have."""
+    none = (*OWN_KEYS, *OF_THE_IMPLEMENTATION, *NOT_ZERO)
+    return [argument for argument in inspect.signature(TORCH_OPTIMIZERS[name]).parameters if argument not in none]
+
+
+def torch_optimizer(name: str, groups: Groups, lr: float, arguments: dict[str, Any]) -> Optimizer:
+    """The optimizer `name` over `groups`, in the fastest form that takes a tensor as its rate."""
+    kind = TORCH_OPTIMIZERS[name]
+    forms = inspect.signature(kind).parameters
+    if groups[0]["params"][0].device.type == "cpu":
+        form = {"fused": True} if "fused" in forms else {}
+    elif can_be_captured(name):
+        form = {switch: True for switch in ("fused", "capturable") if switch in forms}
+    else:
+        form = {"foreach": False}
+    return kind(groups, lr=lr, **form, **arguments)
+
+
+def can_be_captured(name: str) -> bool:
+    """Whether a step of the optimizer `name` can be part of a CUDA graph."""
+    return name == "sgd" or "capturable" in inspect.signature(TORCH_OPTIMIZERS[name]).parameters
+
+
+def check_arguments(name: str, arguments: dict[str, Any]) -> None:
+    """Raise ValueError where the optimizer `name` does not take the arguments, or does not step with them."""
+    known = known_arguments(name)
+    for argument in arguments:
+        if argument in OWN_KEYS:
+            raise ValueError(f"{argument} has a key of its own: give --{argument.replace('_', '-')}")
+        if argument not in known:
+            raise ValueError(f"{name} has no argument {argument}: it must be one of {', '.join(known)}")
+    parameter = torch.zeros(1)
+    parameter.grad = torch.zeros(1)
+    try:
+        torch_optimizer(name, [{"params": [parameter]}], 0.1, arguments).step()
+    except Exception as error:  # an argument that the optimizer refuses, or fails on
+        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error

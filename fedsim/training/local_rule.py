@@ -1,0 +1,144 @@
+"""Local rules: what is added to the gradients of a worker's local steps, before its optimizer takes them.
+
+    fedprox     mu (y - x): it pulls y towards x, where the round began (Li et al. 2020)
+    scaffold    c - c_k: the mean of all workers' gradients minus this worker's, both of earlier rounds
+                (Karimireddy et al. 2020)
+
+Each treats every value by itself, so that the parameters may be those of one model or of a stacked network.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+
+from fedsim.config import Config, check_used
+from fedsim.errors import UserError
+
+Tensors = Mapping[str, Tensor]  # by the names of the parameters, and shaped like them
+USED_BY = {"prox_mu": ("fedprox",)}  # key -> the rules that use it
+
+
+class LocalRule(ABC):
+    """A rule over `parameters`: in each round `begin`, then `correct_gradients` in every step, then `end`.
+
+    It reads and writes tensors that stay where they are, and nothing waits for the device, so that a CUDA graph can
+    hold `correct_gradients`.
+    """
+
+    def __init__(self, parameters: Tensors) -> None:
+        self._names, self._parameters = list(parameters), list(parameters.values())
+
+    @abstractmethod
+    def begin(self, correction: Tensors) -> None:
+        """Begin a round, with the parameters at their first values; only SCAFFOLD has a `correction`."""
+
+    @abstractmethod
+    def correct_gradients(self) -> None:
+        """Change every parameter's gradient in place."""
+
+    def end(self, steps: int) -> dict[str, Tensor]:
+        """End a round of so many steps: the mean of its gradients as they were before the rule, if the rule has it."""
+        return {}
+
+    def _with_gradients(self, tensors: list[Tensor]) -> tuple[list[Tensor], list[Tensor]]:
+        """The gradients that are there, and the entries of `tensors` for them."""
+        pairs = [(p.grad, t) for p, t in zip(self._parameters, tensors, strict=True) if p.grad is not None]
+        return [gradient for gradient, _ in pairs], [tensor for _, tensor in pairs]
+
+
+class FedProx(LocalRule):
+    """Li, Sahu, Zaheer, Sanjabi, Talwalkar and Smith, MLSys 2020: the gradient of mu / 2 ||y - x||^2."""
+
+    def __init__(self, parameters: Tensors, mu: float) -> None:
+        super().__init__(parameters)
+        self._mu = mu
+        self._x = [torch.zeros_like(parameter) for parameter in self._parameters]
+
+    @torch.no_grad()
+    def begin(self, correction: Tensors) -> None:
+        torch._foreach_copy_(self._x, self._parameters)
+
+    @torch.no_grad()
+    def correct_gradients(self) -> None:
+        gradients, moved = self._with_gradients(list(torch._foreach_sub(self._parameters, self._x)))
+        torch._foreach_add_(gradients, moved, alpha=self._mu)
+
+
+class Scaffold(LocalRule):
+    """Karimireddy, Kale, Mohri, Reddi, Stich and Suresh, ICML 2020, with the mean gradient of a round as c_k.
+
+    For SGD at a constant rate, without momentum and weight decay, that mean is the paper's option II,
+    c_k - c + (x - y) / (J lr).
+    """
+
+    def __init__(self, parameters: Tensors) -> None:
+        super().__init__(parameters)
+        self._correction = [torch.zeros_like(parameter) for parameter in self._parameters]
+        self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
+
+    @torch.no_grad()
+    def begin(self, correction: Tensors) -> None:
+        torch._foreach_copy_(self._correction, [correction[name] for name in self._names])
+        torch._foreach_zero_(self._sums)
+
+    @torch.no_grad()
+    def correct_gradients(self) -> None:
+        gradients, sums = self._with_gradients(self._sums)
+        _, correction = self._with_gradients(self._correction)
+        torch._foreach_add_(sums, gradients)
+        torch._foreach_add_(gradients, correction)
+
+    @torch.no_grad()
+    def end(self, steps: int) -> dict[str, Tensor]:
+        return dict(zip(self._names, torch._foreach_div(self._sums, steps), strict=True))
+
+
+def build_rule(config: Config, parameters: Tensors) -> LocalRule | None:
+    """The rule of `config` over `parameters`; None where gradients stay as they are."""
+    match config.local_rule:
+        case "fedprox":
+            return FedProx(parameters, config.prox_mu)
+        case "scaffold":
+            return Scaffold(parameters)
+        case "none":
+            return None
+
+
+def check_local_rule(config: Config) -> None:
+    """Raise UserError where the keys of the rule do not go together."""
+    check_used(config, "local_rule", USED_BY)
+    if config.local_rule == "scaffold" and config.mean != "exact":
+        raise UserError(
+            f"mean = {config.mean} does not keep the sum of SCAFFOLD's corrections at zero: give --mean exact, or "
+            "another --local-rule"
+        )
+
+
+def control_variate(config: Config, c: Tensors, kept: Tensors) -> Tensors:
+    """SCAFFOLD: a client's c_k, as it was `kept` after its last round.
+
+    Before its first round it is zero. Where all clients take part in every round, only one that has lost its c_k can
+    be without after the first, and begins again at c: without a correction.
+    """
+    if kept:
+        return kept
+    return c if config.clients_per_round == config.clients else {name: torch.zeros_like(c[name]) for name in c}
+
+
+def correction_of(c: Tensors, c_k: Tensors) -> dict[str, Tensor]:
+    """SCAFFOLD: c - c_k."""
+    return {name: value - c_k[name].to(value.device) for name, value in c.items()}
+
+
+def control_message(config: Config, c: Tensors, c_k: Tensors, gradients: Tensors) -> dict[str, Tensor]:
+    """SCAFFOLD: what a client sends after a round that began at c and c_k; the mean of all messages is the next c.
+
+    `gradients` is its new c_k. Where not all clients take part, it sends c and the change of c_k.
+    """
+    if config.clients_per_round == config.clients:
+        return dict(gradients)
+    return {name: c[name].to(new.device) + (new - c_k[name].to(new.device)) for name, new in gradients.items()}

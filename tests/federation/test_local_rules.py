@@ -1,0 +1,125 @@
+"""Local rules and PyTorch's optimizers within a run; the rules by themselves: tests/training/test_local_rule.py."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+
+from fedsim.config import Config, Mode, Optimizer
+from fedsim.device import resolve
+from fedsim.errors import UserError
+from fedsim.federation import client_app
+from fedsim.federation.protocol import MEMORY_LOST
+from fedsim.federation.server_app import train_localsgd
+from fedsim.optim import OPTIMIZERS
+from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS
+from fedsim.records import Run, read_rows
+from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.federation.test_failures import UPDATE, forget, once, run_with
+from tests.federation.test_messenger import Pickled
+
+
+def test_the_key_knows_the_names_of_the_optimizers() -> None:
+    assert get_args(Optimizer) == (*OPTIMIZERS, *sorted(TORCH_OPTIMIZERS))
+
+
+@pytest.mark.parametrize("keys", [{"prox_mu": 0}, {"prox_mu": 1.0, "local_steps": 1}])
+def test_without_a_distance_fedprox_is_the_plain_run_bitwise(run: Execute, keys: dict[str, Any]) -> None:
+    steps = {name: value for name, value in keys.items() if name == "local_steps"}
+    plain, proximal = run(name="plain", epochs=1.0, **steps), run(name="prox", epochs=1.0, local_rule="fedprox", **keys)
+    assert_same_bits(final_model(proximal), final_model(plain))
+    assert rows_of(proximal) == rows_of(plain)
+
+
+@pytest.mark.parametrize(
+    ("rule", "keys"),
+    [
+        ("scaffold", {"optimizer": "adamw", "optimizer_args": "betas=0.8:0.9"}),
+        ("scaffold", {"nesterov": True}),
+        ("none", {"optimizer": "nadam", "momentum_at_sync": "average", "decay_biases_and_norms": False}),
+    ],
+)
+def test_one_client_is_centralized_training_bitwise(run: Execute, rule: str, keys: dict[str, Any]) -> None:
+    schedule = {"epochs": 1.0, "schedule": "cosine", "lr": 0.001, **keys}
+    local = run(name="local", clients=1, local_steps=4, local_rule=rule, **schedule)
+    central = run("centralized", name="central", **schedule)
+    assert_same_bits(final_model(local), final_model(central))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"local-rule": "scaffold", "momentum-at-sync": "reset"},
+        {"local-rule": "scaffold", "fraction": 0.5, "optimizer": "adamw", "lr": 0.001, "compress": "topk"},
+        {"local-rule": "fedprox", "momentum-at-sync": "average", "optimizer": "adafactor", "lr": 0.001},
+    ],
+)
+def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, keys: dict[str, Any]) -> None:
+    keys = {"rounds": 5, "checkpoint-every": 2, **keys}
+    changes = {name.replace("-", "_"): value for name, value in keys.items()}
+    whole = run(name="whole", **changes)
+    run(name="parts", stop_after_rounds=3, **changes)
+    parts = run(name="parts", **changes)
+    assert_same_bits(final_model(parts), final_model(whole))
+    assert rows_of(parts) == rows_of(whole)
+
+    config = resolve(small.changed({"name": "pickled", **keys}), "localsgd")
+    pickled = Run(config, "localsgd")
+    with Pickled(client_app.app, config) as grid:
+        train_localsgd(grid, config, pickled)
+    assert_same_bits(final_model(pickled), final_model(whole))
+    without = run(name="without", **{**changes, "local_rule": "none"})
+    assert not torch.equal(final_model(without)["fc3.weight"], final_model(whole)["fc3.weight"])
+
+
+def test_scaffold_sends_twice_the_bytes_both_ways(run: Execute) -> None:
+    for kept in ("reset", "keep"):
+        row = read_rows(run(name=kept, rounds=2, local_rule="scaffold", momentum_at_sync=kept).folder)[-1]
+        assert [row[f"bytes_{way}"] - row[f"overhead_bytes_{way}"] for way in ("up", "down")] == [
+            2 * 4 * 2 * UPDATE
+        ] * 2
+
+
+def test_a_client_that_lost_its_control_variate_begins_anew_or_all_go_back(small: Config, run: Execute) -> None:
+    """Where all take part in each round, it is made anew; of a sample, its share in c cannot be."""
+    keys = {"local-rule": "scaffold", "momentum-at-sync": "reset", "checkpoint-every": 2}
+    every = run_with(once(6, 2, forget), small.changed({**keys, "name": "all"}))
+    assert [row["left_out"] for row in rows_of(every)] == [{}] * 5 + [{"2": MEMORY_LOST}] + [{}] * 2
+
+    sampled = {**keys, "fraction": 0.5}
+    whole = run(name="whole", **{name.replace("-", "_"): value for name, value in sampled.items()})
+    back = run_with(once(6, 0, forget), small.changed({**sampled, "name": "back"}))
+    assert_same_bits(final_model(back), final_model(whole))
+    assert rows_of(back) == rows_of(whole)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"prox_mu": 0.1}, "prox-mu is not used by local-rule = none: leave it out, or give fedprox"),
+        ({"local_rule": "scaffold", "prox_mu": 0.1}, "prox-mu is not used by local-rule = scaffold"),
+        ({"local_rule": "scaffold", "mean": "median"}, "mean = median does not keep the sum of SCAFFOLD's corrections"),
+        ({"optimizer_args": "eps=1"}, "optimizer-args is not used by optimizer = sgdm: leave it out, or give adadelta"),
+        ({"optimizer": "adamw", "momentum": 0.5}, "momentum is not used by optimizer = adamw: leave it out, or give"),
+        ({"optimizer": "adamw", "beta1": 0.5}, "beta1 is not used by optimizer = adamw: leave it out, or give lamb"),
+        ({"optimizer": "adamw", "optimizer_args": "lr=1"}, "optimizer-args = lr=1: lr has a key of its own: give --lr"),
+        (
+            {"optimizer": "adamw", "optimizer_args": "fused=true"},
+            "adamw has no argument fused: it must be one of betas",
+        ),
+        ({"optimizer": "adamw", "optimizer_args": "betas=2:0.9"}, "adamw: Invalid beta parameter at index 0: 2"),
+        ({"optimizer": "adamw", "nesterov": True}, "nesterov = true needs optimizer sgdm or lars"),
+    ],
+)
+def test_keys_that_do_not_go_together_are_refused_before_anything_is_written(
+    run: Execute, tmp_path: Path, keys: dict[str, Any], message: str
+) -> None:
+    modes: tuple[Mode, ...] = ("localsgd", "centralized") if "optimizer" in str(keys) else ("localsgd",)
+    for mode in modes:
+        with pytest.raises(UserError, match=message) as caught:
+            run(mode, **keys)
+        assert "\n" not in str(caught.value)
+        assert not list(tmp_path.iterdir())
