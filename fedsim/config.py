@@ -390,7 +390,7 @@ class Config(BaseModel, frozen=True):
     )
     """Running statistics of BN: averaged, those of the first worker averaged (the paper's code), pooled with the
     variance of the means, local to each client (tested with the first worker's), or re-estimated before each test."""
-    batchnorm_images: Annotated[Count, LOCALSGD] = 12_800
+    batchnorm_images: Annotated[Integer, LOCALSGD, Field(ge=2, le=10**9)] = 12_800
     """Re-estimated: training images, drawn by the seed, that statistics are estimated on; all, if there are fewer."""
     compress: Annotated[Codec, LOCALSGD] = "none"
     """How clients compress the updates of parameters that they send."""

@@ -66,8 +66,9 @@ def local_sgd(
             begun = x
         c = {name: mean([control[name] for control in controls]) for name in x}
         for worker, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
-            own = dict(replica.named_buffers()) if batchnorm_at_sync == "local" else {}
-            replica.load_state_dict({**model.state_dict(), **begun, **own})
+            own = {name: buffer.clone() for name, buffer in replica.named_buffers()}
+            replica.load_state_dict(model.state_dict())
+            replica.load_state_dict(begun | (own if batchnorm_at_sync == "local" else {}), strict=False)
             replica.train()
             sums = {name: torch.zeros_like(value) for name, value in x.items()}
             for step in range(first_step, first_step + steps):

@@ -119,7 +119,7 @@ def reference(config: Config) -> dict[str, Tensor]:
         {"momentum-at-sync": "keep"},
         {"momentum-at-sync": "reset", "shuffle-every": "round"},
         {"momentum-at-sync": "average", "nesterov": True},
-        {"batchnorm-at-sync": "first-worker", "schedule": "cosine"},
+        {"batchnorm-at-sync": "local", "schedule": "cosine"},
         {"batchnorm-at-sync": "pooled", "compress-down": "topk", "compress-ratio": 0.1},
         {"batchnorm-at-sync": "re-estimated", "batchnorm-images": 100},
         {
