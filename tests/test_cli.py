@@ -56,7 +56,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --dataset imagenet", "dataset = 'imagenet' is out of range: it must be one of cifar100, synthetic"),
         ("localsgd --model lenet", "did you mean lenet5?"),
         ("localsgd --optimizer lbfgs", "optimizer = 'lbfgs' is out of range: it must be one of sgdm, lars, lamb"),
-        ("localsgd --strategy fedprox", "strategy = 'fedprox' is out of range: it must be one of localsgd"),
+        ("localsgd --strategy fedprox", "strategy = 'fedprox' is neither localsgd nor module:Class, e.g. flwr"),
         ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of auto, threads, stacked, flower"),
         ("localsgd --preset table3", "unknown preset table3: it must be one of demo, kj-equal-epochs"),
         ("localsgd --preset table1", "preset = table1 is for mode centralized, not localsgd: give run.py centralized"),

@@ -78,7 +78,7 @@ def initial_progress(config: Config, model: nn.Module) -> Progress:
 
 def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
     """The strategy of `config` for the arrays of `model`."""
-    check_strategy(config)
+    not_resumable = check_strategy(config)
     of_run: dict[str, Any] = {
         "seed": config.seed,
         "population": config.clients,
@@ -92,8 +92,7 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         "population_extras": CONTROL if config.local_rule == "scaffold" else None,
     }
     if config.strategy not in STRATEGIES:
-        make = flower_strategy_of(config)
-        return FlowerStrategy(make, why_config_is_not_resumable(config, make), **of_run)
+        return FlowerStrategy(flower_strategy_of(config), not_resumable, **of_run)
     return STRATEGIES[config.strategy](
         **of_run,
         mean=config.mean,
@@ -106,8 +105,11 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
     )
 
 
-def check_strategy(config: Config) -> None:
-    """Raise UserError where the keys of the strategy, or those of the clients' steps, do not go together."""
+def check_strategy(config: Config) -> str:
+    """Raise UserError where the keys of the strategy, or those of the clients' steps, do not go together.
+
+    Returns why the run cannot be resumed; an empty text where it can.
+    """
     check_optimizer(config)
     check_local_rule(config)
     check_compress(config)
@@ -125,9 +127,10 @@ def check_strategy(config: Config) -> None:
         )
     outer_step_of(config)
     if config.strategy not in STRATEGIES:
-        why_config_is_not_resumable(config, flower_strategy_of(config))
-    elif config.strategy_args:
+        return try_flower_strategy(config)
+    if config.strategy_args:
         raise UserError(f"strategy-args is not used by strategy = {config.strategy}: leave it out")
+    return ""
 
 
 def flower_strategy_of(config: Config) -> Callable[[], Strategy]:
@@ -139,8 +142,9 @@ def flower_strategy_of(config: Config) -> Callable[[], Strategy]:
         raise UserError(f"strategy = {config.strategy}{arguments}: {error}") from error
 
 
-def why_config_is_not_resumable(config: Config, make: Callable[[], Strategy]) -> str:
+def try_flower_strategy(config: Config) -> str:
     """`why_not_resumable` of the strategy of `config`; raises UserError where it fails on made-up updates."""
+    make = flower_strategy_of(config)
     let_messages_be_made()
     parameters = dict(initial_model(config.changed({"device": "cpu"})).named_parameters())
     try:

@@ -88,8 +88,10 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         except TooFewClients as failure:
             failures += 1
             if failures == MAX_ATTEMPTS:
-                how = f"tried {MAX_ATTEMPTS} times; resume from the checkpoint with --resume {run.folder.name}"
-                raise RunFailed(f"{failure}; {how}") from failure
+                how = "give --rerun"
+                if not strategy.not_resumable:
+                    how = f"resume from the checkpoint with --resume {run.folder.name}"
+                raise RunFailed(f"{failure}; tried {MAX_ATTEMPTS} times; {how}") from failure
             if failure.memory_lost and strategy.not_resumable:
                 why = f"and strategy = {config.strategy} cannot go back ({strategy.not_resumable})"
                 raise RunFailed(f"{failure}; {why}: give --rerun, or a lower --min-clients") from failure

@@ -210,12 +210,16 @@ def test_a_name_or_an_argument_that_is_wrong_is_a_line_with_the_nearest_right_on
 
 
 class Anything:
+    array: Any
+    record: Any
+    ordered: Any
+
     def __init__(self, **attributes: Any) -> None:
         vars(self).update(attributes)
 
 
 def test_attributes_come_back_from_a_checkpoint_as_they_were_and_share_nothing() -> None:
-    held = {
+    held: dict[str, Any] = {
         "numbers": [1, 2.5, True, None, "text", b"bytes", (3, {4})],
         "array": np.arange(6, dtype=np.float32).reshape(2, 3),
         "point": np.array(2, np.int64),

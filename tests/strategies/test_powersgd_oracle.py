@@ -11,7 +11,8 @@ from strategies.compression import PowerSGD, decode, encode
 
 def test_powersgd_of_one_worker_is_torchs() -> None:
     """PyTorch's hook for data-parallel training, of one process: with more, it factors the mean of all workers."""
-    torch.distributed.init_process_group("gloo", store=torch.distributed.HashStore(), rank=0, world_size=1)
+    store = torch.distributed.HashStore()  # type: ignore[attr-defined]
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
     try:
         layer = torch.nn.Linear(9, 12, bias=False, dtype=torch.float64)
         model = torch.nn.parallel.DistributedDataParallel(layer)
