@@ -205,7 +205,7 @@ def _named(value: str, known: Named, own: bool) -> str:
     if value not in known.names and not own:
         near = difflib.get_close_matches(value, known.names, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"is unknown: it must be one of {', '.join(known.names)}, or {known.other}{hint}")
+        raise ValueError(f"is out of range: it must be one of {', '.join(known.names)}, or {known.other}{hint}")
     return value
 
 

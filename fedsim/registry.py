@@ -18,7 +18,7 @@ MODELS = {
     "resnet18": "fedsim.models.resnet:resnet18",
     "vit-tiny": "fedsim.models.vit:vit_tiny",
 }
-DATASETS = ("cifar100", "cifar10", "fashion-mnist", "synthetic")
+DATASETS = ("cifar100", "synthetic", "cifar10", "fashion-mnist")
 
 
 def is_function(value: str) -> bool:

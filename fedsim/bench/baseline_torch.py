@@ -20,7 +20,8 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from fedsim.config import Config
-from fedsim.data.datasets import CIFAR100, load_dataset
+from fedsim.data.datasets import load_dataset
+from fedsim.data.official import CIFAR100
 from fedsim.data.partition import shard
 from fedsim.models import build_model
 

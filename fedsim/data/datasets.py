@@ -15,13 +15,11 @@ from numpy.typing import NDArray
 from fedsim.config import Config
 from fedsim.data.cache import Arrays, cached, discard_damaged, user_cache
 from fedsim.data.images import Images, ImageShape, Moments, bordered
-from fedsim.data.official import CIFAR10, CIFAR100, OFFICIAL, read_official
+from fedsim.data.official import CIFAR10, OFFICIAL, read_official
 from fedsim.data.own_arrays import arrays_of, moments_of_images, read_npz
 from fedsim.errors import UserError
 from fedsim.registry import is_function
 from fedsim.rng import generator
-
-__all__ = ["CIFAR10", "CIFAR100", "Dataset", "load_dataset"]
 
 SPLITS = ("train", "test")
 STORED = ("train-words", "train-labels", "test-words", "test-labels")  # of a data set in the cache

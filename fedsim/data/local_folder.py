@@ -110,7 +110,7 @@ def _problem(pixels: NDArray[Any], labels: NDArray[Any], config: Config) -> str:
     """What is wrong with a node's own images, or ""."""
     if problem := problem_of(pixels, labels, IMAGES, LABELS, facts_of(config).shape):
         return problem
-    if len(labels) < config.batch_size:
+    if len(labels) < (1 if config.small_shards else config.batch_size):
         return f"batch-size = {config.batch_size} is more than its {len(labels)} images: give a smaller batch-size"
     if labels.min() < 0 or labels.max() >= classes_of(config):
         last = classes_of(config) - 1

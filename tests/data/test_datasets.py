@@ -10,8 +10,9 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from fedsim.config import Config
-from fedsim.data.datasets import CIFAR100, data_folder, load_dataset, training_images
+from fedsim.data.datasets import data_folder, load_dataset, training_images
 from fedsim.data.images import Images, batches, sample_crops
+from fedsim.data.official import CIFAR100
 from fedsim.data.partition import check_shards, sample_order, shard
 from fedsim.errors import UserError
 from fedsim.rng import random_words, step_keys

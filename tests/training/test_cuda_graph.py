@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.data.datasets import CIFAR100, load_dataset
+from fedsim.data.datasets import load_dataset
 from fedsim.data.images import Images
+from fedsim.data.official import CIFAR100
 from fedsim.models import build_model
 from fedsim.models.lenet import LeNet5
 from fedsim.models.stack import stack
