@@ -156,7 +156,7 @@ def grid(
     """LocalSGD for each combination of the keys that are lists: ``fedsim.grid(clients=[4, 12], lr=[0.01, 0.1])``."""
     lists = {kebab(name): list(value) for name, value in keys.items() if isinstance(value, list | tuple | range)}
     own = {name: value for name, value in as_keys("localsgd", keys).items() if name not in lists}
-    found = grid_study(lists, own, preset)
+    found = grid_study(lists, own, preset, Path(results_dir))
     return _run_study(found, lambda study: study.cells(keys=own), results_dir, engine, rerun, progress)
 
 

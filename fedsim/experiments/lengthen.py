@@ -43,8 +43,8 @@ def _why_not(shorter: Config, longer: Config, mode: Mode) -> str:
         return "with schedule = cosine its rates depend on its length: give another --name to run a longer one"
     remedy = "give more rounds or epochs, or another --name"
     if mode == "centralized":
-        before, after = whole_epochs(shorter)[0], whole_epochs(longer)[0]
-        return "" if after > before else f"it can be lengthened, but not shortened: {remedy}"
+        longer_by = whole_epochs(longer)[0] - whole_epochs(shorter)[0]
+        return "" if longer_by > 0 else f"it can be lengthened, but not shortened: {remedy}"
     images = training_images(longer)
     before, after = run_plan(shorter, images).starts, run_plan(longer, images).starts
     if after[-1] <= before[-1]:

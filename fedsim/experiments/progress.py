@@ -13,7 +13,7 @@ from rich.table import Column
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import training_images
-from fedsim.records import Row
+from fedsim.records import Row, print_row
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 
@@ -69,7 +69,7 @@ def live_line(config: Config, mode: Mode, console: Console) -> Iterator[OnRow]:
     column = TextColumn("{task.description}", table_column=Column(no_wrap=True))
     first: list[Row] = []  # of this process: a resumed run's pace is that of the machine it is on now
     with Progress(column, console=console, transient=True) as progress:
-        task = progress.add_task("starting")
+        task = progress.add_task("starting", total=None)
 
         def on_row(row: Row) -> None:
             first[:] = first or [row]
@@ -77,3 +77,13 @@ def live_line(config: Config, mode: Mode, console: Console) -> Iterator[OnRow]:
             progress.update(task, description=f"round {row['round']}/{rounds}  {status(row, config, epochs, before)}")
 
         yield on_row
+
+
+@contextlib.contextmanager
+def shown_rows(config: Config, mode: Mode, console: Console) -> Iterator[OnRow]:
+    """Context manager: a function that prints each row and, where `console` is live, keeps `live_line` below them."""
+    if not is_live(console):
+        yield print_row
+        return
+    with live_line(config, mode, console) as update:
+        yield each(print_row, update)

@@ -30,6 +30,7 @@ without its grid.
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import itertools
 import tomllib
@@ -43,7 +44,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedsim.config import Config, Mode, Value, current_names, typed
 from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
-from fedsim.records import default_name
+from fedsim.records import default_name, older_folders
 from fedsim.training.run_plan import run_plan
 
 FOLDER = Path(__file__).parents[1] / "studies"
@@ -269,21 +270,36 @@ def read_preset(name: str, mode: Mode) -> Study:
     return study
 
 
-def grid_study(grid: Mapping[str, Sequence[Value]], keys: Mapping[str, Any], preset: str = "") -> Study:
+def grid_study(
+    grid: Mapping[str, Sequence[Value]], keys: Mapping[str, Any], preset: str = "", results: Path | None = None
+) -> Study:
     """The study of LocalSGD over `grid`, with the settings of `preset` overridden by `keys`.
 
     Its name is the key ``name``, or made from the keys that all cells share. It does not contain keys that affect no
-    result (threads, checkpoint-every, ...): pass these to `Study.cells`.
+    result (threads, checkpoint-every, ...): pass these to `Study.cells`. In `results` a grid of the same keys keeps the
+    name that an earlier version gave it.
     """
     base = configure("localsgd", keys, preset)
     first = default_name(base.changed({"clients": 1, "local-steps": 1, "seed": 0}), "localsgd")
-    name = base.name or "grid" + first.removeprefix("localsgd").replace("-k1-j1-seed0", "")
+    others = "".join(f"-{key}" for key in grid if key not in ("clients", "local-steps", "seed"))
+    name = base.name or f"grid{others}" + first.removeprefix("localsgd").replace("-k1-j1-seed0", "")
     shared = base.identity("localsgd").keys() - {"device", "threads"}
     settings = {key: typed(key, value) for key, value in keys.items() if key in shared}
     empty = Study.model_construct(name=name, title=name, mode="localsgd")
     study = read_preset(preset, "localsgd") if preset else empty
     own = {"name": name, "title": name, "grid": {key: list(values) for key, values in grid.items()}}
-    return study.with_settings(settings, **own, twins=False, compare="")
+    made = study.with_settings(settings, **own, twins=False, compare="", tune=None)
+    return made if base.name or results is None else _under_older_name(made, results / name)
+
+
+def _under_older_name(study: Study, folder: Path) -> Study:
+    """`study` with the name of a grid of the same keys beside `folder`, if there is one and `folder` is not."""
+    for older in older_folders(folder, STORED) if not folder.exists() else []:
+        with contextlib.suppress(UserError):
+            held = read_study(str(older / STORED))
+            if held.axes == study.axes and held.configure({}) == study.configure({}):
+                return study.model_copy(update={"name": older.name, "title": older.name})
+    return study
 
 
 def read_study(name: str) -> Study:

@@ -62,10 +62,7 @@ def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rer
         return study
     results = results.expanduser().absolute()
     folder = results / f"{study.name}{TUNING}"
-    trials = [
-        replace(trial, cell=resolved_cell(trial.cell, folder, runner))
-        for trial in trials_of(study.model_copy(update={"chosen": {}}), study.tune, cells)
-    ]
+    trials = [replace(trial, cell=resolved_cell(trial.cell, folder, runner)) for trial in trials_of(study, cells)]
     console.print(f"{study.name}: {len(trials)} trials on {study.tune.validation} held-out training images", **PLAIN)
     with runner.started([trial.cell for trial in trials]):
         for part in (*STAGES, 1.0):
@@ -81,18 +78,22 @@ def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rer
         return _stored(study, chosen, trials, results / study.name)
 
 
-def trials_of(study: Study, tune: Tune, cells: Sequence[Cell]) -> list[Trial]:
+def trials_of(study: Study, cells: Sequence[Cell]) -> list[Trial]:
     """The trials of `cells`, of which several seeds count as one; a trial has the part `budget` of its cell's run."""
-    names = {cell.name for cell in cells}
-    trials = []
-    for cell in study.cells([tune.seed]):
-        if cell.name not in names:
+    assert study.tune is not None
+    tune, trials = study.tune, []
+    first = {cell.name: cell for cell in reversed(cells)}  # `cells` have the keys of this machine
+    for cell in study.model_copy(update={"chosen": {}}).cells([tune.seed]):
+        if cell.name not in first:
             continue
+        machine = {key: first[cell.name].config.as_keys()[key] for key in ("data-dir", "device", "threads")}
         keys = [name for name in tune.grid if has_key(cell.mode, name.replace("-", "_"))]
         for values in itertools.product(*(tune.grid[name] for name in keys)):
             own = dict(zip(keys, values, strict=True))
             part = "-".join(f"{key}{value}" for key, value in own.items())
-            config = cell.config.changed({**_shortened(cell, tune.budget), **own, "name": f"{cell.name}-{part}"})
+            config = cell.config.changed(
+                {**_shortened(cell, tune.budget), **machine, **own, "name": f"{cell.name}-{part}"}
+            )
             config = config.changed({"validation": tune.validation, "record-by": "epoch", "evaluate-every": 1})
             trials.append(Trial(cell.name, own, cell._replace(config=config)))
     return trials
