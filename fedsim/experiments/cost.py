@@ -120,12 +120,12 @@ def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
         run, state = cost(config, mode), _state(config, mode)
         seconds = pace.seconds(config, run.images)
         total += seconds if state != "finished" else 0.0
-        up, down = traffic(config) if mode == "localsgd" else (0, 0)
-        yield (
-            f"{name:{most}}  {state}: {run.syncs:,} rounds, {run.local_steps:,} local steps, {run.images:,.0f} images, "
-            f"{up / 1e6:,.1f} MB up, {down / 1e6:,.1f} MB down, {_duration(seconds)}"
-        )
-    yield f"{len(cells)} runs; those that are not finished take {_duration(total)} ({pace})"
+        parts = [f"{run.local_steps:,} local steps", f"{run.images:,.0f} images"]
+        if mode == "localsgd":
+            up, down = traffic(config)
+            parts = [f"{run.syncs:,} rounds", *parts, f"{up / 1e6:,.1f} MB up", f"{down / 1e6:,.1f} MB down"]
+        yield f"{name:{most}}  {state}: {', '.join(parts)}, {_duration(seconds)}"
+    yield f"{len(cells)} run{'s' * (len(cells) > 1)}, not finished ones take {_duration(total)} ({pace})"
 
 
 def _state(config: Config, mode: Mode) -> str:

@@ -51,7 +51,7 @@ def watch(root: Path, console: Console) -> None:
 
 
 def lines_of(root: Path) -> tuple[list[str], bool]:
-    """A line for each folder of runs and each run under `root`, finished ones first, and whether any may still run."""
+    """A line for each folder of runs and each run under `root`, unfinished ones last; and whether any may still run."""
     folders: dict[Path, list[Seen]] = {}
     for path in sorted(root.rglob(CONFIG)):
         folders.setdefault(path.parent.parent, []).append(_seen(path.parent))
