@@ -16,6 +16,7 @@ from fedsim.experiments.sweep import OneByOne
 from fedsim.experiments.tune import at_end, run_tuned_studies, trials_of
 from fedsim.records import read_config, read_rows, read_summary
 from fedsim.report.result_table import read_tables
+from fedsim.report.tables import notes
 
 TUNED = """title = "Tuned"
 mode = "localsgd"
@@ -100,6 +101,12 @@ def test_each_cell_and_baseline_runs_with_the_rate_chosen_for_it_alone(path: Pat
     assert read_study(str(folder / "study.toml")).chosen.keys() == {"k2-j2", "k2-twin"}
     (table, of_trials), warnings = read_tables(path.parent / "results")  # the tuned cells are the study's
     assert (table.title, len(table.runs), of_trials.name, warnings) == ("Tuned", 2, "tuned-tuning", [])
+    (text,) = (note for note in notes(table) if note.startswith("Tuning: "))
+    assert "lr of 1e-09, 0.05, 1000000000.0; seed 7, 80% of the budget" in text
+    assert all(f"{cell}: lr = 0.05 (" in text for cell in ("k2-j2", "k2-twin"))
+    assert not any("Tuning" in note for note in notes(of_trials))
+    (folder / "tuning.csv").write_text("cell,outcome\nk2-j2,chosen\n")
+    assert any(note.endswith("tuned/tuning.csv cannot be read.") for note in notes(table))
 
 
 def test_where_no_trial_ends_the_study_does_not_run(path: Path) -> None:
