@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Optional
@@ -17,7 +18,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from fedsim import __version__
-from fedsim.config import FIELDS, Mode, accepted, choices, engine_named, has_key, kebab, typed
+from fedsim.config import FIELDS, Config, Engine, Mode, accepted, choices, engine_named, has_key, kebab, typed
 from fedsim.errors import RunFailed, UserError
 from fedsim.interrupts import Interrupted, interruption
 
@@ -61,6 +62,7 @@ class Command(TyperCommand):
 if TYPE_CHECKING:  # these import torch, which takes seconds; --help must not wait for it
     from fedsim.experiments.study import Cell, Study
     from fedsim.experiments.sweep import Runner
+    from fedsim.records import Row
 
 # Without rich, which truncates flags and help that do not fit its columns
 cli = typer.Typer(
@@ -77,8 +79,17 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # paths may have characters that the terminal lacks
+    with _saying_how_to_resume(), _errors_in_one_line():
+        code = cli(standalone_mode=False)  # the code of typer.Exit, which this mode returns
+    if isinstance(code, int):
+        sys.exit(code)
+
+
+@contextlib.contextmanager
+def _saying_how_to_resume() -> Iterator[None]:
+    """Context manager: an interrupted command that can be resumed gets a note that says how."""
     try:
-        _call()
+        yield
     except Interrupted as interrupted:
         if _resumes(sys.argv[1:]):
             flag = " without --rerun" if "--rerun" in sys.argv else ""
@@ -86,10 +97,11 @@ def main() -> None:
         raise
 
 
-def _call() -> None:
-    """Call the command of ``sys.argv``; an error becomes one line and an exit code."""
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Context manager: an error becomes one line and an exit code."""
     try:
-        code = cli(standalone_mode=False)  # the code of typer.Exit, which this mode returns
+        yield
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.message)
         sys.exit(2)
@@ -101,8 +113,6 @@ def _call() -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except MemoryError:
         _fail("out of memory: give a smaller --batch-size, --local-steps or --synthetic-images", 1)
-    if isinstance(code, int):
-        sys.exit(code)
 
 
 def _resumes(arguments: list[str]) -> bool:
@@ -139,27 +149,26 @@ def fedsim(
 
 
 def keys_of(mode: Mode, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: add a flag for every key of `mode`; the command receives the given ones as its argument `keys`."""
+    """Decorator: the keyword arguments ``**keys`` of a command become a flag for every key of `mode`; see `_given`."""
     names = [name for name in FIELDS if has_key(mode, name) and kebab(name) not in without]
 
     def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True).parameters.values()
-        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature if p.name != "keys"]
-
-        def run(**arguments: Any) -> None:
-            given = {kebab(name): arguments.pop(name) for name in names}
-            command(**arguments, keys={name: value for name, value in given.items() if value is not None})
-
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature if p.kind is not p.VAR_KEYWORD]
         panels = _panels()
         first = [name for name in names if kebab(name) in MOST_USED]
         parameters = [_flag(name, FIRST) for name in first]
         parameters += own + [_flag(name, panels[name]) for name in names if name not in first]
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        return run
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
 
     return with_flags
+
+
+def _given(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given, by their keys."""
+    return {kebab(name): value for name, value in keys.items() if value is not None}
 
 
 def _panels() -> dict[str, str]:
@@ -230,34 +239,43 @@ class RayCommand(Command):
 @cli.command(cls=Command)
 @keys_of("centralized")
 def centralized(
-    keys: dict[str, Any],
-    preset: str = PRESET,
-    rerun: bool = RERUN,
-    dry_run: bool = DRY_RUN,
-    track: str = TRACK,
+    preset: str = PRESET, rerun: bool = RERUN, dry_run: bool = DRY_RUN, track: str = TRACK, **keys: Any
 ) -> None:
     """Train on one machine that has all images: the large-batch baselines."""
-    _run("centralized", keys, preset, "auto", rerun, dry_run, track)
+    from fedsim.experiments.execute import configured_run, execute
+
+    config, engine = configured_run("centralized", _given(keys), preset)
+    if dry_run:
+        _show_cost(config, "centralized")
+        return
+    with _reported(config, "centralized", engine, track) as on_row:
+        execute(config, "centralized", engine, on_row, rerun)
 
 
 @cli.command(cls=Command)
 @keys_of("localsgd")
 def localsgd(
-    keys: dict[str, Any],
     preset: str = PRESET,
     rerun: bool = RERUN,
     engine: str = ENGINE,
     dry_run: bool = DRY_RUN,
     track: str = TRACK,
+    **keys: Any,
 ) -> None:
     """Train by LocalSGD: K clients, J local steps per round, then one average."""
-    _run("localsgd", keys, preset, engine, rerun, dry_run, track)
+    from fedsim.experiments.execute import configured_run, execute
+
+    config, chosen = configured_run("localsgd", _given(keys), preset, engine)
+    if dry_run:
+        _show_cost(config, "localsgd")
+        return
+    with _reported(config, "localsgd", chosen, track) as on_row:
+        execute(config, "localsgd", chosen, on_row, rerun)
 
 
 @cli.command(cls=RayCommand)
 @keys_of("localsgd", without=("clients", "local-steps", "seed", "results-dir", "resume"))
 def grid(
-    keys: dict[str, Any],
     clients: str = typer.Option("4,12", "--clients", help="the values of K, with commas", metavar="LIST"),
     local_steps: str = typer.Option("10,20,30", "--local-steps", help="the values of J, with commas", metavar="LIST"),
     seeds: str = typer.Option("2025", "--seeds", help="the seeds of each cell, with commas", metavar="LIST"),
@@ -270,6 +288,7 @@ def grid(
     gpus_per_cell: Optional[float] = GPUS,
     dry_run: bool = DRY_RUN,
     track: str = TRACK,
+    **keys: Any,
 ) -> None:
     """Run every cell of a K/J grid, then show its table and write it as CSV and PNG.
 
@@ -280,7 +299,7 @@ def grid(
     whole = {"clients": clients, "local-steps": local_steps, "seed": seeds}
     lists: dict[str, Any] = {name: integers(name, listed) for name, listed in whole.items()}
     single = {}
-    for name, value in keys.items():
+    for name, value in _given(keys).items():
         if values := several(name, value):
             lists[name] = values
         else:
@@ -304,7 +323,6 @@ def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
     "localsgd", without=("clients", "dataset", "synthetic-images", "synthetic-classes", "results-dir", "name", "resume")
 )
 def bench(
-    keys: dict[str, Any],
     clients: str = typer.Option("1,4,12,64", "--clients", help="the K to measure, with commas", metavar="LIST"),
     variants: str = typer.Option(
         "", "--variants", help="what to measure, with commas (default: all for the device)", metavar="LIST"
@@ -314,13 +332,14 @@ def bench(
     time_limit: float = typer.Option(900, "--time-limit", help="seconds after which a turn is ended", min=1),
     grow: bool = typer.Option(True, help="also measure how a round grows with K (to 1,000) and J"),
     output: str = typer.Option("results/bench.json", "--output", "-o", help="the file to write", metavar="FILE"),
+    **keys: Any,
 ) -> None:
     """Time a round of every variant of LocalSGD in turn, compared with centralized training at batch K * B."""
     from fedsim.bench.measure import run_bench
 
     sizes = integers("clients", clients)
     names = [name.strip() for name in variants.split(",")] if variants else []
-    run_bench(keys, sizes, names, timed, passes, time_limit, grow, output, _console())
+    run_bench(_given(keys), sizes, names, timed, passes, time_limit, grow, output, _console())
 
 
 @cli.command(cls=RayCommand)
@@ -433,8 +452,8 @@ RESULTS = typer.Argument("results", help="folder of results, or one study's in i
 @cli.command(cls=Command)
 @keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in SHARD_KEYS))
 def export_shards(
-    keys: dict[str, Any],
     out: str = typer.Option(..., "-o", "--out", help="the new folder, with a folder for each client in it"),
+    **keys: Any,
 ) -> None:
     """Write the images of each client to a folder, for SuperNodes that have only their own data.
 
@@ -443,8 +462,8 @@ def export_shards(
     from fedsim.data.local_folder import write_shards
     from fedsim.experiments.study import configure
 
-    keys = {**keys, "device": "cpu", "batch-size": 1}  # shards do not depend on either
-    config = configure("localsgd", keys)
+    of_shards = {**_given(keys), "device": "cpu", "batch-size": 1}  # shards do not depend on either
+    config = configure("localsgd", of_shards)
     write_shards(config, Path(out))
     print(f"{config.clients} shards in {Path(out)}")
 
@@ -571,30 +590,35 @@ def _check_track(track: str) -> None:
         check_tracker(track)
 
 
-def _run(mode: Mode, keys: dict[str, Any], preset: str, engine: str, rerun: bool, dry_run: bool, track: str) -> None:
-    """Run the configuration of `keys` and print how it goes, or with `dry_run` what it would cost."""
-    from fedsim.experiments.execute import check, configured_run, execute
+def _show_cost(config: Config, mode: Mode) -> None:
+    """Print what the run of `config` (resolved) would cost."""
+    from fedsim.experiments.cost import Pace, plan_lines
+    from fedsim.experiments.execute import check
+    from fedsim.experiments.study import Cell
+    from fedsim.records import run_folder
+
+    check(config, mode)
+    folder = run_folder(config, mode)
+    print(*plan_lines([Cell((), mode, config.changed({"name": folder.name}))], Pace(folder.parent)), sep="\n")
+
+
+@contextlib.contextmanager
+def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterator[Callable[[Row], None]]:
+    """Context manager for a run: print where it is, each row by the function yielded, and how it has ended."""
     from fedsim.experiments.progress import each, shown_rows
-    from fedsim.experiments.track import tracker
+    from fedsim.experiments.track import check_tracker, tracker
     from fedsim.records import read_summary, run_folder
 
-    _check_track(track)
-    config, chosen = configured_run(mode, keys, preset, engine)
+    check_tracker(track)
     folder = run_folder(config, mode)
-    if dry_run:
-        from fedsim.experiments.cost import Pace, plan_lines
-        from fedsim.experiments.study import Cell
-
-        check(config, mode)
-        cell = Cell((), mode, config.changed({"name": folder.name}))
-        print(*plan_lines([cell], Pace(folder.parent)), sep="\n")
-        return
-    by = f" by {chosen}" if mode == "localsgd" else ""
+    by = f" by {engine}" if mode == "localsgd" else ""
     print(f"{mode} on {config.device}{by} in {folder}", flush=True)
     with tracker(track, folder) as track_row, shown_rows(config, mode, _console()) as show:
-        run = execute(config, mode, chosen, each(show, track_row), rerun)
-    if not run.finished:
+        yield each(show, track_row)
+    summary = read_summary(folder)
+    if summary is None or not summary["finished"]:
         print("stopped early: run the same command without --stop-after-... to resume")
-    elif summary := read_summary(run.folder):
-        best, final = summary["best_test_accuracy"], summary["final_test_accuracy"]
-        print(f"finished: {run.tested_on} accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")
+        return
+    best, final = summary["best_test_accuracy"], summary["final_test_accuracy"]
+    tested_on = "validation" if config.validation else "test"
+    print(f"finished: {tested_on} accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")

@@ -19,6 +19,7 @@ from fedsim import __version__, cli
 from fedsim.__main__ import main as run_main
 from fedsim.config import FIELDS, Mode, has_key, kebab
 from fedsim.errors import RunFailed
+from fedsim.experiments import execute
 from fedsim.records import print_row
 
 ROOT = Path(__file__).parents[1]
@@ -376,7 +377,7 @@ def test_errors_of_several_lines_are_printed_on_one(call: Call, monkeypatch: pyt
     def fail(*_: Any, **__: Any) -> None:
         raise RunFailed("the SuperLink did not start:\n  line one\r\n\x1b[31mline two")
 
-    monkeypatch.setattr(cli, "_run", fail)
+    monkeypatch.setattr(execute, "configured_run", fail)
     code, _, err = call("localsgd")
     assert (code, err) == (1, "error: the SuperLink did not start: line one \\x1b[31mline two\n")
 
