@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,8 @@ import fedsim
 from fedsim.api import as_keys
 from fedsim.config import FIELDS
 from fedsim.errors import UserError
+from fedsim.experiments.study import read_study
+from fedsim.experiments.tune import trials_of
 from fedsim.models.lenet import LeNet5
 
 TINY: dict[str, Any] = {
@@ -54,8 +57,8 @@ def test_a_run_is_a_frame_a_summary_and_a_model_and_is_not_run_twice(tmp_path: P
 
 def test_keys_that_are_lists_are_crossed(tmp_path: Path) -> None:
     keys = {**TINY, "results_dir": tmp_path, "name": "mine", "local_steps": 8}
-    found = fedsim.grid(clients=[1, 2], lr=[0.01, 0.1], seed=[7], **keys)
-    names = {f"k{k}-lr{lr}-seed7" for k in (1, 2) for lr in (0.01, 0.1)}
+    found = fedsim.grid(clients=[2], lr=(0.01, 0.1), seed=range(7, 8), **keys)
+    names = {f"k2-lr{lr}-seed7" for lr in (0.01, 0.1)}
     assert set(found.runs["run"]) == names
     assert found["k2-lr0.1-seed7"].config["lr"] == 0.1
     assert len(found.rows) == sum(len(found[name].rows) for name in names)
@@ -70,6 +73,26 @@ def test_the_signature_has_every_key_with_its_default_and_its_help() -> None:
     assert {name: parameters[name].default for name in FIELDS} == {n: field.default for n, field in FIELDS.items()}
     assert all(f"    {name} = " in (fedsim.localsgd.__doc__ or "") for name in FIELDS)
     assert "clients" not in inspect.signature(fedsim.centralized).parameters
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (Path(__file__).parents[1] / "docs" / page).read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks("python.md", "python"):
+        exec(block, names)
+    assert set(names["model"]) == set(LeNet5(10).state_dict())
+    assert len(names["found"].runs) == 4
+
+
+def test_the_study_of_the_page_is_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(blocks("studies.md", "toml")[0])
+    study = read_study(str(tmp_path / "mine.toml"))
+    assert (len(study.cells()), len(trials_of(study, study.cells()))) == (9, 9)
 
 
 def build(classes: int) -> torch.nn.Module:
