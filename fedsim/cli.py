@@ -607,13 +607,17 @@ def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterato
     """Context manager for a run: print where it is, each row by the function yielded, and how it has ended."""
     from fedsim.experiments.progress import each, shown_rows
     from fedsim.experiments.track import check_tracker, tracker
-    from fedsim.records import read_summary, run_folder
+    from fedsim.records import print_row, read_summary, run_folder
 
     check_tracker(track)
+    if track and engine == "flower":
+        raise UserError(f"track = {track} with engine = flower: rows are sent from this process alone: leave one out")
     folder = run_folder(config, mode)
     by = f" by {engine}" if mode == "localsgd" else ""
     print(f"{mode} on {config.device}{by} in {folder}", flush=True)
-    with tracker(track, folder) as track_row, shown_rows(config, mode, _console()) as show:
+    # The engine flower prints its own log
+    shown = contextlib.nullcontext(print_row) if engine == "flower" else shown_rows(config, mode, _console())
+    with tracker(track, folder) as track_row, shown as show:
         yield each(show, track_row)
     summary = read_summary(folder)
     if summary is None or not summary["finished"]:

@@ -107,6 +107,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("study kj-small --dry-run --cells k9", "cells = 'k9' matches no cell of kj-small"),
         ("localsgd --dataset synthetic --track wandb", "track = 'wandb' is unknown: it must be one of tensorboard"),
         ("grid --dataset synthetic --track tensorboard --ray", "track = tensorboard"),
+        ("localsgd --dataset synthetic --track tensorboard --engine flower", "track = tensorboard"),
         ("grid --dataset synthetic --lr 0.1,x", "lr = 'x' is not a number"),
         ("grid --dataset synthetic --lr 0.1,0.1", "lr = [0.1, 0.1] must have one value or more, without duplicates"),
         ("grid --dataset synthetic --checkpoint-every 1,2", "grid checkpoint-every: results of mode localsgd do not"),
@@ -239,6 +240,14 @@ def test_a_file_is_a_preset_and_a_dry_run_writes_nothing(call: Call, tmp_path: P
     )
     code, out, _ = call("study", "demo", "--dry-run", "--cells", "k4-*", "--device", "cpu")
     assert (code, out.count(" new: "), out.count("\n")) == (0, 3, 5)
+    tuned = "[grid]\nclients = [1, 2]\nlocal-steps = [1]\n[set]\ndataset = 'synthetic'\nmodel = 'lenet5'\n"
+    tuned += "[tune]\nvalidation = 1000\nbudget = 0.1\ngrid = {lr = [0.1, 0.2, 0.3]}\n"
+    (tmp_path / "tuned.toml").write_text('title = "Tuned"\nmode = "localsgd"\n' + tuned)
+    out = call("study", "tuned.toml", "--device", "cpu", "--dry-run")[1]
+    assert out.count(" new: 109 rounds, 109 local steps, 6,976 images, ") == 3  # of K = 1: a tenth of 7000 / 64 * 10
+    assert out.count(" new: 1,250 rounds, ") == 1
+    assert out.count(" new: ") == 6 + 2
+    assert not (tmp_path / "results" / "tuned").exists()
     code, out, _ = call("centralized", *TINY[:-10], "--epochs", "2", "--device", "cpu", "--dry-run")
     assert (code, "  new: 32 local steps, 512 images, 0." in out) == (0, True)
 
