@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
 import re
 import shlex
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Optional, get_args
+from typing import TYPE_CHECKING, Any, NoReturn, Optional
 
 import click
 import typer
@@ -17,11 +18,19 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from fedsim import __version__
-from fedsim.config import FIELDS, Engine, Mode, accepted, has_key, kebab, typed
+from fedsim.config import FIELDS, Config, Engine, Mode, accepted, choices, engine_named, has_key, kebab, typed
 from fedsim.errors import RunFailed, UserError
 from fedsim.interrupts import Interrupted, interruption
 
 MOST_USED = "dataset model optimizer lr batch-size epochs clients local-steps seed device results-dir name".split()
+FIRST = "Keys used most"
+PANELS = {  # the first key of each, in the order of config.py -> the title of its section of the help
+    "dataset": "Data",
+    "model": "Model and optimizer",
+    "schedule": "Schedule and budget",
+    "clients": "LocalSGD",
+    "seed": "The run",
+}
 SHARD_KEYS = (
     *("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed"),
     *("partition", "partition-args"),
@@ -56,11 +65,11 @@ class Command(TyperCommand):
 if TYPE_CHECKING:  # these import torch, which takes seconds; --help must not wait for it
     from fedsim.experiments.study import Cell, Study
     from fedsim.experiments.sweep import Runner
+    from fedsim.records import Row
 
 # Without rich, which truncates flags and help that do not fit its columns
 cli = typer.Typer(
     cls=CommandGroup,
-    add_completion=False,
     no_args_is_help=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
@@ -73,8 +82,17 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # paths may have characters that the terminal lacks
+    with _saying_how_to_resume(), _errors_in_one_line():
+        code = cli(standalone_mode=False)  # the code of typer.Exit, which this mode returns
+    if isinstance(code, int):
+        sys.exit(code)
+
+
+@contextlib.contextmanager
+def _saying_how_to_resume() -> Iterator[None]:
+    """Context manager: an interrupted command that can be resumed gets a note that says how."""
     try:
-        _call()
+        yield
     except Interrupted as interrupted:
         if _resumes(sys.argv[1:]):
             flag = " without --rerun" if "--rerun" in sys.argv else ""
@@ -82,10 +100,11 @@ def main() -> None:
         raise
 
 
-def _call() -> None:
-    """Call the command of ``sys.argv``; an error becomes one line and an exit code."""
+@contextlib.contextmanager
+def _errors_in_one_line() -> Iterator[None]:
+    """Context manager: an error becomes one line and an exit code."""
     try:
-        code = cli(standalone_mode=False)  # the code of typer.Exit, which this mode returns
+        yield
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.message)
         sys.exit(2)
@@ -97,8 +116,6 @@ def _call() -> None:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except MemoryError:
         _fail("out of memory: give a smaller --batch-size, --local-steps or --synthetic-images", 1)
-    if isinstance(code, int):
-        sys.exit(code)
 
 
 def _resumes(arguments: list[str]) -> bool:
@@ -135,26 +152,34 @@ def fedsim(
 
 
 def keys_of(mode: Mode, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: add a flag for every key of `mode`; the command receives the given ones as its argument `keys`."""
+    """Decorator: the keyword arguments ``**keys`` of a command become a flag for every key of `mode`; see `_given`."""
     names = [name for name in FIELDS if has_key(mode, name) and kebab(name) not in without]
 
     def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True).parameters.values()
-        own = [p.replace(kind=inspect.Parameter.KEYWORD_ONLY) for p in signature if p.name != "keys"]
-
-        def run(**arguments: Any) -> None:
-            given = {kebab(name): arguments.pop(name) for name in names}
-            command(**arguments, keys={name: value for name, value in given.items() if value is not None})
-
+        own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature if p.kind is not p.VAR_KEYWORD]
+        panels = _panels()
         first = [name for name in names if kebab(name) in MOST_USED]
-        parameters = [_flag(name, "Keys used most") for name in first]
-        parameters += own + [_flag(name, "All other keys") for name in names if name not in first]
-        run.__name__, run.__doc__ = command.__name__, command.__doc__
-        run.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        run.__annotations__ = {p.name: p.annotation for p in parameters}
-        return run
+        parameters = [_flag(name, FIRST) for name in first]
+        parameters += own + [_flag(name, panels[name]) for name in names if name not in first]
+        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
+        command.__annotations__ = {p.name: p.annotation for p in parameters}
+        return command
 
     return with_flags
+
+
+def _given(keys: Mapping[str, Any]) -> dict[str, Any]:
+    """The flags that were given, by their keys."""
+    return {kebab(name): value for name, value in keys.items() if value is not None}
+
+
+def _panels() -> dict[str, str]:
+    """The section of the help of each key."""
+    titles, title = {}, ""
+    for name in FIELDS:
+        titles[name] = title = PANELS.get(name, title)
+    return titles
 
 
 def _flag(name: str, panel: str) -> inspect.Parameter:
@@ -170,12 +195,22 @@ def _flag(name: str, panel: str) -> inspect.Parameter:
         metavar=None if boolean else KINDS.get(field.annotation, "NAME"),
         show_default=False,
         rich_help_panel=panel,
+        autocompletion=_completion(choices(field)),
     )
     annotation: Any = Optional[bool if boolean else str]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 
-PRESET = typer.Option("", "--preset", help="settings of fedsim/studies/NAME.toml; flags override it", metavar="NAME")
+def _completion(names: Sequence[str]) -> Callable[[str], list[str]]:
+    """What a shell completes the start of a value to."""
+    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
+
+
+PRESET = typer.Option(
+    "", "--preset", "--config", help="settings of a study, fedsim's or a TOML file; flags override them", metavar="NAME"
+)
+DRY_RUN = typer.Option(False, "--dry-run", help="show the cells and what they would cost; write nothing")
+TRACK = typer.Option("", "--track", help="also send the rows to: tensorboard", metavar="NAME")
 RERUN = typer.Option(False, "--rerun", help="start over, also where a run is finished or interrupted")
 ENGINE = typer.Option(
     "auto", "--engine", help="threads or stacked: in this process (auto: the faster); flower: on Ray", metavar="NAME"
@@ -206,22 +241,44 @@ class RayCommand(Command):
 
 @cli.command(cls=Command)
 @keys_of("centralized")
-def centralized(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN) -> None:
+def centralized(
+    preset: str = PRESET, rerun: bool = RERUN, dry_run: bool = DRY_RUN, track: str = TRACK, **keys: Any
+) -> None:
     """Train on one machine that has all images: the large-batch baselines."""
-    _run("centralized", keys, preset, rerun)
+    from fedsim.experiments.execute import configured_run, execute
+
+    config, engine = configured_run("centralized", _given(keys), preset)
+    if dry_run:
+        _show_cost(config, "centralized")
+        return
+    with _reported(config, "centralized", engine, track) as on_row:
+        execute(config, "centralized", engine, on_row, rerun)
 
 
 @cli.command(cls=Command)
 @keys_of("localsgd")
-def localsgd(keys: dict[str, Any], preset: str = PRESET, rerun: bool = RERUN, engine: str = ENGINE) -> None:
+def localsgd(
+    preset: str = PRESET,
+    rerun: bool = RERUN,
+    engine: str = ENGINE,
+    dry_run: bool = DRY_RUN,
+    track: str = TRACK,
+    **keys: Any,
+) -> None:
     """Train by LocalSGD: K clients, J local steps per round, then one average."""
-    _run("localsgd", keys, preset, rerun, engine)
+    from fedsim.experiments.execute import configured_run, execute
+
+    config, chosen = configured_run("localsgd", _given(keys), preset, engine)
+    if dry_run:
+        _show_cost(config, "localsgd")
+        return
+    with _reported(config, "localsgd", chosen, track) as on_row:
+        execute(config, "localsgd", chosen, on_row, rerun)
 
 
 @cli.command(cls=RayCommand)
 @keys_of("localsgd", without=("clients", "local-steps", "seed", "results-dir", "resume"))
 def grid(
-    keys: dict[str, Any],
     clients: str = typer.Option("4,12", "--clients", help="the values of K, with commas", metavar="LIST"),
     local_steps: str = typer.Option("10,20,30", "--local-steps", help="the values of J, with commas", metavar="LIST"),
     seeds: str = typer.Option("2025", "--seeds", help="the seeds of each cell, with commas", metavar="LIST"),
@@ -232,14 +289,27 @@ def grid(
     ray: Optional[str] = RAY,
     cpus_per_cell: Optional[float] = CPUS,
     gpus_per_cell: Optional[float] = GPUS,
+    dry_run: bool = DRY_RUN,
+    track: str = TRACK,
+    **keys: Any,
 ) -> None:
-    """Run every cell of a K/J grid, then show its table and write it as CSV and PNG."""
+    """Run every cell of a K/J grid, then show its table and write it as CSV and PNG.
+
+    Any other key may be a list with commas too, for instance --lr 0.01,0.1: the grid then has its values as well.
+    """
     from fedsim.experiments.study import grid_study
 
-    crossed = {"clients": clients, "local-steps": local_steps, "seed": seeds}
-    study = grid_study({name: integers(name, listed) for name, listed in crossed.items()}, keys, preset)
-    runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine)
-    _run_grid(study, study.cells(keys=keys), results_dir, runner, rerun)
+    whole = {"clients": clients, "local-steps": local_steps, "seed": seeds}
+    lists: dict[str, Any] = {name: integers(name, listed) for name, listed in whole.items()}
+    single = {}
+    for name, value in _given(keys).items():
+        if values := several(name, value):
+            lists[name] = values
+        else:
+            single[name] = value
+    runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine, track)
+    study = grid_study(lists, single, preset, _results(results_dir))
+    _run_grid(study, study.cells(keys=single), results_dir, runner, rerun, dry_run)
 
 
 @cli.command(cls=Command)
@@ -256,7 +326,6 @@ def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
     "localsgd", without=("clients", "dataset", "synthetic-images", "synthetic-classes", "results-dir", "name", "resume")
 )
 def bench(
-    keys: dict[str, Any],
     clients: str = typer.Option("1,4,12,64", "--clients", help="the K to measure, with commas", metavar="LIST"),
     variants: str = typer.Option(
         "", "--variants", help="what to measure, with commas (default: all for the device)", metavar="LIST"
@@ -266,13 +335,14 @@ def bench(
     time_limit: float = typer.Option(900, "--time-limit", help="seconds after which a turn is ended", min=1),
     grow: bool = typer.Option(True, help="also measure how a round grows with K (to 1,000) and J"),
     output: str = typer.Option("results/bench.json", "--output", "-o", help="the file to write", metavar="FILE"),
+    **keys: Any,
 ) -> None:
     """Time a round of every variant of LocalSGD in turn, compared with centralized training at batch K * B."""
     from fedsim.bench.measure import run_bench
 
     sizes = integers("clients", clients)
     names = [name.strip() for name in variants.split(",")] if variants else []
-    run_bench(keys, sizes, names, timed, passes, time_limit, grow, output, _console())
+    run_bench(_given(keys), sizes, names, timed, passes, time_limit, grow, output, _console())
 
 
 @cli.command(cls=RayCommand)
@@ -293,10 +363,13 @@ def study(
     ray: Optional[str] = RAY,
     cpus_per_cell: Optional[float] = CPUS,
     gpus_per_cell: Optional[float] = GPUS,
+    dry_run: bool = DRY_RUN,
+    track: str = TRACK,
 ) -> None:
     """Run the given studies, then show their tables; without any, list all studies and their costs."""
     from fedsim.experiments.study import read_study, select
-    from fedsim.experiments.sweep import PLAIN, fail_if_any, run_studies
+    from fedsim.experiments.sweep import PLAIN, fail_if_any
+    from fedsim.experiments.tune import run_tuned_studies
     from fedsim.report.page import show_results
 
     chosen = integers("seeds", seeds) if seeds else []
@@ -310,31 +383,69 @@ def study(
     keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
     only = [pattern.strip() for pattern in cells.split(",") if pattern.strip()]
     read = [read_study(name).in_precision(precision) if precision else read_study(name) for name in studies]
-    selected = [(found, select(found, found.cells(chosen, keys), only)) for found in read]
-    runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine)
+    runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine, track)
     results = _results(results_dir)
-    failed = run_studies(selected, results, runner, rerun, console)
+
+    def cells_of(study: Study) -> list[Cell]:
+        return select(study, study.cells(chosen, keys), only)
+
+    if dry_run:
+        for found in read:
+            _show_plan(found, cells_of(found), results, runner)
+        return
+    failed, total = run_tuned_studies(read, cells_of, results, runner, rerun, console)
     for found in read:
         folder = results / found.name
         show_results(folder, console)
         console.print(f"python run.py report {folder} -o report", **PLAIN)
-    fail_if_any(failed, sum(len(cells) for _, cells in selected))
+    fail_if_any(failed, total)
 
 
-def _run_grid(study: Study, cells: Sequence[Cell], results_dir: str, runner: Runner, rerun: bool) -> None:
+def _run_grid(
+    study: Study, cells: Sequence[Cell], results_dir: str, runner: Runner, rerun: bool, dry_run: bool = False
+) -> None:
     """Run `cells` of `study`, then show its table and write it as grid.csv and grid.png to its folder."""
     from fedsim.experiments.sweep import fail_if_any, run_studies
     from fedsim.report.page import show_results
 
     console, results = _console(), _results(results_dir)
+    if dry_run:
+        _show_plan(study, cells, results, runner)
+        return
     failed = run_studies([(study, cells)], results, runner, rerun, console)
     show_results(results / study.name, console, save_as="grid")
     fail_if_any(failed, len(cells))
 
 
+def _show_plan(study: Study, cells: Sequence[Cell], results: Path, runner: Runner) -> None:
+    """Print what `cells` of `study`, and the trials that choose their keys, would cost."""
+    from fedsim.experiments.cost import Pace, plan_lines
+    from fedsim.experiments.study import TUNING
+    from fedsim.experiments.sweep import resolved_cell
+    from fedsim.experiments.tune import trials_of
+
+    pace = Pace(results)
+    if study.tune:
+        trials = [resolved_cell(t.cell, results / f"{study.name}{TUNING}", runner) for t in trials_of(study, cells)]
+        print(f"{study.name}, trials (if none is stopped early):", *plan_lines(trials, pace), sep="\n")
+    print(
+        f"{study.name}:", *plan_lines([resolved_cell(c, results / study.name, runner) for c in cells], pace), sep="\n"
+    )
+
+
 def _results(folder: str) -> Path:
     """The folder `folder` of --results-dir; raises UserError like the key results-dir."""
     return Path(typed("results-dir", folder)).expanduser().absolute()
+
+
+@cli.command(cls=Command)
+def watch(
+    results: str = typer.Argument("results", help="folder of results, or one study's in it", metavar="[RESULTS]"),
+) -> None:
+    """Show how far all runs in a folder have come: in a terminal until all are finished, in a pipe once."""
+    from fedsim.experiments.watch import watch
+
+    watch(_results(results), _console())
 
 
 OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")
@@ -344,8 +455,8 @@ RESULTS = typer.Argument("results", help="folder of results, or one study's in i
 @cli.command(cls=Command)
 @keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in SHARD_KEYS))
 def export_shards(
-    keys: dict[str, Any],
     out: str = typer.Option(..., "-o", "--out", help="the new folder, with a folder for each client in it"),
+    **keys: Any,
 ) -> None:
     """Write the images of each client to a folder, for SuperNodes that have only their own data.
 
@@ -354,8 +465,8 @@ def export_shards(
     from fedsim.data.local_folder import write_shards
     from fedsim.experiments.study import configure
 
-    keys = {**keys, "device": "cpu", "batch-size": 1}  # shards do not depend on either
-    config = configure("localsgd", keys)
+    of_shards = {**_given(keys), "device": "cpu", "batch-size": 1}  # shards do not depend on either
+    config = configure("localsgd", of_shards)
     write_shards(config, Path(out))
     print(f"{config.clients} shards in {Path(out)}")
 
@@ -446,22 +557,19 @@ def deploy(
     print("the next steps are in docs/deployment.md" + ("" if insecure else "; ca/ stays here, ca.key is secret"))
 
 
-def _engine(name: str) -> Any:
-    if name not in get_args(Engine):
-        raise UserError(f"engine = {name!r} is unknown: it must be one of {', '.join(get_args(Engine))}")
-    return name
-
-
-def _runner(address: str | None, cpus: float | None, gpus: float | None, engine: str) -> Runner:
+def _runner(address: str | None, cpus: float | None, gpus: float | None, engine: str, track: str = "") -> Runner:
     """Where cells run: on Ray if there is an `address`, else one by one."""
-    checked = _engine(engine)
+    checked = engine_named(engine)
+    _check_track(track)
+    if track and address is not None:
+        raise UserError(f"track = {track} with --ray: rows are sent from this process alone: leave one out")
     for flag, given in (("cpus-per-cell", cpus), ("gpus-per-cell", gpus)):
         if given is not None and address is None:
             raise UserError(f"{flag} = {given} is a share of a Ray node: give --ray too")
     if address is None:
         from fedsim.experiments.sweep import OneByOne
 
-        return OneByOne(checked)
+        return OneByOne(checked, track)
     if engine == "flower":
         raise UserError("engine = flower with --ray: clients would wait for the cores of their cell: leave one out")
     if cpus is not None and not (cpus > 0 and (cpus < 1 or cpus.is_integer())):
@@ -483,17 +591,57 @@ def integers(name: str, listed: str) -> list[int]:
         raise UserError(f"{name} = {listed!r} is not a list of whole numbers: for instance --{name} 4,12") from None
 
 
-def _run(mode: Mode, keys: dict[str, Any], preset: str, rerun: bool, engine: str = "auto") -> None:
-    from fedsim.experiments.execute import execute, resolve_run
-    from fedsim.experiments.study import configure
-    from fedsim.records import config_of_run, print_row, read_summary, run_folder
+def several(name: str, value: Any) -> list[Any]:
+    """The values of the key `name` in a text with commas; none where the key accepts the text as it is."""
+    if not isinstance(value, str) or "," not in value:
+        return []
+    try:
+        typed(name, value)
+    except UserError:
+        return [typed(name, part.strip()) for part in value.split(",")]
+    return []
 
-    config, chosen = resolve_run(config_of_run(configure(mode, keys, preset)), mode, _engine(engine))
-    by = f" by {chosen}" if mode == "localsgd" else ""
-    print(f"{mode} on {config.device}{by} in {run_folder(config, mode)}", flush=True)
-    run = execute(config, mode, chosen, print_row, rerun)
-    if not run.finished:
+
+def _check_track(track: str) -> None:
+    if track:
+        from fedsim.experiments.track import check_tracker
+
+        check_tracker(track)
+
+
+def _show_cost(config: Config, mode: Mode) -> None:
+    """Print what the run of `config` (resolved) would cost."""
+    from fedsim.experiments.cost import Pace, plan_lines
+    from fedsim.experiments.execute import check
+    from fedsim.experiments.study import Cell
+    from fedsim.records import run_folder
+
+    check(config, mode)
+    folder = run_folder(config, mode)
+    print(*plan_lines([Cell((), mode, config.changed({"name": folder.name}))], Pace(folder.parent)), sep="\n")
+
+
+@contextlib.contextmanager
+def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterator[Callable[[Row], None]]:
+    """Context manager for a run: print where it is, each row by the function yielded, and how it has ended."""
+    from fedsim.experiments.progress import each, shown_rows
+    from fedsim.experiments.track import check_tracker, tracker
+    from fedsim.records import print_row, read_summary, run_folder
+
+    check_tracker(track)
+    if track and engine == "flower":
+        raise UserError(f"track = {track} with engine = flower: rows are sent from this process alone: leave one out")
+    folder = run_folder(config, mode)
+    by = f" by {engine}" if mode == "localsgd" else ""
+    print(f"{mode} on {config.device}{by} in {folder}", flush=True)
+    # The engine flower prints its own log
+    shown = contextlib.nullcontext(print_row) if engine == "flower" else shown_rows(config, mode, _console())
+    with tracker(track, folder) as track_row, shown as show:
+        yield each(show, track_row)
+    summary = read_summary(folder)
+    if summary is None or not summary["finished"]:
         print("stopped early: run the same command without --stop-after-... to resume")
-    elif summary := read_summary(run.folder):
-        best, final = summary["best_test_accuracy"], summary["final_test_accuracy"]
-        print(f"finished: {run.tested_on} accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")
+        return
+    best, final = summary["best_test_accuracy"], summary["final_test_accuracy"]
+    tested_on = "validation" if config.validation else "test"
+    print(f"finished: {tested_on} accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")

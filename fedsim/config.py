@@ -505,6 +505,14 @@ def check_used(config: Config, choice: str, used_by: Mapping[str, Sequence[str]]
             raise UserError(f"{kebab(name)} is not used by {kebab(choice)} = {chosen}: leave it out, or give {use}")
 
 
+def engine_named(name: str) -> Engine:
+    """`name` if it is an engine's; raises UserError."""
+    for engine in get_args(Engine):
+        if name == engine:
+            return engine  # type: ignore[no-any-return]
+    raise UserError(f"engine = {name!r} is unknown: it must be one of {', '.join(get_args(Engine))}")
+
+
 def has_key(mode: Mode, name: str) -> bool:
     """Whether the field `name` is a key of runs in `mode`."""
     return mode == "localsgd" or LOCALSGD not in FIELDS[name].metadata

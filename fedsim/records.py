@@ -42,20 +42,30 @@ ROWS_REFUSED = "metrics-refused.jsonl"
 OUTPUTS = (SUMMARY, CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, ROWS, ROWS_REFUSED, MODEL)
 PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *OUTPUTS)))})\.\d+")  # left by a killed atomic_write
 COSTS = ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
+DIGEST = 6  # characters, at the end of a default name
+LENGTH = ("epochs", "rounds")  # the keys by which a run can be lengthened
+MACHINE = ("device", "threads")  # keys that are no part of a default name: a run keeps its name on another machine
 
 
 class Run:
     """One run's folder, opened to start the run, to resume it, or to find it finished."""
 
     def __init__(
-        self, config: Config, mode: Mode, on_row: Callable[[Row], None] | None = None, engine: str = ""
+        self,
+        config: Config,
+        mode: Mode,
+        on_row: Callable[[Row], None] | None = None,
+        engine: str = "",
+        lengthens: bool = False,
     ) -> None:
         """Open the folder of `config` (resolved), created if it does not exist.
 
-        Raises UserError if the folder holds another configuration. `on_row` is called with each row; the summary names
-        the `engine` that trained the clients.
+        Raises UserError if the folder holds another configuration, unless it differs in `LENGTH` alone and this run
+        `lengthens` it: then the folder is of this configuration once the run is locked. `on_row` is called with each
+        row; the summary names the `engine` that trained the clients.
         """
         self._engine = engine
+        self._lengthens = lengthens
         self.folder = run_folder(config, mode)
         self.mode: Mode = mode
         self.tested_on = "validation" if config.validation else "test"
@@ -72,7 +82,7 @@ class Run:
     def finished(self) -> bool:
         """Whether the run has reached the end of its budget."""
         summary = read_summary(self.folder)
-        return summary is not None and summary["finished"]
+        return summary is not None and summary["finished"] and not self._lengthens
 
     @property
     def seconds(self) -> float:
@@ -85,7 +95,16 @@ class Run:
         with self._writing():
             file = self._locked_file(patience)
         with file:
+            if self._lengthens and self._check_folder():  # again, as another process may have changed it
+                self._lengthen()
             yield
+
+    def _lengthen(self) -> None:
+        """Make the folder's shorter run an unfinished one of this configuration."""
+        with self._writing():
+            (self.folder / SUMMARY).unlink(missing_ok=True)
+            _write_json(self.folder / CONFIG, self._identity)
+        self._lengthens = False
 
     def resume(self, rounds: int, like: Mapping[str, Any]) -> dict[str, Any] | None:
         """The checkpoint to resume from, if there is one; later rows are dropped.
@@ -243,7 +262,8 @@ class Run:
                 )
             return False
         held, own = read_config(self.folder), self._identity
-        if differing := [name for name in sorted(held.keys() | own) if held.get(name) != own.get(name)]:
+        differing = differences(held, own)
+        if differing and not (self._lengthens and set(differing) <= set(LENGTH)):
             first = differing[0]
             raise UserError(
                 f"name = {self.folder.name}: {self.folder} holds a run of another configuration "
@@ -261,7 +281,9 @@ class Run:
         if checkpoint.get("version") != CHECKPOINT_VERSION:
             raise InvalidCheckpoint("is of another version of fedsim")
         config = checkpoint.get("config")  # without the keys that are newer than it
-        if not isinstance(config, dict) or {**Config().identity(self.mode), **current_names(config)} != self._identity:
+        if not isinstance(config, dict) or set(
+            differences({**Config().identity(self.mode), **current_names(config)}, self._identity)
+        ) - set(LENGTH):
             raise InvalidCheckpoint("is of another configuration")
         header = {"round": 0, "seconds": 0.0, "stacked": False, "rows_bytes": 0, "rows_sha256": ""}
         if difference := mismatch(checkpoint, {**header, **like}):
@@ -326,13 +348,16 @@ def config_of_run(config: Config) -> Config:
         raise UserError(
             f"resume = {config.resume}: {folder} is not a run of LocalSGD: repeat the command that started it"
         )
+    longer: dict[str, Any] = {}
     for name, default in {**Config().identity("localsgd"), "name": ""}.items():
         given = config.as_keys()[name]
-        if given not in (default, held.get(name, config.resume)):
+        if given != default and name in LENGTH:
+            longer[name] = given
+        elif given not in (default, held.get(name, config.resume)):
             other = _shown(held.get(name, config.resume))
             raise UserError(f"resume = {config.resume}: {name} = {given}, but the run has {other}: leave it out")
     try:
-        return config.changed({**held, "name": config.resume, "resume": ""})
+        return config.changed({**held, **longer, "name": config.resume, "resume": ""})
     except UserError as error:
         raise UserError(
             f"resume = {config.resume}: {folder / CONFIG} is not the configuration of a run: {_shown(error)}"
@@ -348,20 +373,50 @@ def _locked(file: TextIO) -> bool:
     return True
 
 
+def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
+    """The keys in which two configurations differ, sorted."""
+    return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
+
+
 def run_folder(config: Config, mode: Mode) -> Path:
-    """The folder of a run, called by the key ``name`` or else by `default_name`."""
+    """The folder of a run, called by the key ``name`` or else by `default_name`.
+
+    Digests in the names of earlier versions also had the keys with default values in them: if there is a folder of the
+    same run under such a name, it is that one.
+    """
     try:
         results = Path(config.results_dir).expanduser().absolute()
     except RuntimeError as error:  # ~user
         raise UserError(f"results-dir = {config.results_dir}: there is no such user: give another folder") from error
-    return results / (config.name or default_name(config, mode))
+    if config.name:
+        return results / config.name
+    folder = results / default_name(config, mode)
+    if os.path.exists(folder):
+        return folder
+    for older in older_folders(folder, CONFIG):
+        with contextlib.suppress(UserError):  # its configuration is damaged
+            if not set(differences(read_config(older), {"mode": mode, **config.identity(mode)})) - set(MACHINE):
+                return older
+    return folder
+
+
+def older_folders(folder: Path, file: str) -> list[Path]:
+    """The folders beside `folder` that hold `file` and have its name but for the digest."""
+    if not os.path.isdir(folder.parent) or not os.access(folder.parent, os.R_OK | os.X_OK):
+        return []
+    pattern = re.compile(re.escape(folder.name[:-DIGEST]) + f"[0-9a-f]{{{DIGEST}}}")
+    return [path for path in sorted(folder.parent.iterdir()) if pattern.fullmatch(path.name) and (path / file).exists()]
 
 
 def default_name(config: Config, mode: Mode) -> str:
-    """A name made from the configuration; it ends with a hash of the keys that affect the result."""
-    # Without the machine: the same run on another machine has the same name, and is refused there
-    identity = {k: v for k, v in config.identity(mode).items() if k not in ("device", "threads")}
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:6]
+    """A name made from the configuration; it ends with a digest of the keys that affect the result.
+
+    Keys with their default value are no part of the digest, so that a key of a later version changes no name. The
+    machine is none either: the same run on another machine has the same name, and is refused there.
+    """
+    defaults = Config().as_keys()
+    identity = {k: v for k, v in config.identity(mode).items() if k not in MACHINE and v != defaults[k]}
+    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:DIGEST]
     shape = f"-k{config.clients}-j{config.local_steps}" if mode == "localsgd" else ""
     return f"{mode}-{config.optimizer}-b{config.batch_size}{shape}-seed{config.seed}-{digest}"
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import os
 import subprocess
 import sys
+import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,8 +16,10 @@ import pytest
 import typer
 
 from fedsim import __version__, cli
+from fedsim.__main__ import main as run_main
 from fedsim.config import FIELDS, Mode, has_key, kebab
 from fedsim.errors import RunFailed
+from fedsim.experiments import execute
 from fedsim.records import print_row
 
 ROOT = Path(__file__).parents[1]
@@ -95,6 +100,20 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             "export-shards --dataset synthetic --clients 9000 -o new",
             "clients = 9000 is more than the 8000",
         ),
+        ("localsgd --config {folder}/none.toml", "none.toml cannot be read (No such file or directory)"),
+        ("localsgd --preset {folder}/bad.toml", "bad.toml: unknown key lrr: did you mean lr?"),
+        ("centralized --preset {folder}/mine.toml", "mine.toml is for mode localsgd, not centralized"),
+        ("localsgd --dataset synthetic --clients 9000 --dry-run", "clients = 9000 is more than the 8000"),
+        ("study kj-small --dry-run --cells k9", "cells = 'k9' matches no cell of kj-small"),
+        ("localsgd --dataset synthetic --track wandb", "track = 'wandb' is unknown: it must be one of tensorboard"),
+        ("grid --dataset synthetic --track tensorboard --ray", "track = tensorboard"),
+        ("localsgd --dataset synthetic --track tensorboard --engine flower", "track = tensorboard"),
+        ("grid --dataset synthetic --lr 0.1,x", "lr = 'x' is not a number"),
+        ("grid --dataset synthetic --lr 0.1,0.1", "lr = [0.1, 0.1] must have one value or more, without duplicates"),
+        ("grid --dataset synthetic --checkpoint-every 1,2", "grid checkpoint-every: results of mode localsgd do not"),
+        ("localsgd --dataset synthetic --lr 0.1,0.2", "lr = '0.1,0.2' is not a number"),
+        ("watch nowhere", "nowhere is not a folder"),
+        ("watch damaged", "damaged holds no runs"),
         ("report nowhere", "nowhere holds no runs"),
         ("time-to-accuracy nowhere --bandwidth 1Mbit --latency 1ms --target 0.5", "nowhere holds no runs"),
         ("report ~nosuchuser", "results = ~nosuchuser: there is no such home folder"),
@@ -143,6 +162,9 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
 )
 def test_bad_input_is_one_line_and_exit_code_2(call: Call, tmp_path: Path, arguments: str, words: str) -> None:
     (tmp_path / "file").write_text("")
+    head = 'title = "a"\nmode = "localsgd"\n[set]\n'
+    (tmp_path / "mine.toml").write_text(head)
+    (tmp_path / "bad.toml").write_text(f"{head}lrr = 0.1")
     (tmp_path / "damaged" / "cifar-100-python").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     code, _, err = call(*(part.format(folder=tmp_path) for part in arguments.split()))
@@ -195,13 +217,99 @@ def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None
     head = ['title = "Mine"', 'mode = "localsgd"', "[grid]", "local-steps = [1, 2]", "seed = [1]", "[set]"]
     (tmp_path / "mine.toml").write_text("\n".join([*head, *lines]))
     code, out, _ = call("study", "mine.toml", "--seeds", "1,2", "--device", "cpu", "--threads", "1")
-    assert (code, "cells" in out) == (0, True)
+    assert (code, "4/4  mine/j2-seed2  test " in out) == (0, True)
     assert len(list((tmp_path / "results" / "mine").glob("j*-seed[12]/summary.json"))) == 4
     assert call("report")[0] == 0
     assert "Mine" in (tmp_path / "report" / "index.html").read_text()
     assert call("time-to-accuracy", "--bandwidth", "100Mbit", "--latency", "20ms", "--target", "0.01")[0] == 0
     assert (tmp_path / "report" / "time-to-accuracy-mine.csv").exists()
     assert "kj-small" in call("study")[1]
+
+
+def test_a_file_is_a_preset_and_a_dry_run_writes_nothing(call: Call, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text('title = "Mine"\nmode = "localsgd"\n[set]\nlr = 0.25\nrounds = 5\n')
+    code, out, _ = call("localsgd", *TINY, "--config", "mine.toml", "--rounds", "4", "--dry-run")
+    assert code == 0
+    assert "new: 4 rounds, 8 local steps, 256 images, 2.0 MB up, 2.0 MB down" in out
+    assert list(tmp_path.iterdir()) == [tmp_path / "mine.toml"]
+    assert call("localsgd", *TINY, "--preset", "mine.toml", "--name", "one")[0] == 0
+    assert json.loads((tmp_path / "results/one/config.json").read_text())["lr"] == 0.25
+    assert (
+        "one  finished: 3 rounds, 6 local steps, "
+        in call("localsgd", *TINY, "--name", "one", "--lr", "0.25", "--dry-run")[1]
+    )
+    code, out, _ = call("study", "demo", "--dry-run", "--cells", "k4-*", "--device", "cpu")
+    assert (code, out.count(" new: "), out.count("\n")) == (0, 3, 5)
+    tuned = "[grid]\nclients = [1, 2]\nlocal-steps = [1]\n[set]\ndataset = 'synthetic'\nmodel = 'lenet5'\n"
+    tuned += "[tune]\nvalidation = 1000\nbudget = 0.1\ngrid = {lr = [0.1, 0.2, 0.3]}\n"
+    (tmp_path / "tuned.toml").write_text('title = "Tuned"\nmode = "localsgd"\n' + tuned)
+    out = call("study", "tuned.toml", "--device", "cpu", "--dry-run")[1]
+    assert out.count(" new: 109 rounds, 109 local steps, 6,976 images, ") == 3  # of K = 1: a tenth of 7000 / 64 * 10
+    assert out.count(" new: 1,250 rounds, ") == 1
+    assert out.count(" new: ") == 6 + 2
+    assert not (tmp_path / "results" / "tuned").exists()
+    code, out, _ = call("centralized", *TINY[:-10], "--epochs", "2", "--device", "cpu", "--dry-run")
+    assert (code, "  new: 32 local steps, 512 images, 0." in out) == (0, True)
+
+
+def test_any_key_of_a_grid_may_be_a_list(call: Call, tmp_path: Path) -> None:
+    keys = "grid --lr 0.01,0.1 --optimizer sgdm,lars --milestones 1,2 --schedule multistep --clients 1 --local-steps 8"
+    code, out, err = call(*keys.split(), *TINY[:-10], "--device", "cpu", "--dry-run")
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[1:-1]] == [
+        f"k1-j8-{optimizer}-{lr}-seed2025" for optimizer in ("sgdm", "lars") for lr in ("lr0.01", "lr0.1")
+    ]
+
+
+def test_a_grid_of_an_earlier_version_keeps_its_name(call: Call, tmp_path: Path) -> None:
+    keys = ["grid", *TINY[:-10], "--device", "cpu", "--epochs", "1", "--clients", "1", "--local-steps"]
+    assert call(*keys, "8")[0] == 0
+    (new,) = (tmp_path / "results").iterdir()
+    older = new.rename(new.with_name(new.name[:-6] + "abcdef"))
+    code, _, _ = call(*keys, "8,16")
+    assert (code, list((tmp_path / "results").iterdir())) == (0, [older])
+    assert call(*keys, "8", "--lr", "0.5", "--dry-run")[1].startswith("grid-sgdm-b16-")
+    assert "abcdef" not in call(*keys, "8", "--lr", "0.5", "--dry-run")[1]
+
+
+@pytest.mark.parametrize(
+    ("words", "completed"),
+    [
+        ("fedsim loc", "localsgd"),
+        ("fedsim localsgd --local-steps-s", "--local-steps-schedule"),
+        ("fedsim grid --model le", "lenet5"),
+    ],
+)
+def test_a_shell_completes_commands_keys_and_choices(words: str, completed: str) -> None:
+    code = "import sys; sys.argv[0] = 'fedsim'; from fedsim.__main__ import main; main()"
+    asked = {"_FEDSIM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(len(words.split()) - 1)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **asked}, capture_output=True, text=True
+    )
+    assert completed in done.stdout.split(), done.stderr
+
+
+def test_the_console_command_is_the_command_line() -> None:
+    scripts = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+    assert scripts == {"fedsim": f"{run_main.__module__}:{run_main.__name__}"}
+
+
+def test_a_tracker_that_is_not_installed_is_one_line(call: Call) -> None:
+    if importlib.util.find_spec("tensorboard"):
+        pytest.skip("tensorboard is installed")
+    code, out, err = call("centralized", *TINY[:-10], "--track", "tensorboard")
+    assert (code, out) == (2, "")
+    assert err == "error: track = tensorboard: it is not installed: pip install 'fedsim[tensorboard]'\n"
+
+
+def test_a_tracker_has_the_rows(call: Call, tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    assert call("localsgd", *TINY, "--name", "one", "--stop-after-rounds", "2", "--track", "tensorboard")[0] == 0
+    assert call("localsgd", *TINY, "--name", "one", "--track", "tensorboard")[0] == 0
+    events = accumulator.EventAccumulator(str(tmp_path / "results/one/tensorboard")).Reload()
+    rows = [json.loads(line) for line in (tmp_path / "results/one/metrics.jsonl").read_text().splitlines()]
+    seen = [(event.step, event.value) for event in events.Scalars("test_accuracy")]
+    assert seen == [(row["round"], pytest.approx(row["test_accuracy"])) for row in rows]
 
 
 def test_shards_are_written_for_nodes(call: Call, tmp_path: Path) -> None:
@@ -248,7 +356,8 @@ def test_every_key_is_a_flag_with_its_default_in_the_help(call: Call) -> None:
             if offered and (command != "grid" or name not in ("clients", "local_steps", "results_dir")):
                 default = {"": "empty", True: "true", False: "false"}.get(field.default, field.default)
                 assert f"(default:{default})" in "".join(out.split())
-        assert out.index("Keys used most") < out.index("All other keys")
+        assert out.index("Keys used most:") < out.index("Options:") < out.index("Data:") < out.index("The run:")
+        assert out.index("Schedule and budget:") < out.index("--milestones") < out.index("--checkpoint-every")
 
 
 def test_help_and_version_come_without_torch() -> None:
@@ -277,7 +386,7 @@ def test_errors_of_several_lines_are_printed_on_one(call: Call, monkeypatch: pyt
     def fail(*_: Any, **__: Any) -> None:
         raise RunFailed("the SuperLink did not start:\n  line one\r\n\x1b[31mline two")
 
-    monkeypatch.setattr(cli, "_run", fail)
+    monkeypatch.setattr(execute, "configured_run", fail)
     code, _, err = call("localsgd")
     assert (code, err) == (1, "error: the SuperLink did not start: line one \\x1b[31mline two\n")
 

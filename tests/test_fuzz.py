@@ -102,7 +102,9 @@ WORDS = st.one_of(
 def arguments(draw: st.DrawFn) -> list[str]:
     """A command, some of its flags or of what looks like flags, and what keeps it from beginning."""
     name = draw(st.sampled_from([*COMMANDS]))
-    flags = [flag for parameter in COMMANDS[name].params for flag in parameter.opts if flag.startswith("-")]
+    flags = [flag for parameter in COMMANDS[name].params for flag in parameter.opts if flag.startswith("-")] or [
+        "--help"
+    ]
     given_flags = draw(st.lists(st.tuples(st.sampled_from(flags) | WORDS, WORDS), max_size=4))
     return [name, *(word for pair in given_flags for word in pair), *ENDING.get(name, [])]
 

@@ -21,7 +21,7 @@ LAYERS = (
     ("federation",),
     ("experiments",),
     ("report", "bench"),
-    ("cli",),
+    ("cli", "api"),
     ("__main__",),
 )
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}

@@ -6,6 +6,7 @@ import json
 import os
 import statistics
 from collections.abc import Iterator, Sequence
+from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,10 +15,17 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.config import Config, Mode, current_names
 from fedsim.data.datasets import image_shape, training_images
-from fedsim.experiments.study import read_study, study_names
-from fedsim.models import empty_model
+from fedsim.experiments.lengthen import open_run
+from fedsim.experiments.study import Cell, read_study, study_names
+from fedsim.federation.compress import codec_down_of, codec_of
+from fedsim.federation.round import initial_progress
+from fedsim.models import empty_model, initial_model
+from fedsim.records import CONFIG, run_folder
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
+from strategies import join, payload_bytes, split, tensor_record, tensors_of
+from strategies.compression import Codec, encode
+from strategies.sections import Sections
 
 REFERENCE_FLOPS = 100e9  # FLOP/s of training on two CPU cores: the paper's model at 535 images/s
 
@@ -39,6 +47,27 @@ def cost(config: Config, mode: Mode) -> Cost:
     plan = run_plan(config, images)
     steps = plan.first_step(plan.rounds + 1)
     return Cost(float(steps * config.clients_per_round * config.batch_size), steps, plan.rounds)
+
+
+def traffic(config: Config) -> tuple[int, int]:
+    """The bytes of all updates and all global models that a complete run of LocalSGD sends, up and down.
+
+    Those that averaged updates alone cost: repeated rounds, and optimizer states for checkpoints, come on top. With
+    compression down, all clients but those of the first round are taken to have been in the round before.
+    """
+    rounds = run_plan(config, training_images(config)).rounds
+    model = initial_model(config.changed({"device": "cpu"}))
+    sent = split(tensors_of(initial_progress(config, model).arrays))
+    whole, up, down = (_sent_bytes(codec, sent) for codec in (None, codec_of(config), codec_down_of(config)))
+    return config.clients_per_round * rounds * up, config.clients_per_round * (whole + (rounds - 1) * down)
+
+
+def _sent_bytes(codec: Codec | None, sent: Sections) -> int:
+    """The bytes of a message of `sent`, its parameters encoded."""
+    if codec:
+        zeros = {name: torch.zeros_like(value) for name, value in sent.parameters.items()}
+        sent = sent._replace(parameters=encode(codec, zeros, {}, 0)[0])
+    return payload_bytes(tensor_record(join(sent)))
 
 
 def flop_per_image(config: Config) -> float:
@@ -68,23 +97,67 @@ def measured_rates(results: Path) -> dict[tuple[str, str], float]:
     return {kind: statistics.median(found) for kind, found in rates.items()}
 
 
+class Pace:
+    """Images per second: the median of the finished runs in `results`, else by the FLOP of the model."""
+
+    def __init__(self, results: Path) -> None:
+        self._results = results
+        self._rates = measured_rates(results)
+        measured = sorted(self._rates.items())
+        self._measured = ", ".join(f"{rate:,.0f} images/s ({model}, {kind})" for (model, kind), rate in measured)
+
+    def seconds(self, config: Config, images: float) -> float:
+        """The time of a run of `config` for so many images."""
+        kind = config.model, config.precision
+        if kind not in self._rates:
+            self._rates[kind] = REFERENCE_FLOPS / flop_per_image(config)
+        return images / self._rates[kind]
+
+    def __str__(self) -> str:
+        """Where the pace is from."""
+        median = f"the median rate of finished runs in {self._results}, {self._measured}; else at "
+        return f"one run after the other, at {median if self._measured else ''}{REFERENCE_FLOPS / 1e9:g} GFLOP/s."
+
+
+def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
+    """What each of `cells` (resolved) would cost, and all that are not finished yet together; nothing is written."""
+    total, most = 0.0, max((len(cell.config.name) for cell in cells), default=0)
+    for name, mode, config in ((cell.config.name, cell.mode, cell.config) for cell in cells):
+        run, state = cost(config, mode), _state(config, mode)
+        seconds = pace.seconds(config, run.images)
+        total += seconds if state != "finished" else 0.0
+        parts = [f"{run.local_steps:,} local steps", f"{run.images:,.0f} images"]
+        if mode == "localsgd":
+            up, down = traffic(config)
+            parts = [f"{run.syncs:,} rounds", *parts, f"{up / 1e6:,.1f} MB up", f"{down / 1e6:,.1f} MB down"]
+        yield f"{name:{most}}  {state}: {', '.join(parts)}, {_duration(seconds)}"
+    yield f"{len(cells)} run{'s' * (len(cells) > 1)}, not finished ones take {_duration(total)} ({pace})"
+
+
+def _state(config: Config, mode: Mode) -> str:
+    """Whether a run is new, begun or finished; raises UserError if its folder holds another one."""
+    folder = run_folder(config, mode)
+    if not (folder / CONFIG).exists():
+        return "new"
+    return "finished" if open_run(config, mode).finished else "begun"
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
+
+
 def list_studies(seeds: Sequence[int], results: Path) -> Iterator[str]:
     """The lines of a list of the studies that come with fedsim, with their costs."""
-    rates = measured_rates(results)
-    measured = ", ".join(f"{rate:,.0f} images/s ({model}, {kind})" for (model, kind), rate in sorted(rates.items()))
+    pace = Pace(results)
     for study in map(read_study, study_names()):
         images, steps, syncs, seconds = 0.0, 0, 0, 0.0
         for _, mode, config in (cells := study.cells(seeds)):
             run = cost(config, mode)
-            kind = config.model, config.precision
-            if kind not in rates:
-                rates[kind] = REFERENCE_FLOPS / flop_per_image(config)
             images, steps, syncs = images + run.images, steps + run.local_steps, syncs + run.syncs
-            seconds += run.images / rates[kind]
+            seconds += pace.seconds(config, run.images)
         yield f"{study.name}: {study.title}"
         yield (
             f"    {len(cells)} runs (seed {', '.join(map(str, seeds or study.seeds))}): {images:,.0f} images, "
             f"{steps:,} local steps, {syncs:,} syncs, {seconds / 3600:,.1f} hours"
         )
-    median = f"the median rate of finished runs in {results}, {measured}; else at " if measured else ""
-    yield f"Hours: one run after the other, at {median}{REFERENCE_FLOPS / 1e9:g} GFLOP/s."
+    yield f"Hours: {pace}"

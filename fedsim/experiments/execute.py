@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from fedsim.config import Config, Engine, Mode, cpu_count
+from fedsim.config import Config, Engine, Mode, cpu_count, engine_named
 from fedsim.data.datasets import load_dataset
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_partition, check_shards
 from fedsim.device import resolve
+from fedsim.experiments.lengthen import open_run
+from fedsim.experiments.study import configure
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
 from fedsim.federation.flwr_run import run_with_flwr
@@ -17,11 +20,18 @@ from fedsim.federation.round import check_strategy
 from fedsim.federation.server_app import train_localsgd
 from fedsim.models import check_model
 from fedsim.optim import check_optimizer
-from fedsim.records import Row, Run
+from fedsim.records import Row, Run, config_of_run
 from fedsim.training.centralized import train_centralized, whole_epochs
 from fedsim.training.engine import choose_engine
 from fedsim.training.run_plan import run_plan
 from fedsim.training.stacked import check_stackable
+
+
+def configured_run(
+    mode: Mode, keys: Mapping[str, Any], preset: str = "", engine: str = "auto"
+) -> tuple[Config, Engine]:
+    """The configuration and the engine of the run that `keys` (kebab-case), over those of `preset`, ask for."""
+    return resolve_run(config_of_run(configure(mode, keys, preset)), mode, engine_named(engine))
 
 
 def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -> tuple[Config, Engine]:
@@ -55,7 +65,7 @@ def execute(
     check(config, mode)
     if mode == "localsgd" and engine == "stacked" and config.clients_per_round > 1:
         check_stackable(config)
-    run = Run(config, mode, on_row, "" if mode == "centralized" else engine)
+    run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)
     with run.lock(patience):
         if rerun:
             run.reset()

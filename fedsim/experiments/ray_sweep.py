@@ -31,10 +31,11 @@ import strategies
 from fedsim.config import CORES, Config, Engine, cpu_count
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute, resolve_run
+from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
 from fedsim.provenance import origin
-from fedsim.records import Run, read_summary, run_folder
+from fedsim.records import read_summary, run_folder
 
 CODE_FOLDERS = [str(Path(package.__file__).parent) for package in (fedsim, strategies) if package.__file__]
 CODE = hashlib.sha256(  # read at import: the files may change while the command runs
@@ -98,7 +99,7 @@ class OnRay:
         tasks: dict[Future[Failure], Cell] = {}
         for cell in cells:
             try:
-                run = Run(cell.config, cell.mode)
+                run = open_run(cell.config, cell.mode)
                 with run.lock(patience):
                     if rerun:
                         run.reset()  # here and not in the task, which must resume when Ray restarts it

@@ -14,12 +14,23 @@
     when = { optimizer = ["lamb"] }
     set = { lr = 0.02 }
 
+    [tune]                            choose keys for each cell before it is run with every seed (see `tune`)
+    validation = 5000                 training images held out, on which the trials are tested
+    seed = 1                          the seed of all trials
+    budget = 0.25                     a trial's part of the cell's epochs or rounds (default: 1)
+    stop-below = 0.5                  stop trials below this part of the best one's accuracy (default: 0.5; 0: none)
+    grid = { lr = [0.01, 0.03, 0.1] } a trial for each combination of these values
+
+    [chosen]                          keys of cells, by name without the seed; in stored studies, what tuning chose
+    k4-j10 = { lr = 0.03 }
+
 In result tables the first key of the grid varies across the columns and the others down the rows. A preset is a study
 without its grid.
 """
 
 from __future__ import annotations
 
+import contextlib
 import fnmatch
 import itertools
 import tomllib
@@ -33,13 +44,15 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedsim.config import Config, Mode, Value, current_names, typed
 from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
-from fedsim.records import default_name
+from fedsim.records import default_name, older_folders
 from fedsim.training.run_plan import run_plan
 
 FOLDER = Path(__file__).parents[1] / "studies"
 STORED = "study.toml"  # the study as it was run, in the folder of its runs
+TUNING = "-tuning"  # the end of the name of the folder of a study's trials
 LARGE_BATCH = "large batch"  # in the coordinates of a baseline, in place of J
 SHORT_NAMES = {"clients": "k", "local-steps": "j", "batch-size": "b"}
+NOT_TUNED = ("seed", "validation", "epochs", "rounds", "device", "threads", "evaluate-every", "record-by")
 RECORD_KEYS = ("name", "results-dir", "resume")  # where a run is recorded, which the runner decides
 
 
@@ -49,6 +62,11 @@ class Cell(NamedTuple):
     coords: tuple[Value, ...]
     mode: Mode
     config: Config
+
+    @property
+    def name(self) -> str:
+        """Its name without the seed."""
+        return self.config.name.rpartition("-seed")[0]
 
 
 def _settings(settings: dict[str, Any]) -> dict[str, Any]:
@@ -78,6 +96,17 @@ class Case(BaseModel):
     settings: Settings = Field(alias="set")
 
 
+class Tune(BaseModel):
+    """How to choose keys for each cell: by trials of every value in `grid`, tested on held-out training images."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    grid: Annotated[Lists, Field(min_length=1)]
+    validation: int = Field(ge=1)
+    seed: int = Field(Config().seed, ge=0)
+    budget: Annotated[float, Field(gt=0, le=1)] = 1.0
+    stop_below: Annotated[float, Field(ge=0, le=1)] = Field(0.5, alias="stop-below")
+
+
 class Study(BaseModel):
     """A valid study: each of its cells has a valid configuration and a unique name."""
 
@@ -90,6 +119,8 @@ class Study(BaseModel):
     grid: Lists = {}
     settings: Settings = Field({}, alias="set")
     cases: list[Case] = Field([], alias="case")
+    tune: Tune | None = None
+    chosen: dict[str, Settings] = {}
 
     @property
     def axes(self) -> tuple[str, ...]:
@@ -123,7 +154,9 @@ class Study(BaseModel):
             own = dict(zip(self.axes, coords, strict=True))
             name = "-".join([*(_part(*item) for item in own.items()), f"seed{seed}"])
             cells.append(Cell(coords, self.mode, self.configure({**(keys or {}), **own, "seed": seed, "name": name})))
-        return sorted(cells + _baselines(cells), key=lambda cell: cell.config.seed) if self.twins else cells
+        if self.twins:
+            cells = sorted(cells + _baselines(cells), key=lambda cell: cell.config.seed)
+        return [cell._replace(config=cell.config.changed(self.chosen.get(cell.name, {}))) for cell in cells]
 
     def with_settings(self, keys: Mapping[str, Any], **entries: Any) -> Study:
         """This study with `keys` set in every cell, and other `entries` (title, grid, ...) replaced."""
@@ -151,8 +184,24 @@ class Study(BaseModel):
                 raise UserError(f"grid {name}: results of mode {self.mode} do not depend on it: leave it out")
         if self.twins and (self.mode, self.axes) != ("localsgd", ("clients", "local-steps")):
             raise UserError("twins = true needs mode localsgd and a grid of clients and local-steps, in this order")
-        self.cells()
+        cells = self.cells()
+        if unknown := self.chosen.keys() - {cell.name for cell in cells}:
+            raise UserError(f"chosen {min(unknown)}: the study has no such cell")
+        if self.tune:
+            self._check_tune(self.tune, cells)
         return self
+
+    def _check_tune(self, tune: Tune, cells: Sequence[Cell]) -> None:
+        for name in tune.grid:
+            if name in self.grid:
+                raise UserError(f"tune grid {name}: it is a key of the study's own grid: leave it out of one of them")
+            if name in NOT_TUNED or name not in Config().identity(self.mode):
+                raise UserError(f"tune grid {name}: it cannot be chosen by accuracy: leave it out")
+        for config in (cell.config for cell in cells):
+            if config.validation:
+                raise UserError("tune: the study sets validation itself: leave it out, or tune")
+            if config.local_steps_table and tune.budget < 1:
+                raise UserError(f"tune budget = {tune.budget}: local-steps-table needs the whole budget: give 1")
 
 
 def _override(settings: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
@@ -192,7 +241,7 @@ def _baselines(cells: Sequence[Cell]) -> list[Cell]:
 
 def select(study: Study, cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
     """The `cells` of `study` with names, without the seed, that match any of `patterns`; without patterns, all."""
-    names = [cell.config.name.rpartition("-seed")[0] for cell in cells]
+    names = [cell.name for cell in cells]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
             known = ", ".join(dict.fromkeys(names))
@@ -208,9 +257,10 @@ def configure(mode: Mode, keys: Mapping[str, Any], preset: str = "") -> Config:
 
 
 def read_preset(name: str, mode: Mode) -> Study:
-    """The study `name`, if it has settings for `mode`."""
-    if name not in study_names():
-        raise UserError(f"unknown preset {name}: it must be one of {', '.join(study_names())}")
+    """The study `name`, or in the file `name`, if it has settings for `mode`."""
+    if name not in study_names() and not name.endswith(".toml"):
+        known = ", ".join(study_names())
+        raise UserError(f"unknown preset {name}: it must be one of {known}, or a file NAME.toml")
     if (study := read_study(name)).mode != mode:
         others = ", ".join(other for other in study_names() if read_study(other).mode == mode)
         raise UserError(
@@ -220,21 +270,36 @@ def read_preset(name: str, mode: Mode) -> Study:
     return study
 
 
-def grid_study(grid: Mapping[str, Sequence[Value]], keys: Mapping[str, Any], preset: str = "") -> Study:
+def grid_study(
+    grid: Mapping[str, Sequence[Value]], keys: Mapping[str, Any], preset: str = "", results: Path | None = None
+) -> Study:
     """The study of LocalSGD over `grid`, with the settings of `preset` overridden by `keys`.
 
     Its name is the key ``name``, or made from the keys that all cells share. It does not contain keys that affect no
-    result (threads, checkpoint-every, ...): pass these to `Study.cells`.
+    result (threads, checkpoint-every, ...): pass these to `Study.cells`. In `results` a grid of the same keys keeps the
+    name that an earlier version gave it.
     """
     base = configure("localsgd", keys, preset)
     first = default_name(base.changed({"clients": 1, "local-steps": 1, "seed": 0}), "localsgd")
-    name = base.name or "grid" + first.removeprefix("localsgd").replace("-k1-j1-seed0", "")
+    others = "".join(f"-{key}" for key in grid if key not in ("clients", "local-steps", "seed"))
+    name = base.name or f"grid{others}" + first.removeprefix("localsgd").replace("-k1-j1-seed0", "")
     shared = base.identity("localsgd").keys() - {"device", "threads"}
     settings = {key: typed(key, value) for key, value in keys.items() if key in shared}
     empty = Study.model_construct(name=name, title=name, mode="localsgd")
     study = read_preset(preset, "localsgd") if preset else empty
     own = {"name": name, "title": name, "grid": {key: list(values) for key, values in grid.items()}}
-    return study.with_settings(settings, **own, twins=False, compare="")
+    made = study.with_settings(settings, **own, twins=False, compare="", tune=None)
+    return made if base.name or results is None else _under_older_name(made, results / name)
+
+
+def _under_older_name(study: Study, folder: Path) -> Study:
+    """`study` with the name of a grid of the same keys beside `folder`, if there is one and `folder` is not."""
+    for older in older_folders(folder, STORED) if not folder.exists() else []:
+        with contextlib.suppress(UserError):
+            held = read_study(str(older / STORED))
+            if held.axes == study.axes and held.configure({}) == study.configure({}):
+                return study.model_copy(update={"name": older.name, "title": older.name})
+    return study
 
 
 def read_study(name: str) -> Study:
@@ -284,11 +349,15 @@ def _study(entries: Mapping[str, Any]) -> Study:
 
 MESSAGES = {  # by the type of Pydantic's error
     "missing": "is missing",
-    "extra_forbidden": "is unknown: a [[case]] has a table when and a table set, and nothing else",
+    "extra_forbidden": "is unknown",
     "string_type": "= {} is not text",
     "bool_type": "= {} is not true or false",
     "list_type": "= {0} is not a list: for instance [{0}]",
     "dict_type": "= {} is not a table",
+    "model_type": "= {} is not a table",
+    "int_type": "= {} is not a whole number",
+    "float_type": "= {} is not a number",
+    "too_short": "is empty: give a key with its values, for instance lr = [0.01, 0.1]",
 }
 
 

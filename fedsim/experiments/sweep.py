@@ -11,24 +11,17 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    MofNCompleteColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeElapsedColumn,
-    TimeRemainingColumn,
-)
+from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.table import Column
 
-from fedsim.config import Engine
-from fedsim.data.datasets import training_images
+from fedsim.config import Config, Engine
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.experiments.execute import check, execute, resolve_run
+from fedsim.experiments.lengthen import open_run
+from fedsim.experiments.progress import each, ends_after, status
 from fedsim.experiments.study import STORED, Cell, Study
-from fedsim.records import Row, Run, atomic_write, run_folder
-from fedsim.training.centralized import whole_epochs
-from fedsim.training.run_plan import run_plan
+from fedsim.experiments.track import tracker
+from fedsim.records import Row, atomic_write, read_summary, run_folder
 
 PLAIN: Any = {"soft_wrap": True, "highlight": False, "markup": False}  # of Console.print: the line as it is
 Failure = RunFailed | UserError | None  # why a cell failed, or None
@@ -61,6 +54,7 @@ class OneByOne:
     """Runs cells in this process."""
 
     engine: Engine
+    track: str = ""
     here = True
 
     def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
@@ -68,11 +62,14 @@ class OneByOne:
 
     def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
         for cell in cells:
-            task = progress.add_task(cell.config.name, total=_last_round(cell))
+            rounds, epochs = ends_after(cell.config, cell.mode)
+            task = progress.add_task(cell.config.name, total=rounds, status="starting")
             failure: Failure = None
             try:
                 config, engine = resolve_run(cell.config, cell.mode, self.engine)
-                execute(config, cell.mode, engine, _advance(progress, task), rerun, patience)
+                with tracker(self.track, run_folder(config, cell.mode)) as track:
+                    shown = _advance(progress, task, config, epochs)
+                    execute(config, cell.mode, engine, each(shown, track), rerun, patience)
             except (RunFailed, UserError) as error:
                 failure = error
             finally:
@@ -90,17 +87,17 @@ def run_studies(
     folders = {study.name: results.expanduser().absolute() / study.name for study, _ in studies}
     if len(folders) < len(studies):
         raise UserError(f"studies {', '.join(s.name for s, _ in studies)}: give each name once, as it names a folder")
-    cells = [_resolved(cell, folders[study.name], runner) for study, own in studies for cell in own]
+    cells = [resolved_cell(cell, folders[study.name], runner) for study, own in studies for cell in own]
     with runner.started(cells):
-        with _writable(results):
+        with writable(results):
             for cell in cells:
                 if run_folder(cell.config, cell.mode).exists():
-                    Run(cell.config, cell.mode)  # raises if the folder holds another configuration
+                    open_run(cell.config, cell.mode)  # raises if the folder holds another configuration
             for study, _ in studies:
                 folders[study.name].mkdir(parents=True, exist_ok=True)
                 with atomic_write(folders[study.name] / STORED) as file:
                     file.write(study.toml.encode())
-        return _run_all(cells, runner, rerun, console)
+        return run_cells(cells, runner, rerun, console)
 
 
 def fail_if_any(failed: Sequence[str], cells: int) -> None:
@@ -109,7 +106,7 @@ def fail_if_any(failed: Sequence[str], cells: int) -> None:
         raise RunFailed(f"{len(failed)} of {cells} cells failed: {', '.join(failed)}")
 
 
-def _resolved(cell: Cell, folder: Path, runner: Runner) -> Cell:
+def resolved_cell(cell: Cell, folder: Path, runner: Runner) -> Cell:
     """`cell` with its actual device and threads, recorded in `folder`; raises UserError if it cannot run."""
     try:
         config = cell.config.changed({"results-dir": str(folder)})
@@ -121,7 +118,8 @@ def _resolved(cell: Cell, folder: Path, runner: Runner) -> Cell:
 
 
 @contextlib.contextmanager
-def _writable(results: Path) -> Iterator[None]:
+def writable(results: Path) -> Iterator[None]:
+    """Context manager: an OSError becomes a UserError that names `results`."""
     try:
         yield
     except OSError as error:
@@ -130,38 +128,52 @@ def _writable(results: Path) -> Iterator[None]:
         ) from error
 
 
-def _run_all(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Console) -> list[str]:
-    """Run `cells`, and last those that other processes were running; returns the names of those that failed."""
+def run_cells(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Console) -> list[str]:
+    """Run `cells`, and last those that other processes were running; returns the names of those that failed.
+
+    In a terminal the running cells have a line each; elsewhere each cell that ends has one.
+    """
     failed: list[str] = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(*columns, TimeElapsedColumn(), TimeRemainingColumn(), console=console) as progress:
-        overall = progress.add_task("cells", total=len(cells))
-        patience = 0.0
+    columns = (
+        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True)),
+    )
+    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+        overall = progress.add_task("cells", total=len(cells), status="")
+        patience, done, total = 0.0, 0, len(cells)
         while cells:
             busy = []
             for cell, failure in runner.run(cells, rerun, patience, progress):
                 if isinstance(failure, RunInProgress):
                     busy.append(cell)
                     continue
+                done += 1
                 if failure:
-                    failed.append(_label(cell))
-                    progress.console.print(f"{_label(cell)} failed: {failure}", style="red", **PLAIN)
+                    failed.append(label(cell))
+                    console.print(f"{label(cell)} failed: {failure}", style="red", **PLAIN)
+                elif not console.is_terminal:
+                    console.print(f"{done}/{total}  {label(cell)}  {_outcome(cell)}", **PLAIN)
                 progress.advance(overall)
             if busy:
-                progress.console.print(f"waiting for other processes to run {', '.join(map(_label, busy))}", **PLAIN)
+                console.print(f"waiting for other processes to run {', '.join(map(label, busy))}", **PLAIN)
             cells, patience = busy, math.inf
     return failed
 
 
-def _label(cell: Cell) -> str:
+def label(cell: Cell) -> str:
+    """A cell by the names of its folders."""
     return f"{Path(cell.config.results_dir).name}/{cell.config.name}"
 
 
-def _last_round(cell: Cell) -> int:
-    if cell.mode == "centralized":
-        return whole_epochs(cell.config)[1]
-    return run_plan(cell.config, training_images(cell.config)).last_round
+def _outcome(cell: Cell) -> str:
+    """The last accuracy and the seconds of a cell that has ended."""
+    summary = read_summary(run_folder(cell.config, cell.mode))
+    if summary is None or summary["final_test_accuracy"] is None:
+        return "stopped"
+    state = "" if summary["finished"] else "stopped at "
+    return f"{state}{summary['tested_on']} {summary['final_test_accuracy']:.2%}  {summary['seconds']:.1f} s"
 
 
-def _advance(progress: Progress, task: TaskID) -> Callable[[Row], None]:
-    return lambda row: progress.update(task, completed=row["round"])
+def _advance(progress: Progress, task: TaskID, config: Config, epochs: float) -> Callable[[Row], None]:
+    return lambda row: progress.update(task, completed=row["round"], status=status(row, config, epochs))

@@ -11,6 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim.report.result_table import NOTHING, SYMBOLS, ResultTable
+from fedsim.report.tuning import tuning_notes
 
 CSV_COLUMNS = (
     "run", "mode", "optimizer", "clients", "local_steps_per_round", "batch_size", "seed", "tested_on", "finished",
@@ -112,7 +113,7 @@ def cost_table(table: ResultTable) -> TextTable:
 
 def notes(table: ResultTable) -> list[str]:
     """Paragraphs that explain the tables and figures."""
-    texts = [progress(table), protocol(table)]
+    texts = [progress(table), protocol(table), *tuning_notes(table)]
     if table.with_traffic:
         texts.append(traffic_note(table))
     for cell in table.cells.itertuples():

@@ -3,13 +3,24 @@ from __future__ import annotations
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from fedsim.config import Config
-from fedsim.experiments.cost import REFERENCE_FLOPS, cost, flop_per_image, list_studies, measured_rates
-from fedsim.experiments.study import study_names
-from tests.conftest import write_run
+from fedsim.errors import UserError
+from fedsim.experiments.cost import (
+    REFERENCE_FLOPS,
+    Pace,
+    cost,
+    flop_per_image,
+    list_studies,
+    measured_rates,
+    plan_lines,
+    traffic,
+)
+from fedsim.experiments.study import Cell, study_names
+from tests.conftest import Execute, rows_of, write_run
 
 ROOT = Path(__file__).parents[2]
 
@@ -64,6 +75,41 @@ def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
     assert seconds_of("scaled-small", tmp_path) == pytest.approx(24_000_000 / 2500, abs=180)
     last = list(list_studies([], tmp_path))[-1]
     assert f"finished runs in {tmp_path}, 2,500 images/s (lenet5, fp32); else at 100 GFLOP/s." in last
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        {"momentum-at-sync": "average", "model": "lenet-bn", "synthetic-images": 128},
+        {"compress": "topk", "fraction": 0.5},
+        {"compress": "powersgd", "precision": "fp64"},
+        {"compress": "int4", "momentum-at-sync": "reset", "local-steps": 4},
+    ],
+)
+def test_the_traffic_planned_is_the_traffic_recorded(run: Execute, small: Config, keys: dict[str, Any]) -> None:
+    keys = {"epochs": 1.0, "evaluate-every": 9, **keys}
+    row = rows_of(run(**keys))[-1]  # its bytes are those of the updates
+    assert traffic(small.changed(keys)) == (row["bytes_up"], row["bytes_down"])
+
+
+def test_a_plan_says_what_is_left_to_run_and_writes_nothing(run: Execute, small: Config, tmp_path: Path) -> None:
+    run(name="done", epochs=1.0)
+    run(name="begun", epochs=2.0, stop_after_rounds=1)
+    cells = [
+        Cell((), "localsgd", small.changed({"name": name, "epochs": epochs, "device": "cpu"}))
+        for name, epochs in (("done", 1.0), ("begun", 2.0), ("new", 4.0))
+    ]
+    before = sorted(tmp_path.rglob("*"))
+    *lines, total = plan_lines(cells, Pace(tmp_path))
+    assert [line.split(":")[0] for line in lines] == ["done   finished", "begun  begun", "new    new"]
+    megabytes = 16 * 4 * 62_006 * 4 / 1e6  # rounds, clients, parameters, bytes
+    words = f"16 rounds, 32 local steps, 2,048 images, {megabytes:,.1f} MB up, {megabytes:,.1f} MB down, "
+    assert words in lines[2]
+    seconds = 6 * 512 * flop_per_image("lenet5", 10) / REFERENCE_FLOPS  # without the finished one
+    assert total == f"3 runs, not finished ones take {seconds:.1f} s (one run after the other, at 100 GFLOP/s.)"
+    with pytest.raises(UserError, match="holds a run of another configuration"):
+        list(plan_lines([cells[0]._replace(config=cells[0].config.changed({"lr": 0.5}))], Pace(tmp_path)))
+    assert sorted(tmp_path.rglob("*")) == before
 
 
 def test_the_names_of_studies_are_complete_in_a_pipe(tmp_path: Path) -> None:

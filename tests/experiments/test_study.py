@@ -290,13 +290,17 @@ STUDIES = st.fixed_dictionaries(
         "grid": LISTS,
         "set": SETTINGS,
         "case": st.lists(st.fixed_dictionaries({"when": LISTS, "set": SETTINGS}), max_size=2),
+        "tune": st.fixed_dictionaries(
+            {"validation": st.integers(-1, 2**40), "grid": LISTS},
+            optional={"budget": st.floats(), "seed": st.integers()},
+        ),
     },
 )
 NAMES = st.sampled_from([*VALUES, "name", "Lr\n", "", "when", "set"])
 SCALARS = st.booleans() | st.integers(-(2**63), 2**63 - 1) | st.floats() | st.sampled_from(["", "a\nb"]) | st.dates()
 ANY = st.recursive(SCALARS, lambda v: st.lists(v, max_size=2) | st.dictionaries(NAMES, v, max_size=2), max_leaves=4)
 FAULTS = st.dictionaries(
-    st.sampled_from(["title", "mode", "twins", "compare", "grid", "set", "case", "name", "Set\n"]),
+    st.sampled_from(["title", "mode", "twins", "compare", "grid", "set", "case", "tune", "chosen", "name", "Set\n"]),
     st.dictionaries(NAMES, ANY, max_size=2) | st.lists(st.dictionaries(NAMES, ANY), max_size=2) | ANY,
     max_size=1,
 )

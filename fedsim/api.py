@@ -1,0 +1,261 @@
+"""fedsim from Python, for scripts and notebooks.
+
+    import fedsim
+
+    run = fedsim.localsgd(model="lenet5", dataset="synthetic", clients=12, local_steps=10)
+    run.rows.plot(x="epoch", y="test_accuracy")
+
+Keys are those of the command line, with underscores. Results are those of the command line too: the same folder, the
+same bits, and a run that is finished is read, not run again. Bad input is a `fedsim.UserError`, a run that fails a
+`fedsim.RunFailed`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from rich.console import Console
+from torch import Tensor
+
+from fedsim.config import FIELDS, Mode, accepted, engine_named, has_key, kebab, typed
+from fedsim.errors import UserError
+from fedsim.experiments.execute import configured_run, execute
+from fedsim.experiments.progress import each, is_live, live_line
+from fedsim.experiments.study import Study, grid_study, read_study, select
+from fedsim.experiments.sweep import OneByOne, fail_if_any
+from fedsim.experiments.track import check_tracker, tracker
+from fedsim.experiments.tune import run_tuned_studies
+from fedsim.records import Row, read_config, read_rows, read_summary, run_folder
+from fedsim.report.load import read_records
+
+
+@dataclass(frozen=True)
+class Result:
+    """A run's folder, read when asked."""
+
+    folder: Path
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """A line for each row of ``metrics.jsonl``, with its columns; accuracies are fractions."""
+        return pd.DataFrame(read_rows(self.folder))
+
+    @property
+    def summary(self) -> dict[str, Any]:
+        """``summary.json``: best and final accuracy, costs, device, commit, command; empty if the run has not ended."""
+        return read_summary(self.folder) or {}
+
+    @property
+    def config(self) -> dict[str, Any]:
+        """``config.json``: the mode and every key that shapes the result, in kebab-case."""
+        return read_config(self.folder)
+
+    @property
+    def finished(self) -> bool:
+        """Whether the run has come to the end of its budget."""
+        return bool(self.summary.get("finished"))
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """The global model."""
+        state: dict[str, Tensor] = torch.load(self.folder / "model.pt", map_location="cpu", weights_only=True)
+        return state
+
+
+@dataclass(frozen=True)
+class StudyResult:
+    """The folder of a study's runs, read when asked."""
+
+    folder: Path
+
+    @property
+    def runs(self) -> pd.DataFrame:
+        """A line for each run: its keys in kebab-case, its accuracies and costs in snake_case, `run` and `folder`."""
+        return read_records(self.folder).runs
+
+    @property
+    def rows(self) -> pd.DataFrame:
+        """The rows of all runs; `run` is a run's index in `runs`."""
+        return read_records(self.folder).rows
+
+    def __getitem__(self, name: str) -> Result:
+        """The run of this name, for instance ``k4-j10-seed1``."""
+        return Result(self.folder / name)
+
+
+def _with_keys(mode: Mode) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: give the function the keys of `mode` in its signature and docstring, for help and completion."""
+    names = [name for name in FIELDS if has_key(mode, name)]
+
+    def documented(function: Callable[..., Any]) -> Callable[..., Any]:
+        own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+        keys = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=FIELDS[name].default) for name in names]
+        lines = [
+            f"    {name} = {FIELDS[name].default!r}: "
+            + "; ".join(filter(None, [(FIELDS[name].description or "").rstrip("."), accepted(FIELDS[name], False)]))
+            for name in names
+        ]
+        function.__signature__ = inspect.Signature([*own, *keys])  # type: ignore[attr-defined]
+        function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Keys:", *lines])
+        return function
+
+    return documented
+
+
+@_with_keys("localsgd")
+def localsgd(
+    *,
+    preset: str = "",
+    engine: str = "auto",
+    rerun: bool = False,
+    on_row: Callable[[Row], None] | None = None,
+    progress: bool = True,
+    track: str = "",
+    **keys: Any,
+) -> Result:
+    """Train by LocalSGD: K clients, J local steps per round, then one average.
+
+    `preset`: a study, by name or as a TOML file, whose settings the keys override. `engine`: auto, threads, stacked or
+    flower. `rerun`: start over. `on_row`: called with each row, a dict. `progress`: show a line that changes, in a
+    terminal or a notebook. `track`: also send the rows to ``tensorboard``. `model` and `dataset` may be functions,
+    where they can be imported by name.
+    """
+    return _run("localsgd", keys, preset, engine, rerun, on_row, progress, track)
+
+
+@_with_keys("centralized")
+def centralized(
+    *,
+    preset: str = "",
+    rerun: bool = False,
+    on_row: Callable[[Row], None] | None = None,
+    progress: bool = True,
+    track: str = "",
+    **keys: Any,
+) -> Result:
+    """Train on one machine that has all images: the large-batch baselines. Arguments as in `localsgd`."""
+    return _run("centralized", keys, preset, "auto", rerun, on_row, progress, track)
+
+
+def grid(
+    *,
+    results_dir: str | Path = "results",
+    preset: str = "",
+    engine: str = "auto",
+    rerun: bool = False,
+    progress: bool = True,
+    **keys: Any,
+) -> StudyResult:
+    """LocalSGD for each combination of the keys that are lists: ``fedsim.grid(clients=[4, 12], lr=[0.01, 0.1])``."""
+    lists = {kebab(name): list(value) for name, value in keys.items() if isinstance(value, list | tuple | range)}
+    own = {name: value for name, value in as_keys("localsgd", keys).items() if name not in lists}
+    found = grid_study(lists, own, preset, Path(results_dir))
+    return _run_study(found, lambda study: study.cells(keys=own), results_dir, engine, rerun, progress)
+
+
+def study(
+    name: str | Path,
+    *,
+    seeds: Sequence[int] = (),
+    cells: Sequence[str] = (),
+    results_dir: str | Path = "results",
+    data_dir: str | Path = "",
+    device: str = "auto",
+    threads: int = 0,
+    engine: str = "auto",
+    rerun: bool = False,
+    progress: bool = True,
+) -> StudyResult:
+    """Run the study `name`, one of fedsim's or a TOML file: all cells or those that match `cells`, with `seeds`."""
+    keys = as_keys("localsgd", {"data_dir": data_dir, "device": device, "threads": threads})
+
+    def cells_of(study: Study) -> Any:
+        return select(study, study.cells(seeds, keys), cells)
+
+    return _run_study(read_study(str(name)), cells_of, results_dir, engine, rerun, progress)
+
+
+def as_keys(mode: Mode, keys: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as keys in kebab-case; raises UserError for one that `mode` does not have."""
+    for name in keys:
+        if name in FIELDS and not has_key(mode, name):
+            raise UserError(f"{name} is a key of localsgd alone: leave it out")
+    return {kebab(name): _plain(name, value) for name, value in keys.items()}
+
+
+def _plain(name: str, value: Any) -> Any:
+    """A path or function as text, a number of numpy's or torch's as Python's."""
+    if isinstance(value, Path):
+        return str(value)
+    if callable(value):
+        return _importable(name, value)
+    return value.item() if hasattr(value, "item") else value
+
+
+def _importable(name: str, function: Any) -> str:
+    """The text ``module:function`` by which every process finds `function`; raises UserError if none can."""
+    module, path = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
+    found: Any = sys.modules.get(module)
+    for part in path.split("."):
+        found = getattr(found, part, None)
+    if module == "__main__" or found is not function:
+        raise UserError(
+            f"{name} = {path or type(function).__name__}: it cannot be imported by name: define it at the top of a "
+            "file NAME.py of its own and import it from there"
+        )
+    return f"{module}:{path}"
+
+
+def _run(
+    mode: Mode,
+    keys: Mapping[str, Any],
+    preset: str,
+    engine: str,
+    rerun: bool,
+    on_row: Callable[[Row], None] | None,
+    progress: bool,
+    track: str,
+) -> Result:
+    check_tracker(track)
+    config, chosen = configured_run(mode, as_keys(mode, keys), preset, engine)
+    folder = run_folder(config, mode)
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(_threads_kept())
+        functions = [stack.enter_context(tracker(track, folder)), *([on_row] if on_row else [])]
+        console = Console(stderr=True)
+        if progress and is_live(console) and chosen != "flower":
+            functions.append(stack.enter_context(live_line(config, mode, console)))
+        return Result(execute(config, mode, chosen, each(*functions), rerun).folder)
+
+
+def _run_study(
+    found: Study,
+    cells_of: Callable[[Study], Any],
+    results_dir: str | Path,
+    engine: str,
+    rerun: bool,
+    progress: bool,
+) -> StudyResult:
+    results = Path(typed("results-dir", str(results_dir))).expanduser().absolute()
+    console = Console(stderr=True, markup=False, emoji=False, quiet=not progress)
+    with _threads_kept():
+        failed, cells = run_tuned_studies([found], cells_of, results, OneByOne(engine_named(engine)), rerun, console)
+    fail_if_any(failed, cells)
+    return StudyResult(results / found.name)
+
+
+@contextlib.contextmanager
+def _threads_kept() -> Iterator[None]:
+    """Context manager: torch's number of threads in this process is restored, which a run sets to its own."""
+    threads = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)

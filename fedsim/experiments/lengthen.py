@@ -1,0 +1,60 @@
+"""Lengthen a run: train on from the end of a shorter one, where no step taken so far depends on the length."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from fedsim.config import Config, Mode
+from fedsim.data.datasets import training_images
+from fedsim.errors import UserError
+from fedsim.records import CONFIG, LENGTH, Row, Run, differences, read_config, run_folder
+from fedsim.training.centralized import whole_epochs
+from fedsim.training.run_plan import run_plan
+
+
+def open_run(config: Config, mode: Mode, on_row: Callable[[Row], None] | None = None, engine: str = "") -> Run:
+    """The run of `config` (resolved), also where its folder holds a shorter one that can be lengthened to it.
+
+    The model is then that of a run which had this length from the start, bit for bit; the rows have one more where the
+    shorter run ended, unless it would have been recorded there anyway. Raises UserError where the rates, or J, of
+    the rounds already trained depend on the length.
+    """
+    return Run(config, mode, on_row, engine, lengthens=_lengthens(config, mode))
+
+
+def _lengthens(config: Config, mode: Mode) -> bool:
+    """Whether the run's folder holds one that differs in its length alone."""
+    folder = run_folder(config, mode)
+    if not (folder / CONFIG).is_file():
+        return False
+    held = read_config(folder)
+    differing = differences(held, {"mode": mode, **config.identity(mode)})
+    if not differing or set(differing) - set(LENGTH):
+        return False  # `Run` names the difference
+    shorter = config.changed({name: held[name] for name in LENGTH if name in held})
+    if reason := _why_not(shorter, config, mode):
+        raise UserError(f"name = {folder.name}: {folder} holds a run of {_length(shorter, mode)}: {reason}")
+    return True
+
+
+def _why_not(shorter: Config, longer: Config, mode: Mode) -> str:
+    """Why a run of `shorter` cannot be lengthened to `longer`, or nothing."""
+    if longer.schedule == "cosine":
+        return "with schedule = cosine its rates depend on its length: give another --name to run a longer one"
+    remedy = "give more rounds or epochs, or another --name"
+    if mode == "centralized":
+        longer_by = whole_epochs(longer)[0] - whole_epochs(shorter)[0]
+        return "" if longer_by > 0 else f"it can be lengthened, but not shortened: {remedy}"
+    images = training_images(longer)
+    before, after = run_plan(shorter, images).starts, run_plan(longer, images).starts
+    if after[-1] <= before[-1]:
+        return f"it can be lengthened, but not shortened: {remedy}"
+    if after[: len(before)] != before:
+        return f"J of its rounds depends on its length ({longer.local_steps_schedule}): give another --name"
+    return ""
+
+
+def _length(config: Config, mode: Mode) -> str:
+    if mode == "centralized":
+        return f"{whole_epochs(config)[0]} epochs"
+    return f"{run_plan(config, training_images(config)).rounds} rounds"

@@ -1,0 +1,89 @@
+"""How far a run has come, on one line: in a terminal or notebook as it changes, elsewhere as rows."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+
+from rich.console import Console
+from rich.progress import Progress, TextColumn
+from rich.table import Column
+
+from fedsim.config import Config, Mode
+from fedsim.data.datasets import training_images
+from fedsim.records import Row, print_row
+from fedsim.training.centralized import whole_epochs
+from fedsim.training.run_plan import run_plan
+
+OnRow = Callable[[Row], None]
+
+
+def each(*functions: OnRow) -> OnRow:
+    """A function that calls all of `functions` with a row."""
+
+    def on_row(row: Row) -> None:
+        for function in functions:
+            function(row)
+
+    return on_row
+
+
+def ends_after(config: Config, mode: Mode) -> tuple[int, float]:
+    """The rounds (centralized: epochs) after which a run stops, and its epochs by then."""
+    if mode == "centralized":
+        last = whole_epochs(config)[1]
+        return last, float(last)
+    plan = run_plan(config, training_images(config))
+    return plan.last_round, float(plan.epoch(plan.last_round))
+
+
+def status(row: Row, config: Config, epochs: float, before: Row | None = None, accuracy: float | None = None) -> str:
+    """Loss, accuracy, images per second and time left of a run of `epochs` epochs, on at most 55 characters.
+
+    The pace is that since the row `before`, or since the start. Without a test in `row`, the accuracy is `accuracy`.
+    """
+    loss = "  nan" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
+    tested = row["test_accuracy"] if row["test_accuracy"] is not None else accuracy
+    parts = [f"loss {loss}", f"{row['tested_on'][:4]} {tested:6.2%}" if tested is not None else " " * 11]
+    since = before or {"epoch": 0.0, "seconds": 0.0}
+    done, seconds = row["epoch"] - since["epoch"], row["seconds"] - since["seconds"]
+    if done > 0 and seconds > 0:
+        left = timedelta(seconds=round(max(0.0, epochs - row["epoch"]) * seconds / done))
+        parts += [f"{done * training_images(config) / seconds:,.0f} img/s", f"{left} left"]
+    return "  ".join(parts)
+
+
+def is_live(console: Console) -> bool:
+    """Whether `console` can show a line that changes: a terminal, or a notebook that has ipywidgets."""
+    if console.is_jupyter:
+        return importlib.util.find_spec("ipywidgets") is not None
+    return console.is_terminal
+
+
+@contextlib.contextmanager
+def live_line(config: Config, mode: Mode, console: Console) -> Iterator[OnRow]:
+    """Context manager: a line at the bottom of `console` that the function yielded updates with each row of the run."""
+    rounds, epochs = ends_after(config, mode)
+    column = TextColumn("{task.description}", table_column=Column(no_wrap=True))
+    first: list[Row] = []  # of this process: a resumed run's pace is that of the machine it is on now
+    with Progress(column, console=console, transient=True) as progress:
+        task = progress.add_task("starting", total=None)
+
+        def on_row(row: Row) -> None:
+            first[:] = first or [row]
+            before = first[0] if row is not first[0] else None
+            progress.update(task, description=f"round {row['round']}/{rounds}  {status(row, config, epochs, before)}")
+
+        yield on_row
+
+
+@contextlib.contextmanager
+def shown_rows(config: Config, mode: Mode, console: Console) -> Iterator[OnRow]:
+    """Context manager: a function that prints each row and, where `console` is live, keeps `live_line` below them."""
+    if not is_live(console):
+        yield print_row
+        return
+    with live_line(config, mode, console) as update:
+        yield each(print_row, update)

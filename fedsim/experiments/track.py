@@ -1,0 +1,47 @@
+"""Send a run's rows to an experiment tracker as well as to its folder."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+from collections.abc import Iterator
+from pathlib import Path
+
+from fedsim.errors import UserError
+from fedsim.experiments.progress import OnRow
+from fedsim.records import Row
+
+TRACKERS = ("", "tensorboard")
+TRACKED = ("train_loss", "test_loss", "test_accuracy", "lr", "epoch", "bytes_up", "bytes_down", "seconds")
+
+
+def check_tracker(name: str) -> None:
+    """Raise UserError if the tracker is unknown or not installed."""
+    if name not in TRACKERS:
+        raise UserError(f"track = {name!r} is unknown: it must be one of {', '.join(filter(None, TRACKERS))}")
+    if name and importlib.util.find_spec(name) is None:
+        raise UserError(f"track = {name}: it is not installed: pip install 'fedsim[{name}]'")
+
+
+@contextlib.contextmanager
+def tracker(name: str, folder: Path) -> Iterator[OnRow]:
+    """Context manager: a function that writes a row's numbers, by round, to ``FOLDER/tensorboard``."""
+    if not name:
+        yield lambda row: None
+        return
+    from torch.utils.tensorboard import SummaryWriter
+
+    writers: list[SummaryWriter] = []
+
+    def on_row(row: Row) -> None:
+        if not writers:  # a resumed run hides what was written after its checkpoint
+            writers.append(SummaryWriter(str(folder / name), purge_step=row["round"]))
+        for tag in TRACKED:
+            if row[tag] is not None:
+                writers[0].add_scalar(tag, row[tag], row["round"])
+
+    try:
+        yield on_row
+    finally:
+        for writer in writers:
+            writer.close()

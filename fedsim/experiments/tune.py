@@ -1,0 +1,204 @@
+"""Choose keys for each cell of a study, by trials that see no test image, before it is run with every seed.
+
+A study's ``[tune]`` names the values to try. Each trial of a cell trains for a part of its budget, with one seed,
+without some training images, and is tested on those. The value of the highest accuracy at the end of its trial is
+chosen; on a tie the first. All cells have the same values, images, seed and budget, the large-batch baselines too.
+After a quarter and half of a trial it is stopped where its best accuracy is below the part ``stop-below`` of the best
+trial's of its cell. That depends on nothing but the rows up to then: the same trials are stopped in every order and on
+every number of machines. What was chosen is stored in the study's ``study.toml``, every trial in its ``tuning.csv``,
+and the trials' runs in ``RESULTS/STUDY-tuning``.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import itertools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from fedsim.config import Value, has_key
+from fedsim.errors import RunFailed
+from fedsim.experiments.progress import ends_after
+from fedsim.experiments.study import STORED, TUNING, Cell, Study, Tune, read_study
+from fedsim.experiments.sweep import PLAIN, Runner, label, resolved_cell, run_cells, run_studies, writable
+from fedsim.records import atomic_write, read_rows, read_summary, run_folder
+
+STAGES = (0.25, 0.5)  # of a trial, after which those without a chance are stopped
+
+
+@dataclass(frozen=True)
+class Trial:
+    """A cell of the study, by name without the seed, with `keys` to try; `outcome` is empty while it runs."""
+
+    of: str
+    keys: dict[str, Value]
+    cell: Cell
+    outcome: str = ""
+
+
+def run_tuned_studies(
+    studies: Sequence[Study],
+    cells_of: Callable[[Study], list[Cell]],
+    results: Path,
+    runner: Runner,
+    rerun: bool,
+    console: Console,
+) -> tuple[list[str], int]:
+    """Tune those of `studies` that ask for it, then run their cells; the names of failed cells, and how many ran."""
+    tuned = [tune(study, cells_of(study), results, runner, rerun, console) for study in studies]
+    selected = [(study, cells_of(study)) for study in tuned]
+    return run_studies(selected, results, runner, rerun, console), sum(len(cells) for _, cells in selected)
+
+
+def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rerun: bool, console: Console) -> Study:
+    """`study` with the keys chosen for `cells`; itself if it has no ``[tune]``. Raises RunFailed if no trial ended."""
+    if study.tune is None:
+        return study
+    results = results.expanduser().absolute()
+    folder = results / f"{study.name}{TUNING}"
+    trials = [replace(trial, cell=resolved_cell(trial.cell, folder, runner)) for trial in trials_of(study, cells)]
+    console.print(f"{study.name}: {len(trials)} trials on {study.tune.validation} held-out training images", **PLAIN)
+    with runner.started([trial.cell for trial in trials]):
+        for part in (*STAGES, 1.0):
+            running = [trial for trial in trials if not trial.outcome]
+            failed = run_cells([_up_to(part, trial.cell) for trial in running], runner, rerun, console)
+            rerun = False
+            trials = [t if t.outcome else _judged(t, running, failed, part, study.tune) for t in trials]
+    trials = _with_choice(trials)
+    chosen = {trial.of: trial.keys for trial in trials if trial.outcome == "chosen"}
+    for name in dict.fromkeys(trial.of for trial in trials):
+        console.print(_summary(name, [trial for trial in trials if trial.of == name], study.tune), **PLAIN)
+    with writable(results):
+        return _stored(study, chosen, trials, results / study.name)
+
+
+def trials_of(study: Study, cells: Sequence[Cell]) -> list[Trial]:
+    """The trials of `cells`, of which several seeds count as one; a trial has the part `budget` of its cell's run."""
+    assert study.tune is not None
+    tune, trials = study.tune, []
+    first = {cell.name: cell for cell in reversed(cells)}  # `cells` have the keys of this machine
+    for cell in study.model_copy(update={"chosen": {}}).cells([tune.seed]):
+        if cell.name not in first:
+            continue
+        machine = {key: first[cell.name].config.as_keys()[key] for key in ("data-dir", "device", "threads")}
+        keys = [name for name in tune.grid if has_key(cell.mode, name.replace("-", "_"))]
+        for values in itertools.product(*(tune.grid[name] for name in keys)):
+            own = dict(zip(keys, values, strict=True))
+            part = "-".join(f"{key}{value}" for key, value in own.items())
+            config = cell.config.changed(
+                {**_shortened(cell, tune.budget), **machine, **own, "name": f"{cell.name}-{part}"}
+            )
+            config = config.changed({"validation": tune.validation, "record-by": "epoch", "evaluate-every": 1})
+            trials.append(Trial(cell.name, own, cell._replace(config=config)))
+    return trials
+
+
+def _shortened(cell: Cell, budget: float) -> dict[str, Any]:
+    """The keys of `cell` by which its run, and what happens within it at given epochs, is shorter."""
+    config = cell.config
+    epochs = max(1, round(budget * config.epochs)) if cell.mode == "centralized" else budget * config.epochs
+    part = epochs / config.epochs
+    rounds = max(1, round(budget * config.rounds)) if config.rounds else 0
+    milestones = ",".join(f"{part * float(epoch):g}" for epoch in config.milestones.split(",") if epoch)
+    keys = {"warmup-epochs": part * config.warmup_epochs, "milestones": milestones}
+    return {"epochs": epochs, "rounds": rounds, "switch-epoch": part * config.switch_epoch, **keys}
+
+
+def _up_to(part: float, cell: Cell) -> Cell:
+    """`cell`, to be stopped after this part of its run, in whole epochs."""
+    return cell._replace(config=cell.config.changed({"stop-after-epochs": _epochs(part, cell) if part < 1 else 0.0}))
+
+
+def _epochs(part: float, cell: Cell) -> float:
+    return float(max(1, math.floor(part * ends_after(cell.config, cell.mode)[1])))
+
+
+def _judged(trial: Trial, running: Sequence[Trial], failed: Sequence[str], part: float, tune: Tune) -> Trial:
+    """`trial` with an outcome if it has failed, or has no chance against the others `running` of its cell."""
+    if label(trial.cell) in failed:
+        return replace(trial, outcome="failed")
+    own = _best(trial, part)
+    others = [best for other in running if other.of == trial.of and (best := _best(other, part)) is not None]
+    hopeless = part < 1 and own is not None and own < tune.stop_below * max(others)
+    return replace(trial, outcome="stopped early") if hopeless else trial
+
+
+def _best(trial: Trial, part: float) -> float | None:
+    """The best accuracy within the first part of a trial, also where it has since gone on; None without a test."""
+    limit = _epochs(part, trial.cell)
+    tests = [row["test_accuracy"] for row in read_rows(_folder(trial)) if row["epoch"] <= limit]
+    return max((accuracy for accuracy in tests if accuracy is not None), default=None)
+
+
+def _accuracy(trial: Trial) -> float | None:
+    """The accuracy at the end of a trial, or None if it has not come there."""
+    summary = read_summary(_folder(trial))
+    return summary["final_test_accuracy"] if summary and summary["finished"] else None
+
+
+def _folder(trial: Trial) -> Path:
+    return run_folder(trial.cell.config, trial.cell.mode)
+
+
+def _with_choice(trials: Sequence[Trial]) -> list[Trial]:
+    """`trials` with every outcome; raises RunFailed where no trial of a cell has come to its end."""
+    best: dict[str, Trial] = {}
+    for trial in trials:
+        if not trial.outcome and ((held := best.setdefault(trial.of, trial)) is not trial):
+            best[trial.of] = max(held, trial, key=lambda one: _accuracy(one) or 0.0)  # the first of equal ones
+    if without := [name for name in dict.fromkeys(trial.of for trial in trials) if name not in best]:
+        raise RunFailed(f"tune: no trial of {', '.join(without)} came to its end: give smaller rates in tune grid")
+    return [replace(t, outcome=t.outcome or ("chosen" if best[t.of] is t else "tried")) for t in trials]
+
+
+def _summary(name: str, trials: Sequence[Trial], tune: Tune) -> str:
+    """What was chosen for a cell, and whether the best value may lie beyond those tried."""
+    (chosen,) = (trial for trial in trials if trial.outcome == "chosen")
+    keys = ", ".join(f"{key} = {value}" for key, value in chosen.keys.items()) or "nothing to choose"
+    counts = [(what, sum(trial.outcome == what for trial in trials)) for what in ("stopped early", "failed")]
+    others = "".join(f", {count} {what}" for what, count in counts if count)
+    beyond = "".join(f"; {key} = {chosen.keys[key]} is at the end of its list" for key in at_end(chosen.keys, tune))
+    return f"{name}: {keys} (validation {_accuracy(chosen) or 0:.2%}; of {len(trials)} tried{others}){beyond}"
+
+
+def at_end(keys: dict[str, Value], tune: Tune) -> list[str]:
+    """Those of the chosen `keys` with the smallest or largest number tried: a better one may lie beyond."""
+    ends = {}
+    for key in keys:
+        numbers = [value for value in tune.grid[key] if isinstance(value, int | float) and not isinstance(value, bool)]
+        ends[key] = (min(numbers), max(numbers)) if len(numbers) > 1 else ()
+    return [key for key, value in keys.items() if value in ends[key]]
+
+
+def _stored(study: Study, chosen: dict[str, dict[str, Value]], trials: Sequence[Trial], folder: Path) -> Study:
+    """`study` with the keys `chosen` now, and earlier for other cells, in its folder; `trials` go to tuning.csv."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = [_line(trial) for trial in trials]
+    if (folder / STORED).exists() and (folder / "tuning.csv").exists():
+        before = read_study(str(folder / STORED))
+        chosen = {**{name: keys for name, keys in before.chosen.items() if before.tune == study.tune}, **chosen}
+        held = list(csv.DictReader(io.StringIO((folder / "tuning.csv").read_text())))
+        lines = [line for line in held if line["cell"] in chosen.keys() - {trial.of for trial in trials}] + lines
+    names = list(dict.fromkeys(name for line in lines for name in line))
+    text = io.StringIO()
+    writer = csv.DictWriter(text, names, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(lines)
+    tuned = study.model_copy(update={"chosen": chosen})
+    for name, content in (("tuning.csv", text.getvalue()), (STORED, tuned.toml)):
+        with atomic_write(folder / name) as file:
+            file.write(content.encode())
+    return tuned
+
+
+def _line(trial: Trial) -> dict[str, Any]:
+    rows = [row for row in read_rows(_folder(trial)) if row["test_accuracy"] is not None]
+    last = rows[-1] if rows else {"epoch": 0.0, "test_accuracy": ""}
+    reached = {"epochs": last["epoch"], "validation_accuracy": last["test_accuracy"]}
+    return {"cell": trial.of, **trial.keys, **reached, "outcome": trial.outcome}

@@ -1,0 +1,115 @@
+"""``fedsim watch``: how far the runs in a folder have come, from their records."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator
+from datetime import timedelta
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.text import Text
+
+from fedsim.config import Config, Mode
+from fedsim.errors import UserError
+from fedsim.experiments.progress import ends_after, status
+from fedsim.experiments.study import STORED, read_study
+from fedsim.records import CONFIG, ROWS, Row, read_config, read_summary
+
+EVERY_SECONDS = 2.0
+LAST_BYTES = 2**16  # of a row file, in which its last rows are
+
+
+class Seen(NamedTuple):
+    """A run's line, and whether it is finished, unfinished or damaged."""
+
+    line: str
+    state: Literal["finished", "unfinished", "damaged"]
+
+
+def watch(root: Path, console: Console) -> None:
+    """Show every run under `root`: in a terminal again and again until all are finished, elsewhere once."""
+    if not root.is_dir():
+        raise UserError(f"results = {root} is not a folder: give one of results, or one study's in it")
+    if not console.is_terminal:
+        for line in lines_of(root)[0]:
+            console.print(line, soft_wrap=True, highlight=False)
+        return
+    with Live(console=console, auto_refresh=False) as live:
+        while True:
+            lines, running = lines_of(root)
+            room = max(1, console.size.height - 2)
+            hidden = [f"... and {len(lines) - room} more"] if len(lines) > room else []
+            texts = [Text(line, no_wrap=True, overflow="ellipsis") for line in hidden + lines[-room:]]
+            live.update(Group(*texts), refresh=True)
+            if not running:
+                return
+            time.sleep(EVERY_SECONDS)
+
+
+def lines_of(root: Path) -> tuple[list[str], bool]:
+    """A line for each folder of runs and each run under `root`, unfinished ones last; and whether any may still run."""
+    folders: dict[Path, list[Seen]] = {}
+    for path in sorted(root.rglob(CONFIG)):
+        folders.setdefault(path.parent.parent, []).append(_seen(path.parent))
+    if not folders:
+        raise UserError(f"results = {root} holds no runs: give a folder of results, or one study's in it")
+    lines, running = [], False
+    for folder, seen in folders.items():
+        finished = sum(run.state == "finished" for run in seen)
+        expected = max(len(seen), _expected(folder))
+        running = running or expected > sum(run.state != "unfinished" for run in seen)
+        lines.append(f"{folder}: {finished} of {expected} runs finished")
+        lines += [f"  {run.line}" for run in sorted(seen, key=lambda run: run.state)]
+    return lines, running
+
+
+def _expected(folder: Path) -> int:
+    """How many runs the study of `folder` has; 0 without one."""
+    try:
+        return len(read_study(str(folder / STORED)).cells()) if (folder / STORED).exists() else 0
+    except UserError:  # the report tells what is wrong with it
+        return 0
+
+
+def _seen(folder: Path) -> Seen:
+    """The run in `folder` as it is now; another process may be writing it."""
+    try:
+        held = read_config(folder)
+        mode: Mode = held.pop("mode")
+        known = Config().identity(mode)
+        config = Config().changed({name: value for name, value in held.items() if name in known})
+        summary = read_summary(folder)
+        rows = list(_last_rows(folder / ROWS))
+        total, epochs = ends_after(config, mode)
+    except (OSError, ValueError, KeyError) as error:
+        return Seen(f"{folder.name}  cannot be read: {' '.join(str(error).split())}", "damaged")
+    if not rows:
+        return Seen(f"{folder.name}  no rows yet", "unfinished")
+    row, tested = rows[-1], [row["test_accuracy"] for row in rows if row["test_accuracy"] is not None]
+    where = f"{folder.name}  round {row['round']}/{total}"
+    if summary and summary["finished"]:
+        return Seen(
+            f"{where}  {row['tested_on']} {tested[-1] if tested else 0:.2%}  {row['seconds']:.0f} s", "finished"
+        )
+    before = rows[0] if len(rows) > 1 and rows[0]["seconds"] < row["seconds"] else None
+    age = max(0.0, time.time() - (folder / ROWS).stat().st_mtime)
+    ago = f"  row {timedelta(seconds=round(age))} ago" if age > 60 else ""
+    return Seen(f"{where}  {status(row, config, epochs, before, tested[-1] if tested else None)}{ago}", "unfinished")
+
+
+def _last_rows(path: Path) -> Iterator[Row]:
+    """The last complete rows of a file that may be growing."""
+    if not path.exists():
+        return
+    with path.open("rb") as file:
+        file.seek(max(0, path.stat().st_size - LAST_BYTES))
+        begins = file.tell() == 0
+        lines = file.read().splitlines(keepends=True)
+    for line in lines if begins else lines[1:]:
+        if line.endswith(b"\n"):
+            row: dict[str, Any] = {"tested_on": "test", **json.loads(line)}  # older rows do not say
+            yield row

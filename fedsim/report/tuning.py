@@ -1,0 +1,48 @@
+"""How the keys of a tuned study's cells were chosen, from what the study left in its folder."""
+
+from __future__ import annotations
+
+import csv
+import re
+from pathlib import Path
+
+from fedsim.errors import UserError
+from fedsim.experiments.study import STORED, Tune, read_study
+from fedsim.report.load import printable
+from fedsim.report.result_table import ResultTable
+
+TRIALS = "tuning.csv"
+
+
+def tuning_notes(table: ResultTable) -> list[str]:
+    """A paragraph about the trials of the cells of `table`; none where they were not tuned."""
+    path = table.folder / TRIALS
+    if not path.exists():
+        return []
+    try:
+        tune = read_study(str(table.folder / STORED)).tune
+        cells = {re.sub(r"-seed\d+$", "", run) for run in table.runs["run"]}
+        chosen = [line for line in _lines(path) if line["outcome"] == "chosen" and line["cell"] in cells]
+        return [printable(_paragraph(tune, chosen))] if tune and chosen else []
+    except (OSError, ValueError, KeyError, TypeError, csv.Error, UserError):
+        return [f"Tuning: {printable(str(path))} cannot be read."]
+
+
+def _lines(path: Path) -> list[dict[str, str]]:
+    with path.open(encoding="utf-8", newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _paragraph(tune: Tune, chosen: list[dict[str, str]]) -> str:
+    keys = " and ".join(tune.grid)
+    grid = "; ".join(f"{key} of {', '.join(map(str, values))}" for key, values in tune.grid.items())
+    choices = "; ".join(
+        f"{line['cell']}: {', '.join(f'{key} = {line[key]}' for key in tune.grid if line.get(key))} "
+        f"({float(line['validation_accuracy']):.2%})"
+        for line in chosen
+    )
+    return (
+        f"Tuning: {keys} chosen for each cell by its accuracy on {tune.validation} training images held out, never "
+        f"on the test images: {grid}; seed {tune.seed}, {tune.budget:.0%} of the budget. Chosen, with the accuracy on "
+        f"the held-out images: {choices}."
+    )

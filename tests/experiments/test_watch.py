@@ -1,0 +1,94 @@
+"""``fedsim watch``, and the line of a run in a terminal."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from fedsim.config import Config
+from fedsim.errors import UserError
+from fedsim.experiments.progress import shown_rows, status
+from fedsim.experiments.watch import watch
+from tests.conftest import STUDY, write_run
+
+ROW: dict[str, Any] = {
+    "round": 123,
+    "epoch": 2.0,
+    "lr": 0.1,
+    "seconds": 10.0,
+    "train_loss": 2.3,
+    "test_loss": 2.25,
+    "test_accuracy": 0.345,
+    "tested_on": "test",
+}
+
+
+def watched(root: Path, terminal: bool = False, width: int = 80) -> str:
+    console = Console(width=width, file=(text := io.StringIO()), force_terminal=terminal, height=30)
+    watch(root, console)
+    return text.getvalue()
+
+
+def test_loss_accuracy_pace_and_time_left_by_hand() -> None:
+    config = Config(dataset="synthetic", synthetic_images=8000)
+    assert status(ROW, config, 10.0) == "loss 2.300  test 34.50%  1,600 img/s  0:00:40 left"
+    resumed = {**ROW, "epoch": 3.0, "seconds": 110.0, "test_accuracy": None, "train_loss": None}
+    assert status(resumed, config, 10.0, ROW, 0.2) == "loss   nan  test 20.00%  80 img/s  0:11:40 left"
+
+
+def test_the_line_of_a_run_fits_80_columns_and_a_pipe_has_rows_alone() -> None:
+    config = Config(rounds=12345, clients=2).changed({"device": "cpu", "threads": 1})
+    for terminal in (True, False):
+        console = Console(width=80, file=(text := io.StringIO()), force_terminal=terminal)
+        with shown_rows(config, "localsgd", console) as show:
+            show(ROW)
+            show({**ROW, "round": 124, "epoch": 2.1, "seconds": 3000.0, "test_accuracy": None})
+        shown = [re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", line) for line in text.getvalue().splitlines()]
+        assert any("round 124/12345  loss 2.300" in line for line in shown) == terminal
+        assert all(len(part) <= 80 and "…" not in part for line in shown for part in line.split("\r"))
+
+
+def test_all_runs_of_a_study_are_shown_from_their_records(tmp_path: Path) -> None:
+    folder = tmp_path / "results" / "mine"
+    config = Config(dataset="synthetic", synthetic_images=8000, clients=2, epochs=4.0)
+    row = {name: ROW[name] for name in ("train_loss", "lr", "tested_on")}
+    for name, finished in (("k2-j1-seed1", True), ("k2-j8-seed1", False)):
+        run = write_run(folder / name, config, "localsgd", [0.1, 0.2], finished, seconds=20.0)
+        rows = [{**json.loads(line), **row} for line in (run / "metrics.jsonl").read_text().splitlines()]
+        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + '{"round": 3, "ep')
+    old = time.time() - 3600
+    os.utime(folder / "k2-j8-seed1/metrics.jsonl", (old, old))
+    (folder / "study.toml").write_text(STUDY)
+    (folder / "broken").mkdir()
+    (folder / "broken" / "config.json").write_text("{")
+    (folder / "new").mkdir()
+    (folder / "new" / "config.json").write_text((folder / "k2-j1-seed1/config.json").read_text())
+    first, *lines = watched(tmp_path / "results").splitlines()
+    assert first == f"{folder}: 1 of 12 runs finished"
+    assert lines[0].startswith("  broken  cannot be read: ")
+    assert lines[1] == "  k2-j1-seed1  round 2/25  test 20.00%  40 s"
+    assert re.fullmatch(
+        r"  k2-j8-seed1  round 2/25  loss 2.300  test 20.00%  400 img/s  0:00:40 left  row 1:00:\d\d ago", lines[2]
+    )
+    assert lines[3] == "  new  no rows yet"
+
+
+def test_in_a_terminal_it_ends_when_all_runs_are_finished(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "results" / "one", Config(epochs=1.0), "centralized", [0.5])
+    rows = {**json.loads((run / "metrics.jsonl").read_text()), **{k: ROW[k] for k in ("train_loss", "tested_on")}}
+    (run / "metrics.jsonl").write_text(json.dumps(rows) + "\n")
+    assert "one  round 1/1  test 50.00%" in watched(tmp_path / "results", terminal=True)
+
+
+def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
+    for root, words in ((tmp_path, "holds no runs"), (tmp_path / "none", "is not a folder")):
+        with pytest.raises(UserError, match=words):
+            watch(root, Console(file=io.StringIO()))

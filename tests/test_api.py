@@ -1,0 +1,129 @@
+"""fedsim from Python."""
+
+from __future__ import annotations
+
+import inspect
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import fedsim
+from fedsim.api import as_keys
+from fedsim.config import FIELDS
+from fedsim.errors import UserError
+from fedsim.experiments.study import read_study
+from fedsim.experiments.tune import trials_of
+from fedsim.models.lenet import LeNet5
+
+TINY: dict[str, Any] = {
+    "dataset": "synthetic",
+    "synthetic_images": 256,
+    "model": "lenet5",
+    "batch_size": 16,
+    "epochs": 1,
+    "device": "cpu",
+    "threads": 1,
+    "progress": False,
+}
+
+
+def test_import_takes_neither_torch_nor_numpy() -> None:
+    slow = {"torch", "numpy", "flwr", "pandas", "pydantic"}
+    code = f"import sys, fedsim; print(fedsim.__version__, {slow} & {{*sys.modules}})"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == f"{fedsim.__version__} set()\n", done.stderr
+
+
+def test_a_run_is_a_frame_a_summary_and_a_model_and_is_not_run_twice(tmp_path: Path) -> None:
+    before, seen = torch.get_num_threads(), list[dict[str, Any]]()
+    keys = {**TINY, "clients": np.int64(2), "local_steps": 4, "lr": np.float32(0.5), "results_dir": tmp_path}
+    run = fedsim.localsgd(**keys, on_row=seen.append)
+    assert run.finished
+    assert list(run.rows["round"]) == [row["round"] for row in seen] == [1, 2]
+    assert run.rows["test_accuracy"].iloc[-1] == run.summary["final_test_accuracy"]
+    assert (run.config["clients"], run.config["lr"], run.config["mode"]) == (2, 0.5, "localsgd")
+    LeNet5(10).load_state_dict(run.state_dict())
+    assert fedsim.localsgd(**keys, on_row=seen.append).folder == run.folder
+    assert len(seen) == 2
+    assert torch.get_num_threads() == before
+    assert fedsim.centralized(**TINY, name="one", results_dir=tmp_path).rows["syncs"].tolist() == [0]
+
+
+def test_keys_that_are_lists_are_crossed(tmp_path: Path) -> None:
+    keys = {**TINY, "results_dir": tmp_path, "name": "mine", "local_steps": 8}
+    found = fedsim.grid(clients=[2], lr=(0.01, 0.1), seed=range(7, 8), **keys)
+    names = {f"k2-lr{lr}-seed7" for lr in (0.01, 0.1)}
+    assert set(found.runs["run"]) == names
+    assert found["k2-lr0.1-seed7"].config["lr"] == 0.1
+    assert len(found.rows) == sum(len(found[name].rows) for name in names)
+    again = fedsim.study(
+        tmp_path / "mine" / "study.toml", device="cpu", threads=1, results_dir=tmp_path, progress=False
+    )
+    assert again.folder == found.folder
+
+
+def test_the_signature_has_every_key_with_its_default_and_its_help() -> None:
+    parameters = inspect.signature(fedsim.localsgd).parameters
+    assert {name: parameters[name].default for name in FIELDS} == {n: field.default for n, field in FIELDS.items()}
+    assert all(f"    {name} = " in (fedsim.localsgd.__doc__ or "") for name in FIELDS)
+    assert "clients" not in inspect.signature(fedsim.centralized).parameters
+
+
+def blocks(page: str, language: str) -> list[str]:
+    text = (Path(__file__).parents[1] / "docs" / page).read_text()
+    return re.findall(rf"```{language}\n(.*?)```", text, re.DOTALL)
+
+
+def test_the_code_of_the_page_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for block in blocks("python.md", "python"):
+        exec(block, names)
+    assert set(names["model"]) == set(LeNet5(10).state_dict())
+    assert len(names["found"].runs) == 4
+
+
+def test_the_study_of_the_page_is_one(tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(blocks("studies.md", "toml")[0])
+    study = read_study(str(tmp_path / "mine.toml"))
+    assert (len(study.cells()), len(trials_of(study, study.cells()))) == (9, 9)
+
+
+def build(classes: int) -> torch.nn.Module:
+    return LeNet5(classes)
+
+
+def test_a_function_is_named_where_every_process_can_import_it() -> None:
+    assert as_keys("localsgd", {"model": build}) == {"model": "tests.test_api:build"}
+    for function in (lambda classes: build(classes), type("Here", (), {"__module__": "__main__"})):
+        with pytest.raises(
+            UserError, match=r"^model = .*it cannot be imported by name: define it at the top of a file"
+        ):
+            as_keys("localsgd", {"model": function})
+
+
+@pytest.mark.parametrize(
+    ("keys", "words"),
+    [
+        ({"local_step": 3}, "unknown key local-step: did you mean local-steps?"),
+        ({"clients": 0}, "clients = 0 is out of range"),
+        ({"clients": "two"}, "clients = 'two' is not a whole number"),
+        ({"track": "wandb"}, "track = 'wandb' is unknown: it must be one of tensorboard"),
+        ({"preset": "none"}, "unknown preset none"),
+        ({"engine": "ray"}, "engine = 'ray' is unknown"),
+    ],
+)
+def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, keys: dict[str, Any], words: str) -> None:
+    with pytest.raises(fedsim.UserError) as caught:
+        fedsim.localsgd(**{**TINY, "results_dir": tmp_path / "new", **keys})
+    assert str(caught.value).startswith(words)
+    assert "\n" not in str(caught.value)
+    assert not (tmp_path / "new").exists()
+    with pytest.raises(fedsim.UserError, match="clients is a key of localsgd alone: leave it out"):
+        fedsim.centralized(clients=3)
