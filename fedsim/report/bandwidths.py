@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pandas as pd
@@ -76,8 +76,8 @@ def plot_bandwidths(times: pd.DataFrame, table: ResultTable, target: float, netw
 
 
 def _name_above(panel: Axes, name: str, bandwidth: float) -> None:
-    where = {"xy": (bandwidth, 1), "xycoords": panel.get_xaxis_transform(), "textcoords": "offset points"}
-    panel.annotate(name, ha="center", va="bottom", xytext=(0, 3), **where)
+    above: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
+    panel.annotate(name, (bandwidth, 1), xycoords=panel.get_xaxis_transform(), **above)
 
 
 def _fastest(ranges: list[tuple[int, float, float]], names: pd.Series) -> str:

@@ -235,9 +235,10 @@ def _draw_points(panel: Axes, table: ResultTable, points: pd.DataFrame) -> None:
     for number, column in enumerate(_ordered(table, points, "column")):
         style = {**series_style(number), "ls": "", "capsize": 3}
         own = points[points["column"] == column]
-        for which, shape in ((False, {"label": column or "runs"}), (True, {"mfc": "none"})):
+        for which in (False, True):
             cells = own[own["baseline"] == which]
             if not cells.empty:
+                shape: dict[str, Any] = {"mfc": "none"} if which else {"label": column or "runs"}
                 panel.errorbar(cells["sent"], cells["accuracy_percent"], cells["std"].fillna(0), **style, **shape)
         for point in own[~own["baseline"]].itertuples():
             side, shift = ("right", -4) if point.sent > middle else ("left", 4)

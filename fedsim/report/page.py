@@ -161,11 +161,12 @@ def _section(table: ResultTable, path: Path, command: str) -> Section:
 
 def _figure(plot: Plot, path: Path, command: str) -> Figure:
     save_plot(plot, path, command)
-    wide = (path / f"{plot.name}.svg").read_bytes()
-    narrow = plot.image("svg", command, phone=True)
+    wide, narrow = (
+        base64.b64encode(svg).decode()
+        for svg in ((path / f"{plot.name}.svg").read_bytes(), plot.image("svg", command, phone=True))
+    )
     width = round(PIXELS_PER_INCH * plot.figure.get_figwidth())
-    pictures = (base64.b64encode(svg).decode() for svg in (wide, narrow))
-    return Figure(plot.name, printable(plot.caption), printable(command), *pictures, width)
+    return Figure(plot.name, printable(plot.caption), printable(command), wide, narrow, width)
 
 
 def _render(template: str, content: dict[str, Any]) -> str:

@@ -106,9 +106,9 @@ def _sums(steps: int, shape: tuple[int, int], which: Stragglers, rng: np.random.
     if not which.jitter:
         return np.full(shape, float(steps))
     if which.jitter == "exponential":
-        return rng.gamma(steps, size=shape)
+        return np.asarray(rng.gamma(steps, size=shape))
     if steps > LONG:
-        return steps + np.sqrt(steps * np.expm1(which.sigma**2)) * rng.standard_normal(shape)
+        return rng.normal(steps, np.sqrt(steps * np.expm1(which.sigma**2)), shape)
     sums = np.zeros(shape)
     for _ in range(steps):
         sums += np.exp(which.sigma * rng.standard_normal(shape) - which.sigma**2 / 2)

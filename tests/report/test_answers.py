@@ -31,8 +31,8 @@ def test_the_best_cell_is_compared_with_the_cheapest_that_comes_near(tmp_path: P
         write_run(folder, config, "localsgd", [0.3, final], bytes_up=sent, bytes_down=sent)
     best, cost = answers(only(tmp_path))
     assert best == (
-        "Fewest bytes to 48.45 %, which is 95 % of the best final accuracy of cells that send (51.00 ± 1.41 % at J = 1, "
-        "2 seeds): J = 4 with 8.0 MB (one seed); J = 1 needs 32.0 MB (2 seeds)."
+        "Fewest bytes to 48.45 %, which is 95 % of the best final accuracy of cells that send (51.00 ± 1.41 % at "
+        "J = 1, 2 seeds): J = 4 with 8.0 MB (one seed); J = 1 needs 32.0 MB (2 seeds)."
     )
     assert cost == (
         "J = 16 instead of J = 1 costs 31.00 ± 1.41 points of test accuracy at equal samples and sends 16 times fewer "
