@@ -134,13 +134,13 @@ def _draw_cells(table: ResultTable, values: pd.DataFrame, paper: pd.Series, ylab
         style = series_style(number)
         shift = 0.06 * (number - (len(columns) - 1) / 2)  # so that error bars do not overlap
         cells = shown[shown["column"] == column]
-        x = cells["row"].map(rows.index) + shift
+        points = values.reindex(cells.index).assign(x=cells["row"].map(rows.index) + shift, baseline=cells["baseline"])
         series = column or "runs"
-        _draw_column(panel, x, values.reindex(cells.index), cells["baseline"], series, style)
+        _draw_series(panel, points, series, {**style, "ls": "-"})
         known = paper[cells.index].dropna()
         if not known.empty:
             line = {"ls": ":", "lw": 0.8, "ms": 8, "mfc": "none", "label": f"{series}, paper"}
-            panel.plot(x[known.index], known, **{**style, **line})
+            panel.plot(points["x"][known.index], known, **{**style, **line})
     _row_ticks(figure, panel, table, shown)
     panel.set_ylabel(ylabel)
     legend(figure, [panel])
@@ -175,10 +175,11 @@ def plot_pareto(table: ResultTable) -> Plot:
         return figure
 
     alone = " One worker sends nothing and is left out." if (table.cells["clients"] == 1).any() else ""
+    hollow = f"{_baseline_note(table, BYTES, ' Hollow: ')}." if table.cells["baseline"].any() else ""
     bars = "; bars: one standard deviation" if accuracy["std"].notna().any() else ""
     caption = (
         f"Final accuracy on {table.tested_on} images, mean over seeds{bars}, against what was sent; the numbers at the "
-        f"points: {', '.join(table.row_axes)}.{alone}{_baseline_note(table, BYTES, ' Hollow: ')}."
+        f"points: {', '.join(table.row_axes)}.{alone}{hollow}"
     )
     columns = ["against", "sent", "accuracy_percent", "on_the_front"]
     return Plot(f"{table.name}-pareto", caption, draw, _with_coords(table, pd.concat(parts.values()), columns))
@@ -218,32 +219,26 @@ def _draw_curve(panel: Axes, curve: pd.DataFrame, axis: XAxis, label: str, style
         panel.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
 
 
-def _draw_column(
-    panel: Axes, x: pd.Series, values: pd.DataFrame, baseline: pd.Series, label: str, style: dict[str, Any]
-) -> None:
-    """A line through the cells of a column; the large-batch baseline is a hollow marker, not part of the line."""
-    for which in (False, True):
-        own = values[baseline == which]
-        if own["mean"].notna().any():
-            shape: dict[str, Any] = {"ls": "", "mfc": "none"} if which else {"ls": "-", "label": label}
-            panel.errorbar(x[own.index], own["mean"], own["std"].where(own["std"] > 0), capsize=3, **style, **shape)
+def _draw_series(panel: Axes, points: pd.DataFrame, label: str, style: dict[str, Any]) -> None:
+    """`mean` and `std` at `x` of the cells of a column; the large-batch baseline is a hollow marker, without a line."""
+    for baseline, own in points.dropna(subset=["mean"]).groupby("baseline"):
+        shape: dict[str, Any] = {"ls": "", "mfc": "none"} if baseline else {"label": label}
+        panel.errorbar(own["x"], own["mean"], own["std"].where(own["std"] > 0), **{"capsize": 3, **style, **shape})
 
 
 def _draw_points(panel: Axes, table: ResultTable, points: pd.DataFrame) -> None:
-    """Plot accuracy against traffic, with the coordinates of each cell; large-batch baselines are hollow markers."""
+    """Plot accuracy against traffic, with the coordinates of each cell."""
     middle = math.sqrt(points["sent"].min() * points["sent"].max()) if len(points) else 0.0
+    one_place = points["sent"].nunique() == 1
     for number, column in enumerate(_ordered(table, points, "column")):
-        style = {**series_style(number), "ls": "", "capsize": 3}
-        own = points[points["column"] == column]
-        for which in (False, True):
-            cells = own[own["baseline"] == which]
-            if not cells.empty:
-                shape: dict[str, Any] = {"mfc": "none"} if which else {"label": column or "runs"}
-                panel.errorbar(cells["sent"], cells["accuracy_percent"], cells["std"].fillna(0), **style, **shape)
+        own, odd = points[points["column"] == column], number % 2 == 1
+        series = own.rename(columns={"sent": "x", "accuracy_percent": "mean"})
+        _draw_series(panel, series, column or "runs", {**series_style(number), "ls": ""})
         for point in own[~own["baseline"]].itertuples():
-            side, shift = ("right", -4) if point.sent > middle else ("left", 4)
-            xy = (point.sent, point.accuracy_percent)
-            panel.annotate(point.tick[:LONGEST_LABEL], xy, xytext=(shift, 3), textcoords="offset points", ha=side)
+            at_left = odd if one_place else point.sent > middle
+            place = (-4 if at_left else 4, -12 if odd else 3)  # so that the labels of two columns do not collide
+            xy, side = (point.sent, point.accuracy_percent), "right" if at_left else "left"
+            panel.annotate(point.tick[:LONGEST_LABEL], xy, xytext=place, textcoords="offset points", ha=side)
 
 
 def _row_ticks(figure: Figure, panel: Axes, table: ResultTable, shown: pd.DataFrame) -> None:
