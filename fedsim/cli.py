@@ -10,7 +10,7 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from io import TextIOWrapper
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn, Optional
+from typing import TYPE_CHECKING, Any, NoReturn, Optional, cast, get_args
 
 import click
 import typer
@@ -493,7 +493,7 @@ def report(
     out: str = OUT,
     figure: str = typer.Option("", "--figure", help="make only this figure and its CSV", metavar="NAME"),
 ) -> None:
-    """Make an HTML page, a Markdown file, figures and CSV files from a folder of results."""
+    """Make an HTML page, a Markdown file, figures (PNG, SVG) and CSV files from a folder of results."""
     from fedsim.report.page import build_report
 
     build_report(results, out, figure, _console())
@@ -505,32 +505,45 @@ def time_to_accuracy(
     bandwidth: str = typer.Option(..., "--bandwidth", help="of a link per second, e.g. 100Mbit or 12.5MB"),
     latency: str = typer.Option(..., "--latency", help="of a message one way, e.g. 20ms"),
     target: float = typer.Option(..., "--target", help="the accuracy to reach, a fraction"),
-    compute: str = typer.Option("", "--compute", help="time of a worker per local step, e.g. 10ms (default: measured)"),
+    upload: str = typer.Option("", "--upload", help="bandwidth towards the server (default: as --bandwidth)"),
     link: str = typer.Option(
-        "worker", "--link", help="worker: each has its own link; server: all share one", metavar="NAME"
+        "worker",
+        "--link",
+        help="worker: a server, each worker has its own link; server: all share the server's; all-reduce: no server",
+        metavar="NAME",
     ),
+    compute: str = typer.Option("", "--compute", help="time of a worker per local step, e.g. 10ms (default: measured)"),
+    jitter: str = typer.Option(
+        "", "--jitter", help="how steps vary: lognormal:SIGMA or exponential (default: not)", metavar="TEXT"
+    ),
+    slow: str = typer.Option(
+        "", "--slow", help="slow workers, as COUNT:FACTOR: 1:2.5 is one that takes 2.5 times as long (default: none)"
+    ),
+    seed: int = typer.Option(0, "--seed", help="of the simulation of --jitter and --slow"),
     out: str = OUT,
 ) -> None:
     """Estimate the time to a target accuracy on a network, for each cell in a folder of results.
 
-    seconds = local_steps * compute + syncs * 2 * latency + bytes_on_the_link / bandwidth, at the first test that
-    reaches the target. With --link worker a link carries the bytes of one worker, up and down; with --link server those
-    of all. The large-batch baseline counts as data-parallel SGD: a sync at every step, of 4 bytes per parameter, worker
-    and direction. One worker (K = 1) sends nothing. Compute time is the median over the runs of seconds per training
-    image, tests included, times the images of a worker's step: each worker is assumed to be as fast as the machine
-    that made the records.
+    seconds = steps of the slowest worker * compute + syncs * messages * latency + bytes on a link / bandwidth, at the
+    first test that reaches the target. With --link worker and server a sync is a message up and one down, and a link
+    carries the bytes of one worker or of all; with all-reduce they go round a ring of the workers. The large-batch
+    baseline counts as data-parallel SGD: a sync at every step, of 4 bytes per parameter, worker and direction. One
+    worker (K = 1) sends nothing. A round waits for the slowest of its workers: with --jitter and --slow the mean over
+    simulated rounds. Compute time is the median over the runs of seconds per training image, tests included, times the
+    images of a worker's step. A figure shows the time at bandwidths from 1 Mbit/s to 100 Gbit/s, and the fastest cells.
     """
-    from fedsim.report.network import Network, duration, rate
-    from fedsim.report.time_to_accuracy import time_to_accuracy
+    from fedsim.report.network import Link, Network, duration, rate
+    from fedsim.report.stragglers import stragglers
+    from fedsim.report.time_to_accuracy import Plan, time_to_accuracy
 
-    if link not in ("worker", "server"):
-        raise UserError(f"link = {link!r} is unknown: it must be one of worker, server")
-    network = Network(
-        rate(bandwidth), duration("latency", latency, zero=True), "worker" if link == "worker" else "server"
-    )
+    if link not in get_args(Link):
+        raise UserError(f"link = {link!r} is unknown: it must be one of {', '.join(get_args(Link))}")
+    up = rate("upload", upload) if upload else 0.0
+    network = Network(rate("bandwidth", bandwidth), duration("latency", latency, zero=True), cast(Link, link), up)
     step = duration("compute", compute) if compute else None
+    plan = Plan(target, network, step, stragglers(jitter, slow, seed))
     command = shlex.join(["python", "run.py", *sys.argv[1:]])
-    time_to_accuracy(results, target, network, step, out, command, _console())
+    time_to_accuracy(results, plan, out, command, _console())
 
 
 @cli.command(cls=Command)

@@ -121,6 +121,12 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("time-to-accuracy --bandwidth 1Mbit --latency 1 --target 0.5", "latency = '1' is not a number with one of us"),
         ("time-to-accuracy --bandwidth 1Mbit --latency 1ms --target 50", "target = 50.0 is not an accuracy: give a"),
         ("time-to-accuracy --bandwidth 1Mbit --latency 1ms --target 0.5 --link tree", "link = 'tree' is unknown"),
+        ("time-to-accuracy --bandwidth 1Mbit --latency 1ms --target 0.5 --upload 1", "upload = '1' is not a number"),
+        (
+            "time-to-accuracy --bandwidth 1Mbit --latency 1ms --target 0.5 --jitter normal",
+            "jitter = 'normal' is not",
+        ),
+        ("time-to-accuracy --bandwidth 1Mbit --latency 1ms --target 0.5 --slow 1:0.5", "slow = '1:0.5' is not COUNT:"),
         ("deploy --nodes 0", "nodes = 0 is out of range: it must be from 1 to 65534"),
         ("deploy --nodes two", "--nodes"),
         ("deploy", "--nodes"),

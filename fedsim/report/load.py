@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping
+from hashlib import sha256
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from fedsim.config import Config, Mode, Value, current_names
 from fedsim.errors import UserError
 
+ROWS = "metrics.jsonl"
 LARGEST = 2**53  # integers up to this are exact as floats
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Quantity = Annotated[float, Field(ge=0, le=LARGEST)]
@@ -45,6 +47,8 @@ class Costs(Record):
     syncs: Count | None = None
     bytes_up: Quantity | None = None
     bytes_down: Quantity | None = None
+    overhead_bytes_up: Quantity | None = None  # part of bytes_up
+    overhead_bytes_down: Quantity | None = None
     seconds: Quantity | None = None
 
 
@@ -71,6 +75,7 @@ class Summary(Costs):
     commit: str | None = None
     command: str | None = None
     versions: dict[str, str] = {}
+    sha256: dict[str, str] = {}  # of the files that it was written with, by name
 
 
 class Records(NamedTuple):
@@ -97,7 +102,13 @@ def read_records(root: Path) -> Records:
         if config is None:
             continue
         summary = _read(path.with_name("summary.json"), Summary.model_validate_json, warnings)
-        own = _read_rows(path.with_name("metrics.jsonl"), warnings)
+        content = _read(path.with_name(ROWS), bytes, warnings)
+        if summary and _is_of_other_rows(summary, content):
+            warnings.append(
+                f"{printable(str(path.with_name(ROWS)))}: not the rows of summary.json; the run is left out"
+            )
+            continue
+        own = _parse_rows(path.with_name(ROWS), content or b"", warnings)
         rows += [{"run": len(runs), **row.model_dump()} for row in own]
         identity = json.dumps(cell_identity(config), sort_keys=True)
         keys = {name: value for name, value in config.items() if name not in MACHINE_KEYS}
@@ -161,12 +172,17 @@ def _read(path: Path, parse: Callable[[bytes], T], warnings: list[str]) -> T | N
         return None
 
 
-def _read_rows(path: Path, warnings: list[str]) -> list[Row]:
+def _is_of_other_rows(summary: Summary, content: bytes | None) -> bool:
+    """Whether a finished run has other rows than its summary was written with, by their digest if it has one."""
+    digest = summary.sha256.get(ROWS)
+    return bool(summary.finished and digest and content is not None and sha256(content).hexdigest() != digest)
+
+
+def _parse_rows(path: Path, content: bytes, warnings: list[str]) -> list[Row]:
     """The rows sorted by round; the last one of a repeated round."""
-    lines = _read(path, bytes.splitlines, warnings) or []
     rows: dict[int, Row] = {}
     damaged: list[str] = []
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(content.splitlines(), 1):
         try:
             row = Row.model_validate_json(line)
             rows[row.round] = row

@@ -1,18 +1,21 @@
-"""The network traffic of a run, and its time on a given network.
+"""The network traffic of a run, and the seconds that it takes on a given network.
 
-- LocalSGD sends what its rows record: a sync is a message up and a message down for each worker of the round.
+- LocalSGD sends what its rows record, up and down: a sync is a message up and a message down for each worker of the
+  round. Part of it is overhead: what averaged updates alone would not have cost (refused updates, repeated rounds,
+  optimizer states for checkpoints).
 - The large-batch baseline of K workers counts as data-parallel SGD on K workers, each with a K-th of the batch: a
   sync at every step sends the gradient up and the mean gradient down, 4 bytes per parameter, direction and worker.
 - One worker (K = 1), and a centralized run that is not a baseline, is one machine: it has no syncs and sends no bytes.
 
-With K workers per round and one server:
+With K workers per round, a sync of messages of m bytes per worker takes, by the `link` that limits it:
 
-    seconds = local_steps * compute + syncs * 2 * latency + bytes_on_the_link / bandwidth
-
-- `local_steps` are those of one worker, of `compute` seconds each: workers compute in parallel;
-- each of the two messages of a sync has a one-way `latency`;
-- `link` = worker: each worker has its own link, bytes_on_the_link = bytes / K; server: all share the link of the
-  server, bytes_on_the_link = bytes. Upload, download and local steps do not overlap.
+- worker: a server, to which each worker has a link of its own. Up, then down: 2 latency + m_up / upload + m_down /
+  bandwidth.
+- server: all workers share the link of the server: 2 latency + K m_up / upload + K m_down / bandwidth.
+- all-reduce: no server. In a ring, each worker sends and receives at the same time 2 (K - 1) / K m bytes in 2 (K - 1)
+  steps (Patarasuk and Yuan 2009). What cannot be summed on its way, which is every codec but fp16 and bf16 and every
+  mean but the exact one, is gathered instead: (K - 1) m bytes in K - 1 steps. Overheads, which are messages with a
+  server, do not count.
 """
 
 from __future__ import annotations
@@ -20,48 +23,73 @@ from __future__ import annotations
 import re
 from typing import Literal, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from fedsim.errors import UserError
 
-Link = Literal["worker", "server"]
+Link = Literal["worker", "server", "all-reduce"]
 BYTES_PER_PARAMETER = 4  # float32
+SUMMED_ON_THE_WAY = {"compress": ("none", "fp16", "bf16"), "mean": ("exact",)}
 BITS = {"bit": 1, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9, "B": 8, "kB": 8e3, "MB": 8e6, "GB": 8e9}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 class Network(NamedTuple):
-    """Bandwidth in bytes per second, one-way latency in seconds, and the link that limits the traffic."""
+    """Bandwidth of a link down in bytes per second, one-way latency in seconds, the link that limits the traffic, and
+    the bandwidth up (0: as down).
+    """
 
     bandwidth: float
     latency: float
     link: Link = "worker"
+    upload: float = 0.0
 
 
 def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
-    """`records` (runs or rows) with `network_syncs` and `network_bytes`, of all workers in both directions.
+    """`records` (runs or rows) with `network_syncs`, and the bytes of all workers: `network_up`, `network_down`,
+    `network_bytes` (both), and of these `overhead_up` and `overhead_down` (0 if not recorded).
 
     They are NaN where the recorded traffic, or the number of parameters of a baseline, is unknown. Requires the columns
     `clients`, `workers` and `baseline` of the cell, `parameters`, and the costs of a row.
     """
-    syncs = records["syncs"].where(~records["baseline"], records["local_steps"])
-    gradient = BYTES_PER_PARAMETER * records["parameters"] * records["workers"]
-    recorded = records["bytes_up"] + records["bytes_down"]
-    sent = recorded.where(~records["baseline"], 2 * gradient * records["local_steps"])
-    alone = records["clients"] == 1
-    return records.assign(network_syncs=syncs.mask(alone, 0.0), network_bytes=sent.mask(alone, 0.0))
+    baseline, alone = records["baseline"], records["clients"] == 1
+    gradients = BYTES_PER_PARAMETER * records["parameters"] * records["workers"] * records["local_steps"]
+    traffic = {"network_syncs": records["syncs"].where(~baseline, records["local_steps"])}
+    for way in ("up", "down"):
+        traffic[f"network_{way}"] = records[f"bytes_{way}"].where(~baseline, gradients)
+        traffic[f"overhead_{way}"] = records[f"overhead_bytes_{way}"].fillna(0.0).mask(baseline, 0.0)
+    traffic["network_bytes"] = traffic["network_up"] + traffic["network_down"]
+    return records.assign(**{name: values.mask(alone, 0.0) for name, values in traffic.items()})
 
 
-def network_seconds(records: pd.DataFrame, compute: pd.Series, network: Network) -> pd.Series:
-    """The formula of this module for each of `records`; `compute` in seconds per local step."""
-    on_the_link = records["network_bytes"] / (records["workers"] if network.link == "worker" else 1)
-    messages = records["network_syncs"] * 2 * network.latency
-    return records["local_steps"] * compute + messages + on_the_link / network.bandwidth
+def sent_by(records: pd.DataFrame, link: Link) -> pd.DataFrame:
+    """The bytes `up` and `down` of all workers with this `link`, and the `messages` of a sync, one after the other.
+
+    Requires the columns of `add_traffic` and, with all-reduce, `summed`: whether updates are summed on their way.
+    """
+    if link != "all-reduce":
+        return pd.DataFrame({"up": records["network_up"], "down": records["network_down"], "messages": 2})
+    others = records["workers"] - 1
+    updates = records["network_up"] - records["overhead_up"]
+    sent = updates * others * np.where(records["summed"], 2 / records["workers"], 1)
+    return pd.DataFrame({"up": sent, "down": sent, "messages": others * np.where(records["summed"], 2, 1)})
 
 
-def rate(text: str) -> float:
+def network_seconds(records: pd.DataFrame, network: Network) -> pd.DataFrame:
+    """The seconds `waiting`, for latency, and in `transfer`, which is inverse to the bandwidth, of each record."""
+    sent = sent_by(records, network.link)
+    links = 1 if network.link == "server" else records["workers"]
+    up, down = (sent["up"] / links / (network.upload or network.bandwidth), sent["down"] / links / network.bandwidth)
+    transfer = np.maximum(up, down) if network.link == "all-reduce" else up + down
+    return pd.DataFrame(
+        {"waiting": records["network_syncs"] * sent["messages"] * network.latency, "transfer": transfer}
+    )
+
+
+def rate(name: str, text: str) -> float:
     """Bytes per second of, for instance, 100Mbit, 100Mbit/s or 12.5MB; the prefixes are decimal."""
-    return _quantity("bandwidth", text.removesuffix("/s"), BITS, "100Mbit") / 8
+    return _quantity(name, text.removesuffix("/s"), BITS, "100Mbit") / 8
 
 
 def duration(name: str, text: str, zero: bool = False) -> float:

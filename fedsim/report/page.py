@@ -12,11 +12,14 @@ from html import escape
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pandas as pd
 from jinja2 import Environment, FileSystemLoader
 from rich.console import Console
 
 from fedsim.errors import RunFailed, UserError
-from fedsim.report.figures import Plot, plot_accuracy, plots_of
+from fedsim.report.answers import answers
+from fedsim.report.drawing import Plot
+from fedsim.report.figures import plot_accuracy, plots_of
 from fedsim.report.load import printable
 from fedsim.report.result_table import ResultTable, read_tables
 from fedsim.report.tables import (
@@ -36,12 +39,15 @@ PIXELS_PER_INCH = 96  # of CSS, so that text in figures is as large as that of t
 
 
 class Figure(NamedTuple):
-    """``NAME.png`` and ``NAME.csv``, the command that makes both, the PNG in base64, and its width in CSS pixels."""
+    """The files ``NAME.png``, ``.svg`` and ``.csv``, the command that makes them, the SVG as `wide` and with its panels
+    below each other as `narrow`, both in base64, and its width in CSS pixels.
+    """
 
     name: str
     caption: str
     command: str
-    base64: str
+    wide: str
+    narrow: str
     width: int
 
 
@@ -50,6 +56,7 @@ class Section(NamedTuple):
 
     name: str
     title: str
+    answers: Sequence[str]
     notes: Sequence[str]
     tables: Sequence[TextTable]
     figures: Sequence[Figure]
@@ -90,8 +97,8 @@ def show_results(root: Path, console: Console, save_as: str = "") -> None:
         console.print(terminal_table(table))
     if save_as:
         with output_folder(str(root)) as path:
-            (path / f"{save_as}.csv").write_text(csv_text(runs_frame(tables[0])), encoding="utf-8")
-            (path / f"{save_as}.png").write_bytes(plot_accuracy(tables[0]).png("run.py grid"))
+            write_csv(runs_frame(tables[0]), path / f"{save_as}.csv")
+            (path / f"{save_as}.png").write_bytes(plot_accuracy(tables[0]).image("png", "run.py grid"))
             show_path(path / f"{save_as}.csv", console)
             show_path(path / f"{save_as}.png", console)
 
@@ -118,12 +125,17 @@ def output_folder(text: str) -> Iterator[Path]:
         raise UserError(f"out = {printable(text)} cannot be written ({error.strerror}): give another -o") from error
 
 
-def save_plot(plot: Plot, path: Path, command: str) -> bytes:
-    """Write ``NAME.png`` and ``NAME.csv`` to the folder `path`; returns the PNG."""
-    png = plot.png(command)
-    (path / f"{plot.name}.png").write_bytes(png)
-    (path / f"{plot.name}.csv").write_text(csv_text(plot.numbers), encoding="utf-8")
-    return png
+def save_plot(plot: Plot, path: Path, command: str) -> None:
+    """Write ``NAME.png``, ``NAME.svg`` and ``NAME.csv`` to the folder `path`."""
+    png, svg, csv = (path / name for name in plot.files)
+    png.write_bytes(plot.image("png", command))
+    svg.write_bytes(plot.image("svg", command))
+    write_csv(plot.numbers, csv)
+
+
+def write_csv(frame: pd.DataFrame, path: Path) -> None:
+    """Write a table of numbers as CSV."""
+    path.write_text(csv_text(frame), encoding="utf-8")
 
 
 def show_warnings(warnings: Sequence[str], console: Console) -> None:
@@ -138,19 +150,23 @@ def show_path(path: Path, console: Console) -> None:
 
 
 def _section(table: ResultTable, path: Path, command: str) -> Section:
-    figures = []
-    for name, make in plots_of(table).items():
-        plot = make()
-        own = f"{command} --figure {name}"
-        picture = base64.b64encode(save_plot(plot, path, own)).decode()
-        width = round(PIXELS_PER_INCH * plot.figure.get_figwidth())
-        figures.append(Figure(name, printable(plot.caption), printable(own), picture, width))
-    (path / f"{table.name}-runs.csv").write_text(csv_text(runs_frame(table)), encoding="utf-8")
+    figures = [_figure(make(), path, f"{command} --figure {name}") for name, make in plots_of(table).items()]
+    write_csv(runs_frame(table), path / f"{table.name}-runs.csv")
     tables = [cost_table(table)] if table.counted.size else []
     if len(table.axes) > 1 and tables:
         tables = [accuracy_table(table, "best"), accuracy_table(table, "final"), *tables]
     facts = [(name, printable(value)) for name, value in provenance(table)]
-    return Section(table.name, table.title, notes(table), tables, figures, facts)
+    return Section(table.name, table.title, answers(table), notes(table), tables, figures, facts)
+
+
+def _figure(plot: Plot, path: Path, command: str) -> Figure:
+    save_plot(plot, path, command)
+    wide, narrow = (
+        base64.b64encode(svg).decode()
+        for svg in ((path / f"{plot.name}.svg").read_bytes(), plot.image("svg", command, phone=True))
+    )
+    width = round(PIXELS_PER_INCH * plot.figure.get_figwidth())
+    return Figure(plot.name, printable(plot.caption), printable(command), wide, narrow, width)
 
 
 def _render(template: str, content: dict[str, Any]) -> str:

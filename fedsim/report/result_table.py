@@ -16,7 +16,7 @@ from fedsim.config import Config, Value
 from fedsim.errors import UserError
 from fedsim.experiments.study import LARGE_BATCH, STORED, Study, read_study, study_names
 from fedsim.report.load import Records, cell_identity, printable, read_records
-from fedsim.report.network import add_traffic
+from fedsim.report.network import SUMMED_ON_THE_WAY, add_traffic
 from fedsim.report.paper_values import paper_value
 
 MOST_AXES = 3  # runs that differ in more keys are listed by name
@@ -32,10 +32,10 @@ class ResultTable:
     `axes`: the keys that distinguish cells. With several, the first varies across columns and the others down rows.
     `cells`: a line for each cell, in the order of the table: `coords` (a value for each axis) and, as text, `column`,
     `row`, `label` (both) and `tick` (the row's values); `config`, `mode`, `expected` (number of runs), `clients`,
-    `workers` (per round), `baseline` (whether it is the large-batch baseline of K workers), `paper` (its values or
-    None).
-    `runs` and `rows`: as in `Records`, with `cell`, the index of the cell, its `clients`, `workers` and `baseline`, and
-    `network_syncs` and `network_bytes` (see `network`).
+    `workers` (per round), `baseline` (whether it is the large-batch baseline of K workers), `summed` (whether its
+    updates can be summed on their way, see `network`), `paper` (its values or None).
+    `runs` and `rows`: as in `Records`, with `cell`, the index of the cell, its `clients`, `workers`, `baseline` and
+    `summed`, and the traffic (see `network.add_traffic`).
     """
 
     name: str
@@ -45,6 +45,7 @@ class ResultTable:
     cells: pd.DataFrame
     runs: pd.DataFrame
     rows: pd.DataFrame
+    rates: str = "as given"  # how the cells' learning rates were chosen; a study that tunes them says so here
 
     @property
     def row_axes(self) -> tuple[str, ...]:
@@ -155,10 +156,10 @@ def _table(
     lines = pd.DataFrame([{**cell, **_described(axes, cell["coords"], cell["config"], compare)} for cell in cells])
     own = runs["cell"].value_counts().reindex(lines.index, fill_value=0)
     lines["expected"] = lines["expected"].where(lines["expected"] > own, own)
-    of_cell = ["clients", "workers", "baseline"]
+    of_cell = ["clients", "workers", "baseline", "summed"]
     runs = runs.drop(columns="clients", errors="ignore").join(lines[of_cell], on="cell")
     numbers = ["best_test_accuracy", "final_test_accuracy", "epoch", "round", "local_steps", "syncs", "bytes_up"]
-    numbers += ["bytes_down", "seconds", "parameters"]
+    numbers += ["bytes_down", "overhead_bytes_up", "overhead_bytes_down", "seconds", "parameters"]
     runs = runs.astype({**dict.fromkeys(numbers, float), "finished": bool})
     runs["parameters"] = runs["parameters"].fillna(runs.groupby("cell")["parameters"].transform("max"))
     rows = records.rows[records.rows["run"].isin(runs.index)]
@@ -187,6 +188,7 @@ def _described(
         "clients": clients,
         "workers": workers,
         "baseline": baseline,
+        "summed": all(config.get(name, known[0]) in known for name, known in SUMMED_ON_THE_WAY.items()),
         "paper": paper_value(compare, config),
     }
 

@@ -113,7 +113,7 @@ def cost_table(table: ResultTable) -> TextTable:
 
 def notes(table: ResultTable) -> list[str]:
     """Paragraphs that explain the tables and figures."""
-    texts = [progress(table), protocol(table), *tuning_notes(table)]
+    texts = [progress(table), protocol(table), *(tuning_notes(table) or [learning_rates(table)])]
     if table.with_traffic:
         texts.append(traffic_note(table))
     for cell in table.cells.itertuples():
@@ -147,6 +147,15 @@ def protocol(table: ResultTable) -> str:
         f"Protocol: tested on the test images, {split}. Best is the best of a run's tests, chosen on those same "
         "images as the paper's code did, and so optimistic; final is the last test."
     )
+
+
+def learning_rates(table: ResultTable) -> str:
+    """How the learning rates were chosen, and what they are."""
+    keys = ("lr", "lr-scaling", "lr-scaling-batch", "schedule")
+    configs = table.cells["config"].loc[sorted(table.runs["cell"].unique())]
+    held = {key: sorted({str(config[key]) for config in configs if key in config}) for key in keys}
+    shown = ", ".join(f"{key} = {' or '.join(values)}" for key, values in held.items() if values)
+    return f"Learning rates: {table.rates}; {shown}."
 
 
 def traffic_note(table: ResultTable) -> str:

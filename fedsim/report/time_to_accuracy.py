@@ -6,55 +6,82 @@ the first test above it.
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import pandas as pd
 from rich.console import Console
 
 from fedsim.errors import UserError
-from fedsim.report.figures import Plot, draw_cells
-from fedsim.report.network import Network, network_seconds
-from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings
+from fedsim.report.bandwidths import plot_bandwidths
+from fedsim.report.load import printable
+from fedsim.report.network import Network, network_seconds, sent_by
+from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings, write_csv
 from fedsim.report.result_table import NOTHING, ResultTable, read_tables
-from fedsim.report.tables import COSTS, TRAFFIC, Entry, TextTable, number, percent, rich_table
+from fedsim.report.stragglers import Stragglers, computed_steps, simulated_rounds
+from fedsim.report.tables import COSTS, Cost, Entry, TextTable, number, percent, rich_table
 
-CAPTION = "within: seconds since the previous test; ±: standard deviation over runs, if larger"
-MEANS = ["seconds", "resolution", "epoch", "network_syncs", "network_bytes"]
+PARTS = ["computing", "waiting", "transfer"]  # of the seconds of a run; the last is inverse to the bandwidth
+MEANS = ["seconds", *PARTS, "resolution", "epoch", "network_syncs", "sent_up", "sent_down", "overhead_up"]
+MEANS += ["overhead_down"]
 
 
-def time_to_accuracy(
-    root: str, target: float, network: Network, compute: float | None, out: str, command: str, console: Console
-) -> None:
-    """Print the times of every table under `root`, and write them and a figure to `out`. `compute`: in seconds."""
-    if not 0 < target < 1:
-        raise UserError(f"target = {target} is not an accuracy: give a fraction between 0 and 1, for instance 0.5")
+class Plan(NamedTuple):
+    """What is asked: the accuracy to reach, the network, the workers, and the seconds of a usual local step.
+
+    `compute` None: measured, see `seconds_per_image`.
+    """
+
+    target: float
+    network: Network
+    compute: float | None = None
+    stragglers: Stragglers = Stragglers()
+
+
+def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Console) -> None:
+    """Print the times of every table under `root`, and write them and a figure to `out`."""
+    if not 0 < plan.target < 1:
+        raise UserError(f"target = {plan.target} is not an accuracy: give a fraction between 0 and 1, for instance 0.5")
     tables, warnings = read_tables(folder("results", root))
+    found = [(table, times_to_target(table, plan)) for table in tables if not table.counted.empty]
     show_warnings(warnings, console)
     with output_folder(out) as path:
-        for table in tables:
-            if table.counted.empty:
-                continue
-            times = times_to_target(table, target, network, compute)
-            plot = plot_times(times, table, target)
+        for table, times in found:
+            plot = plot_bandwidths(times, table, plan.target, plan.network)
             save_plot(plot, path, command)
-            console.print(rich_table(time_table(times, table, target), CAPTION))
-            show_path(path / f"{plot.name}.csv", console)
-            show_path(path / f"{plot.name}.png", console)
+            times_file = f"time-to-accuracy-{table.name}.csv"
+            write_csv(times_frame(times), path / times_file)
+            console.print(rich_table(time_table(times, table, plan), assumptions(plan)))
+            console.print(printable(plot.caption), markup=False, highlight=False)
+            for name in (times_file, *plot.files):
+                show_path(path / name, console)
 
 
-def times_to_target(table: ResultTable, target: float, network: Network, compute: float | None) -> pd.DataFrame:
-    """A line for each tested cell, on the first test at or above `target` of the runs that reach it.
+def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
+    """A line for each tested cell, on the first test at or above the target of the runs that reach it.
 
-    `compute`: seconds of a worker per local step; None: measured, see `seconds_per_image`. Columns: means of `seconds`,
-    `resolution` (seconds since the previous test), `epoch`, `network_syncs`, `network_bytes`; `seconds_std`; `reached`
-    and `runs` (numbers of runs); `compute_s`; `best_accuracy` of any run; `finished` (whether all runs are); and the
-    columns of the cell.
+    Columns: means of `seconds`, its parts `computing`, `waiting` for latency and `transfer`, `resolution` (seconds
+    since the previous test), `epoch`, `network_syncs`, and the bytes of all workers `sent_up`, `sent_down`, with
+    `overhead_up` and `overhead_down` among them; `seconds_std`; `reached` and `runs` (numbers of runs); `compute_s` (of
+    a step); `best_accuracy` of any run; `finished` (whether all runs are); and the columns of the cell.
     """
-    tested = table.rows[table.rows["test_accuracy"].notna()].sort_values(["run", "round"])
-    cells = table.cells.loc[sorted(tested["cell"].unique())]
+    rows = table.rows.sort_values(["run", "round"])
+    cells = table.cells.loc[sorted(rows["cell"][rows["test_accuracy"].notna()].unique())]
+    _check_link(cells, plan.network)
     images = images_per_step(cells)
-    steps = images * seconds_per_image(table) if compute is None else pd.Series(compute, cells.index)
-    tested = tested.assign(seconds=network_seconds(tested, tested["cell"].map(steps), network))
+    steps = images * seconds_per_image(table) if plan.compute is None else pd.Series(plan.compute, cells.index)
+    sent = sent_by(rows, plan.network.link)
+    of_server = plan.network.link != "all-reduce"
+    rows = rows.assign(
+        computing=computed_steps(rows, plan.stragglers) * rows["cell"].map(steps),
+        **network_seconds(rows, plan.network),
+        sent_up=sent["up"],
+        sent_down=sent["down"],
+        overhead_up=rows["overhead_up"] * of_server,
+        overhead_down=rows["overhead_down"] * of_server,
+    )
+    tested = rows[rows["test_accuracy"].notna()].assign(seconds=rows[PARTS].sum(axis="columns", skipna=False))
     tested["resolution"] = tested.groupby("run")["seconds"].diff().fillna(tested["seconds"])
-    first = tested[tested["test_accuracy"] >= target].dropna(subset=MEANS).groupby("run").head(1)
+    first = tested[tested["test_accuracy"] >= plan.target].dropna(subset=MEANS).groupby("run").head(1)
     by_cell = first.groupby("cell")
     runs = table.runs.groupby("cell")["finished"].agg(runs="size", finished="all")
     found = cells.join([by_cell[MEANS].mean(), by_cell["seconds"].std().rename("seconds_std"), runs])
@@ -79,9 +106,11 @@ def images_per_step(cells: pd.DataFrame) -> pd.Series:
     return batch / cells["workers"].where(cells["baseline"], 1)
 
 
-def time_table(times: pd.DataFrame, table: ResultTable, target: float) -> TextTable:
+def time_table(times: pd.DataFrame, table: ResultTable, plan: Plan) -> TextTable:
     """The times as a table, the shortest first."""
-    shown = ("epoch", *TRAFFIC) if table.with_traffic else ("epoch",)
+    megabytes_up, megabytes_down = Cost("MB up", 1e6, 1), Cost("MB down", 1e6, 1)
+    shown = {"network_syncs": COSTS["network_syncs"], "sent_up": megabytes_up, "sent_down": megabytes_down}
+    columns = shown if table.with_traffic else {}
     rows = []
     for line in times.sort_values("seconds", kind="stable", na_position="last").to_dict("records"):
         reached = Entry(f"{line['reached']} of {line['runs']}")
@@ -89,33 +118,43 @@ def time_table(times: pd.DataFrame, table: ResultTable, target: float) -> TextTa
         if not line["reached"]:
             never = "never" if line["finished"] else "not yet"
             best = Entry(never, f"best {percent(line['best_accuracy'])} %")
-            rows.append([name, best, *[Entry(NOTHING)] * (1 + len(shown)), reached])
+            rows.append([name, best, *[Entry(NOTHING)] * (1 + len(columns)), reached])
             continue
         deviation = f" ± {line['seconds_std']:,.1f}" if line["seconds_std"] > line["resolution"] else ""
-        rows.append(
-            [
-                name,
-                Entry(f"{number(line['seconds'], 1)}{deviation}"),
-                Entry(number(line["resolution"], 1)),
-                *(COSTS[cost].entry(line[cost]) for cost in shown),
-                reached,
-            ]
-        )
-    title = f"{table.title}: time to {100 * target:g} % accuracy on {table.tested_on} images"
-    return TextTable(title, ["cell", "seconds", "within", *(COSTS[cost].title for cost in shown), "runs"], rows)
+        costs = {column: cost.entry(line[column]) for column, cost in columns.items()}
+        for way in ("up", "down"):
+            if table.with_traffic and (overhead := line[f"overhead_{way}"]) > 0:
+                costs[f"sent_{way}"] = costs[f"sent_{way}"]._replace(note=f"overhead {number(overhead / 1e6, 1)}")
+        times_of = (Entry(f"{number(line['seconds'], 1)}{deviation}"), Entry(number(line["resolution"], 1)))
+        rows.append([name, *times_of, *costs.values(), reached])
+    title = f"{table.title}: time to {100 * plan.target:g} % accuracy on {table.tested_on} images"
+    header = ["cell", "seconds", "within", *(cost.title for cost in columns.values()), "runs"]
+    return TextTable(title, header, rows)
 
 
-def plot_times(times: pd.DataFrame, table: ResultTable, target: float) -> Plot:
-    """The times by cell; cells that do not reach the target are crosses at the upper edge."""
-    found = times[times["reached"] > 0]
-    missing = list(times.index[times["reached"] == 0])
-    deviation = found["seconds_std"].where(found["seconds_std"] > found["resolution"])
-    values = pd.DataFrame({"mean": found["seconds"], "std": deviation})
-    figure = draw_cells(table, values, "seconds to the target", log=True, missing=missing)
-    crosses = f"; crosses: not reached, {len(missing)} of {len(times)} cells" if missing else ""
-    caption = f"Time to {100 * target:g} % accuracy{crosses}."
-    numbers = times.rename(columns={"label": "cell", "epoch": "epoch_mean", "seconds": "seconds_mean"})
-    numbers = numbers.rename(columns={"network_syncs": "syncs_mean", "network_bytes": "bytes_mean"})
+def assumptions(plan: Plan) -> str:
+    """The caption of the table: what its columns are, and how the slowest worker was estimated."""
+    text = "within: seconds since the previous test; ±: standard deviation over runs, if larger; MB: of all workers"
+    if plan.stragglers.jitter:
+        most = simulated_rounds(1, 1)
+        seed = plan.stragglers.seed
+        text += f"; the slowest worker: mean of {most:,} simulated rounds (fewer for many steps), seed {seed}"
+    return text
+
+
+def times_frame(times: pd.DataFrame) -> pd.DataFrame:
+    """The times as a table of numbers."""
+    means = {name: f"{name.removeprefix('network_')}_mean" for name in MEANS if name != "resolution"}
+    numbers = times.drop(columns="label").assign(cell=times["label"]).rename(columns=means)
     columns = ["cell", "workers", "compute_s", "runs", "reached", "seconds_mean", "seconds_std", "resolution"]
-    columns += ["epoch_mean", "syncs_mean", "bytes_mean", "best_accuracy"]
-    return Plot(f"time-to-accuracy-{table.name}", caption, figure, numbers[columns])
+    return numbers[[*columns, *(name for name in means.values() if name not in columns), "best_accuracy"]]
+
+
+def _check_link(cells: pd.DataFrame, network: Network) -> None:
+    sampled = cells[cells["workers"] < cells["clients"]]
+    if network.link == "all-reduce" and not sampled.empty:
+        cell: Any = sampled.iloc[0]
+        raise UserError(
+            f"link = all-reduce: {cell['label'] or 'the run'} samples {cell['workers']} of {cell['clients']} clients "
+            "in a round, which get the model from a server: give --link worker or server"
+        )

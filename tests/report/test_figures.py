@@ -8,10 +8,11 @@ from typing import Any
 import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
 
 from fedsim.config import Config
 from fedsim.experiments.study import LARGE_BATCH, read_study
-from fedsim.report.figures import BYTES, EPOCHS, SYNCS, Plot, XAxis, mean_curves, pareto_front, plot_accuracy, plots_of
+from fedsim.report.figures import BYTES, EPOCHS, SYNCS, XAxis, mean_curves, pareto_front, plot_accuracy, plots_of
 from fedsim.report.result_table import ResultTable, read_tables
 from fedsim.report.tables import csv_text
 from tests.conftest import write_run
@@ -57,17 +58,17 @@ def test_the_front_costs_more_and_gains_more_at_every_step() -> None:
     assert pareto_front([]) == []
 
 
-def assert_nothing_is_cut(plot: Plot) -> None:
-    canvas: Any = FigureCanvasAgg(plot.figure)
+def assert_nothing_is_cut(figure: Figure) -> None:
+    canvas: Any = FigureCanvasAgg(figure)
     canvas.draw()
-    box = plot.figure.get_tightbbox(canvas.get_renderer())
-    width, height = plot.figure.get_size_inches()
+    box = figure.get_tightbbox(canvas.get_renderer())
+    width, height = figure.get_size_inches()
     assert box.x0 > -0.01
     assert box.y0 > -0.01
     assert box.x1 < width + 0.01
     assert box.y1 < height + 0.01
-    sizes = {text.get_fontsize() for legend in plot.figure.legends for text in legend.get_texts()}
-    for panel in plot.figure.axes:
+    sizes = {text.get_fontsize() for legend in figure.legends for text in legend.get_texts()}
+    for panel in figure.axes:
         texts = [panel.title, panel.xaxis.label, panel.yaxis.label, *panel.texts]
         texts += [*panel.get_xticklabels(), *panel.get_yticklabels()]
         sizes |= {text.get_fontsize() for text in texts if text.get_text()}
@@ -76,12 +77,15 @@ def assert_nothing_is_cut(plot: Plot) -> None:
 
 def test_every_figure_is_whole_and_a_png_and_its_numbers(table: ResultTable) -> None:
     makers = plots_of(table)
-    assert list(makers) == [f"mine-{name}" for name in ("epochs", "syncs", "bytes", "pareto", "accuracy")]
+    assert list(makers) == [f"mine-{name}" for name in ("pareto", "epochs", "syncs", "bytes", "accuracy")]
     for name, make in makers.items():
         plot = make()
         assert plot.name == name
-        assert plot.png("run.py report").startswith(b"\x89PNG")
-        assert_nothing_is_cut(plot)
+        assert plot.image("png", "run.py report").startswith(b"\x89PNG")
+        assert_nothing_is_cut(plot.figure)
+        phone = plot.draw(1)
+        assert_nothing_is_cut(phone)
+        assert len({panel.get_position().x0 for panel in phone.axes}) == 1
         lines = list(csv.reader(io.StringIO(csv_text(plot.numbers))))
         assert len(lines) == 1 + len(plot.numbers) > 1
         assert {len(line) for line in lines} == {len(plot.numbers.columns)}
@@ -99,7 +103,8 @@ def test_many_cells_with_long_names_are_not_cut(tmp_path: Path) -> None:
     tables, _ = read_tables(tmp_path)
     for make in [make for table in tables for make in plots_of(table).values()]:
         plot = make()
-        assert_nothing_is_cut(plot)
+        assert_nothing_is_cut(plot.figure)
+        assert_nothing_is_cut(plot.draw(1))
         assert csv_text(plot.numbers)
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import re
 import tempfile
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,13 @@ from hypothesis import strategies as st
 
 from fedsim.config import Config
 from fedsim.errors import UserError
+from fedsim.report.answers import answers
 from fedsim.report.figures import BYTES, mean_curves
 from fedsim.report.load import read_records
 from fedsim.report.network import Network
 from fedsim.report.result_table import read_tables
 from fedsim.report.tables import accuracy_table, cost_table, csv_text, notes, provenance, runs_frame
-from fedsim.report.time_to_accuracy import time_table, times_to_target
+from fedsim.report.time_to_accuracy import Plan, time_table, times_to_target
 from tests.conftest import write_run
 
 ROW = {"round": 1, "epoch": 1.0, "local_steps": 8, "test_accuracy": 0.5}
@@ -88,6 +90,18 @@ def test_a_damaged_row_is_skipped_named_and_counted(folder: Path, tmp_path: Path
     assert path.read_bytes() == before
 
 
+def test_a_run_whose_rows_are_not_those_of_its_summary_is_left_out(folder: Path, tmp_path: Path) -> None:
+    rows, summary = folder / "metrics.jsonl", folder / "summary.json"
+    content = {**json.loads(summary.read_text()), "sha256": {"metrics.jsonl": sha256(rows.read_bytes()).hexdigest()}}
+    summary.write_text(json.dumps(content))
+    assert read_records(tmp_path).warnings == []
+    rows.write_text(rows.read_text().replace("0.4", "0.5"))
+    assert warning_of(tmp_path, "metrics.jsonl").endswith("the run is left out")
+    assert list(read_records(tmp_path).runs["run"]) == ["other"]
+    summary.write_text(json.dumps({**content, "finished": False}))  # a resumed run has more rows
+    assert read_records(tmp_path).warnings == []
+
+
 def test_what_is_not_a_file_is_named(folder: Path, tmp_path: Path) -> None:
     (folder / "summary.json").unlink()
     (folder / "summary.json").mkdir()
@@ -149,11 +163,13 @@ def test_no_record_breaks_the_tables(config: Any, summary: Any, row: Any, study:
         assert "whole" in {run for table in tables for run in table.runs["run"]}
         for table in tables:
             texts = [str(accuracy_table(table, "final")), str(cost_table(table)), *notes(table), str(provenance(table))]
-            times = times_to_target(table, 0.15, Network(1e6, 0.01), 0.1)
+            plan = Plan(0.15, Network(1e6, 0.01), 0.1)
+            times = times_to_target(table, plan)
+            texts += answers(table)
             texts += [
                 csv_text(runs_frame(table)),
                 csv_text(mean_curves(table, BYTES)),
-                str(time_table(times, table, 0.1)),
+                str(time_table(times, table, plan)),
             ]
             assert not re.search(r"\b(nan|None)\b", " ".join(texts))
 

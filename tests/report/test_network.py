@@ -1,18 +1,40 @@
 from __future__ import annotations
 
+from typing import get_args
+
 import pandas as pd
 import pytest
 
 from fedsim.errors import UserError
-from fedsim.report.network import Network, add_traffic, duration, network_seconds, rate
+from fedsim.report.network import Link, Network, add_traffic, duration, network_seconds, rate
+
+# 20 syncs, 4 workers with 3 MB up and 1 MB down together, of which 0.2 MB up are no updates
+TRAFFIC = {"network_syncs": 20, "network_up": 3e6, "network_down": 1e6, "overhead_up": 2e5, "workers": 4}
 
 
-def test_the_time_of_a_run_by_hand() -> None:
-    # 100 steps of 10 ms, 20 syncs of 2 * 25 ms, 4 workers with 4 MB up and down together
-    run = pd.DataFrame({"local_steps": [100], "network_syncs": [20], "network_bytes": [4e6], "workers": [4]})
-    compute, own_links = pd.Series([0.010]), Network(bandwidth=1e6, latency=0.025)
-    assert list(network_seconds(run, compute, own_links)) == pytest.approx([1 + 1 + 1])
-    assert list(network_seconds(run, compute, own_links._replace(link="server"))) == pytest.approx([1 + 1 + 4])
+@pytest.mark.parametrize(
+    ("network", "summed", "waiting", "transfer"),
+    [
+        (Network(1e6, 0.025), True, 20 * 0.05, 0.75 + 0.25),
+        (Network(1e6, 0.025, upload=1e5), True, 20 * 0.05, 7.5 + 0.25),
+        (Network(1e6, 0.025, "server"), True, 20 * 0.05, 3 + 1),
+        # A ring of four: 2 * 3 messages of a quarter of the 0.7 MB of a worker's updates, up and down at once
+        (Network(1e6, 0.025, "all-reduce"), True, 20 * 6 * 0.025, 6 * 0.7 / 4),
+        (Network(1e6, 0.025, "all-reduce", upload=1e5), True, 20 * 6 * 0.025, 10 * 6 * 0.7 / 4),
+        # Gathered: the whole of the three others'
+        (Network(1e6, 0.025, "all-reduce"), False, 20 * 3 * 0.025, 3 * 0.7),
+    ],
+)
+def test_the_time_of_messages_by_hand(network: Network, summed: bool, waiting: float, transfer: float) -> None:
+    found = network_seconds(pd.DataFrame([{**TRAFFIC, "summed": summed}]), network).iloc[0]
+    assert (found["waiting"], found["transfer"]) == pytest.approx((waiting, transfer))
+
+
+def test_one_worker_waits_for_nobody() -> None:
+    alone = {**TRAFFIC, "workers": 1, "network_syncs": 0, "network_up": 0, "network_down": 0, "overhead_up": 0}
+    for link in get_args(Link):
+        found = network_seconds(pd.DataFrame([{**alone, "summed": True}]), Network(1e6, 1.0, link))
+        assert found.to_numpy().tolist() == [[0, 0]]
 
 
 @pytest.mark.parametrize(
@@ -26,10 +48,13 @@ def test_the_time_of_a_run_by_hand() -> None:
     ],
 )
 def test_traffic(clients: int, workers: int, baseline: bool, syncs: int, sent: int) -> None:
-    row = {"local_steps": 50, "syncs": 5, "bytes_up": 700, "bytes_down": 600, "parameters": 1000}
+    row: dict[str, float] = {"local_steps": 50, "syncs": 5, "bytes_up": 700, "bytes_down": 600, "parameters": 1000}
+    row |= {"overhead_bytes_up": 100, "overhead_bytes_down": float("nan")}  # of older records: not recorded
     records = pd.DataFrame([{**row, "clients": clients, "workers": workers, "baseline": baseline}])
     found = add_traffic(records).iloc[0]
     assert (found["network_syncs"], found["network_bytes"]) == (syncs, sent)
+    assert found["network_up"] + found["network_down"] == sent
+    assert (found["overhead_up"], found["overhead_down"]) == (100 if sent == 1300 else 0, 0)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +63,7 @@ def test_traffic(clients: int, workers: int, baseline: bool, syncs: int, sent: i
      ("2B", 2), ("3kB", 3000), (".5GB/s", 5e8)],
 )  # fmt: skip
 def test_bandwidths(text: str, bytes_a_second: float) -> None:
-    assert rate(text) == pytest.approx(bytes_a_second)
+    assert rate("bandwidth", text) == pytest.approx(bytes_a_second)
 
 
 @pytest.mark.parametrize(("text", "seconds"), [("20ms", 0.02), ("5us", 5e-6), ("1.5 s", 1.5)])
@@ -53,7 +78,7 @@ def test_durations(text: str, seconds: float) -> None:
 )
 def test_a_bandwidth_without_a_number_and_a_unit_is_refused(text: str) -> None:
     with pytest.raises(UserError, match="for instance 100Mbit"):
-        rate(text)
+        rate("bandwidth", text)
 
 
 @pytest.mark.parametrize("text", ["", "20", "ms", "-1ms", "0ms", "1m"])

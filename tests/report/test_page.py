@@ -41,7 +41,7 @@ class Page(HTMLParser):
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.elements.append(tag)
-        self.links += [value or "" for name, value in attrs if name in ("src", "href")]
+        self.links += [value or "" for name, value in attrs if name in ("src", "srcset", "href")]
 
     def handle_data(self, data: str) -> None:
         self.text += data
@@ -52,7 +52,8 @@ def test_the_page_needs_no_other_file_and_markdown_holds_the_same(study: Path, t
     text = (tmp_path / "report" / "index.html").read_text()
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     page = Page(text)
-    assert [link[:22] for link in page.links if not link.startswith("#")] == ["data:image/png;base64,"] * 5
+    assert [link[:26] for link in page.links if not link.startswith("#")] == ["data:image/svg+xml;base64,"] * 10
+    assert page.text.index("Fewest bytes to") < page.text.index("against what was sent") < page.text.rindex("J = 8")
     assert text.count('<div class="wide"><table>') == page.elements.count("table") == 3
     assert "<td>52.00<small>unfinished, epoch 4.0</small></td>" in text
     text = (tmp_path / "report" / "report.md").read_text()
@@ -72,13 +73,13 @@ def test_every_figure_has_its_files_and_a_command_that_remakes_it(
     assert len(commands) == 5
     for command in commands:
         name = command.split()[-1]
-        png, numbers = (tmp_path / "report" / f"{name}.{kind}" for kind in ("png", "csv"))
-        before = png.read_bytes(), numbers.read_bytes()
-        png.unlink()
-        numbers.unlink()
+        files = [tmp_path / "report" / f"{name}.{kind}" for kind in ("png", "svg", "csv")]
+        before = [file.read_bytes() for file in files]
+        for file in files:
+            file.unlink()
         report("results", "report", name)
-        assert (png.read_bytes(), numbers.read_bytes()) == before
-    with pytest.raises(UserError, match="figure = 'nothing' cannot be made of results: it must be one of mine-epochs"):
+        assert [file.read_bytes() for file in files] == before
+    with pytest.raises(UserError, match="figure = 'nothing' cannot be made of results: it must be one of mine-pareto"):
         report("results", "report", "nothing")
 
 

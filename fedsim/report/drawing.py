@@ -1,0 +1,141 @@
+"""What the figures share: a plot with its numbers, panels, line styles, logarithmic axes and legends.
+
+Text has one size. Colours are those of Okabe and Ito 2008, or of viridis where they have an order; every line has a
+marker too.
+"""
+
+from __future__ import annotations
+
+import functools
+import io
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import pandas as pd
+
+from fedsim.report.load import printable
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+DPI = 144
+COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008, for colour-blind eyes
+MARKERS = "osD^vP"
+LINES = ("-", "--", "-.", ":")
+ACROSS = 3  # panels side by side
+WIDTHS = {1: 5.0, 2: 8.0, 3: 9.6}  # inches, by the panels side by side
+PHONE = 3.8  # inches, the width of a figure with its panels below each other
+CHARACTER = 0.085  # inches, the approximate width of one
+MOST_IN_LEGEND = 24
+
+
+@dataclass(frozen=True)
+class Plot:
+    """A figure, its caption, and its numbers. `draw(across)` draws it with at most so many panels side by side."""
+
+    name: str
+    caption: str
+    draw: Callable[[int], Figure]
+    numbers: pd.DataFrame
+
+    @functools.cached_property
+    def figure(self) -> Figure:
+        """The figure for a page."""
+        return self.draw(ACROSS)
+
+    @property
+    def files(self) -> tuple[str, ...]:
+        """The names of its files."""
+        return tuple(f"{self.name}.{kind}" for kind in ("png", "svg", "csv"))
+
+    def image(self, kind: str, command: str, phone: bool = False) -> bytes:
+        """The figure as ``png`` or ``svg``, with the `command` that makes it as its description."""
+        from matplotlib import rc_context
+        from matplotlib.text import Text
+
+        figure = self.draw(1) if phone else self.figure
+        for text in figure.findobj(Text):
+            text.set_parse_math(False)  # names may contain a $
+        metadata = {"Description": printable(command), **({"Date": None} if kind == "svg" else {})}
+        file = io.BytesIO()
+        with rc_context({"svg.hashsalt": self.name}):  # the same bytes each time
+            figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
+        return file.getvalue()
+
+
+def panels_of(count: int, across: int = ACROSS, width: float = 0.0) -> tuple[Figure, list[Axes]]:
+    """A figure with `count` panels, at most `across` side by side, and at least `width` inches wide."""
+    from matplotlib.figure import Figure  # takes a second to import
+
+    columns = max(min(count, across), 1)
+    down = max(-(-count // columns), 1)
+    room = max(WIDTHS[columns], width) if across > 1 else PHONE
+    figure = Figure(figsize=(room, (3.4 if across > 1 else 2.9) * down), layout="constrained")
+    panels = list(figure.subplots(down, columns, sharey=True, squeeze=False).flatten())
+    for panel in panels[count:]:
+        panel.remove()
+    for panel in panels[:count]:
+        panel.grid(alpha=0.3)
+    return figure, panels[:count]
+
+
+def label_left(panels: Sequence[Axes], text: str) -> None:
+    """Label the y-axes at the left."""
+    for panel in panels:
+        if panel.get_subplotspec().is_first_col():  # type: ignore[union-attr]
+            panel.set_ylabel(text)
+
+
+def series_style(number: int) -> dict[str, Any]:
+    """The colour and the marker of one of several series without an order."""
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+
+
+def row_styles(cells: pd.DataFrame) -> dict[str, dict[str, Any]]:
+    """A colour from dark to light and a marker for each row of a table; the large-batch baseline is black, dashed."""
+    from matplotlib import colormaps
+
+    baselines = set(cells["row"][cells["baseline"]])
+    ordered = [row for row in cells["row"].unique() if row not in baselines]
+    styles: dict[str, dict[str, Any]] = {row: {"color": "black", "ls": "--", "marker": "x"} for row in baselines}
+    for number, row in enumerate(ordered):
+        color = colormaps["viridis"](0.8 * number / max(len(ordered) - 1, 1))
+        styles[row] = {"color": color, "marker": MARKERS[number % len(MARKERS)]}
+    return styles
+
+
+def cell_styles(cells: pd.DataFrame) -> dict[int, dict[str, Any]]:
+    """The style of each cell: colour and marker of its row, and a kind of line for its column."""
+    rows, columns = row_styles(cells), list(cells["column"].unique())
+    return {
+        cell: {**rows[line["row"]], "ls": LINES[columns.index(line["column"]) % len(LINES)]}
+        for cell, line in cells[["row", "column"]].to_dict("index").items()
+    }
+
+
+def log_scale(panel: Axes, which: str, unit: str = "") -> None:
+    """Make the ``x`` or ``y`` axis logarithmic, in k, M and G, with more ticks on a short range."""
+    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+
+    panel.set(**{f"{which}scale": "log"})
+    axis = getattr(panel, f"{which}axis")
+    low, high = axis.get_view_interval()
+    axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
+    axis.set_major_formatter(EngFormatter(unit, sep=" " if unit else ""))
+    axis.set_minor_formatter(NullFormatter())
+
+
+def legend(figure: Figure, panels: Sequence[Axes]) -> None:
+    """One legend for all panels, below them."""
+    found: dict[str, Any] = {}
+    for panel in panels:
+        for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
+            found.setdefault(label, handle)
+    if 0 < len(found) <= MOST_IN_LEGEND:  # more would cover the figure; its CSV has the names
+        widths = [0.6 + CHARACTER * len(label) for label in found]  # with the line sample
+        room = figure.get_figwidth()
+        across = len(found) if sum(widths) < room else max(1, int(room / max(widths)))
+        figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(found) // across))
+        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=across, frameon=False)
