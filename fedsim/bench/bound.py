@@ -19,10 +19,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from fedsim.bench.operators import Operator, Operators
 from fedsim.bench.variants import timed
 from fedsim.config import Config, cpu_count
-from fedsim.data.datasets import CIFAR100, classes_of
-from fedsim.data.images import SIDE, Images
+from fedsim.data.datasets import facts_of, moments_of
+from fedsim.data.images import Images
 from fedsim.device import set_tf32
-from fedsim.models import blank_model
+from fedsim.models import empty_model
 from fedsim.optim import build_optimizer
 from fedsim.training.cuda_graph import CapturedSteps
 from fedsim.training.step import StepInputs
@@ -54,11 +54,11 @@ def measure_rates(device: str, precision: str) -> Rates:
 @functools.lru_cache(maxsize=64)
 def step_operators(config: Config, batch: int) -> list[Operator]:
     """The operators of one captured step of one model at a batch size, found without computing or allocating."""
-    pixels, labels = np.zeros((1, SIDE, SIDE, 3), np.uint8), np.zeros(1, np.int64)
+    pixels, labels = np.zeros((1, *facts_of(config).shape), np.uint8), np.zeros(1, np.int64)
     inputs = StepInputs(torch.zeros(4, batch, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), [0.0])
-    model = blank_model(config.model, classes_of(config), "meta", config.precision)
+    model = empty_model(config, "meta")
     with FakeTensorMode(allow_non_fake_inputs=True):
-        images = Images(pixels, labels, CIFAR100, "cpu")
+        images = Images(pixels, labels, moments_of(config), "cpu", config.crop_padding, config.crop_size)
         values = {n: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype) for n, v in model.state_dict().items()}
         model.load_state_dict(values, assign=True)
         optimizer = build_optimizer(config, dict(model.named_parameters()))
@@ -82,6 +82,6 @@ def bound(config: Config, rates: Rates, centralized: bool) -> float:
     if centralized:
         return config.local_steps * seconds(step_operators(single, config.clients * config.batch_size), rates)
     step = config.clients * seconds(step_operators(single, config.batch_size), rates)
-    model = blank_model(config.model, classes_of(config), "meta", config.precision)
+    model = empty_model(config, "meta")
     weights: int = sum(value.nbytes for value in model.state_dict().values())
     return config.local_steps * step + 2 * config.clients * weights / rates.bytes

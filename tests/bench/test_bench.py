@@ -147,7 +147,7 @@ def test_the_bound_is_that_of_the_operators_of_a_step() -> None:
     keys = {"model": "lenet-bn", "synthetic-classes": 100, "precision": "bf16", "batch-size": 64, "clients": 12}
     config = Config().changed({**keys, "dataset": "synthetic", "local-steps": 10})
     one, large = step_operators(config, 64), step_operators(config, 768)
-    assert sum(each.flop for each in one) == 64 * flop_per_image("lenet-bn", 100)
+    assert sum(each.flop for each in one) == 64 * flop_per_image(config)
     assert sum(each.bytes for each in large) == pytest.approx(2.3e9, rel=0.1)
     assert 12 * sum(each.bytes for each in one) - sum(each.bytes for each in large) == pytest.approx(0.72e9, rel=0.1)
     h100 = Rates(flop=350e12, bytes=2.8e12)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedsim.config import FIELDS, Config, choices
 from fedsim.errors import UserError
-from fedsim.models import MODELS
+from fedsim.registry import MODELS
 from fedsim.records import Run
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.test_failures import forget, once, run_with
@@ -21,12 +21,12 @@ RULES = choices(FIELDS["batchnorm_at_sync"])
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(MODELS, "lenet-bn", f"{__name__}:tiny_network")
+
+
+def tiny_network(classes: int) -> nn.Module:
     """A network with BatchNorm that trains in no time."""
-
-    def build(classes: int) -> nn.Module:
-        return nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, classes))
-
-    monkeypatch.setitem(MODELS, "lenet-bn", build)
+    return nn.Sequential(nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.Flatten(), nn.Linear(196, classes))
 
 
 def model_of(run: Run) -> tuple[dict[str, Tensor], dict[str, Tensor]]:

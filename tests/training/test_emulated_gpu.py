@@ -23,7 +23,7 @@ from fedsim.config import Config
 from fedsim.copies import on_host
 from fedsim.data.datasets import load_dataset
 from fedsim.experiments.execute import execute
-from fedsim.models import MODELS, build_model
+from fedsim.models import build_model
 from fedsim.models.dropout import Dropout
 from fedsim.optim import load_optimizer_state
 from fedsim.training import cuda_graph, local_round, stacked, step, streams
@@ -75,12 +75,9 @@ def resnet(classes: int) -> ResNet:
     return model
 
 
-def named(config: Config, model: str, monkeypatch: pytest.MonkeyPatch) -> Config:
-    """`config` with a model of the registry or, under the name of one, with `resnet`."""
-    if model != "resnet":
-        return config.changed({"model": model})
-    monkeypatch.setitem(MODELS, "lenet5", resnet)
-    return config.changed({"model": "lenet5", "synthetic-images": 65})  # unlike any other configuration
+def named(config: Config, model: str) -> Config:
+    """`config` with a model of the registry, or with `resnet`."""
+    return config.changed({"model": f"{__name__}:resnet" if model == "resnet" else model})
 
 
 def captured(config: Config, **options: Any) -> dict[str, Tensor]:
@@ -101,11 +98,9 @@ def captured(config: Config, **options: Any) -> dict[str, Tensor]:
         ("resnet", "fp32", OPTIMIZERS[0]),
     ],
 )
-def test_a_captured_step_is_the_simple_step(
-    tiny: Config, model: str, precision: str, keys: dict[str, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_captured_step_is_the_simple_step(tiny: Config, model: str, precision: str, keys: dict[str, Any]) -> None:
     """Bit for bit, but where LARS multiplies by the rate in another order."""
-    config = named(tiny, model, monkeypatch).changed({"precision": precision, **keys})
+    config = named(tiny, model).changed({"precision": precision, **keys})
     another_order = config.optimizer == "lars" and not config.lars_lr_in_momentum
     assert_close(captured(config), rounds(config, static=False), 1e-5 if another_order else 0)
 
@@ -168,11 +163,9 @@ def assert_same_ends(config: Config, way: str, within: float, but: Sequence[str]
         ("groups", "resnet", "fp64", "sgdm"),
     ],
 )
-def test_all_workers_at_once_are_one_by_one(
-    tiny: Config, way: str, model: str, precision: str, optimizer: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_all_workers_at_once_are_one_by_one(tiny: Config, way: str, model: str, precision: str, optimizer: str) -> None:
     shape = {"precision": precision, "optimizer": optimizer, "trust-coefficient": 0.05, "batch-size": 2}
-    config = named(tiny, model, monkeypatch).changed(shape)
+    config = named(tiny, model).changed(shape)
     within = {"fp64": 1e-12, "fp32": 1e-4, "bf16": 0}[precision]
     assert_same_ends(config, way, within, NOISE_OF_LAMB if optimizer == "lamb" and model == "lenet-bn" else ())
 
