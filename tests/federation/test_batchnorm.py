@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from fedsim.config import FIELDS, Config, choices
 from fedsim.errors import UserError
-from fedsim.registry import MODELS
 from fedsim.records import Run
+from fedsim.registry import MODELS
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.test_failures import forget, once, run_with
 
