@@ -104,9 +104,8 @@ def read_records(root: Path) -> Records:
         summary = _read(path.with_name("summary.json"), Summary.model_validate_json, warnings)
         content = _read(path.with_name(ROWS), bytes, warnings)
         if summary and _is_of_other_rows(summary, content):
-            warnings.append(
-                f"{printable(str(path.with_name(ROWS)))}: not the rows of summary.json; the run is left out"
-            )
+            where = printable(str(path.with_name(ROWS)))
+            warnings.append(f"{where}: its SHA-256 is not the one in summary.json; the run is left out")
             continue
         own = _parse_rows(path.with_name(ROWS), content or b"", warnings)
         rows += [{"run": len(runs), **row.model_dump()} for row in own]

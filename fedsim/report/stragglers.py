@@ -5,13 +5,15 @@ each step by itself, has mean 1. A round waits for the last of its K workers, wh
 
     E max_k f_k (X_k1 + ... + X_kJ)
 
-usual steps. The expectation is a mean over simulated rounds, corrected by the sums of the slowest workers, whose
-expectation is known (a control variate): so it is exact for one worker, and for one slow worker without jitter.
+usual steps. Without jitter that follows from the chance that a round samples a slow worker. With jitter it is the mean
+over simulated rounds, corrected by the sums of the slowest workers, whose expectation is known (a control variate): so
+it is exact for one worker.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import re
 from typing import NamedTuple
 
@@ -83,11 +85,12 @@ def computed_steps(rows: pd.DataFrame, which: Stragglers) -> pd.Series:
 
 def slowest(steps: int, workers: int, clients: int, which: Stragglers) -> float:
     """The expected time of the slowest of `workers`, sampled from `clients`, for `steps` each, in usual steps."""
-    if not which.jitter and (not which.slow or workers == clients):
-        return steps * (which.factor if which.slow else 1.0)
+    slow = min(which.slow, clients)
+    if not which.jitter:
+        without = math.prod((clients - workers - i) / (clients - i) for i in range(slow))  # the share of such rounds
+        return steps * (which.factor + (1 - which.factor) * without)
     rng = np.random.default_rng([which.seed, steps, workers, clients])
     rounds = simulated_rounds(steps, workers)
-    slow = min(which.slow, clients)
     present = rng.hypergeometric(slow, clients - slow, workers, rounds)  # of the slow ones, in each round
     factors = np.where(np.arange(workers) < present[:, None], which.factor, 1.0)
     times = factors * _sums(steps, (rounds, workers), which, rng)
@@ -103,8 +106,6 @@ def simulated_rounds(steps: int, workers: int) -> int:
 
 def _sums(steps: int, shape: tuple[int, int], which: Stragglers, rng: np.random.Generator) -> Floats:
     """Sums of the times of `steps` usual steps."""
-    if not which.jitter:
-        return np.full(shape, float(steps))
     if which.jitter == "exponential":
         return np.asarray(rng.gamma(steps, size=shape))
     if steps > LONG:

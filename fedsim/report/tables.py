@@ -153,8 +153,8 @@ def learning_rates(table: ResultTable) -> str:
     """How the learning rates were chosen, and what they are."""
     keys = ("lr", "lr-scaling", "lr-scaling-batch", "schedule")
     configs = table.cells["config"].loc[sorted(table.runs["cell"].unique())]
-    held = {key: sorted({str(config[key]) for config in configs if key in config}) for key in keys}
-    shown = ", ".join(f"{key} = {' or '.join(values)}" for key, values in held.items() if values)
+    held = {key: sorted({config[key] for config in configs if key in config}) for key in keys}
+    shown = ", ".join(f"{key} = {' or '.join(map(str, values))}" for key, values in held.items() if values)
     return f"Learning rates: {table.rates}; {shown}."
 
 

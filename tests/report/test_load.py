@@ -96,7 +96,9 @@ def test_a_run_whose_rows_are_not_those_of_its_summary_is_left_out(folder: Path,
     summary.write_text(json.dumps(content))
     assert read_records(tmp_path).warnings == []
     rows.write_text(rows.read_text().replace("0.4", "0.5"))
-    assert warning_of(tmp_path, "metrics.jsonl").endswith("the run is left out")
+    assert warning_of(tmp_path, "metrics.jsonl").endswith(
+        "its SHA-256 is not the one in summary.json; the run is left out"
+    )
     assert list(read_records(tmp_path).runs["run"]) == ["other"]
     summary.write_text(json.dumps({**content, "finished": False}))  # a resumed run has more rows
     assert read_records(tmp_path).warnings == []

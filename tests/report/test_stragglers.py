@@ -22,7 +22,10 @@ def test_one_slow_worker_without_jitter_is_waited_for() -> None:
     slow = Stragglers(slow=1, factor=2.5)
     assert slowest(10, 4, 4, slow) == 25
     # If two of eight clients are sampled, in every fourth round
-    assert slowest(10, 2, 8, slow) == pytest.approx(10 * (1 + 1.5 / 4), rel=0.02)
+    assert slowest(10, 2, 8, slow) == pytest.approx(10 * (1 + 1.5 / 4))
+    assert slowest(10, 2, 8, slow._replace(slow=7)) == 25
+    assert slowest(10, 2, 8, slow._replace(slow=9)) == 25
+    assert slowest(10, 2, 8, slow._replace(jitter="lognormal", sigma=0.01)) == pytest.approx(13.75, rel=0.02)
     # With a little jitter still for the same one
     assert slowest(100, 4, 4, slow._replace(jitter="lognormal", sigma=0.1)) == pytest.approx(250, rel=1e-12)
 
