@@ -474,8 +474,8 @@ def export_shards(
 @cli.command(cls=Command)
 @keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in SHARD_KEYS))
 def partition(
-    keys: dict[str, Any],
     out: str = typer.Option("", "-o", "--out", help="also draw it to this file, .png, .pdf or .svg", metavar="FILE"),
+    **keys: Any,
 ) -> None:
     """Show who holds which images: a table of every client's number of images and of classes.
 
@@ -484,7 +484,7 @@ def partition(
     from fedsim.experiments.study import configure
     from fedsim.report.partition import show_partition
 
-    show_partition(configure("localsgd", {**keys, "device": "cpu", "small-shards": True}), out, _console())
+    show_partition(configure("localsgd", {**_given(keys), "device": "cpu", "small-shards": True}), out, _console())
 
 
 @cli.command(cls=Command)

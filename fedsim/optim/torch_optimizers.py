@@ -35,7 +35,7 @@ TORCH_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 OWN_KEYS = ("lr", "weight_decay")  # arguments that have keys of their own
 OF_THE_IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")  # no arguments of the method
 NEW_STATE = {"mu_product": 1.0}  # of NAdam; every other entry of a state begins at zero
-NOT_ZERO = ("initial_accumulator_value",)  # of Adagrad, which would begin elsewhere
+NOT_ZERO = ("initial_accumulator_value", "dampening")  # of Adagrad and SGD: with them a new state is not a zero one
 
 
 def known_arguments(name: str) -> list[str]:

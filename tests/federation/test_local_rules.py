@@ -110,6 +110,10 @@ def test_a_client_that_lost_its_control_variate_begins_anew_or_all_go_back(small
             {"optimizer": "adamw", "optimizer_args": "fused=true"},
             "adamw has no argument fused: it must be one of betas",
         ),
+        (
+            {"optimizer": "sgd", "optimizer_args": "dampening=0.5"},
+            "sgd has no argument dampening: it must be one of mom",
+        ),
         ({"optimizer": "adamw", "optimizer_args": "betas=2:0.9"}, "adamw: Invalid beta parameter at index 0: 2"),
         ({"optimizer": "adamw", "nesterov": True}, "nesterov = true needs optimizer sgdm or lars"),
     ],

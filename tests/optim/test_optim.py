@@ -23,7 +23,7 @@ EVERY: list[dict[str, Any]] = [
     {"optimizer": "lars", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
     {"optimizer": "lamb", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
     *({"optimizer": name} for name in TORCH_OPTIMIZERS if name != "sgd"),
-    {"optimizer": "sgd", "optimizer-args": "momentum=0.9, dampening=0.5"},
+    {"optimizer": "sgd", "optimizer-args": "momentum=0.9, nesterov=true"},
     {"optimizer": "adam", "optimizer-args": "amsgrad=true", "decay-biases-and-norms": False},
     {"optimizer": "rmsprop", "optimizer-args": "momentum=0.9, centered=true"},
 ]

@@ -47,7 +47,7 @@ def begin(config: Config, worker: int, round: int = 1) -> Start:
     return Start(worker, round, model.state_dict(), {})
 
 
-# LAMB steps by the norm of a parameter even where its gradient is rounding noise, as that of a bias before BN is. BN
+# LAMB (as Adam) steps as far even where the gradient is rounding noise, as that of a bias before BN is. BN
 # takes the bias out of everything but its running mean; how other kernels round decides on both.
 NOISE_OF_LAMB = ("conv1.bias", "conv2.bias", "bn1.running_mean", "bn2.running_mean")
 
