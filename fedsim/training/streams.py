@@ -26,7 +26,8 @@ def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
     for stream in filter(None, streams):
         torch.cuda.current_stream(stream.device).wait_stream(stream)
     samples = local_plan(config).samples(starts[0].round)
-    return [End(weights, state, float(loss), samples) for weights, state, loss in ends]
+    losses = torch.stack([torch.as_tensor(loss, dtype=torch.float64).reshape(()) for _, _, loss in ends]).tolist()
+    return [End(weights, state, loss, samples) for (weights, state, _), loss in zip(ends, losses, strict=True)]
 
 
 @functools.lru_cache(maxsize=1)
