@@ -259,6 +259,7 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if gpu.capturing:
             for tensor in fresh:
                 place(tensor, DEVICE)
+                gpu.capturing.pool.setdefault(address(tensor), tensor.detach())
         else:
             gpu.give_memory(fresh)
         if launches_kernel(func):

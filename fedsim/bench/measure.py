@@ -28,6 +28,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.console import Console
 from rich.table import Table
 
@@ -73,6 +74,8 @@ def run_bench(
     flop = flop_per_image(config)
     precisions = dict.fromkeys((config.precision, "bf16") if on_gpu else (config.precision,))
     rates: dict[str, Rates] = {precision: measure_rates(config.device, precision) for precision in precisions}
+    if on_gpu:
+        torch.cuda.empty_cache()  # for the processes that follow
     starting = start_up(config.device)
     for precision, rate in rates.items():
         console.print(f"{config.device}, {precision}: {rate.flop / 1e9:,.0f} GFLOP/s in a matrix product")

@@ -26,7 +26,12 @@ def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
     for stream in filter(None, streams):
         torch.cuda.current_stream(stream.device).wait_stream(stream)
     samples = local_plan(config).samples(starts[0].round)
-    return [End(weights, state, float(loss), samples, gradients) for weights, state, gradients, loss in ends]
+    of_workers = [torch.as_tensor(loss, dtype=torch.float64).reshape(()) for *_, loss in ends]
+    losses = torch.stack(of_workers).tolist()  # waits once
+    return [
+        End(weights, state, loss, samples, gradients)
+        for (weights, state, gradients, _), loss in zip(ends, losses, strict=True)
+    ]
 
 
 @functools.lru_cache(maxsize=1)

@@ -200,6 +200,7 @@ def test_a_run_on_the_gpu_is_the_run_on_the_cpu_and_is_resumed_bitwise(
 def test_a_round_of_twelve_workers_takes_few_launches_and_waits(tiny: Config, way: str, model: str) -> None:
     counts = round_counts(tiny.changed({"model": model, "batch-size": 1, "clients": 12}), way)
     assert counts["replays"] == tiny.local_steps
+    assert counts["captured"] < 150  # gradients that are zeroed and added to would be 28 more than these 131 to 146
     assert counts["launches"] <= 150
     assert counts["waits"] == 3  # for the losses, for the updates' values, for the average's
 
