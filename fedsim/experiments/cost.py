@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedsim.config import Config, Mode, current_names
 from fedsim.data.datasets import image_shape, training_images
 from fedsim.experiments.study import read_study, study_names
-from fedsim.models import empty_model
+from fedsim.models import cpu_model
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 
@@ -43,7 +43,7 @@ def cost(config: Config, mode: Mode) -> Cost:
 
 def flop_per_image(config: Config) -> float:
     """Floating-point operations per image of a training step, in convolutions and matrix products."""
-    network, images = empty_model(config, "meta", "fp32"), torch.zeros(1, *image_shape(config), device="meta")
+    network, images = cpu_model(config), torch.zeros(1, *image_shape(config))
     with FlopCounterMode(display=False) as counter:
         network.eval()(images).sum().backward()
     return float(counter.get_total_flops())
