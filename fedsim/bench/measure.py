@@ -42,6 +42,7 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.cost import flop_per_image
 from fedsim.experiments.study import read_study
 from fedsim.federation.flwr_run import CHECKOUT
+from fedsim.models import check_model
 from fedsim.provenance import provenance
 from fedsim.records import atomic_write
 
@@ -67,6 +68,7 @@ def run_bench(
             raise UserError(f"variants = {name!r} is unknown: it must be one of {', '.join(VARIANTS)}")
     images = {"dataset": "synthetic", "synthetic-classes": 100, "synthetic-images": 50_000}
     config = resolve(Config().changed({**keys, **images}), "localsgd")
+    check_model(config)
     for k in clients:
         check_shards(config.changed({"clients": k}), config.synthetic_images, k)
     check_output(Path(output))

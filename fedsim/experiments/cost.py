@@ -19,7 +19,7 @@ from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.compress import codec_down_of, codec_of
 from fedsim.federation.round import initial_progress
-from fedsim.models import empty_model, initial_model
+from fedsim.models import cpu_model, initial_model
 from fedsim.records import CONFIG, run_folder
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
@@ -72,7 +72,7 @@ def _sent_bytes(codec: Codec | None, sent: Sections) -> int:
 
 def flop_per_image(config: Config) -> float:
     """Floating-point operations per image of a training step, in convolutions and matrix products."""
-    network, images = empty_model(config, "meta", "fp32"), torch.zeros(1, *image_shape(config), device="meta")
+    network, images = cpu_model(config), torch.zeros(1, *image_shape(config))
     with FlopCounterMode(display=False) as counter:
         network.eval()(images).sum().backward()
     return float(counter.get_total_flops())

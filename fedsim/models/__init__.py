@@ -28,9 +28,14 @@ def initial_model(config: Config) -> nn.Module:
     return build_model(*what, image_shape(config), config.norm)
 
 
-def empty_model(config: Config, device: str = "", precision: str = "") -> nn.Module:
-    """The same model with uninitialised values (see `blank_model`), if need be on another device."""
-    what = (config.model, classes_of(config), device or config.device, precision or config.precision)
+def cpu_model(config: Config) -> nn.Module:
+    """The same model on the CPU in fp32, whatever `config` says of either: to try something with it."""
+    return initial_model(config.changed({"device": "cpu", "precision": "fp32"}))
+
+
+def empty_model(config: Config) -> nn.Module:
+    """The same model with uninitialised values (see `blank_model`)."""
+    what = (config.model, classes_of(config), config.device, config.precision)
     return blank_model(*what, image_shape(config), config.norm)
 
 
@@ -40,7 +45,7 @@ def check_model(config: Config) -> None:
     The forward pass may draw no random numbers but those of fedsim's dropout, or a run could not be repeated, and
     every parameter must get a gradient.
     """
-    model = initial_model(config.changed({"device": "cpu", "precision": "fp32"}))
+    model = cpu_model(config)
     shape, classes = image_shape(config), classes_of(config)
     step_keys = StepKeys()
     set_dropout_keys(model.train(), step_keys)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from fedsim.config import Config
 from fedsim.data.datasets import image_shape
-from fedsim.models import empty_model
+from fedsim.models import check_model, cpu_model
 from fedsim.training.stacked import why_not
 
 Engine = Literal["threads", "stacked"]
@@ -32,8 +32,10 @@ def choose_engine(config: Config) -> Engine:
     | 530 million: `lenet-bn`, batch 16 | | 1.00 | | |
     | 2,100 million: `lenet-bn`, batch 64 | | | 1.27 (time on 2 cores) | |
 
-    A GPU, on which threads would take turns, always stacks; it has not been measured.
+    A GPU, on which threads would take turns, always stacks; it has not been measured. Raises UserError where the model
+    cannot be trained at all.
     """
+    check_model(config)
     small = config.batch_size * multiply_adds(config) <= STACKED_UP_TO
     faster = config.clients_per_round > 1 and (small or config.device.startswith("cuda"))
     return "stacked" if faster and not why_not(config) else "threads"
@@ -46,9 +48,9 @@ def multiply_adds(config: Config) -> int:
     def count(layer: nn.Module, _: Any, output: Tensor) -> None:
         counts.append(output.numel() * layer.get_parameter("weight")[0].numel())
 
-    model = empty_model(config, "meta", "fp32").eval()
+    model = cpu_model(config).eval()
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
             layer.register_forward_hook(count)
-    model(torch.empty(1, *image_shape(config), device="meta"))
+    model(torch.zeros(1, *image_shape(config)))
     return sum(counts)

@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from flwr.app import Context, Message
 
 from fedsim.config import Config
+from fedsim.device import resolve
 from fedsim.errors import UserError
-from fedsim.experiments.execute import execute
+from fedsim.experiments.execute import execute, resolve_run
+from fedsim.federation import client_app
+from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.server_app import train_localsgd
 from fedsim.models import blank_model, check_model, initial_model
 from fedsim.models.resnet import NORMS
+from fedsim.records import Run
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
 OWN = "tests.own_code"
@@ -75,10 +82,29 @@ def test_a_model_that_cannot_be_trained_is_told_in_a_line(small: Config, keys: d
     config = small.changed({**keys, "name": "run"})
     for _ in range(2):  # whatever the first try has left imported
         with pytest.raises(UserError) as caught:
-            execute(config, "localsgd")
+            start(config)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
     assert not any(Path(config.results_dir).iterdir())
+
+
+def start(config: Config) -> None:
+    """As the command line does."""
+    resolved, engine = resolve_run(config, "localsgd", "auto")
+    execute(resolved, "localsgd", engine)
+
+
+def test_a_node_without_the_models_module_says_what_to_install(small: Config) -> None:
+    config = resolve(small.changed({"model": f"{OWN}:mlp", "clients": 1, "name": "run"}), "localsgd")
+
+    def client(message: Message, context: Context) -> Message:
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setitem(sys.modules, OWN, None)
+            return client_app.app(message, context)
+
+    message = f"a node cannot take part: .*model = {OWN}:mlp: no module {OWN} on this machine: install it, or put"
+    with InProcessGrid(client, config) as grid, pytest.raises(UserError, match=message):  # type: ignore[arg-type]
+        train_localsgd(grid, config, Run(config, "localsgd"))
 
 
 def test_the_check_of_a_model_draws_nothing_from_the_global_generator(small: Config) -> None:
