@@ -136,7 +136,7 @@ def _reply(config: Config, message: Message, context: Context, start: Start, end
         kept = kept | with_prefix(CONTROL, end.gradients)
     sent = sections(end.weights, buffers, extras)
     if config.batchnorm_at_sync == "local":
-        own = batchnorm_buffers(empty_model(config, "meta"))
+        own = batchnorm_buffers(empty_model(config))
         kept = kept | {BATCHNORM + name: sent.buffers[name] for name in own}
     if codec := codec_of(config):
         if any(wrong_values([sent.parameters])):  # an infinity would stay in the residual

@@ -28,7 +28,6 @@ from fedsim.federation.protocol import (
     needs_all_memories,
     shared,
 )
-from fedsim.models import initial_model
 from fedsim.optim import check_optimizer
 from fedsim.records import Row
 from fedsim.training.local_rule import check_local_rule
@@ -146,7 +145,7 @@ def try_flower_strategy(config: Config) -> str:
     """`why_not_resumable` of the strategy of `config`; raises UserError where it fails on made-up updates."""
     make = flower_strategy_of(config)
     let_messages_be_made()
-    parameters = dict(initial_model(config.changed({"device": "cpu"})).named_parameters())
+    parameters = dict(cpu_model(config).named_parameters())
     try:
         return why_not_resumable(make, parameters, config.clients_per_round, config.seed)
     except StrategyFailed as error:
