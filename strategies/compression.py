@@ -12,7 +12,8 @@ A codec encodes a tensor as a few smaller ones, whose bytes are what is sent, an
                  itself; vectors are sent as they are
 
 With error feedback (Seide et al. 2014) a worker adds what the last message left out to the next one. The server may
-compress what it sends too (`broadcast`). A decoded tensor has the same bits wherever it is decoded.
+compress what it sends too (`broadcast`); its message must decode to the same bits everywhere, so decoding rounds each
+operation by itself, in a fixed order.
 """
 
 from __future__ import annotations

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from strategies.compression import CODECS, Codec, PowerSGD, broadcast, decode, encode, make_codec, receive
+from tests.conftest import NEEDS_GPU
 
 SHAPES = {"conv.weight": (6, 3, 5, 5), "fc.weight": (20, 31), "fc.bias": (31,), "scalar": ()}
 COUNT = sum(math.prod(shape) for shape in SHAPES.values())
@@ -143,6 +144,17 @@ def test_the_memory_layout_changes_no_bit_of_a_message(name: str) -> None:
     plain, _ = encode(codec, {"w": value}, {}, 0)
     last, _ = encode(codec, {"w": value.to(memory_format=torch.channels_last)}, {}, 0)
     assert all(torch.equal(plain[part], last[part]) for part in plain)
+
+
+@pytest.mark.gpu
+@NEEDS_GPU
+@pytest.mark.parametrize("name", NAMES)
+def test_a_gpu_decodes_to_the_same_bits(name: str) -> None:
+    codec, values = codec_of(name, ratio=0.1), update(0)
+    message, _ = encode(codec, values, {}, 0)
+    on_cpu = decode(codec, message, values, 0)
+    on_gpu = decode(codec, {n: v.cuda() for n, v in message.items()}, {n: v.cuda() for n, v in values.items()}, 0)
+    assert all(torch.equal(on_gpu[n].cpu(), value) for n, value in on_cpu.items())
 
 
 @pytest.mark.parametrize("name", NAMES)
