@@ -28,6 +28,7 @@ from fedsim.federation.protocol import (
     needs_all_memories,
     shared,
 )
+from fedsim.models import cpu_model
 from fedsim.optim import check_optimizer
 from fedsim.records import Row
 from fedsim.training.local_rule import check_local_rule
