@@ -64,7 +64,7 @@ def test_equal_epochs_take_the_rounds_that_the_paper_notes() -> None:
             assert run_plan(config, 50_000).rounds == expected
 
 
-@pytest.mark.parametrize("name", ["table3", "../config", "table1.toml"])
+@pytest.mark.parametrize("name", ["table3", "../config", "table1.tml"])
 def test_an_unknown_preset_names_the_known_ones(name: str) -> None:
     with pytest.raises(UserError, match=r"it must be one of .*kj-equal-epochs, .*table1, .*table2"):
         configure("localsgd", {}, name)
