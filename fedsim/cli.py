@@ -18,7 +18,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from fedsim import __version__
-from fedsim.config import FIELDS, Config, Engine, Mode, accepted, choices, engine_named, has_key, kebab, typed
+from fedsim.config import FIELDS, Config, Engine, Mode, accepted, engine_named, has_key, kebab, suggestions, typed
 from fedsim.errors import RunFailed, UserError
 from fedsim.interrupts import Interrupted, interruption
 
@@ -195,7 +195,7 @@ def _flag(name: str, panel: str) -> inspect.Parameter:
         metavar=None if boolean else KINDS.get(field.annotation, "NAME"),
         show_default=False,
         rich_help_panel=panel,
-        autocompletion=_completion(choices(field)),
+        autocompletion=_completion(suggestions(field)),
     )
     annotation: Any = Optional[bool if boolean else str]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)

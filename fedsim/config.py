@@ -562,6 +562,11 @@ def own_keys(node_config: Mapping[str, Value]) -> dict[str, Value]:
     return own
 
 
+def suggestions(field: FieldInfo) -> tuple[str, ...]:
+    """The names that a key accepts, also where it accepts other values too."""
+    return next((named.names for named in field.metadata if isinstance(named, Named)), choices(field))
+
+
 def choices(field: FieldInfo) -> tuple[str, ...]:
     """The values that a key accepts where it has a few names; else none."""
     return get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
