@@ -175,10 +175,13 @@ def table(timings: Sequence[Timing], flop: float, rates: Mapping[str, Rates]) ->
     """The timings, compared with centralized training at the same K, and with the bound by the rates of a precision."""
     legend = "\n".join(f"{name}: {VARIANTS[name][1]}" for name in dict.fromkeys(each.variant for each in timings))
     result = Table(title="A round of LocalSGD: medians (least to most)", caption=legend, caption_justify="left")
-    columns = ("K", "variant", "s a round", "images/s", "GFLOP/s", "of centralized", "of its bound")
+    columns = ("K", "variant", "s a round", "images/s", "GFLOP/s", "of centralized", "of in-process", "of its bound")
     for name in (*columns, peak_label(timings)):
         result.add_column(name, justify="left" if name == "variant" else "right")
-    reference = {each.config.clients: each.images_per_second for each in timings if each.variant == "centralized"}
+    references = [
+        {each.config.clients: each.images_per_second for each in timings if each.variant == name}
+        for name in ("centralized", "in-process")
+    ]
     for each in timings:
         rate, k = each.images_per_second, each.config.clients
         result.add_row(
@@ -187,7 +190,7 @@ def table(timings: Sequence[Timing], flop: float, rates: Mapping[str, Rates]) ->
             f"{statistics.median(each.seconds):.3f} ({min(each.seconds):.3f} to {max(each.seconds):.3f})",
             f"{rate:,.0f}",
             f"{rate * flop / 1e9:,.1f}",
-            f"{rate / reference[k]:.2f}" if k in reference else "",
+            *(f"{rate / reference[k]:.2f}" if k in reference else "" for reference in references),
             f"{of_bound(each, rates[each.config.precision]):.2f}",
             f"{each.peak_bytes / 2**20:,.0f}",
         )

@@ -59,6 +59,11 @@ def threaded_rounds(config: Config, rounds: int) -> list[float]:
     return _rounds_on_grid(config, rounds, None)
 
 
+def method_rounds(config: Config, rounds: int, method: str) -> list[float]:
+    """The same with the keys of a `method` of `METHODS`."""
+    return threaded_rounds(config.changed(METHODS[method]), rounds)
+
+
 def stacked_rounds(config: Config, rounds: int, **choices: Any) -> list[float]:
     """LocalSGD in this process, all clients in one stacked network; `choices` are arguments of `train_together`."""
     return _rounds_on_grid(config, rounds, functools.partial(train_together, **choices))
@@ -89,6 +94,14 @@ def flower_rounds(config: Config, rounds: int) -> list[float]:
     return [end - begin for begin, end in itertools.pairwise(ends[:-1])]
 
 
+METHODS: dict[str, dict[str, Any]] = {  # what they cost beside plain LocalSGD, in-process
+    "slowmo": {"outer": "slowmo"},
+    "fedadam": {"outer": "fedadam"},
+    "scaffold": {"local-rule": "scaffold"},
+    "int8": {"compress": "int8"},
+    "topk": {"compress": "topk", "compress-ratio": 0.01},
+    "powersgd": {"compress": "powersgd", "compress-rank": 4},
+}
 VARIANTS: dict[str, tuple[Rounds, str]] = {
     "centralized": (centralized_rounds, "centralized training at batch K * B"),
     "centralized-eager": (
@@ -114,8 +127,20 @@ VARIANTS: dict[str, tuple[Rounds, str]] = {
     "flower": (flower_rounds, "fedsim's app by flwr run, on Ray"),
     "flower-plain": (tutorial_rounds, "Flower alone on Ray: an app and FedAvg as in its tutorials"),
     "plain": (plain_rounds, "a plain PyTorch loop: DataLoader, per-image transforms, one model after the other"),
+    **{
+        name: (
+            functools.partial(method_rounds, method=name),
+            f"in-process with {', '.join(f'{key} = {value}' for key, value in keys.items())}",
+        )
+        for name, keys in METHODS.items()
+    },
 }
-THREADED = ("in-process", "flower", "flower-plain")  # clients run at the same time: on a CPU each has one thread
+THREADED = (
+    "in-process",
+    "flower",
+    "flower-plain",
+    *METHODS,
+)  # clients run at the same time: on a CPU each has one thread
 
 # What `bench` measures by default
 ON_CPU = ("centralized", "in-process", "stacked", "loop", "flower", "flower-plain", "plain")
