@@ -45,7 +45,7 @@ def allocated(mib: int) -> bytearray:
 
 
 def test_every_variant_takes_its_turns_and_is_compared_with_centralized_training(tmp_path: Path) -> None:
-    names = ["centralized", "centralized-eager", "in-process", "stacked-products", "plain"]
+    names = ["centralized", "centralized-eager", "in-process", "stacked-products", "plain", "int8"]
     held = allocated(2048)  # of this process: no variant may show it as its own
     timings, failed = measure(turns(resolve(TINY, "localsgd"), *names), rounds=2, limit=LIMIT)
     del held
