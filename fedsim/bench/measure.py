@@ -67,7 +67,7 @@ def run_bench(
         if name not in VARIANTS:
             raise UserError(f"variants = {name!r} is unknown: it must be one of {', '.join(VARIANTS)}")
     images = {"dataset": "synthetic", "synthetic-classes": 100, "synthetic-images": 50_000}
-    config = resolve(Config().changed({**keys, **images}), "localsgd")
+    config = resolve(Config().changed({**keys, **images, "rounds": rounds + 1}), "localsgd")  # one to warm up
     check_model(config)
     for k in clients:
         check_shards(config.changed({"clients": k}), config.synthetic_images, k)
