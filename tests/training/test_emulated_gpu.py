@@ -95,7 +95,7 @@ def captured(config: Config, **options: Any) -> dict[str, Tensor]:
         ("lenet5", "bf16", OPTIMIZERS[5]),
         *(("lenet-bn", precision, OPTIMIZERS[0]) for precision in ("fp32", "bf16", "fp64")),
         ("lenet-bn", "bf16", OPTIMIZERS[4]),
-        ("resnet", "fp32", OPTIMIZERS[0]),
+        ("resnet18", "fp32", OPTIMIZERS[0]),
     ],
 )
 def test_a_captured_step_is_the_simple_step(tiny: Config, model: str, precision: str, keys: dict[str, Any]) -> None:
@@ -160,7 +160,7 @@ def assert_same_ends(config: Config, way: str, within: float, but: Sequence[str]
         *((way, "lenet-bn", "fp64", "sgdm") for way in WAYS),
         ("groups", "lenet-bn", "fp32", "sgdm"),
         *((way, "lenet-bn", "bf16", "sgdm") for way in WAYS),
-        ("groups", "resnet", "fp64", "sgdm"),
+        *((way, "resnet", "fp64", "sgdm") for way in ("groups", "products")),
     ],
 )
 def test_all_workers_at_once_are_one_by_one(tiny: Config, way: str, model: str, precision: str, optimizer: str) -> None:
@@ -177,7 +177,7 @@ def test_all_workers_at_once_are_one_by_one(tiny: Config, way: str, model: str, 
         ("localsgd", "threads", {}),
         ("localsgd", "stacked", {"model": "lenet-bn"}),
         ("localsgd", "stacked", {"outer": "fedadam", "outer-args": "lr=0.01", "compress": "int8"}),
-        ("localsgd", "stacked", {"outer": "slowmo", "momentum-at-sync": "average"}),
+        ("localsgd", "stacked", {"outer": "slowmo", "momentum-at-sync": "average", "local-rule": "scaffold"}),
     ],
 )
 def test_a_run_on_the_gpu_is_the_run_on_the_cpu_and_is_resumed_bitwise(
