@@ -385,6 +385,8 @@ class Config(BaseModel, frozen=True):
     """Fedprox: the factor of the distance that is added to the gradient."""
     momentum_at_sync: Annotated[Literal["keep", "reset", "average"], LOCALSGD] = "keep"
     """Keep, reset or average the clients' optimizer states at each sync."""
+    delay: Annotated[Integer, LOCALSGD, Field(ge=0, le=1)] = 0
+    """Rounds by which the mean reaches the clients late: with 1 they send and receive while they compute."""
     batchnorm_at_sync: Annotated[Literal["average", "first-worker", "pooled", "local", "re-estimated"], LOCALSGD] = (
         "average"
     )

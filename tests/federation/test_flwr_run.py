@@ -83,9 +83,9 @@ def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
 
 
 def test_a_run_begun_in_this_process_goes_on_by_flwr_run_bitwise(tmp_path: Path) -> None:
-    assert run_py(tmp_path, "--name", "whole").returncode == 0
-    assert run_py(tmp_path, "--name", "parts", "--stop-after-rounds", "1").returncode == 0
-    assert run_py(tmp_path, "--name", "parts", "--engine", "flower").returncode == 0
+    assert run_py(tmp_path, "--name", "whole", "--delay", "1").returncode == 0
+    assert run_py(tmp_path, "--name", "parts", "--delay", "1", "--stop-after-rounds", "1").returncode == 0
+    assert run_py(tmp_path, "--name", "parts", "--delay", "1", "--engine", "flower").returncode == 0
     assert_same_bits(final_model(tmp_path / "parts"), final_model(tmp_path / "whole"))
 
 
