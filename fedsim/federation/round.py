@@ -85,7 +85,9 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         "population": config.clients,
         "fraction_train": config.fraction,
         "min_updates": config.min_clients or 1,
-        "max_examples": plan.samples if config.client_weights == "equal" else lambda round_: training_images(config),
+        "max_examples": plan.max_samples
+        if config.client_weights == "equal"
+        else lambda round_: training_images(config),
         "metrics": ["train-loss"],
         "other_records": [MEMORY],
         "batchnorm": batchnorm_buffers(model),

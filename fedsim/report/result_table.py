@@ -21,7 +21,7 @@ from fedsim.report.paper_values import paper_value
 
 MOST_AXES = 3  # runs that differ in more keys are listed by name
 LONGEST_NAME = 150  # bytes of a table's name, a prefix of its file names
-SYMBOLS = {"clients": "K", "local-steps": "J", "batch-size": "batch"}
+SYMBOLS = {"clients": "K", "local-steps": "J", "local-epochs": "E", "batch-size": "batch"}
 NOTHING = "–"
 
 
