@@ -10,13 +10,14 @@ import pytest
 import torch
 
 from fedsim.config import Config
+from fedsim.data.local_folder import write_shards
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.cost import cost
 from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
 from fedsim.training.engine import choose_engine
-from fedsim.training.local_round import End, Start, held_images, local_plan, round_inputs, take_round
+from fedsim.training.local_round import End, Start, check_machine, held_images, local_plan, round_inputs, take_round
 from strategies.mean import mean
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
@@ -112,6 +113,14 @@ def test_clients_of_unequal_shards_are_not_stacked(small: Config) -> None:
     assert choose_engine(config) == "threads"
     with pytest.raises(UserError, match="local-epochs = 2: clients that hold more images take"):
         execute(config, "localsgd", "stacked")
+
+
+def test_a_node_with_images_of_its_own_is_refused(small: Config, tmp_path: Path) -> None:
+    config = resolve(small.changed(UNEVEN), "localsgd")
+    write_shards(config, tmp_path / "shards")
+    with pytest.raises(UserError, match="local-epochs = 2: on a node with images of its own the length of a round"):
+        check_machine(config.changed({"data-dir": str(tmp_path / "shards" / "0")}))
+    check_machine(config)
 
 
 @pytest.mark.parametrize(
