@@ -61,6 +61,7 @@ def started_by(mark: str) -> list[str]:
                 *("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
                 *("--model", "my_code:mlp", "--dataset", "my_code:larger", "--partition", "dirichlet"),
                 *("--partition-args", "alpha=0.9", "--client-weights", "shard-size"),
+                *("--local-steps", "10", "--local-epochs", "1"),
             ),
             marks=NEEDS_FLWR_DATASETS,
         ),
