@@ -529,8 +529,9 @@ def time_to_accuracy(
     carries the bytes of one worker or of all; with all-reduce they go round a ring of the workers. The large-batch
     baseline counts as data-parallel SGD: a sync at every step, of 4 bytes per parameter, worker and direction. One
     worker (K = 1) sends nothing. A round waits for the slowest of its workers: with --jitter and --slow the mean over
-    simulated rounds. Compute time is the median over the runs of seconds per training image, tests included, times the
-    images of a worker's step. A figure shows the time at bandwidths from 1 Mbit/s to 100 Gbit/s, and the fastest cells.
+    simulated rounds. Where delay = 1, it takes the longer of computing and messages instead of their sum. Compute time
+    is the median over the runs of seconds per training image, tests included, times the images of a worker's step. A
+    figure shows the time at bandwidths from 1 Mbit/s to 100 Gbit/s, and the fastest cells.
     """
     from fedsim.report.network import Link, Network, duration, rate
     from fedsim.report.stragglers import stragglers

@@ -280,7 +280,8 @@ class Config(BaseModel, frozen=True):
     small_shards: Annotated[Bool, LOCALSGD] = False
     """Allow clients with fewer images than batch-size; a batch then holds some of them more than once."""
     client_weights: Annotated[Literal["equal", "shard-size"], LOCALSGD] = "equal"
-    """How much a client's update counts in the mean: as any other's, or in proportion to its number of images."""
+    """How much a client's update counts in the mean: as any other's (with local-epochs, by the images that it trained
+    on), or in proportion to its number of images."""
     validation: CountOrZero = 0
     """Training images to hold out, drawn by the seed; evaluate on them instead of the test set."""
 
@@ -347,6 +348,8 @@ class Config(BaseModel, frozen=True):
     """K, the number of clients."""
     local_steps: Annotated[Steps, LOCALSGD] = 10
     """J, the local steps of each client in a round."""
+    local_epochs: Annotated[CountOrZero, LOCALSGD] = 0
+    """Passes of each client over its own images in a round, in place of local-steps; 0: local-steps."""
     local_steps_schedule: Annotated[
         Literal["constant", "post-local", "qsr", "linear", "doubling", "table"], LOCALSGD
     ] = "constant"
@@ -385,6 +388,8 @@ class Config(BaseModel, frozen=True):
     """Fedprox: the factor of the distance that is added to the gradient."""
     momentum_at_sync: Annotated[Literal["keep", "reset", "average"], LOCALSGD] = "keep"
     """Keep, reset or average the clients' optimizer states at each sync."""
+    delay: Annotated[Integer, LOCALSGD, Field(ge=0, le=1)] = 0
+    """Rounds by which the mean reaches the clients late: with 1 they send and receive while they compute."""
     batchnorm_at_sync: Annotated[Literal["average", "first-worker", "pooled", "local", "re-estimated"], LOCALSGD] = (
         "average"
     )

@@ -417,7 +417,8 @@ def default_name(config: Config, mode: Mode) -> str:
     defaults = Config().as_keys()
     identity = {k: v for k, v in config.identity(mode).items() if k not in MACHINE and v != defaults[k]}
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:DIGEST]
-    shape = f"-k{config.clients}-j{config.local_steps}" if mode == "localsgd" else ""
+    length = f"e{config.local_epochs}" if config.local_epochs else f"j{config.local_steps}"
+    shape = f"-k{config.clients}-{length}" if mode == "localsgd" else ""
     return f"{mode}-{config.optimizer}-b{config.batch_size}{shape}-seed{config.seed}-{digest}"
 
 

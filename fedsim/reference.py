@@ -37,6 +37,7 @@ def local_sgd(
     outer: Outer | None = None,
     prox_mu: float = 0.0,
     scaffold: bool = False,
+    delay: bool = False,
 ) -> None:
     """Train `model` in place: in each round `local_steps[round]` (J) steps on each of K `workers`, and one mean.
 
@@ -50,6 +51,7 @@ def local_sgd(
     the server's step: the next parameters from those before the round, the mean of the workers' and the rate of the
     round's last step; without it, the mean. FedProx adds `prox_mu` times the distance from where the round began to a
     gradient, SCAFFOLD c - c_k: c_k is the mean of worker k's gradients in the last round, c the mean of all c_k.
+    With `delay` a worker begins a round from its own model, and at its end adds the difference from there to x.
     """
     replicas = [copy.deepcopy(model) for _ in range(workers)]
     optimizers = [make_optimizer(replica) for replica in replicas]
@@ -67,8 +69,10 @@ def local_sgd(
         c = {name: mean([control[name] for control in controls]) for name in x}
         for worker, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
             own = {name: buffer.clone() for name, buffer in replica.named_buffers()}
-            replica.load_state_dict(model.state_dict())
-            replica.load_state_dict(begun | (own if batchnorm_at_sync == "local" else {}), strict=False)
+            if not delay:
+                replica.load_state_dict(model.state_dict())
+                replica.load_state_dict(begun | (own if batchnorm_at_sync == "local" else {}), strict=False)
+            start = {name: parameter.detach().clone() for name, parameter in replica.named_parameters()}
             replica.train()
             sums = {name: torch.zeros_like(value) for name, value in x.items()}
             for step in range(first_step, first_step + steps):
@@ -80,9 +84,11 @@ def local_sgd(
                 for name, y in replica.named_parameters():
                     assert y.grad is not None
                     sums[name] += y.grad
-                    y.grad += prox_mu * (y.detach() - begun[name])
+                    y.grad += prox_mu * (y.detach() - start[name])
                     y.grad += c[name] - controls[worker][name] if scaffold else 0.0
                 optimizer.step()
+            for name, y in replica.named_parameters() if delay else ():
+                y.data += begun[name] - start[name]
             controls[worker] = {name: value / steps for name, value in sums.items()}
 
         states = [replica.state_dict() for replica in replicas]

@@ -104,6 +104,7 @@ def reference(config: Config) -> dict[str, Tensor]:
         outer=OUTER[config.outer](),
         prox_mu=config.prox_mu if config.local_rule == "fedprox" else 0.0,
         scaffold=config.local_rule == "scaffold",
+        delay=bool(config.delay),
         **keep,  # type: ignore[arg-type]
     )
     if config.batchnorm_at_sync == "re-estimated":
@@ -142,6 +143,9 @@ def reference(config: Config) -> dict[str, Tensor]:
         {"model": "lenet5", "outer": "slowmo", "schedule": "cosine", "momentum-at-sync": "reset"},
         {"model": "lenet5", "local-rule": "fedprox", "prox-mu": 0.5, "optimizer": "lars", "trust-coefficient": 0.05},
         {"model": "lenet5", "local-rule": "scaffold", "nesterov": True},
+        {"delay": 1, "nesterov": True, "outer": "slowmo", "local-rule": "fedprox", "prox-mu": 0.5},
+        {"local-epochs": 1, "local-steps": 10, "model": "lenet5", "synthetic-images": 126, "local-rule": "scaffold"},
+        {"delay": 1, "model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "momentum-at-sync": "reset"},
         {"model": "lenet5", "local-rule": "scaffold", "optimizer": "adamw", "optimizer-args": "betas=0.8:0.9"},
         {
             "outer": "fedadam",

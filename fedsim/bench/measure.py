@@ -69,6 +69,8 @@ def run_bench(
     images = {"dataset": "synthetic", "synthetic-classes": 100, "synthetic-images": 50_000}
     config = resolve(Config().changed({**keys, **images, "rounds": rounds + 1}), "localsgd")  # one to warm up
     check_model(config)
+    if config.local_epochs:
+        raise UserError(f"local-epochs = {config.local_epochs}: a round that is timed has J local steps: leave it out")
     for k in clients:
         check_shards(config.changed({"clients": k}), config.synthetic_images, k)
     check_output(Path(output))

@@ -15,8 +15,10 @@ from fedsim.rng import generator
 
 
 def shard(images: int, workers: int, worker: int, seed: int) -> NDArray[np.int64]:
-    """The images of one worker: IID shards, disjoint and covering all images, with sizes that differ by at most one."""
-    return np.array_split(_shuffled(images, seed), workers)[worker]
+    """The images of one worker: IID shards, disjoint and covering all images, the first ones larger by at most one."""
+    each, more = divmod(images, workers)
+    first = worker * each + min(worker, more)
+    return _shuffled(images, seed)[first : first + each + (worker < more)]
 
 
 @functools.lru_cache(maxsize=2)  # called by every client in every round
@@ -31,6 +33,16 @@ def shard_of(config: Config, worker: int) -> NDArray[np.int64]:
     return uneven_shards(config)[worker]
 
 
+def shard_sizes(config: Config) -> list[int]:
+    """The number of images of each worker of `config`, resolved or not."""
+    if config.partition == "iid":
+        each, more = divmod(training_images(config), config.clients)
+        return [each + 1] * more + [each] * (config.clients - more)
+    if config.device == "auto":
+        config = config.changed({"device": "cpu"})
+    return list(map(len, uneven_shards(config)))
+
+
 def check_partition(config: Config) -> None:
     """Raise UserError where a client of `config` (resolved) would hold no images, or less than a batch of them."""
     if config.partition == "iid":
@@ -40,7 +52,7 @@ def check_partition(config: Config) -> None:
         return
     if config.clients > (images := training_images(config)):
         raise UserError(f"clients = {config.clients} is more than the {images} training images: give fewer clients")
-    sizes = list(map(len, uneven_shards(config)))
+    sizes = shard_sizes(config)
     least = sizes.index(min(sizes))
     if sizes[least] == 0:
         raise UserError(

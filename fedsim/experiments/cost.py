@@ -46,7 +46,7 @@ def cost(config: Config, mode: Mode) -> Cost:
         return Cost(float(epochs * images), epochs * -(-images // config.batch_size), 0)
     plan = run_plan(config, images)
     steps = plan.first_step(plan.rounds + 1)
-    return Cost(float(steps * config.clients_per_round * config.batch_size), steps, plan.rounds)
+    return Cost(float(plan.epoch(plan.rounds) * images), steps, plan.rounds)
 
 
 def traffic(config: Config) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
 from fedsim.federation.compress import codec_of, compress_seed, compress_update, receive_change
+from fedsim.federation.late_mean import add_late
 from fedsim.federation.protocol import (
     BATCHNORM,
     COMPRESS,
@@ -29,6 +30,7 @@ from fedsim.federation.protocol import (
     MEMORY_ROUNDS,
     MODEL,
     OPTIMIZER,
+    OWN,
     SEND_MEMORY,
     SHARED,
     keeps_memory,
@@ -117,7 +119,7 @@ def _start(config: Config, message: Message, context: Context) -> Start:
     return Start(
         worker=_worker(context),
         round=_round(message),
-        weights={**parameters, **buffers, **under_prefix(BATCHNORM, memory)},
+        weights={**parameters, **buffers, **under_prefix(BATCHNORM, memory), **under_prefix(OWN, memory)},
         state=under_prefix(OPTIMIZER, {**extras, **memory}),  # averaged, kept, or none
         correction=correction_of(*_controls(config, extras, memory)),
     )
@@ -134,7 +136,12 @@ def _reply(config: Config, message: Message, context: Context, start: Start, end
         c, c_k = _controls(config, split(tensors_of(received)).extras, _memory(config, message, context))
         extras = extras | with_prefix(CONTROL, control_message(config, c, c_k, end.gradients))
         kept = kept | with_prefix(CONTROL, end.gradients)
-    sent = sections(end.weights, buffers, extras)
+    weights = end.weights
+    if config.delay:
+        begun, x = x, split(tensors_of(message.content.array_records["arrays"])).parameters
+        weights = weights | add_late(weights, x, begun)
+        kept = kept | with_prefix(OWN, weights)
+    sent = sections(weights, buffers, extras)
     if config.batchnorm_at_sync == "local":
         own = batchnorm_buffers(empty_model(config))
         kept = kept | {BATCHNORM + name: sent.buffers[name] for name in own}

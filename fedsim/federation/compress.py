@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedsim.config import Config, check_used
 from fedsim.errors import UserError
-from fedsim.federation.protocol import BATCHNORM, COMPRESS, CONTROL, OPTIMIZER, with_prefix
+from fedsim.federation.protocol import BATCHNORM, COMPRESS, CONTROL, OPTIMIZER, OWN, with_prefix
 from fedsim.optim import zero_state
 from fedsim.rng import Purpose, step_keys
 from fedsim.training.run_plan import RunPlan
@@ -74,6 +74,8 @@ def zero_memory(config: Config, model: nn.Module) -> dict[str, Tensor]:
     if config.batchnorm_at_sync == "local":
         buffers = dict(model.named_buffers())
         memory |= {BATCHNORM + name: torch.zeros_like(buffers[name]) for name in batchnorm_buffers(model)}
+    if config.delay:
+        memory |= {OWN + name: torch.zeros_like(value) for name, value in model.state_dict().items()}
     return memory
 
 

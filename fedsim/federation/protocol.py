@@ -15,6 +15,7 @@ OPTIMIZER = "optimizer/"  # prefix of optimizer state, in a client's memory and 
 CONTROL = "control/"  # prefix of SCAFFOLD's control variates: c_k in a client's memory, c among the extras
 COMPRESS = "compress/"  # prefix of what a client remembers of its messages, in its memory
 BATCHNORM = "batchnorm/"  # prefix of a client's own BatchNorm statistics, in its memory
+OWN = "own/"  # prefix of a client's own parameters and buffers, in its memory, where the mean arrives late
 MODEL = "model/"  # prefix of the parameters that a client began its round from; the server has them too
 MEMORY = "memory"  # record of what a client keeps between rounds
 MEMORY_ROUNDS = "memory-rounds"  # for each worker, the last round in which its update was averaged
@@ -34,7 +35,7 @@ def keeps_memory(config: Config) -> bool:
     """Whether a client keeps anything between rounds; see the prefixes above."""
     compresses = config.compress != "none" and (config.error_feedback or config.compress == "powersgd")
     own = config.momentum_at_sync == "keep" or config.batchnorm_at_sync == "local" or config.local_rule == "scaffold"
-    return own or compresses or config.compress_down != "none"
+    return own or compresses or config.compress_down != "none" or config.delay > 0
 
 
 def needs_all_memories(config: Config) -> bool:

@@ -17,6 +17,7 @@ from fedsim.data.datasets import training_images
 from fedsim.errors import RunFailed, UserError
 from fedsim.federation.compress import check_compress, codec_down_of, codec_of, compress_seed, zero_extras
 from fedsim.federation.flower_internals import let_messages_be_made
+from fedsim.federation.late_mean import check_delay
 from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import (
@@ -84,7 +85,9 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         "population": config.clients,
         "fraction_train": config.fraction,
         "min_updates": config.min_clients or 1,
-        "max_examples": plan.samples if config.client_weights == "equal" else lambda round_: training_images(config),
+        "max_examples": plan.max_samples
+        if config.client_weights == "equal"
+        else lambda round_: training_images(config),
         "metrics": ["train-loss"],
         "other_records": [MEMORY],
         "batchnorm": batchnorm_buffers(model),
@@ -113,6 +116,7 @@ def check_strategy(config: Config) -> str:
     check_optimizer(config)
     check_local_rule(config)
     check_compress(config)
+    check_delay(config)
     check_used(config, "mean", {"trim": ["trimmed"], "client_weights": ["exact", "clipped"]})
     check_used(config, "batchnorm_at_sync", {"batchnorm_images": ["re-estimated"]})
     of_localsgd = ("compress", "compress_down", "mean", "outer", "outer_args")

@@ -20,10 +20,15 @@ UNITS = ((1e9, "Gbit/s"), (1e6, "Mbit/s"))
 
 
 def seconds_by_bandwidth(times: pd.DataFrame, network: Network) -> pd.DataFrame:
-    """The seconds of each cell whose runs all reach the target (columns), at each of `BANDWIDTHS` (the index)."""
+    """The seconds of each cell whose runs all reach the target (columns), at each of `BANDWIDTHS` (the index).
+
+    Of computing and messages that overlap, what takes longer counts, in all rounds the same.
+    """
     whole = times[(times["reached"] > 0) & (times["reached"] == times["runs"])]
     slower = 8 * network.bandwidth / BANDWIDTHS[:, None]
-    seconds = (whole["computing"] + whole["waiting"]).to_numpy(float) + slower * whole["transfer"].to_numpy(float)
+    computing, waiting, transfer = (whole[part].to_numpy(float) for part in ("computing", "waiting", "transfer"))
+    longer = np.maximum(computing, waiting + slower * transfer)
+    seconds = np.where(whole["late"], longer, computing + waiting + slower * transfer)
     return pd.DataFrame(seconds, index=BANDWIDTHS, columns=whole.index)
 
 

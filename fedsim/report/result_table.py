@@ -21,7 +21,7 @@ from fedsim.report.paper_values import paper_value
 
 MOST_AXES = 3  # runs that differ in more keys are listed by name
 LONGEST_NAME = 150  # bytes of a table's name, a prefix of its file names
-SYMBOLS = {"clients": "K", "local-steps": "J", "batch-size": "batch"}
+SYMBOLS = {"clients": "K", "local-steps": "J", "local-epochs": "E", "batch-size": "batch"}
 NOTHING = "–"
 
 
@@ -160,7 +160,7 @@ def _table(
     runs = runs.drop(columns="clients", errors="ignore").join(lines[of_cell], on="cell")
     numbers = ["best_test_accuracy", "final_test_accuracy", "epoch", "round", "local_steps", "syncs", "bytes_up"]
     numbers += ["bytes_down", "overhead_bytes_up", "overhead_bytes_down", "seconds", "parameters"]
-    runs = runs.astype({**dict.fromkeys(numbers, float), "finished": bool})
+    runs = runs.astype({**dict.fromkeys(numbers, float), "finished": bool}).copy()  # each column is a block before
     runs["parameters"] = runs["parameters"].fillna(runs.groupby("cell")["parameters"].transform("max"))
     rows = records.rows[records.rows["run"].isin(runs.index)]
     rows = rows.join(runs[["cell", *of_cell, "parameters"]], on="run")

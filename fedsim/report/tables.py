@@ -181,6 +181,13 @@ def provenance(table: ResultTable) -> list[tuple[str, str]]:
     return [(name, _counted([value for value in values if value])) for name, values in facts if any(values)]
 
 
+def _local_steps(runs: pd.DataFrame) -> pd.Series | None:
+    """J of each run; none where a round is so many passes over a client's images."""
+    if "local-steps" not in runs:
+        return None
+    return runs["local-steps"].where(runs["local-epochs"].fillna(0) == 0)
+
+
 def runs_frame(table: ResultTable) -> pd.DataFrame:
     """A line for each run: fixed columns, and each configuration key that varies. Accuracies are fractions.
 
@@ -189,7 +196,7 @@ def runs_frame(table: ResultTable) -> pd.DataFrame:
     runs = table.runs.sort_values(["cell", "seed"], kind="stable")
     finished = runs["finished"]
     frame = runs.assign(
-        local_steps_per_round=runs.get("local-steps"),
+        local_steps_per_round=_local_steps(runs),
         batch_size=runs["batch-size"],
         clients=runs["clients"].where(runs["mode"] == "localsgd"),
         tested_on=["validation" if held else "test" for held in runs["validation"].fillna(0)],

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 from rich.console import Console
 
@@ -20,7 +21,7 @@ from fedsim.report.result_table import NOTHING, ResultTable, read_tables
 from fedsim.report.stragglers import Stragglers, computed_steps, simulated_rounds
 from fedsim.report.tables import COSTS, Cost, Entry, TextTable, number, percent, rich_table
 
-PARTS = ["computing", "waiting", "transfer"]  # of the seconds of a run; the last is inverse to the bandwidth
+PARTS = ["computing", "waiting", "transfer"]  # of the work of a run; the last is inverse to the bandwidth
 MEANS = ["seconds", *PARTS, "resolution", "epoch", "network_syncs", "sent_up", "sent_down", "overhead_up"]
 MEANS += ["overhead_down"]
 
@@ -59,14 +60,16 @@ def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Con
 def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
     """A line for each tested cell, on the first test at or above the target of the runs that reach it.
 
-    Columns: means of `seconds`, its parts `computing`, `waiting` for latency and `transfer`, `resolution` (seconds
+    Columns: means of `seconds`, of the parts `computing`, `waiting` for latency and `transfer`, `resolution` (seconds
     since the previous test), `epoch`, `network_syncs`, and the bytes of all workers `sent_up`, `sent_down`, with
     `overhead_up` and `overhead_down` among them; `seconds_std`; `reached` and `runs` (numbers of runs); `compute_s` (of
-    a step); `best_accuracy` of any run; `finished` (whether all runs are); and the columns of the cell.
+    a step); `best_accuracy` of any run; `finished` (whether all runs are); `late` (whether messages are on their way
+    while workers compute); and the columns of the cell.
     """
     rows = table.rows.sort_values(["run", "round"])
     cells = table.cells.loc[sorted(rows["cell"][rows["test_accuracy"].notna()].unique())]
     _check_link(cells, plan.network)
+    cells = cells.assign(late=cells["config"].map(lambda config: config.get("delay") == 1))
     images = images_per_step(cells)
     steps = images * seconds_per_image(table) if plan.compute is None else pd.Series(plan.compute, cells.index)
     sent = sent_by(rows, plan.network.link)
@@ -79,8 +82,9 @@ def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
         overhead_up=rows["overhead_up"] * of_server,
         overhead_down=rows["overhead_down"] * of_server,
     )
-    tested = rows[rows["test_accuracy"].notna()].assign(seconds=rows[PARTS].sum(axis="columns", skipna=False))
-    tested["resolution"] = tested.groupby("run")["seconds"].diff().fillna(tested["seconds"])
+    rows = rows.assign(seconds=_seconds(rows, rows["cell"].map(cells["late"])))
+    tested = rows[rows["test_accuracy"].notna()]
+    tested = tested.assign(resolution=tested.groupby("run")["seconds"].diff().fillna(tested["seconds"]))
     first = tested[tested["test_accuracy"] >= plan.target].dropna(subset=MEANS).groupby("run").head(1)
     by_cell = first.groupby("cell")
     runs = table.runs.groupby("cell")["finished"].agg(runs="size", finished="all")
@@ -88,6 +92,16 @@ def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
     reached = by_cell.size().reindex(cells.index, fill_value=0)
     best = tested.groupby("cell")["test_accuracy"].max()
     return found.assign(reached=reached, compute_s=steps, best_accuracy=best)
+
+
+def _seconds(rows: pd.DataFrame, late: pd.Series) -> pd.Series:
+    """The seconds of a run up to each of its `rows`: the sum of `PARTS` or, where `late`, what takes longer in a round.
+
+    The rounds between two rows count as equal.
+    """
+    since = rows.groupby("run")[PARTS].diff().fillna(rows[PARTS])
+    longer = np.maximum(since["computing"], since["waiting"] + since["transfer"])
+    return rows[PARTS].sum(axis="columns", skipna=False).where(~late, longer.groupby(rows["run"]).cumsum())
 
 
 def seconds_per_image(table: ResultTable) -> float:

@@ -18,6 +18,7 @@ from fedsim.data.local_folder import own_images
 from fedsim.data.partition import sample_order, shard_of
 from fedsim.data.uneven import uneven_shards
 from fedsim.device import prepare
+from fedsim.errors import UserError
 from fedsim.models import builder_of, empty_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.local_rule import LocalRule, build_rule
@@ -67,7 +68,7 @@ _of_thread = threading.local()
 def take_round(config: Config, start: Start) -> End:
     """The local steps of one worker, on this thread's replica."""
     weights, state, gradients, loss = train_replica(config, _replica(config), start)
-    return End(weights, state, float(loss), local_plan(config).samples(start.round), gradients)
+    return End(weights, state, float(loss), samples_of(config, start), gradients)
 
 
 def train_replica(
@@ -84,7 +85,8 @@ def train_replica(
     if replica.rule:
         replica.rule.begin(start.correction)
     loss = replica.run_steps(round_inputs(config, start))
-    gradients = replica.rule.end(local_plan(config).steps(start.round)) if replica.rule else {}
+    steps = local_plan(config).steps_of(start.round, len(held_images(config, start.worker)))
+    gradients = replica.rule.end(steps) if replica.rule else {}
     return copies([values])[0], optimizer_state(named, replica.optimizer), gradients, loss
 
 
@@ -94,10 +96,16 @@ def local_images(config: Config) -> Images:
 
 
 def check_machine(config: Config) -> None:
-    """Raise UserError where this machine lacks what a worker needs: code of the user's, or flwr-datasets."""
+    """Raise UserError where this machine lacks what a worker needs: code of the user's, flwr-datasets, its shard."""
     builder_of(config.model)
     image_shape(config)
-    if config.partition != "iid" and own_images(config) is None:
+    own = own_images(config) is not None
+    if own and config.local_epochs:
+        raise UserError(
+            f"local-epochs = {config.local_epochs}: on a node with images of its own the length of a round is not "
+            "known to the others: give local-steps"
+        )
+    if config.partition != "iid" and not own:
         uneven_shards(config)
 
 
@@ -111,11 +119,15 @@ def round_inputs(config: Config, start: Start) -> StepInputs:
     """What the local steps of a worker's round read."""
     held = held_images(config, start.worker)
     plan = local_plan(config)
-    first_step, samples = plan.first_step(start.round), plan.samples(start.round)
-    first = first_step * config.batch_size
-    order = sample_order(len(held), first, samples, config.seed, start.worker, config.shuffle_every)
-    rates, corners = plan.rates(start.round), local_images(config).corners
+    first_step, samples = plan.first_step(start.round), plan.samples(start.round, len(held))
+    order = sample_order(len(held), samples.start, len(samples), config.seed, start.worker, config.shuffle_every)
+    rates, corners = plan.rates(start.round)[: plan.steps_of(start.round, len(held))], local_images(config).corners
     return step_inputs(held[order], config.batch_size, config.seed, start.worker, first_step, rates, corners)
+
+
+def samples_of(config: Config, start: Start) -> int:
+    """The images that a worker's round trains on."""
+    return len(local_plan(config).samples(start.round, len(held_images(config, start.worker))))
 
 
 def local_plan(config: Config) -> RunPlan:

@@ -17,7 +17,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from fractions import Fraction
 
-from fedsim.config import Config, check_used, table_of
+from fedsim.config import FIELDS, Config, check_used, kebab, table_of
 from fedsim.errors import UserError
 
 USED_BY = {  # key -> the schedules that use it
@@ -51,6 +51,11 @@ def check_local_steps(config: Config) -> None:
     """Raise UserError where the schedule of J lacks a key, or a key is given that it does not use."""
     schedule = config.local_steps_schedule
     check_used(config, "local_steps_schedule", USED_BY)
+    for name in ("local_steps", "local_steps_schedule") if config.local_epochs else ():
+        if (value := getattr(config, name)) != FIELDS[name].default:
+            raise UserError(
+                f"{kebab(name)} = {value} is not used with local-epochs = {config.local_epochs}: leave one of them out"
+            )
     if schedule in USED_BY["local_steps_max"] and config.local_steps_max < config.local_steps:
         raise UserError(
             f"local-steps-max = {config.local_steps_max} is less than local-steps = {config.local_steps}: give more"

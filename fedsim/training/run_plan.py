@@ -1,7 +1,8 @@
 """The plan of a LocalSGD run: how many rounds, how many local steps in each, and the learning rate of every step.
 
 Nothing else multiplies by J. Rounds are counted from 1 and local steps from 0: round r takes the steps
-``first_step(r)`` to ``first_step(r) + steps(r) - 1`` on every worker.
+``first_step(r)`` to ``first_step(r) + steps(r) - 1`` on every worker. With `local-epochs`, workers that hold fewer
+images than others take the first of these steps only: a round is as long as the largest shard makes it.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from fedsim.config import MAX_LOCAL_STEPS, Config
+from fedsim.data.partition import shard_sizes
 from fedsim.errors import UserError
 from fedsim.optim.lr_schedule import Schedule, schedule_of
 from fedsim.training.local_steps import check_local_steps, local_steps_of, round_starts, starts_of_rounds
@@ -32,6 +34,7 @@ class RunPlan:
     batch_size: int  # of each worker
     steps_per_epoch: Fraction
     lr: Schedule
+    local_epochs: int = 0  # passes of a worker over its own images in a round; 0: as many steps as every other
 
     @property
     def rounds(self) -> int:
@@ -43,7 +46,7 @@ class RunPlan:
         return self.starts[round_ - 1]
 
     def steps(self, round_: int) -> int:
-        """J: the local steps of each worker in a round."""
+        """J: the local steps of each worker in a round; with `local_epochs`, of those that hold most images."""
         return self.starts[round_] - self.starts[round_ - 1]
 
     @property
@@ -51,12 +54,22 @@ class RunPlan:
         """The most local steps that any round has."""
         return max(map(self.steps, range(1, self.rounds + 1)))
 
-    def samples(self, round_: int) -> int:
-        """The images that each worker trains on in a round."""
+    def max_samples(self, round_: int) -> int:
+        """The most images that a worker trains on in a round, the last batch taken as a whole one."""
         return self.steps(round_) * self.batch_size
 
+    def samples(self, round_: int, held: int) -> range:
+        """Which of the images that a worker reads in the run, pass after pass over the `held` ones, a round takes."""
+        if self.local_epochs:
+            return range((round_ - 1) * self.local_epochs * held, round_ * self.local_epochs * held)
+        return range(self.first_step(round_) * self.batch_size, self.first_step(round_ + 1) * self.batch_size)
+
+    def steps_of(self, round_: int, held: int) -> int:
+        """The local steps in a round of a worker that holds so many images; the last batch may be a smaller one."""
+        return -(-len(self.samples(round_, held)) // self.batch_size)
+
     def rates(self, round_: int) -> list[float]:
-        """The learning rate of each local step of a round."""
+        """The learning rate of each local step of a round; a worker with fewer steps has the first of them."""
         return [self.lr(step) for step in range(self.first_step(round_), self.first_step(round_ + 1))]
 
     def epoch(self, round_: int) -> Fraction:
@@ -76,6 +89,14 @@ def run_plan(config: Config, images: int) -> RunPlan:
         raise UserError(f"min-clients = {config.min_clients} is more than the {workers} clients of a round: give fewer")
     check_local_steps(config)
     steps_per_epoch = Fraction(images, workers * config.batch_size)
+    if config.local_epochs:
+        longest = -(-config.local_epochs * max(shard_sizes(config)) // config.batch_size)
+        if longest > MAX_LOCAL_STEPS:
+            raise UserError(
+                f"local-epochs = {config.local_epochs} are more than {MAX_LOCAL_STEPS:,} local steps: give fewer"
+            )
+        config = config.model_copy(update={"local_steps": longest})
+        steps_per_epoch = Fraction(longest * config.clients, config.local_epochs * workers)
 
     def schedule(total: int) -> Schedule:
         return schedule_of(config, steps_per_epoch, float(total / steps_per_epoch), workers)
@@ -86,7 +107,8 @@ def run_plan(config: Config, images: int) -> RunPlan:
         stops.append(config.stop_after_rounds)
     if config.stop_after_epochs:
         stops.append(max(1, bisect.bisect_left(starts, _steps_of(config, steps_per_epoch, config.stop_after_epochs))))
-    return RunPlan(starts, min(stops), config.batch_size, steps_per_epoch, schedule(starts[-1]))
+    lr = schedule(starts[-1])
+    return RunPlan(starts, min(stops), config.batch_size, steps_per_epoch, lr, config.local_epochs)
 
 
 def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int], Schedule]) -> Sequence[int]:

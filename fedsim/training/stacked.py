@@ -19,13 +19,14 @@ from fedsim.config import Config
 from fedsim.copies import copies, fill
 from fedsim.data.datasets import classes_of, image_shape, load_dataset
 from fedsim.data.images import ImageShape
+from fedsim.data.partition import shard_sizes
 from fedsim.device import prepare
 from fedsim.errors import UserError
 from fedsim.models import blank_model, builder_of, empty_model
 from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
-from fedsim.training.local_round import End, Start, local_plan, round_inputs, take_round
+from fedsim.training.local_round import End, Start, held_images, local_plan, round_inputs, samples_of, take_round
 from fedsim.training.local_rule import build_rule
 from fedsim.training.step import StepInputs
 
@@ -70,9 +71,9 @@ class StackedReplicas:
         losses = self._steps.run(self._inputs(starts))
         weights = copies([{name: of[name] for name in names} for of in tensors])
         states = [optimizer_state(parts, self._optimizer) for parts in self._parts]
-        gradients = self._gradients(starts[0].round)
+        gradients = self._gradients(starts[0])
         self._draw_ahead(starts)
-        samples = local_plan(config).samples(starts[0].round)
+        samples = samples_of(config, starts[0])
         return [
             End(after, state, loss, samples, means)
             for after, state, loss, means in zip(weights, states, losses.tolist(), gradients, strict=True)  # waits
@@ -90,9 +91,10 @@ class StackedReplicas:
             for start in (starts if ahead else ())
         }
 
-    def _gradients(self, round_: int) -> list[dict[str, Tensor]]:
+    def _gradients(self, start: Start) -> list[dict[str, Tensor]]:
         """Each replica's mean gradients of the round, where the local rule has them."""
-        stacked = self._rule.end(local_plan(self._config).steps(round_)) if self._rule else {}
+        steps = local_plan(self._config).steps_of(start.round, len(held_images(self._config, start.worker)))
+        stacked = self._rule.end(steps) if self._rule else {}
         parts = {name: _split(value, len(self._parts)) for name, value in stacked.items()}
         return [{name: of[replica].clone() for name, of in parts.items()} for replica in range(len(self._parts))]
 
@@ -122,8 +124,11 @@ class StackedReplicas:
 
 def why_not(config: Config, by_products: bool = False) -> str:
     """Why the replicas of `config` cannot be stacked; empty if they can, and then compute what each does alone."""
+    if config.local_epochs and len(set(shard_sizes(config))) > 1:
+        return f"local-epochs = {config.local_epochs}: clients that hold more images take more steps than others"
     builder = builder_of(config.model)
-    return _why_not(builder, config.model, classes_of(config), image_shape(config), config.norm, by_products)
+    problem = _why_not(builder, config.model, classes_of(config), image_shape(config), config.norm, by_products)
+    return f"model {config.model}: {problem}" if problem else ""
 
 
 @functools.lru_cache(maxsize=8)  # a large model takes seconds
@@ -140,7 +145,7 @@ def _why_not(
 def check_stackable(config: Config, by_products: bool = False) -> None:
     """Raise UserError where the replicas of `config` cannot be stacked."""
     if problem := why_not(config, by_products):
-        raise UserError(f"model {config.model}: {problem}: choose the engine that trains each client in a thread")
+        raise UserError(f"{problem}: choose the engine that trains each client in a thread")
 
 
 def take_rounds(config: Config, starts: Sequence[Start], by_products: bool = False) -> list[End]:

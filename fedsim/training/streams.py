@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 
 from fedsim.config import Config
-from fedsim.training.local_round import End, Replica, Start, build_replica, local_plan, train_replica
+from fedsim.training.local_round import End, Replica, Start, build_replica, samples_of, train_replica
 
 
 def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
@@ -25,12 +25,11 @@ def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
             ends.append(train_replica(config, replica, start))
     for stream in filter(None, streams):
         torch.cuda.current_stream(stream.device).wait_stream(stream)
-    samples = local_plan(config).samples(starts[0].round)
     of_workers = [torch.as_tensor(loss, dtype=torch.float64).reshape(()) for *_, loss in ends]
     losses = torch.stack(of_workers).tolist()  # waits once
     return [
-        End(weights, state, loss, samples, gradients)
-        for (weights, state, gradients, _), loss in zip(ends, losses, strict=True)
+        End(weights, state, loss, samples_of(config, start), gradients)
+        for (weights, state, gradients, _), loss, start in zip(ends, losses, starts, strict=True)
     ]
 
 

@@ -61,6 +61,7 @@ def started_by(mark: str) -> list[str]:
                 *("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
                 *("--model", "my_code:mlp", "--dataset", "my_code:larger", "--partition", "dirichlet"),
                 *("--partition-args", "alpha=0.9", "--client-weights", "shard-size"),
+                *("--local-steps", "10", "--local-epochs", "1"),
             ),
             marks=NEEDS_FLWR_DATASETS,
         ),
@@ -83,9 +84,9 @@ def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
 
 
 def test_a_run_begun_in_this_process_goes_on_by_flwr_run_bitwise(tmp_path: Path) -> None:
-    assert run_py(tmp_path, "--name", "whole").returncode == 0
-    assert run_py(tmp_path, "--name", "parts", "--stop-after-rounds", "1").returncode == 0
-    assert run_py(tmp_path, "--name", "parts", "--engine", "flower").returncode == 0
+    assert run_py(tmp_path, "--name", "whole", "--delay", "1").returncode == 0
+    assert run_py(tmp_path, "--name", "parts", "--delay", "1", "--stop-after-rounds", "1").returncode == 0
+    assert run_py(tmp_path, "--name", "parts", "--delay", "1", "--engine", "flower").returncode == 0
     assert_same_bits(final_model(tmp_path / "parts"), final_model(tmp_path / "whole"))
 
 

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 
 import pytest
@@ -59,6 +60,25 @@ def test_measured_compute_is_the_median_seconds_of_an_image_times_a_workers_imag
     times = times_to_target(table, Plan(0.42, NETWORK))
     assert list(times["compute_s"]) == pytest.approx([2 / (8 * 2)] * 5)  # the baseline's share is 16 too
     assert seconds(table, compute=None)[2, 8] == pytest.approx(24 * 0.125 + 3 + 6)
+
+
+def test_where_the_mean_may_be_late_a_round_takes_what_takes_longer(tmp_path: Path) -> None:
+    for delay in (0, 1):
+        folder = write_run(tmp_path / f"{delay}", Config(clients=2, delay=delay), "localsgd", [0.1, None, 0.5])
+        rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        rows[2] |= {"local_steps": 60}  # 10, 10 and 40 steps
+        (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (table,), _ = read_tables(tmp_path)
+    # A sync: 1 s of latency, and 500 bytes up and down of each worker
+    assert seconds(table) == pytest.approx({(0,): 6 + 3 * 2, (1,): 2 + 2 + 4})
+    times = times_to_target(table, PLAN)
+    by_bandwidth = seconds_by_bandwidth(times, NETWORK)
+    assert by_bandwidth.loc[1e11].to_list() == pytest.approx([6 + 3, 6], rel=1e-6)
+    slow = NETWORK._replace(bandwidth=100)
+    assert seconds(table, slow) == pytest.approx({(0,): 6 + 3 * 11, (1,): 3 * 11})
+    assert seconds_by_bandwidth(times_to_target(table, PLAN._replace(network=slow)), slow).loc[1e11].to_list() == (
+        pytest.approx([6 + 3, 6], rel=1e-6)
+    )
 
 
 def test_one_worker_takes_as_long_as_its_large_batch_baseline(tmp_path: Path) -> None:
