@@ -19,6 +19,7 @@ MomentumAtSync = Literal["keep", "reset", "average"]
 BatchNormAtSync = Literal["average", "first-worker", "pooled", "local", "re-estimated"]
 Tensors = dict[str, Tensor]
 Compress = Callable[[Tensors], Tensors]
+Combine = Callable[[Sequence[Tensor], Sequence[float] | None], Tensor]
 Outer = Callable[[Tensors, Tensors, float], Tensors]
 
 
@@ -31,6 +32,7 @@ def local_sgd(
     local_steps: Sequence[int],
     sample: Callable[[int], Sequence[int]] | None = None,
     weights: Sequence[float] | None = None,
+    combine: Combine | None = None,
     momentum_at_sync: MomentumAtSync = "keep",
     batchnorm_at_sync: BatchNormAtSync = "average",
     compress: Compress | None = None,
@@ -43,6 +45,7 @@ def local_sgd(
     """Train `model` in place: in each round `local_steps[round]` (J) steps on each of K `workers`, and one mean.
 
     The workers `sample(round)`, counted from 1, take part in a round, or all; in the mean they count as `weights` says.
+    `combine(values, weights)` is that mean, by default `mean`.
     `batch(worker, step)` gives the inputs and labels of a local step and `lr(step)` its learning rate; steps are
     counted from 0 through all rounds. `momentum_at_sync` says what becomes of each worker's optimizer state when the
     models are averaged, `batchnorm_at_sync` what becomes of BatchNorm's running statistics; to re-estimate them is to
@@ -54,6 +57,7 @@ def local_sgd(
     round's last step; without it, the mean. FedProx adds `prox_mu` times the distance from where the round began to a
     gradient, SCAFFOLD c - c_k: c_k is the mean of worker k's gradients in the last round, c the mean of all c_k.
     """
+    combine = combine or mean
     replicas = [copy.deepcopy(model) for _ in range(workers)]
     optimizers = [make_optimizer(replica) for replica in replicas]
     residuals: list[Tensors] = [{} for _ in range(workers)]
@@ -74,7 +78,9 @@ def local_sgd(
             replica, optimizer = replicas[worker], optimizers[worker]
             own = {name: buffer.clone() for name, buffer in replica.named_buffers()}
             replica.load_state_dict(model.state_dict())
-            replica.load_state_dict(begun | (own if batchnorm_at_sync == "local" and worker in have_statistics else {}), strict=False)
+            replica.load_state_dict(
+                begun | (own if batchnorm_at_sync == "local" and worker in have_statistics else {}), strict=False
+            )
             replica.train()
             sums = {name: torch.zeros_like(value) for name, value in x.items()}
             for step in range(first_step, first_step + steps):
@@ -101,7 +107,7 @@ def local_sgd(
                 if error_feedback:
                     residual |= {name: update[name] - arrived[name] for name in x}
         shares = [weights[worker] for worker in sampled] if weights else None
-        average = {name: mean([state[name] for state in states], shares) for name in states[0]}
+        average = {name: combine([state[name] for state in states], shares) for name in states[0]}
         if batchnorm_at_sync in ("first-worker", "local"):
             average |= {name: states[0][name] for name, _ in model.named_buffers()}
         for name in average if batchnorm_at_sync == "pooled" else ():
@@ -117,7 +123,7 @@ def local_sgd(
         if momentum_at_sync == "reset":
             optimizers = [make_optimizer(replica) for replica in replicas]
         if momentum_at_sync == "average":
-            average_states([optimizers[worker] for worker in sampled], shares)
+            average_states([optimizers[worker] for worker in sampled], shares, combine)
             for optimizer in optimizers:
                 optimizer.load_state_dict(copy.deepcopy(optimizers[sampled[0]].state_dict()))
         first_step += steps
@@ -146,13 +152,13 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
             model(inputs)
 
 
-def average_states(optimizers: Sequence[Optimizer], weights: Sequence[float] | None = None) -> None:
+def average_states(optimizers: Sequence[Optimizer], weights: Sequence[float] | None, combine: Combine) -> None:
     """Give every optimizer the mean of all their states, parameter by parameter."""
     groups = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     for parameters in zip(*groups, strict=True):
         states = [optimizer.state[p] for optimizer, p in zip(optimizers, parameters, strict=True)]
         for entry, value in list(states[0].items()):
             if isinstance(value, Tensor):
-                average = mean([state[entry] for state in states], weights)
+                average = combine([state[entry] for state in states], weights)
                 for state in states:
                     state[entry].copy_(average)

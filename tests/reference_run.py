@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import bisect
+import functools
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -16,7 +17,7 @@ from fedsim.data.partition import shard_of
 from fedsim.models import initial_model
 from fedsim.models.dropout import Dropout, StepKeys
 from fedsim.optim import build_optimizer
-from fedsim.reference import Compress, Outer, Tensors, local_sgd, reestimate
+from fedsim.reference import Combine, Compress, Outer, Tensors, local_sgd, reestimate
 from fedsim.training.batchnorm import BATCH as CALIBRATION_BATCH
 from fedsim.training.batchnorm import calibration_crops
 from fedsim.training.local_round import Start, round_inputs
@@ -60,8 +61,8 @@ def adaptive_step(
             gradient = x[name] - mean[name]
             m[name] = betas[0] * m.get(name, 0.0) + (1 - betas[0]) * gradient
             v[name] = second_moment(v.get(name, 0.0), gradient**2, betas[1])
-            corrected = [each / (1 - b**t) if bias_correction else each for each, b in zip((m[name], v[name]), betas)]
-            after[name] = x[name] - lr * corrected[0] / (corrected[1] ** 0.5 + eps)
+            unbiased = [1 - beta**t if bias_correction else 1 for beta in betas]
+            after[name] = x[name] - lr * (m[name] / unbiased[0]) / ((v[name] / unbiased[1]) ** 0.5 + eps)
         return after
 
     return step
@@ -125,14 +126,32 @@ def compress_of(codec: str, ratio: float) -> Compress | None:
     return lambda update: {name: CODECS[codec](value, ratio) for name, value in update.items()}
 
 
+def trimmed_mean(values: Sequence[Tensor], _: Sequence[float] | None, trim: float) -> Tensor:
+    """Without the largest and smallest `trim` of each value; a `trim` of half is the median (Yin et al. 2018)."""
+    ordered = torch.stack(list(values)).sort(0).values
+    dropped = min(int(trim * len(values)), (len(values) - 1) // 2)
+    return ordered[dropped : len(values) - dropped].double().mean(0).to(values[0].dtype)
+
+
+MEANS: dict[str, Callable[[float], Combine | None]] = {
+    "exact": lambda trim: None,
+    "trimmed": lambda trim: functools.partial(trimmed_mean, trim=trim),
+    "median": lambda trim: functools.partial(trimmed_mean, trim=0.5),
+}
+
+
 def covers(config: Config) -> bool:
     """Whether the reference knows every part of a run of `config` (resolved): then `reference` is its model."""
     codecs = {"none", *CODECS}
+    # A codec that jumps, after another one, meets ties and zeros, which each side breaks by its own rounding
+    both = config.compress, config.compress_down
+    no_ties = config.compress == "none" or config.compress_down in ("none", "fp16", "bf16") or both == ("topk", "topk")
     return (
         config.precision == "fp64"
         and config.strategy == "localsgd"
-        and config.mean == "exact"
-        and {config.compress, config.compress_down} <= codecs
+        and config.mean in MEANS
+        and set(both) <= codecs
+        and no_ties
         and config.outer in {"none", *OUTER}
         and arguments_of(config.outer_args).keys() <= set(ARGUMENTS)
     )
@@ -173,6 +192,7 @@ def reference(config: Config) -> dict[str, Tensor]:
         [plan.steps(round_) for round_ in range(1, plan.rounds + 1)],
         sample=lambda round_: sampling.sample(round_, everyone),
         weights=None if config.client_weights == "equal" else [len(shard_of(config, worker)) for worker in everyone],
+        combine=MEANS[config.mean](config.trim),
         compress=compress_of(config.compress, config.compress_ratio),
         compress_down=compress_of(config.compress_down, config.compress_ratio),
         error_feedback=config.error_feedback,

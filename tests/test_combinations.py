@@ -1,7 +1,7 @@
 """Any combination of the choices of a run is refused in a line, or trains as promised.
 
-Hypothesis draws keys of all parts: optimizers, local rules, codecs both ways, outer optimizers, robust means, schedules of
-J and of the rate, uneven shards, Flower's strategies, both engines of this process. A run that is accepted must
+Hypothesis draws keys of all parts: optimizers, local rules, codecs both ways, outer optimizers, robust means, schedules
+of J and of the rate, uneven shards, Flower's strategies, both engines of this process. A run that is accepted must
 
     - resume bit for bit after a cut in its middle,
     - give the same bits with the replies of its clients in any order,
@@ -26,7 +26,6 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from flwr.app import Message
 from hypothesis import HealthCheck, Phase, given, note, settings
@@ -81,6 +80,7 @@ def network(classes: int, image: tuple[int, int, int]) -> nn.Module:
 
 
 Choice = dict[str, Any]
+MODELS: list[Choice] = [{}, {}, {"model": "tests.own_code:narrow"}]
 OPTIMIZERS: list[Choice] = [
     {},
     {"momentum": 0.0},
@@ -111,8 +111,7 @@ BATCHNORM: list[Choice] = [
     {"batchnorm-at-sync": "local"},
     {"batchnorm-at-sync": "re-estimated", "batchnorm-images": 20},
 ]
-KNOWN_CODECS = ["fp16", "bf16", "int8", "int4", "sign", "topk"]  # to the reference
-CODECS = ["none", "none", "none", *KNOWN_CODECS, *KNOWN_CODECS, "randomk", "qsgd", "powersgd"]
+CODECS = ["none", "none", "none", "fp16", "bf16", "int8", "int4", "sign", "topk"]
 OF_CODEC: dict[str, list[Choice]] = {
     "topk": [{"compress-ratio": 0.1}, {"compress-ratio": 1.0}, {}],
     "randomk": [{"compress-ratio": 0.3}],
@@ -130,18 +129,20 @@ OUTER: list[Choice] = [
     {"outer": "fedyogi", "outer-args": "betas=0.5:0.9"},
     {"outer": "fedadagrad"},
     {"outer": "sgd", "outer-args": "lr=0.5, momentum=0.5"},
-    {"outer": "yogi", "outer-args": "lr=0.01"},
-    {"outer": "adamw", "outer-args": "lr=0.01, amsgrad=true"},
-    {"outer": "asgd"},
 ]
 MEANS: list[Choice] = [
     *[{}] * 6,
     {"mean": "trimmed", "trim": 0.4},
     {"mean": "trimmed"},
     {"mean": "median"},
-    {"mean": "clipped"},
 ]
-SAMPLES: list[Choice] = [{}, {}, {"fraction": 0.5}, {"fraction": 0.7, "min-clients": 2}, {"min-clients": 1}]
+SAMPLES: list[Choice] = [
+    {},
+    {},
+    {"fraction": 0.5},
+    {"fraction": 0.7, "min-clients": 2, "clients": 4},
+    {"min-clients": 1},
+]
 LENGTHS: list[Choice] = [
     {"rounds": 3},
     {"rounds": 3, "shuffle-every": "round"},
@@ -152,7 +153,6 @@ LENGTHS: list[Choice] = [
     {"local-steps-schedule": "linear", "local-steps-max": 3, "record-by": "epoch", "epochs": 1.5},
     {"local-steps-schedule": "doubling", "local-steps-max": 4, "record-by": "epoch", "epochs": 1.5},
     {"local-steps-schedule": "table", "local-steps-table": "0.5:3,1:1", "record-by": "epoch", "rounds": 4},
-    {"local-steps-schedule": "qsr", "qsr-alpha": 0.1, "rounds": 3},
 ]
 RATES: list[Choice] = [
     {},
@@ -164,15 +164,29 @@ RATES: list[Choice] = [
 SHARDS: list[Choice] = [{}, {}, {}, {"client-weights": "shard-size", "clients": 5}]
 if importlib.util.find_spec("flwr_datasets"):
     SHARDS += [
-        {"partition": "dirichlet", "partition-args": "alpha=1.0", "small-shards": True, "client-weights": "shard-size"},
+        {
+            "partition": "dirichlet",
+            "partition-args": "alpha=5, min_partition_size=1",
+            "small-shards": True,
+            "client-weights": "shard-size",
+        },
         {"partition": "linear", "small-shards": True},
         {"partition": "shard", "partition-args": "num_shards_per_partition=2, shard_size=4", "small-shards": True},
         {"partition": "square", "small-shards": True, "client-weights": "shard-size"},
-        {"partition": "pachinko"},
     ]
 OF_FLOWER = "flwr.serverapp.strategy:"
-STRATEGIES: list[Choice] = [
-    *[{}] * 16,
+BEYOND_THE_REFERENCE: list[Choice] = [
+    {"precision": "fp32"},
+    {"compress": "randomk"},
+    {"compress-down": "randomk"},
+    {"compress": "qsgd"},
+    {"compress-down": "qsgd"},
+    {"compress": "powersgd"},
+    {"compress-down": "powersgd"},
+    {"mean": "clipped"},
+    {"outer": "yogi", "outer-args": "lr=0.01"},
+    {"outer": "adamw", "outer-args": "lr=0.01, amsgrad=true"},
+    {"outer": "asgd", "outer-args": ""},
     {"strategy": OF_FLOWER + "FedAdam", "strategy-args": "eta=0.01"},
     {"strategy": OF_FLOWER + "FedMedian"},
     {"strategy": OF_FLOWER + "FedTrimmedAvg"},
@@ -180,6 +194,8 @@ STRATEGIES: list[Choice] = [
     {"strategy": "tests.strategies.user_strategies:OwnGenerator"},
 ]
 STRAY: list[Choice] = [
+    {"local-steps-schedule": "qsr", "qsr-alpha": 0.1, "record-by": "round"},
+    {"partition": "pachinko"},
     {"compress-levels": 9},
     {"compress-ratio": 0.2},
     {"error-feedback": False},
@@ -212,21 +228,24 @@ STRAY: list[Choice] = [
 @st.composite
 def combinations(draw: st.DrawFn) -> Choice:
     """Keys, most of which go together."""
-    codecs = {key: draw(st.sampled_from(CODECS)) for key in ("compress", "compress-down")}
-    keys: Choice = {key: codec for key, codec in codecs.items() if codec != "none"}
-    for codec in codecs.values():
-        keys |= draw(st.sampled_from(OF_CODEC.get(codec, [{}])))
-    if codecs["compress"] != "none" and draw(st.booleans()):
-        keys["error-feedback"] = False
-    for choices in (OPTIMIZERS, RULES, MOMENTUM, BATCHNORM, OUTER, MEANS, SAMPLES, LENGTHS, RATES, SHARDS):
+    keys: Choice = {"lr": 0.02, "precision": "fp64"}
+    for choices in (OPTIMIZERS, RULES, MOMENTUM, BATCHNORM, OUTER, MEANS, SAMPLES, LENGTHS, RATES, SHARDS, MODELS):
         keys |= draw(st.sampled_from(choices))
-    if strategy := draw(st.sampled_from(STRATEGIES)):
-        keys = {name: value for name, value in keys.items() if not re.match("compress|error|mean|trim|outer", name)}
-        keys |= strategy
-    keys |= {"local-steps": draw(st.integers(1, 3)), "batch-size": draw(st.sampled_from([4, 4, 4, 1, 2]))}
-    keys |= {"clients": draw(st.sampled_from([3, 4, 4, 2, 1])), "seed": draw(st.integers(0, 3)), **keys}
-    keys |= {"lr": 0.02, "precision": draw(st.sampled_from(["fp64"] * 7 + ["fp32"])), **keys}
-    return keys | draw(st.sampled_from([{}] * 3 * len(STRAY) + STRAY))
+    keys |= {"local-steps": draw(st.integers(1, 3)), "batch-size": draw(st.sampled_from([4, 4, 4, 4, 2, 1]))}
+    keys |= {"clients": draw(st.sampled_from([4, 4, 3, 3, 2, 1])), "seed": draw(st.integers(0, 3)), **keys}
+    keys |= {key: draw(st.sampled_from(CODECS)) for key in ("compress", "compress-down")}
+    for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 1, 2]))):
+        keys |= draw(st.sampled_from(BEYOND_THE_REFERENCE))
+    if keys.get("mean") != "trimmed":
+        keys.pop("trim", None)
+    if "strategy" in keys:  # it takes their places
+        keys = {name: value for name, value in keys.items() if not re.match("compress|mean|trim|outer", name)}
+        keys |= {"local-rule": "none"} if draw(st.booleans()) else {}
+    for key in ("compress", "compress-down"):
+        keys |= draw(st.sampled_from(OF_CODEC.get(keys.get(key, "none"), [{}])))
+    if keys.get("compress", "none") != "none" and draw(st.booleans()):
+        keys["error-feedback"] = False
+    return keys | draw(st.sampled_from([{}] * 6 * len(STRAY) + STRAY))
 
 
 class Shuffled(Counting):

@@ -18,7 +18,7 @@ from fedsim.federation.flwr_run import run_with_flwr
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.round import check_strategy
 from fedsim.federation.server_app import train_localsgd
-from fedsim.models import check_model
+from fedsim.models import check_model, check_one_image
 from fedsim.optim import check_optimizer
 from fedsim.records import Row, Run, config_of_run
 from fedsim.training.centralized import train_centralized, whole_epochs
@@ -92,6 +92,10 @@ def check(config: Config, mode: Mode) -> None:
     check_model(config)
     if mode == "centralized":
         check_shards(config, images, 1)
+        if images % config.batch_size == 1:
+            check_one_image(
+                config, f"batch-size = {config.batch_size} leaves one of {images} images for the last batch"
+            )
         whole_epochs(config)
     else:
         check_partition(config)
