@@ -136,7 +136,8 @@ def mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> Te
         return stacked.amax(0)
     if weights is None:
         return stacked.double().mean(0)
-    return torch.tensordot(torch.tensor(weights).double() / sum(weights), stacked.double(), dims=1)
+    weighted: Tensor = torch.tensordot(torch.tensor(weights).double() / sum(weights), stacked.double(), dims=1)
+    return weighted
 
 
 def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:

@@ -44,23 +44,24 @@ def momentum_step(lr: float, momentum: float = 0.0, nesterov: bool = False, per_
 
 
 def adaptive_step(
-    second_moment: Callable[[Any, Tensor, float], Tensor],
+    second_moment: Callable[[Tensor, Tensor, float], Tensor],
     lr: float,
     betas: tuple[float, float],
     eps: float,
     bias_correction: bool = False,
 ) -> Outer:
     """Reddi et al. 2021, with Kingma's bias correction where it is asked for."""
-    m: dict[str, Tensor | float] = {}
-    v: dict[str, Tensor | float] = {}
+    m: Tensors = {}
+    v: Tensors = {}
     rounds = itertools.count(1)
 
     def step(x: Tensors, mean: Tensors, local_lr: float) -> Tensors:
         t, after = next(rounds), {}
         for name in x:
             gradient = x[name] - mean[name]
-            m[name] = betas[0] * m.get(name, 0.0) + (1 - betas[0]) * gradient
-            v[name] = second_moment(v.get(name, 0.0), gradient**2, betas[1])
+            zero = torch.zeros_like(gradient)
+            m[name] = betas[0] * m.get(name, zero) + (1 - betas[0]) * gradient
+            v[name] = second_moment(v.get(name, zero), gradient**2, betas[1])
             unbiased = [1 - beta**t if bias_correction else 1 for beta in betas]
             after[name] = x[name] - lr * (m[name] / unbiased[0]) / ((v[name] / unbiased[1]) ** 0.5 + eps)
         return after
@@ -68,15 +69,15 @@ def adaptive_step(
     return step
 
 
-def adam(v: Any, square: Tensor, beta: float) -> Tensor:
+def adam(v: Tensor, square: Tensor, beta: float) -> Tensor:
     return beta * v + (1 - beta) * square
 
 
-def yogi(v: Any, square: Tensor, beta: float) -> Tensor:
+def yogi(v: Tensor, square: Tensor, beta: float) -> Tensor:
     return v - (1 - beta) * square * torch.sign(v - square)
 
 
-def adagrad(v: Any, square: Tensor, beta: float) -> Tensor:
+def adagrad(v: Tensor, square: Tensor, beta: float) -> Tensor:
     return v + square
 
 

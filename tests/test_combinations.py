@@ -4,7 +4,7 @@ Hypothesis draws keys of all parts: optimizers, local rules, codecs both ways, o
 of J and of the rate, uneven shards, Flower's strategies, both engines of this process. A run that is accepted must
 
     - resume bit for bit after a cut in its middle,
-    - give the same bits with the replies of its clients in any order,
+    - give the same bits with the replies of its clients in any order, and messages that were pickled,
     - count in its rows the bytes of all messages, both ways,
     - be what the reference trains, to 1e-10, where it is in float64 and the reference knows all its parts.
 
@@ -42,6 +42,7 @@ from fedsim.records import Run, read_rows
 from fedsim.training.run_plan import run_plan
 from tests.conftest import assert_same_bits, final_model, rows_of
 from tests.federation.test_compress_down import Counting
+from tests.federation.test_messenger import Pickled
 from tests.reference_run import covers, reference
 from tests.test_fuzz import no_callback_left  # noqa: F401
 
@@ -112,6 +113,7 @@ BATCHNORM: list[Choice] = [
     {"batchnorm-at-sync": "re-estimated", "batchnorm-images": 20},
 ]
 CODECS = ["none", "none", "none", "fp16", "bf16", "int8", "int4", "sign", "topk"]
+CODECS_DOWN = {"none": CODECS, "topk": [*CODECS[:5], "topk"]}  # of those up; see `covers`
 OF_CODEC: dict[str, list[Choice]] = {
     "topk": [{"compress-ratio": 0.1}, {"compress-ratio": 1.0}, {}],
     "randomk": [{"compress-ratio": 0.3}],
@@ -177,6 +179,9 @@ if importlib.util.find_spec("flwr_datasets"):
 OF_FLOWER = "flwr.serverapp.strategy:"
 BEYOND_THE_REFERENCE: list[Choice] = [
     {"precision": "fp32"},
+    {"compress": "int8", "compress-down": "topk"},
+    {"compress": "topk", "compress-down": "sign"},
+    {"compress": "sign", "compress-down": "int4"},
     {"compress": "randomk"},
     {"compress-down": "randomk"},
     {"compress": "qsgd"},
@@ -190,10 +195,23 @@ BEYOND_THE_REFERENCE: list[Choice] = [
     {"strategy": OF_FLOWER + "FedAdam", "strategy-args": "eta=0.01"},
     {"strategy": OF_FLOWER + "FedMedian"},
     {"strategy": OF_FLOWER + "FedTrimmedAvg"},
+    {"strategy": OF_FLOWER + "FedAvgM", "strategy-args": "server_momentum=0.5"},
+    {"strategy": OF_FLOWER + "FedYogi"},
+    {"strategy": OF_FLOWER + "FedAdagrad"},
+    {"strategy": OF_FLOWER + "Krum"},
+    {"strategy": OF_FLOWER + "MultiKrum"},
+    {"strategy": OF_FLOWER + "Bulyan"},
     {"strategy": OF_FLOWER + "QFedAvg", "strategy-args": "client_learning_rate=0.1"},
     {"strategy": "tests.strategies.user_strategies:OwnGenerator"},
 ]
 STRAY: list[Choice] = [
+    {"strategy": OF_FLOWER + "FedProx"},
+    {"model": "lenet5", "crop-size": 16},
+    {"model": "resnet20", "norm": "gn"},
+    {"dataset": "tests.own_code:load", "crop-size": 10},
+    {"batch-size": 13},
+    {"lr-scaling": "sqrt"},
+    {"gamma": 0.3},
     {"local-steps-schedule": "qsr", "qsr-alpha": 0.1, "record-by": "round"},
     {"partition": "pachinko"},
     {"compress-levels": 9},
@@ -233,7 +251,8 @@ def combinations(draw: st.DrawFn) -> Choice:
         keys |= draw(st.sampled_from(choices))
     keys |= {"local-steps": draw(st.integers(1, 3)), "batch-size": draw(st.sampled_from([4, 4, 4, 4, 2, 1]))}
     keys |= {"clients": draw(st.sampled_from([4, 4, 3, 3, 2, 1])), "seed": draw(st.integers(0, 3)), **keys}
-    keys |= {key: draw(st.sampled_from(CODECS)) for key in ("compress", "compress-down")}
+    codec = draw(st.sampled_from(CODECS))
+    keys |= {"compress": codec, "compress-down": draw(st.sampled_from(CODECS_DOWN.get(codec, CODECS[:5])))}
     for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 1, 2]))):
         keys |= draw(st.sampled_from(BEYOND_THE_REFERENCE))
     if keys.get("mean") != "trimmed":
@@ -248,8 +267,8 @@ def combinations(draw: st.DrawFn) -> Choice:
     return keys | draw(st.sampled_from([{}] * 6 * len(STRAY) + STRAY))
 
 
-class Shuffled(Counting):
-    """Replies come in another order than that of the clients."""
+class Shuffled(Counting, Pickled):
+    """Messages are pickled (but for a stacked network), and replies come in another order than that of the clients."""
 
     chance = random.Random(0)
 
@@ -260,7 +279,8 @@ class Shuffled(Counting):
 def whole_run(config: Config, engine: Engine) -> Run:
     """A run with replies in any order, whose rows have the bytes of all messages."""
     run = Run(config, "localsgd", engine=engine)
-    with Shuffled(client_app, config, train_together if engine == "stacked" else None) as grid, run.lock():
+    grid = Shuffled(client_app, config, train_together if engine == "stacked" else None)
+    with grid, run.lock():
         train_localsgd(grid, config, run)
     row = read_rows(run.folder)[-1]
     assert (row["bytes_up"], row["bytes_down"]) == (grid.up, grid.down)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,7 +15,8 @@ from torch import Tensor
 from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
-from fedsim.federation import client_app
+from fedsim.experiments.execute import execute
+from fedsim.federation import client_app, resources
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import MEMORY_LOST
@@ -466,3 +468,10 @@ def test_more_clients_than_there_is_memory_for_are_refused(small: Config, capsys
     assert capsys.readouterr().out == ""
     check_memory(small.changed({"clients": 1700, "fraction": 0.1}))
     assert "memory: the optimizer states and updates of 1700 clients take up to 1.3 GiB" in capsys.readouterr().out
+
+
+def test_where_memory_lacks_nothing_is_written(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "free_bytes", lambda device: 2**20)
+    with pytest.raises(UserError, match=r"clients = 4: .* of memory"):
+        execute(resolve(small, "localsgd"), "localsgd")
+    assert not any(Path(small.results_dir).iterdir())
