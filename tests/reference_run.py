@@ -144,9 +144,9 @@ MEANS: dict[str, Callable[[float], Combine | None]] = {
 def covers(config: Config) -> bool:
     """Whether the reference knows every part of a run of `config` (resolved): then `reference` is its model."""
     codecs = {"none", *CODECS}
-    # A codec that jumps, after another one, meets ties and zeros, which each side breaks by its own rounding
+    # A codec that follows another one meets ties, which rounding errors of 1e-16 break in one way or the other
     both = config.compress, config.compress_down
-    no_ties = config.compress == "none" or config.compress_down in ("none", "fp16", "bf16") or both == ("topk", "topk")
+    no_ties = "none" in both or both == ("topk", "topk")
     return (
         config.precision == "fp64"
         and config.strategy == "localsgd"

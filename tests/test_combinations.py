@@ -97,9 +97,9 @@ OPTIMIZERS: list[Choice] = [
     {"optimizer": "adafactor"},
     {"optimizer": "adagrad", "optimizer-args": "lr_decay=0.1"},
     {"optimizer": "adadelta", "lr": 1.0},
-    {"optimizer": "adamax"},
-    {"optimizer": "nadam"},
-    {"optimizer": "radam"},
+    {"optimizer": "adamax", "optimizer-args": "eps=1e-4"},  # a smaller one blows rounding errors up
+    {"optimizer": "nadam", "optimizer-args": "eps=1e-4"},
+    {"optimizer": "radam", "optimizer-args": "eps=1e-4"},
     {"optimizer": "rmsprop", "optimizer-args": "centered=true, momentum=0.5, eps=1e-3"},
     {"optimizer": "sgd", "optimizer-args": "momentum=0.5, nesterov=true"},
 ]
@@ -113,7 +113,6 @@ BATCHNORM: list[Choice] = [
     {"batchnorm-at-sync": "re-estimated", "batchnorm-images": 20},
 ]
 CODECS = ["none", "none", "none", "fp16", "bf16", "int8", "int4", "sign", "topk"]
-CODECS_DOWN = {"none": CODECS, "topk": [*CODECS[:5], "topk"]}  # of those up; see `covers`
 OF_CODEC: dict[str, list[Choice]] = {
     "topk": [{"compress-ratio": 0.1}, {"compress-ratio": 1.0}, {}],
     "randomk": [{"compress-ratio": 0.3}],
@@ -179,6 +178,8 @@ if importlib.util.find_spec("flwr_datasets"):
 OF_FLOWER = "flwr.serverapp.strategy:"
 BEYOND_THE_REFERENCE: list[Choice] = [
     {"precision": "fp32"},
+    {"compress": "topk", "compress-down": "topk"},
+    {"compress": "fp16", "compress-down": "bf16"},
     {"compress": "int8", "compress-down": "topk"},
     {"compress": "topk", "compress-down": "sign"},
     {"compress": "sign", "compress-down": "int4"},
@@ -252,7 +253,7 @@ def combinations(draw: st.DrawFn) -> Choice:
     keys |= {"local-steps": draw(st.integers(1, 3)), "batch-size": draw(st.sampled_from([4, 4, 4, 4, 2, 1]))}
     keys |= {"clients": draw(st.sampled_from([4, 4, 3, 3, 2, 1])), "seed": draw(st.integers(0, 3)), **keys}
     codec = draw(st.sampled_from(CODECS))
-    keys |= {"compress": codec, "compress-down": draw(st.sampled_from(CODECS_DOWN.get(codec, CODECS[:5])))}
+    keys |= {"compress": codec, "compress-down": draw(st.sampled_from(CODECS if codec == "none" else ["none"]))}
     for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 1, 2]))):
         keys |= draw(st.sampled_from(BEYOND_THE_REFERENCE))
     if keys.get("mean") != "trimmed":
