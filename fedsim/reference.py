@@ -19,6 +19,7 @@ MomentumAtSync = Literal["keep", "reset", "average"]
 BatchNormAtSync = Literal["average", "first-worker", "pooled", "local", "re-estimated"]
 Tensors = dict[str, Tensor]
 Compress = Callable[[Tensors], Tensors]
+Combine = Callable[[Sequence[Tensor], Sequence[float] | None], Tensor]
 Outer = Callable[[Tensors, Tensors, float], Tensors]
 
 
@@ -29,6 +30,9 @@ def local_sgd(
     lr: Callable[[int], float],
     workers: int,
     local_steps: Sequence[int],
+    sample: Callable[[int], Sequence[int]] | None = None,
+    weights: Sequence[float] | None = None,
+    combine: Combine | None = None,
     momentum_at_sync: MomentumAtSync = "keep",
     batchnorm_at_sync: BatchNormAtSync = "average",
     compress: Compress | None = None,
@@ -41,6 +45,8 @@ def local_sgd(
 ) -> None:
     """Train `model` in place: in each round `local_steps[round]` (J) steps on each of K `workers`, and one mean.
 
+    The workers `sample(round)`, counted from 1, take part in a round, or all; in the mean they count as `weights` says.
+    `combine(values, weights)` is that mean, by default `mean`.
     `batch(worker, step)` gives the inputs and labels of a local step and `lr(step)` its learning rate; steps are
     counted from 0 through all rounds. `momentum_at_sync` says what becomes of each worker's optimizer state when the
     models are averaged, `batchnorm_at_sync` what becomes of BatchNorm's running statistics; to re-estimate them is to
@@ -53,25 +59,30 @@ def local_sgd(
     gradient, SCAFFOLD c - c_k: c_k is the mean of worker k's gradients in the last round, c the mean of all c_k.
     With `delay` a worker begins a round from its own model, and at its end adds the difference from there to x.
     """
+    combine = combine or mean
     replicas = [copy.deepcopy(model) for _ in range(workers)]
     optimizers = [make_optimizer(replica) for replica in replicas]
     residuals: list[Tensors] = [{} for _ in range(workers)]
     begun: Tensors = {}
     controls: list[Tensors] = [{name: torch.zeros_like(p) for name, p in model.named_parameters()}] * workers
+    have_statistics: set[int] = set()
     first_step = 0
-    for steps in local_steps:
+    for round_, steps in enumerate(local_steps, 1):
+        sampled = sample(round_) if sample else range(workers)
         x = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
         if compress_down and begun:
             arrived = compress_down({name: x[name] - begun[name] for name in x})
             begun = {name: begun[name] + arrived[name] for name in x}
         else:
             begun = x
-        c = {name: mean([control[name] for control in controls]) for name in x}
-        for worker, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
+        c = {name: mean([control[name] for control in controls], weights) for name in x}
+        for worker in sampled:
+            replica, optimizer = replicas[worker], optimizers[worker]
             own = {name: buffer.clone() for name, buffer in replica.named_buffers()}
             if not delay:
+                held = own if batchnorm_at_sync == "local" and worker in have_statistics else {}
                 replica.load_state_dict(model.state_dict())
-                replica.load_state_dict(begun | (own if batchnorm_at_sync == "local" else {}), strict=False)
+                replica.load_state_dict(begun | held, strict=False)
             start = {name: parameter.detach().clone() for name, parameter in replica.named_parameters()}
             replica.train()
             sums = {name: torch.zeros_like(value) for name, value in x.items()}
@@ -91,38 +102,47 @@ def local_sgd(
                 y.data += begun[name] - start[name]
             controls[worker] = {name: value / steps for name, value in sums.items()}
 
-        states = [replica.state_dict() for replica in replicas]
+        have_statistics |= set(sampled)
+        states = [replicas[worker].state_dict() for worker in sampled]
         if compress:
-            for state, residual in zip(states, residuals, strict=True):
+            for state, residual in zip(states, [residuals[worker] for worker in sampled], strict=True):
                 update = {name: begun[name] - state[name] + residual.get(name, 0.0) for name in x}
                 arrived = compress(update)
                 state |= {name: begun[name] - arrived[name] for name in x}
                 if error_feedback:
                     residual |= {name: update[name] - arrived[name] for name in x}
-        average = {name: mean([state[name] for state in states]) for name in states[0]}
+        shares = [weights[worker] for worker in sampled] if weights else None
+        average = {name: combine([state[name] for state in states], shares) for name in states[0]}
         if batchnorm_at_sync in ("first-worker", "local"):
             average |= {name: states[0][name] for name, _ in model.named_buffers()}
         for name in average if batchnorm_at_sync == "pooled" else ():
             if name.endswith("running_var"):
                 means = [state[name.replace("var", "mean")] for state in states]
-                average[name] += mean([(each - mean(means)) ** 2 for each in means])
+                average[name] += mean([(each - mean(means, shares)) ** 2 for each in means], shares)
         if compress_down:
             average |= {name: x[name] - (begun[name] - average[name]) for name in x}
         if outer:
             average |= outer(x, {name: average[name] for name in x}, lr(first_step + steps - 1))
         model.load_state_dict(average)
 
-        for optimizer in optimizers if momentum_at_sync == "reset" else ():
-            optimizer.state.clear()
+        if momentum_at_sync == "reset":
+            optimizers = [make_optimizer(replica) for replica in replicas]
         if momentum_at_sync == "average":
-            average_states(optimizers)
+            average_states([optimizers[worker] for worker in sampled], shares, combine)
+            for optimizer in optimizers:
+                optimizer.load_state_dict(copy.deepcopy(optimizers[sampled[0]].state_dict()))
         first_step += steps
 
 
-def mean(values: Sequence[Tensor]) -> Tensor:
+def mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
     """The mean of equally shaped tensors, in float64; of integers (BatchNorm's counters) the largest."""
     stacked = torch.stack(list(values))
-    return stacked.double().mean(0) if stacked.is_floating_point() else stacked.amax(0)
+    if not stacked.is_floating_point():
+        return stacked.amax(0)
+    if weights is None:
+        return stacked.double().mean(0)
+    weighted: Tensor = torch.tensordot(torch.tensor(weights).double() / sum(weights), stacked.double(), dims=1)
+    return weighted
 
 
 def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
@@ -138,13 +158,13 @@ def reestimate(model: nn.Module, batches: Iterable[Tensor]) -> None:
             model(inputs)
 
 
-def average_states(optimizers: Sequence[Optimizer]) -> None:
+def average_states(optimizers: Sequence[Optimizer], weights: Sequence[float] | None, combine: Combine) -> None:
     """Give every optimizer the mean of all their states, parameter by parameter."""
     groups = [[p for group in optimizer.param_groups for p in group["params"]] for optimizer in optimizers]
     for parameters in zip(*groups, strict=True):
         states = [optimizer.state[p] for optimizer, p in zip(optimizers, parameters, strict=True)]
         for entry, value in list(states[0].items()):
             if isinstance(value, Tensor):
-                average = mean([state[entry] for state in states])
+                average = combine([state[entry] for state in states], weights)
                 for state in states:
                     state[entry].copy_(average)

@@ -2,115 +2,18 @@
 
 from __future__ import annotations
 
-import bisect
-import itertools
-from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fedsim.config import Config
-from fedsim.data.datasets import load_dataset
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
-from fedsim.models import build_model
-from fedsim.models.dropout import Dropout, StepKeys
-from fedsim.optim import build_optimizer
-from fedsim.reference import Compress, Outer, Tensors, local_sgd, reestimate
-from fedsim.training.batchnorm import BATCH as CALIBRATION_BATCH
-from fedsim.training.batchnorm import calibration_crops
-from fedsim.training.local_round import Start, round_inputs
-from fedsim.training.run_plan import run_plan
 from tests.conftest import final_model
+from tests.reference_run import covers, reference
 
 ROUNDS, STEPS, WORKERS, BATCH = 3, 3, 3, 8
-
-
-def slowmo() -> Outer:
-    """Wang et al. 2020, with the defaults of the key: alpha = 1, beta = 0.5."""
-    u: dict[str, Tensor | float] = {}
-
-    def step(x: Tensors, mean: Tensors, lr: float) -> Tensors:
-        for name in x:
-            u[name] = 0.5 * u.get(name, 0.0) + (x[name] - mean[name]) / lr
-        return {name: x[name] - lr * u[name] for name in x}
-
-    return step
-
-
-def fedadam() -> Outer:
-    """Reddi et al. 2021, with Kingma's bias correction, eta = 0.01, betas = 0.9 and 0.99, tau = 0.01."""
-    m: dict[str, Tensor | float] = {}
-    v: dict[str, Tensor | float] = {}
-    rounds = itertools.count(1)
-
-    def step(x: Tensors, mean: Tensors, lr: float) -> Tensors:
-        t, after = next(rounds), {}
-        for name in x:
-            gradient = x[name] - mean[name]
-            m[name] = 0.9 * m.get(name, 0.0) + 0.1 * gradient
-            v[name] = 0.99 * v.get(name, 0.0) + 0.01 * gradient**2
-            after[name] = x[name] - 0.01 * m[name] / (1 - 0.9**t) / ((v[name] / (1 - 0.99**t)) ** 0.5 + 0.01)
-        return after
-
-    return step
-
-
-def topk(update: Tensors) -> Tensors:
-    """The tenth of each tensor's values that is largest, at least one (Stich et al. 2018)."""
-    least = {name: value.abs().flatten().sort().values[-max(1, value.numel() // 10)] for name, value in update.items()}
-    return {name: torch.where(value.abs() >= least[name], value, 0.0) for name, value in update.items()}
-
-
-COMPRESS: dict[str, Compress | None] = {"none": None, "topk": topk}
-OUTER: dict[str, Callable[[], Outer | None]] = {"none": lambda: None, "slowmo": slowmo, "fedadam": fedadam}
-
-
-def reference(config: Config) -> dict[str, Tensor]:
-    """The model that the reference trains from the same weights on the same batches."""
-    images = load_dataset(config).train
-    plan = run_plan(config, len(images))
-    model = build_model(config.model, config.synthetic_classes, config.seed, precision=config.precision)
-    step_keys = StepKeys()
-
-    def use_keys(layer: Dropout, _: Any) -> None:
-        layer.keys = step_keys  # in a copy of the model too
-
-    def batch(worker: int, step: int) -> tuple[Tensor, Tensor]:
-        round_ = bisect.bisect_right(plan.starts, step)
-        inputs = round_inputs(config, Start(worker, round_, {}, {}))
-        local_step = step - plan.first_step(round_)
-        part = slice(local_step * BATCH, (local_step + 1) * BATCH)
-        step_keys.begin_step(inputs.dropout_keys[local_step])
-        index, *crop = inputs.crops[:, part]
-        return images.crop(index, *crop).double(), images.labels[index]
-
-    for layer in model.modules():
-        if isinstance(layer, Dropout):
-            layer.register_forward_pre_hook(use_keys)
-    keep = {"momentum_at_sync": config.momentum_at_sync, "batchnorm_at_sync": config.batchnorm_at_sync}
-    local_sgd(
-        model,
-        lambda replica: build_optimizer(config, dict(replica.named_parameters())),
-        batch,
-        plan.lr,
-        WORKERS,
-        [plan.steps(round_) for round_ in range(1, plan.rounds + 1)],
-        compress=COMPRESS[config.compress],
-        compress_down=COMPRESS[config.compress_down],
-        error_feedback=config.error_feedback,
-        outer=OUTER[config.outer](),
-        prox_mu=config.prox_mu if config.local_rule == "fedprox" else 0.0,
-        scaffold=config.local_rule == "scaffold",
-        delay=bool(config.delay),
-        **keep,  # type: ignore[arg-type]
-    )
-    if config.batchnorm_at_sync == "re-estimated":
-        crops = torch.split(calibration_crops(config, images), CALIBRATION_BATCH, dim=1)
-        reestimate(model, (images.crop(*batch).double() for batch in crops))
-    return model.state_dict()
 
 
 @pytest.mark.parametrize("engine", ["threads", "stacked"])
@@ -157,6 +60,7 @@ def reference(config: Config) -> dict[str, Tensor]:
 def test_an_engine_is_the_reference(small: Config, engine: Any, keys: dict[str, Any]) -> None:
     shape = {"clients": WORKERS, "local-steps": STEPS, "rounds": ROUNDS, "batch-size": BATCH, "synthetic-images": 120}
     config = resolve(small.changed({"model": "lenet-bn", "precision": "fp64", "lr": 0.05, **shape, **keys}), "localsgd")
+    assert covers(config)
     trained, expected = final_model(execute(config, "localsgd", engine)), reference(config)
     assert trained.keys() == expected.keys()
     for name, value in trained.items():

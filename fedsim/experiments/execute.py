@@ -16,11 +16,12 @@ from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
 from fedsim.federation.flwr_run import run_with_flwr
 from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.resources import check_memory
 from fedsim.federation.round import check_strategy
 from fedsim.federation.server_app import train_localsgd
-from fedsim.models import check_model
+from fedsim.models import check_model, check_one_image
 from fedsim.optim import check_optimizer
-from fedsim.records import Row, Run, config_of_run
+from fedsim.records import Row, Run, config_of_run, run_folder
 from fedsim.training.centralized import train_centralized, whole_epochs
 from fedsim.training.engine import choose_engine
 from fedsim.training.run_plan import run_plan
@@ -65,6 +66,8 @@ def execute(
     check(config, mode)
     if mode == "localsgd" and engine == "stacked" and config.clients_per_round > 1:
         check_stackable(config)
+    if mode == "localsgd" and engine != "flower" and not run_folder(config, mode).exists():
+        check_memory(config, tell=False)
     run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)
     with run.lock(patience):
         if rerun:
@@ -92,6 +95,10 @@ def check(config: Config, mode: Mode) -> None:
     check_model(config)
     if mode == "centralized":
         check_shards(config, images, 1)
+        if images % config.batch_size == 1:
+            check_one_image(
+                config, f"batch-size = {config.batch_size} leaves one of {images} images for the last batch"
+            )
         whole_epochs(config)
     else:
         check_partition(config)

@@ -13,8 +13,8 @@ from fedsim.models import empty_model
 GIB = 2**30
 
 
-def check_memory(config: Config) -> None:
-    """Print what the clients of `config` need where that is much; raise UserError where it is not there."""
+def check_memory(config: Config, tell: bool = True) -> None:
+    """Print what the clients of `config` need where that is much (`tell`); raise UserError where it is not there."""
     needed, free = needed_bytes(config), free_bytes(config.device)
     told = f"the optimizer states and updates of {config.clients} clients"
     if needed > free:
@@ -27,7 +27,7 @@ def check_memory(config: Config) -> None:
             f"clients = {config.clients}: {told} need {needed / GIB:.1f} GiB of memory, but {free / GIB:.1f} GiB are "
             f"free: give fewer clients{other}"
         )
-    if needed > GIB:
+    if tell and needed > GIB:
         print(f"memory: {told} take up to {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free", flush=True)
 
 

@@ -121,13 +121,10 @@ def check_strategy(config: Config) -> str:
     check_used(config, "batchnorm_at_sync", {"batchnorm_images": ["re-estimated"]})
     of_localsgd = ("compress", "compress_down", "mean", "outer", "outer_args")
     check_used(config, "strategy", {key: list(STRATEGIES) for key in of_localsgd})
-    if config.mean == "trimmed" and int(config.trim * config.clients_per_round) == 0:
-        least = 1 / config.clients_per_round
-        raise UserError(f"trim = {config.trim} of {config.clients_per_round} clients is none: give {least:.2g} or more")
-    if config.mean != "exact" and config.batchnorm_at_sync in ("first-worker", "pooled", "local"):
+    check_mean(config)
+    if config.batchnorm_at_sync != "average" and not batchnorm_buffers(cpu_model(config)):
         raise UserError(
-            f"batchnorm-at-sync = {config.batchnorm_at_sync} trusts the statistics of every client, which mean = "
-            f"{config.mean} does not: give --batchnorm-at-sync average or re-estimated"
+            f"batchnorm-at-sync is not used by model = {config.model}, which has no BatchNorm: leave it out"
         )
     outer_step_of(config)
     if config.strategy not in STRATEGIES:
@@ -135,6 +132,27 @@ def check_strategy(config: Config) -> str:
     if config.strategy_args:
         raise UserError(f"strategy-args is not used by strategy = {config.strategy}: leave it out")
     return ""
+
+
+def check_mean(config: Config) -> None:
+    """Raise UserError where a robust mean leaves out nothing, or has no meaning with the other keys."""
+    workers = config.clients_per_round
+    if config.mean == "trimmed" and int(config.trim * workers) == 0:
+        if workers < 3:
+            raise UserError(f"mean = trimmed needs 3 clients in a round, not {workers}: give --mean exact")
+        least = math.ceil(1000 / workers) / 1000
+        raise UserError(f"trim = {config.trim} of {workers} clients is none: give {least:g} or more")
+    sparse = config.compress in ("topk", "randomk") and config.compress_ratio < 1
+    if config.mean in ("trimmed", "median") and sparse:
+        raise UserError(
+            f"mean = {config.mean} of updates of compress = {config.compress}, most of whose values are 0, would be 0: "
+            "give --mean clipped or exact, or another --compress"
+        )
+    if config.mean != "exact" and config.batchnorm_at_sync in ("first-worker", "pooled", "local"):
+        raise UserError(
+            f"batchnorm-at-sync = {config.batchnorm_at_sync} trusts the statistics of every client, which mean = "
+            f"{config.mean} does not: give --batchnorm-at-sync average or re-estimated"
+        )
 
 
 def flower_strategy_of(config: Config) -> Callable[[], Strategy]:

@@ -14,7 +14,7 @@ from fedsim.data.images import Images
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_partition
 from fedsim.device import prepare, resolve
-from fedsim.errors import RunFailed, UserError
+from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.federation.checkpoint import collect_memories, resume, save
 from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.messenger import Messenger
@@ -54,8 +54,8 @@ def main(grid: Grid, context: Context) -> None:
     try:
         with run.lock():
             train_localsgd(grid, config, run)
-    except UserError:
-        if is_new and not run.rows:  # nothing was trained
+    except UserError as error:
+        if is_new and not run.rows and not isinstance(error, RunInProgress):  # nothing was trained
             shutil.rmtree(run.folder)
         raise
 

@@ -67,6 +67,23 @@ def check_model(config: Config) -> None:
     unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     if unused:
         raise UserError(f"model = {config.model}: {', '.join(unused[:3])} gets no gradient: every parameter must")
+    if config.batch_size == 1:
+        check_one_image(config, "batch-size = 1")
+
+
+def check_one_image(config: Config, reason: str) -> None:
+    """Raise UserError where the model of `config` cannot train on one image, for which there is this `reason`.
+
+    BatchNorm over single values cannot: one value has no variance.
+    """
+    model = cpu_model(config)
+    set_dropout_keys(model.train(), StepKeys())
+    try:
+        model(torch.zeros(1, *image_shape(config)).to(memory_format=torch.channels_last))
+    except Exception as error:  # the model's own code may raise anything
+        raise UserError(
+            f"{reason}: model = {config.model} does not train on one image ({describe(error)}): give another batch-size"
+        ) from error
 
 
 def _by(shape: tuple[int, ...]) -> str:

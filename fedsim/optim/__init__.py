@@ -26,7 +26,8 @@ from fedsim.optim.torch_optimizers import (
 Groups = list[dict[str, Any]]
 Named = Mapping[str, Tensor]  # parameters by their names
 NOT_STATE = ("weight_norm", "adam_norm", "trust_ratio")  # torch-optimizer's Lamb stores them; every step computes them
-USED_BY = {  # key -> the optimizers that use it, where PyTorch's do not
+USED_BY = {  # key -> the optimizers that use it
+    "optimizer_args": tuple(TORCH_OPTIMIZERS),
     "optimizer_backend": ("lars", "lamb"),
     "momentum": ("sgdm", "lars"),
     "nesterov": ("sgdm", "lars"),
@@ -102,11 +103,13 @@ def build_optimizer(config: Config, parameters: Named) -> Optimizer:
 
 
 def check_optimizer(config: Config) -> None:
-    """Raise UserError where the optimizer does not take its arguments, or one of PyTorch's does not use a key."""
-    if config.optimizer in OPTIMIZERS:
-        check_used(config, "optimizer", {"optimizer_args": tuple(TORCH_OPTIMIZERS)})
-        return
+    """Raise UserError where the optimizer does not take its arguments, or it or the schedule does not use a key."""
     check_used(config, "optimizer", USED_BY)
+    check_used(config, "schedule", {"milestones": ["multistep"], "gamma": ["multistep"]})
+    if config.lr_scaling != "linear" and not config.lr_scaling_batch:
+        raise UserError("lr-scaling is not used by lr-scaling-batch = 0: leave it out, or give --lr-scaling-batch")
+    if config.optimizer in OPTIMIZERS:
+        return
     try:
         check_arguments(config.optimizer, arguments_of(config.optimizer_args))
     except ValueError as error:

@@ -111,10 +111,19 @@ def build_rule(config: Config, parameters: Tensors) -> LocalRule | None:
 def check_local_rule(config: Config) -> None:
     """Raise UserError where the keys of the rule do not go together."""
     check_used(config, "local_rule", USED_BY)
-    if config.local_rule == "scaffold" and config.mean != "exact":
+    if config.local_rule != "scaffold":
+        return
+    zero = "does not keep the sum of SCAFFOLD's corrections at zero: give"
+    if config.mean != "exact":
+        raise UserError(f"mean = {config.mean} {zero} --mean exact, or another --local-rule")
+    if config.strategy != "localsgd":
         raise UserError(
-            f"mean = {config.mean} does not keep the sum of SCAFFOLD's corrections at zero: give --mean exact, or "
-            "another --local-rule"
+            f"strategy = {config.strategy} {zero} --strategy localsgd with an outer, or another --local-rule"
+        )
+    if config.client_weights != "equal" and config.clients_per_round < config.clients:
+        # A client's share in c would change with who else is sampled
+        raise UserError(
+            f"client-weights = {config.client_weights} of a sample {zero} --client-weights equal, or all clients"
         )
 
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,8 +15,9 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.device import resolve
-from fedsim.errors import RunFailed, UserError
-from fedsim.federation import client_app
+from fedsim.errors import RunFailed, RunInProgress, UserError
+from fedsim.experiments.execute import execute
+from fedsim.federation import client_app, resources, server_app
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import MEMORY_LOST
@@ -466,3 +469,31 @@ def test_more_clients_than_there_is_memory_for_are_refused(small: Config, capsys
     assert capsys.readouterr().out == ""
     check_memory(small.changed({"clients": 1700, "fraction": 0.1}))
     assert "memory: the optimizer states and updates of 1700 clients take up to 1.3 GiB" in capsys.readouterr().out
+
+
+def test_where_memory_lacks_nothing_is_written(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(resources, "free_bytes", lambda device: 2**20)
+    with pytest.raises(UserError, match=r"clients = 4: .* of memory"):
+        execute(resolve(small, "localsgd"), "localsgd")
+    assert not any(Path(small.results_dir).iterdir())
+
+
+def test_a_run_that_another_process_began_at_the_same_time_is_let_be(
+    small: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = small.changed({"name": "both"})
+
+    class Overtaken(Run):
+        """Another process locks the folder as soon as it is there."""
+
+        def __init__(self, *arguments: Any, **keywords: Any) -> None:
+            super().__init__(*arguments, **keywords)
+            others.enter_context(Run(resolve(config, "localsgd"), "localsgd").lock())
+
+    monkeypatch.setattr(server_app, "Run", Overtaken)
+    monkeypatch.setattr(server_app, "log_errors_in_one_line", lambda: None)
+    context = Context(1, 1, {}, RecordDict(), dict(config.as_keys()))
+    with contextlib.ExitStack() as others, InProcessGrid(client_app.app, resolve(config, "localsgd")) as grid:
+        with pytest.raises(RunInProgress):
+            server_app.main(grid, context)
+        assert (Path(config.results_dir) / "both" / "config.json").exists()

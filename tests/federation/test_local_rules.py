@@ -102,6 +102,27 @@ def test_a_client_that_lost_its_control_variate_begins_anew_or_all_go_back(small
         ({"prox_mu": 0.1}, "prox-mu is not used by local-rule = none: leave it out, or give fedprox"),
         ({"local_rule": "scaffold", "prox_mu": 0.1}, "prox-mu is not used by local-rule = scaffold"),
         ({"local_rule": "scaffold", "mean": "median"}, "mean = median does not keep the sum of SCAFFOLD's corrections"),
+        (
+            {"local_rule": "scaffold", "strategy": "flwr.serverapp.strategy:FedMedian"},
+            "strategy = flwr.serverapp.strategy:FedMedian does not keep the sum of SCAFFOLD's",
+        ),
+        (
+            {"local_rule": "scaffold", "client_weights": "shard-size", "fraction": 0.5},
+            "client-weights = shard-size of a sample does not keep the sum of SCAFFOLD's corrections at zero",
+        ),
+        (
+            {"optimizer": "lamb", "momentum": 0.5},
+            "momentum is not used by optimizer = lamb: leave it out, or give sgdm",
+        ),
+        (
+            {"optimizer_args": "", "trust_coefficient": 0.5},
+            "trust-coefficient is not used by optimizer = sgdm: leave it",
+        ),
+        (
+            {"optimizer": "lars", "milestones": "1"},
+            "milestones is not used by schedule = constant: leave it out, or give",
+        ),
+        ({"optimizer": "lars", "lr_scaling": "sqrt"}, "lr-scaling is not used by lr-scaling-batch = 0: leave it out"),
         ({"optimizer_args": "eps=1"}, "optimizer-args is not used by optimizer = sgdm: leave it out, or give adadelta"),
         ({"optimizer": "adamw", "momentum": 0.5}, "momentum is not used by optimizer = adamw: leave it out, or give"),
         ({"optimizer": "adamw", "beta1": 0.5}, "beta1 is not used by optimizer = adamw: leave it out, or give lamb"),

@@ -50,11 +50,18 @@ def test_of_one_worker_it_is_the_exact_mean(run: Execute, mean: str) -> None:
         torch.testing.assert_close(value, exact[name], rtol=1e-6, atol=1e-7)
 
 
+def test_a_trim_that_is_told_to_be_enough_is(run: Execute) -> None:
+    run(mean="trimmed", trim=0.334, clients=3, rounds=1)
+
+
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
         ({"trim": 0.1}, "trim is not used by mean = exact: leave it out, or give trimmed"),
         ({"mean": "trimmed", "trim": 0.2}, "trim = 0.2 of 4 clients is none: give 0.25 or more"),
+        ({"mean": "trimmed", "trim": 0.1, "clients": 3}, "trim = 0.1 of 3 clients is none: give 0.334 or more"),
+        ({"mean": "trimmed", "clients": 2}, "mean = trimmed needs 3 clients in a round, not 2: give --mean exact"),
+        ({"mean": "median", "compress": "topk"}, "mean = median of updates of compress = topk, most of whose values"),
         ({"mean": "median", "batchnorm_at_sync": "first-worker"}, "give --batchnorm-at-sync average"),
     ],
 )

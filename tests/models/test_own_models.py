@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedsim.config import Config
+from fedsim.config import Config, Mode
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute, resolve_run
@@ -85,6 +85,27 @@ def test_a_model_that_cannot_be_trained_is_told_in_a_line(small: Config, keys: d
             start(config)
         assert message in str(caught.value)
         assert "\n" not in str(caught.value)
+    assert not any(Path(config.results_dir).iterdir())
+
+
+@pytest.mark.parametrize(
+    ("mode", "keys", "message"),
+    [
+        ("localsgd", {}, "batch-size = 1: model"),
+        ("centralized", {}, "batch-size = 1: model"),
+        (
+            "centralized",
+            {"synthetic-images": 65, "batch-size": 4},
+            "batch-size = 4 leaves one of 65 images for the last batch: model",
+        ),
+    ],
+)
+def test_batchnorm_of_single_values_is_refused_a_batch_of_one_image(
+    small: Config, mode: Mode, keys: dict[str, Any], message: str
+) -> None:
+    config = resolve(small.changed({"model": f"{OWN}:narrow", "batch-size": 1, **keys}), mode)
+    with pytest.raises(UserError, match=f"^{message} = .* does not train on one image .*: give another batch-size$"):
+        execute(config, mode)
     assert not any(Path(config.results_dir).iterdir())
 
 

@@ -1,0 +1,209 @@
+"""The model that the reference trains on the batches of a run, and for which runs the reference knows every part."""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedsim.config import Config, arguments_of
+from fedsim.data.datasets import load_dataset
+from fedsim.data.partition import shard_of
+from fedsim.models import initial_model
+from fedsim.models.dropout import Dropout, StepKeys
+from fedsim.optim import build_optimizer
+from fedsim.reference import Combine, Compress, Outer, Tensors, local_sgd, reestimate
+from fedsim.training.batchnorm import BATCH as CALIBRATION_BATCH
+from fedsim.training.batchnorm import calibration_crops
+from fedsim.training.local_round import Start, round_inputs
+from fedsim.training.run_plan import run_plan
+from strategies import LocalSGD
+
+
+def momentum_step(lr: float, momentum: float = 0.0, nesterov: bool = False, per_lr: bool = False) -> Outer:
+    """FedAvgM (Hsu et al. 2019) and DiLoCo (Douillard et al. 2023); `per_lr`: SlowMo (Wang et al. 2020)."""
+    u: dict[str, Tensor | float] = {}
+
+    def step(x: Tensors, mean: Tensors, local_lr: float) -> Tensors:
+        unit = local_lr if per_lr else 1.0
+        if unit == 0:
+            return mean
+        after = {}
+        for name in x:
+            gradient = (x[name] - mean[name]) / unit
+            u[name] = momentum * u.get(name, 0.0) + gradient
+            after[name] = x[name] - lr * unit * (gradient + momentum * u[name] if nesterov else u[name])
+        return after
+
+    return step
+
+
+def adaptive_step(
+    second_moment: Callable[[Tensor, Tensor, float], Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    bias_correction: bool = False,
+) -> Outer:
+    """Reddi et al. 2021, with Kingma's bias correction where it is asked for."""
+    m: Tensors = {}
+    v: Tensors = {}
+    rounds = itertools.count(1)
+
+    def step(x: Tensors, mean: Tensors, local_lr: float) -> Tensors:
+        t, after = next(rounds), {}
+        for name in x:
+            gradient = x[name] - mean[name]
+            zero = torch.zeros_like(gradient)
+            m[name] = betas[0] * m.get(name, zero) + (1 - betas[0]) * gradient
+            v[name] = second_moment(v.get(name, zero), gradient**2, betas[1])
+            unbiased = [1 - beta**t if bias_correction else 1 for beta in betas]
+            after[name] = x[name] - lr * (m[name] / unbiased[0]) / ((v[name] / unbiased[1]) ** 0.5 + eps)
+        return after
+
+    return step
+
+
+def adam(v: Tensor, square: Tensor, beta: float) -> Tensor:
+    return beta * v + (1 - beta) * square
+
+
+def yogi(v: Tensor, square: Tensor, beta: float) -> Tensor:
+    return v - (1 - beta) * square * torch.sign(v - square)
+
+
+def adagrad(v: Tensor, square: Tensor, beta: float) -> Tensor:
+    return v + square
+
+
+OUTER: dict[str, tuple[Callable[..., Outer], dict[str, Any]]] = {  # with the defaults of the key
+    "sgd": (momentum_step, {"lr": 1.0}),
+    "fedavgm": (momentum_step, {"lr": 1.0, "momentum": 0.9}),
+    "slowmo": (momentum_step, {"lr": 1.0, "momentum": 0.5, "per_lr": True}),
+    "diloco": (momentum_step, {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
+    "fedadam": (adaptive_step, {"second_moment": adam, "lr": 0.1, "betas": (0.9, 0.99), "eps": 1e-3}),
+    "fedyogi": (adaptive_step, {"second_moment": yogi, "lr": 0.01, "betas": (0.9, 0.99), "eps": 1e-3}),
+    "fedadagrad": (adaptive_step, {"second_moment": adagrad, "lr": 0.1, "betas": (0.0, 0.0), "eps": 1e-3}),
+}
+ARGUMENTS = ("lr", "momentum", "nesterov", "betas", "eps", "bias_correction")
+
+
+def topk(x: Tensor, ratio: float) -> Tensor:
+    """The `ratio` of the values that is largest, at least one (Stich et al. 2018)."""
+    least = x.abs().flatten().sort().values[-max(1, int(x.numel() * ratio))]
+    return torch.where(x.abs() >= least, x, 0.0)
+
+
+def uniform(x: Tensor, largest: int) -> Tensor:
+    """Whole numbers up to `largest`, times a scale in float32."""
+    scale = (x.abs().max() / largest).float().double()
+    return (x / scale).nan_to_num().round().clamp(-largest, largest) * scale
+
+
+def sign(x: Tensor, _: float) -> Tensor:
+    scale = x.abs().mean().float().double()
+    return torch.where(x >= 0, scale, -scale)
+
+
+CODECS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "fp16": lambda x, ratio: x.clamp(-65504, 65504).half().double(),
+    "bf16": lambda x, ratio: x.bfloat16().double(),
+    "int8": lambda x, ratio: uniform(x, 127),
+    "int4": lambda x, ratio: uniform(x, 7),
+    "sign": sign,
+    "topk": topk,
+}
+
+
+def compress_of(codec: str, ratio: float) -> Compress | None:
+    """What arrives of an update; None where it is sent as it is."""
+    if codec == "none":
+        return None
+    return lambda update: {name: CODECS[codec](value, ratio) for name, value in update.items()}
+
+
+def trimmed_mean(values: Sequence[Tensor], _: Sequence[float] | None, trim: float) -> Tensor:
+    """Without the largest and smallest `trim` of each value; a `trim` of half is the median (Yin et al. 2018)."""
+    ordered = torch.stack(list(values)).sort(0).values
+    dropped = min(int(trim * len(values)), (len(values) - 1) // 2)
+    return ordered[dropped : len(values) - dropped].double().mean(0).to(values[0].dtype)
+
+
+MEANS: dict[str, Callable[[float], Combine | None]] = {
+    "exact": lambda trim: None,
+    "trimmed": lambda trim: functools.partial(trimmed_mean, trim=trim),
+    "median": lambda trim: functools.partial(trimmed_mean, trim=0.5),
+}
+
+
+def covers(config: Config) -> bool:
+    """Whether the reference knows every part of a run of `config` (resolved): then `reference` is its model."""
+    codecs = {"none", *CODECS}
+    # A codec that follows another one meets ties, which rounding errors of 1e-16 break in one way or the other
+    both = config.compress, config.compress_down
+    no_ties = "none" in both or both == ("topk", "topk")
+    return (
+        config.precision == "fp64"
+        and config.strategy == "localsgd"
+        and config.mean in MEANS
+        and set(both) <= codecs
+        and no_ties
+        and config.outer in {"none", *OUTER}
+        and arguments_of(config.outer_args).keys() <= set(ARGUMENTS)
+    )
+
+
+def reference(config: Config) -> dict[str, Tensor]:
+    """The model that the reference trains from the same weights on the same batches."""
+    images = load_dataset(config).train
+    plan = run_plan(config, len(images))
+    model = initial_model(config)
+    step_keys = StepKeys()
+
+    def use_keys(layer: Dropout, _: Any) -> None:
+        layer.keys = step_keys  # in a copy of the model too
+
+    def batch(worker: int, step: int) -> tuple[Tensor, Tensor]:
+        round_ = bisect.bisect_right(plan.starts, step)
+        inputs = round_inputs(config, Start(worker, round_, {}, {}))
+        local_step = step - plan.first_step(round_)
+        part = slice(local_step * config.batch_size, (local_step + 1) * config.batch_size)
+        step_keys.begin_step(inputs.dropout_keys[local_step])
+        index, *crop = inputs.crops[:, part]
+        return images.crop(index, *crop).double(), images.labels[index]
+
+    for layer in model.modules():
+        if isinstance(layer, Dropout):
+            layer.register_forward_pre_hook(use_keys)
+    everyone = list(range(config.clients))
+    sampling = LocalSGD(fraction_train=config.fraction, seed=config.seed)
+    make_outer, defaults = OUTER.get(config.outer, (None, {}))
+    keep = {"momentum_at_sync": config.momentum_at_sync, "batchnorm_at_sync": config.batchnorm_at_sync}
+    local_sgd(
+        model,
+        lambda replica: build_optimizer(config, dict(replica.named_parameters())),
+        batch,
+        plan.lr,
+        config.clients,
+        [plan.steps(round_) for round_ in range(1, plan.rounds + 1)],
+        sample=lambda round_: sampling.sample(round_, everyone),
+        weights=None if config.client_weights == "equal" else [len(shard_of(config, worker)) for worker in everyone],
+        combine=MEANS[config.mean](config.trim),
+        compress=compress_of(config.compress, config.compress_ratio),
+        compress_down=compress_of(config.compress_down, config.compress_ratio),
+        error_feedback=config.error_feedback,
+        outer=make_outer(**{**defaults, **arguments_of(config.outer_args)}) if make_outer else None,
+        prox_mu=config.prox_mu if config.local_rule == "fedprox" else 0.0,
+        scaffold=config.local_rule == "scaffold",
+        delay=bool(config.delay),
+        **keep,  # type: ignore[arg-type]
+    )
+    if config.batchnorm_at_sync == "re-estimated":
+        crops = torch.split(calibration_crops(config, images), CALIBRATION_BATCH, dim=1)
+        reestimate(model, (images.crop(*batch).double() for batch in crops))
+    return model.state_dict()
