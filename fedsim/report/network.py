@@ -60,7 +60,8 @@ def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
         traffic[f"network_{way}"] = records[f"bytes_{way}"].where(~baseline, gradients)
         traffic[f"overhead_{way}"] = records[f"overhead_bytes_{way}"].fillna(0.0).mask(baseline, 0.0)
     traffic["network_bytes"] = traffic["network_up"] + traffic["network_down"]
-    return records.assign(**{name: values.mask(alone, 0.0) for name, values in traffic.items()})
+    own = pd.DataFrame({name: values.mask(alone, 0.0) for name, values in traffic.items()})
+    return pd.concat([records, own], axis=1)
 
 
 def sent_by(records: pd.DataFrame, link: Link) -> pd.DataFrame:
