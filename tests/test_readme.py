@@ -1,19 +1,62 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from fedsim.cli import cli
 
 ROOT = Path(__file__).parents[1]
 
 
+def programs() -> list[str]:
+    """The two blocks of Python in the README: the algorithm, and fedsim from Python."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 def test_the_algorithm_in_the_readme_is_that_of_the_reference() -> None:
     """Line by line, in order; ``...`` stands for what the README leaves out."""
-    (excerpt,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    excerpt, _ = programs()
     lines = [line.strip() for line in (ROOT / "fedsim/reference.py").read_text().splitlines()]
     place = 0
     for line in excerpt.splitlines():
         if line.strip() != "...":
             place = lines.index(line.strip(), place) + 1
+
+
+def test_the_program_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDSIM_CORES", "1")
+    names: dict[str, Any] = {}
+    exec(programs()[1], names)
+    assert len(names["run"].rows) > 1
+    assert sorted(set(names["found"].runs["lr"])) == [0.01, 0.1]
+
+
+def test_every_part_of_fedsim_and_every_page_is_named() -> None:
+    readme = (ROOT / "README.md").read_text()
+    built = readme[readme.index("## How it is built") :]
+    for part in (ROOT / "fedsim").iterdir():
+        if not part.name.startswith(("__", ".")):
+            assert f"{part.name}/`" in built or f"{part.name}`" in built, part.name
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in readme, page.name
+
+
+def test_every_command_of_the_readme_and_docs_has_these_flags() -> None:
+    group = typer.main.get_group(cli)
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if found := re.search(r"(?:^|&& |\s)(?:fedsim|\S*python run\.py) (\w.*)", line):
+                    name, *arguments = shlex.split(found[1], comments=True)
+                    assert name in group.commands, line
+                    if arguments != ["--help"]:
+                        group.commands[name].make_context(name, arguments)
 
 
 def test_links_of_the_readme_and_docs_lead_somewhere() -> None:
