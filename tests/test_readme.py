@@ -1,7 +1,10 @@
 from __future__ import annotations
 
+import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -59,7 +62,25 @@ def test_every_command_of_the_readme_and_docs_has_these_flags() -> None:
                         group.commands[name].make_context(name, arguments)
 
 
+@pytest.mark.skipif(importlib.util.find_spec("pdoc") is None, reason="needs pdoc: pip install fedsim[docs]")
+def test_the_reference_is_made_of_the_docstrings(tmp_path: Path) -> None:
+    (command,) = re.findall(r"```sh\npdoc (.*)\n```", (ROOT / "docs/python.md").read_text())
+    subprocess.run([sys.executable, "-m", "pdoc", *command.split()], cwd=tmp_path, check=True, timeout=300)
+    pages = [(tmp_path / "reference" / name).read_text() for name in ("fedsim/api.html", "strategies.html")]
+    assert "compress_down = " in pages[0]  # a key of `localsgd`
+    assert "LocalSGD" in pages[1]
+
+
 def test_links_of_the_readme_and_docs_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_file_and_test_that_a_page_names_is_there() -> None:
+    tests = set(re.findall(r"^def (test_\w+)", "".join(f.read_text() for f in (ROOT / "tests").rglob("*.py")), re.M))
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for file in re.findall(r"`((?:fedsim|strategies|tests)/[\w/]*(?:\.\w+)?)`", page.read_text()):
+            assert (ROOT / file).exists(), f"{page.name}: {file}"
+        named = set(re.findall(r"`(test_\w+_\w+)(?:\[[^`]*\])?`", page.read_text()))
+        assert named <= tests, f"{page.name}: {named - tests}"
