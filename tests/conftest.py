@@ -49,6 +49,7 @@ RESNET: dict[str, Any] = {
     "outer-args": "lr=0.01",
     "compress": "int8",
     "momentum-at-sync": "reset",
+    "error-feedback": False,
 }
 
 Execute = Callable[..., Run]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
@@ -69,7 +70,7 @@ def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(
     federation: Running, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
     keys = {**keys, "results-dir": str(tmp_path), "name": "deployed"}
-    overrides = " ".join(f'{name}="{v}"' if isinstance(v, str) else f"{name}={v}" for name, v in keys.items())
+    overrides = " ".join(f"{name}={json.dumps(value)}" for name, value in keys.items())
     done = federation.flwr("run", str(copy_app(tmp_path / "app")), "federation", "--stream", "-c", overrides)
     assert (tmp_path / "deployed" / "summary.json").exists(), done.stdout
     fleet = execute(resolve(Config().changed({**keys, "name": "threads"}), "localsgd"), "localsgd", "threads")

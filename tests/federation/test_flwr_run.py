@@ -65,7 +65,7 @@ def started_by(mark: str) -> list[str]:
             marks=NEEDS_FLWR_DATASETS,
         ),
         pytest.param(
-            tuple(text for name, value in RESNET.items() for text in (f"--{name}", str(value))),
+            tuple(f"--no-{name}" if value is False else f"--{name}={value}" for name, value in RESNET.items()),
             marks=NEEDS_FLWR_DATASETS,
         ),
     ],
