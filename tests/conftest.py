@@ -33,6 +33,25 @@ SMALL: dict[str, Any] = {
     "device": "cpu",
 }
 
+# What people compare: a ResNet-18 with GroupNorm, uneven shards, an optimizer on the server, compressed updates
+RESNET: dict[str, Any] = {
+    **SMALL,
+    "model": "resnet18",
+    "norm": "gn",
+    "crop-size": 8,
+    "batch-size": 4,
+    "rounds": 3,
+    "fraction": 0.5,
+    "partition": "dirichlet",
+    "partition-args": "alpha=0.5",
+    "client-weights": "shard-size",
+    "outer": "fedadam",
+    "outer-args": "lr=0.01",
+    "compress": "int8",
+    "momentum-at-sync": "reset",
+    "error-feedback": False,
+}
+
 Execute = Callable[..., Run]
 NEEDS_FLWR_DATASETS = pytest.mark.skipif(
     importlib.util.find_spec("flwr_datasets") is None, reason="needs flwr-datasets: pip install fedsim[noniid]"

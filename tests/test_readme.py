@@ -1,14 +1,29 @@
 from __future__ import annotations
 
+import importlib.util
 import re
+import shlex
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
+
+import pytest
+import typer
+
+from fedsim.cli import cli
 
 ROOT = Path(__file__).parents[1]
 
 
+def programs() -> list[str]:
+    """The two blocks of Python in the README: the algorithm, and fedsim from Python."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+
+
 def test_the_algorithm_in_the_readme_is_that_of_the_reference() -> None:
     """Line by line, in order; ``...`` stands for what the README leaves out."""
-    (excerpt,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    excerpt, _ = programs()
     lines = [line.strip() for line in (ROOT / "fedsim/reference.py").read_text().splitlines()]
     place = 0
     for line in excerpt.splitlines():
@@ -16,7 +31,56 @@ def test_the_algorithm_in_the_readme_is_that_of_the_reference() -> None:
             place = lines.index(line.strip(), place) + 1
 
 
+def test_the_program_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDSIM_CORES", "1")
+    names: dict[str, Any] = {}
+    exec(programs()[1], names)
+    assert len(names["run"].rows) > 1
+    assert sorted(set(names["found"].runs["lr"])) == [0.01, 0.1]
+
+
+def test_every_part_of_fedsim_and_every_page_is_named() -> None:
+    readme = (ROOT / "README.md").read_text()
+    built = readme[readme.index("## How it is built") :]
+    for part in (ROOT / "fedsim").iterdir():
+        if not part.name.startswith(("__", ".")):
+            assert f"{part.name}/`" in built or f"{part.name}`" in built, part.name
+    for page in (ROOT / "docs").glob("*.md"):
+        assert f"(docs/{page.name})" in readme, page.name
+
+
+def test_every_command_of_the_readme_and_docs_has_these_flags() -> None:
+    group = typer.main.get_group(cli)
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(), re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if found := re.search(r"(?:^|&& |\s)(?:fedsim|\S*python run\.py) (\w.*)", line):
+                    name, *arguments = shlex.split(found[1], comments=True)
+                    assert name in group.commands, line
+                    if arguments != ["--help"]:
+                        group.commands[name].make_context(name, arguments)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("pdoc") is None, reason="needs pdoc: pip install fedsim[docs]")
+def test_the_reference_is_made_of_the_docstrings(tmp_path: Path) -> None:
+    (command,) = re.findall(r"```sh\npdoc (.*)\n```", (ROOT / "docs/python.md").read_text())
+    subprocess.run([sys.executable, "-m", "pdoc", *command.split()], cwd=tmp_path, check=True, timeout=300)
+    pages = [(tmp_path / "reference" / name).read_text() for name in ("fedsim/api.html", "strategies.html")]
+    assert "compress_down = " in pages[0]  # a key of `localsgd`
+    assert "LocalSGD" in pages[1]
+
+
 def test_links_of_the_readme_and_docs_lead_somewhere() -> None:
     for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text()):
             assert target.startswith("http") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_every_file_and_test_that_a_page_names_is_there() -> None:
+    tests = set(re.findall(r"^def (test_\w+)", "".join(f.read_text() for f in (ROOT / "tests").rglob("*.py")), re.M))
+    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
+        for file in re.findall(r"`((?:fedsim|strategies|tests)/[\w/]*(?:\.\w+)?)`", page.read_text()):
+            assert (ROOT / file).exists(), f"{page.name}: {file}"
+        named = set(re.findall(r"`(test_\w+_\w+)(?:\[[^`]*\])?`", page.read_text()))
+        assert named <= tests, f"{page.name}: {named - tests}"

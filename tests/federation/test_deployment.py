@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 import subprocess
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,12 +19,12 @@ from fedsim.device import resolve
 from fedsim.experiments.execute import execute
 from fedsim.federation.flwr_run import copy_app, free_port
 from fedsim.records import read_rows
-from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
+from tests.conftest import NEEDS_FLWR_DATASETS, RESNET, SMALL, assert_same_bits, final_model, rows_of
 from tests.federation.processes import JOINED, Running, client_environment, running, started
 
 pytestmark = pytest.mark.deployment
 
-KEYS = {**SMALL, "rounds": 3, "fraction": 0.75, "compress-down": "topk"}
+LENET = {**SMALL, "rounds": 3, "fraction": 0.75, "compress-down": "topk"}
 
 
 @pytest.fixture(scope="module")
@@ -63,9 +65,12 @@ def refused(script: Path, words: str) -> None:
         assert JOINED not in node.says()
 
 
-def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(federation: Running, tmp_path: Path) -> None:
-    keys = {**KEYS, "results-dir": str(tmp_path), "name": "deployed"}
-    overrides = " ".join(f'{name}="{v}"' if isinstance(v, str) else f"{name}={v}" for name, v in keys.items())
+@pytest.mark.parametrize("keys", [LENET, pytest.param(RESNET, marks=NEEDS_FLWR_DATASETS)], ids=["lenet5", "resnet18"])
+def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(
+    federation: Running, tmp_path: Path, keys: dict[str, Any]
+) -> None:
+    keys = {**keys, "results-dir": str(tmp_path), "name": "deployed"}
+    overrides = " ".join(f"{name}={json.dumps(value)}" for name, value in keys.items())
     done = federation.flwr("run", str(copy_app(tmp_path / "app")), "federation", "--stream", "-c", overrides)
     assert (tmp_path / "deployed" / "summary.json").exists(), done.stdout
     fleet = execute(resolve(Config().changed({**keys, "name": "threads"}), "localsgd"), "localsgd", "threads")

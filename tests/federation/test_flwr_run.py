@@ -23,7 +23,7 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.flwr_run import copy_app, federation, superlink
 from fedsim.processes import cleanup, marked, running
-from tests.conftest import NEEDS_FLWR_DATASETS, assert_same_bits, final_model, rows_of
+from tests.conftest import NEEDS_FLWR_DATASETS, RESNET, assert_same_bits, final_model, rows_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -65,7 +65,12 @@ def started_by(mark: str) -> list[str]:
             ),
             marks=NEEDS_FLWR_DATASETS,
         ),
+        pytest.param(
+            tuple(f"--no-{name}" if value is False else f"--{name}={value}" for name, value in RESNET.items()),
+            marks=NEEDS_FLWR_DATASETS,
+        ),
     ],
+    ids=["compressed-down", "own-code", "resnet18"],
 )
 def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
