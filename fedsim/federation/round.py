@@ -122,10 +122,6 @@ def check_strategy(config: Config) -> str:
     of_localsgd = ("compress", "compress_down", "mean", "outer", "outer_args")
     check_used(config, "strategy", {key: list(STRATEGIES) for key in of_localsgd})
     check_mean(config)
-    if config.batchnorm_at_sync != "average" and not batchnorm_buffers(cpu_model(config)):
-        raise UserError(
-            f"batchnorm-at-sync is not used by model = {config.model}, which has no BatchNorm: leave it out"
-        )
     outer_step_of(config)
     if config.strategy not in STRATEGIES:
         return try_flower_strategy(config)
