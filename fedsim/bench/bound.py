@@ -56,7 +56,7 @@ def step_operators(config: Config, batch: int) -> list[Operator]:
     """The operators of one captured step of one model at a batch size, found without computing or allocating."""
     pixels, labels = np.zeros((1, *facts_of(config).shape), np.uint8), np.zeros(1, np.int64)
     inputs = StepInputs(torch.zeros(4, batch, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), [0.0])
-    model = empty_model(config)
+    model = empty_model(config.changed({"device": "cpu"}))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = Images(pixels, labels, moments_of(config), "cpu", config.crop_padding, config.crop_size)
         values = {n: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype) for n, v in model.state_dict().items()}
