@@ -60,6 +60,7 @@ WITH_FLOWER = ("federation", "experiments", "bench")  # folders whose tests star
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """With ``-n``: the tests of a file, and all those that start Ray and SuperLinks, run in one process."""
     for item in items:
