@@ -56,16 +56,7 @@ Execute = Callable[..., Run]
 NEEDS_FLWR_DATASETS = pytest.mark.skipif(
     importlib.util.find_spec("flwr_datasets") is None, reason="needs flwr-datasets: pip install fedsim[noniid]"
 )
-WITH_FLOWER = ("federation", "experiments", "bench")  # folders whose tests start Ray, SuperLinks and timed turns
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-
-
-@pytest.hookimpl(tryfirst=True)  # before pytest-xdist reads the groups
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """With ``-n``: the tests of a file, and all those that start Ray and SuperLinks, run in one process."""
-    for item in items:
-        group = "flower" if item.path.parent.name in WITH_FLOWER else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(group))
 
 
 @pytest.fixture(scope="session", autouse=True)
