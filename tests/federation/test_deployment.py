@@ -65,7 +65,9 @@ def refused(script: Path, words: str) -> None:
         assert JOINED not in node.says()
 
 
-@pytest.mark.parametrize("keys", [LENET, pytest.param(RESNET, marks=NEEDS_FLWR_DATASETS)], ids=["lenet5", "resnet18"])
+@pytest.mark.parametrize(
+    "keys", [LENET, pytest.param(RESNET, marks=[NEEDS_FLWR_DATASETS, pytest.mark.slow])], ids=["lenet5", "resnet18"]
+)
 def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(
     federation: Running, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
