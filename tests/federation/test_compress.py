@@ -11,17 +11,15 @@ from flwr.app import ArrayRecord, Context, Message
 from torch import Tensor
 
 from fedsim.config import Codec, Config
-from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.federation import client_app
 from fedsim.federation.protocol import MEMORY_LOST
-from fedsim.federation.server_app import train_localsgd
-from fedsim.records import Run, read_rows
+from fedsim.records import read_rows
 from fedsim.training.local_round import End, Start, take_round
 from strategies.compression import CODECS
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.federation.equal_runs import resumed_and_pickled
 from tests.federation.test_failures import UPDATE, answer, forget, once, place, run_with
-from tests.federation.test_messenger import Pickled
 
 SHAPES = ((6, 75), (6,), (16, 150), (16,), (120, 400), (120,), (84, 120), (84,), (10, 84), (10,))  # of lenet5
 SIZES = [torch.Size(shape).numel() for shape in SHAPES]
@@ -45,22 +43,11 @@ def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Exec
     keys = {"rounds": 6, "compress": codec, "checkpoint-every": 2}
     if codec in ("topk", "bf16"):
         keys["momentum-at-sync"] = "reset"
-    changes = {name.replace("-", "_"): value for name, value in keys.items()}
-    whole = run(name="whole", **changes)
-    run(name="parts", stop_after_rounds=3, **changes)
-    parts = run(name="parts", **changes)
-    assert_same_bits(final_model(parts), final_model(whole))
-    assert rows_of(parts) == rows_of(whole)
-
-    config = resolve(small.changed({"name": "pickled", **keys}), "localsgd")
-    pickled = Run(config, "localsgd")
-    with Pickled(client_app.app, config) as grid:
-        train_localsgd(grid, config, pickled)
-    assert_same_bits(final_model(pickled), final_model(whole))
+    whole, _, pickled = resumed_and_pickled(small, run, keys)
     assert [row["bytes_up"] for row in read_rows(pickled.folder)] == [
         row["bytes_up"] for row in read_rows(whole.folder)
     ]
-    without = run(name="without", **{**changes, "error_feedback": False})
+    without = run(name="without", **{**keys, "error-feedback": False})
     assert not torch.equal(final_model(without)["fc3.weight"], final_model(whole)["fc3.weight"])
 
 

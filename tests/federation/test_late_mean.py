@@ -10,18 +10,15 @@ import torch
 from torch import Tensor
 
 from fedsim.config import Config
-from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.federation import client_app
 from fedsim.federation.late_mean import add_late
 from fedsim.federation.protocol import MEMORY_LOST
-from fedsim.federation.server_app import train_localsgd
-from fedsim.records import Run
 from fedsim.training.local_round import End, Start, take_round
 from strategies.mean import mean
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.federation.equal_runs import resumed_and_pickled
 from tests.federation.test_failures import forget, once, run_with
-from tests.federation.test_messenger import Pickled
 from tests.training.test_equalities import Quadratic
 
 
@@ -86,17 +83,7 @@ def test_a_client_begins_where_it_ended_and_moves_by_what_it_missed(
 @pytest.mark.parametrize("keys", [{}, {"compress": "topk", "outer": "slowmo", "momentum-at-sync": "reset"}])
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, keys: dict[str, Any]) -> None:
     keys = {"delay": 1, "rounds": 5, "checkpoint-every": 2, **keys}
-    whole = run(name="whole", **keys)
-    run(name="parts", stop_after_rounds=3, **keys)
-    parts = run(name="parts", **keys)
-    assert_same_bits(final_model(parts), final_model(whole))
-    assert rows_of(parts) == rows_of(whole)
-
-    config = resolve(small.changed({"name": "pickled", **keys}), "localsgd")
-    pickled = Run(config, "localsgd")
-    with Pickled(client_app.app, config) as grid:
-        train_localsgd(grid, config, pickled)
-    assert_same_bits(final_model(pickled), final_model(whole))
+    whole = resumed_and_pickled(small, run, keys).whole
     in_time = final_model(run(name="in-time", **{**keys, "delay": 0}))
     assert not torch.equal(in_time["fc3.weight"], final_model(whole)["fc3.weight"])
 

@@ -9,17 +9,14 @@ import pytest
 import torch
 
 from fedsim.config import Config, Mode, Optimizer
-from fedsim.device import resolve
 from fedsim.errors import UserError
-from fedsim.federation import client_app
 from fedsim.federation.protocol import MEMORY_LOST
-from fedsim.federation.server_app import train_localsgd
 from fedsim.optim import OPTIMIZERS
 from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS
-from fedsim.records import Run, read_rows
+from fedsim.records import read_rows
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.federation.equal_runs import resumed_and_pickled
 from tests.federation.test_failures import UPDATE, forget, once, run_with
-from tests.federation.test_messenger import Pickled
 
 
 def test_the_key_knows_the_names_of_the_optimizers() -> None:
@@ -59,19 +56,8 @@ def test_one_client_is_centralized_training_bitwise(run: Execute, rule: str, key
 )
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, keys: dict[str, Any]) -> None:
     keys = {"rounds": 5, "checkpoint-every": 2, **keys}
-    changes = {name.replace("-", "_"): value for name, value in keys.items()}
-    whole = run(name="whole", **changes)
-    run(name="parts", stop_after_rounds=3, **changes)
-    parts = run(name="parts", **changes)
-    assert_same_bits(final_model(parts), final_model(whole))
-    assert rows_of(parts) == rows_of(whole)
-
-    config = resolve(small.changed({"name": "pickled", **keys}), "localsgd")
-    pickled = Run(config, "localsgd")
-    with Pickled(client_app.app, config) as grid:
-        train_localsgd(grid, config, pickled)
-    assert_same_bits(final_model(pickled), final_model(whole))
-    without = run(name="without", **{**changes, "local_rule": "none"})
+    whole = resumed_and_pickled(small, run, keys).whole
+    without = run(name="without", **{**keys, "local-rule": "none"})
     assert not torch.equal(final_model(without)["fc3.weight"], final_model(whole)["fc3.weight"])
 
 
