@@ -3,7 +3,7 @@
 from strategies.batchnorm import batchnorm_buffers
 from strategies.local_sgd import LocalSGD
 from strategies.screening import DECLINED, printable, tensors_like, wrong_values
-from strategies.sections import buffers_in, buffers_of, join, sections, split
+from strategies.sections import buffers_of, join, sections, split
 from strategies.tensor_array import TensorArray, payload_bytes, tensor_record, tensors_of
 
 STRATEGIES: dict[str, type[LocalSGD]] = {"localsgd": LocalSGD}
@@ -14,7 +14,6 @@ __all__ = [
     "LocalSGD",
     "TensorArray",
     "batchnorm_buffers",
-    "buffers_in",
     "buffers_of",
     "join",
     "payload_bytes",

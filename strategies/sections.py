@@ -6,7 +6,7 @@ Each takes its own way through a round: parameters through the mean and the serv
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Collection, Mapping
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -25,11 +25,6 @@ class Sections(NamedTuple):
 def buffers_of(model: nn.Module) -> set[str]:
     """The names in the state_dict of `model` that are not of parameters."""
     return model.state_dict().keys() - {name for name, _ in model.named_parameters()}
-
-
-def buffers_in(arrays: Iterable[str]) -> set[str]:
-    """The names of the buffers among the prefixed names of a message's arrays."""
-    return {name.removeprefix(BUFFERS) for name in arrays if name.startswith(BUFFERS)}
 
 
 def sections(state: Mapping[str, Tensor], buffers: Collection[str], extras: Mapping[str, Tensor]) -> Sections:

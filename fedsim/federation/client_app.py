@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -41,9 +42,10 @@ from fedsim.models import empty_model
 from fedsim.training import stacked
 from fedsim.training.local_round import End, Start, check_machine, held_images, local_plan, take_round
 from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of
-from strategies import DECLINED, batchnorm_buffers, buffers_in, join, sections, split, tensor_record, tensors_of
+from strategies import DECLINED, batchnorm_buffers, join, sections, split, tensor_record, tensors_of
 from strategies.local_sgd import ENCODED
 from strategies.screening import wrong_values
+from strategies.sections import Sections
 
 app = ClientApp()
 
@@ -53,10 +55,10 @@ def train(message: Message, context: Context) -> Message:
     """J local steps from the global arrays; replies with the arrays, the loss and the samples seen."""
     config = _config(message, context)
     try:
-        start = _start(config, message, context)
+        begun = _begin(config, message, context)
     except MemoryLost:  # the server decides what becomes of the round
         return _declined(message, MEMORY_LOST)
-    return _reply(config, message, context, start, take_round(config, start))
+    return _reply(config, message, context, begun, take_round(config, begun.start))
 
 
 def train_together(
@@ -66,17 +68,17 @@ def train_together(
 ) -> list[Message]:
     """`train` for several clients of one process at once, by default with their replicas as one stacked network."""
     config = _config(messages[0], contexts[0])
-    starts: list[Start | None] = []
+    rounds: list[Begun | None] = []
     for message, context in zip(messages, contexts, strict=True):
         try:
-            starts.append(_start(config, message, context))
+            rounds.append(_begin(config, message, context))
         except MemoryLost:
-            starts.append(None)
-    begun = [start for start in starts if start]
-    ends = iter(take_rounds(config, begun) if begun else ())
+            rounds.append(None)
+    starts = [begun.start for begun in rounds if begun]
+    ends = iter(take_rounds(config, starts) if starts else ())
     return [
-        _reply(config, message, context, start, next(ends)) if start else _declined(message, MEMORY_LOST)
-        for start, message, context in zip(starts, messages, contexts, strict=True)
+        _reply(config, message, context, begun, next(ends)) if begun else _declined(message, MEMORY_LOST)
+        for begun, message, context in zip(rounds, messages, contexts, strict=True)
     ]
 
 
@@ -108,53 +110,45 @@ def memory(message: Message, context: Context) -> Message:
         return Message(RecordDict(), reply_to=message)
 
 
-def _start(config: Config, message: Message, context: Context) -> Start:
-    parameters, buffers, extras = split(tensors_of(message.content.array_records["arrays"]))
+@dataclass(frozen=True)
+class Begun:
+    """A round that a client has begun: what it received, what it had kept, and where its local steps start."""
+
+    received: Sections  # parameters that are encoded as they came
+    memory: dict[str, Tensor]
+    start: Start
+
+
+def _begin(config: Config, message: Message, context: Context) -> Begun:
+    """Raises MemoryLost."""
+    received = split(tensors_of(message.content.array_records["arrays"]))
     memory = _memory(config, message, context)
+    parameters = received.parameters
     if message.content.config_records["config"].get(ENCODED):
         held = under_prefix(MODEL, memory)
         if not held:
             raise MemoryLost("the model that the message is the change of is not kept here")
         parameters = receive_change(config, local_plan(config), _round(message), held, parameters)
-    return Start(
+    start = Start(
         worker=_worker(context),
         round=_round(message),
-        weights={**parameters, **buffers, **under_prefix(BATCHNORM, memory), **under_prefix(OWN, memory)},
-        state=under_prefix(OPTIMIZER, {**extras, **memory}),  # averaged, kept, or none
-        correction=correction_of(*_controls(config, extras, memory)),
+        weights={**parameters, **received.buffers, **under_prefix(BATCHNORM, memory), **under_prefix(OWN, memory)},
+        state=under_prefix(OPTIMIZER, {**received.extras, **memory}),  # averaged, kept, or none
+        correction=correction_of(*_controls(config, received.extras, memory)),
     )
+    return Begun(received, memory, start)
 
 
-def _reply(config: Config, message: Message, context: Context, start: Start, end: End) -> Message:
-    buffers = buffers_in(message.content.array_records["arrays"])
-    x = sections(start.weights, buffers, {}).parameters
-    state = with_prefix(OPTIMIZER, end.state)
-    extras = state if config.momentum_at_sync == "average" else {}
-    kept = state if config.momentum_at_sync == "keep" else {}
-    if config.local_rule == "scaffold":
-        received = message.content.array_records["arrays"]
-        c, c_k = _controls(config, split(tensors_of(received)).extras, _memory(config, message, context))
-        extras = extras | with_prefix(CONTROL, control_message(config, c, c_k, end.gradients))
-        kept = kept | with_prefix(CONTROL, end.gradients)
-    weights = end.weights
-    if config.delay:
-        begun, x = x, split(tensors_of(message.content.array_records["arrays"])).parameters
-        weights = weights | add_late(weights, x, begun)
-        kept = kept | with_prefix(OWN, weights)
-    sent = sections(weights, buffers, extras)
-    if config.batchnorm_at_sync == "local":
-        own = batchnorm_buffers(empty_model(config))
-        kept = kept | {BATCHNORM + name: sent.buffers[name] for name in own}
+def _reply(config: Config, message: Message, context: Context, begun: Begun, end: End) -> Message:
+    x, sent, kept = _ended(config, begun, end)
     if codec := codec_of(config):
         if any(wrong_values([sent.parameters])):  # an infinity would stay in the residual
             return _declined(message, "its parameters are not finite")
         seed = compress_seed(config, local_plan(config), _round(message), _worker(context))
-        memory = under_prefix(COMPRESS, _memory(config, message, context))
+        memory = under_prefix(COMPRESS, begun.memory)
         update, remembered = compress_update(config, codec, x, sent.parameters, memory, seed)
         sent = sent._replace(parameters=update)
         kept |= with_prefix(COMPRESS, remembered)
-    if config.compress_down != "none":
-        kept |= with_prefix(MODEL, x)
     weight = end.samples if config.client_weights == "equal" else len(held_images(config, _worker(context)))
     metrics = MetricRecord({"num-examples": weight, "train-loss": end.loss})
     content = RecordDict({"arrays": tensor_record(join(sent)), "metrics": metrics})
@@ -164,6 +158,33 @@ def _reply(config: Config, message: Message, context: Context, start: Start, end
         if message.content.config_records["config"][SEND_MEMORY]:
             content[MEMORY] = _without_model(record)
     return Message(content, reply_to=message)
+
+
+def _ended(config: Config, begun: Begun, end: End) -> tuple[dict[str, Tensor], Sections, dict[str, Tensor]]:
+    """The model x of the round, what the client sends if it is not compressed, and what it keeps besides residuals."""
+    received, state, weights = begun.received, with_prefix(OPTIMIZER, end.state), end.weights
+    x = sections(begun.start.weights, received.buffers, {}).parameters
+    extras = dict(state) if config.momentum_at_sync == "average" else {}
+    kept = dict(state) if config.momentum_at_sync == "keep" else {}
+    if config.local_rule == "scaffold":
+        c, c_k = _controls(config, received.extras, begun.memory)
+        extras |= with_prefix(CONTROL, control_message(config, c, c_k, end.gradients))
+        kept |= with_prefix(CONTROL, end.gradients)
+    if config.delay:
+        own, x = x, received.parameters
+        weights = weights | add_late(weights, x, own)
+        kept |= with_prefix(OWN, weights)
+    if config.compress_down != "none":
+        kept |= with_prefix(MODEL, x)
+    sent = sections(weights, received.buffers, extras)
+    if config.batchnorm_at_sync == "local":
+        kept |= {BATCHNORM + name: sent.buffers[name] for name in _batchnorm_names(config)}
+    return x, sent, kept
+
+
+@functools.lru_cache(maxsize=8)  # every client asks in every round, and a model would be built for it
+def _batchnorm_names(config: Config) -> tuple[str, ...]:
+    return tuple(batchnorm_buffers(empty_model(config)))
 
 
 def _controls(config: Config, extras: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
