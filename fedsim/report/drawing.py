@@ -60,7 +60,7 @@ class Plot:
             text.set_parse_math(False)  # names may contain a $
         metadata = {"Description": printable(command), **({"Date": None} if kind == "svg" else {})}
         file = io.BytesIO()
-        with rc_context({"svg.hashsalt": self.name}):  # the same bytes each time
+        with rc_context({"svg.hashsalt": self.name, "svg.fonttype": "none"}):  # the same bytes, and text as text
             figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
         return file.getvalue()
 
