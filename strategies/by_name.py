@@ -14,7 +14,7 @@ from typing import Any, TypeGuard
 from flwr.serverapp.strategy import Strategy
 
 CURRENT_API = "flwr.serverapp.strategy"
-# What a strategy is told of a run, if it has such an attribute: it gets the replies of the workers that were sampled
+# Attributes that are set on a strategy that has them: fedsim samples the workers, and the strategy gets their replies
 OF_THE_RUN = {
     "fraction_train": 1.0,
     "min_train_nodes": 1,

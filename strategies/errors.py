@@ -1,4 +1,4 @@
-"""The error of a strategy that cannot go on."""
+"""The error of a strategy that cannot aggregate a round."""
 
 
 class StrategyFailed(Exception):

@@ -333,7 +333,7 @@ def test_a_failed_run_is_one_line_and_exit_code_1(call: Call) -> None:
     assert "is nan: a lower --lr may help" in err
 
 
-GRIDS_OTHERS = (("grid", "seed"), ("grid", "resume"))  # it has --seeds, and goes on with cells by itself
+GRIDS_OTHERS = (("grid", "seed"), ("grid", "resume"))  # it has --seeds, and resumes its cells without a key
 
 
 @pytest.mark.parametrize("command", ["", *typer.main.get_group(cli.cli).commands])

@@ -52,7 +52,7 @@ def _started(
 
 @pytest.mark.chaos
 def test_a_run_killed_at_fifty_random_moments_ends_bitwise_where_an_undisturbed_one_does(small: Config) -> None:
-    """Each time by SIGKILL, in a process of its own, which goes on from what the one before it had saved."""
+    """Each time by SIGKILL, in a new process, which resumes from what the previous one saved."""
     keys = {"synthetic-images": 128, "clients": 2, "rounds": 100_000, "schedule": "cosine", "checkpoint-every": 1}
     config = resolve(small.changed({**keys, "name": "killed"}), "localsgd")
     for name in ("first", "second"):  # how long ten rounds take here, once all is imported

@@ -41,8 +41,8 @@ def keeps_memory(config: Config) -> bool:
 def needs_all_memories(config: Config) -> bool:
     """Whether no client may start again without its memory.
 
-    SCAFFOLD's c has a share of each client's c_k. Where all take part in every round, c is made anew in each; else the
-    share of one that is lost would stay in it.
+    SCAFFOLD's c contains the c_k of every client. If all clients take part in every round, c is computed again in each.
+    Otherwise a lost c_k would stay part of it.
     """
     return config.local_rule == "scaffold" and config.clients_per_round < config.clients
 

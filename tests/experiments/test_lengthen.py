@@ -1,4 +1,4 @@
-"""A longer run goes on from the end of a shorter one, where nothing so far depends on the length."""
+"""A longer run continues from the end of a shorter one, if nothing so far depends on the length."""
 
 from __future__ import annotations
 

@@ -51,7 +51,7 @@ class Started:
         self.start()
 
     def start(self) -> None:
-        """Start it, or start it again by the same command; its log goes on."""
+        """Start it, or start it again by the same command; its log is continued."""
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 ["bash", str(self.script)],

@@ -59,7 +59,7 @@ def test_the_rules_differ_in_statistics_alone(run: Execute) -> None:
 
 
 def test_where_all_take_part_local_statistics_are_the_first_workers(run: Execute) -> None:
-    """Worker 0 goes on from its own in both; what a checkpoint needs is sent besides."""
+    """Worker 0 continues from its own in both; what a checkpoint needs is sent besides."""
     keys: dict[str, Any] = {"model": "lenet-bn", "rounds": 4}
     local, first = (run(name=rule, batchnorm_at_sync=rule, **keys) for rule in ("local", "first-worker"))
     assert_same_bits(final_model(local), final_model(first))

@@ -72,7 +72,7 @@ class Trial:
             self.process = subprocess.Popen(command, env=self.here.env, stdout=log, stderr=log)
 
     def resume(self, **keys: Any) -> None:
-        """As the documentation says: name the run to go on with, and nothing that shapes its result."""
+        """As the documentation says: name the run to resume, and give no key that shapes its result."""
         self.process.wait(60)
         self.start({"resume": self.name, **{key.replace("_", "-"): value for key, value in keys.items()}})
 

@@ -1,4 +1,4 @@
-"""What a run in this process survives: clients that fail, lie, or forget; who is averaged and who begins anew."""
+"""What a run in this process survives: clients that fail, lie, or forget; who is averaged and who starts again."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ def test_all_clients_failing_ends_the_run_as_failed(small: Config) -> None:
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_a_state_that_is_no_state_is_not_saved(small: Config, run: Execute, fraction: float) -> None:
-    """Worker 1 hands out nonsense for the checkpoint, with its update or when asked; resumed, it begins anew."""
+    """Worker 1 hands out nonsense for the checkpoint, with its update or when asked; resumed, it starts without memory."""
     keys = {"stop-after-rounds": 4, "fraction": fraction}
     config = resolve(small.changed({"name": "nonsense", **keys}), "localsgd")
 

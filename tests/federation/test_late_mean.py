@@ -68,7 +68,7 @@ def test_a_client_begins_where_it_ended_and_moves_by_what_it_missed(
     keys = {"precision": "fp64", "lr": 0.1, "delay": 1, **shape}
     models = [final_model(run(name=str(rounds), rounds=rounds, **keys)) for rounds in (1, 2, 3)]
     for name in models[0]:
-        if "num_batches" in name or "running" in name:  # a client's own buffers go on
+        if "num_batches" in name or "running" in name:  # they continue from the client's own
             assert torch.equal(took[2, 0][0][name], took[1, 0][1][name])
             continue
         x, begun, ended = (

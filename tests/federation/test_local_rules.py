@@ -70,7 +70,7 @@ def test_scaffold_sends_twice_the_bytes_both_ways(run: Execute) -> None:
 
 
 def test_a_client_that_lost_its_control_variate_begins_anew_or_all_go_back(small: Config, run: Execute) -> None:
-    """Where all take part in each round, it is made anew; of a sample, its share in c cannot be."""
+    """If all clients take part in each round, it is computed again; with a sample, c would keep the lost part."""
     keys = {"local-rule": "scaffold", "momentum-at-sync": "reset", "checkpoint-every": 2}
     every = run_with(once(6, 2, forget), small.changed({**keys, "name": "all"}))
     assert [row["left_out"] for row in rows_of(every)] == [{}] * 5 + [{"2": MEMORY_LOST}] + [{}] * 2
