@@ -185,7 +185,7 @@ def test_all_clients_failing_ends_the_run_as_failed(small: Config) -> None:
 
 @pytest.mark.parametrize("fraction", [1.0, 0.5])
 def test_a_state_that_is_no_state_is_not_saved(small: Config, run: Execute, fraction: float) -> None:
-    """Worker 1 hands out nonsense for the checkpoint, with its update or when asked; resumed, it starts without memory."""
+    """Worker 1 sends nonsense for the checkpoint, with its update or when asked; on resume it has no memory."""
     keys = {"stop-after-rounds": 4, "fraction": fraction}
     config = resolve(small.changed({"name": "nonsense", **keys}), "localsgd")
 
