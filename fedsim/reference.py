@@ -62,65 +62,45 @@ def local_sgd(
     combine = combine or mean
     replicas = [copy.deepcopy(model) for _ in range(workers)]
     optimizers = [make_optimizer(replica) for replica in replicas]
-    residuals: list[Tensors] = [{} for _ in range(workers)]
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in model.named_parameters()}
+    residuals, controls = [zeros] * workers, [zeros] * workers
+    trained: set[int] = set()  # the workers that have statistics of their own
     begun: Tensors = {}
-    controls: list[Tensors] = [{name: torch.zeros_like(p) for name, p in model.named_parameters()}] * workers
-    have_statistics: set[int] = set()
     first_step = 0
     for round_, steps in enumerate(local_steps, 1):
         sampled = sample(round_) if sample else range(workers)
-        x = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-        if compress_down and begun:
-            arrived = compress_down({name: x[name] - begun[name] for name in x})
-            begun = {name: begun[name] + arrived[name] for name in x}
-        else:
-            begun = x
+        x = parameters_of(model)
+        begun = plus(begun, compress_down(minus(x, begun))) if compress_down and begun else x
         c = {name: mean([control[name] for control in controls], weights) for name in x}
+
         for worker in sampled:
-            replica, optimizer = replicas[worker], optimizers[worker]
+            replica = replicas[worker]
             own = {name: buffer.clone() for name, buffer in replica.named_buffers()}
             if not delay:
-                held = own if batchnorm_at_sync == "local" and worker in have_statistics else {}
                 replica.load_state_dict(model.state_dict())
-                replica.load_state_dict(begun | held, strict=False)
-            start = {name: parameter.detach().clone() for name, parameter in replica.named_parameters()}
-            replica.train()
-            sums = {name: torch.zeros_like(value) for name, value in x.items()}
-            for step in range(first_step, first_step + steps):
-                inputs, labels = batch(worker, step)
-                for group in optimizer.param_groups:
-                    group["lr"] = lr(step)
-                optimizer.zero_grad()
-                F.cross_entropy(replica(inputs), labels).backward()  # type: ignore[no-untyped-call]
-                for name, y in replica.named_parameters():
-                    assert y.grad is not None
-                    sums[name] += y.grad
-                    y.grad += prox_mu * (y.detach() - start[name])
-                    y.grad += c[name] - controls[worker][name] if scaffold else 0.0
-                optimizer.step()
-            for name, y in replica.named_parameters() if delay else ():
-                y.data += begun[name] - start[name]
-            controls[worker] = {name: value / steps for name, value in sums.items()}
+                statistics = own if batchnorm_at_sync == "local" and worker in trained else {}
+                replica.load_state_dict(begun | statistics, strict=False)
+            start = parameters_of(replica)
+            correction = minus(c, controls[worker]) if scaffold else zeros
+            these_steps = range(first_step, first_step + steps)
+            controls[worker] = train(replica, optimizers[worker], worker, these_steps, batch, lr, prox_mu, correction)
+            if delay:
+                replica.load_state_dict(plus(parameters_of(replica), minus(begun, start)), strict=False)
+        trained |= set(sampled)
 
-        have_statistics |= set(sampled)
         states = [replicas[worker].state_dict() for worker in sampled]
         if compress:
-            for state, residual in zip(states, [residuals[worker] for worker in sampled], strict=True):
-                update = {name: begun[name] - state[name] + residual.get(name, 0.0) for name in x}
+            for state, worker in zip(states, sampled, strict=True):
+                update = plus(minus(begun, state), residuals[worker])
                 arrived = compress(update)
-                state |= {name: begun[name] - arrived[name] for name in x}
+                state |= minus(begun, arrived)
                 if error_feedback:
-                    residual |= {name: update[name] - arrived[name] for name in x}
+                    residuals[worker] = minus(update, arrived)
         shares = [weights[worker] for worker in sampled] if weights else None
         average = {name: combine([state[name] for state in states], shares) for name in states[0]}
-        if batchnorm_at_sync in ("first-worker", "local"):
-            average |= {name: states[0][name] for name, _ in model.named_buffers()}
-        for name in average if batchnorm_at_sync == "pooled" else ():
-            if name.endswith("running_var"):
-                means = [state[name.replace("var", "mean")] for state in states]
-                average[name] += mean([(each - mean(means, shares)) ** 2 for each in means], shares)
+        average |= statistics_at_sync(model, average, states, shares, batchnorm_at_sync)
         if compress_down:
-            average |= {name: x[name] - (begun[name] - average[name]) for name in x}
+            average |= minus(x, minus(begun, average))
         if outer:
             average |= outer(x, {name: average[name] for name in x}, lr(first_step + steps - 1))
         model.load_state_dict(average)
@@ -132,6 +112,67 @@ def local_sgd(
             for optimizer in optimizers:
                 optimizer.load_state_dict(copy.deepcopy(optimizers[sampled[0]].state_dict()))
         first_step += steps
+
+
+def train(
+    model: nn.Module,
+    optimizer: Optimizer,
+    worker: int,
+    steps: Sequence[int],
+    batch: Callable[[int, int], tuple[Tensor, Tensor]],
+    lr: Callable[[int], float],
+    prox_mu: float,
+    correction: Tensors,
+) -> Tensors:
+    """Take local steps; returns the mean of their gradients, without `correction` and FedProx."""
+    model.train()
+    start = parameters_of(model)
+    gradients = {name: torch.zeros_like(value) for name, value in start.items()}
+    for step in steps:
+        inputs, labels = batch(worker, step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr(step)
+        optimizer.zero_grad()
+        F.cross_entropy(model(inputs), labels).backward()  # type: ignore[no-untyped-call]
+        for name, y in model.named_parameters():
+            assert y.grad is not None
+            gradients[name] += y.grad
+            y.grad += prox_mu * (y.detach() - start[name]) + correction[name]
+        optimizer.step()
+    return {name: value / len(steps) for name, value in gradients.items()}
+
+
+def statistics_at_sync(
+    model: nn.Module,
+    average: Tensors,
+    states: Sequence[Tensors],
+    weights: Sequence[float] | None,
+    batchnorm_at_sync: BatchNormAtSync,
+) -> Tensors:
+    """The buffers after a round that are not the `average` of the workers' `states`."""
+    if batchnorm_at_sync in ("first-worker", "local"):
+        return {name: states[0][name] for name, _ in model.named_buffers()}
+    pooled: Tensors = {}
+    for name in average if batchnorm_at_sync == "pooled" else ():
+        if name.endswith("running_var"):
+            means = [state[name.replace("var", "mean")] for state in states]
+            pooled[name] = average[name] + mean([(each - mean(means, weights)) ** 2 for each in means], weights)
+    return pooled
+
+
+def parameters_of(model: nn.Module) -> Tensors:
+    """Copies of the parameters."""
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def plus(one: Tensors, other: Tensors) -> Tensors:
+    """The sum of each tensor in `one` and the one of its name in `other`."""
+    return {name: value + other[name] for name, value in one.items()}
+
+
+def minus(one: Tensors, other: Tensors) -> Tensors:
+    """The difference of each tensor in `one` and the one of its name in `other`."""
+    return {name: value - other[name] for name, value in one.items()}
 
 
 def mean(values: Sequence[Tensor], weights: Sequence[float] | None = None) -> Tensor:
