@@ -7,6 +7,7 @@ a SuperLink) such an array becomes a plain one on its way.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Mapping
 from typing import Any
 
@@ -15,6 +16,10 @@ import torch
 from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor
+
+# NumPy parses an array's header as Python source, which CPython before 3.11.8 may fail at in several threads at once
+# ("AST constructor recursion depth mismatch", CPython issue 106905)
+_one_header_at_a_time = threading.Lock()
 
 
 class TensorArray(Array):
@@ -77,7 +82,10 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
 
 def tensor_of(array: Array) -> Tensor:
     """The tensor of any Flower array; bytes that are no array fail as NumPy does."""
-    return array.tensor if isinstance(array, TensorArray) else torch.from_numpy(array.numpy())
+    if isinstance(array, TensorArray):
+        return array.tensor
+    with _one_header_at_a_time:
+        return torch.from_numpy(array.numpy())
 
 
 def dtype_name(tensor: Tensor) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import pickle
-import threading
 from typing import Any
 
 import pytest
@@ -20,17 +19,10 @@ from tests.conftest import Execute, assert_same_bits, final_model
 
 
 class Pickled(InProcessGrid):
-    """Every message is taken apart and put together again, both ways.
-
-    One at a time: NumPy parses an array's header as Python, which in CPython 3.11 can fail in several threads at once
-    ("AST constructor recursion depth mismatch").
-    """
-
-    _one_at_a_time = threading.Lock()
+    """Every message is taken apart and put together again, both ways."""
 
     def _handle(self, message: Message) -> Message:
-        with self._one_at_a_time:
-            reply: Message = pickle.loads(pickle.dumps(super()._handle(pickle.loads(pickle.dumps(message)))))
+        reply: Message = pickle.loads(pickle.dumps(super()._handle(pickle.loads(pickle.dumps(message)))))
         for record in reply.content.array_records.values():
             assert all(type(array) is Array for array in record.values())
             assert payload_bytes(record) == sum(tensor.nbytes for tensor in tensors_of(record).values())

@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+import gc
 import pickle
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
 from strategies import TensorArray, tensor_record, tensors_of
+from strategies.tensor_array import tensor_of
 
 TENSORS = {
     "matrix": torch.arange(6.0).view(2, 3).T,
@@ -37,3 +41,22 @@ def test_it_leaves_the_process_as_a_plain_array() -> None:
     record = pickle.loads(pickle.dumps(tensor_record(TENSORS)))
     assert {type(array) for array in record.values()} == {Array}
     assert all(torch.equal(tensor, TENSORS[name]) for name, tensor in tensors_of(record).items())
+
+
+def test_arrays_are_decoded_in_several_threads() -> None:
+    """Before 3.11.8 CPython fails to parse NumPy's header where the garbage collector hands over to another thread."""
+
+    def hand_over(phase: str, info: object) -> None:
+        time.sleep(0)
+
+    arrays = [Array(tensor.contiguous().numpy()) for tensor in TENSORS.values()] * 100
+    threshold = gc.get_threshold()
+    gc.callbacks.append(hand_over)
+    gc.set_threshold(10, *threshold[1:])
+    try:
+        with ThreadPoolExecutor(4) as threads:
+            decoded = list(threads.map(tensor_of, arrays))
+    finally:
+        gc.set_threshold(*threshold)
+        gc.callbacks.remove(hand_over)
+    assert all(map(torch.equal, decoded, list(TENSORS.values()) * 100))
