@@ -382,8 +382,9 @@ class Config(BaseModel, frozen=True):
     """The server's optimizer on the mean of the clients' models; none: the mean itself."""
     outer_args: Annotated[Text, AfterValidator(_arguments), LOCALSGD] = ""
     """Arguments of outer over its defaults, for instance lr=0.7, momentum=0.9, nesterov=true."""
-    local_rule: Annotated[Literal["none", "fedprox", "scaffold"], LOCALSGD] = "none"
-    """What is added to the gradients of local steps: nothing, a pull to the model of the round, control variates."""
+    local_rule: Annotated[Literal["none", "fedprox", "scaffold", "scaffold-inferred"], LOCALSGD] = "none"
+    """What is added to the gradients of local steps: nothing, a pull to the model of the round, control variates, sent
+    or, with plain SGD, inferred by the clients."""
     prox_mu: Annotated[NotNegative, LOCALSGD] = 0.01
     """Fedprox: the factor of the distance that is added to the gradient."""
     momentum_at_sync: Annotated[Literal["keep", "reset", "average"], LOCALSGD] = "keep"

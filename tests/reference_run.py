@@ -147,8 +147,11 @@ def covers(config: Config) -> bool:
     # A codec that follows another one meets ties, which rounding errors of 1e-16 break in one way or the other
     both = config.compress, config.compress_down
     no_ties = "none" in both or both == ("topk", "topk")
+    # An inferred mean of gradients is weighted by the rates of the steps
+    one_rate = config.schedule == "constant" and config.warmup_epochs == 0
     return (
-        config.precision == "fp64"
+        (config.local_rule != "scaffold-inferred" or one_rate)
+        and config.precision == "fp64"
         and config.strategy == "localsgd"
         and config.mean in MEANS
         and set(both) <= codecs
@@ -199,7 +202,7 @@ def reference(config: Config) -> dict[str, Tensor]:
         error_feedback=config.error_feedback,
         outer=make_outer(**{**defaults, **arguments_of(config.outer_args)}) if make_outer else None,
         prox_mu=config.prox_mu if config.local_rule == "fedprox" else 0.0,
-        scaffold=config.local_rule == "scaffold",
+        scaffold=config.local_rule in ("scaffold", "scaffold-inferred"),
         delay=bool(config.delay),
         **keep,  # type: ignore[arg-type]
     )

@@ -103,7 +103,13 @@ OPTIMIZERS: list[Choice] = [
     {"optimizer": "rmsprop", "optimizer-args": "centered=true, momentum=0.5, eps=1e-3"},
     {"optimizer": "sgd", "optimizer-args": "momentum=0.5, nesterov=true"},
 ]
-RULES: list[Choice] = [{}, {}, {"local-rule": "fedprox", "prox-mu": 0.5}, {"local-rule": "scaffold"}]
+RULES: list[Choice] = [
+    {},
+    {},
+    {"local-rule": "fedprox", "prox-mu": 0.5},
+    {"local-rule": "scaffold"},
+    {"local-rule": "scaffold-inferred", "momentum": 0.0, "weight-decay": 0.0, "nesterov": False},
+]
 MOMENTUM: list[Choice] = [{}, {"momentum-at-sync": "reset"}, {"momentum-at-sync": "average"}]
 BATCHNORM: list[Choice] = [
     {},

@@ -46,6 +46,7 @@ ROUNDS, STEPS, WORKERS, BATCH = 3, 3, 3, 8
         {"model": "lenet5", "outer": "slowmo", "schedule": "cosine", "momentum-at-sync": "reset"},
         {"model": "lenet5", "local-rule": "fedprox", "prox-mu": 0.5, "optimizer": "lars", "trust-coefficient": 0.05},
         {"model": "lenet5", "local-rule": "scaffold", "nesterov": True},
+        {"model": "lenet5", "local-rule": "scaffold-inferred", "momentum": 0.0, "weight-decay": 0.0},
         {"delay": 1, "nesterov": True, "outer": "slowmo", "local-rule": "fedprox", "prox-mu": 0.5},
         {"local-epochs": 1, "local-steps": 10, "model": "lenet5", "synthetic-images": 126, "local-rule": "scaffold"},
         {"delay": 1, "model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "momentum-at-sync": "reset"},

@@ -8,9 +8,11 @@ come with each train message; device and threads are the client's own.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
@@ -26,6 +28,7 @@ from fedsim.federation.protocol import (
     BATCHNORM,
     COMPRESS,
     CONTROL,
+    CORRECTION,
     MEMORY,
     MEMORY_LOST,
     MEMORY_ROUNDS,
@@ -33,6 +36,7 @@ from fedsim.federation.protocol import (
     OPTIMIZER,
     OWN,
     SEND_MEMORY,
+    SENT,
     SHARED,
     keeps_memory,
     under_prefix,
@@ -41,7 +45,7 @@ from fedsim.federation.protocol import (
 from fedsim.models import empty_model
 from fedsim.training import stacked
 from fedsim.training.local_round import End, Start, check_machine, held_images, local_plan, take_round
-from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of
+from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of, inferred_correction
 from strategies import DECLINED, batchnorm_buffers, join, sections, split, tensor_record, tensors_of
 from strategies.local_sgd import ENCODED
 from strategies.screening import wrong_values
@@ -134,7 +138,7 @@ def _begin(config: Config, message: Message, context: Context) -> Begun:
         round=_round(message),
         weights={**parameters, **received.buffers, **under_prefix(BATCHNORM, memory), **under_prefix(OWN, memory)},
         state=under_prefix(OPTIMIZER, {**received.extras, **memory}),  # averaged, kept, or none
-        correction=correction_of(*_controls(config, received.extras, memory)),
+        correction=_correction(config, message, received, memory),
     )
     return Begun(received, memory, start)
 
@@ -170,6 +174,9 @@ def _ended(config: Config, begun: Begun, end: End) -> tuple[dict[str, Tensor], S
         c, c_k = _controls(config, received.extras, begun.memory)
         extras |= with_prefix(CONTROL, control_message(config, c, c_k, end.gradients))
         kept |= with_prefix(CONTROL, end.gradients)
+    if config.local_rule == "scaffold-inferred":
+        sent_parameters = {name: weights[name] for name in received.parameters}
+        kept |= with_prefix(CORRECTION, begun.start.correction) | with_prefix(SENT, sent_parameters)
     if config.delay:
         own, x = x, received.parameters
         weights = weights | add_late(weights, x, own)
@@ -185,6 +192,18 @@ def _ended(config: Config, begun: Begun, end: End) -> tuple[dict[str, Tensor], S
 @functools.lru_cache(maxsize=8)  # every client asks in every round, and a model would be built for it
 def _batchnorm_names(config: Config) -> tuple[str, ...]:
     return tuple(batchnorm_buffers(empty_model(config)))
+
+
+def _correction(
+    config: Config, message: Message, received: Sections, memory: Mapping[str, Tensor]
+) -> dict[str, Tensor]:
+    """SCAFFOLD's c - c_k at the start of a round; empty with other rules."""
+    if config.local_rule != "scaffold-inferred":
+        return correction_of(*_controls(config, received.extras, memory))
+    if not memory:
+        return {name: torch.zeros_like(value) for name, value in received.parameters.items()}
+    rates = math.fsum(local_plan(config).rates(_round(message) - 1))
+    return inferred_correction(under_prefix(CORRECTION, memory), under_prefix(SENT, memory), received.parameters, rates)
 
 
 def _controls(config: Config, extras: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fedsim.config import Config, check_used
 from fedsim.errors import UserError
-from fedsim.federation.protocol import BATCHNORM, COMPRESS, CONTROL, OPTIMIZER, OWN, with_prefix
+from fedsim.federation.protocol import BATCHNORM, COMPRESS, CONTROL, CORRECTION, OPTIMIZER, OWN, SENT, with_prefix
 from fedsim.optim import zero_state
 from fedsim.rng import Purpose, step_keys
 from fedsim.training.run_plan import RunPlan
@@ -69,6 +69,8 @@ def zero_memory(config: Config, model: nn.Module) -> dict[str, Tensor]:
     memory = with_prefix(OPTIMIZER, zero_state(config, parameters)) if config.momentum_at_sync == "keep" else {}
     if config.local_rule == "scaffold":
         memory |= with_prefix(CONTROL, zeros)
+    if config.local_rule == "scaffold-inferred":
+        memory |= with_prefix(CORRECTION, zeros) | with_prefix(SENT, zeros)
     if codec := codec_of(config):
         memory |= with_prefix(COMPRESS, encode(codec, zeros, {}, 0, config.error_feedback)[1])
     if config.batchnorm_at_sync == "local":

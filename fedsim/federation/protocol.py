@@ -13,6 +13,8 @@ from fedsim.config import Config, Value
 
 OPTIMIZER = "optimizer/"  # prefix of optimizer state, in a client's memory and among the extras that are averaged
 CONTROL = "control/"  # prefix of SCAFFOLD's control variates: c_k in a client's memory, c among the extras
+CORRECTION = "correction/"  # prefix of SCAFFOLD's c - c_k in a client's memory, where it infers them
+SENT = "sent/"  # prefix of the parameters that a client sent last, in its memory, where it infers the next c - c_k
 COMPRESS = "compress/"  # prefix of what a client remembers of its messages, in its memory
 BATCHNORM = "batchnorm/"  # prefix of a client's own BatchNorm statistics, in its memory
 OWN = "own/"  # prefix of a client's own parameters and buffers, in its memory, where the mean arrives late
@@ -34,7 +36,8 @@ def shared(config: Config) -> dict[str, Value]:
 def keeps_memory(config: Config) -> bool:
     """Whether a client keeps anything between rounds; see the prefixes above."""
     compresses = config.compress != "none" and (config.error_feedback or config.compress == "powersgd")
-    own = config.momentum_at_sync == "keep" or config.batchnorm_at_sync == "local" or config.local_rule == "scaffold"
+    own = config.momentum_at_sync == "keep" or config.batchnorm_at_sync == "local"
+    own |= config.local_rule in ("scaffold", "scaffold-inferred")
     return own or compresses or config.compress_down != "none" or config.delay > 0
 
 
@@ -42,9 +45,15 @@ def needs_all_memories(config: Config) -> bool:
     """Whether no client may start again without its memory.
 
     SCAFFOLD's c contains the c_k of every client. If all clients take part in every round, c is computed again in each.
-    Otherwise a lost c_k would stay part of it.
+    Otherwise a lost c_k would stay part of it. Inferred corrections must add up to zero.
     """
-    return config.local_rule == "scaffold" and config.clients_per_round < config.clients
+    sampled = config.clients_per_round < config.clients
+    return config.local_rule == "scaffold-inferred" or (config.local_rule == "scaffold" and sampled)
+
+
+def fewest_updates(config: Config) -> int:
+    """How many usable updates a round needs. Where corrections are inferred, x must be the mean of all clients."""
+    return config.clients if config.local_rule == "scaffold-inferred" else config.min_clients or 1
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -26,6 +26,7 @@ from fedsim.federation.protocol import (
     MEMORY_LOST,
     MEMORY_ROUNDS,
     SEND_MEMORY,
+    fewest_updates,
     needs_all_memories,
     shared,
 )
@@ -84,7 +85,7 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         "seed": config.seed,
         "population": config.clients,
         "fraction_train": config.fraction,
-        "min_updates": config.min_clients or 1,
+        "min_updates": fewest_updates(config),
         "max_examples": plan.max_samples
         if config.client_weights == "equal"
         else lambda round_: training_images(config),

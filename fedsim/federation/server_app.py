@@ -19,6 +19,7 @@ from fedsim.federation.checkpoint import collect_memories, resume, save
 from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
+from fedsim.federation.protocol import fewest_updates
 from fedsim.federation.round import (
     Progress,
     TooFewClients,
@@ -145,7 +146,7 @@ def recover(
     """
     print(f"{failure}; trying again", flush=True)
     try:
-        registry.wait_for(config.min_clients or 1)
+        registry.wait_for(fewest_updates(config))
     except UserError as error:  # not the user's: the nodes were there when the run began
         raise RunFailed(str(error)) from error
     return resume(run, messenger, registry.nodes, initial, plan.rounds) if failure.memory_lost else progress

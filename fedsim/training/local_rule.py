@@ -2,7 +2,7 @@
 
     fedprox     mu (y - x): it pulls y towards x, where the round began (Li et al. 2020)
     scaffold    c - c_k: the mean of all workers' gradients minus this worker's, both of earlier rounds
-                (Karimireddy et al. 2020)
+                (Karimireddy et al. 2020); with scaffold-inferred each client infers it from the models that it gets
 
 Each treats every value by itself, so that the parameters may be those of one model or of a stacked network.
 """
@@ -11,15 +11,28 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim.config import Config, check_used
+from fedsim.config import Config, check_used, kebab
 from fedsim.errors import UserError
 
 Tensors = Mapping[str, Tensor]  # by the names of the parameters, and shaped like them
 USED_BY = {"prox_mu": ("fedprox",)}  # key -> the rules that use it
+INFERRED_NEEDS: dict[str, tuple[Any, ...]] = {  # key -> its values with which clients can infer SCAFFOLD's correction
+    # How far a model moved must be the sum of its corrected gradients times their rates
+    "optimizer": ("sgdm",),
+    "momentum": (0.0,),
+    "weight_decay": (0.0,),
+    # The model that a client gets must be the exact mean of what all clients hold, after as many steps each
+    "local_epochs": (0,),
+    "fraction": (1.0,),
+    "outer": ("none",),
+    "compress": ("none",),
+    "compress_down": ("none",),
+}
 
 
 class LocalRule(ABC):
@@ -68,7 +81,23 @@ class FedProx(LocalRule):
         torch._foreach_add_(gradients, moved, alpha=self._mu)
 
 
-class Scaffold(LocalRule):
+class ScaffoldInferred(LocalRule):
+    """A correction of every gradient in a round; see `inferred_correction`."""
+
+    def __init__(self, parameters: Tensors) -> None:
+        super().__init__(parameters)
+        self._correction = [torch.zeros_like(parameter) for parameter in self._parameters]
+
+    @torch.no_grad()
+    def begin(self, correction: Tensors) -> None:
+        torch._foreach_copy_(self._correction, [correction[name] for name in self._names])
+
+    @torch.no_grad()
+    def correct_gradients(self) -> None:
+        torch._foreach_add_(*self._with_gradients(self._correction))
+
+
+class Scaffold(ScaffoldInferred):
     """Karimireddy, Kale, Mohri, Reddi, Stich and Suresh, ICML 2020, with the mean gradient of a round as c_k.
 
     For SGD at a constant rate, without momentum and weight decay, that mean is the paper's option II,
@@ -77,20 +106,18 @@ class Scaffold(LocalRule):
 
     def __init__(self, parameters: Tensors) -> None:
         super().__init__(parameters)
-        self._correction = [torch.zeros_like(parameter) for parameter in self._parameters]
         self._sums = [torch.zeros_like(parameter) for parameter in self._parameters]
 
     @torch.no_grad()
     def begin(self, correction: Tensors) -> None:
-        torch._foreach_copy_(self._correction, [correction[name] for name in self._names])
+        super().begin(correction)
         torch._foreach_zero_(self._sums)
 
     @torch.no_grad()
     def correct_gradients(self) -> None:
         gradients, sums = self._with_gradients(self._sums)
-        _, correction = self._with_gradients(self._correction)
         torch._foreach_add_(sums, gradients)
-        torch._foreach_add_(gradients, correction)
+        super().correct_gradients()
 
     @torch.no_grad()
     def end(self, steps: int) -> dict[str, Tensor]:
@@ -104,6 +131,8 @@ def build_rule(config: Config, parameters: Tensors) -> LocalRule | None:
             return FedProx(parameters, config.prox_mu)
         case "scaffold":
             return Scaffold(parameters)
+        case "scaffold-inferred":
+            return ScaffoldInferred(parameters)
         case "none":
             return None
 
@@ -111,7 +140,14 @@ def build_rule(config: Config, parameters: Tensors) -> LocalRule | None:
 def check_local_rule(config: Config) -> None:
     """Raise UserError where the keys of the rule do not go together."""
     check_used(config, "local_rule", USED_BY)
-    if config.local_rule != "scaffold":
+    needs = {**INFERRED_NEEDS, "min_clients": (0, config.clients)} if config.local_rule == "scaffold-inferred" else {}
+    for name, values in needs.items():
+        if (value := getattr(config, name)) not in values:
+            raise UserError(
+                f"{kebab(name)} = {value}: local-rule = scaffold-inferred needs {kebab(name)} = {values[0]}: "
+                "give that, or --local-rule scaffold"
+            )
+    if not config.local_rule.startswith("scaffold"):
         return
     zero = "does not keep the sum of SCAFFOLD's corrections at zero: give"
     if config.mean != "exact":
@@ -141,6 +177,20 @@ def control_variate(config: Config, c: Tensors, kept: Tensors) -> Tensors:
 def correction_of(c: Tensors, c_k: Tensors) -> dict[str, Tensor]:
     """SCAFFOLD: c - c_k."""
     return {name: value - c_k[name].to(value.device) for name, value in c.items()}
+
+
+def inferred_correction(correction: Tensors, y: Tensors, x: Tensors, rates: float) -> dict[str, Tensor]:
+    """SCAFFOLD: a client's next c - c_k, inferred from the model `y` that it sent and the mean `x` of all.
+
+    Plain SGD moved y by the mean gradient and the `correction` of its round times `rates`, the sum of the learning
+    rates. So (y - x) / rates is the mean of all mean gradients minus its own, minus the correction, as those of all
+    clients add up to zero.
+    """
+    if rates == 0:  # no model has moved
+        return dict(correction)
+    return {
+        name: correction[name].to(mean.device) + (y[name].to(mean.device) - mean) / rates for name, mean in x.items()
+    }
 
 
 def control_message(config: Config, c: Tensors, c_k: Tensors, gradients: Tensors) -> dict[str, Tensor]:

@@ -16,7 +16,9 @@ from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS
 from fedsim.records import read_rows
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
-from tests.federation.test_failures import UPDATE, forget, once, run_with
+from tests.federation.test_failures import UPDATE, fail, forget, once, run_with
+
+PLAIN_SGD = {"momentum": 0.0, "weight-decay": 0.0}
 
 
 def test_the_key_knows_the_names_of_the_optimizers() -> None:
@@ -36,6 +38,7 @@ def test_without_a_distance_fedprox_is_the_plain_run_bitwise(run: Execute, keys:
     [
         ("scaffold", {"optimizer": "adamw", "optimizer_args": "betas=0.8:0.9"}),
         ("scaffold", {"nesterov": True}),
+        ("scaffold-inferred", {"momentum": 0.0, "weight_decay": 0.0}),
         ("none", {"optimizer": "nadam", "momentum_at_sync": "average", "decay_biases_and_norms": False}),
     ],
 )
@@ -52,6 +55,7 @@ def test_one_client_is_centralized_training_bitwise(run: Execute, rule: str, key
         {"local-rule": "scaffold", "momentum-at-sync": "reset"},
         {"local-rule": "scaffold", "fraction": 0.5, "optimizer": "adamw", "lr": 0.001, "compress": "topk"},
         {"local-rule": "fedprox", "momentum-at-sync": "average", "optimizer": "adafactor", "lr": 0.001},
+        {"local-rule": "scaffold-inferred", **PLAIN_SGD, "schedule": "cosine"},
     ],
 )
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, keys: dict[str, Any]) -> None:
@@ -67,6 +71,35 @@ def test_scaffold_sends_twice_the_bytes_both_ways(run: Execute) -> None:
         assert [row[f"bytes_{way}"] - row[f"overhead_bytes_{way}"] for way in ("up", "down")] == [
             2 * 4 * 2 * UPDATE
         ] * 2
+
+
+def test_inferred_it_sends_no_more_than_a_plain_run_and_trains_the_same_model(run: Execute) -> None:
+    keys = {"momentum": 0.0, "weight_decay": 0.0, "rounds": 4}
+    plain, sent, inferred = (
+        run(name=rule, local_rule=rule, precision="fp64", **keys) for rule in ("none", "scaffold", "scaffold-inferred")
+    )
+    bytes_of = [
+        [
+            [row[f"bytes_{way}"] - row[f"overhead_bytes_{way}"] for way in ("up", "down")]
+            for row in read_rows(one.folder)
+        ]
+        for one in (plain, inferred)
+    ]
+    assert bytes_of[0] == bytes_of[1]
+    for name, value in final_model(sent).items():
+        torch.testing.assert_close(final_model(inferred)[name], value, rtol=0, atol=1e-13)
+    assert not torch.allclose(final_model(plain)["fc3.weight"], final_model(sent)["fc3.weight"], rtol=0, atol=1e-6)
+
+
+def test_inferred_a_round_without_one_client_is_repeated_and_a_lost_memory_takes_all_back(
+    small: Config, run: Execute
+) -> None:
+    keys = {"local-rule": "scaffold-inferred", **PLAIN_SGD, "checkpoint-every": 2}
+    whole = run(name="whole", **{name.replace("-", "_"): value for name, value in keys.items()})
+    for name, fault in {"absent": fail, "forgets": forget}.items():
+        again = run_with(once(6, 0, fault), small.changed({**keys, "name": name}))
+        assert_same_bits(final_model(again), final_model(whole))
+        assert rows_of(again) == rows_of(whole)
 
 
 def test_a_client_that_lost_its_control_variate_begins_anew_or_all_go_back(small: Config, run: Execute) -> None:
@@ -95,6 +128,11 @@ def test_a_client_that_lost_its_control_variate_begins_anew_or_all_go_back(small
         (
             {"local_rule": "scaffold", "client_weights": "shard-size", "fraction": 0.5},
             "client-weights = shard-size of a sample does not keep the sum of SCAFFOLD's corrections at zero",
+        ),
+        ({"local_rule": "scaffold-inferred"}, "momentum = 0.9: local-rule = scaffold-inferred needs momentum = 0.0: "),
+        (
+            {"local_rule": "scaffold-inferred", "momentum": 0.0, "weight_decay": 0.0, "min_clients": 1},
+            "min-clients = 1: local-rule = scaffold-inferred needs min-clients = 0: give that, or",
         ),
         (
             {"optimizer": "lamb", "momentum": 0.5},

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from fedsim.config import Config
 from fedsim.federation.in_process import InProcessGrid
-from fedsim.training.local_rule import build_rule, control_message, control_variate, correction_of
+from fedsim.training.local_rule import build_rule, control_message, control_variate, correction_of, inferred_correction
 from strategies import DECLINED, LocalSGD, join, split, tensor_record, tensors_of
 from strategies.sections import Sections
 
@@ -34,6 +34,7 @@ def trained(rounds: int, keys: dict[str, Any], fails: Fails = lambda round_, wor
     config = Config(clients=WORKERS, device="cpu", threads=1).changed(keys)
     losses = quadratics()
     kept: list[dict[str, Tensor]] = [{} for _ in losses]
+    inferred: list[tuple[dict[str, Tensor], dict[str, Tensor]] | None] = [None for _ in losses]
     app = ClientApp()
 
     @app.train()
@@ -43,9 +44,13 @@ def trained(rounds: int, keys: dict[str, Any], fails: Fails = lambda round_, wor
         y = nn.Parameter(x["x"].clone())
         optimizer, rule = torch.optim.SGD([y], lr=LR), build_rule(config, {"x": y})
         c_k = control_variate(config, c, kept[worker])
+        correction = correction_of(c, c_k)
+        if config.local_rule == "scaffold-inferred":
+            correction, last_y = inferred[worker] or ({"x": torch.zeros_like(y)}, {"x": y.detach()})
+            correction = inferred_correction(correction, last_y, x, STEPS * LR)
         gradients: dict[str, Tensor] = {}
         if rule:
-            rule.begin(correction_of(c, c_k))
+            rule.begin(correction)
         for _ in range(STEPS):
             y.grad = (losses[worker][0] @ y - losses[worker][1]).detach()
             if rule:
@@ -56,7 +61,7 @@ def trained(rounds: int, keys: dict[str, Any], fails: Fails = lambda round_, wor
         if fails(int(message.content.config_records["config"]["server-round"]), worker):  # type: ignore[arg-type]
             return Message(RecordDict({DECLINED: ConfigRecord({"reason": "of the test"})}), reply_to=message)
         sent = Sections({"x": y.detach()}, {}, control_message(config, c, c_k, gradients))
-        kept[worker] = gradients
+        kept[worker], inferred[worker] = gradients, (correction, {"x": y.detach().clone()})
         metrics = MetricRecord({"num-examples": STEPS})
         return Message(RecordDict({"arrays": tensor_record(join(sent)), "metrics": metrics}), reply_to=message)
 
@@ -85,6 +90,8 @@ def test_scaffold_finds_the_optimum_beside_which_local_steps_settle() -> None:
     distances, off = trained(80, {"local-rule": "scaffold"})
     assert distances[-1] < OPTIMUM_WITHIN
     assert off < 1e-14  # c is the mean of all c_k after each round
+    inferred, _ = trained(80, {"local-rule": "scaffold-inferred", "momentum": 0.0, "weight-decay": 0.0})
+    torch.testing.assert_close(inferred, distances, rtol=0, atol=1e-14)
     proximal, _ = trained(80, {"local-rule": "fedprox", "prox-mu": 5.0})
     assert OPTIMUM_WITHIN < proximal[-1] < plain[-1]  # FedProx comes nearer
 
