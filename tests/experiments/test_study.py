@@ -49,6 +49,16 @@ def cells_of(name: str) -> dict[tuple[Value, ...], int]:
         ("scaled-small", 8, 3),
         ("precision", 2, 3),
         ("precision-tf32", 2, 3),
+        ("kj-small-tuned", 2 * 4 + 2, 3),
+        ("kj-tuned", 2 * 4 + 2, 3),
+        ("methods-outer", 6, 3),
+        ("methods-fedadam", 2, 3),
+        ("methods-post-local", 2, 3),
+        ("methods-qsr", 2, 3),
+        ("methods-optimizer", 4, 3),
+        ("methods-compress", 6, 3),
+        ("batchnorm", 12, 3),
+        ("fedopt", 3, 1),
     ],
 )
 def test_a_study_has_its_cells_each_with_every_seed_and_a_name_of_its_own(name: str, cells: int, seeds: int) -> None:
@@ -256,7 +266,7 @@ def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "latin.toml").write_bytes('title = "é"'.encode("latin-1"))
     (tmp_path / "folder.toml").mkdir()
     for name, message in (
-        ("a/b", "unknown study a/b: it must be one of demo, "),
+        ("a/b", "unknown study a/b: it must be one of batchnorm, demo, "),
         (str(tmp_path), f"unknown study {tmp_path}: "),
         (f"{tmp_path}/none.toml", f"{tmp_path}/none.toml cannot be read (No such file or directory)"),
         (f"{tmp_path}/folder.toml", f"{tmp_path}/folder.toml cannot be read (Is a directory)"),
