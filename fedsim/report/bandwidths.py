@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fedsim.report.drawing import CHARACTER, Plot, cell_styles, legend, log_scale, panels_of
 from fedsim.report.network import Network
 from fedsim.report.result_table import ResultTable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 BANDWIDTHS = np.logspace(6, 11, 101)  # bits per second
 UNITS = ((1e9, "Gbit/s"), (1e6, "Mbit/s"))

@@ -10,15 +10,16 @@ import functools
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from fedsim.report.load import printable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 DPI = 144
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008, for colour-blind eyes
@@ -52,9 +53,6 @@ class Plot:
 
     def image(self, kind: str, command: str, phone: bool = False) -> bytes:
         """The figure as ``png`` or ``svg``, with the `command` that makes it as its description."""
-        from matplotlib import rc_context
-        from matplotlib.text import Text
-
         figure = self.draw(1) if phone else self.figure
         for text in figure.findobj(Text):
             text.set_parse_math(False)  # names may contain a $
@@ -67,8 +65,6 @@ class Plot:
 
 def panels_of(count: int, across: int = ACROSS, width: float = 0.0) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels, at most `across` side by side, and at least `width` inches wide."""
-    from matplotlib.figure import Figure  # takes a second to import
-
     columns = max(min(count, across), 1)
     down = max(-(-count // columns), 1)
     room = max(WIDTHS[columns], width) if across > 1 else PHONE
@@ -95,8 +91,6 @@ def series_style(number: int) -> dict[str, Any]:
 
 def row_styles(cells: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """A colour from dark to light and a marker for each row of a table; the large-batch baseline is black, dashed."""
-    from matplotlib import colormaps
-
     baselines = set(cells["row"][cells["baseline"]])
     ordered = [row for row in cells["row"].unique() if row not in baselines]
     styles: dict[str, dict[str, Any]] = {row: {"color": "black", "ls": "--", "marker": "x"} for row in baselines}
@@ -117,8 +111,6 @@ def cell_styles(cells: pd.DataFrame) -> dict[int, dict[str, Any]]:
 
 def log_scale(panel: Axes, which: str, unit: str = "") -> None:
     """Make the ``x`` or ``y`` axis logarithmic, in k, M and G, with more ticks on a short range."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
     panel.set(**{f"{which}scale": "log"})
     axis = getattr(panel, f"{which}axis")
     low, high = axis.get_view_interval()

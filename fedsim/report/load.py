@@ -114,10 +114,8 @@ def read_records(root: Path) -> Records:
         run = {"folder": path.parent, "run": printable(path.parent.name), "identity": identity}
         runs.append({**keys, **_outcome(summary, own), **run})
     columns = ["run", *Row.model_fields]
-    frame = pd.DataFrame(rows, columns=columns).astype(
-        {name: float for name in columns if name not in ("run", "round")}
-    )
-    return Records(pd.DataFrame(runs, dtype=object), frame.astype({"run": int, "round": int}), warnings)
+    types = {**dict.fromkeys(columns, float), "run": int, "round": int}
+    return Records(pd.DataFrame(runs, dtype=object), pd.DataFrame(rows, columns=columns).astype(types), warnings)
 
 
 def parse_config(content: bytes) -> dict[str, Value]:

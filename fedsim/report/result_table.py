@@ -45,7 +45,6 @@ class ResultTable:
     cells: pd.DataFrame
     runs: pd.DataFrame
     rows: pd.DataFrame
-    rates: str = "as given"  # how the cells' learning rates were chosen; a study that tunes them says so here
 
     @property
     def row_axes(self) -> tuple[str, ...]:
