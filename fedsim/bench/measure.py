@@ -1,8 +1,8 @@
 """Time the variants of running a round of LocalSGD, compared with centralized training.
 
 Centralized training at batch K * B is the reference: the same images and arithmetic, without replicas. Each variant
-runs in a new process: one warm-up round, then timed rounds. Every pass measures all variants in turn, so that a slow
-phase of the machine affects all of them. Timings are medians over rounds and passes.
+runs in a new process: one warm-up round, then timed rounds. Every pass gives each variant one such turn, so that a
+slow phase of the machine affects all of them. Timings are medians over rounds and passes.
 
 Each rate is also compared with what the device could reach at best, given its measured rates (`fedsim.bench.bound`):
 that is lower for K models than for one.
@@ -62,8 +62,8 @@ def run_bench(
 ) -> None:
     """Measure `variants` (empty: those for the device), print the tables, and write the file `output`.
 
-    Each of `passes` times `rounds` rounds; a turn is ended after `limit` seconds. Raises UserError before anything is
-    measured, and RunFailed at the end if a turn failed.
+    Each of `passes` times `rounds` rounds of every variant; a turn is ended after `limit` seconds. Raises UserError
+    before anything is measured, and RunFailed at the end if a turn failed.
     """
     config = checked_config(keys, clients, variants, rounds)
     check_output(Path(output))
@@ -170,7 +170,7 @@ def measure(turns: Iterable[Turn], rounds: int, limit: float) -> tuple[list[Timi
 
 
 def at(config: Config, clients: int, variant: str) -> Config:
-    """`config` at K = `clients`; on a CPU every variant uses all cores, by threads of a step or parallel clients."""
+    """`config` at K = `clients`; on a CPU every variant uses all cores, in threads of a step or parallel clients."""
     all_cores = config.device == "cpu" and variant not in THREADED
     return config.changed({"clients": clients, "threads": cpu_count() if all_cores else 1})
 
@@ -192,7 +192,7 @@ def growth(config: Config) -> list[Turn]:
 
 
 def start_up(device: str) -> float:
-    """Seconds of ``run.py localsgd`` with one round of one small step, nearly all of them its start-up."""
+    """Seconds of ``run.py localsgd`` with one round of one small step: nearly all of it is start-up."""
     with tempfile.TemporaryDirectory() as folder:
         keys = "--dataset synthetic --synthetic-images 64 --model lenet5 --clients 1 --local-steps 1 --rounds 1".split()
         command = [sys.executable, str(CHECKOUT / "run.py"), "localsgd", *keys]
@@ -204,7 +204,7 @@ def start_up(device: str) -> float:
 
 
 def write_timings(path: Path, timings: Sequence[Timing], device: str, **rates: float) -> None:
-    """Write all measurements and their provenance to a JSON file."""
+    """Write all measurements, the `rates` of the device, and their provenance to a JSON file."""
     content = {
         **provenance(device),
         **rates,

@@ -14,7 +14,7 @@ WITHOUT_KERNEL = (
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("_unsafe_view", "detach", "lift_fresh", "set_", "resize_"),
 )
-# Arguments that an operator changes, where its schema says otherwise
+# Positions of the arguments that an operator changes, where its schema does not mark them
 CHANGED = {"native_batch_norm": (3, 4), "_fused_sgd_": (0, 2)}
 
 

@@ -20,7 +20,7 @@ UNITS = ((1e9, "Gbit/s"), (1e6, "Mbit/s"))
 def seconds_by_bandwidth(times: pd.DataFrame, network: Network) -> pd.DataFrame:
     """The seconds of each cell whose runs all reach the target (columns), at each of `BANDWIDTHS` (the index).
 
-    Of computing and messages that overlap, what takes longer counts, in all rounds the same.
+    Where messages are on their way while workers compute (`late`), the longer of the two counts; all rounds are equal.
     """
     whole = times[(times["reached"] > 0) & (times["reached"] == times["runs"])]
     slower = 8 * network.bandwidth / BANDWIDTHS[:, None]
@@ -31,7 +31,7 @@ def seconds_by_bandwidth(times: pd.DataFrame, network: Network) -> pd.DataFrame:
 
 
 def fastest_cells(seconds: pd.DataFrame) -> list[tuple[int, float, float]]:
-    """Ranges of bandwidths: the cell that is the fastest, from which bandwidth on, and up to which."""
+    """(cell, lowest, highest) for each range of bandwidths in which one cell is the fastest."""
     if seconds.empty:
         return []
     best = seconds.idxmin(axis="columns")
@@ -98,6 +98,6 @@ def _bandwidth(bits: float) -> str:
 
 
 def _upload(network: Network) -> str:
-    """How much of the bandwidth down a link has up, where that differs."""
+    """A part of the axis label: the bandwidth up, relative to that down, if they differ."""
     ratio = (network.upload or network.bandwidth) / network.bandwidth
     return "" if ratio == 1 else f" down; {ratio:.3g} of it up"

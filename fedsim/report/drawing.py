@@ -1,6 +1,6 @@
 """What the figures share: a plot with its numbers, panels, line styles, logarithmic axes and legends.
 
-Text has one size. Colours are those of Okabe and Ito 2008, or of viridis where they have an order; every line has a
+All text has one size. Colours are those of Okabe and Ito 2008, or of viridis for an ordered series; every line has a
 marker too.
 """
 
@@ -28,13 +28,13 @@ LINES = ("-", "--", "-.", ":")
 ACROSS = 3  # panels side by side
 WIDTHS = {1: 5.0, 2: 8.0, 3: 9.6}  # inches, by the panels side by side
 PHONE = 3.8  # inches, the width of a figure with its panels below each other
-CHARACTER = 0.085  # inches, the approximate width of one
+CHARACTER = 0.085  # inches, the approximate width of a character
 MOST_IN_LEGEND = 24
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure, its caption, and its numbers. `draw(across)` draws it with at most so many panels side by side."""
+    """A figure, its caption, and its numbers. `draw(across)` draws it with at most `across` panels side by side."""
 
     name: str
     caption: str
@@ -43,7 +43,7 @@ class Plot:
 
     @functools.cached_property
     def figure(self) -> Figure:
-        """The figure for a page."""
+        """The figure in the width of a page."""
         return self.draw(ACROSS)
 
     @property
@@ -101,7 +101,7 @@ def row_styles(cells: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def cell_styles(cells: pd.DataFrame) -> dict[int, dict[str, Any]]:
-    """The style of each cell: colour and marker of its row, and a kind of line for its column."""
+    """The style of each cell: colour and marker by its row, line style by its column."""
     rows, columns = row_styles(cells), list(cells["column"].unique())
     return {
         cell: {**rows[line["row"]], "ls": LINES[columns.index(line["column"]) % len(LINES)]}

@@ -125,7 +125,7 @@ def plot_accuracy(table: ResultTable) -> Plot:
 
 
 def _draw_cells(table: ResultTable, values: pd.DataFrame, paper: pd.Series, ylabel: str, across: int) -> Figure:
-    """`mean` and `std` of cells (the index of `values`), and the paper's: x is the table's row, a line a column."""
+    """Draw `mean` and `std` of cells (the index of `values`) and the paper's values: rows along x, a line a column."""
     shown = table.cells.loc[sorted({*values.index, *paper.dropna().index})]
     rows, columns = list(shown["row"].unique()), list(shown["column"].unique())
     figure, (panel,) = panels_of(1, across, width=0.3 * len(rows))
@@ -215,14 +215,14 @@ def _draw_curve(panel: Axes, curve: pd.DataFrame, axis: XAxis, label: str, style
 
 
 def _draw_series(panel: Axes, points: pd.DataFrame, label: str, style: dict[str, Any]) -> None:
-    """`mean` and `std` at `x` of the cells of a column; the large-batch baseline is a hollow marker, without a line."""
+    """Draw `mean` and `std` at `x`; the large-batch baseline is a hollow marker, without a line."""
     for baseline, own in points.dropna(subset=["mean"]).groupby("baseline"):
         shape: dict[str, Any] = {"ls": "", "mfc": "none"} if baseline else {"label": label}
         panel.errorbar(own["x"], own["mean"], own["std"].where(own["std"] > 0), **{"capsize": 3, **style, **shape})
 
 
 def _draw_points(panel: Axes, table: ResultTable, points: pd.DataFrame) -> None:
-    """Plot accuracy against traffic, with the coordinates of each cell."""
+    """Plot accuracy against traffic; the text at a point is the cell's row."""
     middle = math.sqrt(points["sent"].min() * points["sent"].max()) if len(points) else 0.0
     one_place = points["sent"].nunique() == 1
     for number, column in enumerate(_ordered(table, points, "column")):

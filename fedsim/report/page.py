@@ -10,10 +10,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 from rich.console import Console
 
 from fedsim.errors import RunFailed, UserError
@@ -39,8 +39,9 @@ PIXELS_PER_INCH = 96  # of CSS, so that text in figures is as large as that of t
 
 
 class Figure(NamedTuple):
-    """The files ``NAME.png``, ``.svg`` and ``.csv``, the command that makes them, the SVG as `wide` and with its panels
-    below each other as `narrow`, both in base64, and its width in CSS pixels.
+    """A figure of the page. `command` makes its files ``NAME.png``, ``.svg`` and ``.csv``.
+
+    `wide`: its SVG in base64; `narrow`: the same with its panels below each other; `width`: of `wide`, in CSS pixels.
     """
 
     name: str
@@ -77,14 +78,10 @@ def build_report(root: str, out: str, figure: str, console: Console) -> None:
             show_path(path / f"{figure}.png", console)
             return
         sections = [_section(table, path, command) for table in tables]
-        content: dict[str, Any] = {
-            "title": TITLE,
-            "sections": sections,
-            "warnings": warnings,
-            "command": printable(command),
-        }
+        content = {"title": TITLE, "sections": sections, "warnings": warnings, "command": printable(command)}
+        templates = _templates()
         for template, name in (("page.html.j2", "index.html"), ("report.md.j2", "report.md")):
-            (path / name).write_text(_render(template, content), encoding="utf-8")
+            (path / name).write_text(templates.get_template(template).render(content), encoding="utf-8")
             show_path(path / name, console)
 
 
@@ -113,7 +110,7 @@ def folder(key: str, text: str) -> Path:
 
 @contextlib.contextmanager
 def output_folder(text: str) -> Iterator[Path]:
-    """Context manager: create the folder to write to. `OSError` becomes RunFailed for a full disk, else UserError."""
+    """Create the folder to write to. An OSError within becomes RunFailed if the disk is full, else UserError."""
     path = folder("out", text)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -169,12 +166,11 @@ def _figure(plot: Plot, path: Path, command: str) -> Figure:
     return Figure(plot.name, printable(plot.caption), printable(command), wide, narrow, width)
 
 
-def _render(template: str, content: dict[str, Any]) -> str:
-    html = ".html." in template
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=html, trim_blocks=True, lstrip_blocks=True)
+def _templates() -> Environment:
+    loader, escape_html = FileSystemLoader(Path(__file__).parent), select_autoescape(["html.j2"])
+    environment = Environment(loader=loader, autoescape=escape_html, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"md": _markdown, "code": _code}
-    return environment.get_template(template).render(content)
+    return environment
 
 
 def _markdown(text: str) -> str:

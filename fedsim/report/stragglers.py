@@ -44,11 +44,10 @@ class Stragglers(NamedTuple):
 
 def stragglers(jitter: str, slow: str, seed: int) -> Stragglers:
     """The options --jitter and --slow, "" where not given; raises UserError."""
-    name, _, spread = jitter.partition(":")
+    noise = re.fullmatch(r"|exponential|lognormal:([0-9]*\.?[0-9]+)", jitter)
+    sigma = float(noise[1] or 0) if noise else 0.0
     found = re.fullmatch(r"([1-9][0-9]{0,5}):([0-9]{1,6}(?:\.[0-9]*)?)", slow)
-    if (name, spread) not in (("", ""), ("exponential", "")) and (
-        name != "lognormal" or not re.fullmatch(r"[0-9]*\.?[0-9]+", spread) or not 0 < float(spread) <= 1
-    ):
+    if not noise or (noise[1] and not 0 < sigma <= 1):
         raise UserError(
             f"jitter = {jitter!r} is not exponential or lognormal:SIGMA with SIGMA above 0 and at most 1: "
             "for instance lognormal:0.3"
@@ -58,11 +57,11 @@ def stragglers(jitter: str, slow: str, seed: int) -> Stragglers:
     if seed < 0:
         raise UserError(f"seed = {seed} is out of range: it must be at least 0")
     count, factor = (int(found[1]), float(found[2])) if found else (0, 1.0)
-    return Stragglers(name, float(spread or 0), count, factor, seed)
+    return Stragglers(jitter.partition(":")[0], sigma, count, factor, seed)
 
 
 def computed_steps(rows: pd.DataFrame, which: Stragglers) -> pd.Series:
-    """The usual steps that take as long as a run's computing up to each of its `rows`, which are in their order.
+    """The time that a run has computed up to each of its `rows` (in order), in usual steps.
 
     The rounds between two rows are taken to have the same J, or J and J + 1. NaN where the syncs are unknown. Requires
     `run`, `clients`, `workers`, `local_steps`, `network_syncs`.
