@@ -106,7 +106,7 @@ def show_rates(config: Config, console: Console) -> dict[str, Rates]:
     """Measure and print the rates of the device in the precision of `config` and, on a GPU, in bf16."""
     on_gpu = config.device.startswith("cuda")
     precisions = dict.fromkeys((config.precision, "bf16") if on_gpu else (config.precision,))
-    rates = {precision: measure_rates(config.device, precision) for precision in precisions}
+    rates: dict[str, Rates] = {name: measure_rates(config.device, name) for name in precisions}
     if on_gpu:
         torch.cuda.empty_cache()  # for the processes that follow
     for precision, rate in rates.items():

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
     large = config.changed({"batch-size": config.clients * config.batch_size})
     order = np.resize(np.arange(len(data.train)), large.batch_size * config.local_steps)
     rates, corners = [config.lr] * config.local_steps, data.train.corners
-    inputs = functools.partial(step_inputs, order, large.batch_size, 0, 0, 0, rates, corners)
+    inputs = partial(step_inputs, order, large.batch_size, 0, 0, 0, rates, corners)
     if captured:
         run = make_step_fn(large, model, optimizer, data.train, len(order))
     else:
@@ -61,7 +61,7 @@ def threaded_rounds(config: Config, rounds: int, **keys: Any) -> list[float]:
 
 def stacked_rounds(config: Config, rounds: int, **choices: Any) -> list[float]:
     """LocalSGD in this process, all clients in one stacked network; `choices` are arguments of `train_together`."""
-    return _rounds_on_grid(config, rounds, functools.partial(train_together, **choices))
+    return _rounds_on_grid(config, rounds, partial(train_together, **choices))
 
 
 def _rounds_on_grid(config: Config, rounds: int, train_together: TrainTogether | None) -> list[float]:
@@ -98,35 +98,26 @@ METHODS: dict[str, dict[str, Any]] = {  # to be compared with plain LocalSGD, wh
     "topk": {"compress": "topk", "compress-ratio": 0.01},
     "powersgd": {"compress": "powersgd", "compress-rank": 4},
 }
-BY_PRODUCTS = functools.partial(stacked.take_rounds, by_products=True)
+BY_PRODUCTS = partial(stacked.take_rounds, by_products=True)
 VARIANTS: dict[str, tuple[Rounds, str]] = {
     "centralized": (centralized_rounds, "centralized training at batch K * B"),
-    "centralized-eager": (
-        functools.partial(centralized_rounds, captured=False),
-        "centralized, without a CUDA graph",
-    ),
-    "centralized-compiled": (
-        functools.partial(centralized_rounds, compiled=True),
-        "centralized, the model compiled by torch.compile",
-    ),
+    "centralized-eager": (partial(centralized_rounds, captured=False), "centralized, without a CUDA graph"),
+    "centralized-compiled": (partial(centralized_rounds, compiled=True), "centralized, compiled by torch.compile"),
     "in-process": (threaded_rounds, "fedsim in one process, a client in each thread"),
     "loop": (threaded_rounds, "fedsim in one process, one client after the other on all cores"),
     "stacked": (stacked_rounds, "fedsim in one process, all replicas in one network"),
     "stacked-groups": (stacked_rounds, "stacked, convolutions by groups"),
-    "stacked-products": (
-        functools.partial(stacked_rounds, take_rounds=BY_PRODUCTS),
-        "stacked, convolutions by matrix products",
-    ),
+    "stacked-products": (partial(stacked_rounds, take_rounds=BY_PRODUCTS), "stacked, convolutions by matrix products"),
     "stacked-streams": (
-        functools.partial(stacked_rounds, take_rounds=streams.take_rounds),
-        "in one process, a CUDA graph and stream for each replica",
+        partial(stacked_rounds, take_rounds=streams.take_rounds),
+        "fedsim in one process, a CUDA graph and a stream for each replica",
     ),
     "flower": (flower_rounds, "fedsim's app run by flwr run, on Ray"),
     "flower-plain": (tutorial_rounds, "Flower without fedsim: an app and FedAvg as in its tutorials"),
     "plain": (plain_rounds, "PyTorch alone: a DataLoader and a model for each client"),
     **{
         name: (
-            functools.partial(threaded_rounds, **keys),
+            partial(threaded_rounds, **keys),
             f"in-process with {', '.join(f'{key} = {value}' for key, value in keys.items())}",
         )
         for name, keys in METHODS.items()

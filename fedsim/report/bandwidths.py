@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
-from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from fedsim.report.drawing import CHARACTER, Plot, cell_styles, legend, log_scale, panels_of
@@ -59,12 +58,19 @@ def plot_bandwidths(times: pd.DataFrame, table: ResultTable, target: float, netw
             panel.axvspan(low, high, 0.98, 1, color=styles[cell]["color"], lw=0)
             name = names[cell].replace(", ", "\n")
             if np.log10(high / low) * inches > CHARACTER * max(map(len, name.split("\n"))):
-                _name_above(panel, name, float(np.sqrt(low * high)))
+                above: dict[str, Any] = {
+                    "xytext": (0, 3),
+                    "textcoords": "offset points",
+                    "ha": "center",
+                    "va": "bottom",
+                }
+                panel.annotate(name, (np.sqrt(low * high), 1), xycoords=panel.get_xaxis_transform(), **above)
         panel.set_xlim(BANDWIDTHS[0], BANDWIDTHS[-1])
         log_scale(panel, "x", "bit/s")
         if ranges:
             log_scale(panel, "y")
-        panel.set_xlabel(f"bandwidth of a link{_upload(network)}")
+        upload = (network.upload or network.bandwidth) / network.bandwidth
+        panel.set_xlabel("bandwidth of a link" + (f" down; {upload:.3g} of it up" if upload != 1 else ""))
         panel.set_ylabel(f"seconds to {100 * target:g} %")
         legend(figure, [panel])
         return figure
@@ -76,11 +82,6 @@ def plot_bandwidths(times: pd.DataFrame, table: ResultTable, target: float, netw
     fastest = numbers.groupby("bits_per_second")["value"].transform("min") == numbers["value"]
     numbers = numbers.assign(fastest=fastest, cell=numbers["cell"].map(names)).rename(columns={"value": "seconds"})
     return Plot(f"bandwidth-{table.name}", caption, draw, numbers)
-
-
-def _name_above(panel: Axes, name: str, bandwidth: float) -> None:
-    above: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-    panel.annotate(name, (bandwidth, 1), xycoords=panel.get_xaxis_transform(), **above)
 
 
 def _fastest(ranges: list[tuple[int, float, float]], names: pd.Series) -> str:
@@ -95,9 +96,3 @@ def _fastest(ranges: list[tuple[int, float, float]], names: pd.Series) -> str:
 def _bandwidth(bits: float) -> str:
     unit, name = next((unit, name) for unit, name in UNITS if bits >= unit)
     return f"{bits / unit:.3g} {name}"
-
-
-def _upload(network: Network) -> str:
-    """A part of the axis label: the bandwidth up, relative to that down, if they differ."""
-    ratio = (network.upload or network.bandwidth) / network.bandwidth
-    return "" if ratio == 1 else f" down; {ratio:.3g} of it up"

@@ -10,7 +10,7 @@ import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
@@ -23,7 +23,6 @@ from fedsim.report.figures import plot_accuracy, plots_of
 from fedsim.report.load import printable
 from fedsim.report.result_table import ResultTable, read_tables
 from fedsim.report.tables import (
-    TextTable,
     accuracy_table,
     cost_table,
     csv_text,
@@ -36,32 +35,6 @@ from fedsim.report.tables import (
 TITLE = "fedsim: results of the runs"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 PIXELS_PER_INCH = 96  # of CSS, so that text in figures is as large as that of the page
-
-
-class Figure(NamedTuple):
-    """A figure of the page. `command` makes its files ``NAME.png``, ``.svg`` and ``.csv``.
-
-    `wide`: its SVG in base64; `narrow`: the same with its panels below each other; `width`: of `wide`, in CSS pixels.
-    """
-
-    name: str
-    caption: str
-    command: str
-    wide: str
-    narrow: str
-    width: int
-
-
-class Section(NamedTuple):
-    """The part of the report about one `ResultTable`."""
-
-    name: str
-    title: str
-    answers: Sequence[str]
-    notes: Sequence[str]
-    tables: Sequence[TextTable]
-    figures: Sequence[Figure]
-    provenance: Sequence[tuple[str, str]]
 
 
 def build_report(root: str, out: str, figure: str, console: Console) -> None:
@@ -146,24 +119,36 @@ def show_path(path: Path, console: Console) -> None:
     console.print(printable(str(path)), markup=False, soft_wrap=True, highlight=False)
 
 
-def _section(table: ResultTable, path: Path, command: str) -> Section:
+def _section(table: ResultTable, path: Path, command: str) -> dict[str, Any]:
+    """The part of the page about one table; its figures and CSV files are written to `path`."""
     figures = [_figure(make(), path, f"{command} --figure {name}") for name, make in plots_of(table).items()]
     write_csv(runs_frame(table), path / f"{table.name}-runs.csv")
     tables = [cost_table(table)] if table.counted.size else []
     if len(table.axes) > 1 and tables:
         tables = [accuracy_table(table, "best"), accuracy_table(table, "final"), *tables]
-    facts = [(name, printable(value)) for name, value in provenance(table)]
-    return Section(table.name, table.title, answers(table), notes(table), tables, figures, facts)
+    return {
+        "name": table.name,
+        "title": table.title,
+        "answers": answers(table),
+        "notes": notes(table),
+        "tables": tables,
+        "figures": figures,
+        "provenance": [(name, printable(value)) for name, value in provenance(table)],
+    }
 
 
-def _figure(plot: Plot, path: Path, command: str) -> Figure:
+def _figure(plot: Plot, path: Path, command: str) -> dict[str, Any]:
+    """A figure of the page; its files are written to `path`."""
     save_plot(plot, path, command)
-    wide, narrow = (
-        base64.b64encode(svg).decode()
-        for svg in ((path / f"{plot.name}.svg").read_bytes(), plot.image("svg", command, phone=True))
-    )
-    width = round(PIXELS_PER_INCH * plot.figure.get_figwidth())
-    return Figure(plot.name, printable(plot.caption), printable(command), wide, narrow, width)
+    narrow = plot.image("svg", command, phone=True)
+    return {
+        "name": plot.name,
+        "caption": printable(plot.caption),
+        "command": printable(command),
+        "wide": base64.b64encode((path / f"{plot.name}.svg").read_bytes()).decode(),
+        "narrow": base64.b64encode(narrow).decode(),  # its panels are below each other
+        "width": round(PIXELS_PER_INCH * plot.figure.get_figwidth()),
+    }
 
 
 def _templates() -> Environment:

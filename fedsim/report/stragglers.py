@@ -27,8 +27,6 @@ MOST_DRAWS, FEWEST_DRAWS = 4096, 64  # simulated rounds
 STEPS_DRAWN = 2**22  # in all rounds of one J and K; more steps vary less, and need fewer rounds
 LONG = 1000  # local steps from which on their sum is drawn as a normal variable
 
-Floats = npt.NDArray[np.float64]
-
 
 class Stragglers(NamedTuple):
     """The jitter of a step, ``lognormal`` with this `sigma` or ``exponential`` ("": none); `slow` of all clients take
@@ -103,7 +101,7 @@ def simulated_rounds(steps: int, workers: int) -> int:
     return int(np.clip(STEPS_DRAWN // max(min(steps, LONG) * workers, 1), FEWEST_DRAWS, MOST_DRAWS))
 
 
-def _sums(steps: int, shape: tuple[int, int], which: Stragglers, rng: np.random.Generator) -> Floats:
+def _sums(steps: int, shape: tuple[int, int], which: Stragglers, rng: np.random.Generator) -> npt.NDArray[np.float64]:
     """Sums of the times of `steps` usual steps."""
     if which.jitter == "exponential":
         return np.asarray(rng.gamma(steps, size=shape))
