@@ -162,8 +162,9 @@ def plot_pareto(table: ResultTable) -> Plot:
             _draw_points(panel, table, points)
             front = points[points["on_the_front"]].sort_values("sent")
             if not front.empty:
-                line: dict[str, Any] = {"lw": 0.8, "zorder": 0, "label": "front", "drawstyle": "steps-post"}
-                panel.plot(front["sent"], front["accuracy_percent"], "k--", **line)
+                panel.step(
+                    front["sent"], front["accuracy_percent"], "k--", where="post", lw=0.8, zorder=0, label="front"
+                )
                 panel.margins(0.12)  # room for the labels of the points
                 log_scale(panel, "x")
             panel.set_xlabel(axis.label)
