@@ -17,6 +17,7 @@ What it cannot show: kernels and their rounding, cuDNN's choice of them, memory,
 from __future__ import annotations
 
 import contextlib
+import math
 import unittest.mock
 import weakref
 from collections import Counter
@@ -29,11 +30,14 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_map
 
-from fedsim.bench.operators import bytes_moved, changed_by, kernels, launches_kernel, name_of, tensors_in
+from fedsim.bench.operators import bytes_moved, changed_by, launches_kernel, name_of, tensors_in
 
 GPU = torch.device("cuda", 0)
 DEVICE, PINNED, PAGEABLE = "device", "pinned", "pageable"  # where a storage is
 COPIES = ("copy_", "_to_copy", "_foreach_copy_")
+# Limits of one kernel over lists of tensors (PyTorch's MultiTensorApply.cuh): tensors by the number of lists, blocks,
+# and the values of a block. Builds for CUDA 13 allow seven times as many.
+MOST_TENSORS, MOST_BLOCKS, BLOCK = (110, 64, 48, 36, 30), 320, 65536
 
 
 class GpuError(AssertionError):
@@ -294,6 +298,22 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         gpu.counts["copies"] += 1
         if any(kind(tensor) == PAGEABLE for tensor in on_host):
             gpu.wait(gpu.stream, "a copy of memory that is not pinned")
+
+
+def kernels(func: Any, args: Sequence[Any]) -> int:
+    """The kernels that an operator launches: one, or for lists of tensors as many as their number and sizes need."""
+    name = name_of(func)
+    if not name.startswith(("_foreach", "_fused")):
+        return 1
+    lists = [a for a in args if isinstance(a, Sequence) and a and isinstance(a[0], Tensor)]
+    alike = all(one.dtype == of[0].dtype and one.device == of[0].device for of in lists for one in of)
+    layouts = [[(tensor.shape, tensor.stride()) for tensor in of] for of in lists]
+    if not alike or any(of != layouts[0] for of in layouts):
+        return len(lists[0])  # one by one
+    blocks = sum(math.ceil(tensor.numel() / BLOCK) for tensor in lists[0])
+    by_number = math.ceil(len(lists[0]) / MOST_TENSORS[len(lists) - 1])
+    least: int = max(by_number, math.ceil(blocks / MOST_BLOCKS))
+    return least + (name == "_foreach_norm")  # which adds up its blocks
 
 
 class Functions(TorchFunctionMode):

@@ -1,1 +1,1 @@
-"""``run.py bench``: the variants of running a round of LocalSGD, two baselines without fedsim, and their timing."""
+"""``run.py bench``: time the variants of running a round of LocalSGD, and two baselines without fedsim."""

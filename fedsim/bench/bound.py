@@ -1,10 +1,11 @@
 """The shortest time that a device could take for a round, from its rates and the operators of a step.
 
-An operator takes at least its floating-point operations over the rate of matrix products, and its bytes over the
-rate of memory, whichever is longer (Williams et al. 2009, the roofline model). A round of LocalSGD is J steps of K
-models at batch B, and each model written once from the global one and read once for the mean; centralized training
-is J steps of one model at batch K * B. K models read and write K times the weights: that is LocalSGD's own bound,
-below the rate of centralized training. Kernels that fuse operators, or find their inputs in a cache, could pass it.
+An operator takes at least the time of its floating-point operations at the rate of a matrix product, or that of its
+bytes at the rate of the memory, whichever is longer (the roofline model, Williams et al. 2009). A round of LocalSGD is
+J steps of K models at batch B, where each model is written once, from the global one, and read once, for the mean.
+Centralized training is J steps of one model at batch K * B. K models read and write K times the weights, so that the
+best rate of LocalSGD is below that of centralized training. Kernels that fuse operators, or find their inputs in a
+cache, could be faster than the bound.
 """
 
 from __future__ import annotations
@@ -63,7 +64,7 @@ def step_operators(config: Config, batch: int) -> list[Operator]:
         model.load_state_dict(values, assign=True)
         optimizer = build_optimizer(config, dict(model.named_parameters()))
         steps = CapturedSteps(model, optimizer, images, batch, batch, config.precision)
-        steps.run([inputs])  # the first makes the optimizer's state
+        steps.run([inputs])  # the first creates the optimizer's state
         operators = Operators()
         with operators:
             steps.run([inputs])
@@ -71,13 +72,13 @@ def step_operators(config: Config, batch: int) -> list[Operator]:
 
 
 def seconds(operators: list[Operator], rates: Rates) -> float:
-    """The bound of `operators`, one after the other."""
+    """The least seconds for `operators`, one after the other."""
     return sum(max(one.flop / rates.flop, one.bytes / rates.bytes) for one in operators)
 
 
 def bound(config: Config, rates: Rates, centralized: bool) -> float:
     """The least seconds of a round of `config`, by LocalSGD or by `centralized` steps on the same images."""
-    # fedsim's LARS and LAMB compute what torch-optimizer's do, which ask for values
+    # torch-optimizer's LARS and LAMB read values, which fake tensors do not have; fedsim's compute the same
     single = config.changed({"device": "cpu", "optimizer-backend": "fedsim", "clients": 1, "threads": 1})
     if centralized:
         return config.local_steps * seconds(step_operators(single, config.clients * config.batch_size), rates)

@@ -1,8 +1,7 @@
-"""What an operator of PyTorch costs a GPU: kernels, bytes and floating-point operations."""
+"""What an operator of PyTorch costs a GPU: bytes and floating-point operations."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -15,11 +14,8 @@ WITHOUT_KERNEL = (
     *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
     *("_unsafe_view", "detach", "lift_fresh", "set_", "resize_"),
 )
-# Arguments that an operator changes, where its schema says otherwise
+# Positions of the arguments that an operator changes, where its schema does not mark them
 CHANGED = {"native_batch_norm": (3, 4), "_fused_sgd_": (0, 2)}
-# Limits of one kernel over lists of tensors (PyTorch's MultiTensorApply.cuh): tensors by the number of lists, blocks,
-# and the values of a block. Builds for CUDA 13 allow seven times as many.
-MOST_TENSORS, MOST_BLOCKS, BLOCK = (110, 64, 48, 36, 30), 320, 65536
 
 
 class Operator(NamedTuple):
@@ -31,7 +27,7 @@ class Operator(NamedTuple):
 
 
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Notes the operators called within in `called`. `_fused_sgd_`, which has no fake kernel, is not run."""
+    """Record in `called` the operators called within. `_fused_sgd_`, which has no fake kernel, is not run."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -59,7 +55,7 @@ def tensors_in(values: Any) -> list[Tensor]:
 
 
 def launches_kernel(func: Any) -> bool:
-    """Whether a call computes anything: views, allocations and questions do not."""
+    """Whether a call launches a kernel: views, allocations and queries do not."""
     returns = func._schema.returns
     is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
     return func.namespace == "aten" and not is_view and name_of(func) not in WITHOUT_KERNEL
@@ -68,8 +64,8 @@ def launches_kernel(func: Any) -> bool:
 def changed_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
     """The tensors among its arguments that an operator changes."""
     arguments = func._schema.arguments
-    said = [place for place, argument in enumerate(arguments) if argument.is_write]
-    places = CHANGED.get(name_of(func), said)
+    written = [place for place, argument in enumerate(arguments) if argument.is_write]
+    places = CHANGED.get(name_of(func), written)
     return tensors_in([args[i] if i < len(args) else kwargs.get(arguments[i].name) for i in places])
 
 
@@ -79,19 +75,3 @@ def bytes_moved(func: Any, args: Sequence[Any], kwargs: dict[str, Any], out: Any
     made = [tensor for tensor in tensors_in(out) if id(tensor) not in given]
     moved = [*given.values(), *changed_by(func, args, kwargs), *made]
     return sum(min(tensor.nbytes, tensor.untyped_storage().nbytes()) for tensor in moved)
-
-
-def kernels(func: Any, args: Sequence[Any]) -> int:
-    """The kernels that an operator launches: one, or for lists of tensors as many as their number and sizes need."""
-    name = name_of(func)
-    if not name.startswith(("_foreach", "_fused")):
-        return 1
-    lists = [a for a in args if isinstance(a, Sequence) and a and isinstance(a[0], Tensor)]
-    alike = all(one.dtype == of[0].dtype and one.device == of[0].device for of in lists for one in of)
-    layouts = [[(tensor.shape, tensor.stride()) for tensor in of] for of in lists]
-    if not alike or any(of != layouts[0] for of in layouts):
-        return len(lists[0])  # one by one
-    blocks = sum(math.ceil(tensor.numel() / BLOCK) for tensor in lists[0])
-    by_number = math.ceil(len(lists[0]) / MOST_TENSORS[len(lists) - 1])
-    least: int = max(by_number, math.ceil(blocks / MOST_BLOCKS))
-    return least + (name == "_foreach_norm")  # which adds up its blocks

@@ -51,7 +51,8 @@ class Timing:
 def take_turn(variant: str, config: Config, rounds: int, limit: float) -> Timing:
     """Time `rounds` rounds of a variant; raises RunFailed if it fails or runs for more than `limit` seconds in all.
 
-    It has a temporary folder and, if it uses Ray, a new cluster; afterwards all its processes are ended.
+    The variant gets a temporary folder and, if it uses Ray, a cluster of its own; afterwards all its processes are
+    ended.
     """
     temporary = tempfile.TemporaryDirectory(prefix=".fs-")
     with cleanup(temporary.cleanup):
@@ -82,8 +83,8 @@ def take_turn(variant: str, config: Config, rounds: int, limit: float) -> Timing
 def run_measured(command: Sequence[str], env: Mapping[str, str], output: IO[bytes], limit: float) -> int:
     """Run `command`, then end all processes that it has started; returns its peak memory in bytes.
 
-    This is the maximum over time of the sum of VmHWM, the peak resident memory, of all running processes: pages that
-    they share count several times. Zero without /proc.
+    This is the maximum over time of the sum of VmHWM, the peak resident memory, over all running processes. A page that
+    several processes share counts once for each. Zero without /proc.
     """
     deadline, peak = time.monotonic() + limit, 0
     with running(command, env, output) as (process, mark):

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import functools
 import itertools
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
     large = config.changed({"batch-size": config.clients * config.batch_size})
     order = np.resize(np.arange(len(data.train)), large.batch_size * config.local_steps)
     rates, corners = [config.lr] * config.local_steps, data.train.corners
-    inputs = functools.partial(step_inputs, order, large.batch_size, 0, 0, 0, rates, corners)
+    inputs = partial(step_inputs, order, large.batch_size, 0, 0, 0, rates, corners)
     if captured:
         run = make_step_fn(large, model, optimizer, data.train, len(order))
     else:
@@ -54,19 +54,14 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
     return timed(lambda: float(run(inputs())), rounds, config.device)
 
 
-def threaded_rounds(config: Config, rounds: int) -> list[float]:
-    """LocalSGD in this process, a client in each thread, without tests and checkpoints."""
-    return _rounds_on_grid(config, rounds, None)
-
-
-def method_rounds(config: Config, rounds: int, method: str) -> list[float]:
-    """The same with the keys of a `method` of `METHODS`."""
-    return threaded_rounds(config.changed(METHODS[method]), rounds)
+def threaded_rounds(config: Config, rounds: int, **keys: Any) -> list[float]:
+    """LocalSGD in this process with some `keys` changed, a client in each thread, without tests and checkpoints."""
+    return _rounds_on_grid(config.changed(keys), rounds, None)
 
 
 def stacked_rounds(config: Config, rounds: int, **choices: Any) -> list[float]:
     """LocalSGD in this process, all clients in one stacked network; `choices` are arguments of `train_together`."""
-    return _rounds_on_grid(config, rounds, functools.partial(train_together, **choices))
+    return _rounds_on_grid(config, rounds, partial(train_together, **choices))
 
 
 def _rounds_on_grid(config: Config, rounds: int, train_together: TrainTogether | None) -> list[float]:
@@ -94,53 +89,42 @@ def flower_rounds(config: Config, rounds: int) -> list[float]:
     return [end - begin for begin, end in itertools.pairwise(ends[:-1])]
 
 
-METHODS: dict[str, dict[str, Any]] = {  # what they cost beside plain LocalSGD, in-process
+METHODS: dict[str, dict[str, Any]] = {  # to be compared with plain LocalSGD, which is in-process
     "slowmo": {"outer": "slowmo"},
     "fedadam": {"outer": "fedadam"},
     "scaffold": {"local-rule": "scaffold"},
+    "scaffold-inferred": {"local-rule": "scaffold-inferred", "momentum": 0.0, "weight-decay": 0.0},
     "int8": {"compress": "int8"},
     "topk": {"compress": "topk", "compress-ratio": 0.01},
     "powersgd": {"compress": "powersgd", "compress-rank": 4},
 }
+BY_PRODUCTS = partial(stacked.take_rounds, by_products=True)
 VARIANTS: dict[str, tuple[Rounds, str]] = {
     "centralized": (centralized_rounds, "centralized training at batch K * B"),
-    "centralized-eager": (
-        functools.partial(centralized_rounds, captured=False),
-        "the same, not captured in a CUDA graph",
-    ),
-    "centralized-compiled": (
-        functools.partial(centralized_rounds, compiled=True),
-        "the same, its model compiled by torch.compile",
-    ),
+    "centralized-eager": (partial(centralized_rounds, captured=False), "centralized, without a CUDA graph"),
+    "centralized-compiled": (partial(centralized_rounds, compiled=True), "centralized, compiled by torch.compile"),
     "in-process": (threaded_rounds, "fedsim in one process, a client in each thread"),
-    "loop": (threaded_rounds, "the same, one client after the other on all cores"),
+    "loop": (threaded_rounds, "fedsim in one process, one client after the other on all cores"),
     "stacked": (stacked_rounds, "fedsim in one process, all replicas in one network"),
-    "stacked-groups": (stacked_rounds, "the same, convolutions by groups"),
-    "stacked-products": (
-        functools.partial(stacked_rounds, take_rounds=functools.partial(stacked.take_rounds, by_products=True)),
-        "the same, convolutions by products",
-    ),
+    "stacked-groups": (stacked_rounds, "stacked, convolutions by groups"),
+    "stacked-products": (partial(stacked_rounds, take_rounds=BY_PRODUCTS), "stacked, convolutions by matrix products"),
     "stacked-streams": (
-        functools.partial(stacked_rounds, take_rounds=streams.take_rounds),
+        partial(stacked_rounds, take_rounds=streams.take_rounds),
         "fedsim in one process, a CUDA graph and a stream for each replica",
     ),
-    "flower": (flower_rounds, "fedsim's app by flwr run, on Ray"),
-    "flower-plain": (tutorial_rounds, "Flower alone on Ray: an app and FedAvg as in its tutorials"),
-    "plain": (plain_rounds, "a plain PyTorch loop: DataLoader, per-image transforms, one model after the other"),
+    "flower": (flower_rounds, "fedsim's app run by flwr run, on Ray"),
+    "flower-plain": (tutorial_rounds, "Flower without fedsim: an app and FedAvg as in its tutorials"),
+    "plain": (plain_rounds, "PyTorch alone: a DataLoader and a model for each client"),
     **{
         name: (
-            functools.partial(method_rounds, method=name),
+            partial(threaded_rounds, **keys),
             f"in-process with {', '.join(f'{key} = {value}' for key, value in keys.items())}",
         )
         for name, keys in METHODS.items()
     },
 }
-THREADED = (
-    "in-process",
-    "flower",
-    "flower-plain",
-    *METHODS,
-)  # clients run at the same time: on a CPU each has one thread
+# Their clients run at the same time: on a CPU each has one thread
+THREADED = ("in-process", "flower", "flower-plain", *METHODS)
 
 # What `bench` measures by default
 ON_CPU = ("centralized", "in-process", "stacked", "loop", "flower", "flower-plain", "plain")

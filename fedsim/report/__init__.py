@@ -1,1 +1,1 @@
-"""Tables, figures, the HTML and Markdown report, and the time to accuracy on a network, made from records only."""
+"""Tables, figures, the HTML and Markdown report, and the time to accuracy on a network, from the records of runs."""

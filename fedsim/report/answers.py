@@ -1,4 +1,4 @@
-"""What a table of results says, in sentences made from its records: the report begins with them."""
+"""Sentences that answer the main questions about a table of results; the report begins with them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pandas as pd
 from fedsim.report.result_table import ResultTable, label
 from fedsim.report.tables import number, percent
 
-NEAR = 0.95  # of the best final accuracy: the accuracy that the fewest bytes are to reach
+NEAR = 0.95  # of the best final accuracy: the target to which bytes are counted
 
 
 def answers(table: ResultTable) -> list[str]:
@@ -35,7 +35,7 @@ def _highest(table: ResultTable, runs: pd.DataFrame) -> str:
 
 
 def _fewest_bytes(table: ResultTable, runs: pd.DataFrame) -> str:
-    """The cell that comes near the best final accuracy with the fewest bytes, among those that send any."""
+    """The cell that reaches `NEAR` of the best final accuracy with the fewest bytes, among those that send any."""
     sending = runs[runs["network_bytes"] > 0]
     final = _statistics(sending["final_test_accuracy"], sending["cell"])
     best = final["mean"].idxmax()
@@ -56,7 +56,7 @@ def _fewest_bytes(table: ResultTable, runs: pd.DataFrame) -> str:
 
 
 def _costs_of_local_steps(table: ResultTable, runs: pd.DataFrame) -> list[str]:
-    """What the largest J costs against the smallest at equal samples: a sentence for each K (and other axis)."""
+    """What the largest J costs compared with the smallest: a sentence for each value of the other axes, such as K."""
     if "local-steps" not in table.axes:
         return []
     place = table.axes.index("local-steps")
@@ -74,10 +74,10 @@ def _costs_of_local_steps(table: ResultTable, runs: pd.DataFrame) -> list[str]:
 
 
 def _cost(table: ResultTable, runs: pd.DataFrame, cells: pd.DataFrame) -> str:
-    """The accuracy that the second of two cells loses or gains to the first at equal samples, seed by seed.
+    """The mean difference in accuracy between the second of two cells and the first, over the seeds that both have.
 
-    Where both are given the same epochs, by their last tests; else at the end of the shorter, interpolated between
-    tests. "" if they have no seed in common.
+    It is taken at the last tests if both cells train for the same epochs, else at the end of the shorter run,
+    interpolated between tests. "" if they have no seed in common.
     """
     low, high = cells.index
     own = runs[runs["cell"].isin(cells.index)]
@@ -99,7 +99,7 @@ def _cost(table: ResultTable, runs: pd.DataFrame, cells: pd.DataFrame) -> str:
 
 
 def _at(rows: pd.DataFrame | None, epoch: float, name: str) -> float:
-    """The value of a column at an epoch; inf: the last one. NaN without any."""
+    """The value of a column at an epoch, interpolated; at inf the last one; NaN if there is none."""
     known = pd.DataFrame() if rows is None else rows.dropna(subset=[name])
     return float(np.interp(epoch, known["epoch"], known[name])) if len(known) else float("nan")
 

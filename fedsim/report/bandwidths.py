@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
+from matplotlib.figure import Figure
 
 from fedsim.report.drawing import CHARACTER, Plot, cell_styles, legend, log_scale, panels_of
 from fedsim.report.network import Network
 from fedsim.report.result_table import ResultTable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 BANDWIDTHS = np.logspace(6, 11, 101)  # bits per second
 UNITS = ((1e9, "Gbit/s"), (1e6, "Mbit/s"))
@@ -22,7 +19,7 @@ UNITS = ((1e9, "Gbit/s"), (1e6, "Mbit/s"))
 def seconds_by_bandwidth(times: pd.DataFrame, network: Network) -> pd.DataFrame:
     """The seconds of each cell whose runs all reach the target (columns), at each of `BANDWIDTHS` (the index).
 
-    Of computing and messages that overlap, what takes longer counts, in all rounds the same.
+    Where messages are on their way while workers compute (`late`), the longer of the two counts; all rounds are equal.
     """
     whole = times[(times["reached"] > 0) & (times["reached"] == times["runs"])]
     slower = 8 * network.bandwidth / BANDWIDTHS[:, None]
@@ -33,7 +30,7 @@ def seconds_by_bandwidth(times: pd.DataFrame, network: Network) -> pd.DataFrame:
 
 
 def fastest_cells(seconds: pd.DataFrame) -> list[tuple[int, float, float]]:
-    """Ranges of bandwidths: the cell that is the fastest, from which bandwidth on, and up to which."""
+    """(cell, lowest, highest) for each range of bandwidths in which one cell is the fastest."""
     if seconds.empty:
         return []
     best = seconds.idxmin(axis="columns")
@@ -61,12 +58,19 @@ def plot_bandwidths(times: pd.DataFrame, table: ResultTable, target: float, netw
             panel.axvspan(low, high, 0.98, 1, color=styles[cell]["color"], lw=0)
             name = names[cell].replace(", ", "\n")
             if np.log10(high / low) * inches > CHARACTER * max(map(len, name.split("\n"))):
-                _name_above(panel, name, float(np.sqrt(low * high)))
+                above: dict[str, Any] = {
+                    "xytext": (0, 3),
+                    "textcoords": "offset points",
+                    "ha": "center",
+                    "va": "bottom",
+                }
+                panel.annotate(name, (np.sqrt(low * high), 1), xycoords=panel.get_xaxis_transform(), **above)
         panel.set_xlim(BANDWIDTHS[0], BANDWIDTHS[-1])
         log_scale(panel, "x", "bit/s")
         if ranges:
             log_scale(panel, "y")
-        panel.set_xlabel(f"bandwidth of a link{_upload(network)}")
+        upload = (network.upload or network.bandwidth) / network.bandwidth
+        panel.set_xlabel("bandwidth of a link" + (f" down; {upload:.3g} of it up" if upload != 1 else ""))
         panel.set_ylabel(f"seconds to {100 * target:g} %")
         legend(figure, [panel])
         return figure
@@ -78,11 +82,6 @@ def plot_bandwidths(times: pd.DataFrame, table: ResultTable, target: float, netw
     fastest = numbers.groupby("bits_per_second")["value"].transform("min") == numbers["value"]
     numbers = numbers.assign(fastest=fastest, cell=numbers["cell"].map(names)).rename(columns={"value": "seconds"})
     return Plot(f"bandwidth-{table.name}", caption, draw, numbers)
-
-
-def _name_above(panel: Axes, name: str, bandwidth: float) -> None:
-    above: dict[str, Any] = {"xytext": (0, 3), "textcoords": "offset points", "ha": "center", "va": "bottom"}
-    panel.annotate(name, (bandwidth, 1), xycoords=panel.get_xaxis_transform(), **above)
 
 
 def _fastest(ranges: list[tuple[int, float, float]], names: pd.Series) -> str:
@@ -97,9 +96,3 @@ def _fastest(ranges: list[tuple[int, float, float]], names: pd.Series) -> str:
 def _bandwidth(bits: float) -> str:
     unit, name = next((unit, name) for unit, name in UNITS if bits >= unit)
     return f"{bits / unit:.3g} {name}"
-
-
-def _upload(network: Network) -> str:
-    """How much of the bandwidth down a link has up, where that differs."""
-    ratio = (network.upload or network.bandwidth) / network.bandwidth
-    return "" if ratio == 1 else f" down; {ratio:.3g} of it up"

@@ -1,6 +1,6 @@
 """What the figures share: a plot with its numbers, panels, line styles, logarithmic axes and legends.
 
-Text has one size. Colours are those of Okabe and Ito 2008, or of viridis where they have an order; every line has a
+All text has one size. Colours are those of Okabe and Ito 2008, or of viridis for an ordered series; every line has a
 marker too.
 """
 
@@ -10,15 +10,16 @@ import functools
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pandas as pd
+from matplotlib import colormaps, rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.text import Text
+from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
 from fedsim.report.load import printable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
 
 DPI = 144
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008, for colour-blind eyes
@@ -27,13 +28,13 @@ LINES = ("-", "--", "-.", ":")
 ACROSS = 3  # panels side by side
 WIDTHS = {1: 5.0, 2: 8.0, 3: 9.6}  # inches, by the panels side by side
 PHONE = 3.8  # inches, the width of a figure with its panels below each other
-CHARACTER = 0.085  # inches, the approximate width of one
+CHARACTER = 0.085  # inches, the approximate width of a character
 MOST_IN_LEGEND = 24
 
 
 @dataclass(frozen=True)
 class Plot:
-    """A figure, its caption, and its numbers. `draw(across)` draws it with at most so many panels side by side."""
+    """A figure, its caption, and its numbers. `draw(across)` draws it with at most `across` panels side by side."""
 
     name: str
     caption: str
@@ -42,7 +43,7 @@ class Plot:
 
     @functools.cached_property
     def figure(self) -> Figure:
-        """The figure for a page."""
+        """The figure in the width of a page."""
         return self.draw(ACROSS)
 
     @property
@@ -52,9 +53,6 @@ class Plot:
 
     def image(self, kind: str, command: str, phone: bool = False) -> bytes:
         """The figure as ``png`` or ``svg``, with the `command` that makes it as its description."""
-        from matplotlib import rc_context
-        from matplotlib.text import Text
-
         figure = self.draw(1) if phone else self.figure
         for text in figure.findobj(Text):
             text.set_parse_math(False)  # names may contain a $
@@ -67,8 +65,6 @@ class Plot:
 
 def panels_of(count: int, across: int = ACROSS, width: float = 0.0) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels, at most `across` side by side, and at least `width` inches wide."""
-    from matplotlib.figure import Figure  # takes a second to import
-
     columns = max(min(count, across), 1)
     down = max(-(-count // columns), 1)
     room = max(WIDTHS[columns], width) if across > 1 else PHONE
@@ -95,8 +91,6 @@ def series_style(number: int) -> dict[str, Any]:
 
 def row_styles(cells: pd.DataFrame) -> dict[str, dict[str, Any]]:
     """A colour from dark to light and a marker for each row of a table; the large-batch baseline is black, dashed."""
-    from matplotlib import colormaps
-
     baselines = set(cells["row"][cells["baseline"]])
     ordered = [row for row in cells["row"].unique() if row not in baselines]
     styles: dict[str, dict[str, Any]] = {row: {"color": "black", "ls": "--", "marker": "x"} for row in baselines}
@@ -107,7 +101,7 @@ def row_styles(cells: pd.DataFrame) -> dict[str, dict[str, Any]]:
 
 
 def cell_styles(cells: pd.DataFrame) -> dict[int, dict[str, Any]]:
-    """The style of each cell: colour and marker of its row, and a kind of line for its column."""
+    """The style of each cell: colour and marker by its row, line style by its column."""
     rows, columns = row_styles(cells), list(cells["column"].unique())
     return {
         cell: {**rows[line["row"]], "ls": LINES[columns.index(line["column"]) % len(LINES)]}
@@ -117,8 +111,6 @@ def cell_styles(cells: pd.DataFrame) -> dict[int, dict[str, Any]]:
 
 def log_scale(panel: Axes, which: str, unit: str = "") -> None:
     """Make the ``x`` or ``y`` axis logarithmic, in k, M and G, with more ticks on a short range."""
-    from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
-
     panel.set(**{f"{which}scale": "log"})
     axis = getattr(panel, f"{which}axis")
     low, high = axis.get_view_interval()

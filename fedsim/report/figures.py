@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import pandas as pd
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from fedsim.report.drawing import (
     CHARACTER,
@@ -19,10 +21,7 @@ from fedsim.report.drawing import (
     series_style,
 )
 from fedsim.report.result_table import ResultTable
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
+from fedsim.report.tables import summarize
 
 LONGEST_LABEL = 14  # characters beside a point
 
@@ -126,7 +125,7 @@ def plot_accuracy(table: ResultTable) -> Plot:
 
 
 def _draw_cells(table: ResultTable, values: pd.DataFrame, paper: pd.Series, ylabel: str, across: int) -> Figure:
-    """`mean` and `std` of cells (the index of `values`), and the paper's: x is the table's row, a line a column."""
+    """Draw `mean` and `std` of cells (the index of `values`) and the paper's values: rows along x, a line a column."""
     shown = table.cells.loc[sorted({*values.index, *paper.dropna().index})]
     rows, columns = list(shown["row"].unique()), list(shown["column"].unique())
     figure, (panel,) = panels_of(1, across, width=0.3 * len(rows))
@@ -150,23 +149,22 @@ def _draw_cells(table: ResultTable, values: pd.DataFrame, paper: pd.Series, ylab
 def plot_pareto(table: ResultTable) -> Plot:
     """Final accuracy against bytes and syncs, with the Pareto front."""
     finished = table.counted[table.counted["finished"]]
-    accuracy = 100 * finished.groupby("cell")["final_test_accuracy"].agg(["mean", "std"])
+    cells = summarize(table).loc[sorted(finished["cell"].unique())].rename_axis("cell").reset_index()
+    cells = cells.assign(accuracy_percent=100 * cells["final"], std=100 * cells["final_std"])
     parts = {}
     for axis in (BYTES, SYNCS):
-        sent = finished.groupby("cell")[axis.column].mean()
-        points = pd.DataFrame({"sent": sent[sent > 0], "accuracy_percent": accuracy["mean"]}).dropna()
-        points = points.join([table.cells[["tick", "column", "baseline"]], accuracy["std"].rename("std")])
-        front = pareto_front(zip(points["sent"], points["accuracy_percent"], strict=True))
-        on_the_front = [xy in front for xy in zip(points["sent"], points["accuracy_percent"], strict=True)]
-        points = points.rename_axis("cell").reset_index().assign(against=axis.name, on_the_front=on_the_front)
-        parts[axis] = points
+        points = cells[cells[axis.column] > 0].rename(columns={axis.column: "sent"}).assign(against=axis.name)
+        parts[axis] = points.assign(on_the_front=pareto_front(points["sent"], points["accuracy_percent"]))
 
     def draw(across: int) -> Figure:
         figure, panels = panels_of(2, across)
         for (axis, points), panel in zip(parts.items(), panels, strict=True):
             _draw_points(panel, table, points)
-            if front := pareto_front(zip(points["sent"], points["accuracy_percent"], strict=True)):
-                panel.plot(*zip(*front, strict=True), "k--", lw=0.8, zorder=0, label="front", drawstyle="steps-post")
+            front = points[points["on_the_front"]].sort_values("sent")
+            if not front.empty:
+                panel.step(
+                    front["sent"], front["accuracy_percent"], "k--", where="post", lw=0.8, zorder=0, label="front"
+                )
                 panel.margins(0.12)  # room for the labels of the points
                 log_scale(panel, "x")
             panel.set_xlabel(axis.label)
@@ -176,7 +174,7 @@ def plot_pareto(table: ResultTable) -> Plot:
 
     alone = " One worker sends nothing and is left out." if (table.cells["clients"] == 1).any() else ""
     hollow = f"{_baseline_note(table, BYTES, ' Hollow: ')}." if table.cells["baseline"].any() else ""
-    bars = "; bars: one standard deviation" if accuracy["std"].notna().any() else ""
+    bars = "; bars: one standard deviation" if cells["std"].notna().any() else ""
     caption = (
         f"Final accuracy on {table.tested_on} images, mean over seeds{bars}, against what was sent; the numbers at the "
         f"points: {', '.join(table.row_axes)}.{alone}{hollow}"
@@ -185,13 +183,11 @@ def plot_pareto(table: ResultTable) -> Plot:
     return Plot(f"{table.name}-pareto", caption, draw, _with_coords(table, pd.concat(parts.values()), columns))
 
 
-def pareto_front(points: Iterable[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The (cost, gain) that no other point dominates, sorted by cost."""
-    front: list[tuple[float, float]] = []
-    for cost, gain in sorted(points, key=lambda point: (point[0], -point[1])):
-        if not front or gain > front[-1][1]:
-            front.append((cost, gain))
-    return front
+def pareto_front(cost: pd.Series, gain: pd.Series) -> pd.Series:
+    """Whether each point is on the Pareto front: no other point costs at most as much and gains at least as much."""
+    best = gain.groupby(cost).max()
+    best_for_less = best.cummax().shift().fillna(-math.inf)
+    return (gain == cost.map(best)) & (gain > cost.map(best_for_less))
 
 
 def _ordered(table: ResultTable, points: pd.DataFrame, name: str) -> list[str]:
@@ -220,14 +216,14 @@ def _draw_curve(panel: Axes, curve: pd.DataFrame, axis: XAxis, label: str, style
 
 
 def _draw_series(panel: Axes, points: pd.DataFrame, label: str, style: dict[str, Any]) -> None:
-    """`mean` and `std` at `x` of the cells of a column; the large-batch baseline is a hollow marker, without a line."""
+    """Draw `mean` and `std` at `x`; the large-batch baseline is a hollow marker, without a line."""
     for baseline, own in points.dropna(subset=["mean"]).groupby("baseline"):
         shape: dict[str, Any] = {"ls": "", "mfc": "none"} if baseline else {"label": label}
         panel.errorbar(own["x"], own["mean"], own["std"].where(own["std"] > 0), **{"capsize": 3, **style, **shape})
 
 
 def _draw_points(panel: Axes, table: ResultTable, points: pd.DataFrame) -> None:
-    """Plot accuracy against traffic, with the coordinates of each cell."""
+    """Plot accuracy against traffic; the text at a point is the cell's row."""
     middle = math.sqrt(points["sent"].min() * points["sent"].max()) if len(points) else 0.0
     one_place = points["sent"].nunique() == 1
     for number, column in enumerate(_ordered(table, points, "column")):

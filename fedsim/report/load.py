@@ -36,7 +36,7 @@ T = TypeVar("T")
 
 
 class Record(BaseModel):
-    """Strict types, finite numbers."""
+    """What all records have in common: strict types and finite numbers."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
@@ -103,7 +103,8 @@ def read_records(root: Path) -> Records:
             continue
         summary = _read(path.with_name("summary.json"), Summary.model_validate_json, warnings)
         content = _read(path.with_name(ROWS), bytes, warnings)
-        if summary and _is_of_other_rows(summary, content):
+        digest = summary.sha256.get(ROWS) if summary and summary.finished else None
+        if digest and content is not None and sha256(content).hexdigest() != digest:
             where = printable(str(path.with_name(ROWS)))
             warnings.append(f"{where}: its SHA-256 is not the one in summary.json; the run is left out")
             continue
@@ -114,10 +115,8 @@ def read_records(root: Path) -> Records:
         run = {"folder": path.parent, "run": printable(path.parent.name), "identity": identity}
         runs.append({**keys, **_outcome(summary, own), **run})
     columns = ["run", *Row.model_fields]
-    frame = pd.DataFrame(rows, columns=columns).astype(
-        {name: float for name in columns if name not in ("run", "round")}
-    )
-    return Records(pd.DataFrame(runs, dtype=object), frame.astype({"run": int, "round": int}), warnings)
+    types = {**dict.fromkeys(columns, float), "run": int, "round": int}
+    return Records(pd.DataFrame(runs, dtype=object), pd.DataFrame(rows, columns=columns).astype(types), warnings)
 
 
 def parse_config(content: bytes) -> dict[str, Value]:
@@ -169,12 +168,6 @@ def _read(path: Path, parse: Callable[[bytes], T], warnings: list[str]) -> T | N
         left_out = "the run is left out" if path.name == "config.json" else "it is ignored"
         warnings.append(f"{printable(str(path))}: {_reason(error)}; {left_out}")
         return None
-
-
-def _is_of_other_rows(summary: Summary, content: bytes | None) -> bool:
-    """Whether a finished run has other rows than its summary was written with, by their digest if it has one."""
-    digest = summary.sha256.get(ROWS)
-    return bool(summary.finished and digest and content is not None and sha256(content).hexdigest() != digest)
 
 
 def _parse_rows(path: Path, content: bytes, warnings: list[str]) -> list[Row]:

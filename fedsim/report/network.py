@@ -1,8 +1,8 @@
 """The network traffic of a run, and the seconds that it takes on a given network.
 
 - LocalSGD sends what its rows record, up and down: a sync is a message up and a message down for each worker of the
-  round. Part of it is overhead: what averaged updates alone would not have cost (refused updates, repeated rounds,
-  optimizer states for checkpoints).
+  round. Part of it is overhead, bytes other than those of averaged updates: refused updates, repeated rounds, optimizer
+  states for checkpoints.
 - The large-batch baseline of K workers counts as data-parallel SGD on K workers, each with a K-th of the batch: a
   sync at every step sends the gradient up and the mean gradient down, 4 bytes per parameter, direction and worker.
 - One worker (K = 1), and a centralized run that is not a baseline, is one machine: it has no syncs and sends no bytes.
@@ -13,9 +13,9 @@ With K workers per round, a sync of messages of m bytes per worker takes, by the
   bandwidth.
 - server: all workers share the link of the server: 2 latency + K m_up / upload + K m_down / bandwidth.
 - all-reduce: no server. In a ring, each worker sends and receives at the same time 2 (K - 1) / K m bytes in 2 (K - 1)
-  steps (Patarasuk and Yuan 2009). What cannot be summed on its way, which is every codec but fp16 and bf16 and every
-  mean but the exact one, is gathered instead: (K - 1) m bytes in K - 1 steps. Overheads, which are messages with a
-  server, do not count.
+  steps (Patarasuk and Yuan 2009). Updates that cannot be summed on their way (every codec except fp16 and bf16, every
+  mean except the exact one) are gathered instead: (K - 1) m bytes in K - 1 steps. Overhead needs a server and does not
+  count.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
 
 class Network(NamedTuple):
-    """Bandwidth of a link down in bytes per second, one-way latency in seconds, the link that limits the traffic, and
-    the bandwidth up (0: as down).
+    """A network: the bandwidth of a link down in bytes per second, the latency one way in seconds, the link that limits
+    the traffic, and the bandwidth up (0: as down).
     """
 
     bandwidth: float
@@ -64,7 +64,7 @@ def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def sent_by(records: pd.DataFrame, link: Link) -> pd.DataFrame:
-    """The bytes `up` and `down` of all workers with this `link`, and the `messages` of a sync, one after the other.
+    """The bytes `up` and `down` of all workers with this `link`, and the consecutive `messages` of a sync.
 
     Requires the columns of `add_traffic` and, with all-reduce, `summed`: whether updates are summed on their way.
     """
@@ -77,7 +77,7 @@ def sent_by(records: pd.DataFrame, link: Link) -> pd.DataFrame:
 
 
 def network_seconds(records: pd.DataFrame, network: Network) -> pd.DataFrame:
-    """The seconds `waiting`, for latency, and in `transfer`, which is inverse to the bandwidth, of each record."""
+    """Of each record, the seconds `waiting` for latency and in `transfer`, inversely proportional to the bandwidth."""
     sent = sent_by(records, network.link)
     links = 1 if network.link == "server" else records["workers"]
     up, down = (sent["up"] / links / (network.upload or network.bandwidth), sent["down"] / links / network.bandwidth)

@@ -10,10 +10,10 @@ import shlex
 from collections.abc import Iterator, Sequence
 from html import escape
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pandas as pd
-from jinja2 import Environment, FileSystemLoader
+from jinja2 import Environment, FileSystemLoader, select_autoescape
 from rich.console import Console
 
 from fedsim.errors import RunFailed, UserError
@@ -23,7 +23,6 @@ from fedsim.report.figures import plot_accuracy, plots_of
 from fedsim.report.load import printable
 from fedsim.report.result_table import ResultTable, read_tables
 from fedsim.report.tables import (
-    TextTable,
     accuracy_table,
     cost_table,
     csv_text,
@@ -36,31 +35,6 @@ from fedsim.report.tables import (
 TITLE = "fedsim: results of the runs"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)
 PIXELS_PER_INCH = 96  # of CSS, so that text in figures is as large as that of the page
-
-
-class Figure(NamedTuple):
-    """The files ``NAME.png``, ``.svg`` and ``.csv``, the command that makes them, the SVG as `wide` and with its panels
-    below each other as `narrow`, both in base64, and its width in CSS pixels.
-    """
-
-    name: str
-    caption: str
-    command: str
-    wide: str
-    narrow: str
-    width: int
-
-
-class Section(NamedTuple):
-    """The part of the report about one `ResultTable`."""
-
-    name: str
-    title: str
-    answers: Sequence[str]
-    notes: Sequence[str]
-    tables: Sequence[TextTable]
-    figures: Sequence[Figure]
-    provenance: Sequence[tuple[str, str]]
 
 
 def build_report(root: str, out: str, figure: str, console: Console) -> None:
@@ -77,14 +51,10 @@ def build_report(root: str, out: str, figure: str, console: Console) -> None:
             show_path(path / f"{figure}.png", console)
             return
         sections = [_section(table, path, command) for table in tables]
-        content: dict[str, Any] = {
-            "title": TITLE,
-            "sections": sections,
-            "warnings": warnings,
-            "command": printable(command),
-        }
+        content = {"title": TITLE, "sections": sections, "warnings": warnings, "command": printable(command)}
+        templates = _templates()
         for template, name in (("page.html.j2", "index.html"), ("report.md.j2", "report.md")):
-            (path / name).write_text(_render(template, content), encoding="utf-8")
+            (path / name).write_text(templates.get_template(template).render(content), encoding="utf-8")
             show_path(path / name, console)
 
 
@@ -113,7 +83,7 @@ def folder(key: str, text: str) -> Path:
 
 @contextlib.contextmanager
 def output_folder(text: str) -> Iterator[Path]:
-    """Context manager: create the folder to write to. `OSError` becomes RunFailed for a full disk, else UserError."""
+    """Create the folder to write to. An OSError within becomes RunFailed if the disk is full, else UserError."""
     path = folder("out", text)
     try:
         path.mkdir(parents=True, exist_ok=True)
@@ -149,32 +119,43 @@ def show_path(path: Path, console: Console) -> None:
     console.print(printable(str(path)), markup=False, soft_wrap=True, highlight=False)
 
 
-def _section(table: ResultTable, path: Path, command: str) -> Section:
+def _section(table: ResultTable, path: Path, command: str) -> dict[str, Any]:
+    """The part of the page about one table; its figures and CSV files are written to `path`."""
     figures = [_figure(make(), path, f"{command} --figure {name}") for name, make in plots_of(table).items()]
     write_csv(runs_frame(table), path / f"{table.name}-runs.csv")
     tables = [cost_table(table)] if table.counted.size else []
     if len(table.axes) > 1 and tables:
         tables = [accuracy_table(table, "best"), accuracy_table(table, "final"), *tables]
-    facts = [(name, printable(value)) for name, value in provenance(table)]
-    return Section(table.name, table.title, answers(table), notes(table), tables, figures, facts)
+    return {
+        "name": table.name,
+        "title": table.title,
+        "answers": answers(table),
+        "notes": notes(table),
+        "tables": tables,
+        "figures": figures,
+        "provenance": [(name, printable(value)) for name, value in provenance(table)],
+    }
 
 
-def _figure(plot: Plot, path: Path, command: str) -> Figure:
+def _figure(plot: Plot, path: Path, command: str) -> dict[str, Any]:
+    """A figure of the page; its files are written to `path`."""
     save_plot(plot, path, command)
-    wide, narrow = (
-        base64.b64encode(svg).decode()
-        for svg in ((path / f"{plot.name}.svg").read_bytes(), plot.image("svg", command, phone=True))
-    )
-    width = round(PIXELS_PER_INCH * plot.figure.get_figwidth())
-    return Figure(plot.name, printable(plot.caption), printable(command), wide, narrow, width)
+    narrow = plot.image("svg", command, phone=True)
+    return {
+        "name": plot.name,
+        "caption": printable(plot.caption),
+        "command": printable(command),
+        "wide": base64.b64encode((path / f"{plot.name}.svg").read_bytes()).decode(),
+        "narrow": base64.b64encode(narrow).decode(),  # its panels are below each other
+        "width": round(PIXELS_PER_INCH * plot.figure.get_figwidth()),
+    }
 
 
-def _render(template: str, content: dict[str, Any]) -> str:
-    html = ".html." in template
-    loader = FileSystemLoader(Path(__file__).parent)
-    environment = Environment(loader=loader, autoescape=html, trim_blocks=True, lstrip_blocks=True)
+def _templates() -> Environment:
+    loader, escape_html = FileSystemLoader(Path(__file__).parent), select_autoescape(["html.j2"])
+    environment = Environment(loader=loader, autoescape=escape_html, trim_blocks=True, lstrip_blocks=True)
     environment.filters |= {"md": _markdown, "code": _code}
-    return environment.get_template(template).render(content)
+    return environment
 
 
 def _markdown(text: str) -> str:

@@ -19,7 +19,7 @@ FORMATS = (".png", ".pdf", ".svg")
 
 
 def show_partition(config: Config, out: str, console: Console) -> None:
-    """Print the table of the partition of `config` (resolved) and, where `out` names a file, draw it there."""
+    """Print the table of the partition of `config` (resolved) and, if `out` is given, draw it to that file."""
     if out and Path(out).suffix not in FORMATS:
         raise UserError(f"out = {out} is not a name of a figure: it must end with one of {', '.join(FORMATS)}")
     check_partition(config)
@@ -33,7 +33,7 @@ def show_partition(config: Config, out: str, console: Console) -> None:
 
 
 def class_counts(config: Config) -> NDArray[np.int64]:
-    """(K, classes) how many images of each class each client holds."""
+    """(K, classes) the number of images of each class that each client holds."""
     data = load_dataset(config)
     labels = data.train.labels.cpu().numpy()
     return np.stack([np.bincount(labels[shard_of(config, k)], minlength=data.classes) for k in range(config.clients)])

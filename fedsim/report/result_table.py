@@ -1,9 +1,8 @@
-"""Arrange runs in tables: one for each folder of runs, by its study or by the keys in which the runs differ."""
+"""Arrange runs in tables: one for each folder of runs, by its study or by the keys in which its runs differ."""
 
 from __future__ import annotations
 
 import json
-import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ import pandas as pd
 from fedsim.config import Config, Value
 from fedsim.errors import UserError
 from fedsim.experiments.study import LARGE_BATCH, STORED, Study, read_study, study_names
-from fedsim.report.load import Records, cell_identity, printable, read_records
+from fedsim.report.load import Costs, Records, cell_identity, printable, read_records
 from fedsim.report.network import SUMMED_ON_THE_WAY, add_traffic
 from fedsim.report.paper_values import paper_value
 
@@ -45,7 +44,6 @@ class ResultTable:
     cells: pd.DataFrame
     runs: pd.DataFrame
     rows: pd.DataFrame
-    rates: str = "as given"  # how the cells' learning rates were chosen; a study that tunes them says so here
 
     @property
     def row_axes(self) -> tuple[str, ...]:
@@ -82,7 +80,7 @@ def read_tables(root: Path) -> tuple[list[ResultTable], list[str]]:
     if records.runs.empty:
         why = f" ({records.warnings[0]})" if records.warnings else ""
         raise UserError(f"{shown} holds no runs{why}: give a folder of results, for instance results")
-    _warn_of_namesakes(records)
+    _warn_of_equal_names(records)
     tables: list[ResultTable] = []
     for folder, runs in records.runs.groupby(records.runs["folder"].map(lambda path: path.parent)):
         name = _file_name("-".join(folder.relative_to(root).parts) or folder.resolve().name)
@@ -101,19 +99,18 @@ def label(axes: Sequence[str], coords: Sequence[Value]) -> str:
 
 
 def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records) -> list[ResultTable]:
-    """The table of the study of `folder` and one of its other runs; without a study, one table of all runs."""
+    """The table of the folder's study and, if it has other runs, one of those; without a study, one of all runs."""
     study = _study_of(folder, records.warnings)
     if study is None:
         return [_inferred_table(name, printable(folder.resolve().name), folder, runs, records)]
-    cells: dict[tuple[Value, ...], dict[str, Any]] = {}
-    for cell in study.cells():
-        config = cell_identity({"mode": cell.mode, **cell.config.identity(cell.mode)})
-        cells.setdefault(cell.coords, {"config": config, "expected": len(study.seeds)})
-    positions = {json.dumps(cell["config"], sort_keys=True): i for i, cell in enumerate(cells.values())}
+    configs = {
+        cell.coords: cell_identity({"mode": cell.mode, **cell.config.identity(cell.mode)}) for cell in study.cells()
+    }
+    positions = {json.dumps(config, sort_keys=True): i for i, config in enumerate(configs.values())}
     found = runs["identity"].map(positions)
     described, others = runs[found.notna()].assign(cell=found.dropna().astype(int)), runs[found.isna()]
-    lines = [{"coords": coords, **cell} for coords, cell in cells.items()]
-    tables = [_table(name, str(study.title), folder, study.axes, lines, described, records, study.compare)]
+    cells = _cells(study.axes, configs, study.compare)
+    tables = [_table(name, str(study.title), folder, study.axes, cells, len(study.seeds), described, records)]
     if others.empty:
         return tables
     names = ", ".join(others["run"])
@@ -126,7 +123,7 @@ def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records) ->
 
 
 def _inferred_table(name: str, title: str, folder: Path, runs: pd.DataFrame, records: Records) -> ResultTable:
-    """The runs by the keys in which they differ or, if those are many, by their names without the seed."""
+    """The runs by the keys in which they differ or, if there are many such keys, by their names without the seed."""
     keys = ["mode", *Config().as_keys()]
     configs = [cell_identity(json.loads(text)) for text in runs["identity"]]
     axes = tuple(key for key in keys if len({str(config[key]) for config in configs if key in config}) > 1)
@@ -137,10 +134,9 @@ def _inferred_table(name: str, title: str, folder: Path, runs: pd.DataFrame, rec
         coords = [tuple(config.get(axis, NOTHING) for axis in axes) for config in configs]
     found = dict(zip(coords, configs, strict=True))
     order = sorted(found, key=lambda values: [(isinstance(value, str), value) for value in values])
-    expected = runs["seed"].nunique()
-    cells = [{"coords": values, "config": found[values], "expected": expected} for values in order]
-    positions = [order.index(values) for values in coords]
-    return _table(name, title, folder, axes, cells, runs.assign(cell=positions), records)
+    cells = _cells(axes, {values: found[values] for values in order})
+    runs = runs.assign(cell=[order.index(values) for values in coords])
+    return _table(name, title, folder, axes, cells, runs["seed"].nunique(), runs, records)
 
 
 def _table(
@@ -148,29 +144,33 @@ def _table(
     title: str,
     folder: Path,
     axes: tuple[str, ...],
-    cells: list[dict[str, Any]],
+    cells: pd.DataFrame,
+    seeds: int,
     runs: pd.DataFrame,
     records: Records,
-    compare: str = "",
 ) -> ResultTable:
-    lines = pd.DataFrame([{**cell, **_described(axes, cell["coords"], cell["config"], compare)} for cell in cells])
-    own = runs["cell"].value_counts().reindex(lines.index, fill_value=0)
-    lines["expected"] = lines["expected"].where(lines["expected"] > own, own)
+    """The table of `cells`, each of which should have `seeds` runs; `runs` have a column `cell`."""
+    cells["expected"] = runs["cell"].value_counts().reindex(cells.index, fill_value=0).clip(lower=seeds)
     of_cell = ["clients", "workers", "baseline", "summed"]
-    runs = runs.drop(columns="clients", errors="ignore").join(lines[of_cell], on="cell")
-    numbers = ["best_test_accuracy", "final_test_accuracy", "epoch", "round", "local_steps", "syncs", "bytes_up"]
-    numbers += ["bytes_down", "overhead_bytes_up", "overhead_bytes_down", "seconds", "parameters"]
-    runs = runs.astype({**dict.fromkeys(numbers, float), "finished": bool}).copy()  # each column is a block before
+    runs = runs.drop(columns="clients", errors="ignore").join(cells[of_cell], on="cell")
+    numbers = ["best_test_accuracy", "final_test_accuracy", "epoch", "round", "local_steps", "parameters"]
+    types = {**dict.fromkeys([*numbers, *Costs.model_fields], float), "finished": bool}
+    runs = runs.astype(types).copy()  # as one block: before, each column is one
     runs["parameters"] = runs["parameters"].fillna(runs.groupby("cell")["parameters"].transform("max"))
     rows = records.rows[records.rows["run"].isin(runs.index)]
     rows = rows.join(runs[["cell", *of_cell, "parameters"]], on="run")
-    return ResultTable(name, printable(title), folder, axes, lines, add_traffic(runs), add_traffic(rows))
+    return ResultTable(name, printable(title), folder, axes, cells, add_traffic(runs), add_traffic(rows))
 
 
-def _described(
-    axes: tuple[str, ...], coords: tuple[Value, ...], config: dict[str, Any], compare: str
-) -> dict[str, Any]:
-    """The other columns of a cell's line, from its coordinates and configuration."""
+def _cells(
+    axes: tuple[str, ...], configs: dict[tuple[Value, ...], dict[str, Value]], compare: str = ""
+) -> pd.DataFrame:
+    """The lines of `ResultTable.cells` without `expected`; `compare` names a table of the paper."""
+    return pd.DataFrame([_cell(axes, coords, config, compare) for coords, config in configs.items()])
+
+
+def _cell(axes: tuple[str, ...], coords: tuple[Value, ...], config: dict[str, Any], compare: str) -> dict[str, Any]:
+    """The line of a cell."""
     across = 1 if len(axes) > 1 else 0
     baseline = coords[-1:] == (LARGE_BATCH,)
     clients, workers = 1, 1
@@ -180,6 +180,8 @@ def _described(
         clients = int(config["clients"])
         workers = Config(clients=clients, fraction=float(config["fraction"])).clients_per_round
     return {
+        "coords": coords,
+        "config": config,
         "label": label(axes, coords),
         "column": label(axes[:across], coords[:across]),
         "row": label(axes[across:], coords[across:]),
@@ -216,7 +218,7 @@ def _without_duplicates(runs: pd.DataFrame, warnings: list[str]) -> pd.DataFrame
     return first.sort_index()
 
 
-def _warn_of_namesakes(records: Records) -> None:
+def _warn_of_equal_names(records: Records) -> None:
     """Warn if two runs of the same study and name have different configurations."""
     first: dict[tuple[str, str], Any] = {}
     for run in records.runs.itertuples():
@@ -234,6 +236,4 @@ def _warn_of_namesakes(records: Records) -> None:
 def _file_name(name: str) -> str:
     """`name` for use in file names, links and options: without special characters, and not too long."""
     plain = re.sub(r"[^\w.+=,-]+", "_", name.encode(errors="replace").decode()).lstrip("-.") or "results"
-    while len(os.fsencode(plain)) > LONGEST_NAME:
-        plain = plain[:-1]
-    return plain
+    return plain.encode()[:LONGEST_NAME].decode(errors="ignore")

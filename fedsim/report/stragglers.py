@@ -27,8 +27,6 @@ MOST_DRAWS, FEWEST_DRAWS = 4096, 64  # simulated rounds
 STEPS_DRAWN = 2**22  # in all rounds of one J and K; more steps vary less, and need fewer rounds
 LONG = 1000  # local steps from which on their sum is drawn as a normal variable
 
-Floats = npt.NDArray[np.float64]
-
 
 class Stragglers(NamedTuple):
     """The jitter of a step, ``lognormal`` with this `sigma` or ``exponential`` ("": none); `slow` of all clients take
@@ -44,11 +42,10 @@ class Stragglers(NamedTuple):
 
 def stragglers(jitter: str, slow: str, seed: int) -> Stragglers:
     """The options --jitter and --slow, "" where not given; raises UserError."""
-    name, _, spread = jitter.partition(":")
+    noise = re.fullmatch(r"|exponential|lognormal:([0-9]*\.?[0-9]+)", jitter)
+    sigma = float(noise[1] or 0) if noise else 0.0
     found = re.fullmatch(r"([1-9][0-9]{0,5}):([0-9]{1,6}(?:\.[0-9]*)?)", slow)
-    if (name, spread) not in (("", ""), ("exponential", "")) and (
-        name != "lognormal" or not re.fullmatch(r"[0-9]*\.?[0-9]+", spread) or not 0 < float(spread) <= 1
-    ):
+    if not noise or (noise[1] and not 0 < sigma <= 1):
         raise UserError(
             f"jitter = {jitter!r} is not exponential or lognormal:SIGMA with SIGMA above 0 and at most 1: "
             "for instance lognormal:0.3"
@@ -58,11 +55,11 @@ def stragglers(jitter: str, slow: str, seed: int) -> Stragglers:
     if seed < 0:
         raise UserError(f"seed = {seed} is out of range: it must be at least 0")
     count, factor = (int(found[1]), float(found[2])) if found else (0, 1.0)
-    return Stragglers(name, float(spread or 0), count, factor, seed)
+    return Stragglers(jitter.partition(":")[0], sigma, count, factor, seed)
 
 
 def computed_steps(rows: pd.DataFrame, which: Stragglers) -> pd.Series:
-    """The usual steps that take as long as a run's computing up to each of its `rows`, which are in their order.
+    """The time that a run has computed up to each of its `rows` (in order), in usual steps.
 
     The rounds between two rows are taken to have the same J, or J and J + 1. NaN where the syncs are unknown. Requires
     `run`, `clients`, `workers`, `local_steps`, `network_syncs`.
@@ -104,7 +101,7 @@ def simulated_rounds(steps: int, workers: int) -> int:
     return int(np.clip(STEPS_DRAWN // max(min(steps, LONG) * workers, 1), FEWEST_DRAWS, MOST_DRAWS))
 
 
-def _sums(steps: int, shape: tuple[int, int], which: Stragglers, rng: np.random.Generator) -> Floats:
+def _sums(steps: int, shape: tuple[int, int], which: Stragglers, rng: np.random.Generator) -> npt.NDArray[np.float64]:
     """Sums of the times of `steps` usual steps."""
     if which.jitter == "exponential":
         return np.asarray(rng.gamma(steps, size=shape))

@@ -150,12 +150,12 @@ def protocol(table: ResultTable) -> str:
 
 
 def learning_rates(table: ResultTable) -> str:
-    """How the learning rates were chosen, and what they are."""
+    """The learning rates, where the study did not tune them."""
     keys = ("lr", "lr-scaling", "lr-scaling-batch", "schedule")
     configs = table.cells["config"].loc[sorted(table.runs["cell"].unique())]
     held = {key: sorted({config[key] for config in configs if key in config}) for key in keys}
     shown = ", ".join(f"{key} = {' or '.join(map(str, values))}" for key, values in held.items() if values)
-    return f"Learning rates: {table.rates}; {shown}."
+    return f"Learning rates: as given; {shown}."
 
 
 def traffic_note(table: ResultTable) -> str:
@@ -173,19 +173,11 @@ def traffic_note(table: ResultTable) -> str:
 
 def provenance(table: ResultTable) -> list[tuple[str, str]]:
     """Commit, device, versions and commands of the runs, each with the number of runs that have it."""
-    runs = table.runs
-    versions = [", ".join(f"{k} {v}" for k, v in (found or {}).items()) for found in runs["versions"].map(_or_none)]
-    facts = [("folder", [str(table.folder)])]
-    facts += [(name, [_or_none(value) or "" for value in runs[name]]) for name in ("commit", "device")]
-    facts += [("versions", versions), ("command", [_or_none(value) or "" for value in runs["command"]])]
-    return [(name, _counted([value for value in values if value])) for name, values in facts if any(values)]
-
-
-def _local_steps(runs: pd.DataFrame) -> pd.Series | None:
-    """J of each run; none where a round is so many passes over a client's images."""
-    if "local-steps" not in runs:
-        return None
-    return runs["local-steps"].where(runs["local-epochs"].fillna(0) == 0)
+    facts = table.runs[["commit", "device", "versions", "command"]].copy()
+    facts["versions"] = facts["versions"].dropna().map(lambda of: ", ".join(f"{k} {v}" for k, v in of.items()))
+    counts = {name: Counter(value for value in facts[name].dropna() if value) for name in facts}
+    told = [(name, _values(found)) for name, found in counts.items() if found]
+    return [("folder", str(table.folder)), *told]
 
 
 def runs_frame(table: ResultTable) -> pd.DataFrame:
@@ -195,8 +187,9 @@ def runs_frame(table: ResultTable) -> pd.DataFrame:
     """
     runs = table.runs.sort_values(["cell", "seed"], kind="stable")
     finished = runs["finished"]
+    local = runs.reindex(columns=["local-steps", "local-epochs"])  # which centralized runs do not have
     frame = runs.assign(
-        local_steps_per_round=_local_steps(runs),
+        local_steps_per_round=local["local-steps"].where(local["local-epochs"].fillna(0) == 0),
         batch_size=runs["batch-size"],
         clients=runs["clients"].where(runs["mode"] == "localsgd"),
         tested_on=["validation" if held else "test" for held in runs["validation"].fillna(0)],
@@ -262,16 +255,11 @@ def _deviation(table: ResultTable) -> str:
     return ", mean ± standard deviation over seeds" if several else ""
 
 
-def _counted(values: Sequence[str]) -> str:
-    counts = Counter(values)
+def _values(counts: Counter[str]) -> str:
+    """The values, the most frequent first, each with its number of runs if there are several."""
     if len(counts) == 1:
-        return values[0]
+        return next(iter(counts))
     return "; ".join(f"{value} ({count} runs)" for value, count in counts.most_common())
-
-
-def _or_none(value: Any) -> Any:
-    """`value`, or None where pandas has replaced None by NaN."""
-    return value if isinstance(value, str | dict) else None
 
 
 def _not_a_formula(value: Any) -> Any:

@@ -21,13 +21,13 @@ from fedsim.report.result_table import NOTHING, ResultTable, read_tables
 from fedsim.report.stragglers import Stragglers, computed_steps, simulated_rounds
 from fedsim.report.tables import COSTS, Cost, Entry, TextTable, number, percent, rich_table
 
-PARTS = ["computing", "waiting", "transfer"]  # of the work of a run; the last is inverse to the bandwidth
+PARTS = ["computing", "waiting", "transfer"]  # of the seconds of a run
 MEANS = ["seconds", *PARTS, "resolution", "epoch", "network_syncs", "sent_up", "sent_down", "overhead_up"]
 MEANS += ["overhead_down"]
 
 
 class Plan(NamedTuple):
-    """What is asked: the accuracy to reach, the network, the workers, and the seconds of a usual local step.
+    """What the estimate is for: the accuracy to reach, the network, the seconds of a usual local step, and the workers.
 
     `compute` None: measured, see `seconds_per_image`.
     """
@@ -58,7 +58,7 @@ def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Con
 
 
 def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
-    """A line for each tested cell, on the first test at or above the target of the runs that reach it.
+    """A line for each tested cell, over the runs that reach the target, at the first test of each that does.
 
     Columns: means of `seconds`, of the parts `computing`, `waiting` for latency and `transfer`, `resolution` (seconds
     since the previous test), `epoch`, `network_syncs`, and the bytes of all workers `sent_up`, `sent_down`, with
@@ -95,9 +95,10 @@ def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
 
 
 def _seconds(rows: pd.DataFrame, late: pd.Series) -> pd.Series:
-    """The seconds of a run up to each of its `rows`: the sum of `PARTS` or, where `late`, what takes longer in a round.
+    """The seconds of a run up to each of its `rows`.
 
-    The rounds between two rows count as equal.
+    They are the sum of `PARTS` or, where `late`, the longer of computing and messages in each round. The rounds between
+    two rows count as equal.
     """
     since = rows.groupby("run")[PARTS].diff().fillna(rows[PARTS])
     longer = np.maximum(since["computing"], since["waiting"] + since["transfer"])

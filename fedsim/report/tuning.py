@@ -1,10 +1,9 @@
-"""How the keys of a tuned study's cells were chosen, from what the study left in its folder."""
+"""How the keys of a tuned study's cells were chosen, from the trials that are stored in its folder."""
 
 from __future__ import annotations
 
 import csv
 import re
-from pathlib import Path
 
 from fedsim.errors import UserError
 from fedsim.experiments.study import STORED, Tune, read_study
@@ -22,15 +21,12 @@ def tuning_notes(table: ResultTable) -> list[str]:
     try:
         tune = read_study(str(table.folder / STORED)).tune
         cells = {re.sub(r"-seed\d+$", "", run) for run in table.runs["run"]}
-        chosen = [line for line in _lines(path) if line["outcome"] == "chosen" and line["cell"] in cells]
+        with path.open(encoding="utf-8", newline="") as file:
+            lines = list(csv.DictReader(file))
+        chosen = [line for line in lines if line["outcome"] == "chosen" and line["cell"] in cells]
         return [printable(_paragraph(tune, chosen))] if tune and chosen else []
     except (OSError, ValueError, KeyError, TypeError, csv.Error, UserError):
         return [f"Tuning: {printable(str(path))} cannot be read."]
-
-
-def _lines(path: Path) -> list[dict[str, str]]:
-    with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.DictReader(file))
 
 
 def _paragraph(tune: Tune, chosen: list[dict[str, str]]) -> str:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import sys
@@ -13,14 +15,15 @@ from pathlib import Path
 
 import pytest
 import torch
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from fedsim import cli
 from fedsim.bench.baseline_torch import PilImages
 from fedsim.bench.bound import Rates, bound, measure_rates, step_operators
-from fedsim.bench.measure import at, large_table, measure, table, write_timings
+from fedsim.bench.measure import at, measure, write_timings
+from fedsim.bench.tables import large_table, rounds_table
 from fedsim.bench.turn import Timing, run_measured
-from fedsim.bench.variants import ON_CPU
+from fedsim.bench.variants import METHODS, ON_CPU, VARIANTS
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
 from fedsim.device import resolve
@@ -45,7 +48,7 @@ def allocated(mib: int) -> bytearray:
 
 
 def test_every_variant_takes_its_turns_and_is_compared_with_centralized_training(tmp_path: Path) -> None:
-    names = ["centralized", "centralized-eager", "in-process", "stacked-products", "plain", "int8"]
+    names = ["centralized", "centralized-eager", "in-process", "stacked-products", "plain", "scaffold-inferred"]
     held = allocated(2048)  # of this process: no variant may show it as its own
     timings, failed = measure(turns(resolve(TINY, "localsgd"), *names), rounds=2, limit=LIMIT)
     del held
@@ -132,14 +135,39 @@ def test_rates_are_images_over_the_median_second() -> None:
     assert timings[0].joined(Timing("centralized", config, [3.0], 7)) == Timing(
         "centralized", config, [1.0, 9.0, 2.0, 3.0], 7
     )
-    console = Console(width=200, record=True, quiet=False)
-    rates = {"fp32": Rates(flop=2.4e10, bytes=1e10)}
-    console.print(table(timings, 1e9, rates))
-    console.print(large_table(timings, 1e9, rates))
-    text = console.export_text()
-    assert "0.50" in text  # of centralized
+    rates = {"fp32": Rates(flop=24 * flop_per_image(config), bytes=1e10)}
+    text = printed(rounds_table(timings, rates), large_table(timings, rates))
+    (line,) = (line.split() for line in text.splitlines() if line.startswith("3 in-process"))
+    of_bound = f"{bound(config, rates['fp32'], centralized=False) / 4:.2f}"
+    assert line[2:] == ["4.000", "0%", "12", "0.50", "1.00", of_bound, "0"]
     assert "1.000" in text  # of the matrix product
-    assert f"{bound(config, rates['fp32'], centralized=False) / 4:.2f}" in text
+
+
+def printed(*tables: RenderableType) -> str:
+    """What `run.py bench` prints to a pipe: 80 columns."""
+    console = Console(width=80, file=io.StringIO(), record=True)
+    console.print(*tables)
+    return console.export_text()
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_a_row_of_the_table_is_a_line_of_80_columns_and_columns_without_values_are_left_out(device: str) -> None:
+    rates = {"fp32": Rates(flop=2.4e10, bytes=1e10)}
+    timings = [
+        Timing(name, at(TINY.changed({"device": device}), k, name), [123.456, 300.0], 2**36)
+        for k in (1, 64)
+        for name in VARIANTS
+    ]
+    text = printed(rounds_table(timings, rates))
+    lines = [line.split() for line in text.splitlines()]
+    for each in timings:
+        (row,) = (line for line in lines if line[:2] == [str(each.config.clients), each.variant])
+        assert len(row) == 9
+        assert row[-1] == "65,536"
+    assert "…" not in text
+    methods = printed(rounds_table([each for each in timings if each.variant in METHODS], rates))
+    assert not re.search("tralized|of in-", methods)
+    assert "scaffold-inferred: in-process with local-rule = scaffold-inferred" in methods
 
 
 def test_the_bound_is_that_of_the_operators_of_a_step() -> None:

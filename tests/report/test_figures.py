@@ -53,9 +53,10 @@ def test_the_baselines_curve_along_bytes_is_data_parallel_sgd(table: ResultTable
 
 
 def test_the_front_costs_more_and_gains_more_at_every_step() -> None:
-    points = [(1, 5), (2, 4), (3, 7), (3, 6), (4, 7), (5, 9)]
-    assert pareto_front(points) == [(1, 5), (3, 7), (5, 9)]
-    assert pareto_front([]) == []
+    points = pd.DataFrame([(5, 9), (1, 5), (2, 4), (3, 7), (3, 6), (3, 7), (4, 7)], columns=["cost", "gain"])
+    front = pareto_front(points["cost"], points["gain"])
+    assert points[front].to_numpy().tolist() == [[5, 9], [1, 5], [3, 7], [3, 7]]  # twins are both on it
+    assert pareto_front(points["cost"][:0], points["gain"][:0]).empty
 
 
 def assert_nothing_is_cut(figure: Figure) -> None:

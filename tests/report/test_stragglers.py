@@ -88,7 +88,7 @@ def test_options_are_read() -> None:
     [
         *((text, "", 0, "jitter = .* for instance lognormal:0.3") for text in (
             "normal:0.3", "lognormal", "lognormal:", "lognormal:0", "lognormal:2", "lognormal:-1", "lognormal:nan",
-            "lognormal:1e-1", "lognormal:0.3:1", "exponential:1", ":0.3", "lognormal:.")),
+            "lognormal:1e-1", "lognormal:0.3:1", "exponential:1", "exponential:", ":", ":0.3", "lognormal:.")),
         *(("", text, 0, "slow = .* for instance 1:2.5") for text in (
             "1", "1:", ":2", "0:2", "1:1", "1:0.5", "-1:2", "1:nan", "1:2:3", "1.5:2", "1:1e3", "٣:2", "1:9999999")),
         ("", "", -1, "seed = -1 is out of range"),

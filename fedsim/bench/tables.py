@@ -1,0 +1,96 @@
+"""The tables that ``run.py bench`` prints. All fit a terminal of 80 characters."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+
+from rich.box import SIMPLE_HEAD
+from rich.console import Group
+from rich.table import Table
+
+from fedsim.bench.bound import Rates, bound
+from fedsim.bench.turn import Timing
+from fedsim.bench.variants import VARIANTS
+from fedsim.experiments.cost import flop_per_image
+
+
+def rounds_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Group:
+    """The timings, compared with other variants at the same K, and with the bound at the rates of their precision."""
+    speed = {(each.variant, each.config.clients): each.images_per_second for each in timings}
+    rows = []
+    for each in timings:
+        k, seconds = each.config.clients, statistics.median(each.seconds)
+        relative = {
+            name: f"{each.images_per_second / speed[name, k]:.2f}" if (name, k) in speed else ""
+            for name in ("centralized", "in-process")
+        }
+        rows.append(
+            {
+                "K": f"{k}",
+                "variant": each.variant,
+                "s a\nround": f"{seconds:.3f}",
+                "spread": f"{(max(each.seconds) - min(each.seconds)) / seconds:.0%}",
+                "images/s": f"{each.images_per_second:,.0f}",
+                "of cen-\ntralized": relative["centralized"],
+                "of in-\nprocess": relative["in-process"],
+                "of its\nbound": f"{of_bound(each, rates):.2f}",
+                "peak\nMiB": f"{each.peak_bytes / 2**20:,.0f}",
+            }
+        )
+    of_gpu = any(each.config.device.startswith("cuda") for each in timings)
+    legend = {
+        "spread": "the longest round less the shortest, of the median",
+        "peak MiB": "allocated on the GPU" if of_gpu else "resident memory, the sum of all processes",
+        **{each.variant: VARIANTS[each.variant][1] for each in timings},
+    }
+    lines = "\n".join(f"{name}: {meaning}" for name, meaning in legend.items())
+    return Group(rich_table("A round of LocalSGD: medians", rows), lines)
+
+
+def of_bound(timing: Timing, rates: Mapping[str, Rates]) -> float:
+    """The least time that a device with the `rates` of a precision needs for a round, over the median measured."""
+    centralized = timing.variant.startswith("centralized")
+    return bound(timing.config, rates[timing.config.precision], centralized) / statistics.median(timing.seconds)
+
+
+def large_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Table:
+    """Centralized training by batch size, compared with the device's matrix product in the same precision."""
+    flop = flop_per_image(timings[0].config)
+    rows = [
+        {
+            "precision": each.config.precision,
+            "batch": f"{each.config.batch_size}",
+            "ms a step": f"{1000 * statistics.median(each.seconds) / each.config.local_steps:.2f}",
+            "images/s": f"{each.images_per_second:,.0f}",
+            "TFLOP/s": f"{each.images_per_second * flop / 1e12:,.2f}",
+            "of the matrix\nproduct": f"{each.images_per_second * flop / rates[each.config.precision].flop:.3f}",
+            "of its\nbound": f"{of_bound(each, rates):.2f}",
+        }
+        for each in timings
+    ]
+    return rich_table("Centralized training, J steps a round", rows)
+
+
+def growth_table(timings: Sequence[Timing]) -> Table:
+    """The seconds of a round as K and J grow."""
+    rows = []
+    for each in timings:
+        k, j, seconds = each.config.clients, each.config.local_steps, statistics.median(each.seconds)
+        step = f"{1000 * seconds / (k * j):.2f}"
+        peak = f"{each.peak_bytes / 2**20:,.0f}"
+        rows.append(
+            {"K": f"{k}", "J": f"{j}", "s a round": f"{seconds:.3f}", "ms a local step": step, "peak MiB": peak}
+        )
+    return rich_table("Rounds of lenet5 at batch 32", rows)
+
+
+def rich_table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
+    """A table of `rows`, each with the same columns; empty columns are left out."""
+    columns = [name for name in rows[0] if any(row[name] for row in rows)]
+    result = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)
+    for name in columns:
+        result.add_column(name, justify="left" if name == "variant" else "right", no_wrap=name == "variant")
+    for row in rows:
+        result.add_row(*(row[name] for name in columns))
+    return result
