@@ -20,14 +20,7 @@ from numpy.typing import NDArray
 
 from fedsim.config import Config
 from fedsim.data.cache import cached, discard_damaged
-from fedsim.data.datasets import (
-    classes_of,
-    data_folder,
-    facts_of,
-    load_dataset,
-    moments_of,
-    verify_cache,
-)
+from fedsim.data.datasets import classes_of, data_folder, facts_of, load_dataset, moments_of, verify_cache
 from fedsim.data.images import Images, bordered
 from fedsim.data.official import OFFICIAL
 from fedsim.data.own_arrays import problem_of
@@ -42,12 +35,11 @@ def own_images(config: Config) -> Images | None:
     if not _holds_images(config):
         return None
     folder = data_folder(config)
-    return _own_images(config, str(folder), *(_changed(folder / name) for name in (IMAGES, LABELS)))
+    return _own_images(config, folder, *(_changed(folder / name) for name in (IMAGES, LABELS)))
 
 
 @functools.lru_cache(maxsize=8)
-def _own_images(config: Config, place: str, *changed: int) -> Images:
-    folder = Path(place)
+def _own_images(config: Config, folder: Path, *changed: int) -> Images:
     pixels, labels = (_mapped(folder, name) for name in (IMAGES, LABELS))
     problem = _problem(pixels, labels, config)
     for official in OFFICIAL.values():
@@ -58,7 +50,7 @@ def _own_images(config: Config, place: str, *changed: int) -> Images:
     padding = config.crop_padding
     arrays = cached([folder / IMAGES], ["words"], lambda: {"words": bordered(pixels, padding)}, padding)
     look = (moments_of(config), config.device, padding, config.crop_size)
-    return Images.of_words(arrays["words"], labels.astype(np.int64), *look)
+    return Images(arrays["words"], labels.astype(np.int64), *look)
 
 
 def _changed(file: Path) -> int:
