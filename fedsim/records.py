@@ -8,8 +8,8 @@
                  .lock           locked by the process that runs it
 
 Files other than metrics.jsonl, which grows, are replaced atomically. A checkpoint file ends with its SHA-256, and the
-checkpoint holds the SHA-256 of the rows before it: a run never resumes from a damaged checkpoint or with other rows
-than it was saved with. An invalid checkpoint and its rows stay as checkpoint-refused.pt and metrics-refused.jsonl.
+checkpoint holds the SHA-256 of the rows before it: a run never resumes from a damaged checkpoint, or with rows that
+have changed since. An invalid checkpoint and its rows are kept as checkpoint-refused.pt and metrics-refused.jsonl.
 """
 
 from __future__ import annotations
@@ -141,7 +141,7 @@ class Run:
         return None
 
     def log_row(self, row: Row) -> None:
-        """Append a row, with its time; numbers that are not finite are written as null."""
+        """Append a row, with the seconds so far; numbers that are not finite are written as null."""
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["tested_on"] = self.tested_on
         row["seconds"] = round(self.seconds, 3)

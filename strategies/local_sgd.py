@@ -141,7 +141,9 @@ class LocalSGD(FedAvg):
             return Request(arrays, [Message(content, node, MessageType.TRAIN) for node in workers], workers, away)
 
         x = split(tensors_of(arrays))
-        sent = broadcast(self.codec_down, x.parameters, _broadcast_state(state or {}, x), self.codec_seed(round_, None))
+        own = {n.removeprefix(BROADCAST): value for n, value in (state or {}).items() if n.startswith(BROADCAST)}
+        seed = self.codec_seed(round_, None)
+        sent = broadcast(self.codec_down, x.parameters, _beside(x.parameters, own), seed)
         begun = tensor_record(join(x._replace(parameters=sent.parameters)))
         whole = self._content(begun, config)
         encoded = tensor_record(join(x._replace(parameters=sent.message)))
@@ -210,16 +212,16 @@ class LocalSGD(FedAvg):
     def next_parameters(
         self, round_: int, x: dict[str, Tensor], mean: dict[str, Tensor], updates: Mapping[int, Update], state: State
     ) -> tuple[dict[str, Tensor], State]:
-        """The parameters after a round and the state: those of the server step from the mean of all `updates`."""
+        """The parameters after a round and the next state: here by the server step from the `mean` of the `updates`."""
         return self.server_step(x, mean, state, round_)
 
     def server_step(
         self, x: dict[str, Tensor], mean: dict[str, Tensor], state: State, round_: int
     ) -> tuple[dict[str, Tensor], State]:
-        """The parameters after a round, by the outer step, from those before it and the mean of the workers'.
+        """The parameters after a round and the next state, by the outer step from `x` and the `mean` of the workers.
 
-        `state`, tensors and numbers by name, is what the server remembers between rounds: {} before the first, then
-        what the last call returned. Neither argument may be changed in place.
+        `state`, tensors and numbers by name, is {} before the first round, then what the last call returned. The
+        arguments may not be changed in place.
         """
         return self.outer(x, mean, state, self.lr(round_))
 
@@ -285,7 +287,7 @@ class LocalSGD(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Flower's form of `request`: to those of `workers`, or of all nodes, that are connected."""
+        """`request` as Flower's loop calls it, to the connected nodes among `workers`, or to all connected nodes."""
         connected = sorted(grid.get_node_ids())
         nodes = {node: self.workers.get(node, node) for node in connected if not self.workers or node in self.workers}
         holders = self.last.averaged if self.last else ()
@@ -295,7 +297,7 @@ class LocalSGD(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Flower's form of `aggregate`; None, None where too few updates are usable."""
+        """`aggregate` as Flower's loop calls it; None, None where too few updates are usable."""
         if self._request is None:
             raise RuntimeError("aggregate_train needs configure_train before it")
         self.last = self.aggregate(server_round, self._request, replies, self._state or {})
@@ -312,12 +314,6 @@ def mean_metrics(updates: Sequence[Update], weights: Sequence[float], weighted_b
         if name != weighted_by and len(numbers) == len(values):
             means[name] = math.fsum(weight * number for weight, number in zip(weights, numbers, strict=True))
     return means
-
-
-def _broadcast_state(state: Mapping[str, Any], x: Sections) -> dict[str, Tensor]:
-    """What the server remembers of its broadcasts, on the device of `x`."""
-    found = {name.removeprefix(BROADCAST): value for name, value in state.items() if name.startswith(BROADCAST)}
-    return _beside(x.parameters, found)
 
 
 def _beside(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:

@@ -1,9 +1,9 @@
 """A node's own images, which never leave it, and the folders that `export-shards` writes for nodes.
 
 The node config of a SuperNode may set `data-dir`. That folder holds either the data set of the run, of which the node
-uses its shard, or ``images.npy`` and ``labels.npy``, this node's own images. The node trains on all of its own images:
-the run's `validation` holds out images of the run's dataset, on the server. The `data-dir` of the run must not hold
-such files, as every client would train on them.
+uses its shard, or the node's own images in ``images.npy`` and ``labels.npy``. The node trains on all of its own images:
+the key `validation` of a run only holds out images of the run's data set, on the server. The `data-dir` of the run must
+not hold these two files, as every client would train on them.
 """
 
 from __future__ import annotations
