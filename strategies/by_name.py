@@ -79,12 +79,12 @@ def _class_of(name: str) -> type[Strategy]:
     module = _module_of(module_name)
     found = getattr(module, class_name, None)
     if not _is_strategy(found):
-        what = f"{module_name} has no {class_name}" if found is None else f"it is no strategy of {CURRENT_API}"
+        what = f"{module_name} has no {class_name}" if found is None else f"it is not a strategy of {CURRENT_API}"
         raise ValueError(
             what + _nearest(class_name, [key for key, value in vars(module).items() if _is_strategy(value)])
         )
     if found.start is not Strategy.start:
-        raise ValueError("it has a method start of its own, but the rounds are fedsim's: leave it out")
+        raise ValueError("it overrides the method start, but fedsim runs the rounds: leave it out")
     return found
 
 

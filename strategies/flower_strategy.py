@@ -149,7 +149,7 @@ def _reply(message: Message, update: Update) -> Message:
 def _check(messages: Sequence[Message], arrays: ArrayRecord, workers: Iterable[int]) -> None:
     """Raise StrategyFailed unless these are the messages that the workers were sent."""
     if sorted(message.metadata.dst_node_id for message in messages) != sorted(workers):
-        raise StrategyFailed("asks others than the clients of the round, which --fraction and the seed sample")
+        raise StrategyFailed("sends to other clients than those of the round, which --fraction and the seed determine")
     for message in messages:
         for config in message.content.config_records.values():
             if others := sorted(config.keys() - {"server-round"}):
@@ -214,7 +214,7 @@ class _Workers(Grid):
         return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
     def _refuse(self, *_: Any, **__: Any) -> NoReturn:
-        raise StrategyFailed("sends messages of its own, but the rounds are fedsim's")
+        raise StrategyFailed("sends messages itself, but fedsim runs the rounds")
 
     set_run = push_messages = pull_messages = send_and_receive = _refuse
     run = property(_refuse)

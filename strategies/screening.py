@@ -103,7 +103,7 @@ def tensors_like(record: ArrayRecord, sent: Mapping[str, Array]) -> dict[str, Te
     which are not parsed where they are too many. Values are not checked.
     """
     if record.keys() != sent.keys():
-        raise ValueError(f"its arrays are others than those sent: {min(record.keys() ^ sent.keys())}")
+        raise ValueError(f"its arrays differ from those sent: {min(record.keys() ^ sent.keys())}")
     return {name: _tensor_like(name, record[name], array) for name, array in sent.items()}
 
 
