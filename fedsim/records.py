@@ -8,8 +8,8 @@
                  .lock           locked by the process that runs it
 
 Files other than metrics.jsonl, which grows, are replaced atomically. A checkpoint file ends with its SHA-256, and the
-checkpoint holds the SHA-256 of the rows before it: a run never resumes from a damaged checkpoint or with other rows
-than it was saved with. An invalid checkpoint and its rows stay as checkpoint-refused.pt and metrics-refused.jsonl.
+checkpoint holds the SHA-256 of the rows before it: a run never resumes from a damaged checkpoint, or with rows that
+have changed since. An invalid checkpoint and its rows are kept as checkpoint-refused.pt and metrics-refused.jsonl.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *OUTPUTS)))})\.\d+"
 COSTS = ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
 DIGEST = 6  # characters, at the end of a default name
 LENGTH = ("epochs", "rounds")  # the keys by which a run can be lengthened
-MACHINE = ("device", "threads")  # keys that are no part of a default name: a run keeps its name on another machine
+MACHINE = ("device", "threads")  # keys that are not part of a default name
 
 
 class Run:
@@ -60,8 +60,8 @@ class Run:
     ) -> None:
         """Open the folder of `config` (resolved), created if it does not exist.
 
-        Raises UserError if the folder holds another configuration, unless it differs in `LENGTH` alone and this run
-        `lengthens` it: then the folder is of this configuration once the run is locked. `on_row` is called with each
+        Raises UserError if the folder holds another configuration, unless it differs only in `LENGTH` and this run
+        `lengthens` it: then the folder gets this configuration once the run is locked. `on_row` is called with each
         row; the summary names the `engine` that trained the clients.
         """
         self._engine = engine
@@ -141,7 +141,7 @@ class Run:
         return None
 
     def log_row(self, row: Row) -> None:
-        """Append a row, with its time; numbers that are not finite are written as null."""
+        """Append a row, with the seconds so far; numbers that are not finite are written as null."""
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["tested_on"] = self.tested_on
         row["seconds"] = round(self.seconds, 3)
@@ -182,9 +182,7 @@ class Run:
 
     def write_summary(self, finished: bool, parameters: int, device: str) -> None:
         """Write the summary of a run that has finished or stopped early. Accuracies are None if nothing was tested."""
-        sha256 = {ROWS: self._flush_rows()}
-        with self._writing():
-            sha256[MODEL] = _sha256_of(self.folder / MODEL)
+        rows_sha256 = self._flush_rows()
         summary = {
             "finished": finished,
             "tested_on": self.tested_on,
@@ -194,7 +192,9 @@ class Run:
             **provenance(device),
         }
         with self._writing():
-            _write_json(self.folder / SUMMARY, {**summary, "sha256": {**sha256, SUMMARY: _sha256_of_json(summary)}})
+            model_sha256 = _sha256_of(self.folder / MODEL)
+            sha256 = {ROWS: rows_sha256, MODEL: model_sha256, SUMMARY: _sha256_of_json(summary)}
+            _write_json(self.folder / SUMMARY, {**summary, "sha256": sha256})
 
     def check_outputs(self) -> None:
         """Raise UserError if rows or model of a finished run do not match its summary; warn if the model is missing.
@@ -237,7 +237,10 @@ class Run:
         deadline = time.monotonic() + patience
         file = (self.folder / LOCK).open("w")
         try:
-            while not _locked(file):
+            while True:
+                with contextlib.suppress(BlockingIOError):
+                    fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
                 if time.monotonic() >= deadline:
                     raise RunInProgress(
                         f"name = {self.folder.name}: another process is running it: wait for it, or give another --name"
@@ -304,7 +307,7 @@ class Run:
             (self.folder / CHECKPOINT).replace(self.folder / CHECKPOINT_REFUSED)
 
     def _truncate_rows(self, rows: bytes, length: int) -> None:
-        """Continue from the first `length` bytes of `rows`, which are valid; the file loses the others."""
+        """Continue from the first `length` bytes of `rows`; the file is cut to them."""
         valid = rows[:length]
         self.rows = [json.loads(line) for line in valid.splitlines()]
         self._rows_sha256, self._rows_bytes = hashlib.sha256(valid), len(valid)
@@ -325,7 +328,7 @@ class Run:
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
-        """Context manager: an OSError, of a full disk for instance, ends the run; its checkpoint stays."""
+        """Context manager: an OSError, for instance of a full disk, becomes RunFailed; the checkpoint stays."""
         try:
             yield
         except OSError as error:
@@ -364,25 +367,16 @@ def config_of_run(config: Config) -> Config:
         ) from error
 
 
-def _locked(file: TextIO) -> bool:
-    """Try to lock `file`; whether this process now holds the lock."""
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
 def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
     """The keys in which two configurations differ, sorted."""
     return [name for name in sorted(one.keys() | other.keys()) if one.get(name) != other.get(name)]
 
 
 def run_folder(config: Config, mode: Mode) -> Path:
-    """The folder of a run, called by the key ``name`` or else by `default_name`.
+    """The folder of a run, named by the key ``name`` or else by `default_name`.
 
-    Digests in the names of earlier versions also had the keys with default values in them: if there is a folder of the
-    same run under such a name, it is that one.
+    In earlier versions the digest in a name also covered keys with default values: if there is a folder of the same run
+    under such a name, it is that one.
     """
     try:
         results = Path(config.results_dir).expanduser().absolute()
@@ -401,7 +395,7 @@ def run_folder(config: Config, mode: Mode) -> Path:
 
 
 def older_folders(folder: Path, file: str) -> list[Path]:
-    """The folders beside `folder` that hold `file` and have its name but for the digest."""
+    """The folders beside `folder` that hold `file` and whose names differ from its name only in the digest."""
     if not os.path.isdir(folder.parent) or not os.access(folder.parent, os.R_OK | os.X_OK):
         return []
     pattern = re.compile(re.escape(folder.name[:-DIGEST]) + f"[0-9a-f]{{{DIGEST}}}")
@@ -411,8 +405,8 @@ def older_folders(folder: Path, file: str) -> list[Path]:
 def default_name(config: Config, mode: Mode) -> str:
     """A name made from the configuration; it ends with a digest of the keys that affect the result.
 
-    Keys with their default value are no part of the digest, so that a key of a later version changes no name. The
-    machine is none either: the same run on another machine has the same name, and is refused there.
+    The digest leaves out keys with their default value, so that a key of a later version changes no name, and the keys
+    in `MACHINE`: the same run has the same name on another machine, where it is refused.
     """
     defaults = Config().as_keys()
     identity = {k: v for k, v in config.identity(mode).items() if k not in MACHINE and v != defaults[k]}

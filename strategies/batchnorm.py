@@ -1,4 +1,4 @@
-"""BatchNorm's running statistics, found by module type, and what becomes of them at a sync."""
+"""BatchNorm's running statistics: their names in a model, and how they are merged at a sync."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def merge(
     how: str,
     batchnorm: Mapping[str, str],
 ) -> dict[str, Tensor]:
-    """The global buffers after a round: the `average` of the `workers`, but for those named in `batchnorm`.
+    """The global buffers after a round: the `average` of the `workers`, except where `how` says otherwise.
 
-    These are the first worker's with `how` = first-worker or local (where every worker keeps its own besides). Pooled
-    variances are those of all workers' values together. Re-estimated statistics are averaged until they are
-    re-estimated, which needs images.
+    It applies to the buffers named in `batchnorm`. With first-worker or local (where each worker also keeps its own)
+    they are the first worker's. With pooled, a variance is that of all workers' values together. With re-estimated they
+    are the average here, since the re-estimation needs images.
     """
     merged = dict(average)
     for name in average.keys() & batchnorm.keys():
@@ -44,7 +44,7 @@ def merge(
 
 
 def pooled_variance(means: Sequence[Tensor], variances: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
-    """The variance of a mixture of distributions (law of total variance), in float64 and then their own precision.
+    """The variance of a mixture of distributions (law of total variance), computed in float64.
 
     v = sum w_k (v_k + (mu_k - mu)^2) with mu = sum w_k mu_k; `weights` sum to one.
     """

@@ -8,13 +8,14 @@ import importlib
 import inspect
 import logging
 import pkgutil
+import sys
 from collections.abc import Callable, Collection, Iterator
 from typing import Any, TypeGuard
 
 from flwr.serverapp.strategy import Strategy
 
 CURRENT_API = "flwr.serverapp.strategy"
-# Attributes that are set on a strategy that has them: fedsim samples the workers, and the strategy gets their replies
+# Attributes that the run sets, on strategies that have them: fedsim itself samples the workers
 OF_THE_RUN = {
     "fraction_train": 1.0,
     "min_train_nodes": 1,
@@ -28,7 +29,7 @@ NOT_USED = ("fraction_evaluate", "min_evaluate_nodes", "train_metrics_aggr_fn", 
 
 
 def strategy_factory(name: str, **arguments: Any) -> Callable[[], Strategy]:
-    """A function that makes the strategy of a name with `arguments`; a ValueError says in a line what is wrong."""
+    """A function that makes the strategy `name` with `arguments`; raises ValueError with one line on what is wrong."""
     strategy_class = _class_of(name)
     parameters = inspect.signature(strategy_class).parameters
     known = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
@@ -58,7 +59,7 @@ def strategy_factory(name: str, **arguments: Any) -> Callable[[], Strategy]:
 
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
-    """Silence what Flower's strategies log of each round and of arguments that are the run's here."""
+    """Context manager: silence what Flower's strategies log of each round and of arguments that the run sets."""
     logger = logging.getLogger("flwr")
     level = logger.level
     logger.setLevel(logging.ERROR)
@@ -78,12 +79,12 @@ def _class_of(name: str) -> type[Strategy]:
     module = _module_of(module_name)
     found = getattr(module, class_name, None)
     if not _is_strategy(found):
-        what = f"{module_name} has no {class_name}" if found is None else f"it is no strategy of {CURRENT_API}"
+        what = f"{module_name} has no {class_name}" if found is None else f"it is not a strategy of {CURRENT_API}"
         raise ValueError(
             what + _nearest(class_name, [key for key, value in vars(module).items() if _is_strategy(value)])
         )
     if found.start is not Strategy.start:
-        raise ValueError("it has a method start of its own, but the rounds are fedsim's: leave it out")
+        raise ValueError("it overrides the method start, but fedsim runs the rounds: leave it out")
     return found
 
 
@@ -97,18 +98,13 @@ def _module_of(name: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name is None or not f"{name}.".startswith(f"{error.name}."):
             raise ValueError(f"{name} needs the module {error.name}: install it where the server runs") from error
-        parent, _, last = error.name.rpartition(".")
-        beside = [module.name for module in pkgutil.iter_modules(getattr(_imported(parent), "__path__", None))]
+        parent, _, last = error.name.rpartition(".")  # the parent has been imported
+        beside = [module.name for module in pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", None))]
         hint = _nearest(last, beside)
         where = "install it where the server runs, or put its folder on PYTHONPATH there"
         raise ValueError(f"there is no module {error.name}{hint}: {where}") from error
     except Exception as error:
         raise ValueError(f"{name} cannot be imported ({type(error).__name__}: {first_line(error)})") from error
-
-
-def _imported(name: str) -> Any:
-    """The module of a name; None for the top level."""
-    return importlib.import_module(name) if name else None
 
 
 def _nearest(name: str, names: Collection[str]) -> str:

@@ -1,19 +1,19 @@
 """Compressed updates: codecs for tensors, and error feedback around any of them.
 
-A codec encodes a tensor as a few smaller ones, whose bytes are what is sent, and decodes them:
+A codec encodes a tensor as a few smaller ones, which are sent in its place, and decodes them:
 
     fp16, bf16   half precision
     int8, int4   uniform quantization with one scale per tensor (int4 packs two values in a byte)
     sign         the sign of each value and their mean magnitude (Bernstein et al. 2018; Karimireddy et al. 2019)
     topk         the largest `ratio` of the values by magnitude (Stich et al. 2018)
-    randomk      a random `ratio` of the values, whose places both sides draw from the same seed
+    randomk      a random `ratio` of the values, whose indices both sides draw from the same seed
     qsgd         stochastic rounding to `levels` levels of the norm of each bucket of 128 (Alistarh et al. 2017)
     powersgd     rank-`rank` factors of each matrix by one power iteration (Vogels et al. 2019), for each worker by
                  itself; vectors are sent as they are
 
 With error feedback (Seide et al. 2014) a worker adds what the last message left out to the next one. The server may
-compress what it sends too (`broadcast`); its message must decode to the same bits everywhere, so decoding rounds each
-operation by itself, in a fixed order.
+compress what it sends too (`broadcast`). Its message must decode to the same bits on every device, so decoding uses
+only operations that are rounded separately, in a fixed order.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ from torch import Tensor
 Parts = dict[str, Tensor]  # what one tensor is encoded as
 BUCKET = 128  # values of qsgd that share a norm
 FP16_MAX = 65504.0
-RESIDUAL, WARM_START = "residual/", "warm-start/"  # prefixes of what a worker remembers
-HELD = "held/"  # prefix of what the server remembers: the parameters that workers hold
+RESIDUAL, WARM_START = "residual/", "warm-start/"  # prefixes of a worker's state
+HELD = "held/"  # prefix of the server's state: the parameters that workers hold
 
 
 class Codec(Protocol):
-    """Encodes one tensor. Both directions draw from a generator in the same state, so that places need not be sent."""
+    """Encodes one tensor. Both directions use a generator in the same state, so that random indices are not sent."""
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts: ...
 
@@ -43,7 +43,7 @@ class Codec(Protocol):
 
 @dataclass(frozen=True)
 class Half:
-    """fp16 (clamped to its range) or bf16, whose bits travel as int16: NumPy knows no bf16."""
+    """fp16 (clamped to its range) or bf16, whose bits are sent as int16: NumPy has no bf16."""
 
     dtype: torch.dtype
 
@@ -58,7 +58,7 @@ class Half:
 
 @dataclass(frozen=True)
 class Uniform:
-    """Whole numbers from -`largest` to `largest`, times one scale; packed two to a byte where they fit four bits."""
+    """Integers from -`largest` to `largest`, times one scale; packed two to a byte where they fit four bits."""
 
     largest: int
 
@@ -76,7 +76,7 @@ class Sign:
     """One bit a value (0 counts as positive) and the mean magnitude."""
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
-        flat = x.flatten()  # in one order in every memory layout, for the sum
+        flat = x.flatten()  # the same order in every memory layout, which the sum depends on
         bits = F.pad(flat >= 0, (0, -x.numel() % 8)).view(-1, 8)
         places = 2 ** torch.arange(8, device=x.device)
         return {"bits": (bits * places).sum(1).to(torch.uint8), "scale": flat.abs().mean().float()}
@@ -89,7 +89,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class TopK:
-    """The `ratio` of the values that is largest by magnitude, at least one, and their places."""
+    """The `ratio` of the values that is largest by magnitude, at least one, and their indices."""
 
     ratio: float
 
@@ -126,7 +126,7 @@ class RandomK:
 
 @dataclass(frozen=True)
 class QSGD:
-    """Stochastic rounding to `levels` levels of each bucket's norm: right in the mean."""
+    """Stochastic rounding to `levels` levels of each bucket's norm, which is unbiased."""
 
     levels: int
 
@@ -147,7 +147,7 @@ class QSGD:
 
 @dataclass(frozen=True)
 class PowerSGD:
-    """Two factors of a matrix (a convolution's rows are its outputs) where they are smaller than it."""
+    """Two factors of a matrix (in a convolution, a row for each output channel) where they are smaller than it."""
 
     rank: int
 
@@ -165,7 +165,7 @@ class PowerSGD:
             return parts["values"]
         product = torch.zeros_like(parts["left"][:, :1] * parts["right"][:, 0])
         for column, row in zip(parts["left"].T, parts["right"].T, strict=True):
-            product += column[:, None] * row  # a matrix product would round otherwise on other devices
+            product += column[:, None] * row  # a matrix product is rounded differently on other devices
         return product.view(like.shape)
 
     def _pays(self, x: Tensor) -> bool:
@@ -195,10 +195,10 @@ CODECS = ("none", "fp16", "bf16", "int8", "int4", "sign", "topk", "randomk", "qs
 def encode(
     codec: Codec, update: Mapping[str, Tensor], memory: Mapping[str, Tensor], seed: int, feedback: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The message of a worker's `update`, as ``NAME/PART`` -> tensor, and what the worker is to remember.
+    """The message of a worker's `update`, as ``NAME/PART`` -> tensor, and the worker's next `memory`.
 
-    With error `feedback` that is the residual: what the message leaves out is added to the next update. No input is
-    changed. `decode` needs the same `seed`.
+    With error `feedback` it holds the residual, what the message leaves out, which is added to the next update. No
+    input is changed. `decode` needs the same `seed`.
     """
     generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
     message: dict[str, Tensor] = {}
@@ -215,7 +215,7 @@ def encode(
 
 
 def decode(codec: Codec, message: Mapping[str, Tensor], like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The update in a `message`, shaped as `like`; a ValueError says what is wrong with the message."""
+    """The update in a `message`, shaped like `like`; raises ValueError with what is wrong with the message."""
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, Parts] = {name: {} for name in like}
     for key, tensor in message.items():
@@ -225,15 +225,15 @@ def decode(codec: Codec, message: Mapping[str, Tensor], like: Mapping[str, Tenso
 
 
 class Broadcast(NamedTuple):
-    """What the server sends to begin a round: to workers that hold the last model a message, to others all of it."""
+    """What the server sends to begin a round: a message to workers that hold the last parameters, all to the others."""
 
-    parameters: dict[str, Tensor]  # that all workers have then
+    parameters: dict[str, Tensor]  # that all workers then hold
     message: dict[str, Tensor]  # ``NAME/PART`` -> tensor; {} in the first round
-    state: dict[str, Tensor]  # that the server is to remember
+    state: dict[str, Tensor]  # of the server, for the next broadcast
 
 
 def broadcast(codec: Codec, x: Mapping[str, Tensor], state: Mapping[str, Tensor], seed: int) -> Broadcast:
-    """Send the parameters `x` to workers as the encoded change from those that they hold.
+    """Encode the parameters `x` for workers as the change from those that they hold.
 
     This is EF21-P (Gruntkowska, Tyurin and Richtárik 2023): the next change contains what a message leaves out, which
     is the server's error feedback. `state` is {} before the first round, in which workers get `x` itself. `receive`
@@ -260,7 +260,7 @@ def _count(x: Tensor, ratio: float) -> int:
 
 
 def _narrow(steps: Tensor, largest: int) -> Tensor:
-    """int8 numbers, or two in a byte where all fit four bits."""
+    """The int8 tensor `steps`, or two of its values to a byte where `largest` fits four bits."""
     if largest > 7:
         return steps
     nibbles = F.pad((steps.flatten() + 8).to(torch.uint8), (0, steps.numel() % 2)).view(-1, 2)
@@ -268,6 +268,7 @@ def _narrow(steps: Tensor, largest: int) -> Tensor:
 
 
 def _wide(packed: Tensor, like: Tensor, largest: int) -> Tensor:
+    """The inverse of `_narrow`, shaped like `like`."""
     if largest > 7:
         return packed.view(like.shape)
     nibbles = torch.stack([packed & 15, packed >> 4], dim=1).flatten()[: like.numel()]

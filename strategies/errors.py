@@ -2,4 +2,4 @@
 
 
 class StrategyFailed(Exception):
-    """Why the server could not make the next model of what the workers sent."""
+    """The server cannot compute the next model from what the workers sent; the message says why."""

@@ -1,6 +1,6 @@
 """FedAdam and FedYogi as Reddi et al. 2021 write them (Algorithm 2), and with Kingma's bias correction.
 
-PyTorch's Adam and torch-optimizer's Yogi know the corrected form alone.
+PyTorch's Adam and torch-optimizer's Yogi have only the corrected form.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.optim import Optimizer
 class FedAdam(Optimizer):
     """m ← β₁ m + (1 - β₁) g; v ← β₂ v + (1 - β₂) g²; x ← x - lr m / (√v + eps), from m = v = 0.
 
-    With `bias_correction`, m / (1 - β₁^t) and v / (1 - β₂^t) take the places of m and v in the last step (Kingma and Ba
+    With `bias_correction`, the step of x uses m / (1 - β₁^t) and v / (1 - β₂^t) in place of m and v (Kingma and Ba
     2015). Raises ValueError for numbers out of range.
     """
 
@@ -39,29 +39,18 @@ class FedAdam(Optimizer):
     @torch.no_grad()
     def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
         for group in self.param_groups:
+            beta1, beta2 = group["betas"]
             for parameter in group["params"]:
-                self._step(parameter, parameter.grad, self.state[parameter], **group)
-
-    def _step(
-        self,
-        parameter: Tensor,
-        gradient: Tensor,
-        state: dict[str, Any],
-        lr: float,
-        betas: tuple[float, float],
-        eps: float,
-        bias_correction: bool,
-        **_: Any,
-    ) -> None:
-        if "m" not in state:
-            state |= {"m": torch.zeros_like(parameter), "v": torch.zeros_like(parameter), "rounds": 0}
-        state["rounds"] += 1
-        m, v = state["m"], state["v"]
-        m.mul_(betas[0]).add_(gradient, alpha=1 - betas[0])
-        self._accumulate(v, gradient.square(), betas[1])
-        if bias_correction:
-            m, v = (each / (1 - beta ** state["rounds"]) for each, beta in zip((m, v), betas, strict=True))
-        parameter.addcdiv_(m, v.sqrt().add_(eps), value=-lr)
+                gradient, state = parameter.grad, self.state[parameter]
+                if "m" not in state:
+                    state |= {"m": torch.zeros_like(parameter), "v": torch.zeros_like(parameter), "rounds": 0}
+                state["rounds"] += 1
+                m, v = state["m"], state["v"]
+                m.mul_(beta1).add_(gradient, alpha=1 - beta1)
+                self._accumulate(v, gradient.square(), beta2)
+                if group["bias_correction"]:
+                    m, v = m / (1 - beta1 ** state["rounds"]), v / (1 - beta2 ** state["rounds"])
+                parameter.addcdiv_(m, v.sqrt().add_(group["eps"]), value=-group["lr"])
 
     def _accumulate(self, v: Tensor, square: Tensor, beta: float) -> None:
         v.mul_(beta).add_(square, alpha=1 - beta)

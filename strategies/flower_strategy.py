@@ -1,11 +1,11 @@
 """Any strategy of Flower's current API in place of LocalSGD's mean and server step.
 
-The strategy gets the parameters alone, as plain arrays, from the workers whose updates may be averaged, in the order of
-the workers, whose numbers are its node ids. Sampling, screening, buffers and averaged optimizer states stay LocalSGD's,
+The strategy gets only the parameters, as plain arrays, of the workers whose updates may be averaged. It sees the worker
+numbers as node ids, in ascending order. Sampling, screening, buffers and averaged optimizer states stay LocalSGD's,
 since Flower's strategies treat a counter or a variance as a weight.
 
-Each round a new instance begins with what the last one remembered in its attributes, so that a run that is resumed is
-one that was never cut. A strategy that keeps anything else is kept alive, and cannot be resumed.
+Each round uses a new instance, with the attributes that the last one had at its end, so that a resumed run equals one
+that was never interrupted. A strategy with any other state is one instance for the whole run, which cannot be resumed.
 """
 
 from __future__ import annotations
@@ -32,18 +32,18 @@ from strategies.local_sgd import LocalSGD, State
 from strategies.object_state import NotPlain, set_state, state_of
 from strategies.screening import Update
 from strategies.sections import split
-from strategies.tensor_array import CopiedArray, tensors_of
+from strategies.tensor_array import CopiedArray, tensor_record, tensors_of
 
 Tensors = Mapping[str, Tensor]
 MakeStrategy = Callable[[], Strategy]
 TRIAL_ROUNDS = 3
-MAX_ASKED = 5  # times that a strategy may ask who is there in a round: Flower's ask every second while it waits
+MAX_ASKED = 5  # calls of get_node_ids in a round: Flower's strategies poll it while they wait for more nodes
 
 
 class FlowerStrategy(LocalSGD):
     """LocalSGD's round, with the strategies that `make` makes in place of the mean of parameters and the server step.
 
-    `not_resumable` is the reason why their state is not in their attributes alone (see `why_not_resumable`), or empty.
+    `not_resumable` says why their state is not in their attributes alone (see `why_not_resumable`), or is empty.
     Other arguments are those of `LocalSGD`, without another mean, codec or outer step.
     """
 
@@ -59,12 +59,8 @@ class FlowerStrategy(LocalSGD):
         """The parameters that the strategy makes of `updates`, and what it remembers."""
         if self._alive is not None:
             return take_round(self._alive, self.seed, round_, x, updates), {}
-        strategy = self.make()
-        new = dict(vars(strategy))
-        set_state(strategy, state)
-        parameters = take_round(strategy, self.seed, round_, x, updates)
         try:
-            return parameters, state_of(strategy, new)
+            return _take_round_anew(self.make, state, self.seed, round_, x, updates)
         except NotPlain as reason:
             remedy = "make it in the constructor, then the run has no checkpoints, or keep arrays and numbers alone"
             raise StrategyFailed(f"round {round_}: it cannot be saved: {reason}: {remedy}") from reason
@@ -73,12 +69,12 @@ class FlowerStrategy(LocalSGD):
 def take_round(
     strategy: Strategy, seed: int, round_: int, x: Tensors, updates: Mapping[int, Update]
 ) -> dict[str, Tensor]:
-    """The parameters that `strategy` makes of the `updates` of a round that began from `x`.
+    """The parameters that `strategy` computes from the `updates` of a round that began from `x`.
 
     What it draws from the global generators of Python, NumPy and torch depends on `seed` and the round alone. Raises
     StrategyFailed.
     """
-    arrays = _record(x)
+    arrays = tensor_record(x, CopiedArray)  # the strategy may change the values that it takes from it
     with _isolated(f"{seed}/{round_}"):
         try:
             messages = list(strategy.configure_train(round_, arrays, ConfigRecord(), _Workers(updates)))
@@ -94,11 +90,25 @@ def take_round(
             raise StrategyFailed(f"round {round_}: it failed ({what})") from error
 
 
-def why_not_resumable(make: MakeStrategy, parameters: Tensors, workers: int, seed: int) -> str:
-    """Why what a strategy remembers is not in its attributes alone; empty where it is.
+def _take_round_anew(
+    make: MakeStrategy, state: State, seed: int, round_: int, x: Tensors, updates: Mapping[int, Update]
+) -> tuple[dict[str, Tensor], State]:
+    """`take_round` of a new strategy with the attributes in `state`, and its attributes after the round.
 
-    Tried on a few rounds of made-up updates of parameters with these names: an instance that lives on must give what
-    new ones give that are handed the state. Raises StrategyFailed where the strategy fails on them.
+    Raises NotPlain where these cannot be saved.
+    """
+    strategy = make()
+    new = dict(vars(strategy))
+    set_state(strategy, state)
+    parameters = take_round(strategy, seed, round_, x, updates)
+    return parameters, state_of(strategy, new)
+
+
+def why_not_resumable(make: MakeStrategy, parameters: Tensors, workers: int, seed: int) -> str:
+    """Why the state of a strategy is not in its attributes alone; empty where it is.
+
+    A few rounds are tried with random updates of small tensors with these names: one instance for all rounds must give
+    what a new instance for each gives, which starts from the saved state. Raises StrategyFailed where one fails.
     """
     x = again = {name: value[(slice(2),) * value.ndim].detach().cpu() for name, value in parameters.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -107,12 +117,8 @@ def why_not_resumable(make: MakeStrategy, parameters: Tensors, workers: int, see
         for round_ in range(1, TRIAL_ROUNDS + 1):
             updates = {worker: _made_up(x, worker, generator) for worker in range(workers)}
             following = take_round(alive, seed, round_, x, updates)
-            strategy = make()
-            new = dict(vars(strategy))
-            set_state(strategy, state)
-            again = take_round(strategy, seed, round_, again, updates)
             try:
-                state = state_of(strategy, new)
+                again, state = _take_round_anew(make, state, seed, round_, again, updates)
             except NotPlain as reason:
                 return str(reason)
             x = following
@@ -122,7 +128,7 @@ def why_not_resumable(make: MakeStrategy, parameters: Tensors, workers: int, see
 
 
 def _place(error: Exception, strategy: Strategy) -> str:
-    """Where an error was raised: if it went through the strategy's own file, there."""
+    """Where an error was raised: the last line in the strategy's own file, if that is in the traceback."""
     frames = traceback.extract_tb(error.__traceback__)
     own = [frame for frame in frames if frame.filename == inspect.getfile(type(strategy))]
     at = (own or frames)[-1]
@@ -134,24 +140,16 @@ def _made_up(x: Tensors, worker: int, generator: torch.Generator) -> Update:
     return Update(1.0, moved, MetricRecord({"num-examples": 64 + worker, "train-loss": 1.0}))
 
 
-def _record(tensors: Tensors) -> ArrayRecord:
-    """A record from which the strategy may take the values and change them."""
-    record = ArrayRecord()
-    for name, tensor in tensors.items():
-        record[name] = CopiedArray(tensor)
-    return record
-
-
 def _reply(message: Message, update: Update) -> Message:
-    arrays = _record(split(update.arrays).parameters)
+    arrays = tensor_record(split(update.arrays).parameters, CopiedArray)
     metrics = MetricRecord(dict(update.metrics))
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 
 
 def _check(messages: Sequence[Message], arrays: ArrayRecord, workers: Iterable[int]) -> None:
-    """Raise StrategyFailed unless the messages are those that the workers were sent."""
+    """Raise StrategyFailed unless these are the messages that the workers were sent."""
     if sorted(message.metadata.dst_node_id for message in messages) != sorted(workers):
-        raise StrategyFailed("asks others than the clients of the round, which --fraction and the seed sample")
+        raise StrategyFailed("sends to other clients than those of the round, which --fraction and the seed determine")
     for message in messages:
         for config in message.content.config_records.values():
             if others := sorted(config.keys() - {"server-round"}):
@@ -165,7 +163,7 @@ def _check(messages: Sequence[Message], arrays: ArrayRecord, workers: Iterable[i
 
 
 def _like(x: Tensors, made: ArrayRecord | None, replies: int) -> dict[str, Tensor]:
-    """The tensors of `made`, in the precision and on the device of `x`, which they must be like."""
+    """The tensors of `made`, which must have the names and shapes of `x`, with its dtypes and on its device."""
     if made is None:
         raise StrategyFailed(f"made no model of {replies} updates: give --min-clients, or other strategy-args")
     tensors = tensors_of(made)
@@ -179,9 +177,9 @@ def _like(x: Tensors, made: ArrayRecord | None, replies: int) -> dict[str, Tenso
 
 @contextlib.contextmanager
 def _isolated(seed: str) -> Iterator[None]:
-    """Seed the global generators for a while.
+    """Context manager: seed the global generators, and restore them afterwards.
 
-    The objects of before are kept out of garbage collection, which some of Flower's strategies start for every record.
+    Existing objects are kept out of garbage collection, which some of Flower's strategies run for every record.
     """
     python, numpy = random.getstate(), np.random.get_state()  # noqa: NPY002
     gc.freeze()
@@ -198,7 +196,7 @@ def _isolated(seed: str) -> Iterator[None]:
 
 
 class _Workers(Grid):
-    """A grid of the workers of a round, for strategies that ask who is there; fedsim itself sends the messages."""
+    """A grid that lists the workers of a round for the strategy; fedsim itself sends the messages."""
 
     def __init__(self, workers: Iterable[int]) -> None:
         self._workers = sorted(workers)
@@ -215,21 +213,8 @@ class _Workers(Grid):
     ) -> Message:
         return Message(content, dst_node_id, message_type, group_id=group_id, ttl=ttl)
 
-    def set_run(self, run: Any) -> None:
-        self._refuse()
+    def _refuse(self, *_: Any, **__: Any) -> NoReturn:
+        raise StrategyFailed("sends messages itself, but fedsim runs the rounds")
 
-    @property
-    def run(self) -> Any:
-        self._refuse()
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        self._refuse()
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        self._refuse()
-
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        self._refuse()
-
-    def _refuse(self) -> NoReturn:
-        raise StrategyFailed("sends messages of its own, but the rounds are fedsim's")
+    set_run = push_messages = pull_messages = send_and_receive = _refuse
+    run = property(_refuse)

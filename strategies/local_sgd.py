@@ -1,8 +1,8 @@
 """LocalSGD (Stich 2019, "Local SGD Converges Fast and Communicates Little"): average what every worker sends.
 
-A round is: sample workers, screen their updates, take the weighted mean, take the server's step. The mean is
-FedAvg's, made exact and repeatable: workers are summed in their order, never in that of their replies, and in
-float64, so that K identical workers average to themselves for every K.
+A round is: sample workers, screen their updates, take the weighted mean, take the server step. The mean is FedAvg's,
+made exact and repeatable: it is summed in float64 and in the order of the worker numbers, not in that of the replies,
+so that the mean of K identical workers is exactly each of them, for every K.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ from strategies.sections import BUFFERS, Sections, join, split
 from strategies.tensor_array import tensor_record, tensors_of
 
 State = dict[str, Any]  # tensors and numbers
-BROADCAST = "broadcast/"  # prefix of what the server remembers of what it has sent, in its state
+BROADCAST = "broadcast/"  # prefix of the entries of the server's state that belong to `compression.broadcast`
 ENCODED = "encoded"  # key of a message's config: true where its parameters are the message of a `broadcast`
 log = logging.getLogger(__name__)
 
 
 class Aggregate(NamedTuple):
-    """The outcome of a round; without arrays where too few updates were usable."""
+    """The outcome of a round; `arrays` is None where too few updates were usable."""
 
     arrays: ArrayRecord | None
     metrics: MetricRecord
     state: State
-    samples: float  # the weights of the updates averaged, together
+    samples: float  # the sum of the weights of the averaged updates
     averaged: list[int]  # workers
     left_out: dict[int, str]  # the other sampled workers -> reason
 
@@ -48,23 +48,27 @@ class Aggregate(NamedTuple):
 class LocalSGD(FedAvg):
     """Average the arrays of all workers, weighted by ``num-examples``.
 
-    `workers` maps node ids to worker numbers (Flower's node ids are random): who may be asked, and the order of
-    the sum. Without it every connected node may be asked, in the order of node ids. Of these, `fraction_train` are
-    sampled in each round, by `seed` and the round: the same workers in every run. `population` is the number of
-    workers that are sampled from, including those whose node is not connected (default: as many as `workers`).
+    `workers` maps node ids to worker numbers (Flower's node ids are random): these nodes may be sampled, and are summed
+    in the order of their numbers. Without it every connected node may be, in the order of node ids. In each round
+    `fraction_train` of them are sampled, by `seed` and the round: the same workers in every run. `population` is the
+    number of workers that are sampled from, including those whose node is not connected (default: as many as
+    `workers`).
 
     Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples(round)` and
     reports each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
     `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged (see `strategies.batchnorm.merge`). `mean`
-    and `trim` choose another mean than the exact one (see `strategies.robust`). With a `codec`, workers send their
-    parameters as the encoded distance from those that they began from, by the seed `codec_seed(round, worker)`. With a
-    `codec_down`, they are sent the encoded change of the parameters, by the seed `codec_seed(round, None)` (see
-    `strategies.compression.broadcast`). `outer` is the server's step on the mean of the parameters, and `lr` gives the
-    workers' learning rate at the end of a round. Extras whose names begin with `population_extras` are means over the
-    population: a worker that is not averaged counts with the values that were sent. Other arguments are FedAvg's.
+    and `trim` choose another mean than the exact one (see `strategies.robust`).
+
+    With a `codec`, workers send the encoded difference of the parameters that they began from and their own, with the
+    seed `codec_seed(round, worker)`. With a `codec_down`, they are sent the encoded change of the parameters, with the
+    seed `codec_seed(round, None)` (see `strategies.compression.broadcast`).
+
+    `outer` is the server's step on the mean of the parameters, and `lr(round)` the workers' learning rate at the end of
+    a round. Extras whose names begin with `population_extras` are means over the population: a worker that is not
+    averaged counts with the values that were sent. Other arguments are FedAvg's.
     """
 
-    not_resumable = ""  # why a run cannot be resumed from the arrays and the state of its last round
+    not_resumable = ""  # why a run cannot be resumed from the arrays and the state of its last round, or empty
 
     def __init__(
         self,
@@ -99,7 +103,7 @@ class LocalSGD(FedAvg):
         self.codec = codec
         self.codec_down = codec_down
         self.codec_seed = codec_seed
-        self.outer = outer or OuterStep(None)
+        self.outer = outer or OuterStep()
         self.lr = lr
         self.population_extras = population_extras
         variances = [BUFFERS + name for name, entry in self.batchnorm.items() if entry == "running_var"]
@@ -123,8 +127,8 @@ class LocalSGD(FedAvg):
     ) -> Request:
         """The train messages of a round, in the order of the workers: `arrays` for each sampled one of `nodes`.
 
-        With a `codec_down` these are what the server's `state` makes of them, encoded for the workers among `holders`:
-        those that hold what the last round began from.
+        With a `codec_down`, `holders` are the workers that hold the parameters that the last round began from, which
+        are in the server's `state`: they are sent the encoded change, all others the parameters after this change.
         """
         node_of = {worker: node for node, worker in nodes.items()}
         everyone = list(range(self.population)) or sorted(self.workers.values()) or sorted(node_of)
@@ -137,7 +141,9 @@ class LocalSGD(FedAvg):
             return Request(arrays, [Message(content, node, MessageType.TRAIN) for node in workers], workers, away)
 
         x = split(tensors_of(arrays))
-        sent = broadcast(self.codec_down, x.parameters, _broadcast_state(state or {}, x), self.codec_seed(round_, None))
+        own = {n.removeprefix(BROADCAST): value for n, value in (state or {}).items() if n.startswith(BROADCAST)}
+        seed = self.codec_seed(round_, None)
+        sent = broadcast(self.codec_down, x.parameters, _beside(x.parameters, own), seed)
         begun = tensor_record(join(x._replace(parameters=sent.parameters)))
         whole = self._content(begun, config)
         encoded = tensor_record(join(x._replace(parameters=sent.message)))
@@ -153,11 +159,14 @@ class LocalSGD(FedAvg):
         return RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
 
     def sample(self, round_: int, everyone: list[int]) -> list[int]:
-        """The workers of a round: drawn from all, connected or not, so that one that is away moves no other."""
+        """The workers of a round: the nearest whole number to `fraction_train` of `everyone`, at least one.
+
+        They are drawn from all workers, connected or not, so that a lost connection does not change who else is drawn.
+        """
         if self.fraction_train >= 1:
             return everyone
-        chance = random.Random(f"{self.seed}/{round_}")
-        return sorted(chance.sample(everyone, sample_size(len(everyone), self.fraction_train)))
+        size = max(1, round(self.fraction_train * len(everyone)))
+        return sorted(random.Random(f"{self.seed}/{round_}").sample(everyone, size))
 
     def aggregate(self, round_: int, request: Request, replies: Iterable[Message], state: State) -> Aggregate:
         """The global arrays after a round, and the server's state after it.
@@ -182,14 +191,13 @@ class LocalSGD(FedAvg):
         weights = [update.weight / samples for update in used]
 
         y = [split(update.arrays) for update in used]
-        device = next((value.device for value in used[0].arrays.values()), None)
-        sent = Sections(*(_on(device, part) for part in sent))
-        model = split(tensors_of(request.model)).parameters if request.model is not None else sent.parameters
-        x = _on(device, model)
+        received = used[0].arrays
+        sent = Sections(*(_beside(received, part) for part in sent))
+        x = sent.parameters if request.model is None else _beside(received, split(tensors_of(request.model)).parameters)
         average = self._average(x, sent, y, weights)
         outer_state = {name: value for name, value in state.items() if not name.startswith(BROADCAST)}
         parameters, state = self.next_parameters(
-            round_, x, average.parameters, dict(zip(averaged, used, strict=True)), _on(device, outer_state)
+            round_, x, average.parameters, dict(zip(averaged, used, strict=True)), _beside(received, outer_state)
         )
         state = {**state, **request.state}
         buffers = merge(average.buffers, [part.buffers for part in y], weights, self.batchnorm_at_sync, self.batchnorm)
@@ -204,25 +212,25 @@ class LocalSGD(FedAvg):
     def next_parameters(
         self, round_: int, x: dict[str, Tensor], mean: dict[str, Tensor], updates: Mapping[int, Update], state: State
     ) -> tuple[dict[str, Tensor], State]:
-        """The parameters after a round and the state: those of the server step from the mean of all `updates`."""
+        """The parameters after a round and the next state: here by the server step from the `mean` of the `updates`."""
         return self.server_step(x, mean, state, round_)
 
     def server_step(
         self, x: dict[str, Tensor], mean: dict[str, Tensor], state: State, round_: int
     ) -> tuple[dict[str, Tensor], State]:
-        """The parameters after a round, by the outer step, from those before it and the mean of the workers'.
+        """The parameters after a round and the next state, by the outer step from `x` and the `mean` of the workers.
 
-        `state`, tensors and numbers by name, is what the server remembers between rounds: {} before the first, then
-        what the last call returned. Neither argument may be changed in place.
+        `state`, tensors and numbers by name, is {} before the first round, then what the last call returned. The
+        arguments may not be changed in place.
         """
         return self.outer(x, mean, state, self.lr(round_))
 
     def _average(
         self, x: Mapping[str, Tensor], sent: Sections, y: Sequence[Sections], weights: Sequence[float]
     ) -> Sections:
-        """The mean of what the workers sent, section by section; decoded parameters are distances from those sent.
+        """The mean of what the workers sent, section by section; `y` has decoded updates where there is a codec.
 
-        Where the workers began from other parameters than `x`, the mean is that of x and the way each has gone.
+        Where the workers began from other parameters than the global ones `x`, their mean update is applied to `x`.
         """
         start = sent.parameters
         if self.codec:
@@ -237,7 +245,7 @@ class LocalSGD(FedAvg):
         return average._replace(parameters=mean)
 
     def _over_population(self, sent: Mapping[str, Tensor], mean: dict[str, Tensor], averaged: int) -> dict[str, Tensor]:
-        """`mean`, which is over so many workers, with the extras of the population as means over all of it."""
+        """`mean`, over the `averaged` workers, with the extras of the population as means over the population."""
         share = averaged / (self.population or len(self.workers) or averaged)
         if self.population_extras is None or share == 1:
             return mean
@@ -253,12 +261,12 @@ class LocalSGD(FedAvg):
     def _decoded(
         self, codec: Codec, x: Mapping[str, Tensor], updates: Mapping[int, Update], round_: int
     ) -> tuple[dict[int, Update], dict[int, str]]:
-        """The updates with their parameters decoded, which are distances from `x`, and why others cannot be used."""
+        """The `updates` with decoded parameters, which are differences from `x`, and why others cannot be used."""
         decoded: dict[int, dict[str, Tensor]] = {}
         reasons: dict[int, str] = {}
         for worker, update in updates.items():
             parts = split(update.arrays)
-            like = _on(next((part.device for part in parts.parameters.values()), None), x)
+            like = _beside(parts.parameters, x)
             try:
                 moved = decode(codec, parts.parameters, like, self.codec_seed(round_, worker))
                 decoded[worker] = join(parts._replace(parameters=moved))
@@ -269,8 +277,8 @@ class LocalSGD(FedAvg):
         kept = {worker: updates[worker]._replace(arrays=decoded[worker]) for worker in decoded if not wrong[worker]}
         return kept, reasons
 
-    # Flower's own loop (`Strategy.start`) hands neither the request nor the state from call to call, and takes
-    # back arrays and metrics alone: these two attributes, and `last`, are kept for it. fedsim uses none of them.
+    # The methods below are for Flower's own loop (`Strategy.start`), which passes on neither the request nor the state:
+    # these three attributes hold them between calls. fedsim's loop uses none of them.
 
     _request: Request | None = None
     _state: State | None = None
@@ -279,7 +287,7 @@ class LocalSGD(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Flower's form of `request`: to those of `workers`, or of all nodes, that are connected."""
+        """`request` as Flower's loop calls it, to the connected nodes among `workers`, or to all connected nodes."""
         connected = sorted(grid.get_node_ids())
         nodes = {node: self.workers.get(node, node) for node in connected if not self.workers or node in self.workers}
         holders = self.last.averaged if self.last else ()
@@ -289,7 +297,7 @@ class LocalSGD(FedAvg):
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Flower's form of `aggregate`; None, None where too few updates are usable."""
+        """`aggregate` as Flower's loop calls it; None, None where too few updates are usable."""
         if self._request is None:
             raise RuntimeError("aggregate_train needs configure_train before it")
         self.last = self.aggregate(server_round, self._request, replies, self._state or {})
@@ -298,7 +306,7 @@ class LocalSGD(FedAvg):
 
 
 def mean_metrics(updates: Sequence[Update], weights: Sequence[float], weighted_by: str) -> MetricRecord:
-    """The weighted mean of every number that all workers report, but for the weight itself."""
+    """The weighted mean of every number that all workers report, except the weight itself."""
     means = MetricRecord()
     for name in updates[0].metrics:
         values = [update.metrics.get(name) for update in updates]
@@ -308,18 +316,7 @@ def mean_metrics(updates: Sequence[Update], weights: Sequence[float], weighted_b
     return means
 
 
-def sample_size(workers: int, fraction: float) -> int:
-    """How many of `workers` a round samples: the nearest whole number, at least one."""
-    return max(1, round(fraction * workers))
-
-
-def _broadcast_state(state: Mapping[str, Any], x: Sections) -> dict[str, Tensor]:
-    """What the server remembers of its broadcasts, on the device of `x`."""
-    device = next((value.device for value in x.parameters.values()), None)
-    found = {name.removeprefix(BROADCAST): value for name, value in state.items() if name.startswith(BROADCAST)}
-    return _on(device, found)
-
-
-def _on(device: torch.device | None, values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, whose tensors may come from a file or another machine, on `device`."""
+def _beside(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, whose tensors may come from a file or another machine, on the device of the first of `tensors`."""
+    device = next((tensor.device for tensor in tensors.values()), None)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}

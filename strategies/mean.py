@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
-CPU_BLOCK = 2**15  # values averaged at a time: their float64 sums stay in a core's cache, which doubles the speed
+CPU_BLOCK = 2**15  # values averaged at a time: their float64 sums stay in a core's cache, which is twice as fast
 
 
 def mean(parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -26,7 +26,7 @@ def mean(parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dic
 def weighted_means(parts: Sequence[list[Tensor]], weights: Sequence[float]) -> list[Tensor]:
     """`weighted_mean` of each column of `parts`, the lists of the workers' tensors.
 
-    On a GPU each operation takes all tensors of a worker at once, as few kernels; the bits are the same.
+    On a GPU each operation takes all tensors of a worker at once, in few kernels; the results are the same bits.
     """
     if not parts[0] or parts[0][0].device.type == "cpu":
         return [weighted_mean(column, weights) for column in zip(*parts, strict=True)]
@@ -47,9 +47,9 @@ def weighted_means(parts: Sequence[list[Tensor]], weights: Sequence[float]) -> l
 def weighted_mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
     """The mean of equally shaped tensors, summed in float64 in their order, in their own precision.
 
-    `weights` sum to one. The first tensor is taken as the origin: sum w_i (x_i - x_0) + x_0 gives exactly x_0
-    where all x_i are equal, whatever the rounding of the weights. Every operation rounds by itself (no fused
-    multiply-add), so that neither the layout of the tensors nor the device changes a bit.
+    `weights` sum to one. The mean is computed as x_0 + sum w_i (x_i - x_0), which is exactly x_0 where all x_i are
+    equal, even if the weights are rounded. Each operation is rounded separately (no fused multiply-add), so that
+    neither the memory layout nor the device changes a bit.
     """
     result = torch.empty_like(parts[0])
     for block, first, *others in zip(_blocks(result), *(_blocks(part) for part in parts), strict=True):
@@ -62,7 +62,7 @@ def weighted_mean(parts: Sequence[Tensor], weights: Sequence[float]) -> Tensor:
 
 
 def _blocks(tensor: Tensor) -> tuple[Tensor, ...]:
-    """Views of a tensor's rows, as many at a time as are best summed together."""
+    """Views of a tensor's rows, of about `CPU_BLOCK` values each."""
     rows = tensor if tensor.ndim else tensor.view(1)
     if tensor.numel() <= CPU_BLOCK:
         return (rows,)

@@ -1,7 +1,7 @@
-"""What an object remembers in its attributes, as the plain content of a checkpoint, and back.
+"""The attributes of an object as plain values for a checkpoint, and back.
 
-Plain are numbers, text, bytes, None, and dicts with one entry, ``{KIND: content}``, for everything else: NumPy arrays
-and scalars, tensors, Flower's records, and the containers of Python. ``torch.load(weights_only=True)`` reads it.
+Plain values are numbers, text, bytes, None, and for everything else dicts with one entry, ``{KIND: content}``: NumPy
+arrays and scalars, tensors, Flower's records, and Python's containers. ``torch.load(weights_only=True)`` reads them.
 """
 
 from __future__ import annotations
@@ -20,26 +20,27 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord
 from torch import Tensor
 
-from strategies.tensor_array import CopiedArray
+from strategies.tensor_array import CopiedArray, tensor_record
 
 PLAIN = (type(None), bool, int, float, str, bytes)
 CONTAINERS: dict[str, type] = {"list": list, "tuple": tuple, "set": set}
-MAPPINGS: dict[str, type] = {"dict": dict, "OrderedDict": OrderedDict}
-RECORDS: dict[str, type] = {"MetricRecord": MetricRecord, "ConfigRecord": ConfigRecord}
-CONSTANT = (  # types of values without a state of their own, which the object's constructor makes again
+MAPPINGS: dict[str, Callable[[Any], Any]] = {
+    kind.__name__: kind for kind in (dict, OrderedDict, MetricRecord, ConfigRecord)
+}
+CONSTANT = (  # types of values without state, which the object's constructor makes again
     *(type, types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType),
     *(np.ufunc, np.dtype, torch.dtype, torch.device, logging.Logger, PurePath, enum.Enum, re.Pattern),
 )
 
 
 class NotPlain(Exception):
-    """An attribute that has no place in a checkpoint."""
+    """An attribute cannot be saved in a checkpoint; the message names it."""
 
 
 def state_of(instance: object, new: Mapping[str, Any]) -> dict[str, Any]:
-    """The attributes of `instance`, encoded, without constants that a `new` one has too.
+    """The attributes of `instance` as plain values, without constants that are also in `new`, those of a new instance.
 
-    Raises NotPlain where an attribute is neither.
+    Raises NotPlain where an attribute can be neither saved nor made again.
     """
     state = {}
     for name, value in vars(instance).items():
@@ -53,7 +54,7 @@ def state_of(instance: object, new: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def set_state(instance: object, state: dict[str, Any]) -> None:
-    """Give `instance` the attributes in `state`, which shares nothing with them."""
+    """Set the attributes of `instance` to copies of those in `state`."""
     vars(instance).update({name: _decoded(value) for name, value in state.items()})
 
 
@@ -63,13 +64,13 @@ def _is_same(value: object, other: object) -> bool:
 
 
 def _encoded(value: Any) -> Any:
-    """`value` in plain form; raises TypeError with the name of a type that has none."""
+    """`value` as plain values; raises TypeError with the name of a type that cannot be saved."""
     kind = type(value)
     if kind in PLAIN:
         return value
     if kind in CONTAINERS.values():
         return {kind.__name__: [_encoded(each) for each in value]}
-    if kind in (*MAPPINGS.values(), *RECORDS.values()):
+    if kind in MAPPINGS.values():
         return {kind.__name__: [[_encoded(key), _encoded(each)] for key, each in value.items()]}
     if isinstance(value, ArrayRecord):
         return {"ArrayRecord": [[name, _tensor(array.numpy())] for name, array in value.items()]}
@@ -99,22 +100,13 @@ def _decoded(value: Any) -> Any:
     ((kind, content),) = value.items()
     if kind in CONTAINERS:
         return CONTAINERS[kind](_decoded(each) for each in content)
-    if kind in MAPPINGS or kind in RECORDS:
-        pairs = {_decoded(key): _decoded(each) for key, each in content}
-        make: Callable[[Any], Any] = (MAPPINGS | RECORDS)[kind]
-        return make(pairs)
+    if kind in MAPPINGS:
+        return MAPPINGS[kind]({_decoded(key): _decoded(each) for key, each in content})
     return DECODE[kind](content)
 
 
-def _record(content: list[tuple[str, Tensor]]) -> ArrayRecord:
-    record = ArrayRecord()
-    for name, tensor in content:
-        record[name] = CopiedArray(tensor)
-    return record
-
-
 DECODE: dict[str, Callable[[Any], Any]] = {
-    "ArrayRecord": _record,
+    "ArrayRecord": lambda pairs: tensor_record(dict(pairs), CopiedArray),
     "Array": CopiedArray,
     "ndarray": lambda tensor: tensor.numpy().copy(),
     "scalar": lambda tensor: tensor.numpy()[()],

@@ -9,7 +9,7 @@ With x the model that a round began from and ȳ the mean of what the workers sen
     fedadam, fedyogi    adaptive (Reddi et al. 2021), without bias correction unless it is asked for
     fedadagrad  Adagrad (the same)
 
-State in, state out: an outer step returns what it remembers as a flat dict of tensors and numbers.
+An outer step holds no state: it is given the optimizer's state, a flat dict of tensors and numbers, and returns it.
 """
 
 from __future__ import annotations
@@ -54,36 +54,34 @@ OUTER = ("none", *PRESETS, *sorted({*OPTIMIZERS, "yogi"} - PRESETS.keys()))  # t
 
 @dataclass(frozen=True)
 class OuterStep:
-    """An optimizer class with its arguments; `per_lr` divides the pseudo-gradient by the workers' learning rate."""
+    """An optimizer class with its arguments, by default those that take the mean itself.
 
-    optimizer: type[Optimizer] | None
-    arguments: Mapping[str, Any] = field(default_factory=dict)
+    With `per_lr` the pseudo-gradient is divided by the workers' learning rate, and the step multiplied by it.
+    """
+
+    optimizer: type[Optimizer] = torch.optim.SGD
+    arguments: Mapping[str, Any] = field(default_factory=lambda: {"lr": 1.0})
     per_lr: bool = False
 
     @property
     def is_identity(self) -> bool:
-        """Whether x - 1 * (x - mean) is asked for, which floating point would not give back as the mean itself."""
-        if self.optimizer is None:
-            return True
-        plain = {name: value for name, value in self.arguments.items() if value}
-        return self.optimizer is torch.optim.SGD and plain == {"lr": 1.0}
+        """Whether the step is x - 1 * (x - mean), which is the mean itself, but for rounding."""
+        switched_on = {name: value for name, value in self.arguments.items() if value}
+        return self.optimizer is torch.optim.SGD and switched_on == {"lr": 1.0}
 
     def __call__(self, x: Tensors, mean: Tensors, state: State, lr: float) -> tuple[dict[str, Tensor], State]:
-        """The next global parameters and what is to be remembered, after a round that ended at the local rate `lr`.
+        """The next global parameters and the next state, after a round that ended at the local learning rate `lr`.
 
         Neither `x`, `mean` nor `state` is changed. SlowMo's Δ / lr has no value where `lr` is 0 (the workers have not
         moved): the mean is taken and the momentum kept. Raises StrategyFailed for the state of another optimizer.
         """
         if self.is_identity or (self.per_lr and lr == 0):
             return dict(mean), state
-        assert self.optimizer is not None
         parameters = {name: value.detach().clone() for name, value in x.items()}
-        for name, parameter in parameters.items():
-            parameter.grad = (x[name] - mean[name]).div_(lr if self.per_lr else 1)
         scale = lr if self.per_lr else 1
-        optimizer = self.optimizer(
-            list(parameters.values()), **{**self.arguments, "lr": self.arguments.get("lr", 1.0) * scale}
-        )
+        for name, parameter in parameters.items():
+            parameter.grad = (x[name] - mean[name]).div_(scale)
+        optimizer = self.optimizer(parameters.values(), **{**self.arguments, "lr": self.arguments["lr"] * scale})
         _load(optimizer, parameters, state)
         optimizer.step()
         following = _state_of(optimizer, parameters)
@@ -93,13 +91,13 @@ class OuterStep:
 
 
 def outer_step(name: str, **arguments: Any) -> OuterStep:
-    """The outer step `name`, one of `OUTER`, with `arguments` over its defaults; a ValueError names what is wrong."""
+    """The outer step `name`, one of `OUTER`, with `arguments` over its defaults; raises ValueError for wrong ones."""
     if name not in OUTER:
         raise ValueError(f"outer = {name} is unknown: it must be one of {', '.join(OUTER)}")
     if name == "none":
         if arguments:
             raise ValueError(f"outer = none takes no arguments, but {', '.join(arguments)} was given")
-        return OuterStep(None)
+        return OuterStep()
     base, defaults = PRESETS.get(name, (name, {"lr": 1.0}))
     optimizer = _optimizer_class(base)
     known = [argument for argument in inspect.signature(optimizer).parameters if argument not in OF_THE_IMPLEMENTATION]
@@ -125,7 +123,7 @@ def _optimizer_class(name: str) -> type[Optimizer]:
 
 
 def _state_of(optimizer: Optimizer, parameters: Tensors) -> State:
-    """What `optimizer` remembers: ``PARAMETER/ENTRY`` -> a tensor or a number."""
+    """The state of `optimizer`: ``PARAMETER/ENTRY`` -> a tensor or a number."""
     return {
         f"{name}/{entry}": value
         for name, parameter in parameters.items()
@@ -134,7 +132,7 @@ def _state_of(optimizer: Optimizer, parameters: Tensors) -> State:
 
 
 def _load(optimizer: Optimizer, parameters: Tensors, state: State) -> None:
-    """Let `optimizer` remember copies of `state`; torch wants its counters of steps on the CPU."""
+    """Load copies of `state` into `optimizer`; torch expects step counts on the CPU."""
     for key, value in state.items():
         name, _, entry = key.rpartition("/")
         if isinstance(value, Tensor):

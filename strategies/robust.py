@@ -1,11 +1,11 @@
-"""Means that a few absurd updates cannot move far, in place of LocalSGD's exact mean.
+"""Robust means, which a few wrong updates cannot move far, in place of LocalSGD's exact mean.
 
     trimmed   each value's mean without the largest and smallest `trim` of the workers (Yin et al. 2018)
     median    each value's median (Yin et al. 2018)
     clipped   the weighted mean of updates whose norm is cut to the median norm of all workers
 
 They assume that most workers are honest, and cost accuracy where data differ between workers: an honest worker's rare
-classes look like an attack. None of them is private or proof against a majority.
+classes look like an attack. None of them gives privacy, or resists a majority of attackers.
 """
 
 from __future__ import annotations
@@ -47,21 +47,25 @@ def trimmed_mean(parts: Sequence[Tensor], trim: float) -> Tensor:
     dropped = int(trim * len(parts))
     if not 0 <= 2 * dropped < len(parts):
         raise ValueError(f"trim = {trim} leaves none of {len(parts)} workers: give less than 0.5")
-    ordered = torch.stack(list(parts)).double().sort(0).values
-    return ordered[dropped : len(parts) - dropped].mean(0).to(parts[0].dtype)
+    return _mean_between(parts, dropped)
 
 
 def median(parts: Sequence[Tensor]) -> Tensor:
     """The median of each value; of an even number of workers the mean of the two in the middle."""
+    return _mean_between(parts, (len(parts) - 1) // 2)
+
+
+def _mean_between(parts: Sequence[Tensor], dropped: int) -> Tensor:
+    """The mean of each value without the `dropped` largest and smallest, in float64 and then their own precision."""
     ordered = torch.stack(list(parts)).double().sort(0).values
-    return ordered[(len(parts) - 1) // 2 : len(parts) // 2 + 1].mean(0).to(parts[0].dtype)
+    return ordered[dropped : len(parts) - dropped].mean(0).to(parts[0].dtype)
 
 
 def clipped(x: Tensors, updates: Sequence[Tensors]) -> list[dict[str, Tensor]]:
-    """The models `updates` with their distance from `x`, over all tensors together, cut to the median distance."""
-    moves = [{name: update[name].double() - x[name].double() for name in x} for update in updates]
+    """The models `updates`, whose distances from `x`, over all tensors together, are cut to the median distance."""
     if not x:
         return [{} for _ in updates]
+    moves = [{name: update[name].double() - x[name].double() for name in x} for update in updates]
     norms = [torch.stack([move.norm() for move in of_worker.values()]).norm() for of_worker in moves]
     limit = median(norms)
     factors = [torch.where(norm > limit, limit / norm, 1.0) for norm in norms]

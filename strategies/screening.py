@@ -1,6 +1,6 @@
 """Which replies of a round may be averaged, and why the others may not.
 
-Nothing that a client sends is trusted: not its arrays, its numbers, its text, nor how much of each there is.
+Nothing that a client sends is trusted: neither its arrays, metrics and texts nor their sizes.
 """
 
 from __future__ import annotations
@@ -21,18 +21,18 @@ DECLINED = "declined"  # record with the reason of a client that has nothing to 
 MAX_TEXT = 200  # characters
 MAX_METRICS = 1000  # numbers in a reply
 MAX_METRIC = torch.finfo(torch.float32).max  # of a metric's absolute value: means of such numbers cannot overflow
-NPY_HEADER = 1024  # bytes that an array may come with besides its values
+NPY_HEADER = 1024  # bytes that a serialized array may have besides its values
 
 
 class Request(NamedTuple):
-    """What a round was asked with."""
+    """What was sent to the workers of a round."""
 
     arrays: ArrayRecord  # that the workers begin from
     messages: list[Message]
     workers: dict[int, int]  # node -> worker, of all messages
     away: list[int]  # sampled workers whose node is not connected
     model: ArrayRecord | None = None  # the global model, where the workers begin from another one
-    state: Mapping[str, Tensor] = MappingProxyType({})  # that the server is to remember of what it sent
+    state: Mapping[str, Tensor] = MappingProxyType({})  # entries for the server's state after the round
 
 
 class Update(NamedTuple):
@@ -45,9 +45,10 @@ class Update(NamedTuple):
 
 @dataclass(frozen=True)
 class Rules:
-    """What an update must hold: its records, its weight (at most `max_examples`), `metrics` that it must report.
+    """What a usable update holds: a record of `arrays`, and metrics with its `weight` and all of `metrics`.
 
-    `nonnegative` names arrays, for instance variances. `other_records` may come besides and are not looked at.
+    The weight is at most `max_examples`; the arrays in `nonnegative`, for instance variances, have no negative value.
+    The update may also hold `other_records`, which are not checked.
     """
 
     arrays: str = "arrays"
@@ -63,8 +64,8 @@ def screen(
 ) -> tuple[dict[int, Update], dict[int, str]]:
     """The usable updates by worker, and for every other sampled worker the reason why it has none.
 
-    The arrays of an update must be `like` these in names, types and shapes.
-    Late replies to earlier rounds, second replies and those of other nodes are ignored.
+    The arrays of an update must have the names, types and shapes of those in `like`. Late replies to earlier rounds,
+    second replies and replies of other nodes are ignored.
     """
     ids = {message.metadata.message_id for message in request.messages}
     updates: dict[int, Update] = {}
@@ -91,25 +92,25 @@ def screen(
 
 
 def printable(text: object) -> str:
-    """Text of a client, fit to be logged and stored: one line of at most 200 printable characters."""
+    """Text of a client in a form that can be logged and stored: one line of at most 200 printable characters."""
     return "".join(letter if letter.isprintable() else " " for letter in str(text)[:MAX_TEXT])
 
 
 def tensors_like(record: ArrayRecord, sent: Mapping[str, Array]) -> dict[str, Tensor]:
-    """The tensors of a client's record, which must be like those `sent` under their names; values are not looked at.
+    """The tensors of a client's record, which must have the names, types and shapes of the arrays `sent`.
 
-    Raises ValueError with what is wrong. What an array says of itself is checked against its bytes, and these are
-    not parsed where they are too many.
+    Raises ValueError with what is wrong. The type and shape that an array claims are compared with those in its bytes,
+    which are not parsed where they are too many. Values are not checked.
     """
     if record.keys() != sent.keys():
-        raise ValueError(f"its arrays are others than those sent: {min(record.keys() ^ sent.keys())}")
+        raise ValueError(f"its arrays differ from those sent: {min(record.keys() ^ sent.keys())}")
     return {name: _tensor_like(name, record[name], array) for name, array in sent.items()}
 
 
 def wrong_values(parts: Sequence[Mapping[str, Tensor]], nonnegative: Collection[str] = ()) -> list[str]:
-    """For each of `parts`, what is wrong with its values, or "": a tensor that is not finite, or is negative.
+    """For each of `parts`, what is wrong with its values, or "": a tensor is not finite, or has a negative value.
 
-    A GPU is waited for once, whatever their number. `nonnegative` names tensors.
+    Only the tensors in `nonnegative` are checked for negative values. A GPU is waited for once, for all `parts`.
     """
     floats = [(i, name) for i, part in enumerate(parts) for name in part if part[name].is_floating_point()]
     signed = [(i, name) for i, part in enumerate(parts) for name in part if name in nonnegative]
@@ -128,14 +129,14 @@ def wrong_values(parts: Sequence[Mapping[str, Tensor]], nonnegative: Collection[
 
 def _largest(tensors: Sequence[Tensor]) -> list[float]:
     """The largest magnitude in each tensor, NaN where there is one; 0 of an empty tensor."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}  # multi-tensor kernels take one kind at a time
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}  # multi-tensor kernels need one dtype and device
     for place, tensor in enumerate(tensors):
         if tensor.numel():
             kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
     largest = [0.0] * len(tensors)
     for (_, device), places in kinds.items():
         of_kind = [tensors[place] for place in places]
-        if device.type == "cpu":  # where it is 20 times as fast as the norm
+        if device.type == "cpu":  # 20 times as fast there as the norm
             found = [tensor.abs().amax() for tensor in of_kind]
         else:
             found = list(torch._foreach_norm(of_kind, math.inf))
@@ -145,7 +146,7 @@ def _largest(tensors: Sequence[Tensor]) -> list[float]:
 
 
 def _usable(reply: Message, sent: ArrayRecord, rules: Rules) -> Update:
-    """The update in a reply, its values unseen; raises ValueError with the reason where it may not be averaged."""
+    """The update in a reply, its values not yet checked; raises ValueError with the reason if it is not usable."""
     if reply.has_error():
         raise ValueError(f"its client failed ({printable(reply.error.reason)})")
     content = reply.content
@@ -161,7 +162,7 @@ def _usable(reply: Message, sent: ArrayRecord, rules: Rules) -> Update:
 
 
 def _usable_weight(metrics: MetricRecord, rules: Rules) -> float:
-    """The weight in `metrics`, all of which must be numbers that can be averaged."""
+    """The weight in `metrics`; raises ValueError unless all of them are numbers that can be averaged."""
     numbers = {name: value if isinstance(value, list) else [value] for name, value in metrics.items()}
     if sum(map(len, numbers.values())) > MAX_METRICS:
         raise ValueError(f"its metrics are more than {MAX_METRICS} numbers")
@@ -173,7 +174,7 @@ def _usable_weight(metrics: MetricRecord, rules: Rules) -> float:
             raise ValueError(f"{name} is {printable(metrics.get(name))}")
     for name, values in numbers.items():
         for value in values:
-            if not -MAX_METRIC <= value <= MAX_METRIC:  # so is NaN
+            if not -MAX_METRIC <= value <= MAX_METRIC:  # true of NaN too
                 raise ValueError(f"{name} is {value}")
     return float(weight)
 
@@ -186,8 +187,8 @@ def _tensor_like(name: str, array: Array, sent: Array) -> Tensor:
         raise ValueError(f"{name} holds {len(array.data)} bytes, more than {most}")
     try:
         tensor = tensor_of(array)
-    except Exception as error:  # whatever NumPy makes of foreign bytes
+    except Exception as error:  # NumPy does not document what it raises for damaged bytes
         raise ValueError(f"{name} cannot be read ({printable(error)})") from error
-    if (dtype_name(tensor), tuple(tensor.shape)) != expected:  # its bytes say otherwise than it does
+    if (dtype_name(tensor), tuple(tensor.shape)) != expected:  # the header in its bytes says otherwise
         raise ValueError(f"{name} is {dtype_name(tensor)} {list(tensor.shape)}, not as it was sent")
     return tensor

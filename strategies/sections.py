@@ -1,7 +1,7 @@
-"""The arrays of a message: a model's parameters, its buffers, and extras, told apart by a prefix of their names.
+"""The arrays of a message: a model's parameters, its buffers, and extras, distinguished by a prefix of their names.
 
-Each takes its own way through a round: parameters through the mean and the server step, buffers through
-`batchnorm.merge`, extras (for instance optimizer state that is averaged) through the mean alone.
+A round treats them differently: parameters are averaged and pass through the server step, buffers are merged by
+`batchnorm.merge`, and extras (for instance the optimizer states with `momentum-at-sync = average`) are averaged.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ class Sections(NamedTuple):
 
 
 def buffers_of(model: nn.Module) -> set[str]:
-    """The names in the state_dict of `model` that are not of parameters."""
+    """The names in the state_dict of `model` that are not those of parameters."""
     return model.state_dict().keys() - {name for name, _ in model.named_parameters()}
 
 
 def sections(state: Mapping[str, Tensor], buffers: Collection[str], extras: Mapping[str, Tensor]) -> Sections:
-    """A model's state_dict, in which `buffers` are told from parameters by their names, and `extras`."""
+    """The sections of a model's state_dict, where `buffers` names its buffers, and `extras`."""
     return Sections(
         {name: value for name, value in state.items() if name not in buffers},
         {name: value for name, value in state.items() if name in buffers},

@@ -1,7 +1,7 @@
-"""Flower arrays that hold a tensor where it is, on whatever device, and have bytes only when something asks.
+"""Flower arrays that hold a tensor on its device, and are serialized only when their bytes are read.
 
-Within one process nothing asks: messages hand tensors over as they are. Where a message leaves the process (Ray,
-a SuperLink) such an array becomes a plain one on its way.
+Within one process nothing reads them: messages pass tensors on without a copy. In a message that leaves the process
+(Ray, a SuperLink) such an array becomes one of Flower's own.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _one_header_at_a_time = threading.Lock()
 
 
 class TensorArray(Array):
-    """A Flower array around `tensor`, which must not change any more."""
+    """A Flower array that holds `tensor`, which must not change any more."""
 
     def __init__(self, tensor: Tensor) -> None:
         self.tensor = tensor.detach()
@@ -46,7 +46,7 @@ class TensorArray(Array):
         return self._plain().children
 
     def deflate(self) -> bytes:
-        """As a plain array: the receiver knows no other."""
+        """Serialized as a plain array, the only kind that the receiver knows."""
         return self._plain().deflate()
 
     def _plain(self) -> Array:
@@ -58,20 +58,20 @@ class TensorArray(Array):
 
 
 class CopiedArray(TensorArray):
-    """A `TensorArray` whose values are copied for whoever asks for them, and may be changed there."""
+    """A `TensorArray` whose `numpy` returns a copy, which may be changed."""
 
     def numpy(self) -> NDArray[Any]:
         return super().numpy().copy()
 
 
-def tensor_record(tensors: Mapping[str, Tensor]) -> ArrayRecord:
-    """A Flower record of `tensors`, which must not change any more.
+def tensor_record(tensors: Mapping[str, Tensor], kind: type[TensorArray] = TensorArray) -> ArrayRecord:
+    """A Flower record of `tensors`, which must not change any more, as arrays of the class `kind`.
 
     They are set one by one: ArrayRecord's constructor would copy them into plain arrays.
     """
     record = ArrayRecord()
     for name, tensor in tensors.items():
-        record[name] = TensorArray(tensor)
+        record[name] = kind(tensor)
     return record
 
 
@@ -81,7 +81,7 @@ def tensors_of(record: ArrayRecord) -> dict[str, Tensor]:
 
 
 def tensor_of(array: Array) -> Tensor:
-    """The tensor of any Flower array; bytes that are no array fail as NumPy does."""
+    """The tensor of any Flower array; raises what NumPy raises for bytes that are no array."""
     if isinstance(array, TensorArray):
         return array.tensor
     with _one_header_at_a_time:

@@ -24,7 +24,7 @@ from numpy.typing import NDArray
 
 from fedsim.errors import UserError
 
-FORMAT = 3  # of the cached arrays; those of another format are made again
+FORMAT = 3  # of the cached arrays; those in another format are not used
 CHECKSUMS = "crc32.json"  # of the array files in the same folder
 Arrays = dict[str, NDArray[Any]]
 
@@ -41,7 +41,7 @@ def user_cache() -> Path:
 def cached(sources: Iterable[Path], names: Sequence[str], make: Callable[[], Arrays], form: object = None) -> Arrays:
     """The arrays `names` that `make` makes from the files `sources`: mapped from the cache, or made and cached.
 
-    Sources are identified by path, size and modification time; `form`, of JSON, says what else the arrays depend on.
+    Sources are identified by path, size and modification time; `form`, a JSON value, is what else the arrays depend on.
     The arrays are copy-on-write. If the cache cannot be written, they stay in memory, which is reported once.
     """
     folder = _folder_of(sources, form)
@@ -112,7 +112,7 @@ def _mapped(folder: Path, names: Iterable[str]) -> Arrays:
 
 
 def _store(arrays: Arrays, folder: Path) -> None:
-    """Write `folder` atomically, then remove all else beside it: older versions, and partial ones.
+    """Write `folder` atomically, then remove everything else beside it: older versions and partial folders.
 
     If several processes write it at once, the first one wins and the others use its folder.
     """

@@ -1,4 +1,4 @@
-"""The data set of a run: official files, a synthetic set or arrays of one's own, with an optional validation split."""
+"""The data set of a run: official files, a synthetic set or a user's own arrays, with an optional validation split."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from fedsim.config import Config
 from fedsim.data.cache import Arrays, cached, discard_damaged, user_cache
 from fedsim.data.images import Images, ImageShape, Moments, bordered
-from fedsim.data.official import CIFAR10, OFFICIAL, read_official
+from fedsim.data.official import CIFAR10, OFFICIAL, Facts, read_official
 from fedsim.data.own_arrays import arrays_of, moments_of_images, read_npz
 from fedsim.errors import UserError
 from fedsim.registry import is_function
@@ -35,22 +35,13 @@ class Dataset:
     classes: int
 
 
-class Facts(NamedTuple):
-    """What is known of a data set: its classes, training images, (H, W, C) of an image, and moments."""
-
-    classes: int
-    images: int
-    shape: tuple[int, ...]
-    moments: Moments
-
-
 def load_dataset(config: Config, verify: bool = True) -> Dataset:
     """The data set of `config` (resolved) on its device; a process reads it only once.
 
     With `verify`, the decoded images in the cache are verified first (see `verify_cache`).
 
-    With a validation split, `test` is the images held out of `train`, so that no choice can depend on the test images.
-    Server and clients draw the same split from the seed.
+    With a validation split, `test` holds the images held out of `train`, so that no choice can depend on the test
+    images. Server and clients draw the same split from the seed.
     """
     if config.validation >= (available := facts_of(config).images):
         raise UserError(f"validation = {config.validation} leaves none of the {available} training images: give less")
@@ -68,7 +59,7 @@ def load_dataset(config: Config, verify: bool = True) -> Dataset:
 
 
 def training_images(config: Config) -> int:
-    """The number of images that `config` trains on; of official and synthetic sets it reads no data."""
+    """The number of images that `config` trains on."""
     return facts_of(config).images - config.validation
 
 
@@ -78,7 +69,7 @@ def classes_of(config: Config) -> int:
 
 
 def image_shape(config: Config) -> ImageShape:
-    """What a model is given of an image; raises UserError where a crop is larger than the image and its border."""
+    """The shape of a model's input; raises UserError where a crop is larger than the image with its border."""
     height, width, channels = facts_of(config).shape
     crop, most = config.crop_size, min(height, width) + 2 * config.crop_padding
     if crop > most:
@@ -103,12 +94,11 @@ def moments_of(config: Config) -> Moments:
 
 
 def facts_of(config: Config) -> Facts:
-    """What is known of the data set of `config`; a set of one's own is read for it."""
+    """Classes, images, shape and moments of the data set of `config`; data is read only for a user's own set."""
     if config.dataset == "synthetic":
-        shape, moments = SYNTHETIC
-        return Facts(config.synthetic_classes, config.synthetic_images, shape, moments)
+        return Facts(config.synthetic_classes, config.synthetic_images, *SYNTHETIC)
     if official := OFFICIAL.get(config.dataset):
-        return Facts(official.classes, official.images, official.shape, official.moments)
+        return official
     return _own_facts(config.dataset, _folder(config), config.crop_padding)
 
 
@@ -131,12 +121,12 @@ def data_folder(config: Config) -> Path:
 
 
 def _folder(config: Config) -> str:
-    """The data folder; none for a function, which knows where its data is."""
+    """The data folder; "" for a function, which finds its data itself."""
     return "" if is_function(config.dataset) else str(data_folder(config))
 
 
 def files_of(dataset: str, folder: str) -> list[Path]:
-    """The files that a data set is decoded from; a relative NAME.npz is looked for in `folder`, then here."""
+    """The files of a data set; a relative NAME.npz is looked for in `folder`, then in the working directory."""
     if official := OFFICIAL.get(dataset):
         return [Path(folder) / official.folder / name for name in official.files]
     if not dataset.endswith(".npz"):
@@ -172,14 +162,13 @@ def _hold_out(read: Callable[..., Dataset], key: tuple[Any, ...], count: int, se
 def _stored(dataset: str, folder: str, classes: int, moments: Moments, device: str, padding: int, crop: int) -> Dataset:
     arrays = _arrays(dataset, folder, padding)
     train, test = (
-        Images.of_words(arrays[f"{split}-words"], arrays[f"{split}-labels"], moments, device, padding, crop)
-        for split in SPLITS
+        Images(arrays[f"{split}-words"], arrays[f"{split}-labels"], moments, device, padding, crop) for split in SPLITS
     )
     return Dataset(train, test, classes)
 
 
 def _arrays(dataset: str, folder: str, padding: int) -> Arrays:
-    """The arrays `STORED` of a data set, and the moments of one's own: from the cache if it is of files."""
+    """The arrays `STORED` of a data set, and the moments of a user's own; those of files are cached."""
     if is_function(dataset):
         return _of_function(dataset, padding)
     files = files_of(dataset, folder)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,7 +17,8 @@ from torch import Tensor
 
 PADDING = 4  # black pixels around an image, as in the usual CIFAR augmentation
 
-ImageShape = tuple[int, int, int]  # channels, height and width of what a model is given of an image
+ImageShape = tuple[int, int, int]  # channels, height and width of the crop of an image that a model gets
+CIFAR_IMAGE: ImageShape = (3, 32, 32)
 Corners = tuple[int, int]  # the number of rows, and of columns, at which a crop may begin
 Moments = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, of pixel / 255
 
@@ -24,45 +26,21 @@ Moments = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard devia
 class Images:
     """N labelled images on a device.
 
-    `pixels`: (N, H, W, C) uint8; `labels`: (N,) integers; batches are normalised by `moments`. Crops are squares of
-    side `crop` (0: as large as the image) out of the image with a border of `padding` black pixels.
+    `pixels`: (N, H, W, C) uint8, or the int32 words that `bordered` makes of them, which are not copied on the CPU and
+    may be a mapped file; `labels`: (N,) integers. Batches are normalised by `moments`. Crops are squares of side `crop`
+    (0: as large as the image) out of the image with a border of `padding` black pixels.
     """
 
     def __init__(
         self,
-        pixels: NDArray[np.uint8],
+        pixels: NDArray[Any],
         labels: NDArray[np.int64],
         moments: Moments,
         device: torch.device | str,
         padding: int = PADDING,
         crop: int = 0,
     ) -> None:
-        self._set(bordered(pixels, padding), labels, moments, device, padding, crop)
-
-    @classmethod
-    def of_words(
-        cls,
-        words: NDArray[np.int32],
-        labels: NDArray[np.int64],
-        moments: Moments,
-        device: torch.device | str,
-        padding: int = PADDING,
-        crop: int = 0,
-    ) -> Images:
-        """Images from the `words` of `bordered`; on the CPU these are not copied, and may be a mapped file."""
-        images = cls.__new__(cls)
-        images._set(words, labels, moments, device, padding, crop)
-        return images
-
-    def _set(
-        self,
-        words: NDArray[np.int32],
-        labels: NDArray[np.int64],
-        moments: Moments,
-        device: torch.device | str,
-        padding: int,
-        crop: int,
-    ) -> None:
+        words = bordered(pixels, padding) if pixels.dtype == np.uint8 else pixels
         _, self._height, self._width, per_pixel = words.shape
         self._words = torch.from_numpy(words).view(-1, per_pixel).to(device)
         if per_pixel == 1:  # elements are gathered faster than rows of one
@@ -75,7 +53,7 @@ class Images:
         self._columns = torch.arange(width, device=device)
         self.labels = torch.from_numpy(labels).to(device)
         mean, deviation = torch.tensor(moments, dtype=torch.float64)
-        # repeated for a whole row of pixels: broadcasting over three values is slow on a CPU
+        # repeated for a row of pixels: broadcasting over three values is slow on a CPU
         self._scale = (1 / (255 * deviation)).float().repeat(width).to(device)
         self._shift = (mean / deviation).float().repeat(width).to(device)
 
@@ -91,7 +69,7 @@ class Images:
     def crop(self, index: Tensor, top: Tensor, left: Tensor, flip: Tensor, replicas: int = 1) -> Tensor:
         """(B, C, H, W) normalised float32 crops of `shape`, channels-last.
 
-        Crop i begins `top[i]` pixels from above and `left[i]` from the left, both less than `corners`, in the
+        Crop i has its upper left corner at row `top[i]` and column `left[i]`, both less than `corners`, of the
         bordered image `index[i]`, and is mirrored where `flip[i]`. All four: (B,) integers.
         For K `replicas` side by side they are (K * B,), and the crops (B, K * C, H, W).
         """
@@ -114,7 +92,7 @@ class Images:
         return part
 
     def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
-        """Images (their middle) and labels `start` to `stop` in order, normalised, not augmented."""
+        """The central crops of the images `start` to `stop`, normalised but not augmented, and their labels."""
         index = torch.arange(start, min(stop, len(self)), device=self.labels.device)
         top, left = (torch.full_like(index, (count - 1) // 2) for count in self.corners)
         return self.crop(index, top, left, torch.zeros_like(index)), self.labels[index]

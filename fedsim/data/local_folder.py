@@ -1,9 +1,9 @@
 """A node's own images, which never leave it, and the folders that `export-shards` writes for nodes.
 
 The node config of a SuperNode may set `data-dir`. That folder holds either the data set of the run, of which the node
-uses its shard, or ``images.npy`` and ``labels.npy``, this node's own images. The node trains on all of its own images:
-the run's `validation` holds out images of the run's dataset, on the server. The `data-dir` of the run must not hold
-such files, as every client would train on them.
+uses its shard, or the node's own images in ``images.npy`` and ``labels.npy``. The node trains on all of its own images:
+the key `validation` of a run only holds out images of the run's data set, on the server. The `data-dir` of the run must
+not hold these two files, as every client would train on them.
 """
 
 from __future__ import annotations
@@ -20,14 +20,7 @@ from numpy.typing import NDArray
 
 from fedsim.config import Config
 from fedsim.data.cache import cached, discard_damaged
-from fedsim.data.datasets import (
-    classes_of,
-    data_folder,
-    facts_of,
-    load_dataset,
-    moments_of,
-    verify_cache,
-)
+from fedsim.data.datasets import classes_of, data_folder, facts_of, load_dataset, moments_of, verify_cache
 from fedsim.data.images import Images, bordered
 from fedsim.data.official import OFFICIAL
 from fedsim.data.own_arrays import problem_of
@@ -42,12 +35,11 @@ def own_images(config: Config) -> Images | None:
     if not _holds_images(config):
         return None
     folder = data_folder(config)
-    return _own_images(config, str(folder), *(_changed(folder / name) for name in (IMAGES, LABELS)))
+    return _own_images(config, folder, *(_changed(folder / name) for name in (IMAGES, LABELS)))
 
 
 @functools.lru_cache(maxsize=8)
-def _own_images(config: Config, place: str, *changed: int) -> Images:
-    folder = Path(place)
+def _own_images(config: Config, folder: Path, *changed: int) -> Images:
     pixels, labels = (_mapped(folder, name) for name in (IMAGES, LABELS))
     problem = _problem(pixels, labels, config)
     for official in OFFICIAL.values():
@@ -58,7 +50,7 @@ def _own_images(config: Config, place: str, *changed: int) -> Images:
     padding = config.crop_padding
     arrays = cached([folder / IMAGES], ["words"], lambda: {"words": bordered(pixels, padding)}, padding)
     look = (moments_of(config), config.device, padding, config.crop_size)
-    return Images.of_words(arrays["words"], labels.astype(np.int64), *look)
+    return Images(arrays["words"], labels.astype(np.int64), *look)
 
 
 def _changed(file: Path) -> int:

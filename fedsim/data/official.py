@@ -19,51 +19,48 @@ FASHION_MNIST: Moments = ((0.2860,), (0.3530,))
 
 
 @dataclass(frozen=True)
-class Official:
-    """What is known of a data set without its files."""
+class Facts:
+    """The shape of a data set."""
+
+    classes: int
+    images: int  # for training
+    shape: tuple[int, int, int]  # height, width and channels of an image
+    moments: Moments
+
+
+@dataclass(frozen=True)
+class Official(Facts):
+    """A data set with official files, and what is known of it without them."""
 
     reader: str  # the class in torchvision.datasets
     folder: str  # in the key data-dir
     files: tuple[str, ...]  # in this folder
     remedy: str  # what to do where it is missing
-    classes: int
-    images: int  # for training
-    shape: tuple[int, int, int]  # height, width, channels
-    moments: Moments
     download: bool = False
 
 
 OFFICIAL = {
     "cifar100": Official(
-        "CIFAR100",
-        "cifar-100-python",
-        ("train", "test", "meta"),
-        "put cifar-100-python.tar.gz there",
-        100,
-        50_000,
-        (32, 32, 3),
-        CIFAR100,
+        *(100, 50_000, (32, 32, 3), CIFAR100),
+        reader="CIFAR100",
+        folder="cifar-100-python",
+        files=("train", "test", "meta"),
+        remedy="put cifar-100-python.tar.gz there",
         download=True,
     ),
     "cifar10": Official(
-        "CIFAR10",
-        "cifar-10-batches-py",
-        (*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"),
-        "unpack cifar-10-python.tar.gz there, which holds cifar-10-batches-py/",
-        10,
-        50_000,
-        (32, 32, 3),
-        CIFAR10,
+        *(10, 50_000, (32, 32, 3), CIFAR10),
+        reader="CIFAR10",
+        folder="cifar-10-batches-py",
+        files=(*(f"data_batch_{number}" for number in range(1, 6)), "test_batch", "batches.meta"),
+        remedy="unpack cifar-10-python.tar.gz there, which holds cifar-10-batches-py/",
     ),
     "fashion-mnist": Official(
-        "FashionMNIST",
-        "FashionMNIST/raw",
-        tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")),
-        "put its four unpacked files there, as FashionMNIST/raw/train-images-idx3-ubyte and so on",
-        10,
-        60_000,
-        (28, 28, 1),
-        FASHION_MNIST,
+        *(10, 60_000, (28, 28, 1), FASHION_MNIST),
+        reader="FashionMNIST",
+        folder="FashionMNIST/raw",
+        files=tuple(f"{split}-{kind}-ubyte" for split in ("train", "t10k") for kind in ("images-idx3", "labels-idx1")),
+        remedy="put its four unpacked files there, as FashionMNIST/raw/train-images-idx3-ubyte and so on",
     ),
 }
 
@@ -96,7 +93,7 @@ def read_official(name: str, folder: Path, train: bool) -> tuple[NDArray[np.uint
 
 
 def coarse_labels(folder: Path) -> NDArray[np.int64]:
-    """(100,) the superclass of each class of CIFAR-100, 0 to 19, which torchvision leaves out."""
+    """(100,) superclasses, 0 to 19, of the classes of CIFAR-100, which torchvision does not read."""
     file = folder / OFFICIAL["cifar100"].folder / "train"
     with file.open("rb") as stream:
         entries = pickle.load(stream, encoding="latin1")

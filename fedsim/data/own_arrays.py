@@ -1,4 +1,4 @@
-"""Data sets of one's own: four arrays in a file NAME.npz, or returned by a function."""
+"""A user's own data sets: four arrays in a file NAME.npz, or returned by a function."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedsim.data.images import Moments
 from fedsim.errors import UserError
 from fedsim.registry import describe, function_of
 
-MAX_CLASSES = 100_000  # more is a mistake, and a last layer that fits no memory
+MAX_CLASSES = 100_000  # more are a mistake, and the last layer would not fit in memory
 NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 
 
@@ -47,7 +47,7 @@ def arrays_of(spec: str) -> Arrays:
 
 
 def checked(dataset: str, arrays: Mapping[str, Any]) -> Arrays:
-    """The arrays as they are trained on; raises UserError with what is wrong with those of `dataset`."""
+    """The arrays with int64 labels; raises UserError with what is wrong with the arrays of `dataset`."""
     if missing := [name for name in NAMES if name not in arrays]:
         raise UserError(f"dataset = {dataset} has no {', '.join(missing)}: it must have {', '.join(NAMES)}")
     of = {name: np.asarray(arrays[name]) for name in NAMES}

@@ -14,11 +14,11 @@ def pachinko(
     beta: float,
     rng: np.random.Generator,
 ) -> list[NDArray[np.int64]]:
-    """The images of each client, equally many, disjoint; those that are left over go to none.
+    """The images of each client: disjoint shards of equal size; the remaining images belong to no client.
 
-    `labels`: (N,) classes; `superclass_of`: the superclass of each class. Client by client, shares of the superclasses
-    are drawn from Dir(`alpha`) and of the classes in each from Dir(`beta`), and each image by these shares without
-    replacement; what is used up has no share any more.
+    `labels`: (N,) classes; `superclass_of`: the superclass of each class. For one client after the other, probabilities
+    of the superclasses are drawn from Dir(`alpha`) and of the classes in each from Dir(`beta`). Its images are then
+    drawn with these probabilities, without replacement; classes with no images left are skipped.
     """
     pools = [rng.permutation(np.flatnonzero(labels == number)).tolist() for number in range(len(superclass_of))]
     left = np.array([len(pool) for pool in pools])
@@ -38,9 +38,9 @@ def pachinko(
 
 
 def _draw(shares: NDArray[np.float64], left: NDArray[np.int64], uniform: float) -> int:
-    """The place drawn by `uniform` in [0, 1) in proportion to `shares`, out of those where something is `left`."""
+    """The index that `uniform` in [0, 1) selects in proportion to `shares`, among those with images `left`."""
     open_shares = np.where(left > 0, shares, 0.0)
-    if not open_shares.sum() > 0:  # what is left had no share
+    if not open_shares.sum() > 0:  # all that have images left have the share 0
         open_shares = (left > 0).astype(float)
     sums = np.cumsum(open_shares)
     return int(np.searchsorted(sums, uniform * sums[-1], side="right"))

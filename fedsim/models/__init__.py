@@ -12,14 +12,12 @@ from torch import nn
 
 from fedsim.config import Config
 from fedsim.data.datasets import classes_of, image_shape
-from fedsim.data.images import ImageShape
+from fedsim.data.images import CIFAR_IMAGE, ImageShape
 from fedsim.device import parameter_dtype
 from fedsim.errors import UserError
 from fedsim.models.dropout import StepKeys, set_dropout_keys, use_counter_based_dropout
 from fedsim.registry import MODELS, describe, function_of
 from fedsim.rng import generator
-
-CIFAR_IMAGE: ImageShape = (3, 32, 32)
 
 
 def initial_model(config: Config) -> nn.Module:
@@ -29,7 +27,7 @@ def initial_model(config: Config) -> nn.Module:
 
 
 def cpu_model(config: Config) -> nn.Module:
-    """The same model on the CPU in fp32, whatever `config` says of either: to try something with it."""
+    """The same model on the CPU in fp32, whatever `config` says of either, for checks before a run."""
     return initial_model(config.changed({"device": "cpu", "precision": "fp32"}))
 
 
@@ -40,10 +38,10 @@ def empty_model(config: Config) -> nn.Module:
 
 
 def check_model(config: Config) -> None:
-    """Raise UserError where the model of `config` cannot be trained on its images: a step of two of them is tried.
+    """Raise UserError where the model of `config` cannot be trained on its images: a step on two images is tried.
 
-    The forward pass may draw no random numbers but those of fedsim's dropout, or a run could not be repeated, and
-    every parameter must get a gradient.
+    The forward pass may draw no random numbers except for dropout, or a run could not be repeated. Every parameter must
+    get a gradient.
     """
     model = cpu_model(config)
     shape, classes = image_shape(config), classes_of(config)
@@ -72,7 +70,7 @@ def check_model(config: Config) -> None:
 
 
 def check_one_image(config: Config, reason: str) -> None:
-    """Raise UserError where the model of `config` cannot train on one image, for which there is this `reason`.
+    """Raise UserError where the model of `config` cannot train on a batch of one image, which `reason` asks for.
 
     BatchNorm over single values cannot: one value has no variance.
     """

@@ -29,8 +29,8 @@ class StepKeys:
 class Dropout(nn.Module):
     """Dropout (Srivastava et al. 2014) with counter-based masks, the same on every device.
 
-    With the keys of K replicas, the first dimension of the input is that of the replicas. A layer that is called twice
-    in a step draws two masks. Without keys it is `nn.Dropout`, which draws from torch's global generator.
+    With keys of K replicas, the first dimension of the input is that of the replicas. A layer that is called twice in a
+    step draws two masks. Without keys it is `nn.Dropout`, which draws from torch's global generator.
     """
 
     def __init__(self, p: float) -> None:
@@ -60,7 +60,7 @@ def use_counter_based_dropout(model: nn.Module) -> None:
 
 
 def set_dropout_keys(model: nn.Module, keys: StepKeys) -> None:
-    """Let every `Dropout` of `model` draw its masks from `keys`."""
+    """Make every `Dropout` of `model` draw its masks from `keys`."""
     for module in model.modules():
         if isinstance(module, Dropout):
             module.keys = keys

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fedsim.data.images import ImageShape
-
-CIFAR: ImageShape = (3, 32, 32)
+from fedsim.data.images import CIFAR_IMAGE, ImageShape
 
 
 class LeNetBN(nn.Module):
@@ -15,7 +13,7 @@ class LeNetBN(nn.Module):
     (B, C, H, W) images -> (B, classes) logits; 1,774,052 parameters with 100 classes and the images of CIFAR.
     """
 
-    def __init__(self, classes: int, image: ImageShape = CIFAR) -> None:
+    def __init__(self, classes: int, image: ImageShape = CIFAR_IMAGE) -> None:
         super().__init__()
         channels, height, width = image
         self.conv1 = nn.Conv2d(channels, 64, 5, padding=2)
@@ -44,7 +42,7 @@ class LeNet5(nn.Module):
     images of CIFAR.
     """
 
-    def __init__(self, classes: int, image: ImageShape = CIFAR) -> None:
+    def __init__(self, classes: int, image: ImageShape = CIFAR_IMAGE) -> None:
         super().__init__()
         channels, *sides = image
         height, width = (((side - 4) // 2 - 4) // 2 for side in sides)

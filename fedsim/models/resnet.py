@@ -45,10 +45,8 @@ class CifarResNet(nn.Module):
         self.norm = norm(16)
         layers: list[nn.Module] = []
         for width, stride in ((16, 1), (32, 2), (64, 2)):
-            for number in range(blocks):
-                first = number == 0
-                channels = width // stride if first else width
-                layers.append(Block(channels, width, stride if first else 1, norm))
+            layers.append(Block(width // stride, width, stride, norm))
+            layers += [Block(width, width, 1, norm) for _ in range(blocks - 1)]
         self.blocks = nn.Sequential(*layers)
         self.fc = nn.Linear(64, classes)
         for layer in self.modules():

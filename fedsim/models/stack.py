@@ -1,7 +1,7 @@
 """K copies of a network as one network, so that each kernel computes all K.
 
 torch.fx traces the forward pass, and its graph is rewritten with the layers and operations of
-`fedsim.models.stacked_layers`. `CannotStack` names any layer or operation that is not listed there.
+`fedsim.models.stacked_layers`. A `CannotStack` error names a layer or operation that is not listed there.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ class _Stacker:
 
 
 def _shift_dimensions(node: fx.Node, names: Sequence[str]) -> bool:
-    """Shift the arguments `names` of `node`, which follow its first, by one; False if they are not plain dimensions."""
+    """Shift the arguments `names` of `node`, which follow the first, by one; False if they are not plain integers."""
     arguments: dict[int | str, Any] = dict(enumerate(node.args)) | dict(node.kwargs)
     given = [key for place, name in enumerate(names, 1) for key in (place, name) if key in arguments]
     if not given or given[0] not in (1, names[0]):  # by default such operations use all dimensions

@@ -1,4 +1,4 @@
-"""Layers that compute K copies of a layer at once, and the operations that can be stacked as they are.
+"""Layers that compute K copies of a layer at once, and the operations that can be stacked unchanged.
 
 Between layers the activations of the copies, (B, C, ...) each, are in one of two forms: side by side, (B, K * C, ...),
 or by copy, (K, B, C, ...).
@@ -77,7 +77,7 @@ class StackedLayerNorm(nn.Module):
 
 
 def shifted(dim: int) -> int:
-    """The dimension of an activation by copy that corresponds to `dim` of a copy."""
+    """The dimension of an activation in the form "by copy" that corresponds to `dim` of a single copy."""
     return dim + 1 if dim >= 0 else dim
 
 
@@ -96,26 +96,10 @@ def _conv2d(layer: nn.Conv2d, copies: int, by_products: bool) -> nn.Module:
     )
 
 
-def _linear(layer: nn.Linear, copies: int, _: bool) -> nn.Module:
-    return StackedLinear(layer.in_features, copies * layer.out_features, layer.bias is not None)
-
-
 def _batch_norm(layer: Any, copies: int, _: bool) -> nn.Module:
     arguments = (layer.eps, layer.momentum, layer.affine, layer.track_running_stats)
     norm: nn.Module = type(layer)(copies * layer.num_features, *arguments)
     return norm
-
-
-def _group_norm(layer: nn.GroupNorm, copies: int, _: bool) -> nn.Module:
-    return nn.GroupNorm(copies * layer.num_groups, copies * layer.num_channels, layer.eps, layer.affine)
-
-
-def _layer_norm(layer: nn.LayerNorm, copies: int, _: bool) -> nn.Module:
-    return StackedLayerNorm(layer, copies)
-
-
-def _flatten(layer: nn.Flatten, copies: int, _: bool) -> nn.Module:
-    return nn.Flatten(shifted(layer.start_dim), shifted(layer.end_dim))
 
 
 def _same(layer: nn.Module, copies: int, _: bool) -> nn.Module:
@@ -144,13 +128,17 @@ LAYERS_SIDE_BY_SIDE: dict[type[nn.Module], StackLayer] = {
     nn.Conv2d: _conv2d,
     nn.BatchNorm1d: _batch_norm,
     nn.BatchNorm2d: _batch_norm,
-    nn.GroupNorm: _group_norm,
+    nn.GroupNorm: lambda layer, copies, _: nn.GroupNorm(
+        copies * layer.num_groups, copies * layer.num_channels, layer.eps, layer.affine
+    ),
     **dict.fromkeys(POOLING, _same),
 }
 LAYERS_BY_COPY: dict[type[nn.Module], StackLayer] = {
-    nn.Linear: _linear,
-    nn.LayerNorm: _layer_norm,
-    nn.Flatten: _flatten,
+    nn.Linear: lambda layer, copies, _: StackedLinear(
+        layer.in_features, copies * layer.out_features, layer.bias is not None
+    ),
+    nn.LayerNorm: lambda layer, copies, _: StackedLayerNorm(layer, copies),
+    nn.Flatten: lambda layer, *_: nn.Flatten(shifted(layer.start_dim), shifted(layer.end_dim)),
     Dropout: _same,
 }
 LAYERS_ELEMENTWISE: dict[type[nn.Module], StackLayer] = dict.fromkeys(ACTIVATIONS, _same)

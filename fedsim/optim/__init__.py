@@ -1,4 +1,4 @@
-"""Optimizers by name (SGD with momentum, LARS, LAMB, PyTorch's), their state as named tensors, learning rates."""
+"""Optimizers by name (SGD with momentum, LARS, LAMB, PyTorch's), and their state as named tensors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from fedsim.copies import copies, fill
 from fedsim.errors import UserError
 from fedsim.optim.lamb import LAMB
 from fedsim.optim.lars import LARS
-from fedsim.optim.torch_base import SGDM
 from fedsim.optim.torch_optimizers import (
     NEW_STATE,
     TORCH_OPTIMIZERS,
@@ -25,7 +24,7 @@ from fedsim.optim.torch_optimizers import (
 
 Groups = list[dict[str, Any]]
 Named = Mapping[str, Tensor]  # parameters by their names
-NOT_STATE = ("weight_norm", "adam_norm", "trust_ratio")  # torch-optimizer's Lamb stores them; every step computes them
+NOT_STATE = ("weight_norm", "adam_norm", "trust_ratio")  # stored by torch-optimizer's Lamb, computed anew in each step
 USED_BY = {  # key -> the optimizers that use it
     "optimizer_args": tuple(TORCH_OPTIMIZERS),
     "optimizer_backend": ("lars", "lamb"),
@@ -57,7 +56,8 @@ def parameter_groups(parameters: Sequence[Tensor], weight_decay: float, biases_a
 
 def _sgdm(groups: Groups, config: Config) -> Optimizer:
     # fused: 2.5 times as fast on the CPU as the plain loop, with the same update
-    return SGDM(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
+    sgd = TORCH_OPTIMIZERS["sgd"]
+    return sgd(groups, lr=config.lr, momentum=config.momentum, nesterov=config.nesterov, fused=True)
 
 
 def _lars(groups: Groups, config: Config) -> Optimizer:
@@ -120,7 +120,7 @@ def is_capturable(config: Config) -> bool:
     """Whether a step of the optimizer of `config` can be part of a CUDA graph."""
     if config.optimizer in TORCH_OPTIMIZERS:
         return can_be_captured(config.optimizer)
-    return config.optimizer == "sgdm" or config.optimizer_backend == "fedsim"  # torch-optimizer's wait for the device
+    return config.optimizer == "sgdm" or config.optimizer_backend == "fedsim"  # torch-optimizer's synchronize
 
 
 def set_lr(optimizer: Optimizer, lr: float | Tensor) -> None:
@@ -184,11 +184,11 @@ def _empty_entry(value: Tensor, parameter: Tensor) -> Tensor:
 
 
 def zero_state(config: Config, parameters: Named) -> dict[str, Tensor]:
-    """The state of a new optimizer with every entry present: the initial state where clients average it."""
-    stand_ins = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
-    for stand_in in stand_ins.values():
-        stand_in.grad = torch.zeros_like(stand_in)
-    optimizer = build_optimizer(config, stand_ins)
+    """The state of a new optimizer with all entries that a step creates: the initial state where clients average it."""
+    zeros = {name: torch.zeros_like(parameter) for name, parameter in parameters.items()}
+    for zero in zeros.values():
+        zero.grad = torch.zeros_like(zero)
+    optimizer = build_optimizer(config, zeros)
     optimizer.step()
-    state = optimizer_state(stand_ins, optimizer)
+    state = optimizer_state(zeros, optimizer)
     return {key: value.fill_(NEW_STATE.get(key.rpartition("/")[2], 0)) for key, value in state.items()}

@@ -1,4 +1,4 @@
-"""What LARS and LAMB share: a step in multi-tensor operations that never wait for the device."""
+"""Shared parts of LARS and LAMB: a step of multi-tensor operations, without synchronization with the device."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def gradients(parameters: list[Tensor]) -> list[Tensor]:
 def zeros_for(parameter: Tensor) -> Tensor:
     """A new state buffer: zeros in the memory layout of `parameter`."""
     if parameter.is_cuda and torch.cuda.is_current_stream_capturing():
-        # the graph would contain the zeros, and every replay would reset the buffer
+        # the graph would record the zeros, and each replay would reset the buffer
         raise RuntimeError("take a step before capturing one in a CUDA graph: the first step creates the state")
     return torch.zeros_like(parameter, memory_format=torch.preserve_format)
 

@@ -1,6 +1,6 @@
 """The learning rate as a function of the local step: warm-up, then constant, cosine or multi-step.
 
-It never depends on the round: LocalSGD with any J and centralized training follow the same schedule over the samples.
+It does not depend on rounds: LocalSGD with any J and centralized training follow the same schedule over the samples.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The optimizers of `torch.optim` by name, as the optimizer of local steps.
 
-Left out are those that need more than gradients (LBFGS a closure, SparseAdam sparse gradients, Muon matrices alone) and
-those that the learning rate schedule does not reach: Rprop reads its rate once, and ASGD's average is not what it
-trains.
+Left out are those that cannot train every model here (LBFGS needs a closure, SparseAdam sparse gradients, Muon only
+matrices), Rprop, which reads its learning rate only once and so ignores the schedule, and ASGD, whose result is an
+average beside the parameters that it trains.
 """
 
 from __future__ import annotations
@@ -17,35 +17,18 @@ from torch.optim import Optimizer
 from fedsim.optim.torch_base import without_compiler
 
 Groups = list[dict[str, Any]]
+CLASSES = ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
 TORCH_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    kind.__name__.lower(): without_compiler(kind)
-    for kind in (
-        torch.optim.Adadelta,
-        torch.optim.Adafactor,
-        torch.optim.Adagrad,
-        torch.optim.Adam,
-        torch.optim.Adamax,
-        torch.optim.AdamW,
-        torch.optim.NAdam,
-        torch.optim.RAdam,
-        torch.optim.RMSprop,
-        torch.optim.SGD,
-    )
+    name.lower(): without_compiler(getattr(torch.optim, name)) for name in CLASSES
 }
 OWN_KEYS = ("lr", "weight_decay")  # arguments that have keys of their own
-OF_THE_IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")  # no arguments of the method
-NEW_STATE = {"mu_product": 1.0}  # of NAdam; every other entry of a state begins at zero
-NOT_ZERO = ("initial_accumulator_value", "dampening")  # of Adagrad and SGD: with them a new state is not a zero one
-
-
-def known_arguments(name: str) -> list[str]:
-    """The arguments that ``optimizer-args`` may have."""
-    none = (*OWN_KEYS, *OF_THE_IMPLEMENTATION, *NOT_ZERO)
-    return [argument for argument in inspect.signature(TORCH_OPTIMIZERS[name]).parameters if argument not in none]
+OF_THE_IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")  # not of the method
+NEW_STATE = {"mu_product": 1.0}  # of NAdam; every other entry of a state starts at zero
+NOT_ZERO = ("initial_accumulator_value", "dampening")  # of Adagrad and SGD: with them a new state is not all zero
 
 
 def torch_optimizer(name: str, groups: Groups, lr: float, arguments: dict[str, Any]) -> Optimizer:
-    """The optimizer `name` over `groups`, in the fastest form that takes a tensor as its rate."""
+    """The optimizer `name` over `groups`, in its fastest form that supports a tensor as the learning rate."""
     kind = TORCH_OPTIMIZERS[name]
     forms = inspect.signature(kind).parameters
     if groups[0]["params"][0].device.type == "cpu":
@@ -64,7 +47,8 @@ def can_be_captured(name: str) -> bool:
 
 def check_arguments(name: str, arguments: dict[str, Any]) -> None:
     """Raise ValueError where the optimizer `name` does not take the arguments, or does not step with them."""
-    known = known_arguments(name)
+    refused = (*OWN_KEYS, *OF_THE_IMPLEMENTATION, *NOT_ZERO)
+    known = [argument for argument in inspect.signature(TORCH_OPTIMIZERS[name]).parameters if argument not in refused]
     for argument in arguments:
         if argument in OWN_KEYS:
             raise ValueError(f"{argument} has a key of its own: give --{argument.replace('_', '-')}")

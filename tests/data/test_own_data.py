@@ -134,7 +134,8 @@ def test_facts_and_moments_of_ones_own_images(tmp_path: Path) -> None:
     held = arrays(shape=(9, 7, 5))
     np.savez_compressed(tmp_path / "mine.npz", **held)  # type: ignore[arg-type]
     config = config_of("mine.npz", tmp_path, **{"crop-padding": 0, "validation": 16})
-    assert facts_of(config)[:3] == (3, 96, (9, 7, 5))
+    facts = facts_of(config)
+    assert (facts.classes, facts.images, facts.shape) == (3, 96, (9, 7, 5))
     assert training_images(config) == 80
     mean, deviation = moments_of(config)
     pixels = held["train_images"].reshape(-1, 5) / 255

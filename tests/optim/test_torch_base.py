@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fedsim.models import build_model
-from fedsim.optim.torch_base import SGDM
+from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS
 
 ROUND = """
 import sys
@@ -41,7 +41,7 @@ def test_a_round_in_a_new_process_loads_only_what_it_needs(optimizer: str) -> No
 )
 def test_sgdm_is_torchs_sgd_bitwise(keys: dict[str, Any]) -> None:
     weights = []
-    for kind in (SGDM, torch.optim.SGD):
+    for kind in (TORCH_OPTIMIZERS["sgd"], torch.optim.SGD):
         model = build_model("lenet5", 10, 0)
         optimizer = kind([{"params": list(model.parameters()), "lr": 0.1}], lr=0.01, **keys)
         for step in range(3):

@@ -68,12 +68,12 @@ def infinite(value: np.ndarray) -> np.ndarray:
 
 
 GARBLED: dict[str, tuple[Callable[[Arrays], Arrays], str]] = {
-    "a part is missing": (lambda a: {key: a[key] for key in a if key != first(a)}, "its arrays are others than those"),
-    "a part too many": (lambda a: {**a, "fc/spam": np.zeros(3)}, "its arrays are others than those sent: fc/spam"),
+    "a part is missing": (lambda a: {key: a[key] for key in a if key != first(a)}, "its arrays differ from those"),
+    "a part too many": (lambda a: {**a, "fc/spam": np.zeros(3)}, "its arrays differ from those sent: fc/spam"),
     "another type": (lambda a: {**a, first(a): a[first(a)].astype(np.float64)}, "is float64 "),
     "another shape": (lambda a: {**a, first(a): np.append(a[first(a)], a[first(a)].flat[0])}, r"not as it was sent"),
     "infinite": (lambda a: {key: infinite(value) for key, value in a.items()}, "is not finite"),
-    "not compressed": (lambda a: {key: value.numpy() for key, value in X.items()}, "its arrays are others than those"),
+    "not compressed": (lambda a: {key: value.numpy() for key, value in X.items()}, "its arrays differ from those"),
 }
 
 
