@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fedsim.config import FIELDS, Mode, accepted, engine_named, has_key, kebab, typed
+from fedsim.config import FIELDS, Mode, about, engine_named, has_key, kebab, typed
 from fedsim.errors import UserError
 from fedsim.experiments.execute import configured_run, execute
 from fedsim.experiments.progress import each, is_live, live_line
@@ -97,11 +97,7 @@ def _with_keys(mode: Mode) -> Callable[[Callable[..., Any]], Callable[..., Any]]
     def documented(function: Callable[..., Any]) -> Callable[..., Any]:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
         keys = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=FIELDS[name].default) for name in names]
-        lines = [
-            f"    {name} = {FIELDS[name].default!r}: "
-            + "; ".join(filter(None, [(FIELDS[name].description or "").rstrip("."), accepted(FIELDS[name], False)]))
-            for name in names
-        ]
+        lines = [f"    {name} = {FIELDS[name].default!r}: {about(FIELDS[name])}" for name in names]
         function.__signature__ = inspect.Signature([*own, *keys])  # type: ignore[attr-defined]
         function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Keys:", *lines])
         return function
@@ -223,8 +219,8 @@ def _run(
     progress: bool,
     track: str,
 ) -> Result:
-    check_tracker(track)
     config, chosen = configured_run(mode, as_keys(mode, keys), preset, engine)
+    check_tracker(track, chosen)
     folder = run_folder(config, mode)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_threads_kept())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import inspect
+import itertools
 import re
 import shlex
 import sys
@@ -18,7 +19,7 @@ from rich.console import Console
 from typer.core import TyperCommand, TyperGroup
 
 from fedsim import __version__
-from fedsim.config import FIELDS, Config, Engine, Mode, accepted, engine_named, has_key, kebab, suggestions, typed
+from fedsim.config import FIELDS, Config, Engine, Mode, about, engine_named, has_key, kebab, suggestions, typed
 from fedsim.errors import RunFailed, UserError
 from fedsim.interrupts import Interrupted, interruption
 
@@ -35,7 +36,8 @@ SHARD_KEYS = (
     *("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed"),
     *("partition", "partition-args"),
 )
-KINDS: dict[Any, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+SWITCHES = {kebab(name) for name, field in FIELDS.items() if field.annotation is bool}
+KINDS: dict[Any, str | None] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
 
 class CommandGroup(TyperGroup):
@@ -151,8 +153,13 @@ def fedsim(
     """LocalSGD and its large-batch rivals: how often must machines that train together talk?"""
 
 
-def keys_of(mode: Mode, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: the keyword arguments ``**keys`` of a command become a flag for every key of `mode`; see `_given`."""
+def keys_of(
+    mode: Mode, without: tuple[str, ...] = (), lists: bool = False
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Decorator: the keyword arguments ``**keys`` of a command become a flag for every key of `mode`; see `_given`.
+
+    With `lists`, for a `GridCommand`, boolean keys take an optional value as well.
+    """
     names = [name for name in FIELDS if has_key(mode, name) and kebab(name) not in without]
 
     def with_flags(command: Callable[..., None]) -> Callable[..., None]:
@@ -160,8 +167,8 @@ def keys_of(mode: Mode, without: tuple[str, ...] = ()) -> Callable[[Callable[...
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature if p.kind is not p.VAR_KEYWORD]
         panels = _panels()
         first = [name for name in names if kebab(name) in MOST_USED]
-        parameters = [_flag(name, FIRST) for name in first]
-        parameters += own + [_flag(name, panels[name]) for name in names if name not in first]
+        parameters = [_flag(name, FIRST, lists) for name in first]
+        parameters += own + [_flag(name, panels[name], lists) for name in names if name not in first]
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         return command
@@ -182,22 +189,24 @@ def _panels() -> dict[str, str]:
     return titles
 
 
-def _flag(name: str, panel: str) -> inspect.Parameter:
+def _flag(name: str, panel: str, lists: bool) -> inspect.Parameter:
     """The option of a key: None if it is not given, otherwise text that `Config` parses and checks."""
-    field = FIELDS[name]
-    boolean = field.annotation is bool
-    about = "; ".join(filter(None, [(field.description or "").rstrip("."), accepted(field, limits=False)]))
-    default = "empty" if field.default == "" else str(field.default).lower() if boolean else field.default
+    field, key = FIELDS[name], kebab(name)
+    switch = field.annotation is bool
+    flags, metavar = [f"--{key}"], KINDS.get(field.annotation, "NAME")
+    if switch:
+        flags, metavar = ([f"--no-{key}", f"--{key}"], "[LIST]") if lists else ([f"--{key}/--no-{key}"], None)
+    default = "empty" if field.default == "" else str(field.default).lower() if switch else field.default
     option = typer.Option(
         None,
-        f"--{kebab(name)}" + (f"/--no-{kebab(name)}" if boolean else ""),
-        help=f"{about} (default: {default})",
-        metavar=None if boolean else KINDS.get(field.annotation, "NAME"),
+        *flags,
+        help=f"{about(field)} (default: {default})",
+        metavar=metavar,
         show_default=False,
         rich_help_panel=panel,
         autocompletion=_completion(suggestions(field)),
     )
-    annotation: Any = Optional[bool if boolean else str]
+    annotation: Any = Optional[bool if switch and not lists else str]
     return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
 
 
@@ -239,6 +248,19 @@ class RayCommand(Command):
         return super().parse_args(ctx, args)
 
 
+class GridCommand(RayCommand):
+    """A grid, where a switch may have a list: --nesterov true,false beside plain --nesterov and --no-nesterov."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given: list[str] = []
+        for word, after in itertools.zip_longest(args, args[1:], fillvalue="-"):
+            if word.startswith("--no-") and word[5:] in SWITCHES:
+                given += [f"--{word[5:]}", "false"]
+            else:
+                given += [word, "true"] if word[2:] in SWITCHES and after.startswith("-") else [word]
+        return super().parse_args(ctx, given)
+
+
 @cli.command(cls=Command)
 @keys_of("centralized")
 def centralized(
@@ -276,8 +298,8 @@ def localsgd(
         execute(config, "localsgd", chosen, on_row, rerun)
 
 
-@cli.command(cls=RayCommand)
-@keys_of("localsgd", without=("clients", "local-steps", "seed", "results-dir", "resume"))
+@cli.command(cls=GridCommand)
+@keys_of("localsgd", without=("clients", "local-steps", "seed", "results-dir", "resume"), lists=True)
 def grid(
     clients: str = typer.Option("4,12", "--clients", help="the values of K, with commas", metavar="LIST"),
     local_steps: str = typer.Option("10,20,30", "--local-steps", help="the values of J, with commas", metavar="LIST"),
@@ -295,7 +317,8 @@ def grid(
 ) -> None:
     """Run every cell of a K/J grid, then show its table and write it as CSV and PNG.
 
-    Any other key may be a list with commas too, for instance --lr 0.01,0.1: the grid then has its values as well.
+    Any other key may be a list with commas too, for instance --lr 0.01,0.1 or --nesterov true,false: the grid then has
+    a cell for each combination with its values.
     """
     from fedsim.experiments.study import grid_study
 
@@ -574,9 +597,10 @@ def deploy(
 def _runner(address: str | None, cpus: float | None, gpus: float | None, engine: str, track: str = "") -> Runner:
     """Where cells run: on Ray if there is an `address`, else one by one."""
     checked = engine_named(engine)
-    _check_track(track)
-    if track and address is not None:
-        raise UserError(f"track = {track} with --ray: rows are sent from this process alone: leave one out")
+    if track:
+        from fedsim.experiments.track import check_tracker  # only here, since it imports torch
+
+        check_tracker(track, checked)
     for flag, given in (("cpus-per-cell", cpus), ("gpus-per-cell", gpus)):
         if given is not None and address is None:
             raise UserError(f"{flag} = {given} is a share of a Ray node: give --ray too")
@@ -594,7 +618,7 @@ def _runner(address: str | None, cpus: float | None, gpus: float | None, engine:
         raise UserError(f"gpus-per-cell = {gpus} is not a share of a GPU: give above 0 and at most 1, e.g. 0.25")
     from fedsim.experiments.ray_sweep import OnRay
 
-    return OnRay(checked, address, cpus, gpus)
+    return OnRay(checked, address, cpus, gpus, track)
 
 
 def integers(name: str, listed: str) -> list[int]:
@@ -616,13 +640,6 @@ def several(name: str, value: Any) -> list[Any]:
     return []
 
 
-def _check_track(track: str) -> None:
-    if track:
-        from fedsim.experiments.track import check_tracker
-
-        check_tracker(track)
-
-
 def _show_cost(config: Config, mode: Mode) -> None:
     """Print what the run of `config` (resolved) would cost."""
     from fedsim.experiments.cost import Pace, plan_lines
@@ -642,9 +659,7 @@ def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterato
     from fedsim.experiments.track import check_tracker, tracker
     from fedsim.records import print_row, read_summary, run_folder
 
-    check_tracker(track)
-    if track and engine == "flower":
-        raise UserError(f"track = {track} with engine = flower: rows are sent from this process alone: leave one out")
+    check_tracker(track, engine)
     folder = run_folder(config, mode)
     by = f" by {engine}" if mode == "localsgd" else ""
     print(f"{mode} on {config.device}{by} in {folder}", flush=True)

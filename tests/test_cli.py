@@ -106,8 +106,20 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --dataset synthetic --clients 9000 --dry-run", "clients = 9000 is more than the 8000"),
         ("study kj-small --dry-run --cells k9", "cells = 'k9' matches no cell of kj-small"),
         ("localsgd --dataset synthetic --track wandb", "track = 'wandb' is unknown: it must be one of tensorboard"),
-        ("grid --dataset synthetic --track tensorboard --ray", "track = tensorboard"),
-        ("localsgd --dataset synthetic --track tensorboard --engine flower", "track = tensorboard"),
+        (
+            "localsgd --dataset synthetic --track tensorboard --engine flower",
+            "track = tensorboard with engine = flower",
+        ),
+        ("grid --dataset synthetic --track tensorboard --engine flower", "track = tensorboard with engine = flower"),
+        ("grid --dataset synthetic --track wandb --ray", "track = 'wandb' is unknown"),
+        ("grid --dataset synthetic --nesterov yes", "nesterov = 'yes' is not true or false"),
+        ("grid --dataset synthetic --nesterov true,x", "nesterov = 'x' is not true or false"),
+        (
+            "grid --dataset synthetic --nesterov true,true",
+            "nesterov = [True, True] must have one value or more, without",
+        ),
+        ("grid --dataset synthetic --no-nesterov true", "Got unexpected extra argument (true)"),
+        ("localsgd --dataset synthetic --nesterov true,false", "Got unexpected extra argument (true,false)"),
         ("grid --dataset synthetic --lr 0.1,x", "lr = 'x' is not a number"),
         ("grid --dataset synthetic --lr 0.1,0.1", "lr = [0.1, 0.1] must have one value or more, without duplicates"),
         ("grid --dataset synthetic --checkpoint-every 1,2", "grid checkpoint-every: results of mode localsgd do not"),
@@ -265,6 +277,27 @@ def test_any_key_of_a_grid_may_be_a_list(call: Call, tmp_path: Path) -> None:
     assert [line.split()[0] for line in out.splitlines()[1:-1]] == [
         f"k1-j8-{optimizer}-{lr}-seed2025" for optimizer in ("sgdm", "lars") for lr in ("lr0.01", "lr0.1")
     ]
+
+
+@pytest.mark.parametrize(
+    ("switches", "values"),
+    [
+        (
+            "--nesterov true,false --error-feedback false,true --compress int8",
+            [(False, False), (False, True), (True, False), (True, True)],
+        ),
+        ("--nesterov --no-error-feedback --compress int8", [(True, False)]),
+        ("--no-nesterov", [(False, True)]),
+        ("--nesterov=true", [(True, True)]),
+    ],
+)
+def test_switches_of_a_grid_may_be_lists(call: Call, tmp_path: Path, switches: str, values: list[Any]) -> None:
+    keys = [*TINY[:-10], "--device", "cpu", "--epochs", "0.5", "--name", "switches"]
+    code, _, err = call("grid", *keys, "--clients", "1", "--local-steps", "8", *switches.split())
+    assert (code, err) == (0, "")
+    configs = [json.loads(path.read_text()) for path in tmp_path.glob("results/switches/*/config.json")]
+    crossed = [(config["nesterov"], config["error-feedback"]) for config in configs]
+    assert sorted(crossed) == values
 
 
 def test_a_grid_of_an_earlier_version_keeps_its_name(call: Call, tmp_path: Path) -> None:

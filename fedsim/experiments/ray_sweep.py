@@ -34,6 +34,7 @@ from fedsim.experiments.execute import execute, resolve_run
 from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
+from fedsim.experiments.track import check_tracker, tracker
 from fedsim.provenance import origin
 from fedsim.records import read_summary, run_folder
 
@@ -53,13 +54,14 @@ class OnRay:
     """Runs cells on the Ray cluster at `address`; if it is empty, at RAY_ADDRESS, or else on a new local Ray.
 
     Each cell uses `cpus` cores (by default the threads of its steps) and, on a GPU, the share `gpus` of it (by default
-    1).
+    1). It also sends its rows to the tracker `track`, if one is named.
     """
 
     engine: Engine
     address: str
     cpus: float | None = None
     gpus: float | None = None
+    track: str = ""
     here = False
 
     @contextlib.contextmanager
@@ -123,7 +125,7 @@ class OnRay:
     def _submit(self, cell: Cell) -> Future[Failure]:
         share = self._share(cell.config)
         remote = _run_cell.options(num_cpus=share["CPU"], num_gpus=share["GPU"])
-        future: Future[Failure] = remote.remote(cell, self.engine, share["CPU"], CODE).future()
+        future: Future[Failure] = remote.remote(cell, self.engine, self.track, share["CPU"], CODE).future()
         return future
 
     def _share(self, config: Config) -> dict[str, float]:
@@ -139,7 +141,7 @@ class OnRay:
 
 
 @ray.remote(max_retries=MAX_RESTARTS)
-def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> Failure:
+def _run_cell(cell: Cell, engine: Engine, track: str, cpus: float, code: str) -> Failure:
     """Run `cell` in a Ray task, on `cpus` cores of its node; returns why it failed, or None."""
     _, mode, config = cell
     here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
@@ -154,7 +156,9 @@ def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> Failure:
     os.environ[CORES] = str(math.ceil(cpus))
     try:
         config, engine = resolve_run(config, mode, engine)
-        execute(config, mode, engine, patience=LOCK_SECONDS)
+        check_tracker(track, engine)  # it may be missing on this node
+        with tracker(track, run_folder(config, mode)) as on_row:
+            execute(config, mode, engine, on_row, patience=LOCK_SECONDS)
     except (RunFailed, UserError) as error:
         return error
     return None

@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedsim.config import Engine
 from fedsim.errors import UserError
 from fedsim.experiments.progress import OnRow
 from fedsim.records import Row
@@ -15,12 +16,14 @@ TRACKERS = ("", "tensorboard")
 TRACKED = ("train_loss", "test_loss", "test_accuracy", "lr", "epoch", "bytes_up", "bytes_down", "seconds")
 
 
-def check_tracker(name: str) -> None:
-    """Raise UserError if the tracker is unknown or not installed."""
+def check_tracker(name: str, engine: Engine) -> None:
+    """Raise UserError if the tracker `name` is unknown or not installed, or `engine` does not track."""
     if name not in TRACKERS:
         raise UserError(f"track = {name!r} is unknown: it must be one of {', '.join(filter(None, TRACKERS))}")
     if name and importlib.util.find_spec(name) is None:
         raise UserError(f"track = {name}: it is not installed: pip install 'fedsim[{name}]'")
+    if name and engine == "flower":
+        raise UserError(f"track = {name} with engine = flower: Flower's own process writes the rows: leave one out")
 
 
 @contextlib.contextmanager
