@@ -36,6 +36,7 @@ SHARD_KEYS = (
     *("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed"),
     *("partition", "partition-args"),
 )
+ALL = tuple(map(kebab, FIELDS))
 SWITCHES = {kebab(name) for name, field in FIELDS.items() if field.annotation is bool}
 KINDS: dict[Any, str | None] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
@@ -154,21 +155,26 @@ def fedsim(
 
 
 def keys_of(
-    mode: Mode, without: tuple[str, ...] = (), lists: bool = False
+    mode: Mode, without: Sequence[str] = (), only: Sequence[str] = ALL, lists: bool = False
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """Decorator: the keyword arguments ``**keys`` of a command become a flag for every key of `mode`; see `_given`.
 
     With `lists`, for a `GridCommand`, boolean keys take an optional value as well.
     """
-    names = [name for name in FIELDS if has_key(mode, name) and kebab(name) not in without]
 
     def with_flags(command: Callable[..., None]) -> Callable[..., None]:
         signature = inspect.signature(command, eval_str=True).parameters.values()
         own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature if p.kind is not p.VAR_KEYWORD]
-        panels = _panels()
-        first = [name for name in names if kebab(name) in MOST_USED]
-        parameters = [_flag(name, FIRST, lists) for name in first]
-        parameters += own + [_flag(name, panels[name], lists) for name in names if name not in first]
+        first, others, panel = list[inspect.Parameter](), list[inspect.Parameter](), ""
+        for name in FIELDS:
+            panel = PANELS.get(name, panel)
+            if not has_key(mode, name) or kebab(name) in without or kebab(name) not in only:
+                continue
+            if kebab(name) in MOST_USED:
+                first.append(_flag(name, FIRST, lists))
+            else:
+                others.append(_flag(name, panel, lists))
+        parameters = first + own + others
         command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
         command.__annotations__ = {p.name: p.annotation for p in parameters}
         return command
@@ -179,14 +185,6 @@ def keys_of(
 def _given(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The flags that were given, by their keys."""
     return {kebab(name): value for name, value in keys.items() if value is not None}
-
-
-def _panels() -> dict[str, str]:
-    """The section of the help of each key."""
-    titles, title = {}, ""
-    for name in FIELDS:
-        titles[name] = title = PANELS.get(name, title)
-    return titles
 
 
 def _flag(name: str, panel: str, lists: bool) -> inspect.Parameter:
@@ -267,14 +265,7 @@ def centralized(
     preset: str = PRESET, rerun: bool = RERUN, dry_run: bool = DRY_RUN, track: str = TRACK, **keys: Any
 ) -> None:
     """Train on one machine that has all images: the large-batch baselines."""
-    from fedsim.experiments.execute import configured_run, execute
-
-    config, engine = configured_run("centralized", _given(keys), preset)
-    if dry_run:
-        _show_cost(config, "centralized")
-        return
-    with _reported(config, "centralized", engine, track) as on_row:
-        execute(config, "centralized", engine, on_row, rerun)
+    _run("centralized", keys, preset, rerun, "auto", dry_run, track)
 
 
 @cli.command(cls=Command)
@@ -288,14 +279,7 @@ def localsgd(
     **keys: Any,
 ) -> None:
     """Train by LocalSGD: K clients, J local steps per round, then one average."""
-    from fedsim.experiments.execute import configured_run, execute
-
-    config, chosen = configured_run("localsgd", _given(keys), preset, engine)
-    if dry_run:
-        _show_cost(config, "localsgd")
-        return
-    with _reported(config, "localsgd", chosen, track) as on_row:
-        execute(config, "localsgd", chosen, on_row, rerun)
+    _run("localsgd", keys, preset, rerun, engine, dry_run, track)
 
 
 @cli.command(cls=GridCommand)
@@ -331,8 +315,8 @@ def grid(
         else:
             single[name] = value
     runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine, track)
-    study = grid_study(lists, single, preset, _results(results_dir))
-    _run_grid(study, study.cells(keys=single), results_dir, runner, rerun, dry_run)
+    found = grid_study(lists, single, preset, _results(results_dir))
+    _run_studies([found], lambda study: study.cells(keys=single), results_dir, runner, rerun, dry_run, save_as="grid")
 
 
 @cli.command(cls=Command)
@@ -340,8 +324,8 @@ def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
     """A small K/J grid on synthetic images: offline, two cores, about a minute."""
     from fedsim.experiments.study import read_study
 
-    study = read_study("demo")
-    _run_grid(study, study.cells(), results_dir, _runner(None, None, None, "auto"), rerun)
+    runner = _runner(None, None, None, "auto")
+    _run_studies([read_study("demo")], lambda study: study.cells(), results_dir, runner, rerun, save_as="grid")
 
 
 @cli.command(cls=Command)
@@ -391,53 +375,47 @@ def study(
 ) -> None:
     """Run the given studies, then show their tables; without any, list all studies and their costs."""
     from fedsim.experiments.study import read_study, select
-    from fedsim.experiments.sweep import PLAIN, fail_if_any
-    from fedsim.experiments.tune import run_tuned_studies
-    from fedsim.report.page import show_results
 
     chosen = integers("seeds", seeds) if seeds else []
-    console = _console()
     if not studies:
         from fedsim.experiments.cost import list_studies
 
-        for line in list_studies(chosen, _results(results_dir)):
-            console.print(line, **PLAIN)
+        print(*list_studies(chosen, _results(results_dir)), sep="\n")
         return
     keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
     only = [pattern.strip() for pattern in cells.split(",") if pattern.strip()]
     read = [read_study(name).in_precision(precision) if precision else read_study(name) for name in studies]
     runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine, track)
-    results = _results(results_dir)
-
-    def cells_of(study: Study) -> list[Cell]:
-        return select(study, study.cells(chosen, keys), only)
-
-    if dry_run:
-        for found in read:
-            _show_plan(found, cells_of(found), results, runner)
-        return
-    failed, total = run_tuned_studies(read, cells_of, results, runner, rerun, console)
-    for found in read:
-        folder = results / found.name
-        show_results(folder, console)
-        console.print(f"python run.py report {folder} -o report", **PLAIN)
-    fail_if_any(failed, total)
+    _run_studies(
+        read, lambda study: select(study, study.cells(chosen, keys), only), results_dir, runner, rerun, dry_run
+    )
 
 
-def _run_grid(
-    study: Study, cells: Sequence[Cell], results_dir: str, runner: Runner, rerun: bool, dry_run: bool = False
+def _run_studies(
+    studies: Sequence[Study],
+    cells_of: Callable[[Study], list[Cell]],
+    results_dir: str,
+    runner: Runner,
+    rerun: bool,
+    dry_run: bool = False,
+    save_as: str = "",
 ) -> None:
-    """Run `cells` of `study`, then show its table and write it as grid.csv and grid.png to its folder."""
-    from fedsim.experiments.sweep import fail_if_any, run_studies
+    """Run `cells_of` each of `studies`, then show their tables; with `save_as`, also write them as CSV and PNG."""
+    from fedsim.experiments.sweep import PLAIN, fail_if_any
+    from fedsim.experiments.tune import run_tuned_studies
+    from fedsim.provenance import program
     from fedsim.report.page import show_results
 
     console, results = _console(), _results(results_dir)
     if dry_run:
-        _show_plan(study, cells, results, runner)
+        for study in studies:
+            _show_plan(study, cells_of(study), results, runner)
         return
-    failed = run_studies([(study, cells)], results, runner, rerun, console)
-    show_results(results / study.name, console, save_as="grid")
-    fail_if_any(failed, len(cells))
+    failed, total = run_tuned_studies(studies, cells_of, results, runner, rerun, console)
+    for folder in (results / study.name for study in studies):
+        show_results(folder, console, save_as)
+        console.print(f"{program()} report {folder} -o report", **PLAIN)
+    fail_if_any(failed, total)
 
 
 def _show_plan(study: Study, cells: Sequence[Cell], results: Path, runner: Runner) -> None:
@@ -476,7 +454,7 @@ RESULTS = typer.Argument("results", help="folder of results, or one study's in i
 
 
 @cli.command(cls=Command)
-@keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in SHARD_KEYS))
+@keys_of("localsgd", only=SHARD_KEYS)
 def export_shards(
     out: str = typer.Option(..., "-o", "--out", help="the new folder, with a folder for each client in it"),
     **keys: Any,
@@ -495,7 +473,7 @@ def export_shards(
 
 
 @cli.command(cls=Command)
-@keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in SHARD_KEYS))
+@keys_of("localsgd", only=SHARD_KEYS)
 def partition(
     out: str = typer.Option("", "-o", "--out", help="also draw it to this file, .png, .pdf or .svg", metavar="FILE"),
     **keys: Any,
@@ -556,6 +534,7 @@ def time_to_accuracy(
     is the median over the runs of seconds per training image, tests included, times the images of a worker's step. A
     figure shows the time at bandwidths from 1 Mbit/s to 100 Gbit/s, and the fastest cells.
     """
+    from fedsim.provenance import program
     from fedsim.report.network import Link, Network, duration, rate
     from fedsim.report.stragglers import stragglers
     from fedsim.report.time_to_accuracy import Plan, time_to_accuracy
@@ -566,7 +545,7 @@ def time_to_accuracy(
     network = Network(rate("bandwidth", bandwidth), duration("latency", latency, zero=True), cast(Link, link), up)
     step = duration("compute", compute) if compute else None
     plan = Plan(target, network, step, stragglers(jitter, slow, seed))
-    command = shlex.join(["python", "run.py", *sys.argv[1:]])
+    command = f"{program()} {shlex.join(sys.argv[1:])}"
     time_to_accuracy(results, plan, out, command, _console())
 
 
@@ -596,11 +575,10 @@ def deploy(
 
 def _runner(address: str | None, cpus: float | None, gpus: float | None, engine: str, track: str = "") -> Runner:
     """Where cells run: on Ray if there is an `address`, else one by one."""
-    checked = engine_named(engine)
-    if track:
-        from fedsim.experiments.track import check_tracker  # only here, since it imports torch
+    from fedsim.experiments.track import check_tracker
 
-        check_tracker(track, checked)
+    checked = engine_named(engine)
+    check_tracker(track, checked)
     for flag, given in (("cpus-per-cell", cpus), ("gpus-per-cell", gpus)):
         if given is not None and address is None:
             raise UserError(f"{flag} = {given} is a share of a Ray node: give --ray too")
@@ -640,10 +618,16 @@ def several(name: str, value: Any) -> list[Any]:
     return []
 
 
-def _show_cost(config: Config, mode: Mode) -> None:
-    """Print what the run of `config` (resolved) would cost."""
+def _run(mode: Mode, keys: Mapping[str, Any], preset: str, rerun: bool, engine: str, dry_run: bool, track: str) -> None:
+    """Execute one run, or print what it would cost."""
+    from fedsim.experiments.execute import check, configured_run, execute
+
+    config, chosen = configured_run(mode, _given(keys), preset, engine)
+    if not dry_run:
+        with _reported(config, mode, chosen, track) as on_row:
+            execute(config, mode, chosen, on_row, rerun)
+        return
     from fedsim.experiments.cost import Pace, plan_lines
-    from fedsim.experiments.execute import check
     from fedsim.experiments.study import Cell
     from fedsim.records import run_folder
 

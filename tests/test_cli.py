@@ -20,6 +20,7 @@ from fedsim.__main__ import main as run_main
 from fedsim.config import FIELDS, Mode, has_key, kebab
 from fedsim.errors import RunFailed
 from fedsim.experiments import execute
+from fedsim.provenance import program
 from fedsim.records import print_row
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --strategy fedprox", "strategy = 'fedprox' is neither localsgd nor module:Class, e.g. flwr"),
         ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of auto, threads, stacked, flower"),
         ("localsgd --preset table3", "unknown preset table3: it must be one of demo, kj-equal-epochs"),
-        ("localsgd --preset table1", "preset = table1 is for mode centralized, not localsgd: give run.py centralized"),
+        ("localsgd --preset table1", "preset = table1 is for mode centralized, not localsgd: give it to centralized"),
         ("localsgd --dataset synthetic --clients 9000", "clients = 9000 is more than the 8000"),
         ("localsgd --dataset synthetic --clients 1000", "batch-size = 64 is more than a shard of 8 images"),
         ("centralized --dataset synthetic --batch-size 8001", "batch-size = 8001 is more than a shard of 8000 images"),
@@ -236,6 +237,7 @@ def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None
     (tmp_path / "mine.toml").write_text("\n".join([*head, *lines]))
     code, out, _ = call("study", "mine.toml", "--seeds", "1,2", "--device", "cpu", "--threads", "1")
     assert (code, "4/4  mine/j2-seed2  test " in out) == (0, True)
+    assert out.endswith(f"python run.py report {tmp_path}/results/mine -o report\n")
     assert len(list((tmp_path / "results" / "mine").glob("j*-seed[12]/summary.json"))) == 4
     assert call("report")[0] == 0
     assert "Mine" in (tmp_path / "report" / "index.html").read_text()
@@ -419,6 +421,19 @@ def test_the_version_is_printed_by_the_module_too() -> None:
     for start in (["run.py"], ["-m", "fedsim"]):
         done = subprocess.run([sys.executable, *start, "--version"], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, f"fedsim {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("start", "called"),
+    [
+        ("/usr/local/bin/fedsim", "fedsim"),
+        ("run.py", "python run.py"),
+        (f"{ROOT}/fedsim/__main__.py", "python -m fedsim"),
+    ],
+)
+def test_the_program_is_named_as_the_user_called_it(monkeypatch: pytest.MonkeyPatch, start: str, called: str) -> None:
+    monkeypatch.setattr(sys, "argv", [start, "study"])
+    assert program() == called
 
 
 def test_errors_of_several_lines_are_printed_on_one(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

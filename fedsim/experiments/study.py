@@ -264,8 +264,7 @@ def read_preset(name: str, mode: Mode) -> Study:
     if (study := read_study(name)).mode != mode:
         others = ", ".join(other for other in study_names() if read_study(other).mode == mode)
         raise UserError(
-            f"preset = {name} is for mode {study.mode}, not {mode}: "
-            f"give run.py {study.mode} --preset {name}, or here one of {others}"
+            f"preset = {name} is for mode {study.mode}, not {mode}: give it to {study.mode}, or here one of {others}"
         )
     return study
 
