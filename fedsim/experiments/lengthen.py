@@ -1,4 +1,4 @@
-"""Lengthen a run: train on from the end of a shorter one, where no step taken so far depends on the length."""
+"""Lengthen a run: continue a shorter one, if the steps that it has taken do not depend on its length."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ from fedsim.training.run_plan import run_plan
 
 
 def open_run(config: Config, mode: Mode, on_row: Callable[[Row], None] | None = None, engine: str = "") -> Run:
-    """The run of `config` (resolved), also where its folder holds a shorter one that can be lengthened to it.
+    """The run of `config` (resolved), even if its folder holds a shorter run, which is then continued.
 
-    The model is then that of a run which had this length from the start, bit for bit; the rows have one more where the
-    shorter run ended, unless it would have been recorded there anyway. Raises UserError where the rates, or J, of
-    the rounds already trained depend on the length.
+    Its model will be bit for bit that of a run that had this length from the start; it may have one more row, where the
+    shorter run ended. Raises UserError if the learning rates or J of the rounds already trained depend on the length.
     """
     return Run(config, mode, on_row, engine, lengthens=_lengthens(config, mode))
 
 
 def _lengthens(config: Config, mode: Mode) -> bool:
-    """Whether the run's folder holds one that differs in its length alone."""
+    """Whether the run's folder holds one that differs only in its length; raises UserError if it cannot continue."""
     folder = run_folder(config, mode)
     if not (folder / CONFIG).is_file():
         return False
     held = read_config(folder)
     differing = differences(held, {"mode": mode, **config.identity(mode)})
     if not differing or set(differing) - set(LENGTH):
-        return False  # `Run` names the difference
+        return False  # `Run` reports the difference
     shorter = config.changed({name: held[name] for name in LENGTH if name in held})
     if reason := _why_not(shorter, config, mode):
         raise UserError(f"name = {folder.name}: {folder} holds a run of {_length(shorter, mode)}: {reason}")
@@ -38,7 +37,7 @@ def _lengthens(config: Config, mode: Mode) -> bool:
 
 
 def _why_not(shorter: Config, longer: Config, mode: Mode) -> str:
-    """Why a run of `shorter` cannot be lengthened to `longer`, or nothing."""
+    """Why a run of `shorter` cannot be lengthened to `longer`; empty if it can."""
     if longer.schedule == "cosine":
         return "with schedule = cosine its rates depend on its length: give another --name to run a longer one"
     remedy = "give more rounds or epochs, or another --name"

@@ -23,12 +23,15 @@ def check_tracker(name: str, engine: Engine) -> None:
     if name and importlib.util.find_spec(name) is None:
         raise UserError(f"track = {name}: it is not installed: pip install 'fedsim[{name}]'")
     if name and engine == "flower":
-        raise UserError(f"track = {name} with engine = flower: Flower's own process writes the rows: leave one out")
+        raise UserError(f"track = {name} with engine = flower: its rows are written by another process: leave one out")
 
 
 @contextlib.contextmanager
 def tracker(name: str, folder: Path) -> Iterator[OnRow]:
-    """Context manager: a function that writes a row's numbers, by round, to ``FOLDER/tensorboard``."""
+    """Context manager: yields a function that writes the numbers of a row to ``FOLDER/tensorboard``, by round.
+
+    Without a name it does nothing.
+    """
     if not name:
         yield lambda row: None
         return
@@ -37,7 +40,7 @@ def tracker(name: str, folder: Path) -> Iterator[OnRow]:
     writers: list[SummaryWriter] = []
 
     def on_row(row: Row) -> None:
-        if not writers:  # a resumed run hides what was written after its checkpoint
+        if not writers:  # hides what was written after the checkpoint that a run resumes from
             writers.append(SummaryWriter(str(folder / name), purge_step=row["round"]))
         for tag in TRACKED:
             if row[tag] is not None:
