@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import training_images
@@ -40,20 +40,22 @@ def _why_not(shorter: Config, longer: Config, mode: Mode) -> str:
     """Why a run of `shorter` cannot be lengthened to `longer`; empty if it can."""
     if longer.schedule == "cosine":
         return "with schedule = cosine its rates depend on its length: give another --name to run a longer one"
-    remedy = "give more rounds or epochs, or another --name"
-    if mode == "centralized":
-        longer_by = whole_epochs(longer)[0] - whole_epochs(shorter)[0]
-        return "" if longer_by > 0 else f"it can be lengthened, but not shortened: {remedy}"
-    images = training_images(longer)
-    before, after = run_plan(shorter, images).starts, run_plan(longer, images).starts
+    before, after = _starts(shorter, mode), _starts(longer, mode)
     if after[-1] <= before[-1]:
-        return f"it can be lengthened, but not shortened: {remedy}"
+        return "it can be lengthened, but not shortened: give more rounds or epochs, or another --name"
     if after[: len(before)] != before:
         return f"J of its rounds depends on its length ({longer.local_steps_schedule}): give another --name"
     return ""
 
 
+def _starts(config: Config, mode: Mode) -> Sequence[int]:
+    """The local step at which each round starts (centralized: the number of each epoch), and the end of the run."""
+    return (
+        range(whole_epochs(config)[0] + 1)
+        if mode == "centralized"
+        else run_plan(config, training_images(config)).starts
+    )
+
+
 def _length(config: Config, mode: Mode) -> str:
-    if mode == "centralized":
-        return f"{whole_epochs(config)[0]} epochs"
-    return f"{run_plan(config, training_images(config)).rounds} rounds"
+    return f"{len(_starts(config, mode)) - 1} {'epochs' if mode == 'centralized' else 'rounds'}"

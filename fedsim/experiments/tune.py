@@ -97,11 +97,9 @@ def trials_of(study: Study, cells: Sequence[Cell]) -> list[Trial]:
         for values in itertools.product(*(tune.grid[name] for name in keys)):
             own = dict(zip(keys, values, strict=True))
             part = "-".join(f"{key}{value}" for key, value in own.items())
-            config = cell.config.changed(
-                {**_shortened(cell, tune.budget), **machine, **own, "name": f"{cell.name}-{part}"}
-            )
-            config = config.changed({"validation": tune.validation, "record-by": "epoch", "evaluate-every": 1})
-            trials.append(Trial(cell.name, own, cell._replace(config=config)))
+            tested = {"validation": tune.validation, "record-by": "epoch", "evaluate-every": 1}
+            changes = {**_shortened(cell, tune.budget), **machine, **own, **tested, "name": f"{cell.name}-{part}"}
+            trials.append(Trial(cell.name, own, cell._replace(config=cell.config.changed(changes))))
     return trials
 
 
