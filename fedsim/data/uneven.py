@@ -1,6 +1,6 @@
-"""Partitions that give clients different classes or numbers of images, by flwr-datasets or, for Pachinko, `pachinko`.
+"""Partitions with different classes or numbers of images per client: those of flwr-datasets, and `pachinko`.
 
-A partition is a function of the labels, its name and arguments, the number of clients and the seed. It is kept in the
+A partition depends only on the labels, its name and arguments, the number of clients and the seed. It is kept in the
 cache, so that the processes of a node, one for each message, do not draw it again.
 """
 
@@ -28,10 +28,7 @@ from fedsim.rng import generator
 
 Shards = list[NDArray[np.int64]]
 OURS = ("num_partitions", "seed")  # arguments of partitioners that follow from other keys
-LABEL, SUPERCLASS = (
-    "label",
-    "coarse_label",
-)  # columns to partition by, named as in CIFAR-100's data set for flwr-datasets
+LABEL, SUPERCLASS = "label", "coarse_label"  # the columns that partition_by may name
 
 
 @functools.lru_cache(maxsize=2)  # called by every client in every round
@@ -65,7 +62,7 @@ def _pachinko(config: Config, labels: NDArray[np.int64]) -> Shards:
 
 
 def _by_flower(config: Config, labels: NDArray[np.int64]) -> Shards:
-    """The shards of the partitioner of flwr-datasets that the config names, on the images in a seeded order."""
+    """The shards that the partitioner of flwr-datasets makes of the images, which it is given in a seeded order."""
     try:
         import datasets
         from flwr_datasets import partitioner as partitioners
@@ -98,7 +95,7 @@ def _by_flower(config: Config, labels: NDArray[np.int64]) -> Shards:
 
 
 def _arguments(config: Config, kind: type, where: str) -> dict[str, Any]:
-    """The arguments for a partitioner; raises UserError where one is unknown or missing."""
+    """The arguments of the partitioner `kind`; raises UserError if one is unknown or missing."""
     parameters = inspect.signature(kind).parameters
     implied = {"num_partitions": config.clients, "partition_by": LABEL, "seed": config.seed}
     given = {name: _listed(name, value) for name, value in arguments_of(config.partition_args, words=True).items()}
@@ -117,7 +114,7 @@ def _arguments(config: Config, kind: type, where: str) -> dict[str, Any]:
 
 
 def _listed(name: str, value: Argument) -> Any:
-    """Tuples as lists, which flwr-datasets asks for; a single size is a list too."""
+    """`value`, but a tuple as a list, which flwr-datasets expects, and also a single one of ``partition_sizes``."""
     if isinstance(value, tuple):
         return list(value)
     return [value] if name == "partition_sizes" else value

@@ -80,11 +80,11 @@ class OneByOne:
 def run_studies(
     studies: Sequence[tuple[Study, Sequence[Cell]]], results: Path, runner: Runner, rerun: bool, console: Console
 ) -> list[str]:
-    """Check the given cells of all studies, then run them in the folders ``RESULTS/STUDY``.
+    """Check the given cells of all studies, then run them in ``RESULTS/STUDY``; `results` is absolute.
 
     If a cell fails, the others still run. Returns the names of the cells that failed.
     """
-    folders = {study.name: results.expanduser().absolute() / study.name for study, _ in studies}
+    folders = {study.name: results / study.name for study, _ in studies}
     if len(folders) < len(studies):
         raise UserError(f"studies {', '.join(s.name for s, _ in studies)}: give each name once, as it names a folder")
     cells = [resolved_cell(cell, folders[study.name], runner) for study, own in studies for cell in own]

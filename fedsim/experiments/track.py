@@ -20,10 +20,10 @@ def check_tracker(name: str, engine: Engine) -> None:
     """Raise UserError if the tracker `name` is unknown or not installed, or `engine` does not track."""
     if name not in TRACKERS:
         raise UserError(f"track = {name!r} is unknown: it must be one of {', '.join(filter(None, TRACKERS))}")
-    if name and importlib.util.find_spec(name) is None:
-        raise UserError(f"track = {name}: it is not installed: pip install 'fedsim[{name}]'")
     if name and engine == "flower":
         raise UserError(f"track = {name} with engine = flower: its rows are written by another process: leave one out")
+    if name and importlib.util.find_spec(name) is None:
+        raise UserError(f"track = {name}: it is not installed: pip install 'fedsim[{name}]'")
 
 
 @contextlib.contextmanager

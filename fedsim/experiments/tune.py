@@ -53,7 +53,7 @@ def run_tuned_studies(
     rerun: bool,
     console: Console,
 ) -> tuple[list[str], int]:
-    """Tune the `studies` that have ``[tune]``, then run the cells that `cells_of` selects.
+    """Tune the `studies` that have ``[tune]``, then run the cells that `cells_of` selects, in `results` (absolute).
 
     Returns the names of the cells that failed, and the number of cells.
     """
@@ -66,7 +66,6 @@ def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rer
     """`study` with the keys chosen for `cells`, or unchanged without ``[tune]``. Raises RunFailed if no trial ended."""
     if study.tune is None:
         return study
-    results = results.expanduser().absolute()
     folder = results / f"{study.name}{TUNING}"
     trials = [replace(trial, cell=resolved_cell(trial.cell, folder, runner)) for trial in trials_of(study, cells)]
     console.print(f"{study.name}: {len(trials)} trials on {study.tune.validation} held-out training images", **PLAIN)
