@@ -169,7 +169,7 @@ def study(
     rerun: bool = False,
     progress: bool = True,
 ) -> StudyResult:
-    """Run the study `name`, one of fedsim's or a TOML file, with `seeds`; if `cells` are given, those that match them."""
+    """Run the study `name`, one of fedsim's or a TOML file: all cells, or those that match `cells`, with `seeds`."""
     keys = as_keys("localsgd", {"data_dir": data_dir, "device": device, "threads": threads})
 
     def cells_of(study: Study) -> Any:

@@ -205,10 +205,10 @@ def grid(
 @cli.command(cls=Command)
 def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
     """A small K/J grid on synthetic images: offline, two cores, about a minute."""
-    from fedsim.experiments.study import read_study
+    from fedsim.experiments.study import Study, read_study
+    from fedsim.experiments.sweep import OneByOne
 
-    runner = _runner(None, None, None, "auto")
-    _run_studies([read_study("demo")], lambda study: study.cells(), results_dir, runner, rerun, save_as="grid")
+    _run_studies([read_study("demo")], Study.cells, results_dir, OneByOne("auto"), rerun, save_as="grid")
 
 
 @cli.command(cls=Command)
@@ -453,7 +453,7 @@ def deploy(
     print("the next steps are in docs/deployment.md" + ("" if insecure else "; ca/ stays here, ca.key is secret"))
 
 
-def _runner(address: str | None, cpus: float | None, gpus: float | None, engine: str, track: str = "") -> Runner:
+def _runner(address: str | None, cpus: float | None, gpus: float | None, engine: str, track: str) -> Runner:
     """The runner of the cells: Ray if there is an `address`, otherwise this process, one cell after the other."""
     from fedsim.experiments.track import check_tracker
 

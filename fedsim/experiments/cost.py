@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -13,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsim.config import Config, Mode, current_names
+from fedsim.config import Config, Mode
 from fedsim.data.datasets import image_shape, training_images
 from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.compress import codec_down_of, codec_of
 from fedsim.federation.round import initial_progress
 from fedsim.models import cpu_model, initial_model
-from fedsim.records import CONFIG, run_folder
+from fedsim.records import CONFIG, read_config, read_summary, run_folder
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 from strategies import join, payload_bytes, split, tensor_record, tensors_of
@@ -86,9 +85,8 @@ def measured_rates(results: Path) -> dict[tuple[str, str], float]:
     rates: dict[tuple[str, str], list[float]] = {}
     for folder in (Path(name) for name, _, files in os.walk(results.expanduser()) if "summary.json" in files):
         try:
-            summary, keys = (json.loads((folder / f"{kind}.json").read_text()) for kind in ("summary", "config"))
-            known = {name: value for name, value in current_names(keys).items() if name != "mode"}
-            config = Config().changed(known)
+            summary = read_summary(folder) or {}
+            config = Config().changed({name: value for name, value in read_config(folder).items() if name != "mode"})
             rate = summary["epoch"] * training_images(config) / summary["seconds"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):
             continue  # damaged: the report warns of it
