@@ -5,8 +5,8 @@
     run = fedsim.localsgd(model="lenet5", dataset="synthetic", clients=12, local_steps=10)
     run.rows.plot(x="epoch", y="test_accuracy")
 
-Keys are those of the command line, with underscores. Results are those of the command line too: the same folder, the
-same bits, and a run that is finished is read, not run again. Bad input is a `fedsim.UserError`, a run that fails a
+Keys are those of the command line, with underscores. So are the results: they are in the same folder, bit for bit the
+same, and a run that is finished is read, not run again. Bad input raises `fedsim.UserError`, a run that fails
 `fedsim.RunFailed`.
 """
 
@@ -25,7 +25,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fedsim.config import FIELDS, Mode, accepted, engine_named, has_key, kebab, typed
+from fedsim.config import FIELDS, Mode, about, engine_named, has_key, kebab, typed
 from fedsim.errors import UserError
 from fedsim.experiments.execute import configured_run, execute
 from fedsim.experiments.progress import each, is_live, live_line
@@ -39,13 +39,13 @@ from fedsim.report.load import read_records
 
 @dataclass(frozen=True)
 class Result:
-    """A run's folder, read when asked."""
+    """The result of a run, read from its folder when it is accessed."""
 
     folder: Path
 
     @property
     def rows(self) -> pd.DataFrame:
-        """A line for each row of ``metrics.jsonl``, with its columns; accuracies are fractions."""
+        """The rows of ``metrics.jsonl`` with its columns; accuracies are from 0 to 1."""
         return pd.DataFrame(read_rows(self.folder))
 
     @property
@@ -60,7 +60,7 @@ class Result:
 
     @property
     def finished(self) -> bool:
-        """Whether the run has come to the end of its budget."""
+        """Whether the run has reached the end of its budget."""
         return bool(self.summary.get("finished"))
 
     def state_dict(self) -> dict[str, Tensor]:
@@ -71,13 +71,13 @@ class Result:
 
 @dataclass(frozen=True)
 class StudyResult:
-    """The folder of a study's runs, read when asked."""
+    """The results of a study, read from its folder when they are accessed."""
 
     folder: Path
 
     @property
     def runs(self) -> pd.DataFrame:
-        """A line for each run: its keys in kebab-case, its accuracies and costs in snake_case, `run` and `folder`."""
+        """A row for each run: its keys in kebab-case, its accuracies and costs in snake_case, `run` and `folder`."""
         return read_records(self.folder).runs
 
     @property
@@ -91,17 +91,13 @@ class StudyResult:
 
 
 def _with_keys(mode: Mode) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: give the function the keys of `mode` in its signature and docstring, for help and completion."""
+    """Decorator: add the keys of `mode` to a function's signature and docstring, for help and completion."""
     names = [name for name in FIELDS if has_key(mode, name)]
 
     def documented(function: Callable[..., Any]) -> Callable[..., Any]:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
         keys = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=FIELDS[name].default) for name in names]
-        lines = [
-            f"    {name} = {FIELDS[name].default!r}: "
-            + "; ".join(filter(None, [(FIELDS[name].description or "").rstrip("."), accepted(FIELDS[name], False)]))
-            for name in names
-        ]
+        lines = [f"    {name} = {FIELDS[name].default!r}: {about(FIELDS[name])}" for name in names]
         function.__signature__ = inspect.Signature([*own, *keys])  # type: ignore[attr-defined]
         function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Keys:", *lines])
         return function
@@ -122,10 +118,10 @@ def localsgd(
 ) -> Result:
     """Train by LocalSGD: K clients, J local steps per round, then one average.
 
-    `preset`: a study, by name or as a TOML file, whose settings the keys override. `engine`: auto, threads, stacked or
-    flower. `rerun`: start over. `on_row`: called with each row, a dict. `progress`: show a line that changes, in a
-    terminal or a notebook. `track`: also send the rows to ``tensorboard``. `model` and `dataset` may be functions,
-    where they can be imported by name.
+    `preset`: a study (its name, or a TOML file) whose settings the keys override. `engine`: auto, threads, stacked or
+    flower. `rerun`: start over. `on_row`: is called with each row, a dict. `progress`: show the progress on a line, in
+    a terminal or notebook. `track`: also send the rows to this tracker, ``tensorboard``. `model` and `dataset` may be
+    functions that can be imported by name.
     """
     return _run("localsgd", keys, preset, engine, rerun, on_row, progress, track)
 
@@ -153,7 +149,7 @@ def grid(
     progress: bool = True,
     **keys: Any,
 ) -> StudyResult:
-    """LocalSGD for each combination of the keys that are lists: ``fedsim.grid(clients=[4, 12], lr=[0.01, 0.1])``."""
+    """Run LocalSGD for each combination of the keys that are lists: ``grid(clients=[4, 12], lr=[0.01, 0.1])``."""
     lists = {kebab(name): list(value) for name, value in keys.items() if isinstance(value, list | tuple | range)}
     own = {name: value for name, value in as_keys("localsgd", keys).items() if name not in lists}
     found = grid_study(lists, own, preset, Path(results_dir))
@@ -173,7 +169,7 @@ def study(
     rerun: bool = False,
     progress: bool = True,
 ) -> StudyResult:
-    """Run the study `name`, one of fedsim's or a TOML file: all cells or those that match `cells`, with `seeds`."""
+    """Run the study `name`, one of fedsim's or a TOML file: all cells, or those that match `cells`, with `seeds`."""
     keys = as_keys("localsgd", {"data_dir": data_dir, "device": device, "threads": threads})
 
     def cells_of(study: Study) -> Any:
@@ -191,7 +187,7 @@ def as_keys(mode: Mode, keys: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _plain(name: str, value: Any) -> Any:
-    """A path or function as text, a number of numpy's or torch's as Python's."""
+    """`value` as a key holds it: a path or function as text, a number of NumPy or torch as Python's."""
     if isinstance(value, Path):
         return str(value)
     if callable(value):
@@ -200,7 +196,7 @@ def _plain(name: str, value: Any) -> Any:
 
 
 def _importable(name: str, function: Any) -> str:
-    """The text ``module:function`` by which every process finds `function`; raises UserError if none can."""
+    """The text ``module:function`` by which other processes can import `function`; raises UserError if they cannot."""
     module, path = getattr(function, "__module__", ""), getattr(function, "__qualname__", "")
     found: Any = sys.modules.get(module)
     for part in path.split("."):
@@ -223,8 +219,8 @@ def _run(
     progress: bool,
     track: str,
 ) -> Result:
-    check_tracker(track)
     config, chosen = configured_run(mode, as_keys(mode, keys), preset, engine)
+    check_tracker(track, chosen)
     folder = run_folder(config, mode)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_threads_kept())
@@ -253,7 +249,7 @@ def _run_study(
 
 @contextlib.contextmanager
 def _threads_kept() -> Iterator[None]:
-    """Context manager: torch's number of threads in this process is restored, which a run sets to its own."""
+    """Context manager: restore the number of threads of torch, which a run sets to its own."""
     threads = torch.get_num_threads()
     try:
         yield

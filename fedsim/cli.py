@@ -1,10 +1,8 @@
-"""The command line. Every configuration key is a flag; an error is one line and an exit code."""
+"""The commands. Bad input and failed runs are reported on one line, with an exit code."""
 
 from __future__ import annotations
 
 import contextlib
-import inspect
-import re
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -15,57 +13,22 @@ from typing import TYPE_CHECKING, Any, NoReturn, Optional, cast, get_args
 import click
 import typer
 from rich.console import Console
-from typer.core import TyperCommand, TyperGroup
 
 from fedsim import __version__
-from fedsim.config import FIELDS, Config, Engine, Mode, accepted, engine_named, has_key, kebab, suggestions, typed
+from fedsim.config import Config, Engine, Mode, engine_named, typed
 from fedsim.errors import RunFailed, UserError
+from fedsim.flags import Command, CommandGroup, GridCommand, RayCommand, given, integers, keys_of, several
 from fedsim.interrupts import Interrupted, interruption
-
-MOST_USED = "dataset model optimizer lr batch-size epochs clients local-steps seed device results-dir name".split()
-FIRST = "Keys used most"
-PANELS = {  # the first key of each, in the order of config.py -> the title of its section of the help
-    "dataset": "Data",
-    "model": "Model and optimizer",
-    "schedule": "Schedule and budget",
-    "clients": "LocalSGD",
-    "seed": "The run",
-}
-SHARD_KEYS = (
-    *("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed"),
-    *("partition", "partition-args"),
-)
-KINDS: dict[Any, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
-
-
-class CommandGroup(TyperGroup):
-    """All commands; help shows the first paragraph of each, not truncated."""
-
-    def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        first = {name: (command.help or "").split("\n\n")[0] for name, command in self.commands.items()}
-        with formatter.section("Commands"):
-            formatter.write_dl([(name, " ".join(text.split())) for name, text in first.items()])
-
-
-class Command(TyperCommand):
-    """A command whose help has a section for each panel of its options."""
-
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if record := parameter.get_help_record(ctx):
-                flags, about = record[0], record[1].replace(r"\[", "[")  # typer writes it for rich
-                title = getattr(parameter, "rich_help_panel", None) or "Options"
-                sections.setdefault(title, []).append((flags, about))
-        for title, records in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
-
 
 if TYPE_CHECKING:  # these import torch, which takes seconds; --help must not wait for it
     from fedsim.experiments.study import Cell, Study
     from fedsim.experiments.sweep import Runner
     from fedsim.records import Row
+
+SHARD_KEYS = (  # of which the clients' images depend, and nothing else
+    *("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed"),
+    *("partition", "partition-args"),
+)
 
 # Without rich, which truncates flags and help that do not fit its columns
 cli = typer.Typer(
@@ -90,7 +53,7 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _saying_how_to_resume() -> Iterator[None]:
-    """Context manager: an interrupted command that can be resumed gets a note that says how."""
+    """Context manager: add a note to `Interrupted` that says how to resume, if the command can be resumed."""
     try:
         yield
     except Interrupted as interrupted:
@@ -102,7 +65,7 @@ def _saying_how_to_resume() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _errors_in_one_line() -> Iterator[None]:
-    """Context manager: an error becomes one line and an exit code."""
+    """Context manager: print an error on one line and exit with its code."""
     try:
         yield
     except click.exceptions.NoArgsIsHelpError as error:
@@ -119,7 +82,7 @@ def _errors_in_one_line() -> Iterator[None]:
 
 
 def _resumes(arguments: list[str]) -> bool:
-    """Whether the command can be resumed: such commands have a flag --rerun."""
+    """Whether the command can be resumed, which those with a flag --rerun can."""
     command = typer.main.get_group(cli).commands.get(next(iter(arguments), ""))
     return command is not None and any(parameter.name == "rerun" for parameter in command.params)
 
@@ -134,7 +97,7 @@ def _fail(message: str, code: int) -> NoReturn:
 
 
 def _console() -> Console:
-    """A console that prints names and paths unchanged, also with brackets and colons."""
+    """A console that does not interpret brackets and colons in names and paths."""
     return Console(markup=False, emoji=False)
 
 
@@ -151,67 +114,16 @@ def fedsim(
     """LocalSGD and its large-batch rivals: how often must machines that train together talk?"""
 
 
-def keys_of(mode: Mode, without: tuple[str, ...] = ()) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: the keyword arguments ``**keys`` of a command become a flag for every key of `mode`; see `_given`."""
-    names = [name for name in FIELDS if has_key(mode, name) and kebab(name) not in without]
-
-    def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True).parameters.values()
-        own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature if p.kind is not p.VAR_KEYWORD]
-        panels = _panels()
-        first = [name for name in names if kebab(name) in MOST_USED]
-        parameters = [_flag(name, FIRST) for name in first]
-        parameters += own + [_flag(name, panels[name]) for name in names if name not in first]
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
-
-    return with_flags
-
-
-def _given(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that were given, by their keys."""
-    return {kebab(name): value for name, value in keys.items() if value is not None}
-
-
-def _panels() -> dict[str, str]:
-    """The section of the help of each key."""
-    titles, title = {}, ""
-    for name in FIELDS:
-        titles[name] = title = PANELS.get(name, title)
-    return titles
-
-
-def _flag(name: str, panel: str) -> inspect.Parameter:
-    """The option of a key: None if it is not given, otherwise text that `Config` parses and checks."""
-    field = FIELDS[name]
-    boolean = field.annotation is bool
-    about = "; ".join(filter(None, [(field.description or "").rstrip("."), accepted(field, limits=False)]))
-    default = "empty" if field.default == "" else str(field.default).lower() if boolean else field.default
-    option = typer.Option(
-        None,
-        f"--{kebab(name)}" + (f"/--no-{kebab(name)}" if boolean else ""),
-        help=f"{about} (default: {default})",
-        metavar=None if boolean else KINDS.get(field.annotation, "NAME"),
-        show_default=False,
-        rich_help_panel=panel,
-        autocompletion=_completion(suggestions(field)),
-    )
-    annotation: Any = Optional[bool if boolean else str]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
-
-
-def _completion(names: Sequence[str]) -> Callable[[str], list[str]]:
-    """What a shell completes the start of a value to."""
-    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
-
-
 PRESET = typer.Option(
-    "", "--preset", "--config", help="settings of a study, fedsim's or a TOML file; flags override them", metavar="NAME"
+    "",
+    "--preset",
+    "--config",
+    help="use the settings of this study, a name or TOML file; flags override them",
+    metavar="NAME",
 )
-DRY_RUN = typer.Option(False, "--dry-run", help="show the cells and what they would cost; write nothing")
+DRY_RUN = typer.Option(False, "--dry-run", help="list the runs and what they would cost; write nothing")
 TRACK = typer.Option("", "--track", help="also send the rows to: tensorboard", metavar="NAME")
-RERUN = typer.Option(False, "--rerun", help="start over, also where a run is finished or interrupted")
+RERUN = typer.Option(False, "--rerun", help="start over, even if a run is finished or was interrupted")
 ENGINE = typer.Option(
     "auto", "--engine", help="threads or stacked: in this process (auto: the faster); flower: on Ray", metavar="NAME"
 )
@@ -224,19 +136,10 @@ RAY = typer.Option(
 )
 CPUS = typer.Option(None, "--cpus-per-cell", help="with --ray: CPU cores per cell (default: --threads)")
 GPUS = typer.Option(None, "--gpus-per-cell", help="with --ray: share of a GPU per cell, e.g. 0.25 (default: 1)")
-RESULTS_DIR = typer.Option("results", "--results-dir", help="folder for the folders of studies", metavar="TEXT")
-STUDIES = typer.Argument(None, metavar="[STUDY]...", help="names of fedsim/studies/, or TOML files")
-
-
-class RayCommand(Command):
-    """A command with --ray, for which an ADDRESS is optional."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if "--ray" in args:
-            after = args.index("--ray") + 1
-            if after == len(args) or not re.fullmatch("auto|local|[^-].*:.*", args[after]):
-                args = [*args[:after], "", *args[after:]]
-        return super().parse_args(ctx, args)
+RESULTS_DIR = typer.Option("results", "--results-dir", help="folder in which each study has its own", metavar="TEXT")
+RESULTS = typer.Argument("results", help="folder of results, or of one study", metavar="[RESULTS]")
+OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")
+STUDIES = typer.Argument(None, metavar="[STUDY]...", help="names of studies in fedsim/studies/, or TOML files")
 
 
 @cli.command(cls=Command)
@@ -245,14 +148,7 @@ def centralized(
     preset: str = PRESET, rerun: bool = RERUN, dry_run: bool = DRY_RUN, track: str = TRACK, **keys: Any
 ) -> None:
     """Train on one machine that has all images: the large-batch baselines."""
-    from fedsim.experiments.execute import configured_run, execute
-
-    config, engine = configured_run("centralized", _given(keys), preset)
-    if dry_run:
-        _show_cost(config, "centralized")
-        return
-    with _reported(config, "centralized", engine, track) as on_row:
-        execute(config, "centralized", engine, on_row, rerun)
+    _run("centralized", keys, preset, rerun, "auto", dry_run, track)
 
 
 @cli.command(cls=Command)
@@ -266,18 +162,11 @@ def localsgd(
     **keys: Any,
 ) -> None:
     """Train by LocalSGD: K clients, J local steps per round, then one average."""
-    from fedsim.experiments.execute import configured_run, execute
-
-    config, chosen = configured_run("localsgd", _given(keys), preset, engine)
-    if dry_run:
-        _show_cost(config, "localsgd")
-        return
-    with _reported(config, "localsgd", chosen, track) as on_row:
-        execute(config, "localsgd", chosen, on_row, rerun)
+    _run("localsgd", keys, preset, rerun, engine, dry_run, track)
 
 
-@cli.command(cls=RayCommand)
-@keys_of("localsgd", without=("clients", "local-steps", "seed", "results-dir", "resume"))
+@cli.command(cls=GridCommand)
+@keys_of("localsgd", without=("clients", "local-steps", "seed", "results-dir", "resume"), lists=True)
 def grid(
     clients: str = typer.Option("4,12", "--clients", help="the values of K, with commas", metavar="LIST"),
     local_steps: str = typer.Option("10,20,30", "--local-steps", help="the values of J, with commas", metavar="LIST"),
@@ -295,30 +184,31 @@ def grid(
 ) -> None:
     """Run every cell of a K/J grid, then show its table and write it as CSV and PNG.
 
-    Any other key may be a list with commas too, for instance --lr 0.01,0.1: the grid then has its values as well.
+    Any other key may have several values too, as in --lr 0.01,0.1 or --nesterov true,false: the grid then has a cell
+    for each combination of values.
     """
     from fedsim.experiments.study import grid_study
 
     whole = {"clients": clients, "local-steps": local_steps, "seed": seeds}
     lists: dict[str, Any] = {name: integers(name, listed) for name, listed in whole.items()}
     single = {}
-    for name, value in _given(keys).items():
+    for name, value in given(keys).items():
         if values := several(name, value):
             lists[name] = values
         else:
             single[name] = value
     runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine, track)
-    study = grid_study(lists, single, preset, _results(results_dir))
-    _run_grid(study, study.cells(keys=single), results_dir, runner, rerun, dry_run)
+    found = grid_study(lists, single, preset, _results(results_dir))
+    _run_studies([found], lambda study: study.cells(keys=single), results_dir, runner, rerun, dry_run, save_as="grid")
 
 
 @cli.command(cls=Command)
 def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
     """A small K/J grid on synthetic images: offline, two cores, about a minute."""
-    from fedsim.experiments.study import read_study
+    from fedsim.experiments.study import Study, read_study
+    from fedsim.experiments.sweep import OneByOne
 
-    study = read_study("demo")
-    _run_grid(study, study.cells(), results_dir, _runner(None, None, None, "auto"), rerun)
+    _run_studies([read_study("demo")], Study.cells, results_dir, OneByOne("auto"), rerun, save_as="grid")
 
 
 @cli.command(cls=Command)
@@ -331,25 +221,25 @@ def bench(
         "", "--variants", help="what to measure, with commas (default: all for the device)", metavar="LIST"
     ),
     timed: int = typer.Option(3, "--timed", help="timed rounds in each pass", min=1),
-    passes: int = typer.Option(2, "--passes", help="turns of each variant", min=1),
-    time_limit: float = typer.Option(900, "--time-limit", help="seconds after which a turn is ended", min=1),
-    grow: bool = typer.Option(True, help="also measure how a round grows with K (to 1,000) and J"),
+    passes: int = typer.Option(2, "--passes", help="how often each variant is measured", min=1),
+    time_limit: float = typer.Option(900, "--time-limit", help="seconds after which a measurement is stopped", min=1),
+    grow: bool = typer.Option(True, help="also measure how the time of a round grows with K (to 1,000) and J"),
     output: str = typer.Option("results/bench.json", "--output", "-o", help="the file to write", metavar="FILE"),
     **keys: Any,
 ) -> None:
-    """Time a round of every variant of LocalSGD in turn, compared with centralized training at batch K * B."""
+    """Measure the time of a round for each variant of LocalSGD, against centralized training at batch K * B."""
     from fedsim.bench.measure import run_bench
 
     sizes = integers("clients", clients)
     names = [name.strip() for name in variants.split(",")] if variants else []
-    run_bench(_given(keys), sizes, names, timed, passes, time_limit, grow, output, _console())
+    run_bench(given(keys), sizes, names, timed, passes, time_limit, grow, output, _console())
 
 
 @cli.command(cls=RayCommand)
 def study(
     studies: list[str] = STUDIES,
     seeds: str = typer.Option("", "--seeds", help="seeds of every cell, with commas (default: the study's)"),
-    cells: str = typer.Option("", "--cells", help="only these, with commas: 'k12-j20,k4-*' (default: all)"),
+    cells: str = typer.Option("", "--cells", help="run only these cells, with commas: 'k12-j20,k4-*' (default: all)"),
     results_dir: str = RESULTS_DIR,
     data_dir: str = typer.Option("", "--data-dir", help="as for localsgd", metavar="TEXT"),
     device: str = typer.Option("auto", "--device", help="as for localsgd", metavar="TEXT"),
@@ -368,57 +258,51 @@ def study(
 ) -> None:
     """Run the given studies, then show their tables; without any, list all studies and their costs."""
     from fedsim.experiments.study import read_study, select
-    from fedsim.experiments.sweep import PLAIN, fail_if_any
-    from fedsim.experiments.tune import run_tuned_studies
-    from fedsim.report.page import show_results
 
     chosen = integers("seeds", seeds) if seeds else []
-    console = _console()
     if not studies:
         from fedsim.experiments.cost import list_studies
 
-        for line in list_studies(chosen, _results(results_dir)):
-            console.print(line, **PLAIN)
+        print(*list_studies(chosen, _results(results_dir)), sep="\n")
         return
     keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
     only = [pattern.strip() for pattern in cells.split(",") if pattern.strip()]
     read = [read_study(name).in_precision(precision) if precision else read_study(name) for name in studies]
     runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine, track)
-    results = _results(results_dir)
-
-    def cells_of(study: Study) -> list[Cell]:
-        return select(study, study.cells(chosen, keys), only)
-
-    if dry_run:
-        for found in read:
-            _show_plan(found, cells_of(found), results, runner)
-        return
-    failed, total = run_tuned_studies(read, cells_of, results, runner, rerun, console)
-    for found in read:
-        folder = results / found.name
-        show_results(folder, console)
-        console.print(f"python run.py report {folder} -o report", **PLAIN)
-    fail_if_any(failed, total)
+    _run_studies(
+        read, lambda study: select(study, study.cells(chosen, keys), only), results_dir, runner, rerun, dry_run
+    )
 
 
-def _run_grid(
-    study: Study, cells: Sequence[Cell], results_dir: str, runner: Runner, rerun: bool, dry_run: bool = False
+def _run_studies(
+    studies: Sequence[Study],
+    cells_of: Callable[[Study], list[Cell]],
+    results_dir: str,
+    runner: Runner,
+    rerun: bool,
+    dry_run: bool = False,
+    save_as: str = "",
 ) -> None:
-    """Run `cells` of `study`, then show its table and write it as grid.csv and grid.png to its folder."""
-    from fedsim.experiments.sweep import fail_if_any, run_studies
+    """Run the cells that `cells_of` selects of each study, then show the tables; with `save_as`, also save them."""
+    from fedsim.experiments.sweep import PLAIN, fail_if_any
+    from fedsim.experiments.tune import run_tuned_studies
+    from fedsim.provenance import program
     from fedsim.report.page import show_results
 
     console, results = _console(), _results(results_dir)
     if dry_run:
-        _show_plan(study, cells, results, runner)
+        for study in studies:
+            _show_plan(study, cells_of(study), results, runner)
         return
-    failed = run_studies([(study, cells)], results, runner, rerun, console)
-    show_results(results / study.name, console, save_as="grid")
-    fail_if_any(failed, len(cells))
+    failed, total = run_tuned_studies(studies, cells_of, results, runner, rerun, console)
+    for folder in (results / study.name for study in studies):
+        show_results(folder, console, save_as)
+        console.print(f"{program()} report {folder} -o report", **PLAIN)
+    fail_if_any(failed, total)
 
 
 def _show_plan(study: Study, cells: Sequence[Cell], results: Path, runner: Runner) -> None:
-    """Print what `cells` of `study`, and the trials that choose their keys, would cost."""
+    """Print the cost of the `cells` of `study`, and of the trials of its tuning."""
     from fedsim.experiments.cost import Pace, plan_lines
     from fedsim.experiments.study import TUNING
     from fedsim.experiments.sweep import resolved_cell
@@ -434,57 +318,49 @@ def _show_plan(study: Study, cells: Sequence[Cell], results: Path, runner: Runne
 
 
 def _results(folder: str) -> Path:
-    """The folder `folder` of --results-dir; raises UserError like the key results-dir."""
+    """The absolute path of --results-dir; raises UserError as the key results-dir does."""
     return Path(typed("results-dir", folder)).expanduser().absolute()
 
 
 @cli.command(cls=Command)
-def watch(
-    results: str = typer.Argument("results", help="folder of results, or one study's in it", metavar="[RESULTS]"),
-) -> None:
-    """Show how far all runs in a folder have come: in a terminal until all are finished, in a pipe once."""
+def watch(results: str = RESULTS) -> None:
+    """Show the progress of all runs in a folder: in a terminal until all are finished, in a pipe once."""
     from fedsim.experiments.watch import watch
 
     watch(_results(results), _console())
 
 
-OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="FOLDER")
-RESULTS = typer.Argument("results", help="folder of results, or one study's in it", metavar="[RESULTS]")
-
-
 @cli.command(cls=Command)
-@keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in SHARD_KEYS))
+@keys_of("localsgd", only=SHARD_KEYS)
 def export_shards(
-    out: str = typer.Option(..., "-o", "--out", help="the new folder, with a folder for each client in it"),
+    out: str = typer.Option(..., "-o", "--out", help="the folder to create; it will hold a folder for each client"),
     **keys: Any,
 ) -> None:
     """Write the images of each client to a folder, for SuperNodes that have only their own data.
 
-    These are the shards of a run with the same keys, as images.npy and labels.npy: set each as its node's data-dir.
+    Each folder holds a shard of the run with the same keys, as images.npy and labels.npy: give it to its node as
+    data-dir.
     """
     from fedsim.data.local_folder import write_shards
     from fedsim.experiments.study import configure
 
-    of_shards = {**_given(keys), "device": "cpu", "batch-size": 1}  # shards do not depend on either
+    of_shards = {**given(keys), "device": "cpu", "batch-size": 1}  # the shards depend on neither
     config = configure("localsgd", of_shards)
     write_shards(config, Path(out))
     print(f"{config.clients} shards in {Path(out)}")
 
 
 @cli.command(cls=Command)
-@keys_of("localsgd", without=tuple(name for name in map(kebab, FIELDS) if name not in SHARD_KEYS))
+@keys_of("localsgd", only=SHARD_KEYS)
 def partition(
-    out: str = typer.Option("", "-o", "--out", help="also draw it to this file, .png, .pdf or .svg", metavar="FILE"),
+    out: str = typer.Option("", "-o", "--out", help="also plot it to this file, .png, .pdf or .svg", metavar="FILE"),
     **keys: Any,
 ) -> None:
-    """Show who holds which images: a table of every client's number of images and of classes.
-
-    It is the partition of a run with the same keys.
-    """
+    """Show how many images of each class every client holds, in a run with the same keys."""
     from fedsim.experiments.study import configure
     from fedsim.report.partition import show_partition
 
-    show_partition(configure("localsgd", {**_given(keys), "device": "cpu", "small-shards": True}), out, _console())
+    show_partition(configure("localsgd", {**given(keys), "device": "cpu", "small-shards": True}), out, _console())
 
 
 @cli.command(cls=Command)
@@ -502,24 +378,29 @@ def report(
 @cli.command(cls=Command)
 def time_to_accuracy(
     results: str = RESULTS,
-    bandwidth: str = typer.Option(..., "--bandwidth", help="of a link per second, e.g. 100Mbit or 12.5MB"),
-    latency: str = typer.Option(..., "--latency", help="of a message one way, e.g. 20ms"),
-    target: float = typer.Option(..., "--target", help="the accuracy to reach, a fraction"),
-    upload: str = typer.Option("", "--upload", help="bandwidth towards the server (default: as --bandwidth)"),
+    bandwidth: str = typer.Option(..., "--bandwidth", help="of each link, per second: e.g. 100Mbit or 12.5MB"),
+    latency: str = typer.Option(..., "--latency", help="of a message, one way: e.g. 20ms"),
+    target: float = typer.Option(..., "--target", help="the accuracy to reach, from 0 to 1"),
+    upload: str = typer.Option("", "--upload", help="bandwidth to the server (default: that of --bandwidth)"),
     link: str = typer.Option(
         "worker",
         "--link",
         help="worker: a server, each worker has its own link; server: all share the server's; all-reduce: no server",
         metavar="NAME",
     ),
-    compute: str = typer.Option("", "--compute", help="time of a worker per local step, e.g. 10ms (default: measured)"),
+    compute: str = typer.Option("", "--compute", help="time of a worker's local step, e.g. 10ms (default: measured)"),
     jitter: str = typer.Option(
-        "", "--jitter", help="how steps vary: lognormal:SIGMA or exponential (default: not)", metavar="TEXT"
+        "",
+        "--jitter",
+        help="how step times vary: lognormal:SIGMA or exponential (default: not at all)",
+        metavar="TEXT",
     ),
     slow: str = typer.Option(
-        "", "--slow", help="slow workers, as COUNT:FACTOR: 1:2.5 is one that takes 2.5 times as long (default: none)"
+        "",
+        "--slow",
+        help="slow workers, as COUNT:FACTOR; 1:2.5 is one that takes 2.5 times as long (default: none)",
     ),
-    seed: int = typer.Option(0, "--seed", help="of the simulation of --jitter and --slow"),
+    seed: int = typer.Option(0, "--seed", help="seed of the simulation of --jitter and --slow"),
     out: str = OUT,
 ) -> None:
     """Estimate the time to a target accuracy on a network, for each cell in a folder of results.
@@ -533,6 +414,7 @@ def time_to_accuracy(
     is the median over the runs of seconds per training image, tests included, times the images of a worker's step. A
     figure shows the time at bandwidths from 1 Mbit/s to 100 Gbit/s, and the fastest cells.
     """
+    from fedsim.provenance import program
     from fedsim.report.network import Link, Network, duration, rate
     from fedsim.report.stragglers import stragglers
     from fedsim.report.time_to_accuracy import Plan, time_to_accuracy
@@ -543,44 +425,44 @@ def time_to_accuracy(
     network = Network(rate("bandwidth", bandwidth), duration("latency", latency, zero=True), cast(Link, link), up)
     step = duration("compute", compute) if compute else None
     plan = Plan(target, network, step, stragglers(jitter, slow, seed))
-    command = shlex.join(["python", "run.py", *sys.argv[1:]])
+    command = f"{program()} {shlex.join(sys.argv[1:])}"
     time_to_accuracy(results, plan, out, command, _console())
 
 
 @cli.command(cls=Command)
 def deploy(
-    nodes: int = typer.Option(..., "--nodes", help="number of SuperNodes, one for each shard"),
-    out: str = typer.Option("federation", "-o", "--out", help="the new folder", metavar="FOLDER"),
+    nodes: int = typer.Option(..., "--nodes", help="number of SuperNodes, one for each client"),
+    out: str = typer.Option("federation", "-o", "--out", help="the folder to create", metavar="FOLDER"),
     host: str = typer.Option(
         "127.0.0.1", "--host", help="the SuperLink's DNS names and IP addresses, with commas; nodes use the first"
     ),
-    port: int = typer.Option(8000, "--port", help="of the SuperLink; node I uses port + 1 + I on its own machine"),
-    name: str = typer.Option("federation", "--name", help="of the connection: flwr run . NAME", metavar="NAME"),
+    port: int = typer.Option(8000, "--port", help="port of the SuperLink; node I has port + 1 + I on its own machine"),
+    name: str = typer.Option("federation", "--name", help="name of the connection: flwr run . NAME", metavar="NAME"),
     ca: str = typer.Option(
-        "", "--ca", help="the ca/ of an earlier deployment, to sign with (default: a new authority)"
+        "", "--ca", help="ca/ of an earlier deployment, to sign with (default: create a new certificate authority)"
     ),
-    insecure: bool = typer.Option(False, "--insecure", help="no TLS and no authentication of nodes"),
+    insecure: bool = typer.Option(False, "--insecure", help="use neither TLS nor authentication of nodes"),
 ) -> None:
-    """Write the files of a federation: keys, certificates, scripts, systemd units, settings."""
+    """Write the files of a Flower deployment: keys, certificates, scripts, systemd units and settings."""
     from fedsim.deploy.files import Federation
     from fedsim.deploy.files import deploy as write
 
     hosts = tuple(name.strip() for name in host.split(","))
     write(Federation(nodes, hosts, port, name, insecure), Path(out), Path(ca) if ca else None)
-    print(f"{out}: superlink/ is for the server, nodes/0/ ... for a machine each, client/ for whoever calls flwr run;")
+    print(f"{out}: superlink/ is for the server, nodes/0/ ... for a machine each, client/ for the user of flwr run;")
     print("the next steps are in docs/deployment.md" + ("" if insecure else "; ca/ stays here, ca.key is secret"))
 
 
-def _runner(address: str | None, cpus: float | None, gpus: float | None, engine: str, track: str = "") -> Runner:
-    """Where cells run: on Ray if there is an `address`, else one by one."""
+def _runner(address: str | None, cpus: float | None, gpus: float | None, engine: str, track: str) -> Runner:
+    """The runner of the cells: Ray if there is an `address`, otherwise this process, one cell after the other."""
+    from fedsim.experiments.track import check_tracker
+
     checked = engine_named(engine)
-    _check_track(track)
-    if track and address is not None:
-        raise UserError(f"track = {track} with --ray: rows are sent from this process alone: leave one out")
-    for flag, given in (("cpus-per-cell", cpus), ("gpus-per-cell", gpus)):
-        if given is not None and address is None:
-            raise UserError(f"{flag} = {given} is a share of a Ray node: give --ray too")
+    check_tracker(track, checked)
     if address is None:
+        for flag, share in (("cpus-per-cell", cpus), ("gpus-per-cell", gpus)):
+            if share is not None:
+                raise UserError(f"{flag} = {share} is a share of a Ray node: give --ray too")
         from fedsim.experiments.sweep import OneByOne
 
         return OneByOne(checked, track)
@@ -594,39 +476,19 @@ def _runner(address: str | None, cpus: float | None, gpus: float | None, engine:
         raise UserError(f"gpus-per-cell = {gpus} is not a share of a GPU: give above 0 and at most 1, e.g. 0.25")
     from fedsim.experiments.ray_sweep import OnRay
 
-    return OnRay(checked, address, cpus, gpus)
+    return OnRay(checked, address, cpus, gpus, track)
 
 
-def integers(name: str, listed: str) -> list[int]:
-    """The whole numbers of a list with commas, sorted, without duplicates."""
-    try:
-        return sorted({int(part) for part in listed.split(",")})
-    except ValueError:
-        raise UserError(f"{name} = {listed!r} is not a list of whole numbers: for instance --{name} 4,12") from None
+def _run(mode: Mode, keys: Mapping[str, Any], preset: str, rerun: bool, engine: str, dry_run: bool, track: str) -> None:
+    """Execute one run; with `dry_run`, print what it would cost."""
+    from fedsim.experiments.execute import check, configured_run, execute
 
-
-def several(name: str, value: Any) -> list[Any]:
-    """The values of the key `name` in a text with commas; none where the key accepts the text as it is."""
-    if not isinstance(value, str) or "," not in value:
-        return []
-    try:
-        typed(name, value)
-    except UserError:
-        return [typed(name, part.strip()) for part in value.split(",")]
-    return []
-
-
-def _check_track(track: str) -> None:
-    if track:
-        from fedsim.experiments.track import check_tracker
-
-        check_tracker(track)
-
-
-def _show_cost(config: Config, mode: Mode) -> None:
-    """Print what the run of `config` (resolved) would cost."""
+    config, chosen = configured_run(mode, given(keys), preset, engine)
+    if not dry_run:
+        with _reported(config, mode, chosen, track) as on_row:
+            execute(config, mode, chosen, on_row, rerun)
+        return
     from fedsim.experiments.cost import Pace, plan_lines
-    from fedsim.experiments.execute import check
     from fedsim.experiments.study import Cell
     from fedsim.records import run_folder
 
@@ -637,14 +499,12 @@ def _show_cost(config: Config, mode: Mode) -> None:
 
 @contextlib.contextmanager
 def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterator[Callable[[Row], None]]:
-    """Context manager for a run: print where it is, each row by the function yielded, and how it has ended."""
+    """Context manager: print the folder of a run, then its result; yields a function that shows and tracks a row."""
     from fedsim.experiments.progress import each, shown_rows
     from fedsim.experiments.track import check_tracker, tracker
     from fedsim.records import print_row, read_summary, run_folder
 
-    check_tracker(track)
-    if track and engine == "flower":
-        raise UserError(f"track = {track} with engine = flower: rows are sent from this process alone: leave one out")
+    check_tracker(track, engine)
     folder = run_folder(config, mode)
     by = f" by {engine}" if mode == "localsgd" else ""
     print(f"{mode} on {config.device}{by} in {folder}", flush=True)

@@ -36,6 +36,14 @@ def origin() -> dict[str, str]:
     return {"commit": _commit(), "command": shlex.join([Path(sys.argv[0]).name, *sys.argv[1:]])}
 
 
+def program() -> str:
+    """The command by which the user started this program: ``fedsim``, ``python -m fedsim`` or ``python run.py``."""
+    start = Path(sys.argv[0])
+    if start.name == "__main__.py":
+        return f"python -m {start.parent.name}"
+    return f"python {start.name}" if start.suffix == ".py" else start.name
+
+
 def _commit() -> str:
     """The checkout's commit, with + where files differ from it; empty outside a checkout."""
     checkout = Path(__file__).parents[1]

@@ -116,6 +116,10 @@ def test_a_function_is_named_where_every_process_can_import_it() -> None:
         ({"clients": "two"}, "clients = 'two' is not a whole number"),
         ({"track": "wandb"}, "track = 'wandb' is unknown: it must be one of tensorboard"),
         ({"preset": "none"}, "unknown preset none"),
+        (
+            {"track": "tensorboard", "engine": "flower"},
+            "track = tensorboard with engine = flower: its rows are written",
+        ),
         ({"engine": "ray"}, "engine = 'ray' is unknown"),
     ],
 )

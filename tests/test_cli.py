@@ -20,6 +20,7 @@ from fedsim.__main__ import main as run_main
 from fedsim.config import FIELDS, Mode, has_key, kebab
 from fedsim.errors import RunFailed
 from fedsim.experiments import execute
+from fedsim.provenance import program
 from fedsim.records import print_row
 
 ROOT = Path(__file__).parents[1]
@@ -64,7 +65,7 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --strategy fedprox", "strategy = 'fedprox' is neither localsgd nor module:Class, e.g. flwr"),
         ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of auto, threads, stacked, flower"),
         ("localsgd --preset table3", "unknown preset table3: it must be one of demo, kj-equal-epochs"),
-        ("localsgd --preset table1", "preset = table1 is for mode centralized, not localsgd: give run.py centralized"),
+        ("localsgd --preset table1", "preset = table1 is for mode centralized, not localsgd: give it to centralized"),
         ("localsgd --dataset synthetic --clients 9000", "clients = 9000 is more than the 8000"),
         ("localsgd --dataset synthetic --clients 1000", "batch-size = 64 is more than a shard of 8 images"),
         ("centralized --dataset synthetic --batch-size 8001", "batch-size = 8001 is more than a shard of 8000 images"),
@@ -106,8 +107,20 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --dataset synthetic --clients 9000 --dry-run", "clients = 9000 is more than the 8000"),
         ("study kj-small --dry-run --cells k9", "cells = 'k9' matches no cell of kj-small"),
         ("localsgd --dataset synthetic --track wandb", "track = 'wandb' is unknown: it must be one of tensorboard"),
-        ("grid --dataset synthetic --track tensorboard --ray", "track = tensorboard"),
-        ("localsgd --dataset synthetic --track tensorboard --engine flower", "track = tensorboard"),
+        (
+            "localsgd --dataset synthetic --track tensorboard --engine flower",
+            "track = tensorboard with engine = flower",
+        ),
+        ("grid --dataset synthetic --track tensorboard --engine flower", "track = tensorboard with engine = flower"),
+        ("grid --dataset synthetic --track wandb --ray", "track = 'wandb' is unknown"),
+        ("grid --dataset synthetic --nesterov yes", "nesterov = 'yes' is not true or false"),
+        ("grid --dataset synthetic --nesterov true,x", "nesterov = 'x' is not true or false"),
+        (
+            "grid --dataset synthetic --nesterov true,true",
+            "nesterov = [True, True] must have one value or more, without",
+        ),
+        ("grid --dataset synthetic --no-nesterov true", "Got unexpected extra argument (true)"),
+        ("localsgd --dataset synthetic --nesterov true,false", "Got unexpected extra argument (true,false)"),
         ("grid --dataset synthetic --lr 0.1,x", "lr = 'x' is not a number"),
         ("grid --dataset synthetic --lr 0.1,0.1", "lr = [0.1, 0.1] must have one value or more, without duplicates"),
         ("grid --dataset synthetic --checkpoint-every 1,2", "grid checkpoint-every: results of mode localsgd do not"),
@@ -224,6 +237,7 @@ def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None
     (tmp_path / "mine.toml").write_text("\n".join([*head, *lines]))
     code, out, _ = call("study", "mine.toml", "--seeds", "1,2", "--device", "cpu", "--threads", "1")
     assert (code, "4/4  mine/j2-seed2  test " in out) == (0, True)
+    assert out.endswith(f"python run.py report {tmp_path}/results/mine -o report\n")
     assert len(list((tmp_path / "results" / "mine").glob("j*-seed[12]/summary.json"))) == 4
     assert call("report")[0] == 0
     assert "Mine" in (tmp_path / "report" / "index.html").read_text()
@@ -265,6 +279,27 @@ def test_any_key_of_a_grid_may_be_a_list(call: Call, tmp_path: Path) -> None:
     assert [line.split()[0] for line in out.splitlines()[1:-1]] == [
         f"k1-j8-{optimizer}-{lr}-seed2025" for optimizer in ("sgdm", "lars") for lr in ("lr0.01", "lr0.1")
     ]
+
+
+@pytest.mark.parametrize(
+    ("switches", "values"),
+    [
+        (
+            "--nesterov true,false --error-feedback false,true --compress int8",
+            [(False, False), (False, True), (True, False), (True, True)],
+        ),
+        ("--nesterov --no-error-feedback --compress int8", [(True, False)]),
+        ("--no-nesterov", [(False, True)]),
+        ("--nesterov=true", [(True, True)]),
+    ],
+)
+def test_switches_of_a_grid_may_be_lists(call: Call, tmp_path: Path, switches: str, values: list[Any]) -> None:
+    keys = [*TINY[:-10], "--device", "cpu", "--epochs", "0.5", "--name", "switches"]
+    code, _, err = call("grid", *keys, "--clients", "1", "--local-steps", "8", *switches.split())
+    assert (code, err) == (0, "")
+    configs = [json.loads(path.read_text()) for path in tmp_path.glob("results/switches/*/config.json")]
+    crossed = [(config["nesterov"], config["error-feedback"]) for config in configs]
+    assert sorted(crossed) == values
 
 
 def test_a_grid_of_an_earlier_version_keeps_its_name(call: Call, tmp_path: Path) -> None:
@@ -386,6 +421,19 @@ def test_the_version_is_printed_by_the_module_too() -> None:
     for start in (["run.py"], ["-m", "fedsim"]):
         done = subprocess.run([sys.executable, *start, "--version"], cwd=ROOT, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, f"fedsim {__version__}\n", "")
+
+
+@pytest.mark.parametrize(
+    ("start", "called"),
+    [
+        ("/usr/local/bin/fedsim", "fedsim"),
+        ("run.py", "python run.py"),
+        (f"{ROOT}/fedsim/__main__.py", "python -m fedsim"),
+    ],
+)
+def test_the_program_is_named_as_the_user_called_it(monkeypatch: pytest.MonkeyPatch, start: str, called: str) -> None:
+    monkeypatch.setattr(sys, "argv", [start, "study"])
+    assert program() == called
 
 
 def test_errors_of_several_lines_are_printed_on_one(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ LAYERS = (
     ("errors", "processes", "rng", "reference", "copies", "provenance"),
     ("interrupts", "registry", "checkpoint_file"),
     ("config",),
-    ("device",),
+    ("device", "flags"),
     ("data", "optim"),
     ("models", "records"),
     ("training",),

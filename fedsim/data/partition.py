@@ -1,4 +1,4 @@
-"""Which images each worker trains on, and in which order."""
+"""Which images each worker trains on, and in what order."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from fedsim.rng import generator
 
 
 def shard(images: int, workers: int, worker: int, seed: int) -> NDArray[np.int64]:
-    """The images of one worker: IID shards, disjoint and covering all images, the first ones larger by at most one."""
+    """The images of one worker, of IID shards that are disjoint and cover all images; sizes differ by at most one."""
     each, more = divmod(images, workers)
     first = worker * each + min(worker, more)
     return _shuffled(images, seed)[first : first + each + (worker < more)]
@@ -27,7 +27,7 @@ def _shuffled(images: int, seed: int) -> NDArray[np.int64]:
 
 
 def shard_of(config: Config, worker: int) -> NDArray[np.int64]:
-    """The images that a worker of `config` (resolved) trains on, as its key `partition` says."""
+    """The images that a worker of `config` (resolved) trains on, by the key `partition`."""
     if config.partition == "iid":
         return shard(training_images(config), config.clients, worker, config.seed)
     return uneven_shards(config)[worker]
@@ -44,7 +44,7 @@ def shard_sizes(config: Config) -> list[int]:
 
 
 def check_partition(config: Config) -> None:
-    """Raise UserError where a client of `config` (resolved) would hold no images, or less than a batch of them."""
+    """Raise UserError if a client of `config` (resolved) would hold no images, or fewer than a batch."""
     if config.partition == "iid":
         if config.partition_args:
             raise UserError("partition-args is not used by partition = iid: leave it out, or give another partition")
@@ -80,9 +80,9 @@ def check_shards(config: Config, images: int, workers: int) -> None:
 def sample_order(size: int, first: int, count: int, seed: int, worker: int, shuffle_every: str) -> NDArray[np.int64]:
     """(count,) indices into a shard of `size` images: a worker's samples `first` to `first` + `count` of the run.
 
-    `shuffle_every` = epoch: the run is a sequence of shuffled passes over the shard, so that a worker that takes part
-    in every round sees each image once per pass. A worker that a round leaves out skips the samples of that round.
-    `shuffle_every` = round: a new shuffled pass begins at `first`.
+    `shuffle_every` = epoch: the run is a sequence of shuffled passes over the shard, in each of which a worker that
+    takes part in every round sees each image once. A worker that is not sampled in a round skips its samples.
+    `shuffle_every` = round: a new shuffled pass starts at `first`.
     """
     if shuffle_every == "round":
         rng = generator(seed, worker, first, "shuffle")

@@ -1,14 +1,16 @@
-"""Partitions that give clients different classes or numbers of images, by flwr-datasets or, for Pachinko, `pachinko`.
+"""Partitions with different classes or numbers of images per client: those of flwr-datasets, and `pachinko`.
 
-A partition is a function of the labels, its name and arguments, the number of clients and the seed. It is kept in the
+A partition depends only on the labels, its name and arguments, the number of clients and the seed. It is kept in the
 cache, so that the processes of a node, one for each message, do not draw it again.
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import hashlib
 import inspect
+import io
 import warnings
 from typing import Any
 
@@ -25,7 +27,8 @@ from fedsim.registry import describe
 from fedsim.rng import generator
 
 Shards = list[NDArray[np.int64]]
-OURS = ("num_partitions", "partition_by", "seed")  # arguments of partitioners that follow from other keys
+OURS = ("num_partitions", "seed")  # arguments of partitioners that follow from other keys
+LABEL, SUPERCLASS = "label", "coarse_label"  # the columns that partition_by may name
 
 
 @functools.lru_cache(maxsize=2)  # called by every client in every round
@@ -47,7 +50,7 @@ def uneven_shards(config: Config) -> Shards:
 def _pachinko(config: Config, labels: NDArray[np.int64]) -> Shards:
     if config.dataset != "cifar100":
         raise UserError("partition = pachinko needs superclasses, which cifar100 alone has: give another partition")
-    given = arguments_of(config.partition_args)
+    given = arguments_of(config.partition_args, words=True)
     alpha, beta = (given.pop(name, default) for name, default in (("alpha", 0.1), ("beta", 10.0)))
     if given or not all(isinstance(value, int | float) and value > 0 for value in (alpha, beta)):
         raise UserError(
@@ -59,7 +62,7 @@ def _pachinko(config: Config, labels: NDArray[np.int64]) -> Shards:
 
 
 def _by_flower(config: Config, labels: NDArray[np.int64]) -> Shards:
-    """The shards of the partitioner of flwr-datasets that the config names, on the images in a seeded order."""
+    """The shards that the partitioner of flwr-datasets makes of the images, which it is given in a seeded order."""
     try:
         import datasets
         from flwr_datasets import partitioner as partitioners
@@ -72,12 +75,18 @@ def _by_flower(config: Config, labels: NDArray[np.int64]) -> Shards:
     order = generator(config.seed, 0, 0, "shard").permutation(len(labels))
     where = f"partition-args = {config.partition_args or 'empty'}"
     arguments = _arguments(config, kind, where)
+    column = arguments.get("partition_by", LABEL)
+    values = coarse_labels(data_folder(config))[labels] if column == SUPERCLASS else labels
     try:
-        with warnings.catch_warnings(action="ignore"):  # of draws that are tried again
+        # Warnings of draws that are tried again, and a progress bar
+        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
             partitioner = kind(**arguments)
-            partitioner.dataset = datasets.Dataset.from_dict({"label": labels[order], "image": order})
+            partitioner.dataset = datasets.Dataset.from_dict({"image": order, column: values[order]})
             if (count := partitioner.num_partitions) != config.clients:
-                raise UserError(f"{where} are for {count} clients, not {config.clients}: make them equal")
+                raise UserError(
+                    f"{where}: partition = {config.partition} makes {count} clients, not {config.clients}: "
+                    "make them equal"
+                )
             return [np.array(partitioner.load_partition(k)["image"], np.int64) for k in range(count)]
     except UserError:
         raise
@@ -86,22 +95,26 @@ def _by_flower(config: Config, labels: NDArray[np.int64]) -> Shards:
 
 
 def _arguments(config: Config, kind: type, where: str) -> dict[str, Any]:
-    """The arguments for a partitioner; raises UserError where one is unknown or missing."""
+    """The arguments of the partitioner `kind`; raises UserError if one is unknown or missing."""
     parameters = inspect.signature(kind).parameters
-    ours = dict(zip(OURS, (config.clients, "label", config.seed), strict=True))
-    given = {name: _listed(name, value) for name, value in arguments_of(config.partition_args).items()}
+    implied = {"num_partitions": config.clients, "partition_by": LABEL, "seed": config.seed}
+    given = {name: _listed(name, value) for name, value in arguments_of(config.partition_args, words=True).items()}
     free = [name for name in parameters if name not in OURS]
     if unknown := given.keys() - set(free):
         takes = f"it takes {', '.join(free)}" if free else "it takes none"
         raise UserError(f"{where}: partition = {config.partition} does not know {', '.join(unknown)}: {takes}")
-    needed = [name for name in free if parameters[name].default is inspect.Parameter.empty and name not in given]
+    arguments = {name: value for name, value in implied.items() if name in parameters} | given
+    needed = [name for name in free if parameters[name].default is inspect.Parameter.empty and name not in arguments]
     if needed:
         raise UserError(f"{where}: partition = {config.partition} needs {', '.join(needed)}")
-    return {name: value for name, value in ours.items() if name in parameters} | given
+    columns = (LABEL, SUPERCLASS) if config.dataset == "cifar100" else (LABEL,)
+    if (column := arguments.get("partition_by", LABEL)) not in columns:
+        raise UserError(f"{where}: partition_by = {column}: {config.dataset} has {' and '.join(columns)}")
+    return arguments
 
 
 def _listed(name: str, value: Argument) -> Any:
-    """Tuples as lists, which flwr-datasets asks for; a single size is a list too."""
+    """`value`, but a tuple as a list, which flwr-datasets expects, and also a single one of ``partition_sizes``."""
     if isinstance(value, tuple):
         return list(value)
     return [value] if name == "partition_sizes" else value

@@ -1,8 +1,7 @@
-"""The cost of runs and studies, estimated without running them."""
+"""Estimate what runs and studies cost, without running them."""
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -13,14 +12,14 @@ from typing import NamedTuple
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedsim.config import Config, Mode, current_names
+from fedsim.config import Config, Mode
 from fedsim.data.datasets import image_shape, training_images
 from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.compress import codec_down_of, codec_of
 from fedsim.federation.round import initial_progress
 from fedsim.models import cpu_model, initial_model
-from fedsim.records import CONFIG, run_folder
+from fedsim.records import CONFIG, read_config, read_summary, run_folder
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 from strategies import join, payload_bytes, split, tensor_record, tensors_of
@@ -31,7 +30,7 @@ REFERENCE_FLOPS = 100e9  # FLOP/s of training on two CPU cores: the paper's mode
 
 
 class Cost(NamedTuple):
-    """Training images computed in a run (repeats included), local steps of one worker, and syncs."""
+    """Training images of a run (counted once per pass), local steps of one worker, and syncs."""
 
     images: float
     local_steps: int
@@ -50,10 +49,10 @@ def cost(config: Config, mode: Mode) -> Cost:
 
 
 def traffic(config: Config) -> tuple[int, int]:
-    """The bytes of all updates and all global models that a complete run of LocalSGD sends, up and down.
+    """The bytes that all clients of a complete run of LocalSGD send (up) and receive (down).
 
-    Those that averaged updates alone cost: repeated rounds, and optimizer states for checkpoints, come on top. With
-    compression down, all clients but those of the first round are taken to have been in the round before.
+    Not counted: rounds that are repeated, and the clients' states that are sent for checkpoints. With compress-down,
+    each client is assumed to have been in the round before, except in the first.
     """
     rounds = run_plan(config, training_images(config)).rounds
     model = initial_model(config.changed({"device": "cpu"}))
@@ -63,7 +62,7 @@ def traffic(config: Config) -> tuple[int, int]:
 
 
 def _sent_bytes(codec: Codec | None, sent: Sections) -> int:
-    """The bytes of a message of `sent`, its parameters encoded."""
+    """The bytes of a message of `sent` whose parameters `codec` has encoded."""
     if codec:
         zeros = {name: torch.zeros_like(value) for name, value in sent.parameters.items()}
         sent = sent._replace(parameters=encode(codec, zeros, {}, 0)[0])
@@ -71,7 +70,7 @@ def _sent_bytes(codec: Codec | None, sent: Sections) -> int:
 
 
 def flop_per_image(config: Config) -> float:
-    """Floating-point operations per image of a training step, in convolutions and matrix products."""
+    """Floating-point operations of a training step per image, counting convolutions and matrix products."""
     network, images = cpu_model(config), torch.zeros(1, *image_shape(config))
     with FlopCounterMode(display=False) as counter:
         network.eval()(images).sum().backward()
@@ -79,26 +78,25 @@ def flop_per_image(config: Config) -> float:
 
 
 def measured_rates(results: Path) -> dict[tuple[str, str], float]:
-    """Images trained per second by model and precision: the median of the finished runs under `results`.
+    """Images per second for each model and precision: the median over the finished runs under `results`.
 
-    Runs of less than 10 seconds do not count, since most of their time is start-up.
+    Runs of less than 10 seconds are left out, since most of their time is start-up.
     """
     rates: dict[tuple[str, str], list[float]] = {}
     for folder in (Path(name) for name, _, files in os.walk(results.expanduser()) if "summary.json" in files):
         try:
-            summary, keys = (json.loads((folder / f"{kind}.json").read_text()) for kind in ("summary", "config"))
-            known = {name: value for name, value in current_names(keys).items() if name != "mode"}
-            config = Config().changed(known)
+            summary = read_summary(folder) or {}
+            config = Config().changed({name: value for name, value in read_config(folder).items() if name != "mode"})
             rate = summary["epoch"] * training_images(config) / summary["seconds"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):
-            continue  # the report warns of damaged records
+            continue  # damaged: the report warns of it
         if summary["finished"] and summary["seconds"] >= 10:
             rates.setdefault((config.model, config.precision), []).append(rate)
     return {kind: statistics.median(found) for kind, found in rates.items()}
 
 
 class Pace:
-    """Images per second: the median of the finished runs in `results`, else by the FLOP of the model."""
+    """Predicts the time of runs: from the finished ones in `results`, or else from the model's FLOP."""
 
     def __init__(self, results: Path) -> None:
         self._results = results
@@ -107,20 +105,20 @@ class Pace:
         self._measured = ", ".join(f"{rate:,.0f} images/s ({model}, {kind})" for (model, kind), rate in measured)
 
     def seconds(self, config: Config, images: float) -> float:
-        """The time of a run of `config` for so many images."""
+        """The time in which a run of `config` trains on so many images."""
         kind = config.model, config.precision
         if kind not in self._rates:
             self._rates[kind] = REFERENCE_FLOPS / flop_per_image(config)
         return images / self._rates[kind]
 
     def __str__(self) -> str:
-        """Where the pace is from."""
+        """What the times are based on."""
         median = f"the median rate of finished runs in {self._results}, {self._measured}; else at "
         return f"one run after the other, at {median if self._measured else ''}{REFERENCE_FLOPS / 1e9:g} GFLOP/s."
 
 
 def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
-    """What each of `cells` (resolved) would cost, and all that are not finished yet together; nothing is written."""
+    """A line on the cost of each of `cells` (resolved), and one on all that are not finished yet."""
     total, most = 0.0, max((len(cell.config.name) for cell in cells), default=0)
     for name, mode, config in ((cell.config.name, cell.mode, cell.config) for cell in cells):
         run, state = cost(config, mode), _state(config, mode)
@@ -135,7 +133,7 @@ def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
 
 
 def _state(config: Config, mode: Mode) -> str:
-    """Whether a run is new, begun or finished; raises UserError if its folder holds another one."""
+    """Whether a run is new, begun or finished; raises UserError if its folder holds another run."""
     folder = run_folder(config, mode)
     if not (folder / CONFIG).exists():
         return "new"
@@ -147,7 +145,7 @@ def _duration(seconds: float) -> str:
 
 
 def list_studies(seeds: Sequence[int], results: Path) -> Iterator[str]:
-    """The lines of a list of the studies that come with fedsim, with their costs."""
+    """Lines on the studies that come with fedsim, and their costs."""
     pace = Pace(results)
     for study in map(read_study, study_names()):
         images, steps, syncs, seconds = 0.0, 0, 0, 0.0

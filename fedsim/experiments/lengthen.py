@@ -1,8 +1,8 @@
-"""Lengthen a run: train on from the end of a shorter one, where no step taken so far depends on the length."""
+"""Lengthen a run: continue a shorter one, if the steps that it has taken do not depend on its length."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import training_images
@@ -13,24 +13,23 @@ from fedsim.training.run_plan import run_plan
 
 
 def open_run(config: Config, mode: Mode, on_row: Callable[[Row], None] | None = None, engine: str = "") -> Run:
-    """The run of `config` (resolved), also where its folder holds a shorter one that can be lengthened to it.
+    """The run of `config` (resolved), even if its folder holds a shorter run, which is then continued.
 
-    The model is then that of a run which had this length from the start, bit for bit; the rows have one more where the
-    shorter run ended, unless it would have been recorded there anyway. Raises UserError where the rates, or J, of
-    the rounds already trained depend on the length.
+    Its model will be bit for bit that of a run that had this length from the start; it may have one more row, where the
+    shorter run ended. Raises UserError if the learning rates or J of the rounds already trained depend on the length.
     """
     return Run(config, mode, on_row, engine, lengthens=_lengthens(config, mode))
 
 
 def _lengthens(config: Config, mode: Mode) -> bool:
-    """Whether the run's folder holds one that differs in its length alone."""
+    """Whether the run's folder holds one that differs only in its length; raises UserError if it cannot continue."""
     folder = run_folder(config, mode)
     if not (folder / CONFIG).is_file():
         return False
     held = read_config(folder)
     differing = differences(held, {"mode": mode, **config.identity(mode)})
     if not differing or set(differing) - set(LENGTH):
-        return False  # `Run` names the difference
+        return False  # `Run` reports the difference
     shorter = config.changed({name: held[name] for name in LENGTH if name in held})
     if reason := _why_not(shorter, config, mode):
         raise UserError(f"name = {folder.name}: {folder} holds a run of {_length(shorter, mode)}: {reason}")
@@ -38,23 +37,25 @@ def _lengthens(config: Config, mode: Mode) -> bool:
 
 
 def _why_not(shorter: Config, longer: Config, mode: Mode) -> str:
-    """Why a run of `shorter` cannot be lengthened to `longer`, or nothing."""
+    """Why a run of `shorter` cannot be lengthened to `longer`; empty if it can."""
     if longer.schedule == "cosine":
         return "with schedule = cosine its rates depend on its length: give another --name to run a longer one"
-    remedy = "give more rounds or epochs, or another --name"
-    if mode == "centralized":
-        longer_by = whole_epochs(longer)[0] - whole_epochs(shorter)[0]
-        return "" if longer_by > 0 else f"it can be lengthened, but not shortened: {remedy}"
-    images = training_images(longer)
-    before, after = run_plan(shorter, images).starts, run_plan(longer, images).starts
+    before, after = _starts(shorter, mode), _starts(longer, mode)
     if after[-1] <= before[-1]:
-        return f"it can be lengthened, but not shortened: {remedy}"
+        return "it can be lengthened, but not shortened: give more rounds or epochs, or another --name"
     if after[: len(before)] != before:
         return f"J of its rounds depends on its length ({longer.local_steps_schedule}): give another --name"
     return ""
 
 
+def _starts(config: Config, mode: Mode) -> Sequence[int]:
+    """The local step at which each round starts (centralized: the number of each epoch), and the end of the run."""
+    return (
+        range(whole_epochs(config)[0] + 1)
+        if mode == "centralized"
+        else run_plan(config, training_images(config)).starts
+    )
+
+
 def _length(config: Config, mode: Mode) -> str:
-    if mode == "centralized":
-        return f"{whole_epochs(config)[0]} epochs"
-    return f"{run_plan(config, training_images(config)).rounds} rounds"
+    return f"{len(_starts(config, mode)) - 1} {'epochs' if mode == 'centralized' else 'rounds'}"

@@ -1,4 +1,4 @@
-"""How far a run has come, on one line: in a terminal or notebook as it changes, elsewhere as rows."""
+"""The progress of a run: a line that changes, in a terminal or notebook; elsewhere a line for each row."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ OnRow = Callable[[Row], None]
 
 
 def each(*functions: OnRow) -> OnRow:
-    """A function that calls all of `functions` with a row."""
+    """A function that passes a row to each of `functions`."""
 
     def on_row(row: Row) -> None:
         for function in functions:
@@ -31,7 +31,7 @@ def each(*functions: OnRow) -> OnRow:
 
 
 def ends_after(config: Config, mode: Mode) -> tuple[int, float]:
-    """The rounds (centralized: epochs) after which a run stops, and its epochs by then."""
+    """The round (centralized: epoch) after which a run stops, and the epochs it has trained by then."""
     if mode == "centralized":
         last = whole_epochs(config)[1]
         return last, float(last)
@@ -40,9 +40,9 @@ def ends_after(config: Config, mode: Mode) -> tuple[int, float]:
 
 
 def status(row: Row, config: Config, epochs: float, before: Row | None = None, accuracy: float | None = None) -> str:
-    """Loss, accuracy, images per second and time left of a run of `epochs` epochs, on at most 55 characters.
+    """Loss, accuracy, images per second and time left of a run of `epochs` epochs, in at most 55 characters.
 
-    The pace is that since the row `before`, or since the start. Without a test in `row`, the accuracy is `accuracy`.
+    The speed is measured from the row `before`, or else from the start. `accuracy` is shown if `row` has no test.
     """
     loss = "  nan" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
     tested = row["test_accuracy"] if row["test_accuracy"] is not None else accuracy
@@ -56,7 +56,7 @@ def status(row: Row, config: Config, epochs: float, before: Row | None = None, a
 
 
 def is_live(console: Console) -> bool:
-    """Whether `console` can show a line that changes: a terminal, or a notebook that has ipywidgets."""
+    """Whether `console` can show a line that changes: it is a terminal, or a notebook with ipywidgets."""
     if console.is_jupyter:
         return importlib.util.find_spec("ipywidgets") is not None
     return console.is_terminal
@@ -64,10 +64,10 @@ def is_live(console: Console) -> bool:
 
 @contextlib.contextmanager
 def live_line(config: Config, mode: Mode, console: Console) -> Iterator[OnRow]:
-    """Context manager: a line at the bottom of `console` that the function yielded updates with each row of the run."""
+    """Context manager: show a line at the bottom of `console`; yields a function that updates it with a row."""
     rounds, epochs = ends_after(config, mode)
     column = TextColumn("{task.description}", table_column=Column(no_wrap=True))
-    first: list[Row] = []  # of this process: a resumed run's pace is that of the machine it is on now
+    first: list[Row] = []  # of this process: the speed of a resumed run is that on this machine
     with Progress(column, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)
 
@@ -81,7 +81,7 @@ def live_line(config: Config, mode: Mode, console: Console) -> Iterator[OnRow]:
 
 @contextlib.contextmanager
 def shown_rows(config: Config, mode: Mode, console: Console) -> Iterator[OnRow]:
-    """Context manager: a function that prints each row and, where `console` is live, keeps `live_line` below them."""
+    """Context manager: yields a function that prints a row and, if `console` is live, updates a `live_line` below."""
     if not is_live(console):
         yield print_row
         return

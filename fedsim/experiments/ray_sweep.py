@@ -1,4 +1,4 @@
-"""Run cells in parallel on a Ray cluster, or on shares of this machine, with the same results as one after the other.
+"""Run cells in parallel on a Ray cluster or on one machine; the results are the same as one after the other.
 
 A cell is a Ray task that uses a share of a node. If its node or process dies, Ray restarts the task, on another node if
 necessary, and the run resumes from its checkpoint. All nodes share the results folder.
@@ -34,6 +34,7 @@ from fedsim.experiments.execute import execute, resolve_run
 from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
+from fedsim.experiments.track import check_tracker, tracker
 from fedsim.provenance import origin
 from fedsim.records import read_summary, run_folder
 
@@ -43,30 +44,31 @@ CODE = hashlib.sha256(  # read at import: the files may change while the command
 ).hexdigest()
 MAX_RESTARTS = 10  # of a cell whose node or process dies
 HEALTH_CHECK_SECONDS = 15
-LOCK_SECONDS = 300  # a process disconnected from the cluster may hold the lock of its run that long
-VISIBLE_SECONDS = 60  # network file systems show what another node has written only after a while
-STORE_BYTES = 100_000_000  # cells exchange no objects; by default Ray reserves a third of the memory
+LOCK_SECONDS = 300  # a process that lost the cluster may hold the lock of its run this long
+VISIBLE_SECONDS = 60  # a network file system may show with a delay what another node has written
+STORE_BYTES = 100_000_000  # of Ray's object store, which cells do not use; the default is a third of the memory
 
 
 @dataclass(frozen=True)
 class OnRay:
     """Runs cells on the Ray cluster at `address`; if it is empty, at RAY_ADDRESS, or else on a new local Ray.
 
-    Each cell uses `cpus` cores (by default the threads of its steps) and, on a GPU, the share `gpus` of it (by default
-    1).
+    A cell uses `cpus` cores (default: its key threads) and, with device cuda, the share `gpus` of a GPU (default: 1).
+    It also sends its rows to the tracker `track`, if any.
     """
 
     engine: Engine
     address: str
     cpus: float | None = None
     gpus: float | None = None
+    track: str = ""
     here = False
 
     @contextlib.contextmanager
     def started(self, cells: Sequence[Cell]) -> Iterator[None]:
-        """Context manager: connect to the cluster; raises UserError if it has no node for one of `cells`.
+        """Context manager: connect to the cluster, or start a local Ray, which is shut down at the end.
 
-        A Ray that was started here is shut down at the end; an existing cluster keeps running.
+        Raises UserError if no node is large enough for one of `cells`.
         """
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # the future default; without it Ray warns
@@ -95,14 +97,14 @@ class OnRay:
             ray.shutdown()
 
     def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
-        """Run `cells` in parallel."""
+        """Run `cells` in parallel; see `Runner`."""
         tasks: dict[Future[Failure], Cell] = {}
         for cell in cells:
             try:
                 run = open_run(cell.config, cell.mode)
                 with run.lock(patience):
                     if rerun:
-                        run.reset()  # here and not in the task, which must resume when Ray restarts it
+                        run.reset()  # not in the task, which has to resume if Ray restarts it
                 finished = run.finished
             except (RunFailed, UserError) as error:
                 yield cell, error
@@ -112,7 +114,7 @@ class OnRay:
                 else:
                     tasks[self._submit(cell)] = cell
         while tasks:
-            # not ray.wait: exceptions that signal handlers raise within it are lost
+            # not ray.wait, which loses exceptions of signal handlers
             ended, _ = wait(tasks, timeout=60, return_when=FIRST_COMPLETED)
             for task in ended:
                 cell = tasks.pop(task)
@@ -123,7 +125,7 @@ class OnRay:
     def _submit(self, cell: Cell) -> Future[Failure]:
         share = self._share(cell.config)
         remote = _run_cell.options(num_cpus=share["CPU"], num_gpus=share["GPU"])
-        future: Future[Failure] = remote.remote(cell, self.engine, share["CPU"], CODE).future()
+        future: Future[Failure] = remote.remote(cell, self.engine, self.track, share["CPU"], CODE).future()
         return future
 
     def _share(self, config: Config) -> dict[str, float]:
@@ -139,7 +141,7 @@ class OnRay:
 
 
 @ray.remote(max_retries=MAX_RESTARTS)
-def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> Failure:
+def _run_cell(cell: Cell, engine: Engine, track: str, cpus: float, code: str) -> Failure:
     """Run `cell` in a Ray task, on `cpus` cores of its node; returns why it failed, or None."""
     _, mode, config = cell
     here = ray.util.get_node_ip_address()  # type: ignore[no-untyped-call]
@@ -154,14 +156,16 @@ def _run_cell(cell: Cell, engine: Engine, cpus: float, code: str) -> Failure:
     os.environ[CORES] = str(math.ceil(cpus))
     try:
         config, engine = resolve_run(config, mode, engine)
-        execute(config, mode, engine, patience=LOCK_SECONDS)
+        check_tracker(track, engine)  # it may be missing on this node
+        with tracker(track, run_folder(config, mode)) as on_row:
+            execute(config, mode, engine, on_row, patience=LOCK_SECONDS)
     except (RunFailed, UserError) as error:
         return error
     return None
 
 
 def _failure(task: Future[Failure], cell: Cell) -> Failure:
-    """Why the finished `task` of `cell` failed, or None. Raises UserError if no other cell can run either."""
+    """Why the ended `task` of `cell` failed, or None. Raises UserError if the reason applies to all cells."""
     try:
         failure = task.result()
     except RayTaskError as error:
@@ -178,7 +182,7 @@ def _failure(task: Future[Failure], cell: Cell) -> Failure:
 
 
 def _visible(folder: Path) -> bool:
-    """Wait until the summary in `folder` can be read on this machine; False if it still cannot in the end."""
+    """Wait until the summary in `folder` can be read on this machine; False if it cannot within `VISIBLE_SECONDS`."""
     deadline = time.monotonic() + VISIBLE_SECONDS
     while read_summary(folder) is None:
         if time.monotonic() > deadline:
@@ -189,13 +193,12 @@ def _visible(folder: Path) -> bool:
 
 def _environment() -> dict[str, str]:
     """Environment variables of the cells: the commit and command to record, and the data folder."""
-    data = os.environ.get("FEDSIM_DATA")
-    recorded = {"FEDSIM_ORIGIN": os.environ.get("FEDSIM_ORIGIN") or json.dumps(origin())}
-    return recorded | {"FEDSIM_DATA": data} if data else recorded
+    inherited = {name: os.environ[name] for name in ("FEDSIM_ORIGIN", "FEDSIM_DATA") if os.environ.get(name)}
+    return {"FEDSIM_ORIGIN": json.dumps(origin()), **inherited}
 
 
 def _check_address(address: str) -> None:
-    """Raise UserError if no cluster answers; ray.init would retry for minutes and then exit this process."""
+    """Raise UserError if no cluster answers; ray.init would retry for minutes and then exit the process."""
     command = [str(Path(sys.executable).with_name("ray")), "health-check"]
     command += [] if address == "auto" else ["--address", address]
     try:

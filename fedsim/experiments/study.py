@@ -5,12 +5,12 @@
     twins = true                      add the large-batch baseline of each K (default: false)
     compare = "table1"                the table of ``paper.csv`` to compare the results with (default: none)
 
-    [grid]                            a cell for each combination of these values, run with every seed
+    [grid]                            a cell for each combination of these values, which is run with every seed
     clients = [4, 12]
     seed = [1, 2, 3]
 
     [set]                             keys of every cell
-    [[case]]                          keys of the cells that match `when`; later cases override earlier ones
+    [[case]]                          further keys of the cells that match `when`; later cases override earlier ones
     when = { optimizer = ["lamb"] }
     set = { lr = 0.02 }
 
@@ -18,14 +18,14 @@
     validation = 5000                 training images held out, on which the trials are tested
     seed = 1                          the seed of all trials
     budget = 0.25                     a trial's part of the cell's epochs or rounds (default: 1)
-    stop-below = 0.5                  stop trials below this part of the best one's accuracy (default: 0.5; 0: none)
+    stop-below = 0.5                  stop trials below this part of the best accuracy (default: 0.5; 0: stop none)
     grid = { lr = [0.01, 0.03, 0.1] } a trial for each combination of these values
 
-    [chosen]                          keys of cells, by name without the seed; in stored studies, what tuning chose
+    [chosen]                          keys of single cells, by name without the seed; tuning stores its choice here
     k4-j10 = { lr = 0.03 }
 
-In result tables the first key of the grid varies across the columns and the others down the rows. A preset is a study
-without its grid.
+In result tables the first key of the grid has the columns and the others have the rows. A preset is a study whose grid
+is not used.
 """
 
 from __future__ import annotations
@@ -48,16 +48,16 @@ from fedsim.records import default_name, older_folders
 from fedsim.training.run_plan import run_plan
 
 FOLDER = Path(__file__).parents[1] / "studies"
-STORED = "study.toml"  # the study as it was run, in the folder of its runs
-TUNING = "-tuning"  # the end of the name of the folder of a study's trials
-LARGE_BATCH = "large batch"  # in the coordinates of a baseline, in place of J
+STORED = "study.toml"  # the study that was run, in the folder of its runs
+TUNING = "-tuning"  # suffix of the folder of a study's trials
+LARGE_BATCH = "large batch"  # in the coordinates of a baseline, instead of J
 SHORT_NAMES = {"clients": "k", "local-steps": "j", "batch-size": "b"}
 NOT_TUNED = ("seed", "validation", "epochs", "rounds", "device", "threads", "evaluate-every", "record-by")
-RECORD_KEYS = ("name", "results-dir", "resume")  # where a run is recorded, which the runner decides
+RECORD_KEYS = ("name", "results-dir", "resume")  # they follow from the names of the study and the cell
 
 
 class Cell(NamedTuple):
-    """One run of a study: its coordinates in the table (a value for each axis), mode and configuration."""
+    """One run of a study: its coordinates in the table (a value for each axis), its mode and its configuration."""
 
     coords: tuple[Value, ...]
     mode: Mode
@@ -65,14 +65,14 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Its name without the seed."""
+        """The name of the run without its seed."""
         return self.config.name.rpartition("-seed")[0]
 
 
 def _settings(settings: dict[str, Any]) -> dict[str, Any]:
     for name in RECORD_KEYS:
         if name in settings:
-            raise UserError(f"set {name}: a study cannot set it: its runs are in RESULTS/STUDY/CELL")
+            raise UserError(f"set {name}: a study cannot set it, as its runs are in RESULTS/STUDY/CELL: leave it out")
     return {name: typed(name, value) for name, value in settings.items()}
 
 
@@ -89,7 +89,7 @@ Lists = Annotated[dict[str, list[Any]], AfterValidator(_lists)]
 
 
 class Case(BaseModel):
-    """Settings of the cells that match `when`: each of its keys has one of the values listed."""
+    """Settings of the cells that match `when`, that is, have one of the listed values of each of its keys."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     when: Lists
@@ -97,7 +97,7 @@ class Case(BaseModel):
 
 
 class Tune(BaseModel):
-    """How to choose keys for each cell: by trials of every value in `grid`, tested on held-out training images."""
+    """How to choose keys for each cell: trials of the values in `grid`, tested on held-out training images."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
     grid: Annotated[Lists, Field(min_length=1)]
@@ -111,7 +111,7 @@ class Study(BaseModel):
     """A valid study: each of its cells has a valid configuration and a unique name."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
-    name: str = Field(exclude=True)  # of its file and of its folder in the results
+    name: str = Field(exclude=True)  # of its file, and of the folder of its results
     title: str
     mode: Mode
     twins: bool = False
@@ -134,7 +134,7 @@ class Study(BaseModel):
 
     @property
     def toml(self) -> str:
-        """What `read_study` reads back as this study."""
+        """The TOML text of this study, from which `read_study` gives the same study."""
         return tomli_w.dumps(self.model_dump(by_alias=True, exclude_defaults=True))
 
     def configure(self, keys: Mapping[str, Any]) -> Config:
@@ -159,7 +159,7 @@ class Study(BaseModel):
         return [cell._replace(config=cell.config.changed(self.chosen.get(cell.name, {}))) for cell in cells]
 
     def with_settings(self, keys: Mapping[str, Any], **entries: Any) -> Study:
-        """This study with `keys` set in every cell, and other `entries` (title, grid, ...) replaced."""
+        """This study with `keys` set in every cell, and the other `entries` (title, grid, ...) replaced."""
         cases: list[Any] = list(self.cases)
         if any(keys.keys() & case.settings.keys() for case in cases):
             cases.append({"when": {}, "set": dict(keys)})
@@ -167,7 +167,7 @@ class Study(BaseModel):
         return _study({**held, "name": self.name, "set": _override(self.settings, keys), "case": cases, **entries})
 
     def in_precision(self, precision: str) -> Study:
-        """This study in another `precision`, under a name and a title that say so."""
+        """This study in another `precision`, with the precision added to its name and title."""
         if "precision" in {*self.grid, *self.settings}.union(*(case.settings for case in self.cases)):
             raise UserError(f"{self.name}: the study sets its precision itself: leave out --precision")
         own = {"name": f"{self.name}-{precision}", "title": f"{self.title}, in {precision}"}
@@ -206,8 +206,8 @@ class Study(BaseModel):
 
 def _override(settings: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` overridden by `keys`; a budget in epochs also replaces one in rounds."""
-    replaced = {"rounds"} if "epochs" in keys else set()
-    return {**{name: value for name, value in settings.items() if name not in replaced}, **keys}
+    kept = {name: value for name, value in settings.items() if name != "rounds" or "epochs" not in keys}
+    return {**kept, **keys}
 
 
 def _part(name: str, value: Value) -> str:
@@ -216,7 +216,7 @@ def _part(name: str, value: Value) -> str:
 
 
 def _baselines(cells: Sequence[Cell]) -> list[Cell]:
-    """The large-batch baseline of each K and seed: SGD on one machine at the batch of all K workers together."""
+    """The large-batch baseline of each K and seed: one machine with the batch of all K workers together."""
     baselines: dict[str, Cell] = {}
     for config in (cell.config for cell in cells):
         where = f"twins = true: clients = {config.clients}"
@@ -224,7 +224,7 @@ def _baselines(cells: Sequence[Cell]) -> list[Cell]:
         if config.rounds:
             plan = run_plan(config, training_images(config))
             epochs = float(plan.epoch(plan.rounds))
-        name = f"k{config.clients}-twin-seed{config.seed}"  # as in the results recorded so far
+        name = f"k{config.clients}-twin-seed{config.seed}"  # the name in older results
         batch = config.clients_per_round * config.batch_size
         baseline = config.changed({"name": name, "batch-size": batch, "epochs": epochs})
         cell = Cell((config.clients, LARGE_BATCH), "centralized", baseline)
@@ -240,7 +240,7 @@ def _baselines(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def select(study: Study, cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
-    """The `cells` of `study` with names, without the seed, that match any of `patterns`; without patterns, all."""
+    """The `cells` of `study` whose name without the seed matches any of `patterns`; without patterns, all."""
     names = [cell.name for cell in cells]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
@@ -252,20 +252,19 @@ def select(study: Study, cells: Sequence[Cell], patterns: Sequence[str]) -> list
 
 def configure(mode: Mode, keys: Mapping[str, Any], preset: str = "") -> Config:
     """The configuration of one run: the defaults, overridden by the preset, overridden by `keys`."""
-    config = Config().changed(keys)  # also with a preset: errors in `keys` are reported first
+    config = Config().changed(keys)  # even with a preset, to report errors in `keys` first
     return read_preset(preset, mode).configure(keys) if preset else config
 
 
 def read_preset(name: str, mode: Mode) -> Study:
-    """The study `name`, or in the file `name`, if it has settings for `mode`."""
+    """The study or TOML file `name`; raises UserError if it is not for `mode`."""
     if name not in study_names() and not name.endswith(".toml"):
         known = ", ".join(study_names())
         raise UserError(f"unknown preset {name}: it must be one of {known}, or a file NAME.toml")
     if (study := read_study(name)).mode != mode:
         others = ", ".join(other for other in study_names() if read_study(other).mode == mode)
         raise UserError(
-            f"preset = {name} is for mode {study.mode}, not {mode}: "
-            f"give run.py {study.mode} --preset {name}, or here one of {others}"
+            f"preset = {name} is for mode {study.mode}, not {mode}: give it to {study.mode}, or here one of {others}"
         )
     return study
 
@@ -275,9 +274,9 @@ def grid_study(
 ) -> Study:
     """The study of LocalSGD over `grid`, with the settings of `preset` overridden by `keys`.
 
-    Its name is the key ``name``, or made from the keys that all cells share. It does not contain keys that affect no
-    result (threads, checkpoint-every, ...): pass these to `Study.cells`. In `results` a grid of the same keys keeps the
-    name that an earlier version gave it.
+    Its name is the key ``name``, or is made from the keys that all cells share. It has no keys that do not affect
+    results (threads, checkpoint-every, ...): pass these to `Study.cells`. If `results` holds a grid of the same keys
+    under a name given by an earlier version, it keeps that name.
     """
     base = configure("localsgd", keys, preset)
     first = default_name(base.changed({"clients": 1, "local-steps": 1, "seed": 0}), "localsgd")
@@ -293,7 +292,7 @@ def grid_study(
 
 
 def _under_older_name(study: Study, folder: Path) -> Study:
-    """`study` with the name of a grid of the same keys beside `folder`, if there is one and `folder` is not."""
+    """`study` with the older name of a grid of the same keys, if there is one beside `folder` and `folder` is new."""
     for older in older_folders(folder, STORED) if not folder.exists() else []:
         with contextlib.suppress(UserError):
             held = read_study(str(older / STORED))
@@ -328,14 +327,14 @@ def read_study(name: str) -> Study:
 
 
 def _with_current_names(entry: Any) -> Any:
-    """An entry of a stored study, with the current names of keys that have been renamed since."""
+    """An entry of a stored study, in which keys renamed since have their current names."""
     if isinstance(entry, dict):
         return current_names({name: _with_current_names(value) for name, value in entry.items()})
     return [_with_current_names(each) for each in entry] if isinstance(entry, list) else entry
 
 
 def _study(entries: Mapping[str, Any]) -> Study:
-    """The study of these entries; raises UserError with the first error on one line."""
+    """The study with these entries; raises UserError with the first error on one line."""
     try:
         return Study.model_validate(entries)
     except ValidationError as caught:

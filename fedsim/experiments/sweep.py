@@ -1,4 +1,4 @@
-"""Run the cells of studies: check all before the first starts, skip finished ones, report failed ones."""
+"""Run the cells of studies: check all of them first, skip finished ones, report failed ones."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from fedsim.experiments.study import STORED, Cell, Study
 from fedsim.experiments.track import tracker
 from fedsim.records import Row, atomic_write, read_summary, run_folder
 
-PLAIN: Any = {"soft_wrap": True, "highlight": False, "markup": False}  # of Console.print: the line as it is
+PLAIN: Any = {"soft_wrap": True, "highlight": False, "markup": False}  # for Console.print: print the line unchanged
 Failure = RunFailed | UserError | None  # why a cell failed, or None
 Outcome = tuple[Cell, Failure]
 
 
 class Runner(Protocol):
-    """How cells are run: where, and by which engine."""
+    """Runs cells: in this process (`OneByOne`) or on Ray (`OnRay`)."""
 
     @property
     def engine(self) -> Engine:
@@ -37,21 +37,21 @@ class Runner(Protocol):
 
     @property
     def here(self) -> bool:
-        """Whether cells run on this machine, so that it must have their devices."""
+        """Whether cells run on this machine, which must then have their devices."""
 
     def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
-        """Context manager within which `cells` can be run."""
+        """Context manager, within which `cells` can be run."""
 
     def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
-        """Run `cells`, also finished ones if `rerun`; yields the outcome of each as it ends.
+        """Run `cells`, even finished ones if `rerun`; yields the outcome of each cell when it ends.
 
-        It is RunInProgress for a cell that another process still runs after `patience` seconds.
+        A cell that another process is still running after `patience` seconds has the outcome RunInProgress.
         """
 
 
 @dataclass(frozen=True)
 class OneByOne:
-    """Runs cells in this process."""
+    """Runs cells in this process, one after the other, and sends their rows to the tracker `track`, if any."""
 
     engine: Engine
     track: str = ""
@@ -80,11 +80,11 @@ class OneByOne:
 def run_studies(
     studies: Sequence[tuple[Study, Sequence[Cell]]], results: Path, runner: Runner, rerun: bool, console: Console
 ) -> list[str]:
-    """Check the given cells of all studies, then run them in the folders ``RESULTS/STUDY``.
+    """Check the given cells of all studies, then run them in ``RESULTS/STUDY``; `results` is absolute.
 
-    The other cells run also if one fails. Returns the names of those that failed.
+    If a cell fails, the others still run. Returns the names of the cells that failed.
     """
-    folders = {study.name: results.expanduser().absolute() / study.name for study, _ in studies}
+    folders = {study.name: results / study.name for study, _ in studies}
     if len(folders) < len(studies):
         raise UserError(f"studies {', '.join(s.name for s, _ in studies)}: give each name once, as it names a folder")
     cells = [resolved_cell(cell, folders[study.name], runner) for study, own in studies for cell in own]
@@ -101,7 +101,7 @@ def run_studies(
 
 
 def fail_if_any(failed: Sequence[str], cells: int) -> None:
-    """Raise RunFailed with the names of the cells that `failed`."""
+    """Raise RunFailed with the names in `failed`, if there are any; `cells` is the number of all cells."""
     if failed:
         raise RunFailed(f"{len(failed)} of {cells} cells failed: {', '.join(failed)}")
 
@@ -129,9 +129,9 @@ def writable(results: Path) -> Iterator[None]:
 
 
 def run_cells(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Console) -> list[str]:
-    """Run `cells`, and last those that other processes were running; returns the names of those that failed.
+    """Run `cells`; returns the names of those that failed. Cells that another process is running come last.
 
-    In a terminal the running cells have a line each; elsewhere each cell that ends has one.
+    In a terminal each running cell has a line; elsewhere each cell gets a line when it ends.
     """
     failed: list[str] = []
     columns = (
@@ -162,12 +162,12 @@ def run_cells(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Conso
 
 
 def label(cell: Cell) -> str:
-    """A cell by the names of its folders."""
+    """The name of a cell, with that of its study's folder."""
     return f"{Path(cell.config.results_dir).name}/{cell.config.name}"
 
 
 def _outcome(cell: Cell) -> str:
-    """The last accuracy and the seconds of a cell that has ended."""
+    """The last accuracy of a cell that has ended, and its time."""
     summary = read_summary(run_folder(cell.config, cell.mode))
     if summary is None or summary["final_test_accuracy"] is None:
         return "stopped"

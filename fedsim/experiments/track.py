@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from pathlib import Path
 
+from fedsim.config import Engine
 from fedsim.errors import UserError
 from fedsim.experiments.progress import OnRow
 from fedsim.records import Row
@@ -15,17 +16,22 @@ TRACKERS = ("", "tensorboard")
 TRACKED = ("train_loss", "test_loss", "test_accuracy", "lr", "epoch", "bytes_up", "bytes_down", "seconds")
 
 
-def check_tracker(name: str) -> None:
-    """Raise UserError if the tracker is unknown or not installed."""
+def check_tracker(name: str, engine: Engine) -> None:
+    """Raise UserError if the tracker `name` is unknown or not installed, or `engine` does not track."""
     if name not in TRACKERS:
         raise UserError(f"track = {name!r} is unknown: it must be one of {', '.join(filter(None, TRACKERS))}")
+    if name and engine == "flower":
+        raise UserError(f"track = {name} with engine = flower: its rows are written by another process: leave one out")
     if name and importlib.util.find_spec(name) is None:
         raise UserError(f"track = {name}: it is not installed: pip install 'fedsim[{name}]'")
 
 
 @contextlib.contextmanager
 def tracker(name: str, folder: Path) -> Iterator[OnRow]:
-    """Context manager: a function that writes a row's numbers, by round, to ``FOLDER/tensorboard``."""
+    """Context manager: yields a function that writes the numbers of a row to ``FOLDER/tensorboard``, by round.
+
+    Without a name it does nothing.
+    """
     if not name:
         yield lambda row: None
         return
@@ -34,7 +40,7 @@ def tracker(name: str, folder: Path) -> Iterator[OnRow]:
     writers: list[SummaryWriter] = []
 
     def on_row(row: Row) -> None:
-        if not writers:  # a resumed run hides what was written after its checkpoint
+        if not writers:  # hides what was written after the checkpoint that a run resumes from
             writers.append(SummaryWriter(str(folder / name), purge_step=row["round"]))
         for tag in TRACKED:
             if row[tag] is not None:

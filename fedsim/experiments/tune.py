@@ -1,18 +1,16 @@
-"""Choose keys for each cell of a study, by trials that see no test image, before it is run with every seed.
+"""Tune a study: choose keys for each cell by trials, which see no test image, before it is run with every seed.
 
-A study's ``[tune]`` names the values to try. Each trial of a cell trains for a part of its budget, with one seed,
-without some training images, and is tested on those. The value of the highest accuracy at the end of its trial is
-chosen; on a tie the first. All cells have the same values, images, seed and budget, the large-batch baselines too.
-After a quarter and half of a trial it is stopped where its best accuracy is below the part ``stop-below`` of the best
-trial's of its cell. That depends on nothing but the rows up to then: the same trials are stopped in every order and on
-every number of machines. What was chosen is stored in the study's ``study.toml``, every trial in its ``tuning.csv``,
-and the trials' runs in ``RESULTS/STUDY-tuning``.
+A study's ``[tune]`` lists the values to try. A trial trains a cell with some of them for a part of its budget, with one
+seed, and is tested on training images held out for this. The values with the highest accuracy at the end of their trial
+are chosen; of equal ones, the first. All cells, the large-batch baselines too, have the same values, images, seed and
+budget. After a quarter and after half of its budget, a trial is stopped if its best accuracy so far is less than
+``stop-below`` times that of its cell's best trial. This depends only on the rows up to that point, so that the same
+trials are stopped in any order and on any number of machines. The chosen keys are stored in the study's
+``study.toml``, all trials in its ``tuning.csv``, and their runs in ``RESULTS/STUDY-tuning``.
 """
 
 from __future__ import annotations
 
-import csv
-import io
 import itertools
 import math
 from collections.abc import Callable, Sequence
@@ -20,6 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from rich.console import Console
 
 from fedsim.config import Value, has_key
@@ -29,12 +28,16 @@ from fedsim.experiments.study import STORED, TUNING, Cell, Study, Tune, read_stu
 from fedsim.experiments.sweep import PLAIN, Runner, label, resolved_cell, run_cells, run_studies, writable
 from fedsim.records import atomic_write, read_rows, read_summary, run_folder
 
-STAGES = (0.25, 0.5)  # of a trial, after which those without a chance are stopped
+STAGES = (0.25, 0.5)  # parts of a trial, after which hopeless ones are stopped
+TRIALS = "tuning.csv"  # in the folder of the study
 
 
 @dataclass(frozen=True)
 class Trial:
-    """A cell of the study, by name without the seed, with `keys` to try; `outcome` is empty while it runs."""
+    """A run that tries `keys` for the cells of the study that are named `of`, whatever their seed.
+
+    `outcome`: chosen, tried, stopped early or failed; empty until it is known.
+    """
 
     of: str
     keys: dict[str, Value]
@@ -50,17 +53,19 @@ def run_tuned_studies(
     rerun: bool,
     console: Console,
 ) -> tuple[list[str], int]:
-    """Tune those of `studies` that ask for it, then run their cells; the names of failed cells, and how many ran."""
+    """Tune the `studies` that have ``[tune]``, then run the cells that `cells_of` selects, in `results` (absolute).
+
+    Returns the names of the cells that failed, and the number of cells.
+    """
     tuned = [tune(study, cells_of(study), results, runner, rerun, console) for study in studies]
     selected = [(study, cells_of(study)) for study in tuned]
     return run_studies(selected, results, runner, rerun, console), sum(len(cells) for _, cells in selected)
 
 
 def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rerun: bool, console: Console) -> Study:
-    """`study` with the keys chosen for `cells`; itself if it has no ``[tune]``. Raises RunFailed if no trial ended."""
+    """`study` with the keys chosen for `cells`, or unchanged without ``[tune]``. Raises RunFailed if no trial ended."""
     if study.tune is None:
         return study
-    results = results.expanduser().absolute()
     folder = results / f"{study.name}{TUNING}"
     trials = [replace(trial, cell=resolved_cell(trial.cell, folder, runner)) for trial in trials_of(study, cells)]
     console.print(f"{study.name}: {len(trials)} trials on {study.tune.validation} held-out training images", **PLAIN)
@@ -79,7 +84,7 @@ def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rer
 
 
 def trials_of(study: Study, cells: Sequence[Cell]) -> list[Trial]:
-    """The trials of `cells`, of which several seeds count as one; a trial has the part `budget` of its cell's run."""
+    """The trials for `cells` of the tuned `study`: one for each combination of values, whatever the number of seeds."""
     assert study.tune is not None
     tune, trials = study.tune, []
     first = {cell.name: cell for cell in reversed(cells)}  # `cells` have the keys of this machine
@@ -91,16 +96,14 @@ def trials_of(study: Study, cells: Sequence[Cell]) -> list[Trial]:
         for values in itertools.product(*(tune.grid[name] for name in keys)):
             own = dict(zip(keys, values, strict=True))
             part = "-".join(f"{key}{value}" for key, value in own.items())
-            config = cell.config.changed(
-                {**_shortened(cell, tune.budget), **machine, **own, "name": f"{cell.name}-{part}"}
-            )
-            config = config.changed({"validation": tune.validation, "record-by": "epoch", "evaluate-every": 1})
-            trials.append(Trial(cell.name, own, cell._replace(config=config)))
+            tested = {"validation": tune.validation, "record-by": "epoch", "evaluate-every": 1}
+            changes = {**_shortened(cell, tune.budget), **machine, **own, **tested, "name": f"{cell.name}-{part}"}
+            trials.append(Trial(cell.name, own, cell._replace(config=cell.config.changed(changes))))
     return trials
 
 
 def _shortened(cell: Cell, budget: float) -> dict[str, Any]:
-    """The keys of `cell` by which its run, and what happens within it at given epochs, is shorter."""
+    """The keys that shorten the run of `cell` to the part `budget`: its length, and the epochs of its schedules."""
     config = cell.config
     epochs = max(1, round(budget * config.epochs)) if cell.mode == "centralized" else budget * config.epochs
     part = epochs / config.epochs
@@ -111,7 +114,7 @@ def _shortened(cell: Cell, budget: float) -> dict[str, Any]:
 
 
 def _up_to(part: float, cell: Cell) -> Cell:
-    """`cell`, to be stopped after this part of its run, in whole epochs."""
+    """`cell`, to be stopped after this part of its run, rounded down to whole epochs."""
     return cell._replace(config=cell.config.changed({"stop-after-epochs": _epochs(part, cell) if part < 1 else 0.0}))
 
 
@@ -120,7 +123,7 @@ def _epochs(part: float, cell: Cell) -> float:
 
 
 def _judged(trial: Trial, running: Sequence[Trial], failed: Sequence[str], part: float, tune: Tune) -> Trial:
-    """`trial` with an outcome if it has failed, or has no chance against the others `running` of its cell."""
+    """`trial`, with an outcome if it failed, or if it is hopeless compared with the trials `running` for its cell."""
     if label(trial.cell) in failed:
         return replace(trial, outcome="failed")
     own = _best(trial, part)
@@ -130,14 +133,14 @@ def _judged(trial: Trial, running: Sequence[Trial], failed: Sequence[str], part:
 
 
 def _best(trial: Trial, part: float) -> float | None:
-    """The best accuracy within the first part of a trial, also where it has since gone on; None without a test."""
+    """The best accuracy in the first part of a trial, even if it has trained on since; None before the first test."""
     limit = _epochs(part, trial.cell)
     tests = [row["test_accuracy"] for row in read_rows(_folder(trial)) if row["epoch"] <= limit]
     return max((accuracy for accuracy in tests if accuracy is not None), default=None)
 
 
 def _accuracy(trial: Trial) -> float | None:
-    """The accuracy at the end of a trial, or None if it has not come there."""
+    """The accuracy at the end of a trial; None if it is not finished."""
     summary = read_summary(_folder(trial))
     return summary["final_test_accuracy"] if summary and summary["finished"] else None
 
@@ -147,18 +150,21 @@ def _folder(trial: Trial) -> Path:
 
 
 def _with_choice(trials: Sequence[Trial]) -> list[Trial]:
-    """`trials` with every outcome; raises RunFailed where no trial of a cell has come to its end."""
-    best: dict[str, Trial] = {}
+    """`trials` with all outcomes set; raises RunFailed if every trial of a cell failed or was stopped."""
+    ended: dict[str, list[Trial]] = {trial.of: [] for trial in trials}
     for trial in trials:
-        if not trial.outcome and ((held := best.setdefault(trial.of, trial)) is not trial):
-            best[trial.of] = max(held, trial, key=lambda one: _accuracy(one) or 0.0)  # the first of equal ones
-    if without := [name for name in dict.fromkeys(trial.of for trial in trials) if name not in best]:
+        if not trial.outcome:
+            ended[trial.of].append(trial)
+    if without := [name for name, own in ended.items() if not own]:
         raise RunFailed(f"tune: no trial of {', '.join(without)} came to its end: give smaller rates in tune grid")
+    best = {
+        name: max(own, key=lambda trial: _accuracy(trial) or 0.0) for name, own in ended.items()
+    }  # the first of equal
     return [replace(t, outcome=t.outcome or ("chosen" if best[t.of] is t else "tried")) for t in trials]
 
 
 def _summary(name: str, trials: Sequence[Trial], tune: Tune) -> str:
-    """What was chosen for a cell, and whether the best value may lie beyond those tried."""
+    """A line on what was chosen for the cell `name`, and whether a value beyond those tried may be better."""
     (chosen,) = (trial for trial in trials if trial.outcome == "chosen")
     keys = ", ".join(f"{key} = {value}" for key, value in chosen.keys.items()) or "nothing to choose"
     counts = [(what, sum(trial.outcome == what for trial in trials)) for what in ("stopped early", "failed")]
@@ -168,7 +174,7 @@ def _summary(name: str, trials: Sequence[Trial], tune: Tune) -> str:
 
 
 def at_end(keys: dict[str, Value], tune: Tune) -> list[str]:
-    """Those of the chosen `keys` with the smallest or largest number tried: a better one may lie beyond."""
+    """The chosen `keys` whose value is the smallest or largest number tried: a better one may lie beyond."""
     ends = {}
     for key in keys:
         numbers = [value for value in tune.grid[key] if isinstance(value, int | float) and not isinstance(value, bool)]
@@ -177,23 +183,21 @@ def at_end(keys: dict[str, Value], tune: Tune) -> list[str]:
 
 
 def _stored(study: Study, chosen: dict[str, dict[str, Value]], trials: Sequence[Trial], folder: Path) -> Study:
-    """`study` with the keys `chosen` now, and earlier for other cells, in its folder; `trials` go to tuning.csv."""
+    """Write `trials` to tuning.csv in `folder` and the `chosen` keys to study.toml; returns the study with them.
+
+    What was chosen for other cells before, by the same ``[tune]``, is kept.
+    """
     folder.mkdir(parents=True, exist_ok=True)
-    lines = [_line(trial) for trial in trials]
-    if (folder / STORED).exists() and (folder / "tuning.csv").exists():
+    lines = pd.DataFrame(map(_line, trials), dtype=object)  # as they are: whole numbers with gaps are not floats
+    if (folder / STORED).exists() and (folder / TRIALS).exists():
         before = read_study(str(folder / STORED))
         chosen = {**{name: keys for name, keys in before.chosen.items() if before.tune == study.tune}, **chosen}
-        held = list(csv.DictReader(io.StringIO((folder / "tuning.csv").read_text())))
-        lines = [line for line in held if line["cell"] in chosen.keys() - {trial.of for trial in trials}] + lines
-    names = list(dict.fromkeys(name for line in lines for name in line))
-    text = io.StringIO()
-    writer = csv.DictWriter(text, names, lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(lines)
+        held = pd.read_csv(folder / TRIALS, dtype=str, keep_default_na=False)
+        lines = pd.concat([held[held["cell"].isin(chosen.keys() - {trial.of for trial in trials})], lines])
     tuned = study.model_copy(update={"chosen": chosen})
-    for name, content in (("tuning.csv", text.getvalue()), (STORED, tuned.toml)):
+    for name, text in ((TRIALS, lines.to_csv(index=False, lineterminator="\n")), (STORED, tuned.toml)):
         with atomic_write(folder / name) as file:
-            file.write(content.encode())
+            file.write(text.encode())
     return tuned
 
 

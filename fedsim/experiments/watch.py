@@ -1,4 +1,4 @@
-"""``fedsim watch``: how far the runs in a folder have come, from their records."""
+"""``fedsim watch``: the progress of the runs in a folder, read from their records."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ from fedsim.experiments.study import STORED, read_study
 from fedsim.records import CONFIG, ROWS, Row, read_config, read_summary
 
 EVERY_SECONDS = 2.0
-LAST_BYTES = 2**16  # of a row file, in which its last rows are
+LAST_BYTES = 2**16  # read from the end of a row file for its last rows
 
 
 class Seen(NamedTuple):
-    """A run's line, and whether it is finished, unfinished or damaged."""
+    """The line on a run, and its state."""
 
     line: str
     state: Literal["finished", "unfinished", "damaged"]
 
 
 def watch(root: Path, console: Console) -> None:
-    """Show every run under `root`: in a terminal again and again until all are finished, elsewhere once."""
+    """Show every run under `root`: in a terminal, updated until all are finished; elsewhere once."""
     if not root.is_dir():
-        raise UserError(f"results = {root} is not a folder: give one of results, or one study's in it")
+        raise UserError(f"results = {root} is not a folder: give a folder of results, or of one study")
     if not console.is_terminal:
         for line in lines_of(root)[0]:
             console.print(line, soft_wrap=True, highlight=False)
@@ -51,12 +51,12 @@ def watch(root: Path, console: Console) -> None:
 
 
 def lines_of(root: Path) -> tuple[list[str], bool]:
-    """A line for each folder of runs and each run under `root`, unfinished ones last; and whether any may still run."""
+    """A line for each study and run under `root`, unfinished runs last; and whether any run is still to finish."""
     folders: dict[Path, list[Seen]] = {}
     for path in sorted(root.rglob(CONFIG)):
         folders.setdefault(path.parent.parent, []).append(_seen(path.parent))
     if not folders:
-        raise UserError(f"results = {root} holds no runs: give a folder of results, or one study's in it")
+        raise UserError(f"results = {root} holds no runs: give a folder of results, or of one study")
     lines, running = [], False
     for folder, seen in folders.items():
         finished = sum(run.state == "finished" for run in seen)
@@ -68,15 +68,15 @@ def lines_of(root: Path) -> tuple[list[str], bool]:
 
 
 def _expected(folder: Path) -> int:
-    """How many runs the study of `folder` has; 0 without one."""
+    """The number of runs of the study in `folder`; 0 if it holds none."""
     try:
         return len(read_study(str(folder / STORED)).cells()) if (folder / STORED).exists() else 0
-    except UserError:  # the report tells what is wrong with it
+    except UserError:  # the report says what is wrong with it
         return 0
 
 
 def _seen(folder: Path) -> Seen:
-    """The run in `folder` as it is now; another process may be writing it."""
+    """The present state of the run in `folder`, to which another process may be writing."""
     try:
         held = read_config(folder)
         mode: Mode = held.pop("mode")
@@ -95,14 +95,14 @@ def _seen(folder: Path) -> Seen:
         return Seen(
             f"{where}  {row['tested_on']} {tested[-1] if tested else 0:.2%}  {row['seconds']:.0f} s", "finished"
         )
-    before = rows[0] if len(rows) > 1 and rows[0]["seconds"] < row["seconds"] else None
+    before = rows[0] if rows[0]["seconds"] < row["seconds"] else None
     age = max(0.0, time.time() - (folder / ROWS).stat().st_mtime)
     ago = f"  row {timedelta(seconds=round(age))} ago" if age > 60 else ""
     return Seen(f"{where}  {status(row, config, epochs, before, tested[-1] if tested else None)}{ago}", "unfinished")
 
 
 def _last_rows(path: Path) -> Iterator[Row]:
-    """The last complete rows of a file that may be growing."""
+    """The last complete rows of a file to which another process may be writing."""
     if not path.exists():
         return
     with path.open("rb") as file:

@@ -17,6 +17,7 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from rich.console import Console
 
 from fedsim.errors import RunFailed, UserError
+from fedsim.provenance import program
 from fedsim.report.answers import answers
 from fedsim.report.drawing import Plot
 from fedsim.report.figures import plot_accuracy, plots_of
@@ -41,7 +42,7 @@ def build_report(root: str, out: str, figure: str, console: Console) -> None:
     """Write the report on all results under `root` to `out`; with `figure`, only that figure and its CSV."""
     tables, warnings = read_tables(folder("results", root))
     show_warnings(warnings, console)
-    command = shlex.join(["python", "run.py", "report", root, "-o", out])
+    command = f"{program()} {shlex.join(['report', root, '-o', out])}"
     makers = {name: make for table in tables for name, make in plots_of(table).items()}
     if figure and figure not in makers:
         raise UserError(f"figure = {figure!r} cannot be made of {root}: it must be one of {', '.join(makers)}")
@@ -68,7 +69,7 @@ def show_results(root: Path, console: Console, save_as: str = "") -> None:
     if save_as:
         with output_folder(str(root)) as path:
             write_csv(runs_frame(tables[0]), path / f"{save_as}.csv")
-            (path / f"{save_as}.png").write_bytes(plot_accuracy(tables[0]).image("png", "run.py grid"))
+            (path / f"{save_as}.png").write_bytes(plot_accuracy(tables[0]).image("png", f"{program()} grid"))
             show_path(path / f"{save_as}.csv", console)
             show_path(path / f"{save_as}.png", console)
 

@@ -51,6 +51,9 @@ def shards(config: Config) -> list[list[int]]:
         ("linear", "", [51, 102, 153, 206]),
         ("square", "", None),
         ("exponential", "", None),
+        ("continuous", "strictness=0.5", [128] * 4),
+        ("pathological", "num_classes_per_partition=5, class_assignment_mode=first-deterministic", None),
+        ("grouped-natural-id", "group_size=3, partition_by=label", None),
     ],
 )
 def test_partitions_are_disjoint_and_seeded(
@@ -65,6 +68,27 @@ def test_partitions_are_disjoint_and_seeded(
     assert shards(config.changed({"seed": 1})) != of_clients
     uneven.uneven_shards.cache_clear()
     assert shards(config) == of_clients
+
+
+@NEEDS_FLWR_DATASETS
+def test_clients_by_class_and_by_groups_of_classes(small: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    counts = class_counts(small.changed({"partition": "natural-id", "clients": 10}))
+    assert np.array_equal(counts, np.diag(counts.diagonal()))
+    keys = {"partition": "grouped-natural-id", "partition-args": "group_size=3, mode=allow-bigger", "clients": 3}
+    counts = class_counts(small.changed(keys))
+    assert sorted((counts > 0).sum(1)) == [3, 3, 4]
+    assert set((counts > 0).sum(0)) == {1}  # a class is with one client
+    assert counts.sum() == 512
+    assert capsys.readouterr().err == ""  # flwr-datasets' progress bar is not shown
+
+
+@NEEDS_FLWR_DATASETS
+def test_clients_by_superclass_on_the_real_cifar100(real_data: str) -> None:
+    keys = {"partition": "natural-id", "partition-args": "partition_by=coarse_label", "clients": 20, "device": "cpu"}
+    counts = class_counts(Config().changed({**keys, "data-dir": real_data}))
+    superclasses = coarse_labels(Path(real_data))
+    assert [set(superclasses[row > 0]) for row in counts] == [{number} for number in range(20)]
+    assert set(counts.sum(1)) == {2500}
 
 
 @NEEDS_FLWR_DATASETS
@@ -117,6 +141,16 @@ def test_pachinko_on_the_real_cifar100(real_data: str) -> None:
             "partition-args = gamma=1: pachinko takes alpha and beta, numbers greater than 0",
         ),
         ({"partition": "pachinko", "clients": 600}, "clients = 600 is more than the 512 training images"),
+        (
+            {"partition": "distribution"},
+            "partition = 'distribution' takes a matrix of shares, which partition-args cannot",
+        ),
+        ({"partition": "id-to-size-fnc"}, "partition = 'id-to-size-fnc' takes a function: give linear, square, exp"),
+        ({"partition": "vertical-even"}, "partition = 'vertical-even' divides the columns of a table, not images"),
+        (
+            {"partition": "size", "partition-args": "partition_sizes=a b"},
+            "must be names with numbers, words, true or f",
+        ),
         ({"client-weights": "shard-size", "mean": "median"}, "client-weights is not used by mean = median: leave it"),
     ],
 )
@@ -130,8 +164,16 @@ def test_a_partition_that_cannot_be_is_told_in_a_line(small: Config, keys: dict[
     [
         ({"partition": "dirichlet"}, "partition-args = empty: partition = dirichlet needs alpha"),
         ({"partition": "linear", "partition-args": "alpha=1"}, "partition = linear does not know alpha: it takes none"),
+        (
+            {**DIRICHLET, "partition-args": "alpha=1, partition_by=image"},
+            "partition-args = alpha=1, partition_by=image: partition_by = image: synthetic has label",
+        ),
+        ({"partition": "natural-id"}, "partition-args = empty: partition = natural-id makes 10 clients, not 4: make"),
         ({**DIRICHLET, "partition-args": "alpha=-1"}, "partition = dirichlet fails (ValueError: Alpha values should"),
-        ({"partition": "size", "partition-args": "partition_sizes=512"}, "are for 1 clients, not 4: make them equal"),
+        (
+            {"partition": "size", "partition-args": "partition_sizes=512"},
+            "partition = size makes 1 clients, not 4: make them equal",
+        ),
         (
             {**DIRICHLET, "partition-args": "alpha=0.01, min_partition_size=0", "seed": 3, "clients": 8},
             "leaves client 1 without images: give other partition-args, another seed or fewer clients",

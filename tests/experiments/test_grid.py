@@ -11,9 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.cli import cli, integers
+from fedsim.cli import cli
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.study import grid_study, read_study
+from fedsim.flags import integers
 from fedsim.records import read_rows
 from fedsim.report.load import read_records
 from fedsim.report.result_table import read_tables

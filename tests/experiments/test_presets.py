@@ -74,9 +74,7 @@ def test_an_unknown_preset_names_the_known_ones(name: str) -> None:
 def test_a_preset_of_the_other_mode_is_refused_with_the_remedy(mode: Mode, preset: str) -> None:
     """Half of its settings would have no effect."""
     other = {"localsgd": "centralized", "centralized": "localsgd"}[mode]
-    remedy = (
-        f"preset = {preset} is for mode {other}, not {mode}: give run.py {other} --preset {preset}, or here one of "
-    )
+    remedy = f"preset = {preset} is for mode {other}, not {mode}: give it to {other}, or here one of "
     with pytest.raises(UserError) as caught:
         configure(mode, {}, preset)
     words = str(caught.value)

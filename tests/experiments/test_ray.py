@@ -19,6 +19,7 @@ import pytest
 import torch
 import typer
 
+import fedsim
 from fedsim import cli
 from fedsim.config import CORES, Config, cpu_count
 from fedsim.errors import UserError
@@ -26,6 +27,7 @@ from fedsim.experiments.study import Cell
 from fedsim.federation.flwr_run import copy_app, free_port
 from fedsim.records import read_rows, read_summary
 from tests.conftest import assert_same_bits, final_model, rows_of
+from tests.experiments.test_tune import TUNED
 from tests.federation.processes import end
 from tests.federation.test_flwr_run import started_by
 
@@ -80,6 +82,29 @@ def test_a_grid_on_ray_is_the_grid_one_by_one(tmp_path: Path) -> None:
     assert again.returncode == 0, again.stderr
     assert {path: path.stat().st_mtime_ns for path in before} == before  # finished ones were skipped
     assert len(list(ray.glob("k*/summary.json"))) == 4
+
+
+def test_a_tuned_study_on_ray_chooses_the_same_and_is_tracked(tmp_path: Path) -> None:
+    accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
+    text = TUNED.replace("twins = true", "").replace("clients = [1, 2]", "clients = [2]").replace(", 1e9]", "]")
+    (tmp_path / "tuned.toml").write_text(text)
+    alone, on_ray = tmp_path / "alone", tmp_path / "on-ray"
+    here: Any = {"device": "cpu", "threads": 1, "engine": "threads", "progress": False}
+    fedsim.study(tmp_path / "tuned.toml", results_dir=alone, **here)
+    keys = "study tuned.toml --device cpu --threads 1 --engine threads --results-dir on-ray --ray --track tensorboard"
+    done = run_py(tmp_path, *keys.split())
+    assert (done.returncode, done.stderr) == (0, "")
+    for name in ("tuned/tuning.csv", "tuned/study.toml"):
+        assert (on_ray / name).read_text() == (alone / name).read_text()
+    assert "lr = 0.05" in (on_ray / "tuned/study.toml").read_text().partition("[chosen")[2]
+    assert_same_grid(alone / "tuned", on_ray / "tuned")
+    assert_same_grid(alone / "tuned-tuning", on_ray / "tuned-tuning")
+    # Of a trial TensorBoard may lose events: it is resumed twice in a second, and files are sorted by their second
+    assert all(list(trial.glob("tensorboard/events.*")) for trial in (on_ray / "tuned-tuning").iterdir())
+    cell = on_ray / "tuned" / "k2-j2-seed1"
+    events = accumulator.EventAccumulator(str(cell / "tensorboard")).Reload()
+    seen = [(event.step, pytest.approx(event.value)) for event in events.Scalars("test_accuracy")]
+    assert seen == [(row["round"], row["test_accuracy"]) for row in read_rows(cell) if row["test_accuracy"] is not None]
 
 
 def test_cells_that_fail_on_ray_are_named_and_the_others_run(tmp_path: Path) -> None:
@@ -259,7 +284,7 @@ def test_a_node_with_other_code_refuses_a_cell(small: Config) -> None:
 
     run_cell: Any = ray_cells._run_cell  # Ray's wrapper of the function
     with pytest.raises(UserError, match=r"the fedsim in .* differs from this command's: use the same commit on both"):
-        run_cell._function(Cell((), "localsgd", small), "threads", 1.0, "other")
+        run_cell._function(Cell((), "localsgd", small), "threads", "", 1.0, "other")
 
 
 def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: Nodes) -> None:

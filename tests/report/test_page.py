@@ -67,9 +67,10 @@ def test_every_figure_has_its_files_and_a_command_that_remakes_it(
     study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["/usr/local/bin/fedsim"])
     report("results", "report")
     page = (tmp_path / "report" / "index.html").read_text()
-    commands = re.findall(r"<code>python run.py (report results -o report --figure \S+)</code>", page)
+    commands = re.findall(r"<code>fedsim (report results -o report --figure \S+)</code>", page)
     assert len(commands) == 5
     for command in commands:
         name = command.split()[-1]
