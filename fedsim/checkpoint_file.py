@@ -19,14 +19,15 @@ class InvalidCheckpoint(Exception):
     """Why a run cannot be resumed from a checkpoint."""
 
 
-def serialize(content: Mapping[str, Any]) -> memoryview:
+def serialize(content: Mapping[str, Any]) -> bytes:
     """The output of `torch.save`, in memory: when it writes to a file itself, its error hides the cause."""
     buffer = io.BytesIO()
     torch.save(on_host(content), buffer)
-    return buffer.getbuffer()
+    # Not getbuffer(): its view, in a frame that an exception keeps, can crash the garbage collector of CPython 3.12.1
+    return buffer.getvalue()
 
 
-def seal(serialized: memoryview) -> bytes:
+def seal(serialized: bytes | memoryview) -> bytes:
     """What follows `serialized` in its file."""
     return SEAL + hashlib.sha256(serialized).digest()
 
