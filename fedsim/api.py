@@ -118,7 +118,7 @@ def localsgd(
 ) -> Result:
     """Train by LocalSGD: K clients, J local steps per round, then one average.
 
-    `preset`: a study (its name, or a TOML file) whose settings the keys override. `engine`: auto, threads, stacked or
+    `preset`: a study, by its name or as a TOML file; keys override its settings. `engine`: auto, threads, stacked or
     flower. `rerun`: start over. `on_row`: is called with each row, a dict. `progress`: show the progress on a line, in
     a terminal or notebook. `track`: also send the rows to this tracker, ``tensorboard``. `model` and `dataset` may be
     functions that can be imported by name.

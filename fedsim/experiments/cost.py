@@ -62,7 +62,7 @@ def traffic(config: Config) -> tuple[int, int]:
 
 
 def _sent_bytes(codec: Codec | None, sent: Sections) -> int:
-    """The bytes of a message of `sent` whose parameters `codec` has encoded."""
+    """The bytes of a message of `sent`, with its parameters encoded by `codec`."""
     if codec:
         zeros = {name: torch.zeros_like(value) for name, value in sent.parameters.items()}
         sent = sent._replace(parameters=encode(codec, zeros, {}, 0)[0])

@@ -24,8 +24,8 @@
     [chosen]                          keys of single cells, by name without the seed; tuning stores its choice here
     k4-j10 = { lr = 0.03 }
 
-In result tables the first key of the grid has the columns and the others have the rows. A preset is a study whose grid
-is not used.
+In result tables the first key of the grid has the columns and the others have the rows. A preset is a study
+without its grid.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def _baselines(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def select(study: Study, cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
-    """The `cells` of `study` whose name without the seed matches any of `patterns`; without patterns, all."""
+    """The `cells` of `study` with names (without the seed) that match any of `patterns`; without patterns, all."""
     names = [cell.name for cell in cells]
     for pattern in patterns:
         if not fnmatch.filter(names, pattern):
