@@ -25,7 +25,7 @@ if TYPE_CHECKING:  # these import torch, which takes seconds; --help must not wa
     from fedsim.experiments.sweep import Runner
     from fedsim.records import Row
 
-SHARD_KEYS = (  # of which the clients' images depend, and nothing else
+SHARD_KEYS = (  # on which alone the images of the clients depend
     *("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed"),
     *("partition", "partition-args"),
 )

@@ -124,7 +124,7 @@ class Begun:
 
 
 def _begin(config: Config, message: Message, context: Context) -> Begun:
-    """Raises MemoryLost."""
+    """What the round of `message` starts from; raises MemoryLost where it needs a memory that is gone."""
     received = split(tensors_of(message.content.array_records["arrays"]))
     memory = _memory(config, message, context)
     parameters = received.parameters
