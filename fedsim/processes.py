@@ -6,6 +6,7 @@ import contextlib
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import IO
@@ -13,6 +14,8 @@ from typing import IO
 import psutil
 
 STOP_SECONDS = 5  # from SIGTERM to SIGKILL
+LOOKS = 20  # at the processes of the machine, at most, to find those that are just being started
+LOOK_SECONDS = 0.01
 KILLS = 6  # how often to kill what is left; a process that waits for a dead disk cannot be killed
 
 
@@ -26,12 +29,23 @@ def new_mark() -> dict[str, str]:
 
 
 def marked(mark: Mapping[str, str]) -> list[psutil.Process]:
-    """The processes that have `mark` in their environment."""
-    found = []
-    for process in psutil.process_iter():
-        with contextlib.suppress(psutil.Error, OSError):
-            if mark.items() <= process.environ().items():
-                found.append(process)
+    """The processes that have `mark` in their environment, also those that are started during the search."""
+    found: list[psutil.Process] = []
+    decided: set[int] = set()
+    for _ in range(LOOKS):
+        undecided = set(psutil.pids()) - decided
+        if not undecided:
+            break
+        for pid in undecided:
+            with contextlib.suppress(psutil.Error, OSError):
+                process = psutil.Process(pid)
+                environment = process.environ()
+                if not environment and process.exe():  # unlike a thread of the kernel
+                    continue  # during execve, the environment is empty
+                if mark.items() <= environment.items():
+                    found.append(process)
+            decided.add(pid)
+        time.sleep(LOOK_SECONDS)
     return found
 
 
