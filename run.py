@@ -1,6 +1,9 @@
 """fedsim's command line: ``python run.py --help``."""
 
-from fedsim.__main__ import main
+from fedsim.interrupts import exit_on_signals
 
 if __name__ == "__main__":
-    main()
+    with exit_on_signals():
+        from fedsim.cli import main  # slow to import, so the signal handlers are set first
+
+        main()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import shlex
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from io import TextIOWrapper
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, Optional, cast, get_args
@@ -148,7 +148,14 @@ def centralized(
     preset: str = PRESET, rerun: bool = RERUN, dry_run: bool = DRY_RUN, track: str = TRACK, **keys: Any
 ) -> None:
     """Train on one machine that has all images: the large-batch baselines."""
-    _run("centralized", keys, preset, rerun, "auto", dry_run, track)
+    from fedsim.experiments.execute import configured_run, execute
+
+    config, engine = configured_run("centralized", given(keys), preset)
+    if dry_run:
+        _print_cost(config, "centralized")
+        return
+    with _reported(config, "centralized", engine, track) as on_row:
+        execute(config, "centralized", engine, on_row, rerun)
 
 
 @cli.command(cls=Command)
@@ -162,7 +169,14 @@ def localsgd(
     **keys: Any,
 ) -> None:
     """Train by LocalSGD: K clients, J local steps per round, then one average."""
-    _run("localsgd", keys, preset, rerun, engine, dry_run, track)
+    from fedsim.experiments.execute import configured_run, execute
+
+    config, chosen = configured_run("localsgd", given(keys), preset, engine)
+    if dry_run:
+        _print_cost(config, "localsgd")
+        return
+    with _reported(config, "localsgd", chosen, track) as on_row:
+        execute(config, "localsgd", chosen, on_row, rerun)
 
 
 @cli.command(cls=GridCommand)
@@ -479,16 +493,10 @@ def _runner(address: str | None, cpus: float | None, gpus: float | None, engine:
     return OnRay(checked, address, cpus, gpus, track)
 
 
-def _run(mode: Mode, keys: Mapping[str, Any], preset: str, rerun: bool, engine: str, dry_run: bool, track: str) -> None:
-    """Execute one run; with `dry_run`, print what it would cost."""
-    from fedsim.experiments.execute import check, configured_run, execute
-
-    config, chosen = configured_run(mode, given(keys), preset, engine)
-    if not dry_run:
-        with _reported(config, mode, chosen, track) as on_row:
-            execute(config, mode, chosen, on_row, rerun)
-        return
+def _print_cost(config: Config, mode: Mode) -> None:
+    """Print what a run would cost."""
     from fedsim.experiments.cost import Pace, plan_lines
+    from fedsim.experiments.execute import check
     from fedsim.experiments.study import Cell
     from fedsim.records import run_folder
 

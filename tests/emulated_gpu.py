@@ -22,6 +22,7 @@ import unittest.mock
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -441,7 +442,13 @@ def replacements(gpu: EmulatedGpu) -> dict[Any, dict[str, Any]]:
     class InThisThread:
         """In place of a thread, in which torch would not be emulated."""
 
-        map = staticmethod(map)
+        def submit(self, call: Callable[..., Any], *arguments: Any) -> Future[Any]:
+            done: Future[Any] = Future()
+            try:
+                done.set_result(call(*arguments))
+            except Exception as error:
+                done.set_exception(error)
+            return done
 
         def shutdown(self, **options: Any) -> None:
             pass

@@ -29,8 +29,8 @@ from fedsim.optim import build_optimizer
 from fedsim.records import read_rows, run_folder
 from fedsim.training import stacked, streams
 from fedsim.training.run_plan import run_plan
-from fedsim.training.step import step_inputs
-from fedsim.training.step_fn import make_step_fn, simple_step_fn
+from fedsim.training.step import run_steps, step_inputs
+from fedsim.training.step_fn import make_step_fn
 
 Rounds = Callable[[Config, int], list[float]]
 
@@ -50,7 +50,7 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
     if captured:
         run = make_step_fn(large, model, optimizer, data.train, len(order))
     else:
-        run = simple_step_fn(large, model, optimizer, data.train)
+        run = partial(run_steps, model, optimizer, data.train, large.batch_size, large.precision, None)
     return timed(lambda: float(run(inputs())), rounds, config.device)
 
 

@@ -154,7 +154,7 @@ def _reply(config: Config, message: Message, context: Context, begun: Begun, end
         sent = sent._replace(parameters=update)
         kept |= with_prefix(COMPRESS, remembered)
     weight = end.samples if config.client_weights == "equal" else len(held_images(config, _worker(context)))
-    metrics = MetricRecord({"num-examples": weight, "train-loss": end.loss})
+    metrics = MetricRecord({"num-examples": weight, "train-loss": float(end.loss)})
     content = RecordDict({"arrays": tensor_record(join(sent)), "metrics": metrics})
     if keeps_memory(config):
         record = tensor_record(kept)

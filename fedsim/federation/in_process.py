@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
@@ -77,11 +78,19 @@ class InProcessGrid(Grid):
         messages = list(messages)
         for message in messages:
             set_message_id(message, str(next(self._message_ids)))
+        contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
         trains = bool(messages) and messages[0].metadata.message_type == MessageType.TRAIN
         if trains:
             self._free_memories(messages[0])
-        together = trains and self._train_together is not None
-        replies = self._handle_together(messages) if together else list(self._pool.map(self._handle, messages))
+        if trains and self._train_together:
+            try:
+                replies = self._train_together(messages, contexts)
+            except Exception as error:  # as if each client had raised it
+                replies = [_failed(error, message) for message in messages]
+        else:
+            pairs = list(zip(messages, contexts, strict=True))
+            futures = [self._pool.submit(self._client_app, message, context) for message, context in pairs]
+            replies = [_result(future, message) for future, message in zip(futures, messages, strict=True)]
         ids = [message.metadata.message_id for message in messages]
         self._replies.update(zip(ids, replies, strict=True))
         return ids
@@ -93,21 +102,6 @@ class InProcessGrid(Grid):
         """The replies to `messages`. `timeout` has no effect: nothing here can be lost on the way."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _handle(self, message: Message) -> Message:
-        """The client's reply, or Flower's error reply where it raised."""
-        try:
-            return self._client_app(message, self._contexts[message.metadata.dst_node_id])
-        except Exception as error:
-            return _failed(error, [message])[0]
-
-    def _handle_together(self, messages: list[Message]) -> list[Message]:
-        """The replies of all clients at once; where that raised, as if each had."""
-        assert self._train_together is not None
-        try:
-            return self._train_together(messages, [self._contexts[m.metadata.dst_node_id] for m in messages])
-        except Exception as error:
-            return _failed(error, messages)
-
     def _free_memories(self, message: Message) -> None:
         """Free what no client of the round that `message` begins needs any more: half of all optimizer states."""
         rounds = message.content.config_records.get("config", ConfigRecord()).get(MEMORY_ROUNDS)
@@ -116,8 +110,15 @@ class InProcessGrid(Grid):
                 forget_others(context, round_)  # type: ignore[arg-type]
 
 
-def _failed(error: Exception, messages: list[Message]) -> list[Message]:
-    """Error replies, as Flower makes them for a client that raised `error`."""
+def _result(reply: Future[Message], message: Message) -> Message:
+    """The client's reply to `message`, or an error reply where the client raised."""
+    try:
+        return reply.result()
+    except Exception as error:
+        return _failed(error, message)
+
+
+def _failed(error: Exception, message: Message) -> Message:
+    """The error reply that Flower makes for a client that raised `error`."""
     traceback.print_exception(error)
-    reason = f"{type(error).__name__}: {error}"
-    return [Message(Error(CLIENT_FAILED, reason), reply_to=message) for message in messages]
+    return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)

@@ -27,18 +27,11 @@ class Messenger:
         self.bytes_down = 0
         self._unanswered: set[str] = set()  # ids of messages that were not waited for any longer
 
-    def send(self, messages: Sequence[Message]) -> list[str]:
-        """Send messages; returns the ids of those that were accepted, else an empty string, in their order."""
-        if not messages:
-            return []
-        self.bytes_down += sum(payload(message) for message in messages)
-        return [id_ or "" for id_ in self.grid.push_messages(messages)]
-
     def receive(self, ids: Iterable[str]) -> list[Message]:
         """The replies that have come by now to the messages with these ids."""
         wanted = set(ids)
         replies = list(self.grid.pull_messages(wanted)) if wanted else []
-        self.bytes_up += sum(payload(reply) for reply in replies)
+        self.bytes_up += sum(map(payload, replies))
         return replies
 
     def exchange(self, messages: Sequence[Message], seconds: float = math.inf) -> list[Message]:
@@ -47,7 +40,8 @@ class Messenger:
         `Grid.send_and_receive` does the same, but in a deployment it looks for replies every three seconds only.
         """
         deadline = time.monotonic() + seconds
-        waiting = set(filter(None, self.send(messages)))
+        self.bytes_down += sum(map(payload, messages))
+        waiting = set(filter(None, self.grid.push_messages(messages))) if messages else set()
         replies: list[Message] = []
         while waiting:
             arrived = self.receive(waiting)

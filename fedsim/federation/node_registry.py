@@ -23,7 +23,7 @@ Nodes = dict[int, int]  # node -> worker, its partition-id, in the order of the 
 class _Question:
     """A question to a node that has not answered yet."""
 
-    ids: set[str]  # of its messages
+    ids: set[str | None]  # of its messages; None: the SuperLink did not accept it
     again_at: float  # when it is asked once more
     patience: float
 
@@ -80,7 +80,8 @@ class NodeRegistry:
         now = time.monotonic()
         unknown = sorted(connected - self.nodes.keys() - self._rejected)
         due = [node for node in unknown if node not in self._questions or now >= self._questions[node].again_at]
-        ids = self._messenger.send([Message(self._content, node, "query.partition") for node in due])
+        questions = [Message(self._content, node, "query.partition") for node in due]
+        ids = self._messenger.grid.push_messages(questions) if due else ()
         for node, id_ in zip(due, ids, strict=True):
             earlier = self._questions.get(node, _Question(set(), 0, ANSWER_SECONDS / 2))
             patience = 2 * earlier.patience

@@ -42,12 +42,13 @@ class Start:
 class End:
     """Where it ends: weights and state of its own, the mean training loss and the samples seen.
 
-    `gradients`: with SCAFFOLD the mean gradient of each parameter.
+    The loss may be a scalar tensor on a GPU, which has not been waited for. `gradients`: with SCAFFOLD the mean
+    gradient of each parameter.
     """
 
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
-    loss: float
+    loss: float | Tensor
     samples: int
     gradients: dict[str, Tensor] = field(default_factory=dict)
 
@@ -65,19 +66,9 @@ class Replica:
 _of_thread = threading.local()
 
 
-def take_round(config: Config, start: Start) -> End:
-    """The local steps of one worker, on this thread's replica."""
-    weights, state, gradients, loss = train_replica(config, _replica(config), start)
-    return End(weights, state, float(loss), samples_of(config, start), gradients)
-
-
-def train_replica(
-    config: Config, replica: Replica, start: Start
-) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor | float]:
-    """The weights, optimizer state, gradients (see `End`) and mean loss after a worker's local steps on `replica`.
-
-    A GPU is not waited for.
-    """
+def take_round(config: Config, start: Start, replica: Replica | None = None) -> End:
+    """The local steps of one worker on `replica`, by default this thread's; a GPU is not waited for."""
+    replica = replica or _replica(config)
     named = dict(replica.model.named_parameters())
     values = replica.model.state_dict()
     fill(values.values(), (start.weights[name] for name in values))
@@ -87,7 +78,8 @@ def train_replica(
     loss = replica.run_steps(round_inputs(config, start))
     steps = local_plan(config).steps_of(start.round, len(held_images(config, start.worker)))
     gradients = replica.rule.end(steps) if replica.rule else {}
-    return copies([values])[0], optimizer_state(named, replica.optimizer), gradients, loss
+    state = optimizer_state(named, replica.optimizer)
+    return End(copies([values])[0], state, loss, samples_of(config, start), gradients)
 
 
 def local_images(config: Config) -> Images:

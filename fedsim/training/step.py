@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedsim.data.images import Corners, Images, sample_crops
+from fedsim.data.images import Corners, Images, batches, sample_crops
 from fedsim.device import products_in, thread_pool
 from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.optim import set_lr
@@ -58,26 +58,26 @@ def step_inputs(
 def run_steps(
     model: nn.Module,
     optimizer: Optimizer,
-    batches: Iterable[tuple[Tensor, Tensor]],
-    rates: Sequence[float],
-    dropout_keys: Tensor,
-    precision: str = "fp32",
-    rule: LocalRule | None = None,
+    images: Images,
+    batch_size: int,
+    precision: str,
+    rule: LocalRule | None,
+    inputs: StepInputs,
 ) -> float:
-    """Run one optimizer step for each batch; returns the mean training loss over all samples.
+    """Run one optimizer step for each batch of `inputs`; returns the mean training loss over all samples.
 
-    `rates` and `dropout_keys` have an entry for each batch. The loss of a batch is the one before its step, in train
-    mode. The device is waited for once, at the end.
+    The loss of a batch is the one before its step, in train mode. The device is waited for once, at the end.
     """
     model.train()
     parameter = next(model.parameters())
     step_keys = StepKeys(device=parameter.device)
     set_dropout_keys(model, step_keys)
     losses, sizes = [], []
-    for (images, labels), lr, key in zip(batches, rates, dropout_keys, strict=True):
+    drawn = batches(images, inputs.crops, batch_size)
+    for (crops, labels), lr, key in zip(drawn, inputs.rates, inputs.dropout_keys, strict=True):
         step_keys.begin_step(key)
         set_lr(optimizer, lr)
-        losses.append(take_step(model, optimizer, images.to(parameter.dtype), labels, precision, rule=rule))
+        losses.append(take_step(model, optimizer, crops.to(parameter.dtype), labels, precision, rule=rule))
         sizes.append(len(labels))
     sums = torch.stack(losses).double().cpu() * torch.tensor(sizes)
     return float(sums.sum()) / sum(sizes)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.data.images import Images, batches
+from fedsim.data.images import Images
 from fedsim.training.cuda_graph import CapturedSteps, capturable
 from fedsim.training.local_rule import LocalRule
 from fedsim.training.step import StepInputs, run_steps
@@ -29,19 +30,7 @@ def make_step_fn(
     On a GPU it does not wait for the device; elsewhere it is `run_steps`.
     """
     if not config.device.startswith("cuda"):
-        return simple_step_fn(config, model, optimizer, images, rule)
+        return partial(run_steps, model, optimizer, images, config.batch_size, config.precision, rule)
     keys = (samples, config.batch_size, config.precision)
     captured = CapturedSteps(model, optimizer, images, *keys, capture=capturable(config), rule=rule)
     return lambda inputs: captured.run([inputs])
-
-
-def simple_step_fn(
-    config: Config, model: nn.Module, optimizer: Optimizer, images: Images, rule: LocalRule | None = None
-) -> StepFn:
-    """`run_steps`, on any device."""
-
-    def run(inputs: StepInputs) -> float:
-        stream = batches(images, inputs.crops, config.batch_size)
-        return run_steps(model, optimizer, stream, inputs.rates, inputs.dropout_keys, config.precision, rule)
-
-    return run

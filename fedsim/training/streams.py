@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 
 from fedsim.config import Config
-from fedsim.training.local_round import End, Replica, Start, build_replica, samples_of, train_replica
+from fedsim.training.local_round import End, Replica, Start, build_replica, take_round
 
 
 def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
@@ -22,15 +23,11 @@ def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
         if stream:
             stream.wait_stream(torch.cuda.current_stream(stream.device))
         with torch.cuda.stream(stream):  # does nothing without one
-            ends.append(train_replica(config, replica, start))
+            ends.append(take_round(config, start, replica))
     for stream in filter(None, streams):
         torch.cuda.current_stream(stream.device).wait_stream(stream)
-    of_workers = [torch.as_tensor(loss, dtype=torch.float64).reshape(()) for *_, loss in ends]
-    losses = torch.stack(of_workers).tolist()  # waits once
-    return [
-        End(weights, state, loss, samples_of(config, start), gradients)
-        for (weights, state, gradients, _), loss, start in zip(ends, losses, starts, strict=True)
-    ]
+    losses = torch.stack([torch.as_tensor(end.loss, dtype=torch.float64).reshape(()) for end in ends])
+    return [replace(end, loss=loss) for end, loss in zip(ends, losses.tolist(), strict=True)]  # waits once
 
 
 @functools.lru_cache(maxsize=1)

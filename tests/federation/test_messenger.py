@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pickle
+from collections.abc import Iterable
 from typing import Any
 
 import pytest
@@ -21,12 +22,15 @@ from tests.conftest import Execute, assert_same_bits, final_model
 class Pickled(InProcessGrid):
     """Every message is taken apart and put together again, both ways."""
 
-    def _handle(self, message: Message) -> Message:
-        reply: Message = pickle.loads(pickle.dumps(super()._handle(pickle.loads(pickle.dumps(message)))))
-        for record in reply.content.array_records.values():
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        return super().push_messages([pickle.loads(pickle.dumps(message)) for message in messages])
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies: list[Message] = [pickle.loads(pickle.dumps(reply)) for reply in super().pull_messages(message_ids)]
+        for record in (record for reply in replies for record in reply.content.array_records.values()):
             assert all(type(array) is Array for array in record.values())
             assert payload_bytes(record) == sum(tensor.nbytes for tensor in tensors_of(record).values())
-        return reply
+        return replies
 
 
 @pytest.mark.parametrize(

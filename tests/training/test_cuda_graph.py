@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -24,8 +25,7 @@ from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.rng import generator
 from fedsim.training.cuda_graph import CapturedSteps
 from fedsim.training.local_rule import build_rule
-from fedsim.training.step import StepInputs, step_inputs
-from fedsim.training.step_fn import simple_step_fn
+from fedsim.training.step import StepInputs, run_steps, step_inputs
 
 SAMPLES, BATCH = 10, 4  # the last batch is smaller
 OPTIMIZERS: list[dict[str, Any]] = [
@@ -57,7 +57,7 @@ def rounds(
     model = build_model(config.model, config.synthetic_classes, 0, config.device, config.precision)
     named = dict(model.named_parameters())
     optimizer, rule = build(config, named), build_rule(config, named)
-    simple = simple_step_fn(config, model, optimizer, images, rule)
+    simple = partial(run_steps, model, optimizer, images, BATCH, config.precision, rule)
     if static:
         steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture, rule=rule)
         if not capture:

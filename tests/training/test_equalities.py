@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
-from fedsim.training.step import run_steps
+from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state, set_lr
+from fedsim.training.step import take_step
 from strategies.mean import weighted_mean
 
 Batch = tuple[Tensor, Tensor]
@@ -48,6 +49,13 @@ def mean(states: list[dict[str, Tensor]]) -> dict[str, Tensor]:
     }
 
 
+def run_steps(model: nn.Module, optimizer: Optimizer, batches: list[Batch], rates: list[float]) -> None:
+    model.train()
+    for (images, labels), lr in zip(batches, rates, strict=True):
+        set_lr(optimizer, lr)
+        take_step(model, optimizer, images, labels, "fp32")
+
+
 def local_sgd(model: nn.Module, config: Config, rounds: list[list[list[Batch]]]) -> dict[str, Tensor]:
     """LocalSGD as the paper writes it: every worker steps from the mean, then all are averaged."""
     glob = copy.deepcopy(model.state_dict())
@@ -61,7 +69,7 @@ def local_sgd(model: nn.Module, config: Config, rounds: list[list[list[Batch]]])
             optimizer = build_optimizer(config, named)
             load_optimizer_state(named, optimizer, {} if config.momentum_at_sync == "reset" else states[worker])
             rates = [config.lr / (1 + round * len(batches) + step) for step in range(len(batches))]
-            run_steps(replica, optimizer, batches, rates, torch.zeros(len(batches)))
+            run_steps(replica, optimizer, batches, rates)
             replies.append(replica.state_dict())
             states[worker] = optimizer_state(named, optimizer)
         glob = mean(replies)
@@ -76,7 +84,7 @@ def large_batch(model: nn.Module, config: Config, rounds: list[list[list[Batch]]
     steps = [step for workers in rounds for step in zip(*workers, strict=True)]
     union = [(torch.cat([x for x, _ in step]), torch.cat([y for _, y in step])) for step in steps]
     rates = [config.lr / (1 + step) for step in range(len(union))]
-    run_steps(replica, build_optimizer(config, dict(replica.named_parameters())), union, rates, torch.zeros(len(union)))
+    run_steps(replica, build_optimizer(config, dict(replica.named_parameters())), union, rates)
     return replica.state_dict()
 
 

@@ -53,13 +53,13 @@ def test_steps_wait_for_nothing(on_gpu: Config, precision: str) -> None:
     config = on_gpu.changed({"precision": precision})
     replica = local_round.build_replica(config)
     start = Start(0, 1, build_model(config.model, config.synthetic_classes, 0, config.device).state_dict(), {})
-    local_round.train_replica(config, replica, start)
+    local_round.take_round(config, start, replica)
     torch.cuda.synchronize()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that this mode is experimental
             torch.cuda.set_sync_debug_mode("error")
-        *_, loss = local_round.train_replica(config, replica, start)
+        loss = local_round.take_round(config, start, replica).loss
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert 0 < float(loss) < 10

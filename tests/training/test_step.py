@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -8,28 +9,31 @@ from torch.nn import functional as F
 from fedsim import device as pool
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
+from fedsim.data.images import batches
 from fedsim.models import build_model
 from fedsim.optim import build_optimizer
-from fedsim.training.step import evaluate, run_steps
+from fedsim.training.step import evaluate, run_steps, step_inputs
 
 CONFIG = Config(dataset="synthetic", synthetic_images=1200, device="cpu", lr=0.1, momentum=0.0, weight_decay=0.0)
 
 
 def test_steps_are_gradient_descent_and_the_loss_is_the_mean_over_samples() -> None:
-    model = nn.Linear(2, 2, bias=False).double()
-    weight = model.weight.detach().clone()
-    batches = [(torch.randn(n, 2).double(), torch.zeros(n, dtype=torch.int64)) for n in (4, 4, 1)]
-    optimizer = build_optimizer(CONFIG, dict(model.named_parameters()))
-    loss = run_steps(model, optimizer, batches, [0.5, 0.6, 0.7], torch.zeros(3))
+    images = load_dataset(CONFIG).train
+    linear = nn.Linear(3 * 32 * 32, 10, bias=False).double()
+    weight = linear.weight.detach().clone()
+    optimizer = build_optimizer(CONFIG, dict(linear.named_parameters()))
+    rates = [0.005, 0.006, 0.007]
+    inputs = step_inputs(np.arange(9), 4, 0, 0, 0, rates, images.corners)
+    loss = run_steps(nn.Sequential(nn.Flatten(), linear), optimizer, images, 4, "fp64", None, inputs)
     losses = []
-    for step, (x, y) in enumerate(batches, 5):
+    for (crops, labels), lr in zip(batches(images, inputs.crops, 4), rates, strict=True):
         weight.requires_grad_()
-        value = F.cross_entropy(x @ weight.T, y)
+        value = F.cross_entropy(crops.double().flatten(1) @ weight.T, labels)
         (gradient,) = torch.autograd.grad(value, weight)
-        weight = (weight - step / 10 * gradient).detach()
+        weight = (weight - lr * gradient).detach()
         losses.append(float(value.detach()))
-    torch.testing.assert_close(model.weight.data, weight, rtol=0, atol=1e-15)
-    assert loss == pytest.approx((4 * losses[0] + 4 * losses[1] + losses[2]) / 9, abs=1e-15)
+    torch.testing.assert_close(linear.weight.data, weight, rtol=0, atol=1e-13)
+    assert loss == pytest.approx((4 * losses[0] + 4 * losses[1] + losses[2]) / 9, abs=1e-13)
 
 
 def test_evaluation_is_the_mean_over_all_images_in_eval_mode() -> None:
