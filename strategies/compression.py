@@ -174,7 +174,11 @@ class PowerSGD:
 
 def make_codec(name: str, ratio: float = 0.01, levels: int = 7, rank: int = 4) -> Codec | None:
     """The codec of a name in `CODECS`; None for ``none``."""
-    codecs: dict[str, Codec | None] = {
+    return _codecs(ratio, levels, rank)[name]
+
+
+def _codecs(ratio: float, levels: int, rank: int) -> dict[str, Codec | None]:
+    return {
         "none": None,
         "fp16": Half(torch.float16),
         "bf16": Half(torch.bfloat16),
@@ -186,10 +190,9 @@ def make_codec(name: str, ratio: float = 0.01, levels: int = 7, rank: int = 4) -
         "qsgd": QSGD(levels),
         "powersgd": PowerSGD(rank),
     }
-    return codecs[name]
 
 
-CODECS = ("none", "fp16", "bf16", "int8", "int4", "sign", "topk", "randomk", "qsgd", "powersgd")
+CODECS = tuple(_codecs(ratio=1, levels=1, rank=1))
 
 
 def encode(

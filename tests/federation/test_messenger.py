@@ -12,6 +12,7 @@ from flwr.app import Array, ArrayRecord, Message
 from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.federation import client_app
+from fedsim.federation.flower_internals import set_message_id
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run, read_rows
@@ -23,7 +24,11 @@ class Pickled(InProcessGrid):
     """Every message is taken apart and put together again, both ways."""
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        return super().push_messages([pickle.loads(pickle.dumps(message)) for message in messages])
+        messages = list(messages)
+        ids = list(super().push_messages([pickle.loads(pickle.dumps(message)) for message in messages]))
+        for message, id_ in zip(messages, ids, strict=True):
+            set_message_id(message, id_)
+        return ids
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         replies: list[Message] = [pickle.loads(pickle.dumps(reply)) for reply in super().pull_messages(message_ids)]
