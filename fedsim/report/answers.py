@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,7 +20,7 @@ def answers(table: ResultTable) -> list[str]:
     if runs.empty:
         return ["No run is finished: accuracies are those so far."]
     best = _fewest_bytes(table, runs) if (runs["network_bytes"] > 0).any() else _highest(table, runs)
-    return [best, *_costs_of_local_steps(table, runs)]
+    return [best, *_gains_of_methods(table, runs), *_costs_of_local_steps(table, runs)]
 
 
 def seeds_of(count: int) -> str:
@@ -55,22 +56,37 @@ def _fewest_bytes(table: ResultTable, runs: pd.DataFrame) -> str:
     return f"{text}."
 
 
+def _gains_of_methods(table: ResultTable, runs: pd.DataFrame) -> list[str]:
+    """What each value of an axis, such as `outer`, gains over ``none`` in cells that are equal otherwise."""
+    texts = []
+    for axis in table.axes:
+        for name, values in _equal_otherwise(table, runs, axis):
+            plain = values.index[values == "none"]
+            for cell, value in values[values != "none"].items() if len(plain) else ():
+                if cost := _cost(table, runs, table.cells.loc[[plain[0], cell]]):
+                    texts.append(f"{name}{value} instead of none {cost}.")
+    return texts
+
+
 def _costs_of_local_steps(table: ResultTable, runs: pd.DataFrame) -> list[str]:
     """What the largest J costs compared with the smallest: a sentence for each value of the other axes, such as K."""
-    if "local-steps" not in table.axes:
-        return []
-    place = table.axes.index("local-steps")
-    cells = table.cells.loc[sorted(runs["cell"].unique())].query("not baseline")
-    others = cells["coords"].map(lambda coords: (*coords[:place], *coords[place + 1 :]))
-    axes = [axis for axis in table.axes if axis != "local-steps"]
     texts = []
-    for coords, group in cells.groupby(others, sort=False):
-        steps = group["coords"].map(lambda coords: coords[place]).astype(int)
+    for name, values in _equal_otherwise(table, runs, "local-steps") if "local-steps" in table.axes else ():
+        steps = values.astype(int)
         low, high = steps.idxmin(), steps.idxmax()
-        if low != high and (cost := _cost(table, runs, group.loc[[low, high]])):
-            name = f"{label(axes, coords)}: " if axes else ""
+        if low != high and (cost := _cost(table, runs, table.cells.loc[[low, high]])):
             texts.append(f"{name}J = {steps[high]} instead of J = {steps[low]} {cost}.")
     return texts
+
+
+def _equal_otherwise(table: ResultTable, runs: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.Series]]:
+    """The cells with runs, in groups that differ in `axis` alone: how a sentence begins, and the value of each cell."""
+    place = table.axes.index(axis)
+    cells = table.cells.loc[sorted(runs["cell"].unique())].query("not baseline")
+    others = cells["coords"].map(lambda coords: (*coords[:place], *coords[place + 1 :]))
+    axes = [other for other in table.axes if other != axis]
+    for coords, group in cells.groupby(others, sort=False):
+        yield f"{label(axes, coords)}: " if axes else "", group["coords"].map(lambda coords: coords[place])
 
 
 def _cost(table: ResultTable, runs: pd.DataFrame, cells: pd.DataFrame) -> str:

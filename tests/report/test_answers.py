@@ -40,6 +40,17 @@ def test_the_best_cell_is_compared_with_the_cheapest_that_comes_near(tmp_path: P
     )
 
 
+def test_a_method_is_compared_with_none_where_all_else_is_equal(tmp_path: Path) -> None:
+    for outer, steps, seed, final in (("slowmo", 1, 1, 0.5), ("none", 1, 1, 0.4), ("none", 1, 2, 0.3),
+                                      ("slowmo", 1, 2, 0.5), ("slowmo", 2, 1, 0.6), ("none", 4, 1, 0.6)):  # fmt: skip
+        config = Config().changed({"outer": outer, "local-steps": steps, "seed": seed})
+        write_run(tmp_path / "s" / f"{outer}-{steps}-{seed}", config, "localsgd", [0.1, final])
+    compared = [text for text in answers(only(tmp_path)) if "instead of none" in text]
+    assert compared == [
+        "J = 1: slowmo instead of none gains 15.00 ± 7.07 points of test accuracy at equal samples (2 seeds)."
+    ]
+
+
 def test_budgets_in_rounds_are_compared_at_the_end_of_the_shorter(tmp_path: Path) -> None:
     for steps, accuracies in ((1, [0.1, 0.2]), (2, [0.1, 0.3, 0.4])):
         config = Config().changed({"local-steps": steps, "rounds": 2, "validation": 50})
