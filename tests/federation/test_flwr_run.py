@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import random
@@ -12,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import psutil
@@ -139,11 +140,19 @@ time.sleep(1000)
 """
 
 
+def names(processes: Iterable[psutil.Process]) -> list[str]:
+    found = []
+    for process in processes:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended meanwhile
+            found.append(process.name())
+    return found
+
+
 def test_processes_end_with_the_block_that_started_them(tmp_path: Path) -> None:
     """Those that ignore SIGTERM, that began a session, and that outlived their parent."""
     began = [sys.executable, "-c", IGNORES, OUTLIVES]
     with (tmp_path / "log").open("wb") as log, running(began, os.environ, log) as (_, mark):
-        while [process.name() for process in marked(mark)].count("sleep") == 0:
+        while "sleep" not in names(marked(mark)):
             time.sleep(0.05)
         processes = marked(mark)
         assert len(processes) >= 2
