@@ -14,8 +14,8 @@ from typing import IO
 import psutil
 
 STOP_SECONDS = 5  # from SIGTERM to SIGKILL
-LOOKS = 20  # at the processes of the machine, at most, to find those that are just being started
-LOOK_SECONDS = 0.01
+LOOKS = 20  # passes over all processes at most: one that is just starting is found in a later pass
+LOOK_SECONDS = 0.01  # between two passes
 KILLS = 6  # how often to kill what is left; a process that waits for a dead disk cannot be killed
 
 

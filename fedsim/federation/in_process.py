@@ -88,8 +88,7 @@ class InProcessGrid(Grid):
             except Exception as error:  # as if each client had raised it
                 replies = [_failed(error, message) for message in messages]
         else:
-            pairs = list(zip(messages, contexts, strict=True))
-            futures = [self._pool.submit(self._client_app, message, context) for message, context in pairs]
+            futures = [self._pool.submit(self._client_app, *pair) for pair in zip(messages, contexts, strict=True)]
             replies = [_result(future, message) for future, message in zip(futures, messages, strict=True)]
         ids = [message.metadata.message_id for message in messages]
         self._replies.update(zip(ids, replies, strict=True))
