@@ -18,7 +18,8 @@ from fedsim.federation.client_app import app, train_together
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
-from fedsim.federation.round import build_strategy, initial_progress, train_round
+from fedsim.federation.round import initial_progress, train_round
+from fedsim.federation.strategy import build_strategy
 from fedsim.models import build_model
 from fedsim.training import stacked, streams
 from fedsim.training.local_round import End, Start

@@ -23,7 +23,8 @@ from fedsim.federation.flwr_run import run_with_flwr
 from fedsim.federation.in_process import InProcessGrid, TrainTogether
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
-from fedsim.federation.round import build_strategy, initial_progress, train_round
+from fedsim.federation.round import initial_progress, train_round
+from fedsim.federation.strategy import build_strategy
 from fedsim.models import initial_model
 from fedsim.optim import build_optimizer
 from fedsim.records import read_rows, run_folder

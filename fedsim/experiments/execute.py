@@ -17,8 +17,8 @@ from fedsim.federation.client_app import train_together
 from fedsim.federation.flwr_run import run_with_flwr
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.resources import check_memory
-from fedsim.federation.round import check_strategy
 from fedsim.federation.server_app import train_localsgd
+from fedsim.federation.strategy import check_strategy
 from fedsim.models import check_model, check_one_image
 from fedsim.optim import check_optimizer
 from fedsim.records import Row, Run, config_of_run, run_folder

@@ -23,12 +23,12 @@ from fedsim.federation.protocol import fewest_updates
 from fedsim.federation.round import (
     Progress,
     TooFewClients,
-    build_strategy,
     initial_progress,
     recorded,
     row_of,
     train_round,
 )
+from fedsim.federation.strategy import build_strategy
 from fedsim.models import check_model, initial_model
 from fedsim.records import Run, config_of_run, print_row, read_rows, run_folder
 from fedsim.training.batchnorm import calibration_crops, reestimate

@@ -22,7 +22,7 @@ from fedsim.data.partition import check_partition, shard_of
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute
-from fedsim.federation.round import build_strategy
+from fedsim.federation.strategy import build_strategy
 from fedsim.models import initial_model
 from fedsim.report.partition import class_counts, show_partition
 from fedsim.rng import generator

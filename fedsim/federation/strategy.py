@@ -1,0 +1,130 @@
+"""The strategy of a run: what its keys say of the mean, the server's step and Flower's own strategies."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+from flwr.serverapp.strategy import Strategy
+from torch import nn
+
+from fedsim.config import Config, arguments_of, check_used
+from fedsim.data.datasets import training_images
+from fedsim.errors import UserError
+from fedsim.federation.compress import check_compress, codec_down_of, codec_of, compress_seed
+from fedsim.federation.flower_internals import let_messages_be_made
+from fedsim.federation.late_mean import check_delay
+from fedsim.federation.protocol import CONTROL, MEMORY, fewest_updates
+from fedsim.models import cpu_model
+from fedsim.optim import check_optimizer
+from fedsim.training.local_rule import check_local_rule
+from fedsim.training.run_plan import RunPlan
+from strategies import STRATEGIES, LocalSGD, batchnorm_buffers
+from strategies.by_name import strategy_factory
+from strategies.errors import StrategyFailed
+from strategies.flower_strategy import FlowerStrategy, why_not_resumable
+from strategies.outer import OuterStep, outer_step
+
+
+def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
+    """The strategy of `config` for the arrays of `model`."""
+    not_resumable = check_strategy(config)
+    of_run: dict[str, Any] = {
+        "seed": config.seed,
+        "population": config.clients,
+        "fraction_train": config.fraction,
+        "min_updates": fewest_updates(config),
+        "max_examples": plan.max_samples
+        if config.client_weights == "equal"
+        else lambda round_: training_images(config),
+        "metrics": ["train-loss"],
+        "other_records": [MEMORY],
+        "batchnorm": batchnorm_buffers(model),
+        "batchnorm_at_sync": config.batchnorm_at_sync,
+        "population_extras": CONTROL if config.local_rule == "scaffold" else None,
+    }
+    if config.strategy not in STRATEGIES:
+        return FlowerStrategy(flower_strategy_of(config), not_resumable, **of_run)
+    return STRATEGIES[config.strategy](
+        **of_run,
+        mean=config.mean,
+        trim=config.trim,
+        codec=codec_of(config),
+        codec_down=codec_down_of(config),
+        codec_seed=functools.partial(compress_seed, config, plan),
+        outer=outer_step_of(config),
+        lr=lambda round_: plan.rates(round_)[-1],
+    )
+
+
+def check_strategy(config: Config) -> str:
+    """Raise UserError where the keys of the strategy, or those of the clients' steps, do not go together.
+
+    Returns why the run cannot be resumed; an empty text where it can.
+    """
+    check_optimizer(config)
+    check_local_rule(config)
+    check_compress(config)
+    check_delay(config)
+    check_used(config, "mean", {"trim": ["trimmed"], "client_weights": ["exact", "clipped"]})
+    check_used(config, "batchnorm_at_sync", {"batchnorm_images": ["re-estimated"]})
+    of_localsgd = ("compress", "compress_down", "mean", "outer", "outer_args")
+    check_used(config, "strategy", {key: list(STRATEGIES) for key in of_localsgd})
+    check_mean(config)
+    outer_step_of(config)
+    if config.strategy not in STRATEGIES:
+        return try_flower_strategy(config)
+    if config.strategy_args:
+        raise UserError(f"strategy-args is not used by strategy = {config.strategy}: leave it out")
+    return ""
+
+
+def check_mean(config: Config) -> None:
+    """Raise UserError where a robust mean leaves out nothing, or has no meaning with the other keys."""
+    workers = config.clients_per_round
+    if config.mean == "trimmed" and int(config.trim * workers) == 0:
+        if workers < 3:
+            raise UserError(f"mean = trimmed needs 3 clients in a round, not {workers}: give --mean exact")
+        least = math.ceil(1000 / workers) / 1000
+        raise UserError(f"trim = {config.trim} of {workers} clients is none: give {least:g} or more")
+    sparse = config.compress in ("topk", "randomk") and config.compress_ratio < 1
+    if config.mean in ("trimmed", "median") and sparse:
+        raise UserError(
+            f"mean = {config.mean} of updates of compress = {config.compress}, most of whose values are 0, would be 0: "
+            "give --mean clipped or exact, or another --compress"
+        )
+    if config.mean != "exact" and config.batchnorm_at_sync in ("first-worker", "pooled", "local"):
+        raise UserError(
+            f"batchnorm-at-sync = {config.batchnorm_at_sync} trusts the statistics of every client, which mean = "
+            f"{config.mean} does not: give --batchnorm-at-sync average or re-estimated"
+        )
+
+
+def flower_strategy_of(config: Config) -> Callable[[], Strategy]:
+    """What makes Flower's or the user's strategy of `config`; raises UserError where it cannot be made."""
+    try:
+        return strategy_factory(config.strategy, **arguments_of(config.strategy_args))
+    except ValueError as error:
+        arguments = f", strategy-args = {config.strategy_args}" if config.strategy_args else ""
+        raise UserError(f"strategy = {config.strategy}{arguments}: {error}") from error
+
+
+def try_flower_strategy(config: Config) -> str:
+    """`why_not_resumable` of the strategy of `config`; raises UserError where it fails on made-up updates."""
+    make = flower_strategy_of(config)
+    let_messages_be_made()
+    parameters = dict(cpu_model(config).named_parameters())
+    try:
+        return why_not_resumable(make, parameters, config.clients_per_round, config.seed)
+    except StrategyFailed as error:
+        raise UserError(f"strategy = {config.strategy}: on made-up updates, in {error}") from error
+
+
+def outer_step_of(config: Config) -> OuterStep:
+    """The server's step; raises UserError where its optimizer does not take its arguments."""
+    try:
+        return outer_step(config.outer, **arguments_of(config.outer_args))
+    except ValueError as error:
+        raise UserError(f"outer-args = {config.outer_args}: {error}") from error
