@@ -61,8 +61,8 @@ class Run:
         """Open the folder of `config` (resolved), created if it does not exist.
 
         Raises UserError if the folder holds another configuration, unless it differs only in `LENGTH` and this run
-        `lengthens` it: then the folder gets this configuration once the run is locked. `on_row` is called with each
-        row; the summary names the `engine` that trained the clients.
+        `lengthens` it: then the folder gets this configuration once it is known that the run can be resumed. `on_row`
+        is called with each row; the summary names the `engine` that trained the clients.
         """
         self._engine = engine
         self._lengthens = lengthens
@@ -95,16 +95,17 @@ class Run:
         with self._writing():
             file = self._locked_file(patience)
         with file:
-            if self._lengthens and self._check_folder():  # again, as another process may have changed it
-                self._lengthen()
+            if self._lengthens:
+                self._check_folder()  # again, as another process may have changed it
             yield
 
-    def _lengthen(self) -> None:
-        """Make the folder's shorter run an unfinished one of this configuration."""
-        with self._writing():
-            (self.folder / SUMMARY).unlink(missing_ok=True)
-            _write_json(self.folder / CONFIG, self._identity)
-        self._lengthens = False
+    def lengthen(self) -> None:
+        """Make the folder's shorter run, if it holds one, an unfinished one of this configuration."""
+        if self._lengthens:
+            with self._writing():
+                (self.folder / SUMMARY).unlink(missing_ok=True)
+                _write_json(self.folder / CONFIG, self._identity)
+            self._lengthens = False
 
     def resume(self, rounds: int, like: Mapping[str, Any]) -> dict[str, Any] | None:
         """The checkpoint to resume from, if there is one; later rows are dropped.
@@ -126,6 +127,7 @@ class Run:
             if checkpoint["stacked"] != (self._engine == "stacked"):
                 other = "stacked" if checkpoint["stacked"] else "threads"
                 raise UserError(f"name = {self.folder.name}: it was trained by another engine: give --engine {other}")
+            self.lengthen()
             if refused:
                 self._put_aside(refused[0], checkpoint["round"], rows)
             self._truncate_rows(rows, checkpoint["rows_bytes"])
@@ -137,6 +139,7 @@ class Run:
                 f"name = {self.folder.name}: {'; '.join(refused)}: there is no other checkpoint to resume from: "
                 "give --rerun to run it again, or another --name"
             )
+        self.lengthen()
         self._truncate_rows(rows, 0)
         return None
 

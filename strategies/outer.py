@@ -100,10 +100,15 @@ def outer_step(name: str, **arguments: Any) -> OuterStep:
         return OuterStep()
     base, defaults = PRESETS.get(name, (name, {"lr": 1.0}))
     optimizer = _optimizer_class(base)
-    known = [argument for argument in inspect.signature(optimizer).parameters if argument not in OF_THE_IMPLEMENTATION]
-    for argument in arguments:
+    parameters = inspect.signature(optimizer).parameters
+    known = [argument for argument in parameters if argument not in OF_THE_IMPLEMENTATION]
+    for argument, value in arguments.items():
         if argument not in known:
             raise ValueError(f"outer = {name} has no argument {argument}: it must be one of {', '.join(known)}")
+        usual = parameters[argument].default
+        if isinstance(usual, tuple) and not (isinstance(value, tuple) and len(value) == len(usual)):
+            several = ":".join(map(str, usual))
+            raise ValueError(f"outer = {name}: {argument} = {value} must be {len(usual)} numbers, such as {several}")
     step = OuterStep(optimizer, {**defaults, **arguments}, per_lr=name == "slowmo")
     zero = {"": torch.zeros(1)}
     try:

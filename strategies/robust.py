@@ -11,6 +11,7 @@ classes look like an attack. None of them gives privacy, or resists a majority o
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -44,10 +45,15 @@ def combine(
 
 def trimmed_mean(parts: Sequence[Tensor], trim: float) -> Tensor:
     """The unweighted mean of equally shaped tensors without each value's floor(`trim` * K) largest and smallest."""
-    dropped = int(trim * len(parts))
+    dropped = trimmed_of(trim, len(parts))
     if not 0 <= 2 * dropped < len(parts):
         raise ValueError(f"trim = {trim} leaves none of {len(parts)} workers: give less than 0.5")
     return _mean_between(parts, dropped)
+
+
+def trimmed_of(trim: float, workers: int) -> int:
+    """How many of the largest, and of the smallest, a trimmed mean over so many `workers` leaves out."""
+    return int(Fraction(str(trim)) * workers)  # in decimal: 0.29 of 100 is 29
 
 
 def median(parts: Sequence[Tensor]) -> Tensor:

@@ -66,7 +66,7 @@ def execute(
     check(config, mode)
     if mode == "localsgd" and engine == "stacked" and config.clients_per_round > 1:
         check_stackable(config)
-    if mode == "localsgd" and engine != "flower" and not run_folder(config, mode).exists():
+    if mode == "localsgd" and engine != "flower" and (rerun or not run_folder(config, mode).exists()):
         check_memory(config, tell=False)
     run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)
     with run.lock(patience):
@@ -82,6 +82,7 @@ def execute(
             with InProcessGrid(client_app, config, train_together if engine == "stacked" else None) as grid:
                 train_localsgd(grid, config, run)
             return run
+        run.lengthen()
     # The server app locks the run itself
     run_with_flwr(config.changed({"name": run.folder.name, "results-dir": str(run.folder.parent)}))
     return run

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
-from fedsim.records import CONFIG, LENGTH, Row, Run, differences, read_config, run_folder
+from fedsim.federation.strategy import check_strategy
+from fedsim.records import CONFIG, LENGTH, Row, Run, differences, read_config, read_summary, run_folder
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 
@@ -18,10 +19,10 @@ def open_run(config: Config, mode: Mode, on_row: Callable[[Row], None] | None = 
     Its model will be bit for bit that of a run that had this length from the start; it may have one more row, where the
     shorter run ended. Raises UserError if the learning rates or J of the rounds already trained depend on the length.
     """
-    return Run(config, mode, on_row, engine, lengthens=_lengthens(config, mode))
+    return Run(config, mode, on_row, engine, lengthens=_lengthens(config, mode, engine))
 
 
-def _lengthens(config: Config, mode: Mode) -> bool:
+def _lengthens(config: Config, mode: Mode, engine: str) -> bool:
     """Whether the run's folder holds one that differs only in its length; raises UserError if it cannot continue."""
     folder = run_folder(config, mode)
     if not (folder / CONFIG).is_file():
@@ -31,13 +32,18 @@ def _lengthens(config: Config, mode: Mode) -> bool:
     if not differing or set(differing) - set(LENGTH):
         return False  # `Run` reports the difference
     shorter = config.changed({name: held[name] for name in LENGTH if name in held})
-    if reason := _why_not(shorter, config, mode):
+    trained_by = (read_summary(folder) or {}).get("engine", engine)
+    if reason := _why_not(shorter, config, mode, trained_by, engine):
         raise UserError(f"name = {folder.name}: {folder} holds a run of {_length(shorter, mode)}: {reason}")
     return True
 
 
-def _why_not(shorter: Config, longer: Config, mode: Mode) -> str:
-    """Why a run of `shorter` cannot be lengthened to `longer`; empty if it can."""
+def _why_not(shorter: Config, longer: Config, mode: Mode, trained_by: str, engine: str) -> str:
+    """Why a run of `shorter`, trained by one engine, cannot be lengthened to `longer` by another; empty if it can."""
+    if mode == "localsgd" and (reason := check_strategy(longer)):
+        return f"with strategy = {longer.strategy} it cannot be resumed ({reason}): give another --name"
+    if (trained_by == "stacked") != (engine == "stacked"):
+        return f"its engine was {trained_by}: give --engine {trained_by}, or another --name"
     if longer.schedule == "cosine":
         return "with schedule = cosine its rates depend on its length: give another --name to run a longer one"
     before, after = _starts(shorter, mode), _starts(longer, mode)

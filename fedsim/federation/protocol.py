@@ -5,11 +5,13 @@ The arrays of a message are told apart by `strategies.sections`.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping
 
 from torch import Tensor
 
 from fedsim.config import Config, Value
+from strategies.robust import trimmed_of
 
 OPTIMIZER = "optimizer/"  # prefix of optimizer state, in a client's memory and among the extras that are averaged
 CONTROL = "control/"  # prefix of SCAFFOLD's control variates: c_k in a client's memory, c among the extras
@@ -52,8 +54,22 @@ def needs_all_memories(config: Config) -> bool:
 
 
 def fewest_updates(config: Config) -> int:
-    """How many usable updates a round needs. Where corrections are inferred, x must be the mean of all clients."""
-    return config.clients if config.local_rule == "scaffold-inferred" else config.min_clients or 1
+    """How many usable updates a round needs.
+
+    Where corrections are inferred, x must be the mean of all clients. A robust mean of too few is no robust one.
+    """
+    if config.local_rule == "scaffold-inferred":
+        return config.clients
+    return max(config.min_clients or 1, fewest_for_mean(config))
+
+
+def fewest_for_mean(config: Config) -> int:
+    """The fewest updates of which the mean leaves one out that is unlike the others."""
+    if config.mean == "exact":
+        return 1
+    if config.mean == "trimmed" and config.trim:
+        return next(workers for workers in itertools.count(3) if trimmed_of(config.trim, workers))
+    return 3
 
 
 def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

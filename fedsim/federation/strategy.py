@@ -10,7 +10,7 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedsim.config import Config, arguments_of, check_used
+from fedsim.config import FIELDS, Config, arguments_of, check_used
 from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
 from fedsim.federation.compress import check_compress, codec_down_of, codec_of, compress_seed
@@ -26,6 +26,7 @@ from strategies.by_name import strategy_factory
 from strategies.errors import StrategyFailed
 from strategies.flower_strategy import FlowerStrategy, why_not_resumable
 from strategies.outer import OuterStep, outer_step
+from strategies.robust import trimmed_of
 
 
 def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
@@ -73,6 +74,7 @@ def check_strategy(config: Config) -> str:
     of_localsgd = ("compress", "compress_down", "mean", "outer", "outer_args")
     check_used(config, "strategy", {key: list(STRATEGIES) for key in of_localsgd})
     check_mean(config)
+    check_batchnorm(config)
     outer_step_of(config)
     if config.strategy not in STRATEGIES:
         return try_flower_strategy(config)
@@ -84,9 +86,9 @@ def check_strategy(config: Config) -> str:
 def check_mean(config: Config) -> None:
     """Raise UserError where a robust mean leaves out nothing, or has no meaning with the other keys."""
     workers = config.clients_per_round
-    if config.mean == "trimmed" and int(config.trim * workers) == 0:
-        if workers < 3:
-            raise UserError(f"mean = trimmed needs 3 clients in a round, not {workers}: give --mean exact")
+    if config.mean != "exact" and workers < 3:
+        raise UserError(f"mean = {config.mean} needs 3 clients in a round, not {workers}: give --mean exact")
+    if config.mean == "trimmed" and trimmed_of(config.trim, workers) == 0:
         least = math.ceil(1000 / workers) / 1000
         raise UserError(f"trim = {config.trim} of {workers} clients is none: give {least:g} or more")
     sparse = config.compress in ("topk", "randomk") and config.compress_ratio < 1
@@ -100,6 +102,13 @@ def check_mean(config: Config) -> None:
             f"batchnorm-at-sync = {config.batchnorm_at_sync} trusts the statistics of every client, which mean = "
             f"{config.mean} does not: give --batchnorm-at-sync average or re-estimated"
         )
+
+
+def check_batchnorm(config: Config) -> None:
+    """Raise UserError where there is a rule for BatchNorm's statistics, but no BatchNorm."""
+    rule = config.batchnorm_at_sync
+    if rule != FIELDS["batchnorm_at_sync"].default and not batchnorm_buffers(cpu_model(config)):
+        raise UserError(f"batchnorm-at-sync = {rule} is not used by a model without BatchNorm: leave it out")
 
 
 def flower_strategy_of(config: Config) -> Callable[[], Strategy]:

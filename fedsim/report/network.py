@@ -14,8 +14,8 @@ With K workers per round, a sync of messages of m bytes per worker takes, by the
 - server: all workers share the link of the server: 2 latency + K m_up / upload + K m_down / bandwidth.
 - all-reduce: no server. In a ring, each worker sends and receives at the same time 2 (K - 1) / K m bytes in 2 (K - 1)
   steps (Patarasuk and Yuan 2009). Updates that cannot be summed on their way (every codec except fp16 and bf16, every
-  mean except the exact one) are gathered instead: (K - 1) m bytes in K - 1 steps. Overhead needs a server and does not
-  count.
+  mean except the exact one, every strategy except LocalSGD) are gathered instead: (K - 1) m bytes in K - 1 steps.
+  Overhead needs a server and does not count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedsim.errors import UserError
 
 Link = Literal["worker", "server", "all-reduce"]
 BYTES_PER_PARAMETER = 4  # float32
-SUMMED_ON_THE_WAY = {"compress": ("none", "fp16", "bf16"), "mean": ("exact",)}
+SUMMED_ON_THE_WAY = {"compress": ("none", "fp16", "bf16"), "mean": ("exact",), "strategy": ("localsgd",)}
 BITS = {"bit": 1, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9, "B": 8, "kB": 8e3, "MB": 8e6, "GB": 8e9}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 

@@ -156,11 +156,14 @@ def check_local_rule(config: Config) -> None:
         raise UserError(
             f"strategy = {config.strategy} {zero} --strategy localsgd with an outer, or another --local-rule"
         )
-    if config.client_weights != "equal" and config.clients_per_round < config.clients:
-        # A client's share in c would change with who else is sampled
-        raise UserError(
-            f"client-weights = {config.client_weights} of a sample {zero} --client-weights equal, or all clients"
-        )
+    if config.clients_per_round < config.clients:
+        # With unequal weights a client's share in c would change with who else is sampled
+        if config.client_weights != "equal":
+            raise UserError(
+                f"client-weights = {config.client_weights} of a sample {zero} --client-weights equal, or all clients"
+            )
+        if config.local_epochs:
+            raise UserError(f"local-epochs = {config.local_epochs} of a sample {zero} --local-steps, or all clients")
 
 
 def control_variate(config: Config, c: Tensors, kept: Tensors) -> Tensors:

@@ -34,9 +34,9 @@ def local_steps_of(config: Config, steps_per_epoch: Fraction, total: int, rate: 
     least, largest = config.local_steps, config.local_steps_max
     match config.local_steps_schedule:
         case "post-local":
-            return post_local(least, math.ceil(Fraction(_switch_epoch(config)) * steps_per_epoch))
+            return post_local(least, _step_at(_switch_epoch(config), steps_per_epoch))
         case "qsr":
-            return qsr(least, config.qsr_alpha, rate, math.ceil(Fraction(config.warmup_epochs) * steps_per_epoch))
+            return qsr(least, config.qsr_alpha, rate, _step_at(config.warmup_epochs, steps_per_epoch))
         case "linear":
             return linear(least, largest, total)
         case "doubling":
@@ -73,6 +73,11 @@ def check_local_steps(config: Config) -> None:
         raise UserError(f"rounds = {config.rounds}: local-steps-schedule = {schedule} needs the budget in --epochs")
 
 
+def _step_at(epoch: float, steps_per_epoch: Fraction) -> int:
+    """The first local step at or after an epoch, read as the decimal number that it was given as."""
+    return math.ceil(Fraction(str(epoch)) * steps_per_epoch)
+
+
 def _switch_epoch(config: Config) -> float:
     first = config.milestones.split(",")[0] if config.schedule == "multistep" else ""
     return config.switch_epoch or float(first or 0)
@@ -96,7 +101,8 @@ def qsr(local_steps: int, alpha: float, rate: Callable[[int], float], warmup_ste
             return local_steps
         if rate(step) == 0:
             return 2**62  # the rest of the run
-        return max(local_steps, math.floor(min(alpha / rate(step), 2.0**31) ** 2))
+        ratio = Fraction(str(alpha)) / Fraction(str(rate(step)))  # in decimal: 0.3 / 0.1 is 3
+        return max(local_steps, min(math.floor(ratio**2), 2**62))
 
     return steps
 

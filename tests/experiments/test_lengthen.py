@@ -8,7 +8,9 @@ from typing import Any
 import pytest
 
 from fedsim.config import Config, Mode
+from fedsim.device import resolve
 from fedsim.errors import UserError
+from fedsim.experiments.execute import execute
 from fedsim.records import config_of_run
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
@@ -73,6 +75,13 @@ def test_a_lengthened_run_that_is_stopped_resumes(run: Execute) -> None:
             {"rounds": 3, "lr": 0.5},
             "holds a run of another configuration (lr = 0.01, not",
         ),
+        (
+            "localsgd",
+            {"strategy": "tests.strategies.user_strategies:OwnGenerator"},
+            {"rounds": 2},
+            {"rounds": 3},
+            "with strategy = tests.strategies.user_strategies:OwnGenerator it cannot be resumed",
+        ),
     ],
 )
 def test_what_cannot_be_lengthened_is_one_line_and_stays(
@@ -84,6 +93,15 @@ def test_what_cannot_be_lengthened_is_one_line_and_stays(
         run(mode, name="part", **keys, **other)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_another_engine_does_not_lengthen(run: Execute, small: Config) -> None:
+    folder = run(name="part", rounds=2).folder
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    longer = resolve(small.changed({"name": "part", "rounds": 3}), "localsgd")
+    with pytest.raises(UserError, match="its engine was threads: give --engine threads, or another --name"):
+        execute(longer, "localsgd", "stacked")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from typing import Any, get_args
 
@@ -10,10 +11,12 @@ import torch
 
 from fedsim.config import Config, Mode, Optimizer
 from fedsim.errors import UserError
+from fedsim.federation import client_app
 from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.optim import OPTIMIZERS
 from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS
 from fedsim.records import read_rows
+from fedsim.training.local_round import End, Start, take_round
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
 from tests.federation.test_failures import UPDATE, fail, forget, once, run_with
@@ -63,6 +66,34 @@ def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Exec
     whole = resumed_and_pickled(small, run, keys).whole
     without = run(name="without", **{**keys, "local-rule": "none"})
     assert not torch.equal(final_model(without)["fc3.weight"], final_model(whole)["fc3.weight"])
+
+
+@pytest.mark.parametrize("rule", [{"local_rule": "scaffold"}, {"local_rule": "scaffold-inferred"}])
+def test_identical_clients_need_no_correction(
+    run: Execute, monkeypatch: pytest.MonkeyPatch, rule: dict[str, Any]
+) -> None:
+    """Their c_k is c: the run is the plain one, bit for bit."""
+
+    def of_worker_0(config: Config, start: Start) -> End:
+        return take_round(config, dataclasses.replace(start, worker=0))
+
+    monkeypatch.setattr(client_app, "take_round", of_worker_0)
+    keys = {"clients": 3, "rounds": 3, "momentum": 0.0, "weight_decay": 0.0}
+    plain, corrected = run(name="plain", **keys), run(name="corrected", **keys, **rule)
+    assert_same_bits(final_model(corrected), final_model(plain))
+
+
+@pytest.mark.parametrize("codec", ["int8", "topk", "sign"])
+def test_identical_clients_are_one_client_bitwise(run: Execute, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
+    """Whatever they send: the mean of equal updates is the update, and so are the residuals."""
+
+    def of_worker_0(config: Config, start: Start) -> End:
+        return take_round(config.changed({"clients": 1}), dataclasses.replace(start, worker=0))
+
+    monkeypatch.setattr(client_app, "take_round", of_worker_0)
+    keys = {"rounds": 3, "compress": codec, "local_rule": "fedprox", "prox_mu": 0.1}
+    one, three = run(name="one", clients=1, **keys), run(name="three", clients=3, **keys)
+    assert_same_bits(final_model(three), final_model(one))
 
 
 def test_scaffold_sends_twice_the_bytes_both_ways(run: Execute) -> None:
@@ -128,6 +159,10 @@ def test_a_client_that_lost_its_control_variate_begins_anew_or_all_go_back(small
         (
             {"local_rule": "scaffold", "client_weights": "shard-size", "fraction": 0.5},
             "client-weights = shard-size of a sample does not keep the sum of SCAFFOLD's corrections at zero",
+        ),
+        (
+            {"local_rule": "scaffold", "local_epochs": 1, "local_steps": 10, "fraction": 0.5},
+            "local-epochs = 1 of a sample does not keep the sum of SCAFFOLD's corrections at zero: give --local-steps",
         ),
         ({"local_rule": "scaffold-inferred"}, "momentum = 0.9: local-rule = scaffold-inferred needs momentum = 0.0: "),
         (

@@ -140,6 +140,19 @@ def test_traffic_counts_by_direction_and_overhead_apart(study: Path) -> None:
     assert seconds(table, ring)[4, 8] == pytest.approx(2.4 + 3 * 3 + 3 * 1.5)
 
 
+def test_updates_for_a_strategy_of_flowers_are_not_summed_on_their_way(study: Path) -> None:
+    ring = NETWORK._replace(link="all-reduce", latency=0.0)
+    (table,), _ = read_tables(study)
+    for config in study.glob("*/config.json"):
+        held = json.loads(config.read_text())
+        if held["mode"] == "localsgd":
+            config.write_text(json.dumps({**held, "strategy": "flwr.serverapp.strategy:FedMedian"}))
+    tables, _ = read_tables(study)  # the large-batch baseline's rows are now a table of their own
+    gathered = next(found for each in tables if (4, 8) in (found := seconds(each, ring)))
+    assert gathered[4, 8] == pytest.approx(2.4 + 3 * 3)
+    assert seconds(table, ring)[4, 8] == pytest.approx(2.4 + 3 * 1.5)
+
+
 def test_a_round_waits_for_its_slowest_worker(table: ResultTable) -> None:
     found = seconds(table, stragglers=Stragglers(slow=1, factor=2.5))
     assert found == pytest.approx({cell: value + 1.5 * 2.4 for cell, value in seconds(table).items()})

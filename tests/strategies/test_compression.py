@@ -59,6 +59,16 @@ def test_feedback_off_remembers_no_residual_and_nothing_is_changed(name: str) ->
 @pytest.mark.parametrize("name", ["topk", "randomk"])
 def test_with_every_value_sent_it_is_exact(name: str) -> None:
     assert error(sent(codec_of(name, ratio=1.0), update(1)), update(1)) == 0
+    _, memory = encode(codec_of(name, ratio=1.0), update(1), {}, 0)
+    residuals = [value for key, value in memory.items() if key.startswith("residual/")]
+    assert len(residuals) == len(SHAPES)
+    assert not any(map(torch.any, residuals))
+
+
+def test_the_sign_of_one_value_is_the_value() -> None:
+    for number in (0.1, -2.0, 3e-8):
+        one = {"w": torch.tensor([number])}
+        assert error(sent(codec_of("sign"), one), one) == 0
 
 
 def test_powersgd_is_exact_where_the_rank_suffices() -> None:
@@ -103,6 +113,12 @@ def test_the_residual_of_qsgd_stays_bounded_from_six_levels_on() -> None:
 
     assert residual(6) < 20 * 1280**0.5
     assert residual(3) > 1000 * 1280**0.5
+
+
+def test_the_ratio_is_the_decimal_number_that_was_given() -> None:
+    """The float 0.29 is a little below 29 of 100."""
+    message, _ = encode(codec_of("topk", ratio=0.29), {"w": torch.arange(100.0)}, {}, 0)
+    assert sorted({value.numel() for value in message.values()}) == [29]
 
 
 def test_the_largest_values_are_sent() -> None:

@@ -56,8 +56,11 @@ def test_at_its_identity_it_is_the_mean_itself(name: str, arguments: dict[str, A
 
 def test_slowmo_without_momentum_is_averaging_at_any_rates() -> None:
     step = outer_step("slowmo", momentum=0.0, dampening=1e-300)  # not bypassed as the identity
-    x, mean = values(0), values(1)
-    assert distance(step(x, mean, {}, 0.003)[0], mean) < 1e-14
+    x, state = values(0), dict[str, Any]()
+    for round_, rate in enumerate((0.003, 0.5, 0.0, 1e-5), 1):
+        mean = values(round_)
+        x, state = step(x, mean, state, rate)
+        assert distance(x, mean) < 1e-14
 
 
 def test_slowmo_at_a_constant_rate_is_fedavgm() -> None:
@@ -166,7 +169,8 @@ def test_its_state_is_resumed_bit_for_bit(name: str) -> None:
         ("fedadam", {"lr": -1.0}, "outer = fedadam: Invalid learning rate"),
         ("fedyogi", {"eps": -1.0}, "outer = fedyogi: Invalid eps: -1"),
         ("fedadam", {"betas": (0.9, 1.0)}, r"outer = fedadam: Invalid betas: \(0.9, 1.0\)"),
-        ("fedadam", {"betas": 0.9}, "outer = fedadam: "),
+        ("fedadam", {"betas": 0.9}, "outer = fedadam: betas = 0.9 must be 2 numbers, such as 0.9:0.99"),
+        ("adam", {"betas": (0.9, 0.9, 0.9)}, "outer = adam: betas = .* must be 2 numbers, such as 0.9:0.999"),
         ("sgd", {"nesterov": True}, "outer = sgd: Nesterov momentum requires a momentum"),
     ],
 )

@@ -5,11 +5,13 @@ from fractions import Fraction
 
 import pytest
 
+from fedsim.config import Config
 from fedsim.training.local_steps import (
     LocalSteps,
     constant,
     doubling,
     linear,
+    local_steps_of,
     post_local,
     qsr,
     round_starts,
@@ -60,3 +62,10 @@ def test_qsr_follows_the_rate_from_the_end_of_the_warm_up_on() -> None:
 
 def test_at_a_rate_of_zero_qsr_runs_to_the_end() -> None:
     assert lengths(qsr(4, 0.05, lambda step: 0.0 if step >= 8 else 1.0, 0)) == [4, 4, 92]
+
+
+def test_an_epoch_and_a_rate_are_the_decimal_numbers_that_were_given() -> None:
+    """The float 0.1 is a little above a tenth, and 0.3 / 0.1 a little below 3."""
+    config = Config(local_steps=7, schedule="multistep", milestones="0.1", local_steps_schedule="post-local")
+    assert lengths(local_steps_of(config, Fraction(10), 100, lambda step: 0.1))[:2] == [1, 7]
+    assert lengths(qsr(2, 0.3, lambda step: 0.1, 0))[0] == 9
