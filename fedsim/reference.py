@@ -1,12 +1,14 @@
 """LocalSGD in plain PyTorch, as its papers write it (Stich 2019, Lin et al. 2020): read this first.
 
 The engines of fedsim do the same faster, on threads, as one stacked network, on Ray or on several machines. Each is
-tested against this file in float64.
+tested against this file in float64. `local_sgd` is the algorithm, `train` a worker's part of it; what can take the
+place of its `outer`, `compress` and `combine` stands at the end.
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable, Iterable, Sequence
 from typing import Literal
 
@@ -209,3 +211,87 @@ def average_states(optimizers: Sequence[Optimizer], weights: Sequence[float] | N
                 average = combine([state[entry] for state in states], weights)
                 for state in states:
                     state[entry].copy_(average)
+
+
+def momentum_step(lr: float, momentum: float = 0.0, nesterov: bool = False, per_lr: bool = False) -> Outer:
+    """FedAvgM (Hsu et al. 2019) and DiLoCo (Douillard et al. 2023); `per_lr`: SlowMo (Wang et al. 2020)."""
+    u: dict[str, Tensor | float] = {}
+
+    def step(x: Tensors, mean: Tensors, local_lr: float) -> Tensors:
+        unit = local_lr if per_lr else 1.0
+        if unit == 0:
+            return mean
+        after = {}
+        for name in x:
+            gradient = (x[name] - mean[name]) / unit
+            u[name] = momentum * u.get(name, 0.0) + gradient
+            after[name] = x[name] - lr * unit * (gradient + momentum * u[name] if nesterov else u[name])
+        return after
+
+    return step
+
+
+def adaptive_step(
+    second_moment: Callable[[Tensor, Tensor, float], Tensor],
+    lr: float,
+    betas: tuple[float, float],
+    eps: float,
+    bias_correction: bool = False,
+) -> Outer:
+    """Reddi et al. 2021, with Kingma's bias correction where it is asked for."""
+    m: Tensors = {}
+    v: Tensors = {}
+    rounds = itertools.count(1)
+
+    def step(x: Tensors, mean: Tensors, local_lr: float) -> Tensors:
+        t, after = next(rounds), {}
+        for name in x:
+            gradient = x[name] - mean[name]
+            zero = torch.zeros_like(gradient)
+            m[name] = betas[0] * m.get(name, zero) + (1 - betas[0]) * gradient
+            v[name] = second_moment(v.get(name, zero), gradient**2, betas[1])
+            unbiased = [1 - beta**t if bias_correction else 1 for beta in betas]
+            after[name] = x[name] - lr * (m[name] / unbiased[0]) / ((v[name] / unbiased[1]) ** 0.5 + eps)
+        return after
+
+    return step
+
+
+def adam(v: Tensor, square: Tensor, beta: float) -> Tensor:
+    """FedAdam's second moment."""
+    return beta * v + (1 - beta) * square
+
+
+def yogi(v: Tensor, square: Tensor, beta: float) -> Tensor:
+    """FedYogi's second moment."""
+    return v - (1 - beta) * square * torch.sign(v - square)
+
+
+def adagrad(v: Tensor, square: Tensor, beta: float) -> Tensor:
+    """FedAdagrad's second moment."""
+    return v + square
+
+
+def topk(x: Tensor, ratio: float) -> Tensor:
+    """The `ratio` of the values that is largest, at least one (Stich et al. 2018)."""
+    least = x.abs().flatten().sort().values[-max(1, int(x.numel() * ratio))]
+    return torch.where(x.abs() >= least, x, 0.0)
+
+
+def uniform(x: Tensor, largest: int) -> Tensor:
+    """Whole numbers up to `largest`, times a scale in float32."""
+    scale = (x.abs().max() / largest).float().double()
+    return (x / scale).nan_to_num().round().clamp(-largest, largest) * scale
+
+
+def sign(x: Tensor) -> Tensor:
+    """The sign of each value, times their mean magnitude in float32 (Karimireddy et al. 2019)."""
+    scale = x.abs().mean().float().double()
+    return torch.where(x >= 0, scale, -scale)
+
+
+def trimmed_mean(values: Sequence[Tensor], weights: Sequence[float] | None, trim: float) -> Tensor:
+    """Without the largest and smallest `trim` of each value; a `trim` of half is the median (Yin et al. 2018)."""
+    ordered = torch.stack(list(values)).sort(0).values
+    dropped = min(int(trim * len(values)), (len(values) - 1) // 2)
+    return ordered[dropped : len(values) - dropped].double().mean(0).to(values[0].dtype)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,73 +12,31 @@ from torch import Tensor
 
 from fedsim.config import Config, arguments_of
 from fedsim.data.datasets import load_dataset
-from fedsim.data.partition import shard_of
+from fedsim.data.partition import shard_of, shard_sizes
 from fedsim.models import initial_model
 from fedsim.models.dropout import Dropout, StepKeys
 from fedsim.optim import build_optimizer
-from fedsim.reference import Combine, Compress, Outer, Tensors, local_sgd, reestimate
+from fedsim.reference import (
+    Combine,
+    Compress,
+    Outer,
+    adagrad,
+    adam,
+    adaptive_step,
+    local_sgd,
+    momentum_step,
+    reestimate,
+    sign,
+    topk,
+    trimmed_mean,
+    uniform,
+    yogi,
+)
 from fedsim.training.batchnorm import BATCH as CALIBRATION_BATCH
 from fedsim.training.batchnorm import calibration_crops
 from fedsim.training.local_round import Start, round_inputs
 from fedsim.training.run_plan import run_plan
 from strategies import LocalSGD
-
-
-def momentum_step(lr: float, momentum: float = 0.0, nesterov: bool = False, per_lr: bool = False) -> Outer:
-    """FedAvgM (Hsu et al. 2019) and DiLoCo (Douillard et al. 2023); `per_lr`: SlowMo (Wang et al. 2020)."""
-    u: dict[str, Tensor | float] = {}
-
-    def step(x: Tensors, mean: Tensors, local_lr: float) -> Tensors:
-        unit = local_lr if per_lr else 1.0
-        if unit == 0:
-            return mean
-        after = {}
-        for name in x:
-            gradient = (x[name] - mean[name]) / unit
-            u[name] = momentum * u.get(name, 0.0) + gradient
-            after[name] = x[name] - lr * unit * (gradient + momentum * u[name] if nesterov else u[name])
-        return after
-
-    return step
-
-
-def adaptive_step(
-    second_moment: Callable[[Tensor, Tensor, float], Tensor],
-    lr: float,
-    betas: tuple[float, float],
-    eps: float,
-    bias_correction: bool = False,
-) -> Outer:
-    """Reddi et al. 2021, with Kingma's bias correction where it is asked for."""
-    m: Tensors = {}
-    v: Tensors = {}
-    rounds = itertools.count(1)
-
-    def step(x: Tensors, mean: Tensors, local_lr: float) -> Tensors:
-        t, after = next(rounds), {}
-        for name in x:
-            gradient = x[name] - mean[name]
-            zero = torch.zeros_like(gradient)
-            m[name] = betas[0] * m.get(name, zero) + (1 - betas[0]) * gradient
-            v[name] = second_moment(v.get(name, zero), gradient**2, betas[1])
-            unbiased = [1 - beta**t if bias_correction else 1 for beta in betas]
-            after[name] = x[name] - lr * (m[name] / unbiased[0]) / ((v[name] / unbiased[1]) ** 0.5 + eps)
-        return after
-
-    return step
-
-
-def adam(v: Tensor, square: Tensor, beta: float) -> Tensor:
-    return beta * v + (1 - beta) * square
-
-
-def yogi(v: Tensor, square: Tensor, beta: float) -> Tensor:
-    return v - (1 - beta) * square * torch.sign(v - square)
-
-
-def adagrad(v: Tensor, square: Tensor, beta: float) -> Tensor:
-    return v + square
-
 
 OUTER: dict[str, tuple[Callable[..., Outer], dict[str, Any]]] = {  # with the defaults of the key
     "sgd": (momentum_step, {"lr": 1.0}),
@@ -92,30 +49,12 @@ OUTER: dict[str, tuple[Callable[..., Outer], dict[str, Any]]] = {  # with the de
 }
 ARGUMENTS = ("lr", "momentum", "nesterov", "betas", "eps", "bias_correction")
 
-
-def topk(x: Tensor, ratio: float) -> Tensor:
-    """The `ratio` of the values that is largest, at least one (Stich et al. 2018)."""
-    least = x.abs().flatten().sort().values[-max(1, int(x.numel() * ratio))]
-    return torch.where(x.abs() >= least, x, 0.0)
-
-
-def uniform(x: Tensor, largest: int) -> Tensor:
-    """Whole numbers up to `largest`, times a scale in float32."""
-    scale = (x.abs().max() / largest).float().double()
-    return (x / scale).nan_to_num().round().clamp(-largest, largest) * scale
-
-
-def sign(x: Tensor, _: float) -> Tensor:
-    scale = x.abs().mean().float().double()
-    return torch.where(x >= 0, scale, -scale)
-
-
 CODECS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "fp16": lambda x, ratio: x.clamp(-65504, 65504).half().double(),
     "bf16": lambda x, ratio: x.bfloat16().double(),
     "int8": lambda x, ratio: uniform(x, 127),
     "int4": lambda x, ratio: uniform(x, 7),
-    "sign": sign,
+    "sign": lambda x, ratio: sign(x),
     "topk": topk,
 }
 
@@ -125,13 +64,6 @@ def compress_of(codec: str, ratio: float) -> Compress | None:
     if codec == "none":
         return None
     return lambda update: {name: CODECS[codec](value, ratio) for name, value in update.items()}
-
-
-def trimmed_mean(values: Sequence[Tensor], _: Sequence[float] | None, trim: float) -> Tensor:
-    """Without the largest and smallest `trim` of each value; a `trim` of half is the median (Yin et al. 2018)."""
-    ordered = torch.stack(list(values)).sort(0).values
-    dropped = min(int(trim * len(values)), (len(values) - 1) // 2)
-    return ordered[dropped : len(values) - dropped].double().mean(0).to(values[0].dtype)
 
 
 MEANS: dict[str, Callable[[float], Combine | None]] = {
@@ -151,6 +83,8 @@ def covers(config: Config) -> bool:
     one_rate = config.schedule == "constant" and config.warmup_epochs == 0
     return (
         (config.local_rule != "scaffold-inferred" or one_rate)
+        # It takes as many steps with every worker
+        and (not config.local_epochs or len(set(shard_sizes(config))) == 1)
         and config.precision == "fp64"
         and config.strategy == "localsgd"
         and config.mean in MEANS

@@ -160,7 +160,9 @@ LENGTHS: list[Choice] = [
     {"local-steps-schedule": "linear", "local-steps-max": 3, "record-by": "epoch", "epochs": 1.5},
     {"local-steps-schedule": "doubling", "local-steps-max": 4, "record-by": "epoch", "epochs": 1.5},
     {"local-steps-schedule": "table", "local-steps-table": "0.5:3,1:1", "record-by": "epoch", "rounds": 4},
+    {"local-epochs": 1, "rounds": 2},
 ]
+DELAYS: list[Choice] = [*[{}] * 9, {"delay": 1}]
 RATES: list[Choice] = [
     {},
     {"schedule": "cosine"},
@@ -254,9 +256,11 @@ STRAY: list[Choice] = [
 def combinations(draw: st.DrawFn) -> Choice:
     """Keys, most of which go together."""
     keys: Choice = {"lr": 0.02, "precision": "fp64"}
-    for choices in (OPTIMIZERS, RULES, MOMENTUM, BATCHNORM, OUTER, MEANS, SAMPLES, LENGTHS, RATES, SHARDS, MODELS):
+    seams = (OPTIMIZERS, RULES, MOMENTUM, BATCHNORM, OUTER, MEANS, SAMPLES, LENGTHS, DELAYS, RATES, SHARDS, MODELS)
+    for choices in seams:
         keys |= draw(st.sampled_from(choices))
-    keys |= {"local-steps": draw(st.integers(1, 3)), "batch-size": draw(st.sampled_from([4, 4, 4, 4, 2, 1]))}
+    keys |= {} if "local-epochs" in keys else {"local-steps": draw(st.integers(1, 3))}
+    keys |= {"batch-size": draw(st.sampled_from([4, 4, 4, 4, 2, 1]))}
     keys |= {"clients": draw(st.sampled_from([4, 4, 3, 3, 2, 1])), "seed": draw(st.integers(0, 3)), **keys}
     codec = draw(st.sampled_from(CODECS))
     keys |= {"compress": codec, "compress-down": draw(st.sampled_from(CODECS if codec == "none" else ["none"]))}

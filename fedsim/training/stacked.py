@@ -70,6 +70,12 @@ class StackedReplicas:
             self._rule.begin({name: torch.cat([of[name] for of in corrections]) for name in corrections[0]})
         losses = self._steps.run(self._inputs(starts))
         weights = copies([{name: of[name] for name in names} for of in tensors])
+        if config.batchnorm_at_sync == "local" or config.delay:
+            # Each worker has counters of its own, which the network shares: those of the last one
+            for name in (name for name in names if tensors[0][name].ndim == 0):
+                counted = weights[-1][name] - starts[-1].weights[name].to(weights[-1][name].device)
+                for of, start in zip(weights, starts, strict=True):
+                    of[name] = start.weights[name].to(counted.device) + counted
         states = [optimizer_state(parts, self._optimizer) for parts in self._parts]
         gradients = self._gradients(starts[0])
         self._draw_ahead(starts)
