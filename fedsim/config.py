@@ -8,7 +8,6 @@ the run-config key ``local-steps``.
 from __future__ import annotations
 
 import difflib
-import enum
 import functools
 import math
 import os
@@ -16,7 +15,7 @@ import re
 import sys
 import unicodedata
 from collections.abc import Hashable, Iterator, Mapping, Sequence
-from typing import Annotated, Any, Literal, NamedTuple, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, cast, get_args, get_origin
 
 import annotated_types
 from pydantic import (
@@ -52,13 +51,6 @@ MAX_LOCAL_STEPS = 10**6
 MAX_THREADS = 1024  # of one training step; more than a process can start crash it
 MAX_NAME_BYTES = 255  # of a file system
 SHOWN = 60  # characters of a refused value
-
-
-class Mark(enum.Enum):
-    """What sets a key apart from the others."""
-
-    LOCALSGD = "only runs of LocalSGD have it"
-    OPERATIONAL = "it does not change the result, so it is not part of a run's identity"
 
 
 def _number_or_bool(value: Any) -> Any:
@@ -175,8 +167,7 @@ def _partition(value: Any) -> Any:
 
 
 def _strategy(value: str) -> str:
-    of_flower = re.fullmatch(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*", value)
-    if value != "localsgd" and not of_flower:
+    if value != "localsgd" and not is_function(value):
         hint = " (did you mean localsgd?)" if difflib.get_close_matches(value, ["localsgd"]) else ""
         raise ValueError(f"is neither localsgd nor module:Class, e.g. flwr.serverapp.strategy:FedAdam{hint}")
     return value
@@ -245,7 +236,8 @@ Seconds = Annotated[Number, Field(ge=0, le=10**9)]
 Text = Annotated[str, AfterValidator(_printable)]
 Folder = Annotated[Text, AfterValidator(_path)]
 Name = Annotated[Folder, AfterValidator(_folder_name)]
-LOCALSGD, OPERATIONAL = Mark.LOCALSGD, Mark.OPERATIONAL
+# Marks in the metadata of a key
+LOCALSGD, OPERATIONAL = "only runs of LocalSGD have it", "it is not part of a run's identity"
 
 
 def kebab(name: str) -> str:
@@ -538,9 +530,8 @@ def check_used(config: Config, choice: str, used_by: Mapping[str, Sequence[str]]
 
 def engine_named(name: str) -> Engine:
     """`name` if it is an engine's; raises UserError."""
-    for engine in get_args(Engine):
-        if name == engine:
-            return engine  # type: ignore[no-any-return]
+    if name in get_args(Engine):
+        return cast(Engine, name)
     raise UserError(f"engine = {name!r} is unknown: it must be one of {', '.join(get_args(Engine))}")
 
 

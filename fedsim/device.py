@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
 import ctypes
 import os
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 
@@ -61,14 +60,9 @@ def parameter_dtype(precision: str) -> torch.dtype:
     return torch.float64 if precision == "fp64" else torch.float32
 
 
-@contextlib.contextmanager
-def products_in(precision: str, device: torch.device) -> Iterator[None]:
+def products_in(precision: str, device: torch.device) -> AbstractContextManager[object]:
     """Context manager: convolutions and matrix products of this thread have the given `precision`."""
-    if precision == "bf16":
-        with torch.autocast(device.type, torch.bfloat16):
-            yield
-    else:
-        yield
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
 def set_tf32(precision: str) -> None:

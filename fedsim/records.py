@@ -381,10 +381,7 @@ def run_folder(config: Config, mode: Mode) -> Path:
     In earlier versions the digest in a name also covered keys with default values: if there is a folder of the same run
     under such a name, it is that one.
     """
-    try:
-        results = Path(config.results_dir).expanduser().absolute()
-    except RuntimeError as error:  # ~user
-        raise UserError(f"results-dir = {config.results_dir}: there is no such user: give another folder") from error
+    results = Path(config.results_dir).expanduser().absolute()
     if config.name:
         return results / config.name
     folder = results / default_name(config, mode)

@@ -9,7 +9,7 @@ were interrupted, draw the same numbers at the same local step.
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import numpy as np
 import torch
@@ -17,17 +17,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Purpose = Literal["shard", "init", "shuffle", "augment", "dropout", "validation", "compress", "broadcast", "batchnorm"]
-_CODES: dict[Purpose, int] = {
-    "shard": 0,
-    "init": 1,
-    "shuffle": 2,
-    "augment": 3,
-    "dropout": 4,
-    "validation": 5,
-    "compress": 6,
-    "broadcast": 7,
-    "batchnorm": 8,
-}
+_CODES = {purpose: code for code, purpose in enumerate(get_args(Purpose))}  # add new purposes at the end
 _GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64's constants
 
 

@@ -41,7 +41,7 @@ def round_counts(config: Config, way: str = "groups") -> Counter[str]:
     together = functools.partial(train_together, take_rounds=WAYS[way])
     with EmulatedGpu() as gpu, InProcessGrid(app, config, together) as grid:
         model = build_model(config.model, config.synthetic_classes, config.seed, config.device, config.precision)
-        strategy = build_strategy(config, run_plan(config, config.synthetic_images), model)
+        strategy = build_strategy(config, run_plan(config), model)
         messenger, progress = Messenger(grid), initial_progress(config, model)
         registry = NodeRegistry(messenger, config)
         registry.wait_for(config.clients)

@@ -98,7 +98,7 @@ def covers(config: Config) -> bool:
 def reference(config: Config) -> dict[str, Tensor]:
     """The model that the reference trains from the same weights on the same batches."""
     images = load_dataset(config).train
-    plan = run_plan(config, len(images))
+    plan = run_plan(config)
     model = initial_model(config)
     step_keys = StepKeys()
 

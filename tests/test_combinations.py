@@ -301,7 +301,7 @@ def whole_run(config: Config, engine: Engine) -> Run:
 
 def cut_run(config: Config, engine: Engine) -> Run:
     """The same run, cut in the middle and resumed."""
-    rounds = run_plan(config, 48 - config.validation).rounds
+    rounds = run_plan(config).rounds
     execute(config.changed({"stop-after-rounds": max(1, rounds // 2)}), "localsgd", engine)
     return execute(config, "localsgd", engine)
 

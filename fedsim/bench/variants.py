@@ -55,21 +55,12 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
     return timed(lambda: float(run(inputs())), rounds, config.device)
 
 
-def threaded_rounds(config: Config, rounds: int, **keys: Any) -> list[float]:
-    """LocalSGD in this process with some `keys` changed, a client in each thread, without tests and checkpoints."""
-    return _rounds_on_grid(config.changed(keys), rounds, None)
-
-
-def stacked_rounds(config: Config, rounds: int, **choices: Any) -> list[float]:
-    """LocalSGD in this process, all clients in one stacked network; `choices` are arguments of `train_together`."""
-    return _rounds_on_grid(config, rounds, partial(train_together, **choices))
-
-
-def _rounds_on_grid(config: Config, rounds: int, train_together: TrainTogether | None) -> list[float]:
-    data = load_dataset(config)
+def rounds_in_process(config: Config, rounds: int, together: TrainTogether | None = None, **keys: Any) -> list[float]:
+    """LocalSGD with some `keys` changed, a client in each thread or all `together`, without tests and checkpoints."""
+    config = config.changed(keys)
     model = initial_model(config)
-    with InProcessGrid(client_app, config, train_together) as grid:
-        strategy = build_strategy(config, run_plan(config, len(data.train)), model)
+    with InProcessGrid(client_app, config, together) as grid:
+        strategy = build_strategy(config, run_plan(config), model)
         messenger, progress = Messenger(grid), initial_progress(config, model)
         registry = NodeRegistry(messenger, config)
         registry.wait_for(config.clients)
@@ -99,18 +90,19 @@ METHODS: dict[str, dict[str, Any]] = {  # to be compared with plain LocalSGD, wh
     "topk": {"compress": "topk", "compress-ratio": 0.01},
     "powersgd": {"compress": "powersgd", "compress-rank": 4},
 }
-BY_PRODUCTS = partial(stacked.take_rounds, by_products=True)
+STACKED = partial(rounds_in_process, together=train_together)
+BY_PRODUCTS = partial(train_together, take_rounds=partial(stacked.take_rounds, by_products=True))
 VARIANTS: dict[str, tuple[Rounds, str]] = {
     "centralized": (centralized_rounds, "centralized training at batch K * B"),
     "centralized-eager": (partial(centralized_rounds, captured=False), "centralized, without a CUDA graph"),
     "centralized-compiled": (partial(centralized_rounds, compiled=True), "centralized, compiled by torch.compile"),
-    "in-process": (threaded_rounds, "fedsim in one process, a client in each thread"),
-    "loop": (threaded_rounds, "fedsim in one process, one client after the other on all cores"),
-    "stacked": (stacked_rounds, "fedsim in one process, all replicas in one network"),
-    "stacked-groups": (stacked_rounds, "stacked, convolutions by groups"),
-    "stacked-products": (partial(stacked_rounds, take_rounds=BY_PRODUCTS), "stacked, convolutions by matrix products"),
+    "in-process": (rounds_in_process, "fedsim in one process, a client in each thread"),
+    "loop": (rounds_in_process, "fedsim in one process, one client after the other on all cores"),
+    "stacked": (STACKED, "fedsim in one process, all replicas in one network"),
+    "stacked-groups": (STACKED, "stacked, convolutions by groups"),
+    "stacked-products": (partial(rounds_in_process, together=BY_PRODUCTS), "stacked, convolutions by matrix products"),
     "stacked-streams": (
-        partial(stacked_rounds, take_rounds=streams.take_rounds),
+        partial(rounds_in_process, together=partial(train_together, take_rounds=streams.take_rounds)),
         "fedsim in one process, a CUDA graph and a stream for each replica",
     ),
     "flower": (flower_rounds, "fedsim's app run by flwr run, on Ray"),
@@ -118,7 +110,7 @@ VARIANTS: dict[str, tuple[Rounds, str]] = {
     "plain": (plain_rounds, "PyTorch alone: a DataLoader and a model for each client"),
     **{
         name: (
-            partial(threaded_rounds, **keys),
+            partial(rounds_in_process, **keys),
             f"in-process with {', '.join(f'{key} = {value}' for key, value in keys.items())}",
         )
         for name, keys in METHODS.items()

@@ -54,18 +54,13 @@ def load_dataset(config: Config, verify: bool = True) -> Dataset:
     if config.dataset == "synthetic":
         read, key = _synthetic, (config.synthetic_classes, config.synthetic_images, *look)
     else:
-        read, key = _stored, (config.dataset, _folder(config), classes_of(config), *look)
+        read, key = _stored, (config.dataset, _folder(config), facts_of(config).classes, *look)
     return _hold_out(read, key, config.validation, config.seed) if config.validation else read(*key)
 
 
 def training_images(config: Config) -> int:
     """The number of images that `config` trains on."""
     return facts_of(config).images - config.validation
-
-
-def classes_of(config: Config) -> int:
-    """The number of classes of the data set of `config`."""
-    return facts_of(config).classes
 
 
 def image_shape(config: Config) -> ImageShape:

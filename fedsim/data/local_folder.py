@@ -20,7 +20,7 @@ from numpy.typing import NDArray
 
 from fedsim.config import Config
 from fedsim.data.cache import cached, discard_damaged
-from fedsim.data.datasets import classes_of, data_folder, facts_of, load_dataset, moments_of, verify_cache
+from fedsim.data.datasets import data_folder, facts_of, load_dataset, moments_of, verify_cache
 from fedsim.data.images import Images, bordered
 from fedsim.data.official import OFFICIAL
 from fedsim.data.own_arrays import problem_of
@@ -104,8 +104,8 @@ def _problem(pixels: NDArray[Any], labels: NDArray[Any], config: Config) -> str:
         return problem
     if len(labels) < (1 if config.small_shards else config.batch_size):
         return f"batch-size = {config.batch_size} is more than its {len(labels)} images: give a smaller batch-size"
-    if labels.min() < 0 or labels.max() >= classes_of(config):
-        last = classes_of(config) - 1
+    if labels.min() < 0 or labels.max() >= facts_of(config).classes:
+        last = facts_of(config).classes - 1
         return f"{LABELS} runs from {labels.min()} to {labels.max()}: the classes of {config.dataset} are 0 to {last}"
     return ""
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,6 @@ def read_npz(file: Path) -> Arrays:
     return checked(str(file), arrays)
 
 
-@functools.lru_cache(maxsize=2)
 def arrays_of(spec: str) -> Arrays:
     """The four arrays that the function `spec` returns, checked."""
     function = function_of("dataset", spec)

@@ -16,7 +16,7 @@ from fedsim.config import Config, Mode
 from fedsim.data.datasets import image_shape, training_images
 from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.study import Cell, read_study, study_names
-from fedsim.federation.compress import codec_down_of, codec_of
+from fedsim.federation.compress import codec_of
 from fedsim.federation.round import initial_progress
 from fedsim.models import cpu_model, initial_model
 from fedsim.records import CONFIG, read_config, read_summary, run_folder
@@ -43,7 +43,7 @@ def cost(config: Config, mode: Mode) -> Cost:
     if mode == "centralized":
         epochs, _ = whole_epochs(config)
         return Cost(float(epochs * images), epochs * -(-images // config.batch_size), 0)
-    plan = run_plan(config, images)
+    plan = run_plan(config)
     steps = plan.first_step(plan.rounds + 1)
     return Cost(float(plan.epoch(plan.rounds) * images), steps, plan.rounds)
 
@@ -54,10 +54,10 @@ def traffic(config: Config) -> tuple[int, int]:
     Not counted: rounds that are repeated, and the clients' states that are sent for checkpoints. With compress-down,
     each client is assumed to have been in the round before, except in the first.
     """
-    rounds = run_plan(config, training_images(config)).rounds
+    rounds = run_plan(config).rounds
     model = initial_model(config.changed({"device": "cpu"}))
     sent = split(tensors_of(initial_progress(config, model).arrays))
-    whole, up, down = (_sent_bytes(codec, sent) for codec in (None, codec_of(config), codec_down_of(config)))
+    whole, up, down = (_sent_bytes(codec, sent) for codec in (None, codec_of(config), codec_of(config, down=True)))
     return config.clients_per_round * rounds * up, config.clients_per_round * (whole + (rounds - 1) * down)
 
 

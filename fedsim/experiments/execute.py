@@ -103,5 +103,5 @@ def check(config: Config, mode: Mode) -> None:
         whole_epochs(config)
     else:
         check_partition(config)
-        run_plan(config, images)
+        run_plan(config)
         check_strategy(config)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from fedsim.config import Config, Mode
-from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
 from fedsim.federation.strategy import check_strategy
 from fedsim.records import CONFIG, LENGTH, Row, Run, differences, read_config, read_summary, run_folder
@@ -56,11 +55,7 @@ def _why_not(shorter: Config, longer: Config, mode: Mode, trained_by: str, engin
 
 def _starts(config: Config, mode: Mode) -> Sequence[int]:
     """The local step at which each round starts (centralized: the number of each epoch), and the end of the run."""
-    return (
-        range(whole_epochs(config)[0] + 1)
-        if mode == "centralized"
-        else run_plan(config, training_images(config)).starts
-    )
+    return range(whole_epochs(config)[0] + 1) if mode == "centralized" else run_plan(config).starts
 
 
 def _length(config: Config, mode: Mode) -> str:

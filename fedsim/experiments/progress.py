@@ -35,7 +35,7 @@ def ends_after(config: Config, mode: Mode) -> tuple[int, float]:
     if mode == "centralized":
         last = whole_epochs(config)[1]
         return last, float(last)
-    plan = run_plan(config, training_images(config))
+    plan = run_plan(config)
     return plan.last_round, float(plan.epoch(plan.last_round))
 
 

@@ -41,8 +41,7 @@ from typing import Annotated, Any, NamedTuple
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedsim.config import Config, Mode, Value, current_names, typed
-from fedsim.data.datasets import training_images
+from fedsim.config import KINDS, Config, Mode, Value, current_names, typed
 from fedsim.errors import UserError
 from fedsim.records import default_name, older_folders
 from fedsim.training.run_plan import run_plan
@@ -222,7 +221,7 @@ def _baselines(cells: Sequence[Cell]) -> list[Cell]:
         where = f"twins = true: clients = {config.clients}"
         epochs = config.epochs
         if config.rounds:
-            plan = run_plan(config, training_images(config))
+            plan = run_plan(config)
             epochs = float(plan.epoch(plan.rounds))
         name = f"k{config.clients}-twin-seed{config.seed}"  # the name in older results
         batch = config.clients_per_round * config.batch_size
@@ -349,13 +348,10 @@ def _study(entries: Mapping[str, Any]) -> Study:
 MESSAGES = {  # by the type of Pydantic's error
     "missing": "is missing",
     "extra_forbidden": "is unknown",
-    "string_type": "= {} is not text",
-    "bool_type": "= {} is not true or false",
+    **{kind: f"= {{}} is not {what}" for kind, what in KINDS.items()},
     "list_type": "= {0} is not a list: for instance [{0}]",
     "dict_type": "= {} is not a table",
     "model_type": "= {} is not a table",
-    "int_type": "= {} is not a whole number",
-    "float_type": "= {} is not a number",
     "too_short": "is empty: give a key with its values, for instance lr = [0.01, 0.1]",
 }
 

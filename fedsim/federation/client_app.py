@@ -44,8 +44,9 @@ from fedsim.federation.protocol import (
 )
 from fedsim.models import empty_model
 from fedsim.training import stacked
-from fedsim.training.local_round import End, Start, check_machine, held_images, local_plan, take_round
+from fedsim.training.local_round import End, Start, check_machine, held_images, take_round
 from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of, inferred_correction
+from fedsim.training.run_plan import run_plan
 from strategies import DECLINED, batchnorm_buffers, join, sections, split, tensor_record, tensors_of
 from strategies.local_sgd import ENCODED
 from strategies.screening import wrong_values
@@ -132,7 +133,7 @@ def _begin(config: Config, message: Message, context: Context) -> Begun:
         held = under_prefix(MODEL, memory)
         if not held:
             raise MemoryLost("the model that the message is the change of is not kept here")
-        parameters = receive_change(config, local_plan(config), _round(message), held, parameters)
+        parameters = receive_change(config, run_plan(config), _round(message), held, parameters)
     start = Start(
         worker=_worker(context),
         round=_round(message),
@@ -148,7 +149,7 @@ def _reply(config: Config, message: Message, context: Context, begun: Begun, end
     if codec := codec_of(config):
         if any(wrong_values([sent.parameters])):  # an infinity would stay in the residual
             return _declined(message, "its parameters are not finite")
-        seed = compress_seed(config, local_plan(config), _round(message), _worker(context))
+        seed = compress_seed(config, run_plan(config), _round(message), _worker(context))
         memory = under_prefix(COMPRESS, begun.memory)
         update, remembered = compress_update(config, codec, x, sent.parameters, memory, seed)
         sent = sent._replace(parameters=update)
@@ -202,7 +203,7 @@ def _correction(
         return correction_of(*_controls(config, received.extras, memory))
     if not memory:
         return {name: torch.zeros_like(value) for name, value in received.parameters.items()}
-    rates = math.fsum(local_plan(config).rates(_round(message) - 1))
+    rates = math.fsum(run_plan(config).rates(_round(message) - 1))
     return inferred_correction(under_prefix(CORRECTION, memory), under_prefix(SENT, memory), received.parameters, rates)
 
 

@@ -27,14 +27,10 @@ USED_BY = {  # key -> the values of `compress` or `compress_down` that use it
 }
 
 
-def codec_of(config: Config) -> Codec | None:
-    """The codec of clients' updates; None where they are sent as they are."""
-    return make_codec(config.compress, config.compress_ratio, config.compress_levels, config.compress_rank)
-
-
-def codec_down_of(config: Config) -> Codec | None:
-    """The codec of what the server sends; None where it sends the model as it is."""
-    return make_codec(config.compress_down, config.compress_ratio, config.compress_levels, config.compress_rank)
+def codec_of(config: Config, down: bool = False) -> Codec | None:
+    """The codec of clients' updates, or of what the server sends (`down`); None where nothing is compressed."""
+    name = config.compress_down if down else config.compress
+    return make_codec(name, config.compress_ratio, config.compress_levels, config.compress_rank)
 
 
 def check_compress(config: Config) -> None:
@@ -110,7 +106,7 @@ def receive_change(
     config: Config, plan: RunPlan, round_: int, held: Mapping[str, Tensor], message: Mapping[str, Tensor]
 ) -> dict[str, Tensor]:
     """The parameters of a client that holds `held`, after the server's `message` of a round."""
-    codec = codec_down_of(config)
+    codec = codec_of(config, down=True)
     assert codec is not None
     device = next(iter(message.values())).device
     held = {name: value.to(device) for name, value in held.items()}

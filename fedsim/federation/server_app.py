@@ -66,7 +66,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     prepare(config)
     data = load_dataset(config)
     check_partition(config)
-    plan = run_plan(config, len(data.train))
+    plan = run_plan(config)
     model = initial_model(config)
     initial = initial_progress(config, model)
     strategy = build_strategy(config, plan, model)

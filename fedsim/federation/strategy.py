@@ -13,7 +13,7 @@ from torch import nn
 from fedsim.config import FIELDS, Config, arguments_of, check_used
 from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
-from fedsim.federation.compress import check_compress, codec_down_of, codec_of, compress_seed
+from fedsim.federation.compress import check_compress, codec_of, compress_seed
 from fedsim.federation.flower_internals import let_messages_be_made
 from fedsim.federation.late_mean import check_delay
 from fedsim.federation.protocol import CONTROL, MEMORY, fewest_updates
@@ -53,7 +53,7 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         mean=config.mean,
         trim=config.trim,
         codec=codec_of(config),
-        codec_down=codec_down_of(config),
+        codec_down=codec_of(config, down=True),
         codec_seed=functools.partial(compress_seed, config, plan),
         outer=outer_step_of(config),
         lr=lambda round_: plan.rates(round_)[-1],

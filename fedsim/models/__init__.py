@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from fedsim.config import Config
-from fedsim.data.datasets import classes_of, image_shape
+from fedsim.data.datasets import facts_of, image_shape
 from fedsim.data.images import CIFAR_IMAGE, ImageShape
 from fedsim.device import parameter_dtype
 from fedsim.errors import UserError
@@ -22,7 +22,7 @@ from fedsim.rng import generator
 
 def initial_model(config: Config) -> nn.Module:
     """The model of `config` (resolved) with which a run begins."""
-    what = (config.model, classes_of(config), config.seed, config.device, config.precision)
+    what = (config.model, facts_of(config).classes, config.seed, config.device, config.precision)
     return build_model(*what, image_shape(config), config.norm)
 
 
@@ -33,7 +33,7 @@ def cpu_model(config: Config) -> nn.Module:
 
 def empty_model(config: Config) -> nn.Module:
     """The same model with uninitialised values (see `blank_model`)."""
-    what = (config.model, classes_of(config), config.device, config.precision)
+    what = (config.model, facts_of(config).classes, config.device, config.precision)
     return blank_model(*what, image_shape(config), config.norm)
 
 
@@ -44,7 +44,7 @@ def check_model(config: Config) -> None:
     get a gradient.
     """
     model = cpu_model(config)
-    shape, classes = image_shape(config), classes_of(config)
+    shape, classes = image_shape(config), facts_of(config).classes
     step_keys = StepKeys()
     set_dropout_keys(model.train(), step_keys)
     images = torch.zeros(2, *shape).to(memory_format=torch.channels_last)

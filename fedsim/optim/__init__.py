@@ -29,7 +29,6 @@ USED_BY = {  # key -> the optimizers that use it
     "optimizer_args": tuple(TORCH_OPTIMIZERS),
     "optimizer_backend": ("lars", "lamb"),
     "momentum": ("sgdm", "lars"),
-    "nesterov": ("sgdm", "lars"),
     "trust_coefficient": ("lars",),
     "lars_lr_in_momentum": ("lars",),
     "lars_adapt_undecayed": ("lars",),

@@ -35,14 +35,10 @@ SHOWN_LINES = 5  # line numbers in one warning
 T = TypeVar("T")
 
 
-class Record(BaseModel):
-    """What all records have in common: strict types and finite numbers."""
+class Costs(BaseModel):
+    """The costs of a run so far; None if not recorded. Bytes are those of all workers together."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-
-class Costs(Record):
-    """The costs of a run so far; None if not recorded. Bytes are those of all workers together."""
 
     syncs: Count | None = None
     bytes_up: Quantity | None = None

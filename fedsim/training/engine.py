@@ -2,17 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedsim.config import Config
+from fedsim.config import Config, Engine
 from fedsim.data.datasets import image_shape
 from fedsim.models import check_model, cpu_model
 from fedsim.training.stacked import why_not
 
-Engine = Literal["threads", "stacked"]
 STACKED_UP_TO = 100e6  # multiply-adds of a client's forward pass
 
 

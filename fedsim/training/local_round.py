@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 
 from fedsim.config import Config
 from fedsim.copies import copies, fill
-from fedsim.data.datasets import image_shape, load_dataset, training_images
+from fedsim.data.datasets import image_shape, load_dataset
 from fedsim.data.images import Images
 from fedsim.data.local_folder import own_images
 from fedsim.data.partition import sample_order, shard_of
@@ -22,7 +22,7 @@ from fedsim.errors import UserError
 from fedsim.models import builder_of, empty_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.local_rule import LocalRule, build_rule
-from fedsim.training.run_plan import RunPlan, run_plan
+from fedsim.training.run_plan import run_plan
 from fedsim.training.step import StepInputs, step_inputs
 from fedsim.training.step_fn import StepFn, make_step_fn
 
@@ -76,7 +76,7 @@ def take_round(config: Config, start: Start, replica: Replica | None = None) -> 
     if replica.rule:
         replica.rule.begin(start.correction)
     loss = replica.run_steps(round_inputs(config, start))
-    steps = local_plan(config).steps_of(start.round, len(held_images(config, start.worker)))
+    steps = run_plan(config).steps_of(start.round, len(held_images(config, start.worker)))
     gradients = replica.rule.end(steps) if replica.rule else {}
     state = optimizer_state(named, replica.optimizer)
     return End(copies([values])[0], state, loss, samples_of(config, start), gradients)
@@ -110,7 +110,7 @@ def held_images(config: Config, worker: int) -> NDArray[np.int64]:
 def round_inputs(config: Config, start: Start) -> StepInputs:
     """What the local steps of a worker's round read."""
     held = held_images(config, start.worker)
-    plan = local_plan(config)
+    plan = run_plan(config)
     first_step, samples = plan.first_step(start.round), plan.samples(start.round, len(held))
     order = sample_order(len(held), samples.start, len(samples), config.seed, start.worker, config.shuffle_every)
     rates, corners = plan.rates(start.round)[: plan.steps_of(start.round, len(held))], local_images(config).corners
@@ -119,12 +119,7 @@ def round_inputs(config: Config, start: Start) -> StepInputs:
 
 def samples_of(config: Config, start: Start) -> int:
     """The images that a worker's round trains on."""
-    return len(local_plan(config).samples(start.round, len(held_images(config, start.worker))))
-
-
-def local_plan(config: Config) -> RunPlan:
-    """The plan of the run, whose epochs are counted in the images of its data set, also where a node has its own."""
-    return run_plan(config, training_images(config))
+    return len(run_plan(config).samples(start.round, len(held_images(config, start.worker))))
 
 
 def _replica(config: Config) -> Replica:
@@ -141,6 +136,6 @@ def build_replica(config: Config) -> Replica:
     model = empty_model(config)
     named = dict(model.named_parameters())
     optimizer, rule = build_optimizer(config, named), build_rule(config, named)
-    samples = local_plan(config).max_steps * config.batch_size
+    samples = run_plan(config).max_steps * config.batch_size
     run_steps = make_step_fn(config, model, optimizer, local_images(config), samples, rule)
     return Replica(model, optimizer, rule, run_steps)

@@ -41,10 +41,8 @@ def local_steps_of(config: Config, steps_per_epoch: Fraction, total: int, rate: 
             return linear(least, largest, total)
         case "doubling":
             return doubling(least, largest, total)
-        case "table":
+        case _:  # a constant J needs no rule
             return table(least, table_of(config.local_steps_table), steps_per_epoch)
-        case "constant":
-            return constant(least)
 
 
 def check_local_steps(config: Config) -> None:
@@ -81,11 +79,6 @@ def _step_at(epoch: float, steps_per_epoch: Fraction) -> int:
 def _switch_epoch(config: Config) -> float:
     first = config.milestones.split(",")[0] if config.schedule == "multistep" else ""
     return config.switch_epoch or float(first or 0)
-
-
-def constant(local_steps: int) -> LocalSteps:
-    """`local_steps` in every round."""
-    return lambda step: local_steps
 
 
 def post_local(local_steps: int, switch_step: int) -> LocalSteps:
@@ -128,15 +121,6 @@ def table(local_steps: int, epochs: Sequence[tuple[float, int]], steps_per_epoch
     return steps
 
 
-def round_starts(steps: LocalSteps, total: int) -> tuple[int, ...]:
-    """The local step at which each round begins, and as the last entry `total`, where the run ends."""
-    return (*itertools.takewhile(lambda start: start < total, _all_starts(steps)), total)
-
-
-def starts_of_rounds(steps: LocalSteps, rounds: int) -> tuple[int, ...]:
-    """The local step at which each of `rounds` rounds begins, and as the last entry the one where the run ends."""
-    return tuple(itertools.islice(_all_starts(steps), rounds + 1))
-
-
-def _all_starts(steps: LocalSteps) -> Iterator[int]:
+def round_starts(steps: LocalSteps) -> Iterator[int]:
+    """The local step at which each round begins, without end."""
     return itertools.accumulate(itertools.repeat(0), lambda start, _: start + steps(start))

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from fedsim.config import MAX_LOCAL_STEPS, Config
+from fedsim.data.datasets import training_images
 from fedsim.data.partition import shard_sizes
 from fedsim.errors import UserError
 from fedsim.optim.lr_schedule import Schedule, schedule_of
-from fedsim.training.local_steps import check_local_steps, local_steps_of, round_starts, starts_of_rounds
+from fedsim.training.local_steps import check_local_steps, local_steps_of, round_starts
 
 
 @dataclass(frozen=True)
@@ -82,13 +83,13 @@ class RunPlan:
 
 
 @functools.lru_cache(maxsize=8)  # every client asks in every round, and there may be a million rounds
-def run_plan(config: Config, images: int) -> RunPlan:
-    """The plan of `config` on `images` training images."""
+def run_plan(config: Config) -> RunPlan:
+    """The plan of `config`, whose epochs are counted in the images of its data set, also where a node has its own."""
     workers = config.clients_per_round
     if config.min_clients > workers:
         raise UserError(f"min-clients = {config.min_clients} is more than the {workers} clients of a round: give fewer")
     check_local_steps(config)
-    steps_per_epoch = Fraction(images, workers * config.batch_size)
+    steps_per_epoch = Fraction(training_images(config), workers * config.batch_size)
     if config.local_epochs:
         longest = -(-config.local_epochs * max(shard_sizes(config)) // config.batch_size)
         if longest > MAX_LOCAL_STEPS:
@@ -118,14 +119,16 @@ def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int],
         return range(0, total + 1, config.local_steps)
     if config.rounds:
         # No rule of a run of so many rounds depends on its number of steps (`check_local_steps`)
-        starts = starts_of_rounds(local_steps_of(config, steps_per_epoch, 1, schedule(1)), config.rounds)
+        rule = local_steps_of(config, steps_per_epoch, 1, schedule(1))
+        starts = tuple(itertools.islice(round_starts(rule), config.rounds + 1))
         if max(after - before for before, after in itertools.pairwise(starts)) > MAX_LOCAL_STEPS:
             raise UserError(
                 f"qsr-alpha = {config.qsr_alpha}: some J is more than {MAX_LOCAL_STEPS:,}: give a smaller one"
             )
         return starts
     total = _steps_of(config, steps_per_epoch, config.epochs)
-    return round_starts(local_steps_of(config, steps_per_epoch, total, schedule(total)), total)
+    rule = local_steps_of(config, steps_per_epoch, total, schedule(total))
+    return (*itertools.takewhile(lambda start: start < total, round_starts(rule)), total)
 
 
 def _steps_of(config: Config, steps_per_epoch: Fraction, epochs: float) -> int:

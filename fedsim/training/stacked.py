@@ -17,7 +17,7 @@ from torch.optim import Optimizer
 
 from fedsim.config import Config
 from fedsim.copies import copies, fill
-from fedsim.data.datasets import classes_of, image_shape, load_dataset
+from fedsim.data.datasets import facts_of, image_shape, load_dataset
 from fedsim.data.images import ImageShape
 from fedsim.data.partition import shard_sizes
 from fedsim.device import prepare
@@ -26,8 +26,9 @@ from fedsim.models import blank_model, builder_of, empty_model
 from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
-from fedsim.training.local_round import End, Start, held_images, local_plan, round_inputs, samples_of, take_round
+from fedsim.training.local_round import End, Start, held_images, round_inputs, samples_of, take_round
 from fedsim.training.local_rule import build_rule
+from fedsim.training.run_plan import run_plan
 from fedsim.training.step import StepInputs
 
 
@@ -49,7 +50,7 @@ class StackedReplicas:
         ]
         self._optimizer = self._sgdm() if config.optimizer == "sgdm" else self._optimizer_of_parts()
         self._rule = build_rule(config, dict(self._model.named_parameters()))
-        samples = local_plan(config).max_steps * config.batch_size
+        samples = run_plan(config).max_steps * config.batch_size
         self._drawn: dict[tuple[int, int], StepInputs] = {}  # for (worker, round), while the GPU trained the one before
         keys = (samples, config.batch_size, config.precision, replicas, capturable(config), self._rule)
         self._steps = CapturedSteps(self._model, self._optimizer, load_dataset(config).train, *keys)
@@ -91,7 +92,7 @@ class StackedReplicas:
     def _draw_ahead(self, starts: Sequence[Start]) -> None:
         """What the same workers read in the next round, drawn while a GPU is busy; a CPU would gain nothing."""
         following = starts[0].round + 1
-        ahead = self._config.device.startswith("cuda") and following <= local_plan(self._config).rounds
+        ahead = self._config.device.startswith("cuda") and following <= run_plan(self._config).rounds
         self._drawn = {
             (start.worker, following): round_inputs(self._config, replace(start, round=following))
             for start in (starts if ahead else ())
@@ -99,7 +100,7 @@ class StackedReplicas:
 
     def _gradients(self, start: Start) -> list[dict[str, Tensor]]:
         """Each replica's mean gradients of the round, where the local rule has them."""
-        steps = local_plan(self._config).steps_of(start.round, len(held_images(self._config, start.worker)))
+        steps = run_plan(self._config).steps_of(start.round, len(held_images(self._config, start.worker)))
         stacked = self._rule.end(steps) if self._rule else {}
         parts = {name: _split(value, len(self._parts)) for name, value in stacked.items()}
         return [{name: of[replica].clone() for name, of in parts.items()} for replica in range(len(self._parts))]
@@ -133,7 +134,7 @@ def why_not(config: Config, by_products: bool = False) -> str:
     if config.local_epochs and len(set(shard_sizes(config))) > 1:
         return f"local-epochs = {config.local_epochs}: clients that hold more images take more steps than others"
     builder = builder_of(config.model)
-    problem = _why_not(builder, config.model, classes_of(config), image_shape(config), config.norm, by_products)
+    problem = _why_not(builder, config.model, facts_of(config).classes, image_shape(config), config.norm, by_products)
     return f"model {config.model}: {problem}" if problem else ""
 
 

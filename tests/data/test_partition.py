@@ -240,7 +240,7 @@ def test_no_client_may_claim_more_images_than_there_are(small: Config) -> None:
     """The strategy leaves out an update that weighs more than `max_examples`."""
     for weights, most in (("equal", 2 * 16), ("shard-size", 512)):
         config = small.changed({"client-weights": weights})
-        strategy = build_strategy(config, run_plan(config, 512), initial_model(config))
+        strategy = build_strategy(config, run_plan(config), initial_model(config))
         assert strategy.max_examples(1) == most
 
 

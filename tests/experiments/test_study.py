@@ -11,7 +11,6 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsim.config import Value
-from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
 from fedsim.experiments.study import FOLDER, LARGE_BATCH, Study, read_study, study_names
 from fedsim.optim.lr_schedule import schedule_of
@@ -85,7 +84,7 @@ def test_a_baseline_has_the_samples_and_the_rate_of_its_column() -> None:
                 assert baseline.batch_size == own.clients * own.batch_size
                 assert baseline.epochs == own.epochs
                 of_baseline = schedule_of(baseline, Fraction(50_000, baseline.batch_size), baseline.epochs)
-                assert run_plan(own, training_images(own)).lr.peak == pytest.approx(of_baseline.peak)
+                assert run_plan(own).lr.peak == pytest.approx(of_baseline.peak)
                 assert of_baseline.peak == pytest.approx(0.01 * own.clients)
 
 
@@ -169,7 +168,7 @@ TWINS = HEAD + "twins = true\n[grid]\nclients = [2]\nlocal-steps = %s\n[set]\nba
 def test_the_baseline_of_a_budget_in_rounds_has_the_samples_of_its_column(tmp_path: Path) -> None:
     """50 rounds of 20 steps of 2 workers at batch 50 are 2 epochs of 50,000 images; the key epochs has no effect."""
     (cell, baseline) = written(tmp_path, TWINS % ("[20]", "rounds = 50\nepochs = 7.0")).cells()
-    plan = run_plan(cell.config, 50_000)
+    plan = run_plan(cell.config)
     assert (baseline.config.epochs, baseline.config.batch_size) == (2.0, 100)
     assert plan.first_step(plan.rounds + 1) * baseline.config.batch_size == baseline.config.epochs * 50_000
 

@@ -17,7 +17,8 @@ from fedsim.experiments.cost import cost
 from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
 from fedsim.training.engine import choose_engine
-from fedsim.training.local_round import End, Start, check_machine, held_images, local_plan, round_inputs, take_round
+from fedsim.training.local_round import End, Start, check_machine, held_images, round_inputs, take_round
+from fedsim.training.run_plan import run_plan
 from strategies.mean import mean
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
@@ -35,7 +36,7 @@ def test_a_round_takes_each_image_of_a_client_once_per_pass(small: Config, shuff
     config = resolve(
         small.changed({**UNEVEN, "epochs": 4.0, "shuffle-every": shuffle, "schedule": "cosine"}), "localsgd"
     )
-    plan = local_plan(config)
+    plan = run_plan(config)
     for worker, steps in ((0, 9), (1, 9), (2, 8)):
         held = held_images(config, worker)
         orders = []

@@ -39,12 +39,12 @@ def test_alone_a_client_of_any_rounds_is_centralized_training(small: Config, run
     keys = {"schedule": "cosine", "warmup-epochs": 0.5}
     central = execute(resolve(small.changed({**keys, "name": "central"}), "centralized"), "centralized")
     config = resolve(small.changed({**keys, **keys_of(schedule), "clients": 1}), "localsgd")
-    assert len(set(lengths(run_plan(config, 512)))) > 1
+    assert len(set(lengths(run_plan(config)))) > 1
     alone = execute(config.changed({"name": "alone"}), "localsgd")
     assert_same_bits(final_model(alone), final_model(central))
     rows = rows_of(alone)
     assert rows[-1]["local_steps"] == 64
-    assert rows[-1]["syncs"] == len(lengths(run_plan(config, 512)))
+    assert rows[-1]["syncs"] == len(lengths(run_plan(config)))
     assert [int(row["epoch"]) for row in rows] == [1, 2]
 
 
@@ -62,29 +62,29 @@ def test_stopped_and_resumed_it_is_never_stopped_bitwise(small: Config, schedule
 def test_the_budget_in_epochs_is_met_to_a_step_and_in_rounds_to_a_round(small: Config) -> None:
     for schedule in SCHEDULES:
         config = small.changed({**keys_of(schedule), "epochs": 3.3})
-        assert sum(lengths(run_plan(config, 512))) == round(3.3 * 8)
-        stopped = run_plan(config.changed({"stop-after-epochs": 1.0}), 512)
+        assert sum(lengths(run_plan(config))) == round(3.3 * 8)
+        stopped = run_plan(config.changed({"stop-after-epochs": 1.0}))
         assert stopped.first_step(stopped.last_round) < 8 <= stopped.first_step(stopped.last_round + 1)
-    table = run_plan(small.changed({**keys_of("table"), "rounds": 12}), 512)
+    table = run_plan(small.changed({**keys_of("table"), "rounds": 12}))
     assert lengths(table) == [2, 2, 1, 1, 1, 1, 1, 1, 5, 5, 5, 5]
     assert table.epoch(12) == sum(lengths(table)) / 8
 
 
 def test_post_local_switches_at_the_first_milestone_unless_told_otherwise(small: Config) -> None:
     keys = {"local-steps-schedule": "post-local", "record-by": "epoch", "schedule": "multistep", "milestones": "0.75,1"}
-    plan = run_plan(small.changed(keys), 512)
+    plan = run_plan(small.changed(keys))
     assert lengths(plan) == [1] * 6 + [2] * 5
     rates = [plan.rates(round_) for round_ in range(1, plan.rounds + 1)]
     first = next(round_ for round_, of in enumerate(rates, 1) if of[0] < rates[0][0])
     assert plan.steps(first - 1) == 1
     assert plan.steps(first) == 2
-    assert lengths(run_plan(small.changed({**keys, "switch-epoch": 0.25}), 512)) == [1] * 2 + [2] * 7
+    assert lengths(run_plan(small.changed({**keys, "switch-epoch": 0.25}))) == [1] * 2 + [2] * 7
 
 
 def test_qsr_follows_the_scaled_rate_of_the_run(small: Config) -> None:
     config = small.changed({**keys_of("qsr"), "epochs": 6.0, "lr-scaling-batch": 32, "qsr-alpha": 0.04})
-    plan = run_plan(config, 512)
-    assert plan.rates(4) != run_plan(config.changed({"lr-scaling-batch": 0}), 512).rates(4)
+    plan = run_plan(config)
+    assert plan.rates(4) != run_plan(config.changed({"lr-scaling-batch": 0})).rates(4)
     for round_, (start, end) in enumerate(itertools.pairwise(plan.starts), 1):
         rule = 2 if start < 4 else max(2, int((0.04 / plan.lr(start)) ** 2))
         assert end - start == (rule if round_ < plan.rounds else min(rule, 48 - start))
@@ -136,7 +136,7 @@ def test_a_client_that_claims_more_samples_than_its_round_has_is_left_out(
 ) -> None:
     """As many as the longest round has: too many in the others."""
     config = small.changed(keys_of("doubling"))
-    longest = run_plan(config, 512).max_steps * config.batch_size
+    longest = run_plan(config).max_steps * config.batch_size
 
     def claim(message: Message, context: Context) -> Message:
         reply = answer(message, context)
@@ -145,6 +145,6 @@ def test_a_client_that_claims_more_samples_than_its_round_has_is_left_out(
         return reply
 
     run_with(claim, config)
-    shorter = [round_ for round_, steps in enumerate(lengths(run_plan(config, 512)), 1) if 16 * steps < longest]
+    shorter = [round_ for round_, steps in enumerate(lengths(run_plan(config)), 1) if 16 * steps < longest]
     refused = f"worker 3 is left out of the average: num-examples is {longest}"
     assert [int(message.split()[1][:-1]) for message in caplog.messages if refused in message] == shorter
