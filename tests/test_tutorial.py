@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 from fedsim.records import read_config, read_summary
 from tests.conftest import NEEDS_FLWR_DATASETS
-from tests.pages import run_page
+from tests.pages import read_page, run_page
 
 
 def accuracy(folder: Path) -> float:
@@ -28,6 +29,9 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
     )
     assert even > uneven
     assert "dirichlet: 4 clients hold 1,000 of 1,000 training images" in output
+    split = re.search(r"```text\n( client +images.*?)```", read_page("tutorial.md"), re.DOTALL)
+    assert split
+    assert split[1].split() == output[output.index(" client  images") :].split()[: len(split[1].split())]
     sent = [(read_summary(results / name) or {})["bytes_up"] for name in ("plain", "weighted-int8")]
     assert sent[1] < sent[0] / 2
     assert read_config(results / "plain")["partition-args"] == "alpha=0.3"
