@@ -16,7 +16,7 @@ MODELS = {
     "lenet5": "fedsim.models.lenet:LeNet5",
     "resnet20": "fedsim.models.resnet:resnet20",
     "resnet18": "fedsim.models.resnet:resnet18",
-    "resnet18-imagenet": "fedsim.models.resnet:resnet18_imagenet",
+    "resnet18-v2": "fedsim.models.resnet:resnet18_v2",
     "vit-tiny": "fedsim.models.vit:vit_tiny",
 }
 DATASETS = ("cifar100", "synthetic", "cifar10", "fashion-mnist")

@@ -21,7 +21,7 @@ from tests.conftest import register
         ("resnet20", 10, 272_474),
         ("resnet20", 100, 278_324),
         ("resnet18", 100, 11_220_132),
-        ("resnet18-imagenet", 100, 11_227_812),
+        ("resnet18-v2", 100, 11_227_812),
         ("vit-tiny", 100, 5_380_132),
     ],
 )
