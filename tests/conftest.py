@@ -52,6 +52,24 @@ RESNET: dict[str, Any] = {
     "error-feedback": False,
 }
 
+# Every other method, for the tests that compare engines: three rounds of a model with BatchNorm each
+METHODS: dict[str, dict[str, Any]] = {
+    "fedprox-trimmed-fp16": {"local-rule": "fedprox", "mean": "trimmed", "trim": 0.34, "compress": "fp16"},
+    "scaffold-inferred": {"local-rule": "scaffold-inferred", "momentum": 0.0, "weight-decay": 0.0},
+    "post-local-median": {"local-steps-schedule": "post-local", "switch-epoch": 0.2, "mean": "median"},
+    "qsr-qsgd-re-estimated": {"local-steps-schedule": "qsr", "qsr-alpha": 0.03, "compress": "qsgd"},
+    "fedyogi-randomk-local": {"outer": "fedyogi", "compress": "randomk", "batchnorm-at-sync": "local"},
+    "lars-sign-first-worker": {"optimizer": "lars", "compress": "sign", "batchnorm-at-sync": "first-worker"},
+    "lamb-clipped-int4": {"optimizer": "lamb", "lr": 0.001, "mean": "clipped", "compress": "int4"},
+    "diloco-bf16-pooled": {"outer": "diloco", "compress": "bf16", "batchnorm-at-sync": "pooled"},
+    "fedadagrad-powersgd": {"outer": "fedadagrad", "compress": "powersgd", "momentum-at-sync": "average"},
+    "flowers-fedadam": {"strategy": "flwr.serverapp.strategy:FedAdam", "strategy-args": "eta=0.01"},
+}
+METHODS["qsr-qsgd-re-estimated"] |= {"batchnorm-at-sync": "re-estimated", "batchnorm-images": 100}
+for method in METHODS.values():
+    by = "epoch" if "local-steps-schedule" in method else "round"
+    method |= {"model": "lenet-bn", "rounds": 3, "record-by": by}
+
 Execute = Callable[..., Run]
 NEEDS_FLWR_DATASETS = pytest.mark.skipif(
     importlib.util.find_spec("flwr_datasets") is None, reason="needs flwr-datasets: pip install fedsim[noniid]"

@@ -19,7 +19,7 @@ from fedsim.device import resolve
 from fedsim.experiments.execute import execute
 from fedsim.federation.flwr_run import copy_app, free_port
 from fedsim.records import read_rows
-from tests.conftest import NEEDS_FLWR_DATASETS, RESNET, SMALL, assert_same_bits, final_model, rows_of
+from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, SMALL, assert_same_bits, final_model, rows_of
 from tests.federation.processes import JOINED, Running, client_environment, running, started
 
 pytestmark = pytest.mark.deployment
@@ -66,7 +66,13 @@ def refused(script: Path, words: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "keys", [LENET, pytest.param(RESNET, marks=[NEEDS_FLWR_DATASETS, pytest.mark.slow])], ids=["lenet5", "resnet18"]
+    "keys",
+    [
+        LENET,
+        pytest.param(RESNET, marks=[NEEDS_FLWR_DATASETS, pytest.mark.slow]),
+        *(pytest.param({**SMALL, **keys}, marks=pytest.mark.slow) for keys in METHODS.values()),
+    ],
+    ids=["lenet5", "resnet18", *METHODS],
 )
 def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(
     federation: Running, tmp_path: Path, keys: dict[str, Any]
@@ -76,7 +82,7 @@ def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(
     done = federation.flwr("run", str(copy_app(tmp_path / "app")), "federation", "--stream", "-c", overrides)
     assert (tmp_path / "deployed" / "summary.json").exists(), done.stdout
     fleet = execute(resolve(Config().changed({**keys, "name": "threads"}), "localsgd"), "localsgd", "threads")
-    assert len(rows_of(fleet)) == 3
+    assert rows_of(fleet)[-1]["round"] == 3
     assert rows_of(tmp_path / "deployed") == rows_of(fleet)
     sent = [
         [(row["bytes_up"], row["bytes_down"], row["overhead_bytes_up"], row["overhead_bytes_down"]) for row in rows]

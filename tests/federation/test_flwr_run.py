@@ -13,8 +13,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -24,13 +25,17 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.flwr_run import copy_app, federation, superlink
 from fedsim.processes import cleanup, marked, running
-from tests.conftest import NEEDS_FLWR_DATASETS, RESNET, assert_same_bits, final_model, rows_of
+from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, assert_same_bits, final_model, rows_of
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
     "localsgd --dataset synthetic --synthetic-images 512 --model lenet-bn --batch-size 16 --clients 3 --local-steps 2 "
     "--rounds 3 --schedule cosine --device cpu --threads 1"
 ).split()
+
+
+def as_flags(keys: Mapping[str, Any]) -> tuple[str, ...]:
+    return tuple(f"--no-{name}" if value is False else f"--{name}={value}" for name, value in keys.items())
 
 
 def run_py(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -67,11 +72,12 @@ def started_by(mark: str) -> list[str]:
             marks=NEEDS_FLWR_DATASETS,
         ),
         pytest.param(
-            tuple(f"--no-{name}" if value is False else f"--{name}={value}" for name, value in RESNET.items()),
+            as_flags(RESNET),
             marks=NEEDS_FLWR_DATASETS,
         ),
+        *(pytest.param(as_flags(keys), marks=pytest.mark.slow) for keys in METHODS.values()),
     ],
-    ids=["compressed-down", "own-code", "resnet18"],
+    ids=["compressed-down", "own-code", "resnet18", *METHODS],
 )
 def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
