@@ -115,6 +115,16 @@ def data_folder(config: Config) -> Path:
         raise UserError(f"data-dir = {named}: there is no such user: give another folder") from error
 
 
+def absolute_data_dir(config: Config) -> str:
+    """The key data-dir with which a process that works in another folder finds the data of `config`."""
+    folder, named = data_folder(config), config.data_dir or os.environ.get("FEDSIM_DATA", "")
+    if config.dataset.endswith(".npz"):
+        [file] = files_of(config.dataset, str(folder))
+        if file != folder / Path(config.dataset).expanduser():
+            return str(Path.cwd())
+    return config.data_dir if not named or Path(named).is_absolute() else str(folder)
+
+
 def _folder(config: Config) -> str:
     """The data folder; "" for a function, which finds its data itself."""
     return "" if is_function(config.dataset) else str(data_folder(config))

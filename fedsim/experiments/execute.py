@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from fedsim.config import Config, Engine, Mode, cpu_count, engine_named
-from fedsim.data.datasets import load_dataset
+from fedsim.data.datasets import absolute_data_dir, load_dataset
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_partition, check_shards
 from fedsim.device import resolve
@@ -83,8 +83,9 @@ def execute(
                 train_localsgd(grid, config, run)
             return run
         run.lengthen()
-    # The server app locks the run itself
-    run_with_flwr(config.changed({"name": run.folder.name, "results-dir": str(run.folder.parent)}))
+    # The server app locks the run itself, and works in another folder
+    paths = {"results-dir": str(run.folder.parent), "data-dir": absolute_data_dir(config)}
+    run_with_flwr(config.changed({"name": run.folder.name, **paths}))
     return run
 
 

@@ -106,8 +106,10 @@ def environment(home: Path, ray_address: str = "") -> dict[str, str]:
     """
     # Connections to the SuperLink on this machine bypass any proxy
     direct = ",".join(filter(None, [os.environ.get("no_proxy") or os.environ.get("NO_PROXY"), "127.0.0.1"]))
+    modules = os.environ.get("PYTHONPATH")  # Flower's processes work in another folder
     env = {
         **os.environ,
+        **({"PYTHONPATH": os.pathsep.join(map(os.path.abspath, modules.split(os.pathsep)))} if modules else {}),
         "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
         "NO_PROXY": direct,
         "no_proxy": direct,

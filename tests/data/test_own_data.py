@@ -145,6 +145,44 @@ def test_facts_and_moments_of_ones_own_images(tmp_path: Path) -> None:
     assert np.array_equal(test.pixels(), held["test_images"])
 
 
+@pytest.mark.parametrize(
+    ("dataset", "data_dir", "environment", "passed"),
+    [
+        ("here.npz", "", "", "{here}"),
+        ("here.npz", "mydata", "", "{here}"),
+        ("there.npz", "mydata", "", "{here}/mydata"),
+        ("there.npz", "", "mydata", "{here}/mydata"),
+        ("there.npz", "", "{here}/mydata", ""),
+        ("synthetic", "mydata", "", "{here}/mydata"),
+        ("synthetic", "", "", ""),
+    ],
+)
+def test_flower_finds_the_data_of_a_relative_path(
+    small: Config,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    dataset: str,
+    data_dir: str,
+    environment: str,
+    passed: str,
+) -> None:
+    """Its processes work in another folder, and the run is the same one."""
+    (tmp_path / "mydata").mkdir()
+    for file in ("here.npz", "mydata/there.npz"):
+        np.savez(tmp_path / file, **arrays())  # type: ignore[arg-type]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("FEDSIM_DATA", environment.format(here=tmp_path))
+    given: list[Config] = []
+    monkeypatch.setattr("fedsim.experiments.execute.run_with_flwr", given.append)
+    config = small.changed({"dataset": dataset, "data-dir": data_dir, "name": "run", "model": f"{OWN}:mlp"})
+    execute(config, "localsgd", "flower")
+    assert given[0].data_dir == passed.format(here=tmp_path)
+    assert given[0].identity("localsgd") == config.identity("localsgd")
+    if dataset.endswith(".npz"):
+        monkeypatch.chdir("/")
+        assert len(load_dataset(given[0]).train) == 96
+
+
 GOOD = arrays(24)
 BAD: list[tuple[dict[str, Any], str]] = [
     ({"test_labels": None}, "has no test_labels: it must have train_images, train_labels, test_images, test_labels"),

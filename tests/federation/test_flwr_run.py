@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
 
@@ -26,6 +27,7 @@ from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.flwr_run import copy_app, federation, superlink
 from fedsim.processes import cleanup, marked, running
 from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, assert_same_bits, final_model, rows_of
+from tests.own_code import larger
 
 ROOT = Path(__file__).parents[2]
 SMALL = (
@@ -39,8 +41,9 @@ def as_flags(keys: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def run_py(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Run ``run.py`` in `folder`."""
     command = [sys.executable, str(ROOT / "run.py"), *SMALL, "--results-dir", str(folder), *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=300)
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
 
 
 def started_by(mark: str) -> list[str]:
@@ -65,7 +68,7 @@ def started_by(mark: str) -> list[str]:
         pytest.param(
             (
                 *("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
-                *("--model", "my_code:mlp", "--dataset", "my_code:larger", "--partition", "dirichlet"),
+                *("--model", "my_code:mlp", "--dataset", "figures.npz", "--partition", "dirichlet"),
                 *("--partition-args", "alpha=0.9", "--client-weights", "shard-size"),
                 *("--local-steps", "10", "--local-epochs", "1"),
             ),
@@ -82,8 +85,10 @@ def started_by(mark: str) -> list[str]:
 def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
 ) -> None:
+    """Also with code and data of one's own in the folder in which the command is given."""
     shutil.copy(ROOT / "tests" / "own_code.py", tmp_path / "my_code.py")
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(tmp_path), os.environ.get("PYTHONPATH", "")]))
+    np.savez(tmp_path / "figures.npz", **larger())  # type: ignore[arg-type]
+    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", os.environ.get("PYTHONPATH", "")]))
     fleet = run_py(tmp_path, "--name", "threads", *keys, "--engine", "threads")
     assert fleet.returncode == 0, fleet.stderr
     monkeypatch.setenv("STARTED_BY", str(tmp_path))
