@@ -69,6 +69,49 @@ class Tied(Net):
         self.other.weight = self.fc.weight
 
 
+class Lazy(Net):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.fc = nn.LazyLinear(classes)
+
+
+class Constant(Net):
+    """With a constant that no state_dict holds."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.scale = torch.full((3072,), 0.5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(x.flatten(1) * self.scale)
+
+
+class Item(Net):
+    """Its build reads a value that it has computed."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        nn.init.constant_(self.fc.bias, torch.linspace(0, 1, 3).mean().item())
+
+
+class Pretrained(Net):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.load_state_dict(Net(classes).state_dict())
+
+
+class WeightNorm(Net):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        nn.utils.parametrizations.weight_norm(self.fc)
+
+
+class SpectralNorm(Net):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        nn.utils.parametrizations.spectral_norm(self.fc)
+
+
 def ten_classes(classes: int) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 7))
 

@@ -23,7 +23,7 @@ from fedsim.config import Config, cpu_count
 from fedsim.data.datasets import facts_of, moments_of
 from fedsim.data.images import Images
 from fedsim.device import set_tf32
-from fedsim.models import empty_model
+from fedsim.models import initial_model
 from fedsim.optim import build_optimizer
 from fedsim.training.cuda_graph import CapturedSteps
 from fedsim.training.step import StepInputs
@@ -57,7 +57,7 @@ def step_operators(config: Config, batch: int) -> list[Operator]:
     """The operators of one captured step of one model at a batch size, found without computing or allocating."""
     pixels, labels = np.zeros((1, *facts_of(config).shape), np.uint8), np.zeros(1, np.int64)
     inputs = StepInputs(torch.zeros(4, batch, dtype=torch.int64), torch.zeros(1, dtype=torch.int64), [0.0])
-    model = empty_model(config.changed({"device": "cpu"}))
+    model = initial_model(config.changed({"device": "cpu"}))
     with FakeTensorMode(allow_non_fake_inputs=True):
         images = Images(pixels, labels, moments_of(config), "cpu", config.crop_padding, config.crop_size)
         values = {n: torch.empty_strided(v.shape, v.stride(), dtype=v.dtype) for n, v in model.state_dict().items()}
@@ -83,6 +83,6 @@ def bound(config: Config, rates: Rates, centralized: bool) -> float:
     if centralized:
         return config.local_steps * seconds(step_operators(single, config.clients * config.batch_size), rates)
     step = config.clients * seconds(step_operators(single, config.batch_size), rates)
-    model = empty_model(single)
+    model = initial_model(single)
     weights: int = sum(value.nbytes for value in model.state_dict().values())
     return config.local_steps * step + 2 * config.clients * weights / rates.bytes

@@ -42,7 +42,7 @@ from fedsim.federation.protocol import (
     under_prefix,
     with_prefix,
 )
-from fedsim.models import empty_model
+from fedsim.models import initial_model
 from fedsim.training import stacked
 from fedsim.training.local_round import End, Start, check_machine, held_images, take_round
 from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of, inferred_correction
@@ -192,7 +192,7 @@ def _ended(config: Config, begun: Begun, end: End) -> tuple[dict[str, Tensor], S
 
 @functools.lru_cache(maxsize=8)  # every client asks in every round, and a model would be built for it
 def _batchnorm_names(config: Config) -> tuple[str, ...]:
-    return tuple(batchnorm_buffers(empty_model(config)))
+    return tuple(batchnorm_buffers(initial_model(config)))
 
 
 def _correction(

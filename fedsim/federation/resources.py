@@ -8,7 +8,7 @@ import torch
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.federation.compress import zero_extras, zero_memory
-from fedsim.models import empty_model
+from fedsim.models import initial_model
 
 GIB = 2**30
 
@@ -37,7 +37,7 @@ def needed_bytes(config: Config) -> int:
     Each client keeps one memory (`zero_memory`), with compression down the model too; a checkpoint of all memories is a
     buffer that is copied as it grows. An update in flight holds the weights and, unless it is reset, a new state.
     """
-    model = empty_model(config)
+    model = initial_model(config)
     weights: int = sum(value.nbytes for value in model.state_dict().values())
     memory = sum(value.nbytes for value in zero_memory(config, model).values())
     update = weights + memory + sum(value.nbytes for value in zero_extras(config, model).values())

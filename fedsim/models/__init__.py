@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -19,6 +20,10 @@ from fedsim.models.dropout import StepKeys, set_dropout_keys, use_counter_based_
 from fedsim.registry import MODELS, describe, function_of
 from fedsim.rng import generator
 
+# Two threads that use torch's global generator deadlock: one in `get_rng_state`, which holds its lock and waits for the
+# GIL, the other in `manual_seed`
+_DRAWING = threading.RLock()
+
 
 def initial_model(config: Config) -> nn.Module:
     """The model of `config` (resolved) with which a run begins."""
@@ -29,12 +34,6 @@ def initial_model(config: Config) -> nn.Module:
 def cpu_model(config: Config) -> nn.Module:
     """The same model on the CPU in fp32, whatever `config` says of either, for checks before a run."""
     return initial_model(config.changed({"device": "cpu", "precision": "fp32"}))
-
-
-def empty_model(config: Config) -> nn.Module:
-    """The same model with uninitialised values (see `blank_model`)."""
-    what = (config.model, facts_of(config).classes, config.device, config.precision)
-    return blank_model(*what, image_shape(config), config.norm)
 
 
 def check_model(config: Config) -> None:
@@ -100,36 +99,12 @@ def build_model(
     """The model with PyTorch's default initialisation from `seed`, channels-last on `device`.
 
     Weights are drawn on the CPU, so that they are the same on every device. Channels-last trains 1.3 to 2.8 times
-    faster. Raises UserError for an unknown name, and for dropout that `use_counter_based_dropout` does not support.
+    faster. Threads may call it in parallel. Raises UserError for an unknown name and a model that cannot be used.
     """
-    with torch.random.fork_rng(devices=[]):  # nn.Module's initialisation uses only the global generator
+    with _DRAWING, torch.random.fork_rng(devices=[]):  # nn.Module's initialisation uses only the global generator
         torch.manual_seed(int(generator(seed, 0, 0, "init").integers(2**63)))
         model = _network(name, classes, image, norm)
     return model.to(device, parameter_dtype(precision)).to(memory_format=torch.channels_last)
-
-
-def blank_model(
-    name: str,
-    classes: int,
-    device: torch.device | str = "cpu",
-    precision: str = "fp32",
-    image: ImageShape = CIFAR_IMAGE,
-    norm: str = "bn",
-) -> nn.Module:
-    """The model in the memory layout of `build_model`, with uninitialised values, for a state_dict to be loaded.
-
-    It draws no random numbers, so that client threads may call it in parallel: two threads that use torch's global
-    generator deadlock, one in `get_rng_state`, which holds its lock and waits for the GIL, the other in `manual_seed`.
-    """
-    with torch.device("meta"):
-        model = _network(name, classes, image, norm)
-    # `to_empty` would import SymPy, which takes a second
-    shapes = model.state_dict()
-    values = {name: torch.empty(value.shape, dtype=value.dtype, device=device) for name, value in shapes.items()}
-    if left_out := dict(model.named_buffers()).keys() - shapes.keys():
-        raise UserError(f"model {name}: every buffer must be persistent, {', '.join(sorted(left_out))} is not")
-    model.load_state_dict(values, assign=True)
-    return model.to(parameter_dtype(precision)).to(memory_format=torch.channels_last)
 
 
 def _network(name: str, classes: int, image: ImageShape, norm: str) -> nn.Module:
@@ -147,8 +122,12 @@ def _network(name: str, classes: int, image: ImageShape, norm: str) -> nn.Module
         ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model = {name} returns {type(model).__name__}: it must return an nn.Module")
+    if lazy := [n for n, p in (*model.named_parameters(), *model.named_buffers()) if nn.parameter.is_lazy(p)]:
+        raise UserError(f"model = {name}: {', '.join(lazy[:3])} has no shape yet: give its layer the number of inputs")
     if shared := dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys():
         raise UserError(f"model = {name}: {', '.join(sorted(shared))} is a parameter of another layer too: copy it")
+    if left_out := dict(model.named_buffers()).keys() - model.state_dict().keys():
+        raise UserError(f"model = {name}: every buffer must be persistent, {', '.join(sorted(left_out))} is not")
     use_counter_based_dropout(model)
     return model
 

@@ -41,7 +41,10 @@ def stack(model: nn.Module, copies: int, by_products: bool = False) -> nn.Module
     have the same names, concatenated along the first dimension; scalars are shared. Convolutions run as one grouped
     convolution or, with `by_products`, as one batched matrix product over patches.
     """
-    model = copy.deepcopy(model).train()
+    try:
+        model = copy.deepcopy(model).train()
+    except Exception as error:  # what the model holds may raise anything
+        raise CannotStack(f"cannot stack {type(model).__name__}: it cannot be copied ({error})") from error
     tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
     if tied:
         raise CannotStack(f"cannot stack {', '.join(sorted(tied))}: a parameter that several layers share")

@@ -44,8 +44,8 @@ def multiply_adds(config: Config) -> int:
     """Those of the forward pass of one image in convolutions and fully connected layers."""
     counts: list[int] = []
 
-    def count(layer: nn.Module, _: Any, output: Tensor) -> None:
-        counts.append(output.numel() * layer.get_parameter("weight")[0].numel())
+    def count(layer: nn.Conv2d | nn.Linear, _: Any, output: Tensor) -> None:
+        counts.append(output.numel() * layer.weight[0].numel())
 
     model = cpu_model(config).eval()
     for layer in model.modules():

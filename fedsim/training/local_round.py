@@ -19,7 +19,7 @@ from fedsim.data.partition import sample_order, shard_of
 from fedsim.data.uneven import uneven_shards
 from fedsim.device import prepare
 from fedsim.errors import UserError
-from fedsim.models import builder_of, empty_model
+from fedsim.models import builder_of, initial_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.local_rule import LocalRule, build_rule
 from fedsim.training.run_plan import run_plan
@@ -133,7 +133,7 @@ def _replica(config: Config) -> Replica:
 def build_replica(config: Config) -> Replica:
     """A replica whose values are not set, and this thread made ready for it."""
     prepare(config)
-    model = empty_model(config)
+    model = initial_model(config)
     named = dict(model.named_parameters())
     optimizer, rule = build_optimizer(config, named), build_rule(config, named)
     samples = run_plan(config).max_steps * config.batch_size

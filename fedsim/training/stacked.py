@@ -22,7 +22,7 @@ from fedsim.data.images import ImageShape
 from fedsim.data.partition import shard_sizes
 from fedsim.device import prepare
 from fedsim.errors import UserError
-from fedsim.models import blank_model, builder_of, empty_model
+from fedsim.models import build_model, builder_of, initial_model
 from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
@@ -39,7 +39,7 @@ class StackedReplicas:
         prepare(config)
         check_stackable(config, by_products)
         self._config = config
-        self._model = stack(empty_model(config), replicas, by_products).to(memory_format=torch.channels_last)
+        self._model = stack(initial_model(config), replicas, by_products).to(memory_format=torch.channels_last)
         self._parts = [  # of each replica: views of its parameters
             {name: _split(p.detach(), replicas)[replica] for name, p in self._model.named_parameters()}
             for replica in range(replicas)
@@ -143,7 +143,7 @@ def _why_not(
     builder: Callable[..., nn.Module], name: str, classes: int, image: ImageShape, norm: str, by_products: bool
 ) -> str:
     try:
-        check_stack(lambda: blank_model(name, classes, "cpu", "fp64", image, norm), image, by_products)
+        check_stack(lambda: build_model(name, classes, 0, "cpu", "fp64", image, norm), image, by_products)
     except CannotStack as error:
         return str(error)
     return ""
@@ -152,7 +152,7 @@ def _why_not(
 def check_stackable(config: Config, by_products: bool = False) -> None:
     """Raise UserError where the replicas of `config` cannot be stacked."""
     if problem := why_not(config, by_products):
-        raise UserError(f"{problem}: choose the engine that trains each client in a thread")
+        raise UserError(f"{problem}: give --engine threads")
 
 
 def take_rounds(config: Config, starts: Sequence[Start], by_products: bool = False) -> list[End]:

@@ -1,15 +1,17 @@
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from fedsim.errors import UserError
-from fedsim.models import blank_model, build_model
+from fedsim.models import build_model
 from fedsim.models.dropout import Dropout, StepKeys, set_dropout_keys
 from fedsim.models.lenet import LeNetBN
-from tests.conftest import register
+from tests.conftest import assert_same_bits, register
 
 
 @pytest.mark.parametrize(
@@ -70,13 +72,23 @@ def test_initial_weights_are_the_seeds_and_pytorchs_default() -> None:
     assert 0.99 * bound < one["fc1.weight"].abs().max() <= bound
 
 
-def test_a_blank_model_is_laid_out_like_a_built_one_and_draws_nothing() -> None:
+def test_threads_build_the_same_model_at_once() -> None:
+    """They would draw each other's weights, or wait for each other for ever."""
     before = torch.get_rng_state()
-    blank, built = blank_model("lenet-bn", 10), build_model("lenet-bn", 10, 0)
+    expected = build_model("lenet5", 10, 1).state_dict()
+    built: list[dict[str, Tensor]] = []
+    threads = [
+        threading.Thread(target=lambda: built.append(build_model("lenet5", 10, 1).state_dict()), daemon=True)
+        for _ in range(20)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=60)
+    assert len(built) == len(threads)
+    for state in built:
+        assert_same_bits(state, expected)
     assert torch.equal(torch.get_rng_state(), before)
-    for name, value in built.state_dict().items():
-        assert blank.state_dict()[name].stride() == value.stride()
-        assert blank.state_dict()[name].device == value.device
 
 
 class Unusual(nn.Module):
@@ -133,4 +145,4 @@ def test_a_buffer_that_no_state_dict_holds_is_refused(monkeypatch: pytest.Monkey
 
     register(monkeypatch, "unusual", build)
     with pytest.raises(UserError, match=r"every buffer must be persistent, part\.table is not"):
-        blank_model("unusual", 10)
+        build_model("unusual", 10, 0)

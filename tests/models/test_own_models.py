@@ -10,14 +10,14 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedsim.config import Config, Mode
+from fedsim.config import Config, Engine, Mode
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute, resolve_run
 from fedsim.federation import client_app
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
-from fedsim.models import blank_model, check_model, initial_model
+from fedsim.models import build_model, check_model, initial_model
 from fedsim.models.resnet import NORMS
 from fedsim.records import Run
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
@@ -42,13 +42,13 @@ def test_one_client_is_centralized_training_and_resumes_bitwise(run: Execute, ke
 
 @pytest.mark.parametrize("model", ["lenet-bn", "lenet5", "resnet20", "resnet18", f"{OWN}:mlp"])
 def test_models_take_grey_and_oblong_images(model: str) -> None:
-    logits = blank_model(model, 5, image=(1, 28, 20)).eval()(torch.zeros(2, 1, 28, 20))
+    logits = build_model(model, 5, 0, image=(1, 28, 20)).eval()(torch.zeros(2, 1, 28, 20))
     assert logits.shape == (2, 5)
 
 
 def test_the_key_norm_replaces_every_batchnorm() -> None:
     for name in ("resnet20", "resnet18"):
-        model = blank_model(name, 10, norm="gn")
+        model = build_model(name, 10, 0, norm="gn")
         kinds = [type(module).__name__ for module in model.modules()]
         assert "BatchNorm2d" not in kinds
         assert kinds.count("GroupNorm") > 15
@@ -67,6 +67,10 @@ def test_the_key_norm_replaces_every_batchnorm() -> None:
         ({"model": f"{OWN}:Tuple"}, "for two of them it gives tuple, not 2 x 10 logits"),
         ({"model": f"{OWN}:Tied"}, "tests.own_code:Tied: other.weight is a parameter of another layer too: copy it"),
         ({"model": f"{OWN}:Unused"}, "extra.weight, extra.bias gets no gradient: every parameter must"),
+        (
+            {"model": f"{OWN}:Lazy"},
+            f"{OWN}:Lazy: fc.weight, fc.bias has no shape yet: give its layer the number of i",
+        ),
         ({"model": f"{OWN}:FunctionalDropout"}, "draws from torch's global generator: let all dropout be nn.Dropout"),
         ({"model": f"{OWN}:noisy_vit"}, "draws from torch's global generator: let all dropout be nn.Dropout"),
         ({"model": f"{OWN}:Net", "dataset": f"{OWN}:load"}, f"does not take the images of {OWN}:load, 1 x 12 x 10"),
@@ -107,6 +111,18 @@ def test_batchnorm_of_single_values_is_refused_a_batch_of_one_image(
     with pytest.raises(UserError, match=f"^{message} = .* does not train on one image .*: give another batch-size$"):
         execute(config, mode)
     assert not any(Path(config.results_dir).iterdir())
+
+
+@pytest.mark.parametrize("engine", ["auto", "stacked"])
+@pytest.mark.parametrize("model", ["Constant", "Item", "Pretrained", "WeightNorm", "SpectralNorm"])
+def test_models_that_a_plain_build_can_make_are_trained(small: Config, model: str, engine: Engine) -> None:
+    keys = {"model": f"{OWN}:{model}", "synthetic-images": 64, "batch-size": 4, "rounds": 2}
+    config, chosen = resolve_run(small.changed(keys), "localsgd", engine)
+    if engine == "stacked" and model not in ("Item", "Pretrained"):
+        with pytest.raises(UserError, match=rf"model {OWN}:{model}: cannot stack .*: give --engine threads"):
+            execute(config, "localsgd", chosen)
+        return
+    assert rows_of(execute(config, "localsgd", chosen))[-1]["round"] == 2
 
 
 def start(config: Config) -> None:
