@@ -36,6 +36,13 @@ def function_of(key: str, value: str) -> Callable[..., Any]:
         raise UserError(
             f"{key} = {value}: no module {error.name} on this machine: install it, or put its folder on PYTHONPATH"
         ) from error
+    except SystemExit as error:
+        if type(error) is not SystemExit:  # a signal's
+            raise
+        raise UserError(
+            f"{key} = {value}: {module} exits where it is imported: let only a script do so, below "
+            'if __name__ == "__main__":'
+        ) from error
     except Exception as error:  # the module's own code may raise anything
         raise UserError(f"{key} = {value}: {module} cannot be imported ({describe(error)})") from error
     if not callable(function):

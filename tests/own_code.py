@@ -62,6 +62,12 @@ class Unused(Net):
         self.extra = nn.Linear(1, 1)
 
 
+class Frozen(Net):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.requires_grad_(False)
+
+
 class Tied(Net):
     def __init__(self, classes: int) -> None:
         super().__init__(classes)
@@ -149,6 +155,11 @@ def larger() -> dict[str, np.ndarray]:
 
 def no_dict() -> Any:
     return [1, 2]
+
+
+def ragged() -> dict[str, Any]:
+    """Images of two sizes."""
+    return {**arrays(), "train_images": [np.zeros((12, 10, 1), np.uint8), np.zeros((9, 10, 1), np.uint8)]}
 
 
 def load_fails() -> Any:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,14 +16,17 @@ from fedsim.errors import UserError
 from fedsim.registry import describe, function_of
 
 MAX_CLASSES = 100_000  # more are a mistake, and the last layer would not fit in memory
+MAX_CHANNELS = 16  # of images 1 or 3 pixels high: with more, their channels come first
 NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 
 
 def read_npz(file: Path) -> Arrays:
     """The four arrays of a file, checked."""
     try:
-        with np.load(file, allow_pickle=False) as held:
+        with file.open("rb") as opened, np.lib.npyio.NpzFile(opened) as held:
             arrays = {name: held[name] for name in held.files if name in NAMES}
+    except zipfile.BadZipFile as error:
+        raise UserError(f"dataset = {file} is not a file of numpy.savez ({describe(error)}): write it anew") from error
     except Exception as error:  # NumPy does not document what a damaged file raises
         raise UserError(f"dataset = {file} cannot be read ({describe(error)}): give a file of numpy.savez") from error
     return checked(str(file), arrays)
@@ -48,7 +52,7 @@ def checked(dataset: str, arrays: Mapping[str, Any]) -> Arrays:
     """The arrays with int64 labels; raises UserError with what is wrong with the arrays of `dataset`."""
     if missing := [name for name in NAMES if name not in arrays]:
         raise UserError(f"dataset = {dataset} has no {', '.join(missing)}: it must have {', '.join(NAMES)}")
-    of = {name: np.asarray(arrays[name]) for name in NAMES}
+    of = {name: _array(dataset, name, arrays[name]) for name in NAMES}
     shape = of["train_images"].shape[1:]
     for split in ("train", "test"):
         names = f"{split}_images", f"{split}_labels"
@@ -65,10 +69,21 @@ def checked(dataset: str, arrays: Mapping[str, Any]) -> Arrays:
     return {name: array if name.endswith("images") else array.astype(np.int64) for name, array in of.items()}
 
 
+def _array(dataset: str, name: str, value: Any) -> NDArray[Any]:
+    try:
+        return np.asarray(value)
+    except Exception as error:  # of a list of unequal images, or of what NumPy does not know
+        raise UserError(
+            f"dataset = {dataset}: {name} is not an array ({describe(error)}): let all images have one size"
+        ) from error
+
+
 def problem_of(
     images: NDArray[Any], labels: NDArray[Any], images_name: str, labels_name: str, shape: tuple[int, ...]
 ) -> str:
     """What is wrong with images that should have the `shape` (H, W, C) and their labels, or ""."""
+    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > MAX_CHANNELS:
+        return f"{images_name} holds {images.dtype} {list(images.shape)}: images must be (N, H, W, C), channels last"
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
         wanted = ", ".join(map(str, shape)) if len(shape) == 3 else "H, W, C"
         return f"{images_name} holds {images.dtype} {list(images.shape)}, not uint8 [N, {wanted}]"

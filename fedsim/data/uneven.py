@@ -27,6 +27,7 @@ from fedsim.registry import describe
 from fedsim.rng import generator
 
 Shards = list[NDArray[np.int64]]
+EXAMPLES = {"alpha": "0.3", "group_size": "3", "num_classes_per_partition": "2", "partition_sizes": "100:200:300"}
 OURS = ("num_partitions", "seed")  # arguments of partitioners that follow from other keys
 LABEL, SUPERCLASS = "label", "coarse_label"  # the columns that partition_by may name
 
@@ -73,7 +74,7 @@ def _by_flower(config: Config, labels: NDArray[np.int64]) -> Shards:
         ) from error
     kind = getattr(partitioners, "".join(map(str.capitalize, config.partition.split("-"))) + "Partitioner")
     order = generator(config.seed, 0, 0, "shard").permutation(len(labels))
-    where = f"partition-args = {config.partition_args or 'empty'}"
+    where = f"partition-args = {config.partition_args}: " if config.partition_args else ""
     arguments = _arguments(config, kind, where)
     column = arguments.get("partition_by", LABEL)
     values = coarse_labels(data_folder(config))[labels] if column == SUPERCLASS else labels
@@ -84,14 +85,16 @@ def _by_flower(config: Config, labels: NDArray[np.int64]) -> Shards:
             partitioner.dataset = datasets.Dataset.from_dict({"image": order, column: values[order]})
             if (count := partitioner.num_partitions) != config.clients:
                 raise UserError(
-                    f"{where}: partition = {config.partition} makes {count} clients, not {config.clients}: "
+                    f"{where}partition = {config.partition} makes {count} clients, not {config.clients}: "
                     "make them equal"
                 )
             return [np.array(partitioner.load_partition(k)["image"], np.int64) for k in range(count)]
     except UserError:
         raise
     except Exception as error:  # its checks raise errors of many kinds
-        raise UserError(f"{where}: partition = {config.partition} fails ({describe(error)})") from error
+        raise UserError(
+            f"{where}partition = {config.partition} fails ({describe(error)}): give other --partition-args"
+        ) from error
 
 
 def _arguments(config: Config, kind: type, where: str) -> dict[str, Any]:
@@ -102,14 +105,17 @@ def _arguments(config: Config, kind: type, where: str) -> dict[str, Any]:
     free = [name for name in parameters if name not in OURS]
     if unknown := given.keys() - set(free):
         takes = f"it takes {', '.join(free)}" if free else "it takes none"
-        raise UserError(f"{where}: partition = {config.partition} does not know {', '.join(unknown)}: {takes}")
+        raise UserError(f"{where}partition = {config.partition} does not know {', '.join(unknown)}: {takes}")
     arguments = {name: value for name, value in implied.items() if name in parameters} | given
     needed = [name for name in free if parameters[name].default is inspect.Parameter.empty and name not in arguments]
     if needed:
-        raise UserError(f"{where}: partition = {config.partition} needs {', '.join(needed)}")
+        example = ",".join(f"{name}={EXAMPLES.get(name, 'VALUE')}" for name in needed)
+        raise UserError(
+            f"{where}partition = {config.partition} needs {', '.join(needed)}: give --partition-args {example}"
+        )
     columns = (LABEL, SUPERCLASS) if config.dataset == "cifar100" else (LABEL,)
     if (column := arguments.get("partition_by", LABEL)) not in columns:
-        raise UserError(f"{where}: partition_by = {column}: {config.dataset} has {' and '.join(columns)}")
+        raise UserError(f"{where}partition_by = {column}: {config.dataset} has {' and '.join(columns)}")
     return arguments
 
 

@@ -56,14 +56,17 @@ def check_model(config: Config) -> None:
             raise UserError(f"{taken} ({describe(error)})") from error
         drawn = not torch.equal(before, torch.get_rng_state())
     if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (2, classes):
-        given = _by(logits.shape) if isinstance(logits, torch.Tensor) else type(logits).__name__
-        raise UserError(f"{taken}: for two of them it gives {given}, not {_by((2, classes))} logits")
+        raise UserError(f"model = {config.model}, on the images of {config.dataset}: {_not_logits(logits, classes)}")
     if drawn:
         raise UserError(f"model = {config.model} draws from torch's global generator: let all dropout be nn.Dropout")
-    F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
+    if logits.requires_grad:
+        F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
     unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
     if unused:
-        raise UserError(f"model = {config.model}: {', '.join(unused[:3])} gets no gradient: every parameter must")
+        raise UserError(
+            f"model = {config.model}: {', '.join(unused[:3])} gets no gradient: every parameter must. "
+            "Frozen parameters are not supported: make them buffers"
+        )
     if config.batch_size == 1:
         check_one_image(config, "batch-size = 1")
 
@@ -81,6 +84,15 @@ def check_one_image(config: Config, reason: str) -> None:
         raise UserError(
             f"{reason}: model = {config.model} does not train on one image ({describe(error)}): give another batch-size"
         ) from error
+
+
+def _not_logits(outputs: object, classes: int) -> str:
+    """What is wrong with the `outputs` for two images."""
+    if not isinstance(outputs, torch.Tensor):
+        return f"it gives {type(outputs).__name__}, not a tensor of {_by((2, classes))} logits for two of them"
+    if outputs.ndim == 2 and len(outputs) == 2:
+        return f"it gives {outputs.shape[1]} logits per image, but the data has {classes} classes"
+    return f"it gives {_by(outputs.shape)}, not {_by((2, classes))} logits for two of them"
 
 
 def _by(shape: tuple[int, ...]) -> str:

@@ -192,6 +192,10 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"train_labels": GOOD["train_labels"][1:]}, "train_images holds 24 images and train_labels 23 labels"),
     ({"train_labels": GOOD["train_labels"] - 1}, "train_labels runs from -1 to 1: classes are 0 to 99999 at most"),
     ({"test_labels": GOOD["test_labels"] + 10**6}, "test_labels runs from 1000000 to"),
+    (
+        {"train_images": GOOD["train_images"].transpose(0, 3, 2, 1).repeat(2, 3)},
+        "train_images holds uint8 [24, 1, 10, 24]: images must be (N, H, W, C), channels last",
+    ),
     ({"train_labels": GOOD["train_labels"] / 1}, "train_labels holds float64 [24], not integers [N]"),
     ({"train_images": GOOD["train_images"][:0], "train_labels": GOOD["train_labels"][:0]}, "holds no pixels: [0, 12"),
     ({"train_labels": np.array([None] * 24)}, "cannot be read (ValueError: Object arrays cannot be loaded"),
@@ -212,11 +216,23 @@ def test_a_file_that_holds_something_else_is_told_in_a_line(
     assert [path.name for path in tmp_path.iterdir()] == ["bad.npz"]
 
 
+def test_a_file_that_is_not_npz_is_told_in_a_line(small: Config, tmp_path: Path) -> None:
+    np.save(tmp_path / "bad.npy", GOOD["train_images"])
+    file = (tmp_path / "bad.npy").rename(tmp_path / "bad.npz")
+    with pytest.raises(UserError, match=rf"^dataset = {file} is not a file of numpy\.savez \(BadZipFile: .*: write it"):
+        execute(small.changed({"dataset": str(file)}), "localsgd")
+
+
 @pytest.mark.parametrize(
     ("dataset", "message"),
     [
         ("absent.npz", "dataset = absent.npz: there is no such file in "),
         (f"{OWN}:no_dict", "returns list: it must return a dict of train_images, train_labels, test_images, test_labe"),
+        (f"{OWN}:ragged", f"dataset = {OWN}:ragged: train_images is not an array (ValueError: setting an array"),
+        (
+            "tests.exits:load",
+            "dataset = tests.exits:load: tests.exits exits where it is imported: let only a script do",
+        ),
         (f"{OWN}:load_fails", f"dataset = {OWN}:load_fails fails with FileNotFoundError"),
         ("no.such:load", "dataset = no.such:load: no module no on this machine: install it, or put its folder on PY"),
     ],

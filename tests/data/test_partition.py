@@ -162,13 +162,13 @@ def test_a_partition_that_cannot_be_is_told_in_a_line(small: Config, keys: dict[
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"partition": "dirichlet"}, "partition-args = empty: partition = dirichlet needs alpha"),
+        ({"partition": "dirichlet"}, "partition = dirichlet needs alpha: give --partition-args alpha=0.3"),
         ({"partition": "linear", "partition-args": "alpha=1"}, "partition = linear does not know alpha: it takes none"),
         (
             {**DIRICHLET, "partition-args": "alpha=1, partition_by=image"},
             "partition-args = alpha=1, partition_by=image: partition_by = image: synthetic has label",
         ),
-        ({"partition": "natural-id"}, "partition-args = empty: partition = natural-id makes 10 clients, not 4: make"),
+        ({"partition": "natural-id"}, "partition = natural-id makes 10 clients, not 4: make them equal"),
         ({**DIRICHLET, "partition-args": "alpha=-1"}, "partition = dirichlet fails (ValueError: Alpha values should"),
         (
             {"partition": "size", "partition-args": "partition_sizes=512"},
