@@ -29,6 +29,8 @@ from fedsim.models.stacked_layers import (
 
 Form = Literal["side by side", "by copy", "size"]  # of a value in the stacked network; sizes are those of each copy
 
+MORE_CALLS = 3  # traced, to see whether they do the same as the first
+
 
 class CannotStack(ValueError):
     """The model has a layer or operation that cannot be stacked; the message names it."""
@@ -76,10 +78,8 @@ class _Stacker:
         for name, layer in model.named_modules():
             if _is_layer_of_torch(layer) and type(layer) not in LAYERS:
                 raise CannotStack(f"cannot stack {name} ({type(layer).__name__})")
-        try:
-            self._graph = _Tracer().trace(model)
-        except Exception as error:  # the model's own code may raise anything
-            raise CannotStack(f"cannot trace the forward pass of {type(model).__name__}: {error}") from error
+        self._graph = self._trace()
+        self._first_call = str(self._graph)
         self._layers: dict[str, nn.Module] = {}
         self._forms: dict[fx.Node, Form] = {}
         self._converted: dict[fx.Node, fx.Node] = {}  # activations in their other form
@@ -92,7 +92,18 @@ class _Stacker:
                 if self._forms[value] not in (inputs, "size"):
                     node.replace_input_with(value, self._convert(value))
             self._forms[node] = form
+        if any(str(self._trace()) != self._first_call for _ in range(MORE_CALLS)):
+            name = type(self._model).__name__
+            raise CannotStack(f"cannot stack the forward pass of {name}: it changes from call to call")
         return fx.GraphModule(self._layers, self._graph)
+
+    def _trace(self) -> fx.Graph:
+        """What a call of the forward pass does."""
+        try:
+            return _Tracer().trace(self._model)
+        except Exception as error:  # the model's own code may raise anything
+            name = type(self._model).__name__
+            raise CannotStack(f"cannot trace the forward pass of {name}: {error}") from error
 
     def _rewrite(self, node: fx.Node) -> Form:
         """Rewrite `node` for all copies; returns the form of its output."""

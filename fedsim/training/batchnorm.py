@@ -52,8 +52,12 @@ def reestimate(model: nn.Module, images: Images, crops: Tensor, precision: str =
         return [layer.get_buffer(name) for layer in _layers(replica) for name in STATISTICS]
 
     starts = range(0, crops.shape[1], BATCH)
-    with thread_pool(images.labels.device, threads=1) as pool:
-        of_batches = zip(*pool.map(statistics, starts), strict=True)
+    if parameter.device.type == "cpu":
+        with thread_pool(parameter.device, threads=1) as pool:
+            per_batch = list(pool.map(statistics, starts))
+    else:  # in this thread, whose convolution plans cuDNN remembers
+        per_batch = list(map(statistics, starts))
+    of_batches = zip(*per_batch, strict=True)
     means = iter([torch.stack(values).double().mean(0) for values in of_batches])
     for layer in _layers(model):
         for name in STATISTICS:

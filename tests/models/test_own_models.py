@@ -64,7 +64,7 @@ def test_the_key_norm_replaces_every_batchnorm() -> None:
         ({"model": f"{OWN}:none"}, f"model = {OWN}:none returns NoneType: it must return an nn.Module"),
         ({"model": f"{OWN}:fails"}, "cannot be built for 10 classes and images of 3 x 32 x 32 (RuntimeError: no weig"),
         ({"model": f"{OWN}:ten_classes"}, "on the images of synthetic: it gives 7 logits per image, but the data has"),
-        ({"model": f"{OWN}:Frozen"}, "fc.weight, fc.bias gets no gradient: every parameter must. Frozen parameters are"),
+        ({"model": f"{OWN}:Frozen"}, "fc.weight, fc.bias gets no gradient: every parameter must. Frozen param"),
         ({"model": f"{OWN}:Tuple"}, "it gives tuple, not a tensor of 2 x 10 logits for two of them"),
         ({"model": f"{OWN}:Tied"}, "tests.own_code:Tied: other.weight is a parameter of another layer too: copy it"),
         ({"model": f"{OWN}:Unused"}, "extra.weight, extra.bias gets no gradient: every parameter must. Frozen par"),

@@ -111,6 +111,24 @@ def test_a_wrong_network_does_not_pass_the_check(monkeypatch: pytest.MonkeyPatch
         check_stack(lambda: Custom(lambda m, x: m.fc(x).cumsum(1)).double(), (3,))
 
 
+class Alternating(nn.Module):
+    """Its forward pass changes with a count that is no buffer."""
+
+    def __init__(self, every: int) -> None:
+        super().__init__()
+        self.fc, self.every, self.calls = nn.Linear(3, 3), every, 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return self.fc(x) * 2 if self.calls % self.every else self.fc(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("every", [2, 3])
+def test_a_forward_pass_that_changes_with_its_calls_is_not_stacked(every: int) -> None:
+    with pytest.raises(CannotStack, match="the forward pass of Alternating: it changes from call to call"):
+        stack(Alternating(every), 2)
+
+
 def test_a_network_that_cannot_run_does_not_pass_the_check() -> None:
     with pytest.raises(CannotStack, match="the stacked network fails with"):
         check_stack(lambda: Custom(lambda m, x: m.fc(x).view((-1, 3))).double(), (3,))

@@ -27,6 +27,7 @@ from fedsim.models import build_model
 from fedsim.models.dropout import Dropout
 from fedsim.optim import load_optimizer_state
 from fedsim.training import cuda_graph, local_round, stacked, step, streams
+from fedsim.training.batchnorm import calibration_crops, reestimate
 from fedsim.training.cuda_graph import CapturedSteps
 from fedsim.training.local_round import End, Start
 from strategies import wrong_values
@@ -273,6 +274,15 @@ def test_a_model_is_tested_by_one_wait_in_this_thread(tiny: Config, monkeypatch:
             assert step.evaluate(model, images) == pytest.approx(expected, rel=1e-12)
         assert counts["waits"] == 1
         assert counts["launches"] > len(images) / 5 * 10  # of other threads none would be counted
+
+
+def test_statistics_are_reestimated_in_this_thread(tiny: Config) -> None:
+    with EmulatedGpu() as gpu:
+        config = tiny.changed({"precision": "fp64", "device": "cuda", "model": "lenet-bn"})
+        model, images = build_model("lenet-bn", 10, 0, "cuda", "fp64"), load_dataset(config).train
+        with gpu.counting() as counts:
+            reestimate(model, images, calibration_crops(config, images), "fp64")
+        assert counts["launches"] > 50  # of other threads none would be counted
 
 
 # Faults, planted one at a time
