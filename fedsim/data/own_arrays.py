@@ -57,7 +57,10 @@ def checked(dataset: str, arrays: Mapping[str, Any]) -> Arrays:
     for split in ("train", "test"):
         names = f"{split}_images", f"{split}_labels"
         images, labels = (of[name] for name in names)
-        problem = problem_of(images, labels, *names, shape)
+        if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > MAX_CHANNELS:
+            problem = f"{names[0]} holds {list(images.shape)}: images must be (N, H, W, C), channels last"
+        else:
+            problem = problem_of(images, labels, *names, shape)
         if not problem and not images.size:
             problem = f"{names[0]} holds no pixels: {list(images.shape)}"
         elif not problem and not 0 <= labels.min() <= labels.max() < MAX_CLASSES:
@@ -82,8 +85,6 @@ def problem_of(
     images: NDArray[Any], labels: NDArray[Any], images_name: str, labels_name: str, shape: tuple[int, ...]
 ) -> str:
     """What is wrong with images that should have the `shape` (H, W, C) and their labels, or ""."""
-    if images.ndim == 4 and images.shape[1] in (1, 3) and images.shape[3] > MAX_CHANNELS:
-        return f"{images_name} holds {images.dtype} {list(images.shape)}: images must be (N, H, W, C), channels last"
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[1:] != shape:
         wanted = ", ".join(map(str, shape)) if len(shape) == 3 else "H, W, C"
         return f"{images_name} holds {images.dtype} {list(images.shape)}, not uint8 [N, {wanted}]"

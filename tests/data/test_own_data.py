@@ -194,7 +194,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"test_labels": GOOD["test_labels"] + 10**6}, "test_labels runs from 1000000 to"),
     (
         {"train_images": GOOD["train_images"].transpose(0, 3, 2, 1).repeat(2, 3)},
-        "train_images holds uint8 [24, 1, 10, 24]: images must be (N, H, W, C), channels last",
+        "train_images holds [24, 1, 10, 24]: images must be (N, H, W, C), channels last",
     ),
     ({"train_labels": GOOD["train_labels"] / 1}, "train_labels holds float64 [24], not integers [N]"),
     ({"train_images": GOOD["train_images"][:0], "train_labels": GOOD["train_labels"][:0]}, "holds no pixels: [0, 12"),
