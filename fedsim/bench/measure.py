@@ -62,26 +62,27 @@ def run_bench(
 ) -> None:
     """Measure `variants` (empty: those for the device), print the tables, and write the file `output`.
 
-    Each of `passes` times `rounds` rounds of every variant; a turn is ended after `limit` seconds. Raises UserError
-    before anything is measured, and RunFailed at the end if a turn failed.
+    The file is written before each table is printed, so that an error there loses no measurement. Each of `passes`
+    times `rounds` rounds of every variant; a turn is ended after `limit` seconds. Raises UserError before anything is
+    measured, and RunFailed at the end if a turn failed.
     """
     config = checked_config(keys, clients, variants, rounds)
     check_output(Path(output))
     rates = show_rates(config, console)
     starting = start_up(config.device)
     console.print(f"a run starts in {starting:.1f} s")
+    rate = rates[config.precision]
+    facts = {"matrix_flop_per_second": rate.flop, "memory_bytes_per_second": rate.bytes}
+    facts |= {"flop_per_image": flop_per_image(config), "start_up_seconds": starting}
     timings: list[Timing] = []
     failed: list[str] = []
     for turns, table_of in comparisons(config, clients, variants, passes, grow, rates):
         found, errors = measure(turns, rounds, limit)
-        if found:
-            console.print(table_of(found))
         timings += found
         failed += errors
-    rate = rates[config.precision]
-    facts = {"matrix_flop_per_second": rate.flop, "memory_bytes_per_second": rate.bytes}
-    facts |= {"flop_per_image": flop_per_image(config), "start_up_seconds": starting}
-    write_timings(Path(output), timings, config.device, **facts)
+        write_timings(Path(output), timings, config.device, **facts)
+        if found:
+            console.print(table_of(found))
     console.print(output, soft_wrap=True, highlight=False)
     if failed:
         raise RunFailed(f"these failed, the others are in {output}: {'; '.join(failed)}")

@@ -17,6 +17,8 @@ WITHOUT_KERNEL = (
 # Positions of the arguments that an operator changes, where its schema does not mark them
 CHANGED = {"native_batch_norm": (3, 4), "_fused_sgd_": (0, 2)}
 
+READ = 0.5  # neither 0 nor 1: optimizers divide by values, and by one less them
+
 
 class Operator(NamedTuple):
     """One call of an operator that launches kernels."""
@@ -27,7 +29,10 @@ class Operator(NamedTuple):
 
 
 class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """Record in `called` the operators called within. `_fused_sgd_`, which has no fake kernel, is not run."""
+    """Record in `called` the operators called within, on fake tensors.
+
+    `_fused_sgd_`, which has no fake kernel, is not run. A value that the host reads is `READ`.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -35,7 +40,13 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        out = None if name_of(func) == "_fused_sgd_" else func(*args, **kwargs)
+        match name_of(func):
+            case "_fused_sgd_":
+                out = None
+            case "_local_scalar_dense":
+                out = READ
+            case _:
+                out = func(*args, **kwargs)
         if launches_kernel(func):
             count = flop_registry.get(func._overloadpacket)
             flop = count(*args, **kwargs, out_val=out) if count else 0

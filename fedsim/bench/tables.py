@@ -14,6 +14,8 @@ from fedsim.bench.turn import Timing
 from fedsim.bench.variants import VARIANTS
 from fedsim.experiments.cost import flop_per_image
 
+UNKNOWN = "?"
+
 
 def rounds_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Group:
     """The timings, compared with other variants at the same K, and with the bound at the rates of their precision."""
@@ -34,13 +36,20 @@ def rounds_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Group
                 "images/s": f"{each.images_per_second:,.0f}",
                 "of cen-\ntralized": relative["centralized"],
                 "of in-\nprocess": relative["in-process"],
-                "of its\nbound": f"{of_bound(each, rates):.2f}",
+                "of its\nbound": of_bound(each, rates),
                 "peak\nMiB": f"{each.peak_bytes / 2**20:,.0f}",
             }
         )
     of_gpu = any(each.config.device.startswith("cuda") for each in timings)
     legend = {
         "spread": "the longest round less the shortest, of the median",
+        **{
+            f"of {name}": f"images/s, over those of {name} at the same K"
+            for name in ("centralized", "in-process")
+            if any((name, each.config.clients) in speed for each in timings)
+        },
+        "of its bound": "the least seconds that the device's rates allow, over the median",
+        **({UNKNOWN: "not known"} if any(row["of its\nbound"] == UNKNOWN for row in rows) else {}),
         "peak MiB": "allocated on the GPU" if of_gpu else "resident memory, the sum of all processes",
         **{each.variant: VARIANTS[each.variant][1] for each in timings},
     }
@@ -48,10 +57,14 @@ def rounds_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Group
     return Group(rich_table("A round of LocalSGD: medians", rows), lines)
 
 
-def of_bound(timing: Timing, rates: Mapping[str, Rates]) -> float:
+def of_bound(timing: Timing, rates: Mapping[str, Rates]) -> str:
     """The least time that a device with the `rates` of a precision needs for a round, over the median measured."""
     centralized = timing.variant.startswith("centralized")
-    return bound(timing.config, rates[timing.config.precision], centralized) / statistics.median(timing.seconds)
+    try:
+        least = bound(timing.config, rates[timing.config.precision], centralized)
+    except RuntimeError:  # the step of a user's model has shapes or branches that depend on values
+        return UNKNOWN
+    return f"{least / statistics.median(timing.seconds):.2f}"
 
 
 def large_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Table:
@@ -65,7 +78,7 @@ def large_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Table:
             "images/s": f"{each.images_per_second:,.0f}",
             "TFLOP/s": f"{each.images_per_second * flop / 1e12:,.2f}",
             "of the matrix\nproduct": f"{each.images_per_second * flop / rates[each.config.precision].flop:.3f}",
-            "of its\nbound": f"{of_bound(each, rates):.2f}",
+            "of its\nbound": of_bound(each, rates),
         }
         for each in timings
     ]

@@ -12,6 +12,7 @@ import socket
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -20,14 +21,15 @@ from rich.console import Console, RenderableType
 from fedsim import cli
 from fedsim.bench.baseline_torch import PilImages
 from fedsim.bench.bound import Rates, bound, measure_rates, step_operators
-from fedsim.bench.measure import at, measure, write_timings
+from fedsim.bench.measure import at, measure, run_bench, write_timings
 from fedsim.bench.tables import large_table, rounds_table
 from fedsim.bench.turn import Timing, run_measured
 from fedsim.bench.variants import METHODS, ON_CPU, VARIANTS
-from fedsim.config import Config
+from fedsim.config import FIELDS, Config, choices
 from fedsim.data.datasets import load_dataset
 from fedsim.device import resolve
 from fedsim.experiments.cost import flop_per_image
+from fedsim.models.lenet import LeNet5
 from tests.federation.test_flwr_run import started_by
 
 LIMIT = 300.0  # seconds, for what takes a few
@@ -166,7 +168,8 @@ def test_a_row_of_the_table_is_a_line_of_80_columns_and_columns_without_values_a
         assert row[-1] == "65,536"
     assert "…" not in text
     methods = printed(rounds_table([each for each in timings if each.variant in METHODS], rates))
-    assert not re.search("tralized|of in-", methods)
+    assert not re.search("tralized|of in-|of centralized", methods)
+    assert "of its bound: the least seconds that the device's rates allow, over the median\n" in methods
     assert "scaffold-inferred: in-process with local-rule = scaffold-inferred" in methods
 
 
@@ -182,6 +185,51 @@ def test_the_bound_is_that_of_the_operators_of_a_step() -> None:
     assert bound(config, h100, True) / bound(config, h100, False) == pytest.approx(0.81, abs=0.01)
     instant = Rates(flop=math.inf, bytes=1e9)
     assert bound(config, instant, True) == pytest.approx(10 * sum(each.bytes for each in large) / 1e9)
+
+
+@pytest.mark.parametrize("optimizer", choices(FIELDS["optimizer"]))
+def test_every_optimizer_has_a_bound_of_at_least_that_of_plain_sgd(optimizer: str) -> None:
+    """Some read values, for instance the rate: fake tensors have none."""
+    rates = Rates(flop=1e9, bytes=1e9)
+    least = bound(TINY.changed({"optimizer": "sgd", "clients": 2}), rates, centralized=False)
+    found = bound(TINY.changed({"optimizer": optimizer, "clients": 2}), rates, centralized=False)
+    assert least <= found < 2 * least
+
+
+class Selecting(LeNet5):
+    """Its loss has the shape of its values."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = super().forward(x)
+        return logits * logits[logits > 0].numel() / logits.numel()
+
+
+def selecting(classes: int) -> torch.nn.Module:
+    return Selecting(classes)
+
+
+def test_a_model_without_a_known_bound_has_its_row() -> None:
+    config = TINY.changed({"model": f"{__name__}:selecting"})
+    text = printed(rounds_table([Timing("in-process", config, [4.0], 1)], {"fp32": Rates(flop=1e9, bytes=1e9)}))
+    (line,) = (line.split() for line in text.splitlines() if line.startswith("4 in-process"))
+    assert line[-2] == "?"
+    assert "\n?: not known\n" in text
+
+
+def test_measurements_are_written_before_their_table_is_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*arguments: Any, **options: Any) -> Any:
+        raise ZeroDivisionError("in the table")
+
+    rates = Rates(flop=1e9, bytes=1e9)
+    monkeypatch.setattr("fedsim.bench.measure.measure_rates", lambda device, precision: rates)
+    monkeypatch.setattr("fedsim.bench.measure.start_up", lambda device: 1.0)
+    monkeypatch.setattr("fedsim.bench.measure.take_turn", lambda name, config, *_: Timing(name, config, [2.0], 1))
+    monkeypatch.setattr("fedsim.bench.measure.rounds_table", fails)
+    output = tmp_path / "bench.json"
+    with pytest.raises(ZeroDivisionError, match="in the table"):
+        run_bench(TINY.as_keys(), [2], ["centralized"], 1, 1, LIMIT, False, str(output), Console(file=io.StringIO()))
+    (timing,) = json.loads(output.read_text())["timings"]
+    assert timing["seconds"] == [2.0]
 
 
 def test_the_rates_of_a_device_are_measured() -> None:
