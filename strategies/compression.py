@@ -18,7 +18,7 @@ only operations that are rounded separately, in a fixed order.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple, Protocol
@@ -101,10 +101,6 @@ class TopK:
 
     def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
         places = parts["places"].to(torch.int64)
-        if len(places) and not 0 <= int(places[0]) <= int(places[-1]) < like.numel():
-            raise ValueError("a place is outside the tensor")
-        if (places.diff() <= 0).any():
-            raise ValueError("its places are not ascending")
         return torch.zeros_like(like).flatten().index_copy_(0, places, parts["values"]).view(like.shape)
 
 
@@ -219,13 +215,34 @@ def encode(
 
 
 def decode(codec: Codec, message: Mapping[str, Tensor], like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The update in a `message`, shaped like `like`; raises ValueError with what is wrong with the message."""
+    """The update in a `message`, shaped like `like`. `why_undecodable` is to check a message from elsewhere first."""
     generator = torch.Generator().manual_seed(seed)
     parts: dict[str, Parts] = {name: {} for name in like}
     for key, tensor in message.items():
         name, _, part = key.rpartition("/")
         parts[name][part] = tensor
     return {name: codec.decode(parts[name], value, generator) for name, value in like.items()}
+
+
+def why_undecodable(messages: Sequence[Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> list[str]:
+    """Why each of `messages`, whose names, types and shapes are right, cannot be decoded, or "".
+
+    Only the places of topk can be wrong. A GPU is waited for once, for all `messages`.
+    """
+    found: list[tuple[int, str, Tensor]] = []  # a message, a reason, and whether it applies
+    for i, message in enumerate(messages):
+        for name, value in like.items():
+            if f"{name}/places" in message:
+                places = message[f"{name}/places"].to(torch.int64)
+                outside = ((places < 0) | (places >= value.numel())).any()
+                found.append((i, "a place is outside the tensor", outside))
+                found.append((i, "its places are not ascending", (places.diff() <= 0).any()))
+    reasons = [""] * len(messages)
+    applies = torch.stack([condition for *_, condition in found]).tolist() if found else []
+    for (i, reason, _), wrong in zip(found, applies, strict=True):
+        if wrong:
+            reasons[i] = reasons[i] or reason
+    return reasons
 
 
 class Broadcast(NamedTuple):

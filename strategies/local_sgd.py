@@ -21,10 +21,10 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
 from strategies.batchnorm import merge
-from strategies.compression import Codec, broadcast, decode, encode
+from strategies.compression import Codec, broadcast, decode, encode, why_undecodable
 from strategies.outer import OuterStep
 from strategies.robust import Mean, combine
-from strategies.screening import Request, Rules, Update, printable, screen, wrong_values
+from strategies.screening import Request, Rules, Update, screen, wrong_values
 from strategies.sections import BUFFERS, Sections, join, split
 from strategies.tensor_array import tensor_record, tensors_of
 
@@ -262,16 +262,16 @@ class LocalSGD(FedAvg):
         self, codec: Codec, x: Mapping[str, Tensor], updates: Mapping[int, Update], round_: int
     ) -> tuple[dict[int, Update], dict[int, str]]:
         """The `updates` with decoded parameters, which are differences from `x`, and why others cannot be used."""
+        parts = {worker: split(update.arrays) for worker, update in updates.items()}
+        problems = why_undecodable([part.parameters for part in parts.values()], x)
+        reasons = {worker: reason for worker, reason in zip(parts, problems, strict=True) if reason}
         decoded: dict[int, dict[str, Tensor]] = {}
-        reasons: dict[int, str] = {}
-        for worker, update in updates.items():
-            parts = split(update.arrays)
-            like = _beside(parts.parameters, x)
-            try:
-                moved = decode(codec, parts.parameters, like, self.codec_seed(round_, worker))
-                decoded[worker] = join(parts._replace(parameters=moved))
-            except ValueError as error:
-                reasons[worker] = printable(error)
+        for worker, part in parts.items():
+            if worker in reasons:
+                continue
+            like = _beside(part.parameters, x)
+            moved = decode(codec, part.parameters, like, self.codec_seed(round_, worker))
+            decoded[worker] = join(part._replace(parameters=moved))
         wrong = dict(zip(decoded, wrong_values(list(decoded.values())), strict=True))
         reasons |= {worker: reason for worker, reason in wrong.items() if reason}
         kept = {worker: updates[worker]._replace(arrays=decoded[worker]) for worker in decoded if not wrong[worker]}

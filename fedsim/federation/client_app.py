@@ -11,6 +11,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
@@ -63,7 +64,9 @@ def train(message: Message, context: Context) -> Message:
         begun = _begin(config, message, context)
     except MemoryLost:  # the server decides what becomes of the round
         return _declined(message, MEMORY_LOST)
-    return _reply(config, message, context, begun, take_round(config, begun.start))
+    end = take_round(config, begun.start)
+    (ended,) = _ended(config, [begun], [end])
+    return _reply(config, message, context, begun, end, ended)
 
 
 def train_together(
@@ -79,10 +82,11 @@ def train_together(
             rounds.append(_begin(config, message, context))
         except MemoryLost:
             rounds.append(None)
-    starts = [begun.start for begun in rounds if begun]
-    ends = iter(take_rounds(config, starts) if starts else ())
+    own = [begun for begun in rounds if begun]
+    ends = take_rounds(config, [begun.start for begun in own]) if own else []
+    ended = zip(ends, _ended(config, own, ends), strict=True)
     return [
-        _reply(config, message, context, begun, next(ends)) if begun else _declined(message, MEMORY_LOST)
+        _reply(config, message, context, begun, *next(ended)) if begun else _declined(message, MEMORY_LOST)
         for begun, message, context in zip(rounds, messages, contexts, strict=True)
     ]
 
@@ -144,11 +148,20 @@ def _begin(config: Config, message: Message, context: Context) -> Begun:
     return Begun(received, memory, start)
 
 
-def _reply(config: Config, message: Message, context: Context, begun: Begun, end: End) -> Message:
-    x, sent, kept = _ended(config, begun, end)
+class Ended(NamedTuple):
+    """What the local steps of a client led to."""
+
+    x: dict[str, Tensor]  # the model of the round
+    sent: Sections  # what the client sends if it is not compressed
+    kept: dict[str, Tensor]  # what it keeps besides residuals
+    wrong: str = ""  # with compression, what is wrong with the values of its parameters
+
+
+def _reply(config: Config, message: Message, context: Context, begun: Begun, end: End, ended: Ended) -> Message:
+    x, sent, kept, wrong = ended
+    if wrong:  # an infinity would stay in the residual
+        return _declined(message, "its parameters are not finite")
     if codec := codec_of(config):
-        if any(wrong_values([sent.parameters])):  # an infinity would stay in the residual
-            return _declined(message, "its parameters are not finite")
         seed = compress_seed(config, run_plan(config), _round(message), _worker(context))
         memory = under_prefix(COMPRESS, begun.memory)
         update, remembered = compress_update(config, codec, x, sent.parameters, memory, seed)
@@ -165,8 +178,16 @@ def _reply(config: Config, message: Message, context: Context, begun: Begun, end
     return Message(content, reply_to=message)
 
 
-def _ended(config: Config, begun: Begun, end: End) -> tuple[dict[str, Tensor], Sections, dict[str, Tensor]]:
-    """The model x of the round, what the client sends if it is not compressed, and what it keeps besides residuals."""
+def _ended(config: Config, rounds: Sequence[Begun], ends: Sequence[End]) -> list[Ended]:
+    """What the `ends` of all clients here led to; a GPU is waited for once, to see the values before compression."""
+    ended = [_ended_alone(config, begun, end) for begun, end in zip(rounds, ends, strict=True)]
+    if config.compress == "none":
+        return ended
+    wrong = wrong_values([each.sent.parameters for each in ended])
+    return [each._replace(wrong=problem) for each, problem in zip(ended, wrong, strict=True)]
+
+
+def _ended_alone(config: Config, begun: Begun, end: End) -> Ended:
     received, state, weights = begun.received, with_prefix(OPTIMIZER, end.state), end.weights
     x = sections(begun.start.weights, received.buffers, {}).parameters
     extras = dict(state) if config.momentum_at_sync == "average" else {}
@@ -187,7 +208,7 @@ def _ended(config: Config, begun: Begun, end: End) -> tuple[dict[str, Tensor], S
     sent = sections(weights, received.buffers, extras)
     if config.batchnorm_at_sync == "local":
         kept |= {BATCHNORM + name: sent.buffers[name] for name in _batchnorm_names(config)}
-    return x, sent, kept
+    return Ended(x, sent, kept)
 
 
 @functools.lru_cache(maxsize=8)  # every client asks in every round, and a model would be built for it

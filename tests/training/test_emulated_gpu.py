@@ -206,6 +206,25 @@ def test_a_round_of_twelve_workers_takes_few_launches_and_waits(tiny: Config, wa
     assert counts["waits"] == 3  # for the losses, for the updates' values, for the average's
 
 
+@pytest.mark.parametrize(
+    ("keys", "launches", "waits"),
+    [
+        ({"outer": "fedadam"}, 323, 3),
+        ({"local-rule": "scaffold"}, 546, 3),
+        ({"compress": "int8"}, 2823, 5),  # also for the updates' values before and after the codec
+        ({"compress": "topk"}, 4032, 6),  # also for all places
+        ({"compress-down": "topk"}, 1009, 3),
+    ],
+)
+def test_a_methods_round_takes_at_most_the_launches_and_waits_that_are_documented(
+    tiny: Config, keys: dict[str, Any], launches: int, waits: int
+) -> None:
+    shape = {"model": "lenet-bn", "batch-size": 1, "local-steps": 1, "clients": 12}
+    counts = round_counts(tiny.changed({**shape, **keys}))
+    assert counts["launches"] <= launches
+    assert counts["waits"] <= waits
+
+
 def test_the_next_rounds_draws_are_made_before_the_wait(tiny: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     drawn: list[tuple[int, int]] = []  # of which round, after how many waits
 
