@@ -10,9 +10,11 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from fedsim.bench.bound import Rates, bound, step_operators
+from fedsim.bench.variants import METHODS
 from fedsim.config import Config
 from fedsim.federation.client_app import app, train_together
 from fedsim.federation.in_process import InProcessGrid
@@ -53,6 +55,22 @@ def round_counts(config: Config, way: str = "groups") -> Counter[str]:
     return counts
 
 
+def print_methods(config: Config) -> None:
+    """What a round of each method that `run.py bench` compares takes, by groups."""
+    header("K", "method", "kernels of a step", "launches a round", "waits", "copies from the host", "GB outside steps")
+    for keys in METHODS.values():
+        print_row(config.clients, method_of(keys), round_counts(config.changed(keys)))
+
+
+def method_of(keys: Mapping[str, Any]) -> str:
+    return ", ".join(f"`{key} = {value}`" for key, value in keys.items())
+
+
+def print_row(clients: int, what: str, found: Counter[str]) -> None:
+    counts = [found[name] for name in ("captured", "launches", "waits", "copies")]
+    print(f"| {clients} | {what} | {' | '.join(map(str, counts))} | {found['bytes'] / 1e9:.2f} |")
+
+
 def header(*names: str) -> None:
     print(f"| {' | '.join(names)} |")
     print("|---" * len(names) + "|")
@@ -63,9 +81,9 @@ def main() -> None:
     small = PAPER.changed({"batch-size": 1, "local-steps": 1})
     for clients in map(int, sys.argv[1:] or (1, 4, 12, 64)):
         for way in WAYS if clients in (4, 12) else ["groups"]:
-            found = round_counts(small.changed({"clients": clients}), way)
-            counts = [found[name] for name in ("captured", "launches", "waits", "copies")]
-            print(f"| {clients} | {way} | {' | '.join(map(str, counts))} | {found['bytes'] / 1e9:.2f} |")
+            print_row(clients, way, round_counts(small.changed({"clients": clients}), way))
+    print()
+    print_methods(small.changed({"clients": 12}))
     print()
     header("K, precision", "GFLOP a step", "GB, one model", "GB, K models", "ms, one model", "ms, K models", "ratio")
     for precision, rates in H100.items():
