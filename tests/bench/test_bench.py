@@ -24,6 +24,7 @@ from fedsim.bench.bound import Rates, bound, measure_rates, step_operators
 from fedsim.bench.measure import at, measure, run_bench, write_timings
 from fedsim.bench.tables import large_table, rounds_table
 from fedsim.bench.turn import Timing, run_measured
+from fedsim.bench.turn import main as run_task
 from fedsim.bench.variants import METHODS, ON_CPU, VARIANTS
 from fedsim.config import FIELDS, Config, choices
 from fedsim.data.datasets import load_dataset
@@ -31,6 +32,7 @@ from fedsim.device import resolve
 from fedsim.experiments.cost import flop_per_image
 from fedsim.models.lenet import LeNet5
 from tests.federation.test_flwr_run import started_by
+from tests.pages import read_page
 
 LIMIT = 300.0  # seconds, for what takes a few
 TINY = Config(
@@ -230,6 +232,15 @@ def test_measurements_are_written_before_their_table_is_made(tmp_path: Path, mon
         run_bench(TINY.as_keys(), [2], ["centralized"], 1, 1, LIMIT, False, str(output), Console(file=io.StringIO()))
     (timing,) = json.loads(output.read_text())["timings"]
     assert timing["seconds"] == [2.0]
+
+
+def test_the_turn_that_the_first_hour_profiles_is_one(tmp_path: Path) -> None:
+    (written,) = re.findall(r"fedsim\.bench\.turn '(.*?)'", read_page("gpu-first-hour.md"), re.DOTALL)
+    task = json.loads(written)
+    small = {"device": "cpu", "model": "lenet5", "batch-size": 2, "local-steps": 1, "synthetic-images": 256}
+    run_task({**task, "rounds": 1, "result": str(tmp_path / "turn.json"), "keys": {**task["keys"], **small}})
+    (second,) = json.loads((tmp_path / "turn.json").read_text())["seconds"]
+    assert second > 0
 
 
 def test_the_rates_of_a_device_are_measured() -> None:
