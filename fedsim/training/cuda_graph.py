@@ -1,9 +1,9 @@
-"""The local steps of a round out of buffers that stay where they are, so that a CUDA graph can hold a whole step.
+"""Run the local steps of a round from static buffers, so that a CUDA graph can capture a step.
 
-`step.run_steps` is the same in its simple form. Here the inputs of a round go to the device at once, and a step finds
-its own by a counter that lies there too: it crops, runs forward and backward, lets the optimizer step and stores its
-loss, and nothing waits for the device. On a GPU the step is captured once and replayed for every step; elsewhere the
-same operations run one by one.
+`step.run_steps` is the same in its simple form. Here the inputs of a round are copied to the device at once, and each
+step selects its own by a counter on the device. It crops, runs forward and backward, takes the optimizer's step and
+stores its loss without synchronizing. On a GPU the step is captured once and replayed for every step; elsewhere its
+operations run one by one.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ WARM_UP = 3  # steps before a capture, in which CUDA's libraries choose their ke
 
 
 class CapturedSteps:
-    """Rounds of at most `samples` images for each of K `replicas` in a stacked network.
+    """Runs rounds of at most `samples` images for each of K `replicas` in a stacked network.
 
-    The last batch may be smaller.
-    From now on weights and optimizer state must be changed in place only. With `capture` the warm-up steps leave both
-    as they were.
+    The last batch of a round may be smaller. Once this is built, weights and optimizer state may only be changed in
+    place; building it with `capture` takes warm-up steps, and then restores both.
     """
 
     def __init__(
@@ -64,7 +63,7 @@ class CapturedSteps:
         self._take_full: Callable[[], None] = self._captured() if capture else lambda: self._take(batch_size)
 
     def run(self, inputs: Sequence[StepInputs]) -> Tensor:
-        """Every step of a round; (K,) the replicas' mean losses over its samples, for which nothing has waited.
+        """Every step of a round; (K,) the replicas' mean losses over its samples, returned without synchronizing.
 
         `inputs`: of each replica; their rates, and how many steps there are, are the same.
         """

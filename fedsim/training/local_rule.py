@@ -38,8 +38,7 @@ INFERRED_NEEDS: dict[str, tuple[Any, ...]] = {  # key -> its values with which c
 class LocalRule(ABC):
     """A rule over `parameters`: in each round `begin`, then `correct_gradients` in every step, then `end`.
 
-    It reads and writes tensors that stay where they are, and nothing waits for the device, so that a CUDA graph can
-    hold `correct_gradients`.
+    It reads and writes static tensors without synchronizing, so that a CUDA graph can capture `correct_gradients`.
     """
 
     def __init__(self, parameters: Tensors) -> None:

@@ -92,7 +92,7 @@ def take_step(
     replicas: int = 1,
     rule: LocalRule | None = None,
 ) -> Tensor:
-    """One optimizer step on a batch; returns its mean loss before the step, for which nothing has waited.
+    """One optimizer step on a batch; returns its mean loss before the step, without synchronizing.
 
     For a stacked network of K `replicas`, `labels` are (K * B,) and the losses (K,).
     """
