@@ -65,7 +65,11 @@ METHODS: dict[str, dict[str, Any]] = {
     "fedadagrad-powersgd": {"outer": "fedadagrad", "compress": "powersgd", "momentum-at-sync": "average"},
     "flowers-fedadam": {"strategy": "flwr.serverapp.strategy:FedAdam", "strategy-args": "eta=0.01"},
 }
-METHODS["qsr-qsgd-re-estimated"] |= {"batchnorm-at-sync": "re-estimated", "batchnorm-images": 100}
+METHODS["qsr-qsgd-re-estimated"] |= {
+    "batchnorm-at-sync": "re-estimated",
+    "batchnorm-images": 100,
+    "schedule": "constant",
+}
 for method in METHODS.values():
     by = "epoch" if "local-steps-schedule" in method else "round"
     method |= {"model": "lenet-bn", "rounds": 3, "record-by": by}
