@@ -14,8 +14,8 @@ from typing import IO
 import psutil
 
 STOP_SECONDS = 5  # from SIGTERM to SIGKILL
-LOOKS = 20  # passes over all processes at most: one that is just starting is found in a later pass
-LOOK_SECONDS = 0.01  # between two passes
+SCANS = 20  # passes over all processes at most: one that is just starting is found in a later pass
+SCAN_SECONDS = 0.01  # between two passes
 KILLS = 6  # how often to kill what is left; a process that waits for a dead disk cannot be killed
 
 
@@ -32,7 +32,7 @@ def marked(mark: Mapping[str, str]) -> list[psutil.Process]:
     """The processes that have `mark` in their environment, also those that are started during the search."""
     found: list[psutil.Process] = []
     decided: set[int] = set()
-    for _ in range(LOOKS):
+    for _ in range(SCANS):
         undecided = set(psutil.pids()) - decided
         if not undecided:
             break
@@ -45,7 +45,7 @@ def marked(mark: Mapping[str, str]) -> list[psutil.Process]:
                 if mark.items() <= environment.items():
                     found.append(process)
             decided.add(pid)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(SCAN_SECONDS)
     return found
 
 

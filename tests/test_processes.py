@@ -12,7 +12,7 @@ from fedsim.processes import end_marked, marked, new_mark
 
 def test_a_process_without_an_environment_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """Linux shows an empty environment during execve; a process that was started with none looks the same."""
-    monkeypatch.setattr(processes, "LOOKS", 6000)  # a minute
+    monkeypatch.setattr(processes, "SCANS", 6000)  # a minute
     mark = new_mark()
     words = " ".join(f"{key}={value}" for key, value in mark.items())
     script = f"read line; export {words}; exec sleep 600"
@@ -30,7 +30,7 @@ def test_a_process_without_an_environment_is_looked_at_again(monkeypatch: pytest
 
 
 def test_a_process_that_is_started_during_the_search_is_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(processes, "LOOK_SECONDS", 0.5)
+    monkeypatch.setattr(processes, "SCAN_SECONDS", 0.5)
     mark = new_mark()
     started: list[subprocess.Popen[bytes]] = []
     timer = threading.Timer(0.25, lambda: started.append(subprocess.Popen(["sleep", "600"], env=mark)))

@@ -48,13 +48,13 @@ def load_dataset(config: Config, verify: bool = True) -> Dataset:
     if verify:
         verify_cache(config)
     image_shape(config)
-    look = (moments_of(config), config.device, config.crop_padding, config.crop_size)
+    format_args = (moments_of(config), config.device, config.crop_padding, config.crop_size)
     read: Callable[..., Dataset]
     key: tuple[Any, ...]
     if config.dataset == "synthetic":
-        read, key = _synthetic, (config.synthetic_classes, config.synthetic_images, *look)
+        read, key = _synthetic, (config.synthetic_classes, config.synthetic_images, *format_args)
     else:
-        read, key = _stored, (config.dataset, _folder(config), facts_of(config).classes, *look)
+        read, key = _stored, (config.dataset, _folder(config), facts_of(config).classes, *format_args)
     return _hold_out(read, key, config.validation, config.seed) if config.validation else read(*key)
 
 

@@ -49,8 +49,8 @@ def _own_images(config: Config, folder: Path, *changed: int) -> Images:
         raise UserError(f"data-dir = {folder}: {problem}")
     padding = config.crop_padding
     arrays = cached([folder / IMAGES], ["words"], lambda: {"words": bordered(pixels, padding)}, padding)
-    look = (moments_of(config), config.device, padding, config.crop_size)
-    return Images(arrays["words"], labels.astype(np.int64), *look)
+    format_args = (moments_of(config), config.device, padding, config.crop_size)
+    return Images(arrays["words"], labels.astype(np.int64), *format_args)
 
 
 def _changed(file: Path) -> int:

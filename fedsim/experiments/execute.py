@@ -67,7 +67,7 @@ def execute(
     if mode == "localsgd" and engine == "stacked" and config.clients_per_round > 1:
         check_stackable(config)
     if mode == "localsgd" and engine != "flower" and (rerun or not run_folder(config, mode).exists()):
-        check_memory(config, tell=False)
+        check_memory(config, verbose=False)
     run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)
     with run.lock(patience):
         if rerun:

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from strategies import payload_bytes
 
 ANSWER_SECONDS = 120  # how long a node may take to answer a question; Flower starts a process for it
-LOOK_SECONDS = 0.1  # between two looks for replies
+POLL_SECONDS = 0.1  # between polls for replies
 
 
 class Messenger:
@@ -50,7 +50,7 @@ class Messenger:
             if time.monotonic() > deadline:
                 break
             if waiting:
-                time.sleep(LOOK_SECONDS)
+                time.sleep(POLL_SECONDS)
         self._unanswered -= _answered(self.receive(self._unanswered))
         self._unanswered |= waiting
         return replies

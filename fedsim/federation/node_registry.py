@@ -10,7 +10,7 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.federation.flower_internals import CLIENT_FAILED
-from fedsim.federation.messenger import ANSWER_SECONDS, LOOK_SECONDS, Messenger
+from fedsim.federation.messenger import ANSWER_SECONDS, POLL_SECONDS, Messenger
 from fedsim.federation.protocol import shared
 from strategies import printable
 
@@ -57,9 +57,9 @@ class NodeRegistry:
             if strict:
                 self._check(found, rejected)
             self._take_in(found, rejected)
-            if len(self.nodes) >= self._clients or (time.monotonic() > deadline and not self._first_questions()):
+            if len(self.nodes) >= self._clients or (time.monotonic() > deadline and not self._still_in_first_attempt()):
                 break
-            time.sleep(LOOK_SECONDS)
+            time.sleep(POLL_SECONDS)
         if len(self.nodes) < least:
             raise UserError(
                 f"clients = {self._clients}, but only {len(self.nodes)} nodes are connected: connect the others"
@@ -108,9 +108,9 @@ class NodeRegistry:
         held = content.metric_records.get("partition", MetricRecord())
         worker, number = held.get("partition-id"), held.get("num-partitions")
         if number != self._clients:
-            told = printable(number)
+            shown = printable(number)
             raise UserError(
-                f"clients = {self._clients}, but the federation has {told} nodes: make them equal, by "
+                f"clients = {self._clients}, but the federation has {shown} nodes: make them equal, by "
                 f"-c clients=N, or in a simulation by --federation-config num-supernodes={self._clients}"
             )
         if type(worker) is not int or not 0 <= worker < self._clients:
@@ -135,7 +135,7 @@ class NodeRegistry:
             self.nodes = {other: held for other, held in self.nodes.items() if held != worker} | {node: worker}
         self.nodes = dict(sorted(self.nodes.items(), key=lambda item: item[1]))
 
-    def _first_questions(self) -> bool:
+    def _still_in_first_attempt(self) -> bool:
         """Whether a node may still answer the first question that it was asked."""
         now = time.monotonic()
         return any(asked.patience == ANSWER_SECONDS and now < asked.again_at for asked in self._questions.values())

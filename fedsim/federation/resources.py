@@ -13,10 +13,10 @@ from fedsim.models import initial_model
 GIB = 2**30
 
 
-def check_memory(config: Config, tell: bool = True) -> None:
+def check_memory(config: Config, verbose: bool = True) -> None:
     """Print what the clients of `config` need where that is much (`tell`); raise UserError where it is not there."""
     needed, free = needed_bytes(config), free_bytes(config.device)
-    told = f"the optimizer states and updates of {config.clients} clients"
+    what = f"the optimizer states and updates of {config.clients} clients"
     if needed > free:
         other = (
             ", or --momentum-at-sync reset or average"
@@ -24,11 +24,11 @@ def check_memory(config: Config, tell: bool = True) -> None:
             else " or a smaller --fraction"
         )
         raise UserError(
-            f"clients = {config.clients}: {told} need {needed / GIB:.1f} GiB of memory, but {free / GIB:.1f} GiB are "
+            f"clients = {config.clients}: {what} need {needed / GIB:.1f} GiB of memory, but {free / GIB:.1f} GiB are "
             f"free: give fewer clients{other}"
         )
-    if tell and needed > GIB:
-        print(f"memory: {told} take up to {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free", flush=True)
+    if verbose and needed > GIB:
+        print(f"memory: {what} take up to {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free", flush=True)
 
 
 def needed_bytes(config: Config) -> int:

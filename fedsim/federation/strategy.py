@@ -108,7 +108,7 @@ def check_batchnorm(config: Config) -> None:
     """Raise UserError where there is a rule for BatchNorm's statistics, but no BatchNorm."""
     rule = config.batchnorm_at_sync
     if rule != FIELDS["batchnorm_at_sync"].default and not batchnorm_buffers(cpu_model(config)):
-        raise UserError(f"batchnorm-at-sync = {rule} is not used by a model without BatchNorm: leave it out")
+        raise UserError(f"batchnorm-at-sync = {rule}: the model has no BatchNorm: give --batchnorm-at-sync average")
 
 
 def flower_strategy_of(config: Config) -> Callable[[], Strategy]:
@@ -128,7 +128,7 @@ def try_flower_strategy(config: Config) -> str:
     try:
         return why_not_resumable(make, parameters, config.clients_per_round, config.seed)
     except StrategyFailed as error:
-        raise UserError(f"strategy = {config.strategy}: on made-up updates, in {error}") from error
+        raise UserError(f"strategy = {config.strategy}: a trial on made-up updates failed: {error}") from error
 
 
 def outer_step_of(config: Config) -> OuterStep:

@@ -17,7 +17,7 @@ from fedsim.records import Run
 from fedsim.training.step import evaluate, step_inputs
 from fedsim.training.step_fn import make_step_fn
 
-ALONE = {"syncs": 0, "bytes_up": 0, "bytes_down": 0, "left_out": {}}  # what one machine's rows say of others
+NO_COMMUNICATION = {"syncs": 0, "bytes_up": 0, "bytes_down": 0, "left_out": {}}  # in the rows of one machine
 
 
 def train_centralized(config: Config, run: Run) -> None:
@@ -57,7 +57,7 @@ def train_centralized(config: Config, run: Run) -> None:
         steps = first_step + steps_per_epoch
         trained = {"round": epoch + 1, "epoch": float(epoch + 1), "local_steps": steps, "lr": lr(steps - 1)}
         tests = {"test_loss": test_loss, "test_accuracy": test_accuracy}
-        run.log_row({**trained, **ALONE, "train_loss": loss, **tests})
+        run.log_row({**trained, **NO_COMMUNICATION, "train_loss": loss, **tests})
         if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == last:
             state = {"model": model.state_dict(), "optimizer": optimizer_state(named, optimizer)}
             run.save_checkpoint({"round": epoch + 1, **state})

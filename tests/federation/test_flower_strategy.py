@@ -108,7 +108,10 @@ def test_one_that_fails_later_ends_the_run_in_one_line(run: Execute, strategy: s
     [
         ({"strategy": "fedavg"}, "strategy = 'fedavg' is neither localsgd nor module:Class, e.g. flwr.serverapp"),
         ({"strategy": OF_FLOWER + "FedAdm"}, "has no FedAdm .did you mean FedAdam"),
-        ({"strategy": OF_FLOWER + "FedProx"}, "on made-up updates, in round 1: it sets proximal-mu for the clients"),
+        (
+            {"strategy": OF_FLOWER + "FedProx"},
+            "a trial on made-up updates failed: round 1: it sets proximal-mu for the clients",
+        ),
         ({"strategy": OF_FLOWER + "FedAdam", "strategy_args": "etta=1"}, "strategy-args = etta=1: it has no argument"),
         ({"strategy": OF_FLOWER + "FedAdam", "compress": "fp16"}, "compress is not used by strategy = flwr"),
         ({"strategy": OF_FLOWER + "FedAdam", "outer": "slowmo"}, "outer is not used by strategy = flwr"),
