@@ -162,15 +162,19 @@ def study(
     seeds: Sequence[int] = (),
     cells: Sequence[str] = (),
     results_dir: str | Path = "results",
-    data_dir: str | Path = "",
-    device: str = "auto",
-    threads: int = 0,
+    data_dir: str | Path | None = None,
+    device: str | None = None,
+    threads: int | None = None,
     engine: str = "auto",
     rerun: bool = False,
     progress: bool = True,
 ) -> StudyResult:
-    """Run the study `name`, one of fedsim's or a TOML file: all cells, or those that match `cells`, with `seeds`."""
-    keys = as_keys("localsgd", {"data_dir": data_dir, "device": device, "threads": threads})
+    """Run the study `name`, one of fedsim's or a TOML file: all cells, or those that match `cells`, with `seeds`.
+
+    `data_dir`, `device` and `threads` override what the study sets.
+    """
+    own = {"data_dir": data_dir, "device": device, "threads": threads}
+    keys = as_keys("localsgd", {key: value for key, value in own.items() if value is not None})
 
     def cells_of(study: Study) -> Any:
         return select(study, study.cells(seeds, keys), cells)

@@ -255,10 +255,12 @@ def study(
     seeds: str = typer.Option("", "--seeds", help="seeds of every cell, with commas (default: the study's)"),
     cells: str = typer.Option("", "--cells", help="run only these cells, with commas: 'k12-j20,k4-*' (default: all)"),
     results_dir: str = RESULTS_DIR,
-    data_dir: str = typer.Option("", "--data-dir", help="as for localsgd", metavar="TEXT"),
-    device: str = typer.Option("auto", "--device", help="as for localsgd", metavar="TEXT"),
-    threads: str = typer.Option("0", "--threads", help="as for localsgd", metavar="INTEGER"),
-    stop_after_epochs: str = typer.Option("0", "--stop-after-epochs", help="as for localsgd", metavar="NUMBER"),
+    data_dir: Optional[str] = typer.Option(None, "--data-dir", help="as for localsgd", metavar="TEXT"),
+    device: Optional[str] = typer.Option(None, "--device", help="as for localsgd", metavar="TEXT"),
+    threads: Optional[str] = typer.Option(None, "--threads", help="as for localsgd", metavar="INTEGER"),
+    stop_after_epochs: Optional[str] = typer.Option(
+        None, "--stop-after-epochs", help="as for localsgd", metavar="NUMBER"
+    ),
     precision: str = typer.Option(
         "", "--precision", help="run each study in this precision, as STUDY-PRECISION", metavar="TEXT"
     ),
@@ -279,7 +281,7 @@ def study(
 
         print(*list_studies(chosen, _results(results_dir)), sep="\n")
         return
-    keys = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
+    keys = given({"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs})
     only = [pattern.strip() for pattern in cells.split(",") if pattern.strip()]
     read = [read_study(name).in_precision(precision) if precision else read_study(name) for name in studies]
     runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine, track)

@@ -17,11 +17,12 @@ from typing import Any
 import pytest
 from rich.console import Console
 
+import fedsim
 from fedsim.cli import cli
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.study import read_study
 from fedsim.experiments.sweep import OneByOne, run_studies
-from fedsim.records import Run, read_rows, read_summary
+from fedsim.records import Run, read_config, read_rows, read_summary
 from fedsim.report.result_table import ResultTable, read_tables
 
 TINY = """title = "Tiny"
@@ -105,6 +106,22 @@ def test_chosen_cells_run_alone_and_one_that_is_not_there_is_named(study: Study,
     assert {path.name for path in folder.iterdir()} == {"k2-j2-seed1", "k2-j2-seed2", "study.toml"}
     study("--cells k1-* --seeds 1")
     assert {path.name for path in folder.glob("k1-*")} == {"k1-j2-seed1", "k1-twin-seed1"}
+
+
+@pytest.mark.parametrize("from_python", [False, True])
+def test_what_a_study_sets_for_its_machine_holds_unless_a_flag_is_given(tiny: Path, from_python: bool) -> None:
+    tiny.write_text(f"{TINY}threads = 3\nstop-after-epochs = 1.0\ndevice = 'cpu'\n")
+    results = str(tiny.parent / "results")
+    if from_python:
+        fedsim.study(tiny, cells=["k2-j2"], seeds=[1], results_dir=results, progress=False)
+        fedsim.study(tiny, cells=["k1-j2"], seeds=[1], results_dir=results, progress=False, threads=1)
+    else:
+        common = f"study {tiny} --seeds 1 --results-dir {results} --cells"
+        cli(f"{common} k2-j2".split(), standalone_mode=False)
+        cli(f"{common} k1-j2 --threads 1 --stop-after-epochs 0".split(), standalone_mode=False)
+    runs = [tiny.parent / "results/tiny" / f"k{k}-j2-seed1" for k in (2, 1)]
+    assert [read_config(run)["threads"] for run in runs] == [3, 1]
+    assert [(read_summary(run) or {})["finished"] for run in runs] == [False, not from_python]
 
 
 def test_a_study_in_another_precision_is_another_study(study: Study, tiny: Path) -> None:
