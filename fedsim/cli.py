@@ -301,13 +301,13 @@ def _run_studies(
 ) -> None:
     """Run the cells that `cells_of` selects of each study, then show the tables; with `save_as`, also save them."""
     from fedsim.experiments.sweep import PLAIN, fail_if_any
-    from fedsim.experiments.tune import run_tuned_studies
+    from fedsim.experiments.tune import run_tuned_studies, with_stored_choice
     from fedsim.provenance import program
     from fedsim.report.page import show_results
 
     console, results = _console(), _results(results_dir)
     if dry_run:
-        for study in studies:
+        for study in (with_stored_choice(study, results) for study in studies):
             _show_plan(study, cells_of(study), results, runner)
         return
     failed, total = run_tuned_studies(studies, cells_of, results, runner, rerun, console)
@@ -320,14 +320,13 @@ def _run_studies(
 def _show_plan(study: Study, cells: Sequence[Cell], results: Path, runner: Runner) -> None:
     """Print the cost of the `cells` of `study`, and of the trials of its tuning."""
     from fedsim.experiments.cost import Pace, plan_lines
-    from fedsim.experiments.study import TUNING
     from fedsim.experiments.sweep import resolved_cell
-    from fedsim.experiments.tune import trials_of
+    from fedsim.experiments.tune import resolved_trials
 
     pace = Pace(results)
-    if study.tune:
-        trials = [resolved_cell(t.cell, results / f"{study.name}{TUNING}", runner) for t in trials_of(study, cells)]
-        print(f"{study.name}, trials (if none is stopped early):", *plan_lines(trials, pace), sep="\n")
+    if trials := resolved_trials(study, cells, results, runner):
+        lines = plan_lines([trial.cell for trial in trials], pace)
+        print(f"{study.name}, trials (if none is stopped early):", *lines, sep="\n")
     print(
         f"{study.name}:", *plan_lines([resolved_cell(c, results / study.name, runner) for c in cells], pace), sep="\n"
     )

@@ -20,8 +20,10 @@ from fedsim.__main__ import main as run_main
 from fedsim.config import FIELDS, Mode, has_key, kebab
 from fedsim.errors import RunFailed
 from fedsim.experiments import execute
+from fedsim.experiments.study import read_study
 from fedsim.provenance import program
 from fedsim.records import print_row
+from tests.conftest import write_run
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -29,6 +31,7 @@ TINY = (
     "--rounds 3 --device cpu --threads 1"
 ).split()
 
+HERE = {"device": "cpu", "threads": 1}
 Call = Callable[..., tuple[int, str, str]]
 
 
@@ -268,6 +271,13 @@ def test_a_file_is_a_preset_and_a_dry_run_writes_nothing(call: Call, tmp_path: P
     assert out.count(" new: 1,250 rounds, ") == 1
     assert out.count(" new: ") == 6 + 2
     assert not (tmp_path / "results" / "tuned").exists()
+    study = read_study("tuned.toml")
+    chosen = study.model_copy(update={"chosen": {"k1-j1": {"lr": 0.2}}})
+    (cell, *_) = chosen.cells()
+    write_run(tmp_path / "results/tuned" / cell.config.name, cell.config.changed(HERE), cell.mode, [0.1])
+    (tmp_path / "results/tuned/study.toml").write_text(chosen.toml)
+    code, out, _ = call("study", "tuned.toml", "--device", "cpu", "--threads", "1", "--dry-run")
+    assert (code, f"{cell.config.name}  finished: " in out) == (0, True)
     code, out, _ = call("centralized", *TINY[:-10], "--epochs", "2", "--device", "cpu", "--dry-run")
     assert (code, "  new: 32 local steps, 512 images, 0." in out) == (0, True)
 

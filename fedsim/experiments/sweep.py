@@ -84,20 +84,31 @@ def run_studies(
 
     If a cell fails, the others still run. Returns the names of the cells that failed.
     """
-    folders = {study.name: results / study.name for study, _ in studies}
-    if len(folders) < len(studies):
-        raise UserError(f"studies {', '.join(s.name for s, _ in studies)}: give each name once, as it names a folder")
-    cells = [resolved_cell(cell, folders[study.name], runner) for study, own in studies for cell in own]
+    cells = checked_cells(studies, results, runner)
     with runner.started(cells):
         with writable(results):
-            for cell in cells:
-                if run_folder(cell.config, cell.mode).exists():
-                    open_run(cell.config, cell.mode)  # raises if the folder holds another configuration
             for study, _ in studies:
-                folders[study.name].mkdir(parents=True, exist_ok=True)
-                with atomic_write(folders[study.name] / STORED) as file:
+                (folder := results / study.name).mkdir(parents=True, exist_ok=True)
+                with atomic_write(folder / STORED) as file:
                     file.write(study.toml.encode())
         return run_cells(cells, runner, rerun, console)
+
+
+def checked_cells(studies: Sequence[tuple[Study, Sequence[Cell]]], results: Path, runner: Runner) -> list[Cell]:
+    """The given cells of all studies, resolved; raises UserError if one cannot run, or its folder holds another run."""
+    if len({study.name for study, _ in studies}) < len(studies):
+        raise UserError(f"studies {', '.join(s.name for s, _ in studies)}: give each name once, as it names a folder")
+    cells = [resolved_cell(cell, results / study.name, runner) for study, own in studies for cell in own]
+    check_folders(cells, results)
+    return cells
+
+
+def check_folders(cells: Sequence[Cell], results: Path) -> None:
+    """Raise UserError if the folder of one of `cells` (resolved) in `results` holds another configuration."""
+    with writable(results):
+        for cell in cells:
+            if run_folder(cell.config, cell.mode).exists():
+                open_run(cell.config, cell.mode)
 
 
 def fail_if_any(failed: Sequence[str], cells: int) -> None:

@@ -22,11 +22,21 @@ import pandas as pd
 from rich.console import Console
 
 from fedsim.config import Value, has_key
-from fedsim.errors import RunFailed
+from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.progress import ends_after
 from fedsim.experiments.study import STORED, TUNING, Cell, Study, Tune, read_study
-from fedsim.experiments.sweep import PLAIN, Runner, label, resolved_cell, run_cells, run_studies, writable
-from fedsim.records import atomic_write, read_rows, read_summary, run_folder
+from fedsim.experiments.sweep import (
+    PLAIN,
+    Runner,
+    check_folders,
+    checked_cells,
+    label,
+    resolved_cell,
+    run_cells,
+    run_studies,
+    writable,
+)
+from fedsim.records import CONFIG, atomic_write, read_rows, read_summary, run_folder
 
 STAGES = (0.25, 0.5)  # parts of a trial, after which hopeless ones are stopped
 TRIALS = "tuning.csv"  # in the folder of the study
@@ -57,17 +67,49 @@ def run_tuned_studies(
 
     Returns the names of the cells that failed, and the number of cells.
     """
+    if any(study.tune for study in studies):
+        _check_before_trials(studies, cells_of, results, runner)
     tuned = [tune(study, cells_of(study), results, runner, rerun, console) for study in studies]
     selected = [(study, cells_of(study)) for study in tuned]
     return run_studies(selected, results, runner, rerun, console), sum(len(cells) for _, cells in selected)
+
+
+def _check_before_trials(
+    studies: Sequence[Study], cells_of: Callable[[Study], list[Cell]], results: Path, runner: Runner
+) -> None:
+    """Raise UserError if cells or trials of `studies` do not fit what `results` holds, before any trial is run."""
+    held = [with_stored_choice(study, results) for study in studies]
+    checked_cells([(study, cells_of(study)) for study in held], results, runner)
+    for study in held:
+        trials = resolved_trials(study, cells_of(study), results, runner)
+        check_folders([trial.cell for trial in trials], results)
+
+
+def with_stored_choice(study: Study, results: Path) -> Study:
+    """`study` with the keys that its ``[tune]`` chose before, as they are stored in `results`.
+
+    Raises UserError if the runs in the study's folder were not tuned by this ``[tune]``: its choice would not fit them.
+    """
+    folder = results / study.name
+    if study.tune is None or not (folder / STORED).exists():
+        return study
+    held = read_study(str(folder / STORED))
+    if held.tune == study.tune:
+        names = {cell.name for cell in study.cells()}
+        return study.model_copy(update={"chosen": {name: held.chosen[name] for name in held.chosen if name in names}})
+    if any(folder.glob(f"*/{CONFIG}")):
+        raise UserError(
+            f"{study.name}: {folder} holds runs that were not tuned by this [tune]: "
+            "give another --results-dir, or remove that folder to choose again"
+        )
+    return study
 
 
 def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rerun: bool, console: Console) -> Study:
     """`study` with the keys chosen for `cells`, or unchanged without ``[tune]``. Raises RunFailed if no trial ended."""
     if study.tune is None:
         return study
-    folder = results / f"{study.name}{TUNING}"
-    trials = [replace(trial, cell=resolved_cell(trial.cell, folder, runner)) for trial in trials_of(study, cells)]
+    trials = resolved_trials(study, cells, results, runner)
     console.print(f"{study.name}: {len(trials)} trials on {study.tune.validation} held-out training images", **PLAIN)
     with runner.started([trial.cell for trial in trials]):
         for part in (*STAGES, 1.0):
@@ -80,12 +122,22 @@ def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rer
     for name in dict.fromkeys(trial.of for trial in trials):
         console.print(_summary(name, [trial for trial in trials if trial.of == name], study.tune), **PLAIN)
     with writable(results):
-        return _stored(study, chosen, trials, results / study.name)
+        return _stored(study, chosen, trials, results)
+
+
+def resolved_trials(study: Study, cells: Sequence[Cell], results: Path, runner: Runner) -> list[Trial]:
+    """The trials for `cells`, with their cells resolved; raises UserError if one cannot run."""
+    folder = results / f"{study.name}{TUNING}"
+    return [replace(trial, cell=resolved_cell(trial.cell, folder, runner)) for trial in trials_of(study, cells)]
 
 
 def trials_of(study: Study, cells: Sequence[Cell]) -> list[Trial]:
-    """The trials for `cells` of the tuned `study`: one for each combination of values, whatever the number of seeds."""
-    assert study.tune is not None
+    """The trials for `cells` of `study`: one for each combination of values, whatever the number of seeds.
+
+    Without ``[tune]`` there are none.
+    """
+    if study.tune is None:
+        return []
     tune, trials = study.tune, []
     first = {cell.name: cell for cell in reversed(cells)}  # `cells` have the keys of this machine
     for cell in study.model_copy(update={"chosen": {}}).cells([tune.seed]):
@@ -182,16 +234,16 @@ def at_end(keys: dict[str, Value], tune: Tune) -> list[str]:
     return [key for key, value in keys.items() if value in ends[key]]
 
 
-def _stored(study: Study, chosen: dict[str, dict[str, Value]], trials: Sequence[Trial], folder: Path) -> Study:
-    """Write `trials` to tuning.csv in `folder` and the `chosen` keys to study.toml; returns the study with them.
+def _stored(study: Study, chosen: dict[str, dict[str, Value]], trials: Sequence[Trial], results: Path) -> Study:
+    """Write `trials` to tuning.csv and the `chosen` keys to study.toml, in `results`; returns the study with them.
 
     What was chosen for other cells before, by the same ``[tune]``, is kept.
     """
+    folder = results / study.name
     folder.mkdir(parents=True, exist_ok=True)
     lines = pd.DataFrame(map(_line, trials), dtype=object)  # as they are: whole numbers with gaps are not floats
-    if (folder / STORED).exists() and (folder / TRIALS).exists():
-        before = read_study(str(folder / STORED))
-        chosen = {**{name: keys for name, keys in before.chosen.items() if before.tune == study.tune}, **chosen}
+    chosen = {**with_stored_choice(study, results).chosen, **chosen}
+    if (folder / TRIALS).exists():
         held = pd.read_csv(folder / TRIALS, dtype=str, keep_default_na=False)
         lines = pd.concat([held[held["cell"].isin(chosen.keys() - {trial.of for trial in trials})], lines])
     tuned = study.model_copy(update={"chosen": chosen})

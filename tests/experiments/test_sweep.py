@@ -164,7 +164,9 @@ def test_everything_is_checked_before_the_first_run(study: Study, tiny: Path) ->
     assert not (tiny.parent / "results").exists()
 
 
-def test_two_studies_of_one_name_are_refused(study: Study, tiny: Path) -> None:
+@pytest.mark.parametrize("tune", ["", "[tune]\nvalidation = 16\ngrid = {lr = [0.1]}\n"])
+def test_two_studies_of_one_name_are_refused(study: Study, tiny: Path, tune: str) -> None:
+    tiny.write_text(TINY + tune)
     with pytest.raises(UserError, match="studies tiny, tiny: give each name once"):
         study(str(tiny))
     assert not (tiny.parent / "results").exists()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from rich.console import Console
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.study import Study, read_study
 from fedsim.experiments.sweep import OneByOne
-from fedsim.experiments.tune import at_end, run_tuned_studies, trials_of
+from fedsim.experiments.tune import at_end, run_tuned_studies, trials_of, with_stored_choice
 from fedsim.records import read_config, read_rows, read_summary
 from fedsim.report.result_table import read_tables
 from fedsim.report.tables import notes
@@ -49,6 +50,14 @@ grid = { lr = [1e-9, 0.05, 1e9] }
 def path(tmp_path: Path) -> Path:
     path = tmp_path / "tuned.toml"
     path.write_text(TUNED)
+    return path
+
+
+@pytest.fixture
+def small_study(path: Path) -> Path:
+    """The study with one cell, two trials and one epoch of 72 images."""
+    text = TUNED.replace("[1, 2]", "[1]").replace("twins = true", "").replace("[1e-9, 0.05, 1e9]", "[0.05, 1e9]")
+    path.write_text(text.replace("epochs = 5.0", "epochs = 1.0").replace("= 576", "= 136").replace("budget = 0.8", ""))
     return path
 
 
@@ -107,6 +116,55 @@ def test_each_cell_and_baseline_runs_with_the_rate_chosen_for_it_alone(path: Pat
     assert not any("Tuning" in note for note in notes(of_trials))
     (folder / "tuning.csv").write_text("cell,outcome\nk2-j2,chosen\n")
     assert any(note.endswith("tuned/tuning.csv cannot be read.") for note in notes(table))
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        ("0.05, 1e9]", "0.1]", "tuned: {folder} holds runs that were not tuned by this [tune]: give another --results"),
+        ("seed = 7", "seed = 8", "tuned: {folder} holds runs that were not tuned by this [tune]"),
+        ("batch-size = 8", "batch-size = 16", "holds a run of another configuration (batch-size = 8, not 16)"),
+    ],
+)
+def test_a_study_that_does_not_fit_its_results_is_refused_before_any_trial(
+    small_study: Path, before: str, after: str, words: str
+) -> None:
+    run(small_study)
+    kept = contents(results := small_study.parent / "results")
+    small_study.write_text(small_study.read_text().replace(before, after))
+    with pytest.raises(UserError) as caught:
+        run(small_study)
+    assert words.format(folder=results / "tuned") in str(caught.value)
+    assert "\n" not in str(caught.value)
+    assert contents(results) == kept
+
+
+def test_trials_of_another_configuration_are_refused_and_those_of_the_same_are_used_again(small_study: Path) -> None:
+    run(small_study)
+    shutil.rmtree((results := small_study.parent / "results") / "tuned")
+    kept, text = contents(results), small_study.read_text()
+    small_study.write_text(text.replace("seed = 7", "seed = 8"))
+    with pytest.raises(UserError, match=r"tuned-tuning/k1-j2-lr0.05 holds a run of another .*seed = 7, not 8"):
+        run(small_study)
+    assert contents(results) == kept
+    small_study.write_text(text)
+    run(small_study)
+    assert kept.items() <= contents(results).items()
+
+
+def test_a_cell_that_the_study_has_no_more_is_forgotten(path: Path) -> None:
+    study = read_study(str(path))
+    folder = path.parent / "results" / "tuned"
+    folder.mkdir(parents=True)
+    (folder / "study.toml").write_text(
+        study.with_settings({}, chosen={"k1-j2": {"lr": 0.5}, "k2-j2": {"lr": 0.1}}).toml
+    )
+    path.write_text(TUNED.replace("[1, 2]", "[2]"))
+    assert with_stored_choice(read_study(str(path)), path.parent / "results").chosen == {"k2-j2": {"lr": 0.1}}
 
 
 def test_where_no_trial_ends_the_study_does_not_run(path: Path) -> None:
