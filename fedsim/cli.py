@@ -30,6 +30,8 @@ SHARD_KEYS = (  # on which alone the images of the clients depend
     *("partition", "partition-args"),
 )
 
+GRID_STEPS = "10,20,30"  # the J of a grid
+
 # Without rich, which truncates flags and help that do not fit its columns
 cli = typer.Typer(
     cls=CommandGroup,
@@ -183,7 +185,12 @@ def localsgd(
 @keys_of("localsgd", without=("clients", "local-steps", "seed", "results-dir", "resume"), lists=True)
 def grid(
     clients: str = typer.Option("4,12", "--clients", help="the values of K, with commas", metavar="LIST"),
-    local_steps: str = typer.Option("10,20,30", "--local-steps", help="the values of J, with commas", metavar="LIST"),
+    local_steps: Optional[str] = typer.Option(
+        None,
+        "--local-steps",
+        help=f"the values of J, with commas (default: {GRID_STEPS}; with --local-epochs: none)",
+        metavar="LIST",
+    ),
     seeds: str = typer.Option("2025", "--seeds", help="the seeds of each cell, with commas", metavar="LIST"),
     results_dir: str = RESULTS_DIR,
     preset: str = PRESET,
@@ -201,16 +208,16 @@ def grid(
     Any other key may have several values too, as in --lr 0.01,0.1 or --nesterov true,false: the grid then has a cell
     for each combination of values.
     """
-    from fedsim.experiments.study import grid_study
+    from fedsim.experiments.study import configure, grid_study
 
-    whole = {"clients": clients, "local-steps": local_steps, "seed": seeds}
-    lists: dict[str, Any] = {name: integers(name, listed) for name, listed in whole.items()}
-    single = {}
-    for name, value in given(keys).items():
-        if values := several(name, value):
-            lists[name] = values
-        else:
-            single[name] = value
+    values = {name: several(name, value) for name, value in given(keys).items()}
+    crossed = {name: listed for name, listed in values.items() if listed}
+    single = {name: value for name, value in given(keys).items() if name not in crossed}
+    if local_steps is None:
+        by_epochs = "local-epochs" in crossed or configure("localsgd", single, preset).local_epochs
+        local_steps = None if by_epochs else GRID_STEPS
+    of_steps = {"local-steps": integers("local-steps", local_steps)} if local_steps is not None else {}
+    lists = {"clients": integers("clients", clients), **of_steps, "seed": integers("seeds", seeds), **crossed}
     runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine, track)
     found = grid_study(lists, single, preset, _results(results_dir))
     _run_studies([found], lambda study: study.cells(keys=single), results_dir, runner, rerun, dry_run, save_as="grid")
@@ -339,7 +346,7 @@ def _results(folder: str) -> Path:
 
 @cli.command(cls=Command)
 def watch(results: str = RESULTS) -> None:
-    """Show the progress of all runs in a folder: in a terminal until all are finished, in a pipe once."""
+    """Show the progress of all runs in a folder: in a terminal until none is in progress, in a pipe once."""
     from fedsim.experiments.watch import watch
 
     watch(_results(results), _console())

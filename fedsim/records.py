@@ -416,6 +416,18 @@ def default_name(config: Config, mode: Mode) -> str:
     return f"{mode}-{config.optimizer}-b{config.batch_size}{shape}-seed{config.seed}-{digest}"
 
 
+def is_locked(folder: Path) -> bool:
+    """Whether a process holds the run's lock. This takes the lock for a moment: do not ask while a run begins."""
+    try:
+        with (folder / LOCK).open() as file:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    except OSError:  # it has none, or it cannot be read
+        return False
+    return False
+
+
 def read_rows(folder: Path) -> list[Row]:
     """The rows of a run, without a last line that was not completely written."""
     lines = _read_rows(folder).splitlines()

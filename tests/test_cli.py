@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -78,6 +79,10 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
         ("localsgd --dataset synthetic --results-dir {folder}/file", "results-dir = {folder}/file cannot be written"),
         ("localsgd --dataset synthetic --name a/b", "name = 'a/b' is not a plain folder name"),
         ("grid --dataset synthetic --clients 4,x", "clients = '4,x' is not a list of whole numbers"),
+        (
+            "grid --dataset synthetic --seeds 1,x",
+            "seeds = '1,x' is not a list of whole numbers: for instance --seeds 4",
+        ),
         ("grid --dataset synthetic --clients 4,9000", "clients = 9000 is more than the 8000"),
         ("grid --dataset synthetic --engine ray", "engine = 'ray' is unknown"),
         (
@@ -289,6 +294,25 @@ def test_any_key_of_a_grid_may_be_a_list(call: Call, tmp_path: Path) -> None:
     assert [line.split()[0] for line in out.splitlines()[1:-1]] == [
         f"k1-j8-{optimizer}-{lr}-seed2025" for optimizer in ("sgdm", "lars") for lr in ("lr0.01", "lr0.1")
     ]
+
+
+@pytest.mark.parametrize(
+    ("keys", "cells"),
+    [
+        ("--local-epochs 1,2", ["k2-local-epochs1", "k2-local-epochs2"]),
+        ("--local-epochs 1", ["k2"]),
+        ("--preset mine.toml", ["k2"]),
+        ("", ["k2-j10", "k2-j20", "k2-j30"]),
+        ("--local-steps 4", ["k2-j4"]),
+    ],
+)
+def test_a_grid_of_local_epochs_crosses_no_local_steps(call: Call, tmp_path: Path, keys: str, cells: list[str]) -> None:
+    (tmp_path / "mine.toml").write_text('title = "Mine"\nmode = "localsgd"\n[set]\nlocal-epochs = 2\n')
+    command = ["grid", *TINY[:6], "--batch-size", "4", "--device", "cpu", "--clients", "2", *keys.split(), "--dry-run"]
+    code, out, err = call(*command)
+    assert (code, err) == (0, "")
+    assert [line.split()[0] for line in out.splitlines()[1:-1]] == [f"{cell}-seed2025" for cell in cells]
+    assert re.match("grid(-local-epochs)?-sgdm-b4-[0-9a-f]{6}:", out)
 
 
 @pytest.mark.parametrize(

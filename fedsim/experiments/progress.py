@@ -39,17 +39,21 @@ def ends_after(config: Config, mode: Mode) -> tuple[int, float]:
     return plan.last_round, float(plan.epoch(plan.last_round))
 
 
-def status(row: Row, config: Config, epochs: float, before: Row | None = None, accuracy: float | None = None) -> str:
+def status(
+    row: Row, config: Config, epochs: float | None, before: Row | None = None, accuracy: float | None = None
+) -> str:
     """Loss, accuracy, images per second and time left of a run of `epochs` epochs, in at most 55 characters.
 
-    The speed is measured from the row `before`, or else from the start. `accuracy` is shown if `row` has no test.
+    The speed is measured from the row `before`, or else from the start; without `epochs` it is left out. `accuracy` is
+    shown if `row` has no test.
     """
     loss = "  nan" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
     tested = row["test_accuracy"] if row["test_accuracy"] is not None else accuracy
-    parts = [f"loss {loss}", f"{row['tested_on'][:4]} {tested:6.2%}" if tested is not None else " " * 11]
+    split = "test" if row["tested_on"] == "test" else "val"
+    parts = [f"loss {loss}", f"{split} {tested:6.2%}" if tested is not None else " " * 11]
     since = before or {"epoch": 0.0, "seconds": 0.0}
     done, seconds = row["epoch"] - since["epoch"], row["seconds"] - since["seconds"]
-    if done > 0 and seconds > 0:
+    if epochs is not None and done > 0 and seconds > 0:
         left = timedelta(seconds=round(max(0.0, epochs - row["epoch"]) * seconds / done))
         parts += [f"{done * training_images(config) / seconds:,.0f} img/s", f"{left} left"]
     return "  ".join(parts)

@@ -33,6 +33,7 @@ from __future__ import annotations
 import contextlib
 import fnmatch
 import itertools
+import re
 import tomllib
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -280,7 +281,7 @@ def grid_study(
     base = configure("localsgd", keys, preset)
     first = default_name(base.changed({"clients": 1, "local-steps": 1, "seed": 0}), "localsgd")
     others = "".join(f"-{key}" for key in grid if key not in ("clients", "local-steps", "seed"))
-    name = base.name or f"grid{others}" + first.removeprefix("localsgd").replace("-k1-j1-seed0", "")
+    name = base.name or f"grid{others}" + re.sub("-k1-(j1|e[0-9]+)-seed0", "", first.removeprefix("localsgd"))
     shared = base.identity("localsgd").keys() - {"device", "threads"}
     settings = {key: typed(key, value) for key, value in keys.items() if key in shared}
     empty = Study.model_construct(name=name, title=name, mode="localsgd")

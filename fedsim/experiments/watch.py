@@ -14,12 +14,14 @@ from rich.live import Live
 from rich.text import Text
 
 from fedsim.config import Config, Mode
+from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
 from fedsim.experiments.progress import ends_after, status
 from fedsim.experiments.study import STORED, read_study
-from fedsim.records import CONFIG, ROWS, Row, read_config, read_summary
+from fedsim.records import CONFIG, ROWS, SUMMARY, Row, is_locked, read_config, read_summary
 
 EVERY_SECONDS = 2.0
+QUIET_SECONDS = 60.0  # without a change
 LAST_BYTES = 2**16  # read from the end of a row file for its last rows
 
 
@@ -31,7 +33,10 @@ class Seen(NamedTuple):
 
 
 def watch(root: Path, console: Console) -> None:
-    """Show every run under `root`: in a terminal, updated until all are finished; elsewhere once."""
+    """Show every run under `root`: elsewhere than in a terminal once, in one until none is in progress.
+
+    That is when all are finished, or nothing has changed for a minute and no process holds a run.
+    """
     if not root.is_dir():
         raise UserError(f"results = {root} is not a folder: give a folder of results, or of one study")
     if not console.is_terminal:
@@ -51,20 +56,27 @@ def watch(root: Path, console: Console) -> None:
 
 
 def lines_of(root: Path) -> tuple[list[str], bool]:
-    """A line for each study and run under `root`, unfinished runs last; and whether any run is still to finish."""
+    """A line for each study and run under `root`, unfinished runs last; and whether runs are missing and some go on."""
     folders: dict[Path, list[Seen]] = {}
-    for path in sorted(root.rglob(CONFIG)):
-        folders.setdefault(path.parent.parent, []).append(_seen(path.parent))
+    runs = [path.parent for path in sorted(root.rglob(CONFIG))]
+    for run in runs:
+        folders.setdefault(run.parent, []).append(_seen(run))
     if not folders:
         raise UserError(f"results = {root} holds no runs: give a folder of results, or of one study")
-    lines, running = [], False
+    lines, missing = [], False
     for folder, seen in folders.items():
         finished = sum(run.state == "finished" for run in seen)
         expected = max(len(seen), _expected(folder))
-        running = running or expected > sum(run.state != "unfinished" for run in seen)
+        missing = missing or expected > sum(run.state != "unfinished" for run in seen)
         lines.append(f"{folder}: {finished} of {expected} runs finished")
         lines += [f"  {run.line}" for run in sorted(seen, key=lambda run: run.state)]
-    return lines, running
+    return lines, missing and any(map(_goes_on, runs))
+
+
+def _goes_on(folder: Path) -> bool:
+    """Whether the run has changed in the last minute, so that it or the next one may go on, or a process holds it."""
+    changed = [path.stat().st_mtime for name in (CONFIG, ROWS, SUMMARY) if (path := folder / name).exists()]
+    return time.time() - max(changed, default=0.0) < QUIET_SECONDS or is_locked(folder)
 
 
 def _expected(folder: Path) -> int:
@@ -84,21 +96,31 @@ def _seen(folder: Path) -> Seen:
         config = Config().changed({name: value for name, value in held.items() if name in known})
         summary = read_summary(folder)
         rows = list(_last_rows(folder / ROWS))
-        total, epochs = ends_after(config, mode)
+        rounds, epochs = _length(config, mode)
     except (OSError, ValueError, KeyError) as error:
         return Seen(f"{folder.name}  cannot be read: {' '.join(str(error).split())}", "damaged")
     if not rows:
         return Seen(f"{folder.name}  no rows yet", "unfinished")
     row, tested = rows[-1], [row["test_accuracy"] for row in rows if row["test_accuracy"] is not None]
-    where = f"{folder.name}  round {row['round']}/{total}"
+    where = f"{folder.name}  round {row['round']}" + (rounds or f"  epoch {row['epoch']:.2f}")
     if summary and summary["finished"]:
         return Seen(
             f"{where}  {row['tested_on']} {tested[-1] if tested else 0:.2%}  {row['seconds']:.0f} s", "finished"
         )
     before = rows[0] if rows[0]["seconds"] < row["seconds"] else None
     age = max(0.0, time.time() - (folder / ROWS).stat().st_mtime)
-    ago = f"  row {timedelta(seconds=round(age))} ago" if age > 60 else ""
+    ago = f"  row {timedelta(seconds=round(age))} ago" if age > QUIET_SECONDS else ""
     return Seen(f"{where}  {status(row, config, epochs, before, tested[-1] if tested else None)}{ago}", "unfinished")
+
+
+def _length(config: Config, mode: Mode) -> tuple[str, float | None]:
+    """The rounds of a run, as text after a slash, and its epochs; without its data set on this machine, neither."""
+    try:
+        training_images(config)  # which the images per second need too
+        rounds, epochs = ends_after(config, mode)
+    except (OSError, ValueError):
+        return "", None
+    return f"/{rounds}", epochs
 
 
 def _last_rows(path: Path) -> Iterator[Row]:

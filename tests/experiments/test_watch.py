@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import io
 import json
 import os
@@ -16,7 +17,7 @@ from rich.console import Console
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.experiments.progress import shown_rows, status
-from fedsim.experiments.watch import watch
+from fedsim.experiments.watch import QUIET_SECONDS, lines_of, watch
 from tests.conftest import STUDY, write_run
 
 ROW: dict[str, Any] = {
@@ -41,6 +42,7 @@ def test_loss_accuracy_pace_and_time_left_by_hand() -> None:
     config = Config(dataset="synthetic", synthetic_images=8000)
     assert status(ROW, config, 10.0) == "loss 2.300  test 34.50%  1,600 img/s  0:00:40 left"
     resumed = {**ROW, "epoch": 3.0, "seconds": 110.0, "test_accuracy": None, "train_loss": None}
+    assert status({**ROW, "tested_on": "validation"}, config, None) == "loss 2.300  val 34.50%"
     assert status(resumed, config, 10.0, ROW, 0.2) == "loss   nan  test 20.00%  80 img/s  0:11:40 left"
 
 
@@ -81,11 +83,39 @@ def test_all_runs_of_a_study_are_shown_from_their_records(tmp_path: Path) -> Non
     assert lines[3] == "  new  no rows yet"
 
 
-def test_in_a_terminal_it_ends_when_all_runs_are_finished(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "results" / "one", Config(epochs=1.0), "centralized", [0.5])
+def write_shown(folder: Path, config: Config, finished: bool = True) -> Path:
+    """A run of one round, whose row has what is shown of it."""
+    run = write_run(folder, config, "centralized", [0.5], finished)
     rows = {**json.loads((run / "metrics.jsonl").read_text()), **{k: ROW[k] for k in ("train_loss", "tested_on")}}
     (run / "metrics.jsonl").write_text(json.dumps(rows) + "\n")
+    return run
+
+
+def test_in_a_terminal_it_ends_when_all_runs_are_finished(tmp_path: Path) -> None:
+    write_shown(tmp_path / "results" / "one", Config(epochs=1.0))
     assert "one  round 1/1  test 50.00%" in watched(tmp_path / "results", terminal=True)
+
+
+@pytest.mark.parametrize("expected", [1, 12])
+def test_in_a_terminal_it_ends_when_nothing_goes_on(tmp_path: Path, expected: int) -> None:
+    """A run that was stopped, or a study of which only a cell was run: neither has changed for a minute."""
+    folder = tmp_path / "results" / "mine"
+    run = write_shown(folder / "k2-j1-seed1", Config(epochs=2.0), finished=expected > 1)
+    if expected > 1:
+        (folder / "study.toml").write_text(STUDY)
+    assert lines_of(folder)[1]
+    for path in run.iterdir():
+        os.utime(path, (0, time.time() - 2 * QUIET_SECONDS))
+    with (run / ".lock").open("w") as file:
+        assert not lines_of(folder)[1]
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert lines_of(folder)[1]
+    assert "k2-j1-seed1  round 1/2" in watched(tmp_path / "results", terminal=True)
+
+
+def test_a_run_is_shown_without_its_data_set(tmp_path: Path) -> None:
+    write_shown(tmp_path / "one", Config(dataset="nowhere.npz", epochs=2.0), finished=False)
+    assert watched(tmp_path).splitlines()[1] == "  one  round 1  epoch 1.00  loss 2.300  test 50.00%"
 
 
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
