@@ -33,15 +33,21 @@ from fedsim.experiments.study import Study, grid_study, read_study, select
 from fedsim.experiments.sweep import OneByOne, fail_if_any
 from fedsim.experiments.track import check_tracker, tracker
 from fedsim.experiments.tune import run_tuned_studies
-from fedsim.records import Row, read_config, read_rows, read_summary, run_folder
+from fedsim.records import CONFIG, Row, read_config, read_rows, read_summary, run_folder
 from fedsim.report.load import read_records
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class Result:
     """The result of a run, read from its folder when it is accessed."""
 
     folder: Path
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open the run in `folder`; raises UserError if it holds none."""
+        object.__setattr__(self, "folder", Path(folder).expanduser())
+        if not (self.folder / CONFIG).is_file():
+            raise UserError(f"{self.folder} is not the folder of a run: give one that holds a {CONFIG}")
 
     @property
     def rows(self) -> pd.DataFrame:
@@ -69,11 +75,17 @@ class Result:
         return state
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, init=False)
 class StudyResult:
     """The results of a study, read from its folder when they are accessed."""
 
     folder: Path
+
+    def __init__(self, folder: str | Path) -> None:
+        """Open the study in `folder`; raises UserError if it holds no runs."""
+        object.__setattr__(self, "folder", Path(folder).expanduser())
+        if not any(self.folder.rglob(CONFIG)):
+            raise UserError(f"{self.folder} holds no runs: give the folder of a study")
 
     @property
     def runs(self) -> pd.DataFrame:
@@ -108,7 +120,7 @@ def _with_keys(mode: Mode) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 @_with_keys("localsgd")
 def localsgd(
     *,
-    preset: str = "",
+    preset: str | Path = "",
     engine: str = "auto",
     rerun: bool = False,
     on_row: Callable[[Row], None] | None = None,
@@ -119,9 +131,9 @@ def localsgd(
     """Train by LocalSGD: K clients, J local steps per round, then one average.
 
     `preset`: a study, by its name or as a TOML file; keys override its settings. `engine`: auto, threads, stacked or
-    flower. `rerun`: start over. `on_row`: is called with each row, a dict. `progress`: show the progress on a line, in
-    a terminal or notebook. `track`: also send the rows to this tracker, ``tensorboard``. `model` and `dataset` may be
-    functions that can be imported by name.
+    flower. `rerun`: start over. `on_row`: is called with each row, a dict, by every engine but flower. `progress`: show
+    the progress on a line, in a terminal or notebook. `track`: also send the rows to this tracker, ``tensorboard``.
+    `model` and `dataset` may be functions that can be imported by name.
     """
     return _run("localsgd", keys, preset, engine, rerun, on_row, progress, track)
 
@@ -129,7 +141,7 @@ def localsgd(
 @_with_keys("centralized")
 def centralized(
     *,
-    preset: str = "",
+    preset: str | Path = "",
     rerun: bool = False,
     on_row: Callable[[Row], None] | None = None,
     progress: bool = True,
@@ -143,16 +155,20 @@ def centralized(
 def grid(
     *,
     results_dir: str | Path = "results",
-    preset: str = "",
+    preset: str | Path = "",
     engine: str = "auto",
     rerun: bool = False,
     progress: bool = True,
     **keys: Any,
 ) -> StudyResult:
-    """Run LocalSGD for each combination of the keys that are lists: ``grid(clients=[4, 12], lr=[0.01, 0.1])``."""
-    lists = {kebab(name): list(value) for name, value in keys.items() if isinstance(value, list | tuple | range)}
-    own = {name: value for name, value in as_keys("localsgd", keys).items() if name not in lists}
-    found = grid_study(lists, own, preset, Path(results_dir))
+    """Run LocalSGD for each combination of the keys that are lists: ``grid(clients=[4, 12], lr=[0.01, 0.1])``.
+
+    An array of NumPy or torch is a list too.
+    """
+    crossed = {name: value for name, value in keys.items() if _is_list(value)}
+    lists = {kebab(name): [_plain(name, each) for each in value] for name, value in crossed.items()}
+    own = as_keys("localsgd", {name: value for name, value in keys.items() if name not in crossed})
+    found = grid_study(lists, own, str(preset), Path(results_dir))
     return _run_study(found, lambda study: study.cells(keys=own), results_dir, engine, rerun, progress)
 
 
@@ -177,7 +193,7 @@ def study(
     keys = as_keys("localsgd", {key: value for key, value in own.items() if value is not None})
 
     def cells_of(study: Study) -> Any:
-        return select(study, study.cells(seeds, keys), cells)
+        return select(study, study.cells([_plain("seed", seed) for seed in seeds], keys), cells)
 
     return _run_study(read_study(str(name)), cells_of, results_dir, engine, rerun, progress)
 
@@ -196,7 +212,11 @@ def _plain(name: str, value: Any) -> Any:
         return str(value)
     if callable(value):
         return _importable(name, value)
-    return value.item() if hasattr(value, "item") else value
+    return value.item() if hasattr(value, "item") and not _is_list(value) else value
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list | tuple | range) or getattr(value, "ndim", 0) == 1
 
 
 def _importable(name: str, function: Any) -> str:
@@ -216,15 +236,17 @@ def _importable(name: str, function: Any) -> str:
 def _run(
     mode: Mode,
     keys: Mapping[str, Any],
-    preset: str,
+    preset: str | Path,
     engine: str,
     rerun: bool,
     on_row: Callable[[Row], None] | None,
     progress: bool,
     track: str,
 ) -> Result:
-    config, chosen = configured_run(mode, as_keys(mode, keys), preset, engine)
+    config, chosen = configured_run(mode, as_keys(mode, keys), str(preset), engine)
     check_tracker(track, chosen)
+    if on_row and chosen == "flower":
+        raise UserError("on_row with engine = flower: its rows are written by another process: leave one out")
     folder = run_folder(config, mode)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_threads_kept())

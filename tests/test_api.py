@@ -57,7 +57,7 @@ def test_a_run_is_a_frame_a_summary_and_a_model_and_is_not_run_twice(tmp_path: P
 
 def test_keys_that_are_lists_are_crossed(tmp_path: Path) -> None:
     keys = {**TINY, "results_dir": tmp_path, "name": "mine", "local_steps": 8}
-    found = fedsim.grid(clients=[2], lr=(0.01, 0.1), seed=range(7, 8), **keys)
+    found = fedsim.grid(clients=list(np.arange(2, 3)), lr=np.array([0.01, 0.1]), seed=range(7, 8), **keys)
     names = {f"k2-lr{lr}-seed7" for lr in (0.01, 0.1)}
     assert set(found.runs["run"]) == names
     assert found["k2-lr0.1-seed7"].config["lr"] == 0.1
@@ -66,6 +66,16 @@ def test_keys_that_are_lists_are_crossed(tmp_path: Path) -> None:
         tmp_path / "mine" / "study.toml", device="cpu", threads=1, results_dir=tmp_path, progress=False
     )
     assert again.folder == found.folder
+    assert found == fedsim.StudyResult(str(found.folder))
+    assert found["k2-lr0.1-seed7"] == fedsim.Result(str(found.folder / "k2-lr0.1-seed7"))
+    for open_folder, words in (
+        (fedsim.Result, "is not the folder of a run: give one that holds a config.json"),
+        (fedsim.StudyResult, "holds no runs: give the folder of a study"),
+    ):
+        with pytest.raises(fedsim.UserError, match=words):
+            open_folder(str(tmp_path / "none"))
+    with pytest.raises(fedsim.UserError, match="k9-seed7 is not the folder of a run"):
+        found["k9-seed7"]
 
 
 def test_the_signature_has_every_key_with_its_default_and_its_help() -> None:
@@ -116,6 +126,9 @@ def test_a_function_is_named_where_every_process_can_import_it() -> None:
         ({"clients": "two"}, "clients = 'two' is not a whole number"),
         ({"track": "wandb"}, "track = 'wandb' is unknown: it must be one of tensorboard"),
         ({"preset": "none"}, "unknown preset none"),
+        ({"preset": Path("none.toml")}, "none.toml cannot be read"),
+        ({"lr": np.array([0.1, 0.2])}, "lr = array([0.1, 0.2]) is not a number"),
+        ({"on_row": print, "engine": "flower"}, "on_row with engine = flower: its rows are written by another process"),
         (
             {"track": "tensorboard", "engine": "flower"},
             "track = tensorboard with engine = flower: its rows are written",

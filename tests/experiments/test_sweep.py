@@ -14,6 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from rich.console import Console
 
@@ -113,7 +114,7 @@ def test_what_a_study_sets_for_its_machine_holds_unless_a_flag_is_given(tiny: Pa
     tiny.write_text(f"{TINY}threads = 3\nstop-after-epochs = 1.0\ndevice = 'cpu'\n")
     results = str(tiny.parent / "results")
     if from_python:
-        fedsim.study(tiny, cells=["k2-j2"], seeds=[1], results_dir=results, progress=False)
+        fedsim.study(tiny, cells=["k2-j2"], seeds=list(np.arange(1, 2)), results_dir=results, progress=False)
         fedsim.study(tiny, cells=["k1-j2"], seeds=[1], results_dir=results, progress=False, threads=1)
     else:
         common = f"study {tiny} --seeds 1 --results-dir {results} --cells"
