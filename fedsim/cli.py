@@ -154,7 +154,7 @@ def centralized(
 
     config, engine = configured_run("centralized", given(keys), preset)
     if dry_run:
-        _print_cost(config, "centralized")
+        _print_cost(config, "centralized", engine, track)
         return
     with _reported(config, "centralized", engine, track) as on_row:
         execute(config, "centralized", engine, on_row, rerun)
@@ -175,7 +175,7 @@ def localsgd(
 
     config, chosen = configured_run("localsgd", given(keys), preset, engine)
     if dry_run:
-        _print_cost(config, "localsgd")
+        _print_cost(config, "localsgd", chosen, track)
         return
     with _reported(config, "localsgd", chosen, track) as on_row:
         execute(config, "localsgd", chosen, on_row, rerun)
@@ -307,7 +307,7 @@ def _run_studies(
     save_as: str = "",
 ) -> None:
     """Run the cells that `cells_of` selects of each study, then show the tables; with `save_as`, also save them."""
-    from fedsim.experiments.sweep import PLAIN, fail_if_any
+    from fedsim.experiments.sweep import PLAIN, check_writable, fail_if_any
     from fedsim.experiments.tune import run_tuned_studies, with_stored_choice
     from fedsim.provenance import program
     from fedsim.report.page import show_results
@@ -315,6 +315,7 @@ def _run_studies(
     console, results = _console(), _results(results_dir)
     if dry_run:
         for study in (with_stored_choice(study, results) for study in studies):
+            check_writable(results / study.name, results)
             _show_plan(study, cells_of(study), results, runner)
         return
     failed, total = run_tuned_studies(studies, cells_of, results, runner, rerun, console)
@@ -501,26 +502,44 @@ def _runner(address: str | None, cpus: float | None, gpus: float | None, engine:
     return OnRay(checked, address, cpus, gpus, track)
 
 
-def _print_cost(config: Config, mode: Mode) -> None:
+def _print_cost(config: Config, mode: Mode, engine: Engine, track: str) -> None:
     """Print what a run would cost."""
     from fedsim.experiments.cost import Pace, plan_lines
-    from fedsim.experiments.execute import check
     from fedsim.experiments.study import Cell
     from fedsim.records import run_folder
 
-    check(config, mode)
+    _check_run(config, mode, engine, track)
     folder = run_folder(config, mode)
     print(*plan_lines([Cell((), mode, config.changed({"name": folder.name}))], Pace(folder.parent)), sep="\n")
+
+
+def _check_run(config: Config, mode: Mode, engine: Engine, track: str) -> None:
+    """Raise UserError if a run of `config` (resolved) cannot begin, without writing anything."""
+    from fedsim.experiments.execute import check
+    from fedsim.experiments.lengthen import open_run
+    from fedsim.experiments.sweep import check_writable
+    from fedsim.experiments.track import check_tracker
+    from fedsim.records import CONFIG, run_folder
+    from fedsim.training.stacked import check_stackable
+
+    check_tracker(track, engine)
+    check(config, mode)
+    if engine == "stacked" and config.clients_per_round > 1:
+        check_stackable(config)
+    folder = run_folder(config, mode)
+    check_writable(folder, folder.parent)
+    if (folder / CONFIG).exists():
+        open_run(config, mode, engine=engine if mode == "localsgd" else "")
 
 
 @contextlib.contextmanager
 def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterator[Callable[[Row], None]]:
     """Context manager: print the folder of a run, then its result; yields a function that shows and tracks a row."""
     from fedsim.experiments.progress import each, shown_rows
-    from fedsim.experiments.track import check_tracker, tracker
+    from fedsim.experiments.track import tracker
     from fedsim.records import print_row, read_summary, run_folder
 
-    check_tracker(track, engine)
+    _check_run(config, mode, engine, track)  # before the first line
     folder = run_folder(config, mode)
     by = f" by {engine}" if mode == "localsgd" else ""
     print(f"{mode} on {config.device}{by} in {folder}", flush=True)

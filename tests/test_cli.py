@@ -119,6 +119,17 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             "localsgd --dataset synthetic --track tensorboard --engine flower",
             "track = tensorboard with engine = flower",
         ),
+        ("localsgd --dataset synthetic --track wandb --dry-run", "track = 'wandb' is unknown"),
+        ("localsgd --dataset synthetic --engine ray --dry-run", "engine = 'ray' is unknown"),
+        (
+            "localsgd --dataset synthetic --local-epochs 1 --partition linear --engine stacked --dry-run",
+            "local-epochs = 1: clients that hold more images take more steps than others",
+        ),
+        (
+            "localsgd --dataset synthetic --results-dir {folder}/file/new --dry-run",
+            "results-dir = {folder}/file/new cannot be written (Not a directory)",
+        ),
+        ("study demo --results-dir {folder}/file --dry-run", "results-dir = {folder}/file cannot be written"),
         ("grid --dataset synthetic --track tensorboard --engine flower", "track = tensorboard with engine = flower"),
         ("grid --dataset synthetic --track wandb --ray", "track = 'wandb' is unknown"),
         ("grid --dataset synthetic --nesterov yes", "nesterov = 'yes' is not true or false"),
@@ -194,8 +205,8 @@ def test_bad_input_is_one_line_and_exit_code_2(call: Call, tmp_path: Path, argum
     (tmp_path / "bad.toml").write_text(f"{head}lrr = 0.1")
     (tmp_path / "damaged" / "cifar-100-python").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
-    code, _, err = call(*(part.format(folder=tmp_path) for part in arguments.split()))
-    assert code == 2
+    code, out, err = call(*(part.format(folder=tmp_path) for part in arguments.split()))
+    assert (code, out) == (2, "")
     assert err.startswith("error: ")
     assert err.count("\n") == 1
     assert words.format(folder=tmp_path) in err
@@ -205,8 +216,8 @@ def test_bad_input_is_one_line_and_exit_code_2(call: Call, tmp_path: Path, argum
 def test_another_configuration_under_the_same_name_is_refused(call: Call, tmp_path: Path) -> None:
     assert call("localsgd", *TINY, "--name", "mine")[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "results" / "mine").iterdir()}
-    code, _, err = call("localsgd", *TINY, "--name", "mine", "--lr", "0.5")
-    assert (code, err.count("\n")) == (2, 1)
+    code, out, err = call("localsgd", *TINY, "--name", "mine", "--lr", "0.5")
+    assert (code, out, err.count("\n")) == (2, "", 1)
     assert "lr = 0.01, not 0.5" in err
     assert {path: path.read_bytes() for path in (tmp_path / "results" / "mine").iterdir()} == before
 

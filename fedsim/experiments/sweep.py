@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
+import os
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -137,6 +139,16 @@ def writable(results: Path) -> Iterator[None]:
         raise UserError(
             f"results-dir = {results} cannot be written ({error.strerror}): give another --results-dir"
         ) from error
+
+
+def check_writable(folder: Path, results: Path) -> None:
+    """Raise UserError if `folder` in `results` (absolute), or the nearest one above it that exists, is not writable."""
+    with writable(results):
+        existing = next(path for path in (folder, *folder.parents) if os.path.lexists(path))
+        if not existing.is_dir():
+            raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR))
+        if not os.access(existing, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
 
 def run_cells(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Console) -> list[str]:
