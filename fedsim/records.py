@@ -270,7 +270,7 @@ class Run:
         held, own = read_config(self.folder), self._identity
         differing = differences(held, own)
         if differing and not (self._lengthens and set(differing) <= set(LENGTH)):
-            first = differing[0]
+            first = next((name for name in differing if name not in LENGTH), differing[0])
             raise UserError(
                 f"name = {self.folder.name}: {self.folder} holds a run of another configuration "
                 f"({_shown(first)} = {_shown(held.get(first))}, not {_shown(own.get(first))}): "

@@ -27,6 +27,7 @@ from strategies.compression import Codec, encode
 from strategies.sections import Sections
 
 REFERENCE_FLOPS = 100e9  # FLOP/s of training on two CPU cores: the paper's model at 535 images/s
+Kind = tuple[str, str, str]  # of runs that have one pace
 
 
 class Cost(NamedTuple):
@@ -77,12 +78,12 @@ def flop_per_image(config: Config) -> float:
     return float(counter.get_total_flops())
 
 
-def measured_rates(results: Path) -> dict[tuple[str, str], float]:
-    """Images per second for each model and precision: the median over the finished runs under `results`.
+def measured_rates(results: Path) -> dict[Kind, float]:
+    """Images per second for each kind of run: the median over the finished runs under `results`.
 
     Runs of less than 10 seconds are left out, since most of their time is start-up.
     """
-    rates: dict[tuple[str, str], list[float]] = {}
+    rates: dict[Kind, list[float]] = {}
     for folder in (Path(name) for name, _, files in os.walk(results.expanduser()) if "summary.json" in files):
         try:
             summary = read_summary(folder) or {}
@@ -91,8 +92,14 @@ def measured_rates(results: Path) -> dict[tuple[str, str], float]:
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):
             continue  # damaged: the report warns of it
         if summary["finished"] and summary["seconds"] >= 10:
-            rates.setdefault((config.model, config.precision), []).append(rate)
+            rates.setdefault(_kind(config), []).append(rate)
     return {kind: statistics.median(found) for kind, found in rates.items()}
+
+
+def _kind(config: Config) -> Kind:
+    """What the pace of a run depends on most: its model, its precision, and whether it runs on cpu or cuda."""
+    auto = "cuda" if torch.cuda.is_available() else "cpu"
+    return config.model, config.precision, config.device.replace("auto", auto).partition(":")[0]
 
 
 class Pace:
@@ -102,11 +109,11 @@ class Pace:
         self._results = results
         self._rates = measured_rates(results)
         measured = sorted(self._rates.items())
-        self._measured = ", ".join(f"{rate:,.0f} images/s ({model}, {kind})" for (model, kind), rate in measured)
+        self._measured = ", ".join(f"{rate:,.0f} images/s ({', '.join(kind)})" for kind, rate in measured)
 
     def seconds(self, config: Config, images: float) -> float:
         """The time in which a run of `config` trains on so many images."""
-        kind = config.model, config.precision
+        kind = _kind(config)
         if kind not in self._rates:
             self._rates[kind] = REFERENCE_FLOPS / flop_per_image(config)
         return images / self._rates[kind]

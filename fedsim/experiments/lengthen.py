@@ -41,13 +41,16 @@ def _why_not(shorter: Config, longer: Config, mode: Mode, trained_by: str, engin
     """Why a run of `shorter`, trained by one engine, cannot be lengthened to `longer` by another; empty if it can."""
     if mode == "localsgd" and (reason := check_strategy(longer)):
         return f"with strategy = {longer.strategy} it cannot be resumed ({reason}): give another --name"
-    if (trained_by == "stacked") != (engine == "stacked"):
+    if engine and (trained_by == "stacked") != (engine == "stacked"):
         return f"its engine was {trained_by}: give --engine {trained_by}, or another --name"
     if longer.schedule == "cosine":
         return "with schedule = cosine its rates depend on its length: give another --name to run a longer one"
     before, after = _starts(shorter, mode), _starts(longer, mode)
+    if after == before:
+        keys = " and ".join(f"{name} = {shorter.as_keys()[name]}" for name in LENGTH if name in longer.identity(mode))
+        return f"it already has this length: give {keys}, or another --name or --results-dir"
     if after[-1] <= before[-1]:
-        return "it can be lengthened, but not shortened: give more rounds or epochs, or another --name"
+        return "it can be lengthened, but not shortened: give more rounds or epochs, or another --name or --results-dir"
     if after[: len(before)] != before:
         return f"J of its rounds depends on its length ({longer.local_steps_schedule}): give another --name"
     return ""

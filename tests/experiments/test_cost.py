@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from fedsim.config import Config
 from fedsim.errors import UserError
@@ -60,9 +61,10 @@ def test_the_list_counts_the_hours_of_a_model_by_its_flop(tmp_path: Path) -> Non
 
 
 def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
-    lenet5 = Config(model="lenet5")
+    lenet5 = Config(model="lenet5", device="cpu")
     for name, seconds in (("one", 10.0), ("other", 40.0), ("third", 20.0)):  # 1 epoch of 50,000 images
         write_run(tmp_path / name, lenet5, "centralized", [0.1], seconds=seconds)
+    write_run(tmp_path / "on-a-gpu", lenet5.changed({"device": "cuda:1"}), "centralized", [0.1], seconds=25.0)
     older = tmp_path / "third" / "config.json"
     older.write_text(older.read_text().replace('"lr-scaling-batch"', '"reference-batch"'))
     write_run(tmp_path / "short", lenet5, "centralized", [0.1], seconds=1.0)
@@ -71,10 +73,13 @@ def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
         (tmp_path / name).mkdir()
         (tmp_path / name / "summary.json").write_text(text)
         (tmp_path / name / "config.json").write_text(text)
-    assert measured_rates(tmp_path) == {("lenet5", "fp32"): 2500}
-    assert seconds_of("scaled-small", tmp_path) == pytest.approx(24_000_000 / 2500, abs=180)
+    assert measured_rates(tmp_path) == {("lenet5", "fp32", "cpu"): 2500, ("lenet5", "fp32", "cuda"): 2000}
+    assert seconds_of("scaled-small", tmp_path) == pytest.approx(
+        24_000_000 / (2000 if torch.cuda.is_available() else 2500), abs=180
+    )
     last = list(list_studies([], tmp_path))[-1]
-    assert f"finished runs in {tmp_path}, 2,500 images/s (lenet5, fp32); else at 100 GFLOP/s." in last
+    rates = "2,500 images/s (lenet5, fp32, cpu), 2,000 images/s (lenet5, fp32, cuda)"
+    assert f"finished runs in {tmp_path}, {rates}; else at 100 GFLOP/s." in last
 
 
 @pytest.mark.parametrize(

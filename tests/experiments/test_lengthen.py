@@ -11,6 +11,7 @@ from fedsim.config import Config, Mode
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute
+from fedsim.experiments.lengthen import open_run
 from fedsim.records import config_of_run
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
@@ -52,7 +53,13 @@ def test_a_lengthened_run_that_is_stopped_resumes(run: Execute) -> None:
             {"rounds": 2},
             "holds a run of 3 rounds: it can be lengthened, but not shorten",
         ),
-        ("localsgd", {}, {"rounds": 3}, {"rounds": 3, "epochs": 9.0}, "holds a run of 3 rounds: it can be lengthened,"),
+        (
+            "localsgd",
+            {},
+            {"rounds": 3},
+            {"rounds": 3, "epochs": 9.0},
+            "holds a run of 3 rounds: it already has this length: give epochs = 2.0 and rounds = 3, or another --name",
+        ),
         ("centralized", {}, {"epochs": 2.0}, {"epochs": 1.0}, "holds a run of 2 epochs: it can be lengthened, but not"),
         (
             "localsgd",
@@ -72,7 +79,7 @@ def test_a_lengthened_run_that_is_stopped_resumes(run: Execute) -> None:
             "localsgd",
             {},
             {"rounds": 2},
-            {"rounds": 3, "lr": 0.5},
+            {"rounds": 3, "epochs": 9.0, "lr": 0.5},
             "holds a run of another configuration (lr = 0.01, not",
         ),
         (
@@ -103,6 +110,12 @@ def test_another_engine_does_not_lengthen(run: Execute, small: Config) -> None:
     with pytest.raises(UserError, match="its engine was threads: give --engine threads, or another --name"):
         execute(longer, "localsgd", "stacked")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_study_looks_into_a_folder_whatever_engine_has_trained_it(small: Config) -> None:
+    config = resolve(small.changed({"name": "part", "rounds": 2}), "localsgd")
+    execute(config, "localsgd", "stacked")
+    assert open_run(config.changed({"rounds": 3}), "localsgd").rows == []
 
 
 def test_resume_takes_a_new_length(run: Execute, small: Config, tmp_path: Path) -> None:
