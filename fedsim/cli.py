@@ -120,7 +120,7 @@ PRESET = typer.Option(
     "",
     "--preset",
     "--config",
-    help="use the settings of this study, a name or TOML file; flags override them",
+    help="use the [set] and [[case]] of this study, a name or TOML file, not its [grid] or [tune]; flags override them",
     metavar="NAME",
 )
 DRY_RUN = typer.Option(False, "--dry-run", help="list the runs and what they would cost; write nothing")

@@ -133,7 +133,8 @@ def arguments_of(text: str, words: bool = False) -> dict[str, Argument]:
         valid = all(map(_is_argument, values)) or (words and re.fullmatch("[a-z]+([-_][a-z]+)*", value))
         if not name.isidentifier() or name in arguments or tuple_of_bools or not valid:
             kinds = "numbers, words, true or false" if words else "numbers, true or false"
-            raise ValueError(f"must be names with {kinds}, for instance lr=0.7, momentum=0.9")
+            example = "alpha=0.3" if words else "lr=0.7, momentum=0.9"
+            raise ValueError(f"must be names with {kinds}, for instance {example}")
         arguments[name] = values[0] if len(values) == 1 else tuple(values)
     return arguments
 
@@ -217,7 +218,7 @@ def _named(value: str, known: Named, own: bool) -> str:
     if value not in known.names and not own:
         near = difflib.get_close_matches(value, known.names, n=1)
         hint = f" (did you mean {near[0]}?)" if near else ""
-        raise ValueError(f"is out of range: it must be one of {', '.join(known.names)}, or {known.other}{hint}")
+        raise ValueError(f"is unknown: it must be one of {', '.join(known.names)}, or {known.other}{hint}")
     return value
 
 
@@ -640,11 +641,13 @@ def _user_error(failure: ValidationError, name: str = "") -> UserError:
     field = FIELDS[name.replace("-", "_")]
     if error["type"] in KINDS:
         return UserError(f"{name} = {value} is not {KINDS[error['type']]}")
-    near = difflib.get_close_matches(value, choices(field), n=1)
-    hint = f" (did you mean {near[0]}?)" if near else ""
-    value = value if choices(field) else value.strip("'")  # a flag's text, which is a number
+    if names := choices(field):
+        near = difflib.get_close_matches(value, names, n=1)
+        hint = f" (did you mean {near[0]}?)" if near else ""
+        return UserError(f"{name} = {value} is unknown: it must be {accepted(field)}{hint}")
+    value = value.strip("'")  # a flag's text, which is a number
     finite = "finite and " if error["type"] == "finite_number" else ""
-    return UserError(f"{name} = {value} is out of range: it must be {finite}{accepted(field)}{hint}")
+    return UserError(f"{name} = {value} is out of range: it must be {finite}{accepted(field)}")
 
 
 KINDS = {  # pydantic's error types

@@ -79,8 +79,10 @@ def _settings(settings: dict[str, Any]) -> dict[str, Any]:
 def _lists(lists: dict[str, list[Any]]) -> dict[str, list[Any]]:
     found = {name: [typed(name, value) for value in values] for name, values in lists.items()}
     for name, values in found.items():
-        if not values or len(set(values)) < len(values):
-            raise UserError(f"{name} = {values!r} must have one value or more, without duplicates")
+        if not values:
+            raise UserError(f"{name} = [] is empty: give it one value or more")
+        if twice := [value for value in values if values.count(value) > 1]:
+            raise UserError(f"{name} = {values!r} has {twice[0]!r} twice: leave one of them out")
     return found
 
 

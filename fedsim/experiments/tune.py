@@ -114,6 +114,7 @@ def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rer
     with runner.started([trial.cell for trial in trials]):
         for part in (*STAGES, 1.0):
             running = [trial for trial in trials if not trial.outcome]
+            console.print(f"{study.name}: to {part:.0%} of each trial, {len(running)} left", **PLAIN)
             failed = run_cells([_up_to(part, trial.cell) for trial in running], runner, rerun, console)
             rerun = False
             trials = [t if t.outcome else _judged(t, running, failed, part, study.tune) for t in trials]

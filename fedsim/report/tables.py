@@ -113,7 +113,8 @@ def cost_table(table: ResultTable) -> TextTable:
 
 def notes(table: ResultTable) -> list[str]:
     """Paragraphs that explain the tables and figures."""
-    texts = [progress(table), protocol(table), *(tuning_notes(table) or [learning_rates(table)])]
+    tuning = tuning_notes(table)
+    texts = [progress(table), protocol(table, bool(tuning)), *(tuning or [learning_rates(table)])]
     if table.with_traffic:
         texts.append(traffic_note(table))
     for cell in table.cells.itertuples():
@@ -133,8 +134,8 @@ def progress(table: ResultTable) -> str:
     return f"{text}."
 
 
-def protocol(table: ResultTable) -> str:
-    """The images that accuracies are measured on, and how the best one is chosen."""
+def protocol(table: ResultTable, tuned: bool) -> str:
+    """The images that accuracies are measured on, and how the best one and, if `tuned`, some keys are chosen."""
     held = sorted(set(table.runs["validation"].dropna()) - {0})
     images = ", ".join(map(str, held))
     if table.tested_on == "validation":
@@ -142,7 +143,8 @@ def protocol(table: ResultTable) -> str:
             f"Protocol: tested on {images} training images held out of training (key validation), never on the test "
             "images. Use these accuracies to choose hyper-parameters, not to report."
         )
-    split = f"in some runs on {images} validation images instead" if held else "no validation split"
+    split = "keys were chosen on held-out training images" if tuned else "no validation split"
+    split = f"in some runs on {images} validation images instead" if held else split
     return (
         f"Protocol: tested on the test images, {split}. Best is the best of a run's tests, chosen on those same "
         "images as the paper's code did, and so optimistic; final is the last test."

@@ -158,7 +158,7 @@ def test_a_study_that_sets_its_precision_keeps_it(tmp_path: Path, text: str) -> 
 
 
 def test_an_unknown_precision_is_named(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="precision = 'half' is out of range"):
+    with pytest.raises(UserError, match="precision = 'half' is unknown"):
         written(tmp_path, HEAD).in_precision("half")
 
 
@@ -216,8 +216,8 @@ def test_a_column_without_one_baseline_is_refused(tmp_path: Path, text: str, mes
         ("[[case]]\nwhen = {lr = [1.0]}\nset = {lr = 2.0}\nif = 3", "mine.toml: case 0 if is unknown"),
         ("case = 3", "mine.toml: case = 3 is not a list"),
         ("[grid]\nclients = 4", "mine.toml: grid clients = 4 is not a list: for instance [4]"),
-        ("[grid]\nclients = []", "mine.toml: clients = [] must have one value or more"),
-        ("[grid]\nlr = [1, 1.0]", "mine.toml: lr = [1.0, 1.0] must have one value or more, without duplicates"),
+        ("[grid]\nclients = []", "mine.toml: clients = [] is empty: give it one value or more"),
+        ("[grid]\nlr = [1, 1.0]", "mine.toml: lr = [1.0, 1.0] has 1.0 twice: leave one of them out"),
         ("[grid]\nclients = [[4]]", "mine.toml: clients = [4] is not a whole number"),
         ("[grid]\ndata-dir = ['a', 'b']", "mine.toml: grid data-dir: results of mode localsgd do not depend on it"),
         ("[set]\nname = 'a'", "mine.toml: set name: a study cannot set it"),

@@ -93,6 +93,8 @@ def test_each_cell_and_baseline_runs_with_the_rate_chosen_for_it_alone(path: Pat
     assert (config["seed"], config["validation"], config["epochs"], config["warmup-epochs"]) == (7, 64, 4.0, 0.4)
     assert {row["tested_on"] for row in read_rows(trial)} == {"validation"}
     assert len(read_rows(trial.with_name("k2-j2-lr1e-09"))) < len(read_rows(trial))
+    first_stage, _, last_stage = (line for line in text.splitlines() if " of each trial" in line)
+    assert (first_stage, last_stage) == ("tuned: to 25% of each trial, 3 left", "tuned: to 100% of each trial, 1 left")
     counts = "of 3 tried, 1 stopped early, 1 failed"
     assert f"k2-j2: lr = 0.05 (validation {summary['final_test_accuracy']:.2%}; {counts})" in text.splitlines()
 
@@ -114,6 +116,7 @@ def test_each_cell_and_baseline_runs_with_the_rate_chosen_for_it_alone(path: Pat
     assert "lr of 1e-09, 0.05, 1000000000.0; seed 7, 80% of the budget" in text
     assert all(f"{cell}: lr = 0.05 (" in text for cell in ("k2-j2", "k2-twin"))
     assert not any("Tuning" in note for note in notes(of_trials))
+    assert any("tested on the test images, keys were chosen on held-out training" in note for note in notes(table))
     (folder / "tuning.csv").write_text("cell,outcome\nk2-j2,chosen\n")
     assert any(note.endswith("tuned/tuning.csv cannot be read.") for note in notes(table))
 
