@@ -136,7 +136,7 @@ def _inferred_table(name: str, title: str, folder: Path, runs: pd.DataFrame, rec
     order = sorted(found, key=lambda values: [(isinstance(value, str), value) for value in values])
     cells = _cells(axes, {values: found[values] for values in order})
     runs = runs.assign(cell=[order.index(values) for values in coords])
-    return _table(name, title, folder, axes, cells, runs["seed"].nunique(), runs, records)
+    return _table(name, title, folder, axes, cells, 0, runs, records)  # nobody asked for more runs than there are
 
 
 def _table(
@@ -149,7 +149,7 @@ def _table(
     runs: pd.DataFrame,
     records: Records,
 ) -> ResultTable:
-    """The table of `cells`, each of which should have `seeds` runs; `runs` have a column `cell`."""
+    """The table of `cells`, each of which should have at least `seeds` runs; `runs` have a column `cell`."""
     cells["expected"] = runs["cell"].value_counts().reindex(cells.index, fill_value=0).clip(lower=seeds)
     of_cell = ["clients", "workers", "baseline", "summed"]
     runs = runs.drop(columns="clients", errors="ignore").join(cells[of_cell], on="cell")

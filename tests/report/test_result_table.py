@@ -101,7 +101,9 @@ def test_runs_that_differ_in_many_keys_are_listed_by_name(tmp_path: Path) -> Non
     write_run(tmp_path / "some" / "one-seed1", Config(seed=1), "localsgd", [0.5])
     write_run(tmp_path / "some" / "one-seed2", Config(seed=2), "localsgd", [0.5])
     write_run(tmp_path / "some" / "other", Config(optimizer="lars", lr=0.7), "centralized", [0.5])
-    assert runs_by_cell(only(tmp_path)[0]) == {("one",): 2, ("other",): 1}
+    table = only(tmp_path)[0]
+    assert runs_by_cell(table) == {("one",): 2, ("other",): 1}
+    assert list(table.cells["expected"]) == [2, 1]  # runs without a study are all that were asked for
 
 
 def test_labels() -> None:
