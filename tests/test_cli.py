@@ -127,6 +127,10 @@ def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.Capture
             "local-epochs = 1: clients that hold more images take more steps than others",
         ),
         (
+            "grid --dataset synthetic --local-epochs 1 --partition linear --engine stacked --dry-run",
+            "local-epochs = 1: clients that hold more images take more steps than others",
+        ),
+        (
             "localsgd --dataset synthetic --results-dir {folder}/file/new --dry-run",
             "results-dir = {folder}/file/new cannot be written (Not a directory)",
         ),
