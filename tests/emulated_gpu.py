@@ -351,14 +351,27 @@ class Functions(TorchFunctionMode):
             return place(tensor.clone(), PINNED)
         if tensor is not None and name == "to":
             return self._convert(func, *args, **kwargs)
+        if name == "where" and tensor is not None and kind(tensor) == DEVICE and len(args) == 3:
+            args = tensor, *self._filled(*args[1:])
         if is_cuda(kwargs.get("device")):
-            kwargs["device"] = "cpu"
-            Functions.making = True
-            try:
-                return func(*args, **kwargs)
-            finally:
-                Functions.making = False
+            return self._made(func, *args, **{**kwargs, "device": "cpu"})
         return func(*args, **kwargs)
+
+    def _made(self, func: Any, *args: Any, **kwargs: Any) -> Any:
+        """A tensor that a function is asked to make on the device."""
+        Functions.making = True
+        try:
+            return func(*args, **kwargs)
+        finally:
+            Functions.making = False
+
+    def _filled(self, one: Any, other: Any) -> list[Tensor]:
+        """The operands of `where`: torch fills a tensor on the device with one that is a number."""
+        dtype = torch.result_type(one, other)
+        return [
+            value if isinstance(value, Tensor) else self._made(torch.scalar_tensor, value, dtype=dtype)
+            for value in (one, other)
+        ]
 
     def _convert(self, func: Any, tensor: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if args and isinstance(args[0], Tensor):

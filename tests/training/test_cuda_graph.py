@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from functools import partial
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
@@ -45,7 +44,6 @@ def rounds(
     config: Config,
     static: bool,
     capture: bool = False,
-    build: Callable[[Config, Mapping[str, Tensor]], Optimizer] = lambda config, named: build_optimizer(config, named),
     steps_in: Callable[[], contextlib.AbstractContextManager[None]] = contextlib.nullcontext,
 ) -> dict[str, Tensor]:
     """All that is left of three rounds, the last with a new optimizer's state: losses, weights, state.
@@ -56,7 +54,7 @@ def rounds(
     images = load_dataset(config).train
     model = build_model(config.model, config.synthetic_classes, 0, config.device, config.precision)
     named = dict(model.named_parameters())
-    optimizer, rule = build(config, named), build_rule(config, named)
+    optimizer, rule = build_optimizer(config, named), build_rule(config, named)
     simple = partial(run_steps, model, optimizer, images, BATCH, config.precision, rule)
     if static:
         steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture, rule=rule)
