@@ -517,13 +517,12 @@ def _check_run(config: Config, mode: Mode, engine: Engine, track: str) -> None:
     """Raise UserError if a run of `config` (resolved) cannot begin, without writing anything."""
     from fedsim.experiments.execute import check
     from fedsim.experiments.lengthen import open_run
-    from fedsim.experiments.sweep import check_engine, check_writable
+    from fedsim.experiments.sweep import check_writable
     from fedsim.experiments.track import check_tracker
     from fedsim.records import CONFIG, run_folder
 
     check_tracker(track, engine)
-    check(config, mode)
-    check_engine(config, mode, engine)
+    check(config, mode, engine)
     folder = run_folder(config, mode)
     check_writable(folder, folder.parent)
     if (folder / CONFIG).exists():

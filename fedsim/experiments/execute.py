@@ -63,9 +63,7 @@ def execute(
     log instead. `rerun` starts over. If another process runs it, this waits up to `patience` seconds and then raises
     RunInProgress. Input is checked before anything is written.
     """
-    check(config, mode)
-    if mode == "localsgd" and engine == "stacked" and config.clients_per_round > 1:
-        check_stackable(config)
+    check(config, mode, engine)
     if mode == "localsgd" and engine != "flower" and (rerun or not run_folder(config, mode).exists()):
         check_memory(config, verbose=False)
     run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)
@@ -89,8 +87,8 @@ def execute(
     return run
 
 
-def check(config: Config, mode: Mode) -> None:
-    """Raise UserError if the data is missing, or cannot be split into shards, batches and rounds as in `config`."""
+def check(config: Config, mode: Mode, engine: Engine) -> None:
+    """Raise UserError if a run of `config` (resolved) by `engine` cannot begin: its data, model or keys do not fit."""
     check_of_run(config)
     check_optimizer(config)
     images = len(load_dataset(config).train)
@@ -106,3 +104,5 @@ def check(config: Config, mode: Mode) -> None:
         check_partition(config)
         run_plan(config)
         check_strategy(config)
+        if engine == "stacked" and config.clients_per_round > 1:
+            check_stackable(config)

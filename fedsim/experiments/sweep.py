@@ -16,7 +16,7 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from fedsim.config import Config, Engine, Mode
+from fedsim.config import Config, Engine
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.experiments.execute import check, execute, resolve_run
 from fedsim.experiments.lengthen import open_run
@@ -24,7 +24,6 @@ from fedsim.experiments.progress import each, ends_after, status
 from fedsim.experiments.study import STORED, Cell, Study
 from fedsim.experiments.track import tracker
 from fedsim.records import Row, atomic_write, read_summary, run_folder
-from fedsim.training.stacked import check_stackable
 
 PLAIN: Any = {"soft_wrap": True, "highlight": False, "markup": False}  # for Console.print: print the line unchanged
 Failure = RunFailed | UserError | None  # why a cell failed, or None
@@ -126,17 +125,10 @@ def resolved_cell(cell: Cell, folder: Path, runner: Runner) -> Cell:
         config = cell.config.changed({"results-dir": str(folder)})
         config, engine = resolve_run(config, cell.mode, runner.engine, runner.here)
         here = config if runner.here else config.changed({"device": "cpu"})
-        check(here, cell.mode)
-        check_engine(here, cell.mode, engine)
+        check(here, cell.mode, engine)
     except UserError as error:
         raise UserError(f"{folder.name}/{cell.config.name}: {error}") from error
     return cell._replace(config=config)
-
-
-def check_engine(config: Config, mode: Mode, engine: Engine) -> None:
-    """Raise UserError if `engine` cannot train the clients of `config`."""
-    if mode == "localsgd" and engine == "stacked" and config.clients_per_round > 1:
-        check_stackable(config)
 
 
 @contextlib.contextmanager
