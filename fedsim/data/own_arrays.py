@@ -26,7 +26,7 @@ def read_npz(file: Path) -> Arrays:
         with file.open("rb") as opened, np.lib.npyio.NpzFile(opened) as held:
             arrays = {name: held[name] for name in held.files if name in NAMES}
     except zipfile.BadZipFile as error:
-        raise UserError(f"dataset = {file} is not a file of numpy.savez ({describe(error)}): write it anew") from error
+        raise UserError(f"dataset = {file} is not a file of numpy.savez ({describe(error)}): write it again") from error
     except Exception as error:  # NumPy does not document what a damaged file raises
         raise UserError(f"dataset = {file} cannot be read ({describe(error)}): give a file of numpy.savez") from error
     return checked(str(file), arrays)

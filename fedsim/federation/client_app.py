@@ -188,6 +188,7 @@ def _ended(config: Config, rounds: Sequence[Begun], ends: Sequence[End]) -> list
 
 
 def _ended_alone(config: Config, begun: Begun, end: End) -> Ended:
+    """What the `end` of one client led to; its values are not looked at."""
     received, state, weights = begun.received, with_prefix(OPTIMIZER, end.state), end.weights
     x = sections(begun.start.weights, received.buffers, {}).parameters
     extras = dict(state) if config.momentum_at_sync == "average" else {}
