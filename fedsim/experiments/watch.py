@@ -33,9 +33,9 @@ class Seen(NamedTuple):
 
 
 def watch(root: Path, console: Console) -> None:
-    """Show every run under `root`: elsewhere than in a terminal once, in one until none is in progress.
+    """Show every run under `root`: in a terminal until no run is in progress, in a pipe once.
 
-    That is when all are finished, or nothing has changed for a minute and no process holds a run.
+    No run is in progress if all are finished, or if none has changed for a minute and no process holds the lock of one.
     """
     if not root.is_dir():
         raise UserError(f"results = {root} is not a folder: give a folder of results, or of one study")
@@ -56,7 +56,7 @@ def watch(root: Path, console: Console) -> None:
 
 
 def lines_of(root: Path) -> tuple[list[str], bool]:
-    """A line for each study and run under `root`, unfinished runs last; and whether runs are missing and some go on."""
+    """A line for each study and run under `root`, unfinished runs last; and whether a run is still in progress."""
     folders: dict[Path, list[Seen]] = {}
     runs = [path.parent for path in sorted(root.rglob(CONFIG))]
     for run in runs:
@@ -74,7 +74,7 @@ def lines_of(root: Path) -> tuple[list[str], bool]:
 
 
 def _goes_on(folder: Path) -> bool:
-    """Whether the run has changed in the last minute, so that it or the next one may go on, or a process holds it."""
+    """Whether the run has changed in the last minute, or a process holds its lock."""
     changed = [path.stat().st_mtime for name in (CONFIG, ROWS, SUMMARY) if (path := folder / name).exists()]
     return time.time() - max(changed, default=0.0) < QUIET_SECONDS or is_locked(folder)
 

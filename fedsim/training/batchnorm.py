@@ -55,7 +55,7 @@ def reestimate(model: nn.Module, images: Images, crops: Tensor, precision: str =
     if parameter.device.type == "cpu":
         with thread_pool(parameter.device, threads=1) as pool:
             per_batch = list(pool.map(statistics, starts))
-    else:  # in this thread, whose convolution plans cuDNN remembers
+    else:  # in this thread, for which cuDNN keeps its convolution plans
         per_batch = list(map(statistics, starts))
     of_batches = zip(*per_batch, strict=True)
     means = iter([torch.stack(values).double().mean(0) for values in of_batches])
