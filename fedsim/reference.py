@@ -10,6 +10,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from fractions import Fraction
 from typing import Literal
 
 import torch
@@ -274,7 +275,7 @@ def adagrad(v: Tensor, square: Tensor, beta: float) -> Tensor:
 
 def topk(x: Tensor, ratio: float) -> Tensor:
     """The `ratio` of the values that is largest, at least one (Stich et al. 2018)."""
-    least = x.abs().flatten().sort().values[-max(1, int(x.numel() * ratio))]
+    least = x.abs().flatten().sort().values[-max(1, part_of(ratio, x.numel()))]
     return torch.where(x.abs() >= least, x, 0.0)
 
 
@@ -293,5 +294,10 @@ def sign(x: Tensor) -> Tensor:
 def trimmed_mean(values: Sequence[Tensor], weights: Sequence[float] | None, trim: float) -> Tensor:
     """Without the largest and smallest `trim` of each value; a `trim` of half is the median (Yin et al. 2018)."""
     ordered = torch.stack(list(values)).sort(0).values
-    dropped = min(int(trim * len(values)), (len(values) - 1) // 2)
+    dropped = min(part_of(trim, len(values)), (len(values) - 1) // 2)
     return ordered[dropped : len(values) - dropped].double().mean(0).to(values[0].dtype)
+
+
+def part_of(ratio: float, count: int) -> int:
+    """`ratio` of a `count`, rounded down; in decimal, where 0.29 of 100 is 29."""
+    return int(Fraction(str(ratio)) * count)

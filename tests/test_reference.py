@@ -35,7 +35,7 @@ ROUNDS, STEPS, WORKERS, BATCH = 3, 3, 3, 8
         {"optimizer": "lamb", "model": "lenet5"},
         {"model": "lenet5", "local-steps-schedule": "table", "local-steps-table": "0.5:1,0.7:4", "record-by": "epoch"},
         {"model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "outer": "slowmo"},
-        {"model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "error-feedback": False},
+        {"model": "lenet5", "compress": "topk", "compress-ratio": 0.29, "error-feedback": False},
         {
             "model": "lenet5",
             "compress": "topk",
