@@ -24,6 +24,7 @@ from fedsim.report.result_table import ResultTable
 from fedsim.report.tables import summarize
 
 LONGEST_LABEL = 14  # characters beside a point
+LABEL_PLACES = ((4, 3), (4, -12), (8, -4))  # of three series in turn, from the point, so that labels do not collide
 
 
 class XAxis(NamedTuple):
@@ -227,14 +228,20 @@ def _draw_points(panel: Axes, table: ResultTable, points: pd.DataFrame) -> None:
     middle = math.sqrt(points["sent"].min() * points["sent"].max()) if len(points) else 0.0
     one_place = points["sent"].nunique() == 1
     for number, column in enumerate(_ordered(table, points, "column")):
-        own, odd = points[points["column"] == column], number % 2 == 1
+        own, style = points[points["column"] == column], series_style(number)
         series = own.rename(columns={"sent": "x", "accuracy_percent": "mean"})
-        _draw_series(panel, series, column or "runs", {**series_style(number), "ls": ""})
+        _draw_series(panel, series, column or "runs", {**style, "ls": ""})
+        right, up = LABEL_PLACES[number % len(LABEL_PLACES)]
         for point in own[~own["baseline"]].itertuples():
-            at_left = odd if one_place else point.sent > middle
-            place = (-4 if at_left else 4, -12 if odd else 3)  # so that the labels of two columns do not collide
-            xy, side = (point.sent, point.accuracy_percent), "right" if at_left else "left"
-            panel.annotate(point.tick[:LONGEST_LABEL], xy, xytext=place, textcoords="offset points", ha=side)
+            at_left = number % 2 == 1 if one_place else point.sent > middle
+            panel.annotate(
+                point.tick[:LONGEST_LABEL],
+                (point.sent, point.accuracy_percent),
+                xytext=(-right if at_left else right, up),
+                textcoords="offset points",
+                ha="right" if at_left else "left",
+                color=style["color"],
+            )
 
 
 def _row_ticks(figure: Figure, panel: Axes, table: ResultTable, shown: pd.DataFrame) -> None:

@@ -91,10 +91,10 @@ def read_tables(root: Path) -> tuple[list[ResultTable], list[str]]:
 
 
 def label(axes: Sequence[str], coords: Sequence[Value]) -> str:
-    """Coordinates as text, for instance ``K = 4, J = 10``; strings such as ``lars`` without their key."""
-    named = zip(axes, coords, strict=True)
+    """Coordinates as text, for instance ``K = 4, J = 10``; strings such as ``lars`` without their key, but for none."""
     return ", ".join(
-        value if isinstance(value, str) else f"{SYMBOLS.get(axis, axis)} = {value}" for axis, value in named
+        value if isinstance(value, str) and value != "none" else f"{SYMBOLS.get(axis, axis)} = {value}"
+        for axis, value in zip(axes, coords, strict=True)
     )
 
 

@@ -109,6 +109,7 @@ def test_runs_that_differ_in_many_keys_are_listed_by_name(tmp_path: Path) -> Non
 def test_labels() -> None:
     assert label(("clients", "local-steps"), (4, 10)) == "K = 4, J = 10"
     assert label(("optimizer", "batch-size"), ("lars", 256)) == "lars, batch = 256"
+    assert label(("outer", "local-steps"), ("none", 16)) == "outer = none, J = 16"
 
 
 def test_every_cell_of_the_papers_tables_has_the_papers_value() -> None:
