@@ -84,8 +84,9 @@ def test_a_baseline_has_the_samples_and_the_rate_of_its_column() -> None:
                 assert baseline.batch_size == own.clients * own.batch_size
                 assert baseline.epochs == own.epochs
                 of_baseline = schedule_of(baseline, Fraction(50_000, baseline.batch_size), baseline.epochs)
-                assert run_plan(own).lr.peak == pytest.approx(of_baseline.peak)
-                assert of_baseline.peak == pytest.approx(0.01 * own.clients)
+                peak, peak_of_baseline = (max(map(lr, range(5000))) for lr in (run_plan(own).lr, of_baseline))
+                assert peak == pytest.approx(peak_of_baseline)
+                assert peak_of_baseline == pytest.approx(0.01 * own.clients)
 
 
 def test_table2_bn_differs_from_table2_in_the_batchnorm_alone() -> None:
@@ -96,7 +97,7 @@ def test_table2_bn_differs_from_table2_in_the_batchnorm_alone() -> None:
 
 def test_table1_scaled_scales_as_the_text_says() -> None:
     for cell in read_study("table1-scaled").cells([1]):
-        peak = schedule_of(cell.config, Fraction(10), 100).peak
+        peak = max(map(schedule_of(cell.config, Fraction(10), 100), range(1000)))
         ratio = cell.config.batch_size / 256
         assert peak == pytest.approx(0.01 * (ratio if cell.coords[0] == "linear" else ratio**0.5))
         assert (cell.config.warmup_epochs, cell.config.schedule) == (5.0, "cosine")
