@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -38,19 +38,6 @@ USED_BY = {  # key -> the optimizers that use it
     "lamb_clamp": ("lamb",),
     "lamb_adapt_undecayed": ("lamb",),
 }
-
-
-def parameter_groups(parameters: Sequence[Tensor], weight_decay: float, biases_and_norms: bool) -> Groups:
-    """One group with weight decay; without `biases_and_norms`, a second one without decay for 1-dim parameters.
-
-    In groups without decay LARS uses no trust ratio, by default here and always in torch-optimizer.
-    """
-    if biases_and_norms:
-        return [{"params": parameters, "weight_decay": weight_decay}]
-    return [
-        {"params": [p for p in parameters if p.ndim > 1], "weight_decay": weight_decay},
-        {"params": [p for p in parameters if p.ndim <= 1], "weight_decay": 0.0},
-    ]
 
 
 def _sgdm(groups: Groups, config: Config) -> Optimizer:
@@ -93,8 +80,14 @@ OPTIMIZERS: dict[str, Callable[[Groups, Config], Optimizer]] = {"sgdm": _sgdm, "
 
 
 def build_optimizer(config: Config, parameters: Named) -> Optimizer:
-    """The optimizer of `config` over `parameters`."""
-    every = parameter_groups(list(parameters.values()), config.weight_decay, config.decay_biases_and_norms)
+    """The optimizer of `config` over `parameters`.
+
+    One group has weight decay; without `decay-biases-and-norms`, 1-dim parameters are in a second one without it. In
+    groups without decay LARS uses no trust ratio, by default here and always in torch-optimizer.
+    """
+    decayed = [p for p in parameters.values() if config.decay_biases_and_norms or p.ndim > 1]
+    undecayed = [p for p in parameters.values() if not config.decay_biases_and_norms and p.ndim <= 1]
+    every = [{"params": decayed, "weight_decay": config.weight_decay}, {"params": undecayed, "weight_decay": 0.0}]
     groups = [group for group in every if group["params"]]
     if config.optimizer in OPTIMIZERS:
         return OPTIMIZERS[config.optimizer](groups, config)
