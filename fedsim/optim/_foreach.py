@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim.optim.torch_base import Optimizer
+from fedsim.optim.torch_optimizers import Optimizer
 
 Group = dict[str, Any]
 
 
-class LayerwiseOptimizer(Optimizer, ABC):
+class LayerwiseOptimizer(Optimizer):
     """The base of LARS and LAMB: a step updates all parameters of a group that share device and dtype together."""
 
     @torch.no_grad()
@@ -25,13 +24,13 @@ class LayerwiseOptimizer(Optimizer, ABC):
             with torch.enable_grad():
                 loss = closure()
         for group in self.param_groups:
-            for parameters in parameter_lists(group):
-                self._update(parameters, group)
+            for parameters, gradients in _with_gradients(group):
+                self._update(parameters, gradients, group)
         return loss
 
-    @abstractmethod
-    def _update(self, params: list[Tensor], group: Group) -> None:
-        """One step of `params`, each with a gradient, all on one device and of one dtype."""
+    def _update(self, params: list[Tensor], grads: list[Tensor], group: Group) -> None:
+        """One step of `params` with the gradients `grads`, all on one device and of one dtype."""
+        raise NotImplementedError
 
 
 def require_nonnegative(**arguments: float | Tensor) -> None:
@@ -41,21 +40,18 @@ def require_nonnegative(**arguments: float | Tensor) -> None:
             raise ValueError(f"invalid {name}: it must be at least 0, not {value}")
 
 
-def parameter_lists(group: Group) -> Iterable[list[Tensor]]:
-    """The parameters of `group` that have a gradient: a list for each device and dtype, as foreach ops require."""
-    lists: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+def _with_gradients(group: Group) -> Iterable[tuple[list[Tensor], list[Tensor]]]:
+    """The parameters of `group` that have a gradient, and their gradients, by device and dtype for foreach ops."""
+    lists: dict[tuple[torch.device, torch.dtype], tuple[list[Tensor], list[Tensor]]] = {}
     for parameter in group["params"]:
         if parameter.grad is None:
             continue
         if parameter.grad.is_sparse:
             raise RuntimeError("LARS and LAMB do not support sparse gradients")
-        lists.setdefault((parameter.device, parameter.dtype), []).append(parameter)
+        parameters, gradients = lists.setdefault((parameter.device, parameter.dtype), ([], []))
+        parameters.append(parameter)
+        gradients.append(parameter.grad)
     return lists.values()
-
-
-def gradients(parameters: list[Tensor]) -> list[Tensor]:
-    """The gradients of those `parameters` that have one."""
-    return [p.grad for p in parameters if p.grad is not None]
 
 
 def zeros_for(parameter: Tensor) -> Tensor:

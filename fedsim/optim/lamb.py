@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fedsim.optim._foreach import Group, LayerwiseOptimizer, gradients, norms, require_nonnegative, zeros_for
+from fedsim.optim._foreach import Group, LayerwiseOptimizer, norms, require_nonnegative, zeros_for
 
 BIAS_CORRECTIONS = ("none", "step-size", "moments")
 
@@ -90,14 +90,13 @@ class LAMB(LayerwiseOptimizer):
             if "step" in entries:
                 entries["step"] = torch.as_tensor(entries["step"], dtype=torch.float32, device=parameter.device)
 
-    def _update(self, params: list[Tensor], group: Group) -> None:
+    def _update(self, params: list[Tensor], grads: list[Tensor], group: Group) -> None:
         for p in params:
             if not self.state[p]:
                 step = torch.zeros((), dtype=torch.float32, device=p.device)
                 self.state[p].update(step=step, exp_avg=zeros_for(p), exp_avg_sq=zeros_for(p))
         steps, m, v = ([self.state[p][entry] for p in params] for entry in ("step", "exp_avg", "exp_avg_sq"))
         beta1, beta2 = group["betas"]
-        grads = gradients(params)
         torch._foreach_add_(steps, 1)
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(v, beta2)

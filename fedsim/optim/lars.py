@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from fedsim.optim._foreach import Group, LayerwiseOptimizer, gradients, norms, require_nonnegative, zeros_for
+from fedsim.optim._foreach import Group, LayerwiseOptimizer, norms, require_nonnegative, zeros_for
 
 
 class LARS(LayerwiseOptimizer):
@@ -77,8 +77,8 @@ class LARS(LayerwiseOptimizer):
         }
         super().__init__(params, defaults)
 
-    def _update(self, params: list[Tensor], group: Group) -> None:
-        directions = _directions(params, group)
+    def _update(self, params: list[Tensor], grads: list[Tensor], group: Group) -> None:
+        directions = _directions(params, grads, group)
         if group["momentum"] != 0:
             directions = self._with_momentum(params, directions, group)
         lr = group["lr"]
@@ -104,9 +104,8 @@ class LARS(LayerwiseOptimizer):
         return buffers
 
 
-def _directions(params: list[Tensor], group: Group) -> list[Tensor]:
+def _directions(params: list[Tensor], grads: list[Tensor], group: Group) -> list[Tensor]:
     """What is added to v, shaped like `params`: r (g + d w), times the rate with ``lr_in_momentum``."""
-    grads = gradients(params)
     inner_lr = group["lr"] if group["lr_in_momentum"] else None
     if group["weight_decay"] == 0 and not group["adapt_undecayed"]:
         return grads if inner_lr is None else list(torch._foreach_mul(grads, inner_lr))

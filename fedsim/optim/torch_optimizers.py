@@ -3,6 +3,10 @@
 Left out are those that cannot train every model here (LBFGS needs a closure, SparseAdam sparse gradients, Muon only
 matrices), Rprop, which reads its learning rate only once and so ignores the schedule, and ASGD, whose result is an
 average beside the parameters that it trains.
+
+Decorators of some methods of torch's `Optimizer` import torch's compiler, which fedsim does not use, at the first call.
+That takes a second in every new process, and on a node each message is a new process. The classes here have the methods
+without their decorators; the arithmetic is the same.
 """
 
 from __future__ import annotations
@@ -12,19 +16,31 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch.optim import Optimizer
-
-from fedsim.optim.torch_base import without_compiler
 
 Groups = list[dict[str, Any]]
 CLASSES = ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
-TORCH_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    name.lower(): without_compiler(getattr(torch.optim, name)) for name in CLASSES
-}
 OWN_KEYS = ("lr", "weight_decay")  # arguments that have keys of their own
 OF_THE_IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")  # not of the method
 NEW_STATE = {"mu_product": 1.0}  # of NAdam; every other entry of a state starts at zero
 NOT_ZERO = ("initial_accumulator_value", "dampening")  # of Adagrad and SGD: with them a new state is not all zero
+
+
+class Optimizer(torch.optim.Optimizer):
+    """`torch.optim.Optimizer`; subclasses define `step`."""
+
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+
+
+def _without_compiler(kind: type[torch.optim.Optimizer]) -> type[Optimizer]:
+    """A subclass of a `torch.optim` optimizer without the import of the compiler."""
+    step = torch.no_grad()(inspect.unwrap(kind.step))
+    return type(kind.__name__, (Optimizer, kind), {"step": step, "__doc__": f"`torch.optim.{kind.__name__}`."})
+
+
+TORCH_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
+    name.lower(): _without_compiler(getattr(torch.optim, name)) for name in CLASSES
+}
 
 
 def torch_optimizer(name: str, groups: Groups, lr: float, arguments: dict[str, Any]) -> Optimizer:
