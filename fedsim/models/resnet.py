@@ -8,25 +8,31 @@ from torch import Tensor, nn
 
 from fedsim.data.images import ImageShape
 
-NORMS: dict[str, Callable[[int], nn.Module]] = {
+Norm = Callable[[int], nn.Module]  # channels -> the layer
+NORMS: dict[str, Norm] = {
     "bn": nn.BatchNorm2d,
     # 32 groups as Wu and He 2018, or groups of two channels where there are fewer than 64
     "gn": lambda channels: nn.GroupNorm(min(32, channels // 2), channels),
 }
 
 
-class Block(nn.Module):
-    """Two 3x3 convolutions beside a shortcut, which is a 1x1 convolution where the shape changes."""
+def _shortcut(channels: int, width: int, stride: int, norm: Norm) -> nn.Module:
+    """The way around a block: the identity, or a 1x1 convolution where the shape changes."""
+    if stride == 1 and channels == width:
+        return nn.Identity()
+    return nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), norm(width))
 
-    def __init__(self, channels: int, width: int, stride: int, norm: Callable[[int], nn.Module]) -> None:
+
+class Block(nn.Module):
+    """Two 3x3 convolutions beside a shortcut."""
+
+    def __init__(self, channels: int, width: int, stride: int, norm: Norm) -> None:
         super().__init__()
         self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
         self.norm1 = norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
         self.norm2 = norm(width)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or channels != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), norm(width))
+        self.shortcut = _shortcut(channels, width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.norm1(self.conv1(x)).relu()
@@ -39,7 +45,7 @@ class CifarResNet(nn.Module):
     (B, C, H, W) images of any size -> (B, classes) logits; convolutions by He's initialisation.
     """
 
-    def __init__(self, blocks: int, classes: int, image: ImageShape, norm: Callable[[int], nn.Module]) -> None:
+    def __init__(self, blocks: int, classes: int, image: ImageShape, norm: Norm) -> None:
         super().__init__()
         self.conv = nn.Conv2d(image[0], 16, 3, padding=1, bias=False)
         self.norm = norm(16)
@@ -68,17 +74,13 @@ class PreActivationBlock(nn.Module):
     2016, "Identity Mappings in Deep Residual Networks"). The `first` block follows a norm and ReLU already.
     """
 
-    def __init__(
-        self, channels: int, width: int, stride: int, norm: Callable[[int], nn.Module], first: bool = False
-    ) -> None:
+    def __init__(self, channels: int, width: int, stride: int, norm: Norm, first: bool = False) -> None:
         super().__init__()
         self.before = nn.Identity() if first else nn.Sequential(norm(channels), nn.ReLU())
         self.conv1 = nn.Conv2d(channels, width, 3, stride, padding=1, bias=False)
         self.norm = norm(width)
         self.conv2 = nn.Conv2d(width, width, 3, padding=1, bias=False)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride > 1 or channels != width:
-            self.shortcut = nn.Sequential(nn.Conv2d(channels, width, 1, stride, bias=False), norm(width))
+        self.shortcut = _shortcut(channels, width, stride, norm)
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.conv2(self.norm(self.conv1(self.before(x))).relu())
