@@ -33,11 +33,6 @@ def test_parameters(name: str, classes: int, parameters: int) -> None:
     assert model.eval()(torch.zeros(2, 3, 32, 32)).shape == (2, classes)
 
 
-def test_an_unknown_model_names_the_known_ones() -> None:
-    with pytest.raises(UserError, match="unknown model resnet: it must be one of lenet-bn, lenet5, "):
-        build_model("resnet", 10, 0)
-
-
 def papers_lenet_bn(model: LeNetBN, x: Tensor) -> Tensor:
     """The paper's layers in the paper's order, without dropout."""
     h = F.max_pool2d(F.relu(model.bn1(F.conv2d(x, model.conv1.weight, model.conv1.bias, padding=2))), 2)
