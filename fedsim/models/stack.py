@@ -37,26 +37,21 @@ class CannotStack(ValueError):
 
 
 def stack(model: nn.Module, copies: int, by_products: bool = False) -> nn.Module:
-    """K `copies` of `model` with its values, as one network in training mode. Raises `CannotStack`.
+    """K `copies` of `model`, which `build_model` made, as one network in training mode. Raises `CannotStack`.
 
     If the model maps (B, C, ...) to (B, ...), the network maps (B, K * C, ...) to (K, B, ...). Parameters and buffers
-    have the same names, concatenated along the first dimension; scalars are shared. Convolutions run as one grouped
-    convolution or, with `by_products`, as one batched matrix product over patches.
+    have its names and values, concatenated along the first dimension; scalars are shared. Convolutions run as one
+    grouped convolution or, with `by_products`, as one batched matrix product over patches.
     """
     try:
         model = copy.deepcopy(model).train()
     except Exception as error:  # what the model holds may raise anything
         raise CannotStack(f"cannot stack {type(model).__name__}: it cannot be copied ({error})") from error
-    tied = dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys()
-    if tied:
-        raise CannotStack(f"cannot stack {', '.join(sorted(tied))}: a parameter that several layers share")
     network = _Stacker(model, copies, by_products).network()
     values = model.state_dict()
     if unused := values.keys() - network.state_dict().keys():
         raise CannotStack(f"cannot stack {', '.join(sorted(unused))}: no layer of the forward pass has it")
     network.load_state_dict({n: torch.cat([v] * copies) if v.ndim else v for n, v in values.items()}, assign=True)
-    for name, parameter in model.named_parameters():
-        network.get_parameter(name).requires_grad_(parameter.requires_grad)
     return network
 
 
