@@ -23,7 +23,6 @@ READ = 0.5  # neither 0 nor 1: optimizers divide by values, and by one less them
 class Operator(NamedTuple):
     """One call of an operator that launches kernels."""
 
-    name: str
     flop: float  # in convolutions and matrix products
     bytes: float  # each tensor read and written once
 
@@ -50,7 +49,7 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         if launches_kernel(func):
             count = flop_registry.get(func._overloadpacket)
             flop = count(*args, **kwargs, out_val=out) if count else 0
-            self.called.append(Operator(name_of(func), flop, bytes_moved(func, args, kwargs, out)))
+            self.called.append(Operator(flop, bytes_moved(func, args, kwargs, out)))
         return out
 
 
