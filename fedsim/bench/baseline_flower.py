@@ -11,44 +11,33 @@ import logging
 import time
 from typing import Any
 
-import torch
-import torch.nn.functional as F
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
-from torch.utils.data import DataLoader, Subset
 
-from fedsim.bench.baseline_torch import PilImages
+from fedsim.bench.baseline_torch import PilImages, PlainClient
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
-from fedsim.data.partition import shard
 from fedsim.models import build_model
 
-client = ClientApp()
+client_app = ClientApp()
 
 
-@client.train()
+@client_app.train()
 def train(message: Message, context: Context) -> Message:
     """J local steps on this client's shard."""
     sent = dict(message.content.config_records["config"])
     sent.pop("server-round")
     config = Config().changed(sent)
     data = load_dataset(config)
-    model = build_model(config.model, data.classes, config.seed).to(memory_format=torch.contiguous_format)
+    model = build_model(config.model, data.classes, config.seed)
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
-    model.to(config.device).train()
-    optimizer = torch.optim.SGD(model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay)
     images = PilImages(data.train.pixels(), data.train.labels.cpu())
-    own = shard(len(images), config.clients, int(context.node_config["partition-id"]), config.seed)
-    loader = DataLoader(Subset(images, own.tolist()), config.batch_size, shuffle=True)
-    for inputs, labels in itertools.islice(itertools.cycle(loader), config.local_steps):
-        optimizer.zero_grad()
-        loss = F.cross_entropy(model(inputs.to(config.device)), labels.to(config.device))
-        loss.backward()  # type: ignore[no-untyped-call]
-        optimizer.step()
-    metrics = MetricRecord({"num-examples": len(own), "train-loss": loss.item()})
+    client = PlainClient(config, model, images, int(context.node_config["partition-id"]))
+    losses = list(client.local_steps())
+    metrics = MetricRecord({"num-examples": client.samples, "train-loss": losses[-1].item()})
     return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
 
 
@@ -70,5 +59,5 @@ def tutorial_rounds(config: Config, rounds: int) -> list[float]:
         )
 
     share: Any = {"num_cpus": float(config.threads), "num_gpus": 0.0 if config.device == "cpu" else 1 / config.clients}
-    run_simulation(server, client, config.clients, backend_config={"client_resources": share})
+    run_simulation(server, client_app, config.clients, backend_config={"client_resources": share})
     return [end - begin for begin, end in itertools.pairwise(ends)][1:]
