@@ -13,8 +13,6 @@ certificates.
 from __future__ import annotations
 
 import getpass
-import json
-import os
 import re
 import shutil
 import sys
@@ -24,6 +22,8 @@ from dataclasses import dataclass
 from ipaddress import IPv6Address, ip_address
 from pathlib import Path
 from typing import NamedTuple
+
+import tomli_w
 
 from fedsim.deploy.certificates import (
     Authority,
@@ -145,12 +145,12 @@ def _scripts(federation: Federation, out: Path) -> Files:
         "NODE_OPTIONS": NODE_TLS if secure else "--insecure",
     }
     env = _filled("env.sh", {})
-    link = {"UNIT": "fedsim-superlink", "DESCRIPTION": "SuperLink of fedsim", "SCRIPT": "superlink.sh"}
+    unit = _unit(out / "superlink", "fedsim-superlink", "SuperLink of fedsim", "superlink.sh")
     files = {
         ".gitignore": File(b"*\n"),  # keys must not be committed
         "superlink/env.sh": File(env),
         "superlink/superlink.sh": File(_filled("superlink.sh", values), 0o755),
-        "superlink/fedsim-superlink.service": File(_unit(out / "superlink", link)),
+        "superlink/fedsim-superlink.service": File(unit),
         "client/env.sh": File(env + (_filled("here.sh", values) if secure else b"")),
         "client/config.toml": File(_connection(federation, out / "client" / "ca.crt")),
     }
@@ -159,19 +159,13 @@ def _scripts(federation: Federation, out: Path) -> Files:
     compose = _filled("compose.yaml", values)
     for node in range(federation.nodes):
         own = values | {"NODE": node, "OWN_PORT": federation.port + 1 + node}
-        files |= _node_scripts(f"nodes/{node}", own, out) | {f"nodes/{node}/env.sh": File(env)}
+        folder, name = f"nodes/{node}", f"fedsim-node-{node}"
+        unit = _unit(out / folder, name, f"SuperNode {node} of fedsim", "node.sh")
+        files[f"{folder}/env.sh"] = File(env)
+        files[f"{folder}/node.sh"] = File(_filled("node.sh", own), 0o755)
+        files[f"{folder}/{name}.service"] = File(unit)
         compose += _filled("compose-node.yaml", own)
     return files | {"compose.yaml": File(compose)}
-
-
-def _node_scripts(folder: str, values: Mapping[str, object], out: Path) -> Files:
-    """The script and the unit of one node."""
-    unit = f"fedsim-node-{values['NODE']}"
-    about = {"UNIT": unit, "DESCRIPTION": f"SuperNode {values['NODE']} of fedsim", "SCRIPT": "node.sh"}
-    return {
-        f"{folder}/node.sh": File(_filled("node.sh", values), 0o755),
-        f"{folder}/{unit}.service": File(_unit(out / folder, about)),
-    }
 
 
 def _secrets(federation: Federation, authority: Authority) -> Files:
@@ -203,20 +197,15 @@ def write_new(folder: Path, files: Files) -> None:
         part = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
         try:
             for name, file in files.items():
-                _write(part, Path(name), file)
+                for parent in reversed(Path(name).parents):
+                    (part / parent).mkdir(mode=0o700, exist_ok=True)
+                (part / name).touch(file.mode, exist_ok=False)
+                (part / name).write_bytes(file.content)
             part.rename(folder)
         finally:
             shutil.rmtree(part, ignore_errors=True)
     except OSError as error:
         raise UserError(f"out = {folder} cannot be written: {error.strerror}; give another -o") from error
-
-
-def _write(root: Path, name: Path, file: File) -> None:
-    for parent in reversed(name.parents):
-        (root / parent).mkdir(mode=0o700, exist_ok=True)
-    handle = os.open(root / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, file.mode)
-    with open(handle, "wb") as stream:
-        stream.write(file.content)
 
 
 def _filled(template: str, values: Mapping[str, object]) -> bytes:
@@ -225,20 +214,19 @@ def _filled(template: str, values: Mapping[str, object]) -> bytes:
     return re.sub(r"@(\w+)@", lambda found: str(values[found[1]]), text).encode()
 
 
-def _unit(folder: Path, about: Mapping[str, str]) -> bytes:
-    """A systemd unit, with % escaped everywhere and \\ and " within quotes."""
+def _unit(folder: Path, name: str, description: str, script: str) -> bytes:
+    """A systemd unit that runs a script in `folder`, with % escaped everywhere and \\ and " within quotes."""
     binaries = re.sub(r'[\\"]', r"\\\g<0>", str(Path(sys.executable).parent))
+    about = {"UNIT": name, "DESCRIPTION": description, "SCRIPT": script, "USER": getpass.getuser()}
     paths = {"FOLDER": str(folder).replace("%", "%%"), "BIN": binaries.replace("%", "%%")}
-    return _filled("unit.service", {**about, **paths, "USER": getpass.getuser()})
+    return _filled("unit.service", about | paths)
 
 
 def _connection(federation: Federation, certificate: Path) -> bytes:
     """Flower's config.toml, with the SuperLink under the name of the connection."""
-    # JSON strings are TOML strings if they do not escape characters beyond 16 bits
-    path = json.dumps(str(certificate), ensure_ascii=False)
-    trust = "insecure = true" if federation.insecure else f"root-certificates = {path}"
-    lines = ("[superlink]", f'default = "{federation.name}"', "", f"[superlink.{federation.name}]")
-    return "\n".join([*lines, f'address = "{federation.address}"', trust, ""]).encode()
+    trust = {"insecure": True} if federation.insecure else {"root-certificates": str(certificate)}
+    connection = {"address": federation.address, **trust}
+    return tomli_w.dumps({"superlink": {"default": federation.name, federation.name: connection}}).encode()
 
 
 def _bracketed(host: str) -> str:
