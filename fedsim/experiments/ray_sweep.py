@@ -97,7 +97,7 @@ class OnRay:
             ray.shutdown()
 
     def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
-        """Run `cells` in parallel; see `Runner`."""
+        """Run `cells` in parallel; see `OneByOne.run`."""
         tasks: dict[Future[Failure], Cell] = {}
         for cell in cells:
             try:

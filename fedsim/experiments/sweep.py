@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn
@@ -25,30 +25,12 @@ from fedsim.experiments.study import STORED, Cell, Study
 from fedsim.experiments.track import tracker
 from fedsim.records import Row, atomic_write, read_summary, run_folder
 
+if TYPE_CHECKING:
+    from fedsim.experiments.ray_sweep import OnRay
+
 PLAIN: Any = {"soft_wrap": True, "highlight": False, "markup": False}  # for Console.print: print the line unchanged
 Failure = RunFailed | UserError | None  # why a cell failed, or None
 Outcome = tuple[Cell, Failure]
-
-
-class Runner(Protocol):
-    """Runs cells: in this process (`OneByOne`) or on Ray (`OnRay`)."""
-
-    @property
-    def engine(self) -> Engine:
-        """The engine of each cell, or auto."""
-
-    @property
-    def here(self) -> bool:
-        """Whether cells run on this machine, which must then have their devices."""
-
-    def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
-        """Context manager, within which `cells` can be run."""
-
-    def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
-        """Run `cells`, even finished ones if `rerun`; yields the outcome of each cell when it ends.
-
-        A cell that another process is still running after `patience` seconds has the outcome RunInProgress.
-        """
 
 
 @dataclass(frozen=True)
@@ -57,12 +39,17 @@ class OneByOne:
 
     engine: Engine
     track: str = ""
-    here = True
+    here = True  # the cells run on this machine, which must have their devices
 
     def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
+        """Context manager, within which `cells` can be run."""
         return contextlib.nullcontext()
 
     def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
+        """Run `cells`, even finished ones if `rerun`; yields the outcome of each cell when it ends.
+
+        A cell that another process is still running after `patience` seconds has the outcome RunInProgress.
+        """
         for cell in cells:
             rounds, epochs = ends_after(cell.config, cell.mode)
             task = progress.add_task(cell.config.name, total=rounds, status="starting")
@@ -77,6 +64,9 @@ class OneByOne:
             finally:
                 progress.remove_task(task)
             yield cell, failure
+
+
+Runner: TypeAlias = "OneByOne | OnRay"
 
 
 def run_studies(
