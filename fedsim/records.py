@@ -44,7 +44,7 @@ PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *OUTPUTS)))})\.\d+"
 COSTS = ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
 DIGEST = 6  # characters, at the end of a default name
 LENGTH = ("epochs", "rounds")  # the keys by which a run can be lengthened
-MACHINE = ("device", "threads")  # keys that are not part of a default name
+MACHINE = ("device", "threads")  # keys that are not part of a default name; runs of one cell may differ in them
 
 
 class Run:

@@ -17,19 +17,15 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedsim.config import Config, Mode, Value, current_names
 from fedsim.errors import UserError
+from fedsim.records import CONFIG, MACHINE, ROWS, SUMMARY
 
-ROWS = "metrics.jsonl"
 LARGEST = 2**53  # integers up to this are exact as floats
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
 Quantity = Annotated[float, Field(ge=0, le=LARGEST)]
 Accuracy = Annotated[float, Field(ge=0, le=1)]
-KEYS = TypeAdapter(
-    dict[
-        str, bool | Annotated[int, Field(ge=-LARGEST, le=LARGEST)] | Annotated[float, Field(allow_inf_nan=False)] | str
-    ]
-)
+Integer = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
+KEYS = TypeAdapter(dict[str, bool | Integer | Annotated[float, Field(allow_inf_nan=False)] | str])
 REQUIRED_KEYS = ("mode", "seed", "optimizer", "batch-size")
-MACHINE_KEYS = ("device", "threads")  # runs of one cell may differ in these and in the seed
 SHOWN_LINES = 5  # line numbers in one warning
 
 T = TypeVar("T")
@@ -93,11 +89,11 @@ def read_records(root: Path) -> Records:
     warnings: list[str] = []
     runs: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
-    for path in sorted(root.rglob("config.json")):
+    for path in sorted(root.rglob(CONFIG)):
         config = _read(path, parse_config, warnings)
         if config is None:
             continue
-        summary = _read(path.with_name("summary.json"), Summary.model_validate_json, warnings)
+        summary = _read(path.with_name(SUMMARY), Summary.model_validate_json, warnings)
         content = _read(path.with_name(ROWS), bytes, warnings)
         digest = summary.sha256.get(ROWS) if summary and summary.finished else None
         if digest and content is not None and sha256(content).hexdigest() != digest:
@@ -107,7 +103,7 @@ def read_records(root: Path) -> Records:
         own = _parse_rows(path.with_name(ROWS), content or b"", warnings)
         rows += [{"run": len(runs), **row.model_dump()} for row in own]
         identity = json.dumps(cell_identity(config), sort_keys=True)
-        keys = {name: value for name, value in config.items() if name not in MACHINE_KEYS}
+        keys = {name: value for name, value in config.items() if name not in MACHINE}
         run = {"folder": path.parent, "run": printable(path.parent.name), "identity": identity}
         runs.append({**keys, **_outcome(summary, own), **run})
     columns = ["run", *Row.model_fields]
@@ -130,8 +126,8 @@ def parse_config(content: bytes) -> dict[str, Value]:
 
 
 def cell_identity(config: Mapping[str, Value]) -> dict[str, Value]:
-    """The part of a run's configuration, with its mode, that all runs of its cell share."""
-    return {name: value for name, value in config.items() if name not in ("seed", *MACHINE_KEYS)}
+    """The part of a run's configuration, with its mode, that all runs of its cell share: not the seed and machine."""
+    return {name: value for name, value in config.items() if name not in ("seed", *MACHINE)}
 
 
 def printable(text: str) -> str:
@@ -161,7 +157,7 @@ def _read(path: Path, parse: Callable[[bytes], T], warnings: list[str]) -> T | N
             raise UserError("not a file")
         return parse(path.read_bytes())
     except (OSError, ValueError) as error:
-        left_out = "the run is left out" if path.name == "config.json" else "it is ignored"
+        left_out = "the run is left out" if path.name == CONFIG else "it is ignored"
         warnings.append(f"{printable(str(path))}: {_reason(error)}; {left_out}")
         return None
 

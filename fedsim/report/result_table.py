@@ -14,6 +14,7 @@ import pandas as pd
 from fedsim.config import Config, Value
 from fedsim.errors import UserError
 from fedsim.experiments.study import LARGE_BATCH, STORED, Study, read_study, study_names
+from fedsim.records import CONFIG, differences
 from fedsim.report.load import Costs, Records, cell_identity, printable, read_records
 from fedsim.report.network import SUMMED_ON_THE_WAY, add_traffic
 from fedsim.report.paper_values import paper_value
@@ -72,7 +73,7 @@ def read_tables(root: Path) -> tuple[list[ResultTable], list[str]]:
     """The tables of all runs under `root`, and warnings. Raises UserError if there are no runs."""
     shown = printable(str(root))
     try:
-        if (root / "config.json").is_file():
+        if (root / CONFIG).is_file():
             raise UserError(f"{shown} is one run: give the folder that holds it")
         records = read_records(root)
     except OSError as error:
@@ -109,8 +110,7 @@ def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records) ->
     positions = {json.dumps(config, sort_keys=True): i for i, config in enumerate(configs.values())}
     found = runs["identity"].map(positions)
     described, others = runs[found.notna()].assign(cell=found.dropna().astype(int)), runs[found.isna()]
-    cells = _cells(study.axes, configs, study.compare)
-    tables = [_table(name, str(study.title), folder, study.axes, cells, len(study.seeds), described, records)]
+    tables = [_table(name, study.title, folder, study.axes, configs, described, records, study)]
     if others.empty:
         return tables
     names = ", ".join(others["run"])
@@ -134,9 +134,8 @@ def _inferred_table(name: str, title: str, folder: Path, runs: pd.DataFrame, rec
         coords = [tuple(config.get(axis, NOTHING) for axis in axes) for config in configs]
     found = dict(zip(coords, configs, strict=True))
     order = sorted(found, key=lambda values: [(isinstance(value, str), value) for value in values])
-    cells = _cells(axes, {values: found[values] for values in order})
     runs = runs.assign(cell=[order.index(values) for values in coords])
-    return _table(name, title, folder, axes, cells, 0, runs, records)  # nobody asked for more runs than there are
+    return _table(name, title, folder, axes, {values: found[values] for values in order}, runs, records)
 
 
 def _table(
@@ -144,12 +143,17 @@ def _table(
     title: str,
     folder: Path,
     axes: tuple[str, ...],
-    cells: pd.DataFrame,
-    seeds: int,
+    configs: dict[tuple[Value, ...], dict[str, Value]],
     runs: pd.DataFrame,
     records: Records,
+    study: Study | None = None,
 ) -> ResultTable:
-    """The table of `cells`, each of which should have at least `seeds` runs; `runs` have a column `cell`."""
+    """The table of the cells with these coordinates and `configs`; `runs` have a column `cell`.
+
+    Without a `study`, a cell is expected to have no more runs than it has.
+    """
+    compare, seeds = (study.compare, len(study.seeds)) if study else ("", 0)
+    cells = pd.DataFrame([_cell(axes, coords, config, compare) for coords, config in configs.items()])
     cells["expected"] = runs["cell"].value_counts().reindex(cells.index, fill_value=0).clip(lower=seeds)
     of_cell = ["clients", "workers", "baseline", "summed"]
     runs = runs.drop(columns="clients", errors="ignore").join(cells[of_cell], on="cell")
@@ -162,15 +166,8 @@ def _table(
     return ResultTable(name, printable(title), folder, axes, cells, add_traffic(runs), add_traffic(rows))
 
 
-def _cells(
-    axes: tuple[str, ...], configs: dict[tuple[Value, ...], dict[str, Value]], compare: str = ""
-) -> pd.DataFrame:
-    """The lines of `ResultTable.cells` without `expected`; `compare` names a table of the paper."""
-    return pd.DataFrame([_cell(axes, coords, config, compare) for coords, config in configs.items()])
-
-
 def _cell(axes: tuple[str, ...], coords: tuple[Value, ...], config: dict[str, Any], compare: str) -> dict[str, Any]:
-    """The line of a cell."""
+    """The line of `ResultTable.cells` of a cell, without `expected`; `compare` names a table of the paper."""
     across = 1 if len(axes) > 1 else 0
     baseline = coords[-1:] == (LARGE_BATCH,)
     clients, workers = 1, 1
@@ -224,9 +221,8 @@ def _warn_of_equal_names(records: Records) -> None:
     for run in records.runs.itertuples():
         other = first.setdefault((run.folder.parent.name, run.folder.name), run)
         one, two = json.loads(other.identity), json.loads(run.identity)
-        names = [name for name in one.keys() | two if one.get(name) != two.get(name)]
-        if names:
-            key = min(names)
+        if names := differences(one, two):
+            key = names[0]
             records.warnings.append(
                 f"{printable(str(other.folder))} and {printable(str(run.folder))} have one name and different "
                 f"configurations ({key} = {one.get(key)} and {two.get(key)}): both are shown"
