@@ -35,6 +35,7 @@ from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.provenance import provenance
 
 Row = dict[str, Any]
+OnRow = Callable[[Row], None]
 CHECKPOINT_VERSION = 3
 CONFIG, ROWS, MODEL, SUMMARY, LOCK = "config.json", "metrics.jsonl", "model.pt", "summary.json", ".lock"
 CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED = "checkpoint.pt", "checkpoint-before.pt", "checkpoint-refused.pt"
@@ -54,7 +55,7 @@ class Run:
         self,
         config: Config,
         mode: Mode,
-        on_row: Callable[[Row], None] | None = None,
+        on_row: OnRow | None = None,
         engine: str = "",
         lengthens: bool = False,
     ) -> None:
@@ -71,7 +72,8 @@ class Run:
         self.tested_on = "validation" if config.validation else "test"
         self.on_row = on_row or (lambda row: None)
         self._identity = {"mode": mode, **config.identity(mode)}
-        self._open(config)
+        with writable(config.results_dir):
+            self._create_folder()
         self.rows: list[Row] = []
         self._rows_sha256 = hashlib.sha256()  # of metrics.jsonl, as this process knows it
         self._rows_bytes = 0
@@ -222,18 +224,14 @@ class Run:
             for name in OUTPUTS:
                 (self.folder / name).unlink(missing_ok=True)
 
-    def _open(self, config: Config) -> None:
+    def _create_folder(self) -> None:
         """Check the folder, or create it with its configuration."""
-        try:
+        if self._check_folder():
+            return
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with self._locked_file():  # another process may create it at the same time
             if not self._check_folder():
-                self.folder.mkdir(parents=True, exist_ok=True)
-                with self._locked_file():  # another process may create it at the same time
-                    if not self._check_folder():
-                        _write_json(self.folder / CONFIG, self._identity)
-        except OSError as error:
-            raise UserError(
-                f"results-dir = {config.results_dir} cannot be written ({error.strerror}): give another --results-dir"
-            ) from error
+                _write_json(self.folder / CONFIG, self._identity)
 
     def _locked_file(self, patience: float = 0.0) -> TextIO:
         """The lock file, locked until it is closed. Partial files of killed processes are removed."""
@@ -482,6 +480,17 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 @contextlib.contextmanager
+def writable(results_dir: Path | str) -> Iterator[None]:
+    """Context manager: an OSError becomes a UserError that names `results_dir`."""
+    try:
+        yield
+    except OSError as error:
+        raise UserError(
+            f"results-dir = {results_dir} cannot be written ({error.strerror}): give another --results-dir"
+        ) from error
+
+
+@contextlib.contextmanager
 def atomic_write(path: Path) -> Iterator[BinaryIO]:
     """Context manager: a file that appears as `path` only when all of it is on disk."""
     part = path.with_name(f".{path.name}.{os.getpid()}")
@@ -563,14 +572,15 @@ def print_row(row: Row) -> None:
     tested = ""
     if row["test_accuracy"] is not None:
         split = "test" if row["tested_on"] == "test" else "val"
-        tested = f"{split} {_loss(row['test_loss'])} {row['test_accuracy']:6.2%}"
+        tested = f"{split} {loss_text(row['test_loss'])} {row['test_accuracy']:6.2%}"
     seconds = f"{row['seconds']:.{1 if row['seconds'] < 1000 else 0}f}"
     print(
-        f"round {row['round']:>6}  epoch {row['epoch']:6.2f}  lr {row['lr']:.5f}  train {_loss(row['train_loss'])}  "
-        f"{tested:17}  {seconds:>5} s",
+        f"round {row['round']:>6}  epoch {row['epoch']:6.2f}  lr {row['lr']:.5f}  "
+        f"train {loss_text(row['train_loss'])}  {tested:17}  {seconds:>5} s",
         flush=True,
     )
 
 
-def _loss(value: float | None) -> str:
+def loss_text(value: float | None) -> str:
+    """A loss in five characters, or more for a large one."""
     return "  nan" if value is None else f"{value:.3f}"

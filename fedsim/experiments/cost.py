@@ -19,7 +19,7 @@ from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.compress import codec_of
 from fedsim.federation.round import initial_progress
 from fedsim.models import cpu_model, initial_model
-from fedsim.records import CONFIG, read_config, read_summary, run_folder
+from fedsim.records import CONFIG, read_config, read_summary
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 from strategies import join, payload_bytes, split, tensor_record, tensors_of
@@ -127,24 +127,24 @@ class Pace:
 def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
     """A line on the cost of each of `cells` (resolved), and one on all that are not finished yet."""
     total, most = 0.0, max((len(cell.config.name) for cell in cells), default=0)
-    for name, mode, config in ((cell.config.name, cell.mode, cell.config) for cell in cells):
-        run, state = cost(config, mode), _state(config, mode)
+    for cell in cells:
+        _, mode, config = cell
+        run, state = cost(config, mode), _state(cell)
         seconds = pace.seconds(config, run.images)
         total += seconds if state != "finished" else 0.0
         parts = [f"{run.local_steps:,} local steps", f"{run.images:,.0f} images"]
         if mode == "localsgd":
             up, down = traffic(config)
             parts = [f"{run.syncs:,} rounds", *parts, f"{up / 1e6:,.1f} MB up", f"{down / 1e6:,.1f} MB down"]
-        yield f"{name:{most}}  {state}: {', '.join(parts)}, {_duration(seconds)}"
+        yield f"{config.name:{most}}  {state}: {', '.join(parts)}, {_duration(seconds)}"
     yield f"{len(cells)} run{'s' * (len(cells) > 1)}, not finished ones take {_duration(total)} ({pace})"
 
 
-def _state(config: Config, mode: Mode) -> str:
-    """Whether a run is new, begun or finished; raises UserError if its folder holds another run."""
-    folder = run_folder(config, mode)
-    if not (folder / CONFIG).exists():
+def _state(cell: Cell) -> str:
+    """Whether a cell is new, begun or finished; raises UserError if its folder holds another run."""
+    if not (cell.folder / CONFIG).exists():
         return "new"
-    return "finished" if open_run(config, mode).finished else "begun"
+    return "finished" if open_run(cell.config, cell.mode).finished else "begun"
 
 
 def _duration(seconds: float) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 from fedsim.config import Config, Engine, Mode, cpu_count, engine_named
@@ -21,7 +21,7 @@ from fedsim.federation.server_app import train_localsgd
 from fedsim.federation.strategy import check_strategy
 from fedsim.models import check_model, check_one_image
 from fedsim.optim import check_optimizer
-from fedsim.records import Row, Run, config_of_run, run_folder
+from fedsim.records import OnRow, Run, config_of_run, run_folder
 from fedsim.training.centralized import train_centralized, whole_epochs
 from fedsim.training.engine import choose_engine
 from fedsim.training.run_plan import run_plan
@@ -53,7 +53,7 @@ def execute(
     config: Config,
     mode: Mode,
     engine: Engine = "threads",
-    on_row: Callable[[Row], None] | None = None,
+    on_row: OnRow | None = None,
     rerun: bool = False,
     patience: float = 0.0,
 ) -> Run:

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 from fedsim.config import Config, Mode
 from fedsim.errors import UserError
 from fedsim.federation.strategy import check_strategy
-from fedsim.records import CONFIG, LENGTH, Row, Run, differences, read_config, read_summary, run_folder
+from fedsim.records import CONFIG, LENGTH, OnRow, Run, differences, read_config, read_summary, run_folder
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 
 
-def open_run(config: Config, mode: Mode, on_row: Callable[[Row], None] | None = None, engine: str = "") -> Run:
+def open_run(config: Config, mode: Mode, on_row: OnRow | None = None, engine: str = "") -> Run:
     """The run of `config` (resolved), even if its folder holds a shorter run, which is then continued.
 
     Its model will be bit for bit that of a run that had this length from the start; it may have one more row, where the

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from datetime import timedelta
 
 from rich.console import Console
@@ -13,11 +13,9 @@ from rich.table import Column
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import training_images
-from fedsim.records import Row, print_row
+from fedsim.records import OnRow, Row, loss_text, print_row
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
-
-OnRow = Callable[[Row], None]
 
 
 def each(*functions: OnRow) -> OnRow:
@@ -47,10 +45,9 @@ def status(
     The speed is measured from the row `before`, or else from the start; without `epochs` it is left out. `accuracy` is
     shown if `row` has no test.
     """
-    loss = "  nan" if row["train_loss"] is None else f"{row['train_loss']:.3f}"
     tested = row["test_accuracy"] if row["test_accuracy"] is not None else accuracy
     split = "test" if row["tested_on"] == "test" else "val"
-    parts = [f"loss {loss}", f"{split} {tested:6.2%}" if tested is not None else " " * 11]
+    parts = [f"loss {loss_text(row['train_loss'])}", f"{split} {tested:6.2%}" if tested is not None else " " * 11]
     since = before or {"epoch": 0.0, "seconds": 0.0}
     done, seconds = row["epoch"] - since["epoch"], row["seconds"] - since["seconds"]
     if epochs is not None and done > 0 and seconds > 0:

@@ -36,7 +36,7 @@ from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
 from fedsim.experiments.track import check_tracker, tracker
 from fedsim.provenance import origin
-from fedsim.records import read_summary, run_folder
+from fedsim.records import CONFIG, read_summary
 
 CODE_FOLDERS = [str(Path(package.__file__).parent) for package in (fedsim, strategies) if package.__file__]
 CODE = hashlib.sha256(  # read at import: the files may change while the command runs
@@ -149,7 +149,7 @@ def _run_cell(cell: Cell, engine: Engine, track: str, cpus: float, code: str) ->
         raise UserError(
             f"the fedsim in {CODE_FOLDERS[0]} on {here} differs from this command's: use the same commit on both"
         )
-    if not (run_folder(config, mode) / "config.json").exists():
+    if not (cell.folder / CONFIG).exists():
         raise UserError(
             f"results-dir = {config.results_dir} on {here} is another folder: give one that all nodes share"
         )
@@ -157,7 +157,7 @@ def _run_cell(cell: Cell, engine: Engine, track: str, cpus: float, code: str) ->
     try:
         config, engine = resolve_run(config, mode, engine)
         check_tracker(track, engine)  # it may be missing on this node
-        with tracker(track, run_folder(config, mode)) as on_row:
+        with tracker(track, cell.folder) as on_row:
             execute(config, mode, engine, on_row, patience=LOCK_SECONDS)
     except (RunFailed, UserError) as error:
         return error
@@ -174,7 +174,7 @@ def _failure(task: Future[Failure], cell: Cell) -> Failure:
         raise
     except RayError as error:
         return RunFailed(f"its process died {MAX_RESTARTS + 1} times ({str(error).strip().splitlines()[0]})")
-    if not failure and not _visible(run_folder(cell.config, cell.mode)):
+    if not failure and not _visible(cell.folder):
         return RunFailed(
             f"its records are not in results-dir = {cell.config.results_dir}: give a folder that all nodes share"
         )

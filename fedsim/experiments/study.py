@@ -44,7 +44,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fedsim.config import KINDS, Config, Mode, Value, current_names, typed
 from fedsim.errors import UserError
-from fedsim.records import default_name, older_folders
+from fedsim.records import default_name, older_folders, run_folder
 from fedsim.training.run_plan import run_plan
 
 FOLDER = Path(__file__).parents[1] / "studies"
@@ -67,6 +67,11 @@ class Cell(NamedTuple):
     def name(self) -> str:
         """The name of the run without its seed."""
         return self.config.name.rpartition("-seed")[0]
+
+    @property
+    def folder(self) -> Path:
+        """The folder of the run."""
+        return run_folder(self.config, self.mode)
 
 
 def _settings(settings: dict[str, Any]) -> dict[str, Any]:

@@ -6,7 +6,7 @@ import contextlib
 import errno
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,7 +23,7 @@ from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.progress import each, ends_after, status
 from fedsim.experiments.study import STORED, Cell, Study
 from fedsim.experiments.track import tracker
-from fedsim.records import Row, atomic_write, read_summary, run_folder
+from fedsim.records import OnRow, atomic_write, read_summary, writable
 
 if TYPE_CHECKING:
     from fedsim.experiments.ray_sweep import OnRay
@@ -56,7 +56,7 @@ class OneByOne:
             failure: Failure = None
             try:
                 config, engine = resolve_run(cell.config, cell.mode, self.engine)
-                with tracker(self.track, run_folder(config, cell.mode)) as track:
+                with tracker(self.track, cell.folder) as track:
                     shown = _advance(progress, task, config, epochs)
                     execute(config, cell.mode, engine, each(shown, track), rerun, patience)
             except (RunFailed, UserError) as error:
@@ -99,7 +99,7 @@ def check_folders(cells: Sequence[Cell], results: Path) -> None:
     """Raise UserError if the folder of one of `cells` (resolved) in `results` holds another configuration."""
     with writable(results):
         for cell in cells:
-            if run_folder(cell.config, cell.mode).exists():
+            if cell.folder.exists():
                 open_run(cell.config, cell.mode)
 
 
@@ -119,17 +119,6 @@ def resolved_cell(cell: Cell, folder: Path, runner: Runner) -> Cell:
     except UserError as error:
         raise UserError(f"{folder.name}/{cell.config.name}: {error}") from error
     return cell._replace(config=config)
-
-
-@contextlib.contextmanager
-def writable(results: Path) -> Iterator[None]:
-    """Context manager: an OSError becomes a UserError that names `results`."""
-    try:
-        yield
-    except OSError as error:
-        raise UserError(
-            f"results-dir = {results} cannot be written ({error.strerror}): give another --results-dir"
-        ) from error
 
 
 def check_writable(folder: Path, results: Path) -> None:
@@ -182,12 +171,12 @@ def label(cell: Cell) -> str:
 
 def _outcome(cell: Cell) -> str:
     """The last accuracy of a cell that has ended, and its time."""
-    summary = read_summary(run_folder(cell.config, cell.mode))
+    summary = read_summary(cell.folder)
     if summary is None or summary["final_test_accuracy"] is None:
         return "stopped"
     state = "" if summary["finished"] else "stopped at "
     return f"{state}{summary['tested_on']} {summary['final_test_accuracy']:.2%}  {summary['seconds']:.1f} s"
 
 
-def _advance(progress: Progress, task: TaskID, config: Config, epochs: float) -> Callable[[Row], None]:
+def _advance(progress: Progress, task: TaskID, config: Config, epochs: float) -> OnRow:
     return lambda row: progress.update(task, completed=row["round"], status=status(row, config, epochs))

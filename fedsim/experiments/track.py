@@ -9,8 +9,7 @@ from pathlib import Path
 
 from fedsim.config import Engine
 from fedsim.errors import UserError
-from fedsim.experiments.progress import OnRow
-from fedsim.records import Row
+from fedsim.records import OnRow, Row
 
 TRACKERS = ("", "tensorboard")
 TRACKED = ("train_loss", "test_loss", "test_accuracy", "lr", "epoch", "bytes_up", "bytes_down", "seconds")

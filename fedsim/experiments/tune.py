@@ -14,7 +14,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +34,14 @@ from fedsim.experiments.sweep import (
     resolved_cell,
     run_cells,
     run_studies,
-    writable,
 )
-from fedsim.records import CONFIG, atomic_write, read_rows, read_summary, run_folder
+from fedsim.records import CONFIG, atomic_write, read_rows, read_summary, writable
 
 STAGES = (0.25, 0.5)  # parts of a trial, after which hopeless ones are stopped
 TRIALS = "tuning.csv"  # in the folder of the study
 
 
-@dataclass(frozen=True)
+@dataclass
 class Trial:
     """A run that tries `keys` for the cells of the study that are named `of`, whatever their seed.
 
@@ -117,8 +116,9 @@ def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rer
             console.print(f"{study.name}: to {part:.0%} of each trial, {len(running)} left", **PLAIN)
             failed = run_cells([_up_to(part, trial.cell) for trial in running], runner, rerun, console)
             rerun = False
-            trials = [t if t.outcome else _judged(t, running, failed, part, study.tune) for t in trials]
-    trials = _with_choice(trials)
+            for trial in running:
+                trial.outcome = _judged(trial, running, failed, part, study.tune)
+    _choose(trials)
     chosen = {trial.of: trial.keys for trial in trials if trial.outcome == "chosen"}
     for name in dict.fromkeys(trial.of for trial in trials):
         console.print(_summary(name, [trial for trial in trials if trial.of == name], study.tune), **PLAIN)
@@ -128,8 +128,10 @@ def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rer
 
 def resolved_trials(study: Study, cells: Sequence[Cell], results: Path, runner: Runner) -> list[Trial]:
     """The trials for `cells`, with their cells resolved; raises UserError if one cannot run."""
-    folder = results / f"{study.name}{TUNING}"
-    return [replace(trial, cell=resolved_cell(trial.cell, folder, runner)) for trial in trials_of(study, cells)]
+    trials = trials_of(study, cells)
+    for trial in trials:
+        trial.cell = resolved_cell(trial.cell, results / f"{study.name}{TUNING}", runner)
+    return trials
 
 
 def trials_of(study: Study, cells: Sequence[Cell]) -> list[Trial]:
@@ -175,45 +177,41 @@ def _epochs(part: float, cell: Cell) -> float:
     return float(max(1, math.floor(part * ends_after(cell.config, cell.mode)[1])))
 
 
-def _judged(trial: Trial, running: Sequence[Trial], failed: Sequence[str], part: float, tune: Tune) -> Trial:
-    """`trial`, with an outcome if it failed, or if it is hopeless compared with the trials `running` for its cell."""
+def _judged(trial: Trial, running: Sequence[Trial], failed: Sequence[str], part: float, tune: Tune) -> str:
+    """The outcome of `trial` if it failed, or is hopeless compared with the trials `running` for its cell, or ""."""
     if label(trial.cell) in failed:
-        return replace(trial, outcome="failed")
+        return "failed"
     own = _best(trial, part)
     others = [best for other in running if other.of == trial.of and (best := _best(other, part)) is not None]
     hopeless = part < 1 and own is not None and own < tune.stop_below * max(others)
-    return replace(trial, outcome="stopped early") if hopeless else trial
+    return "stopped early" if hopeless else ""
 
 
 def _best(trial: Trial, part: float) -> float | None:
     """The best accuracy in the first part of a trial, even if it has trained on since; None before the first test."""
     limit = _epochs(part, trial.cell)
-    tests = [row["test_accuracy"] for row in read_rows(_folder(trial)) if row["epoch"] <= limit]
+    tests = [row["test_accuracy"] for row in read_rows(trial.cell.folder) if row["epoch"] <= limit]
     return max((accuracy for accuracy in tests if accuracy is not None), default=None)
 
 
 def _accuracy(trial: Trial) -> float | None:
     """The accuracy at the end of a trial; None if it is not finished."""
-    summary = read_summary(_folder(trial))
+    summary = read_summary(trial.cell.folder)
     return summary["final_test_accuracy"] if summary and summary["finished"] else None
 
 
-def _folder(trial: Trial) -> Path:
-    return run_folder(trial.cell.config, trial.cell.mode)
-
-
-def _with_choice(trials: Sequence[Trial]) -> list[Trial]:
-    """`trials` with all outcomes set; raises RunFailed if every trial of a cell failed or was stopped."""
+def _choose(trials: Sequence[Trial]) -> None:
+    """Set the outcomes of the trials that ended; raises RunFailed if every trial of a cell failed or was stopped."""
     ended: dict[str, list[Trial]] = {trial.of: [] for trial in trials}
     for trial in trials:
         if not trial.outcome:
             ended[trial.of].append(trial)
     if without := [name for name, own in ended.items() if not own]:
         raise RunFailed(f"tune: no trial of {', '.join(without)} came to its end: give smaller rates in tune grid")
-    best = {
-        name: max(own, key=lambda trial: _accuracy(trial) or 0.0) for name, own in ended.items()
-    }  # the first of equal
-    return [replace(t, outcome=t.outcome or ("chosen" if best[t.of] is t else "tried")) for t in trials]
+    for own in ended.values():
+        best = max(own, key=lambda trial: _accuracy(trial) or 0.0)  # the first of equal ones
+        for trial in own:
+            trial.outcome = "chosen" if trial is best else "tried"
 
 
 def _summary(name: str, trials: Sequence[Trial], tune: Tune) -> str:
@@ -255,7 +253,7 @@ def _stored(study: Study, chosen: dict[str, dict[str, Value]], trials: Sequence[
 
 
 def _line(trial: Trial) -> dict[str, Any]:
-    rows = [row for row in read_rows(_folder(trial)) if row["test_accuracy"] is not None]
+    rows = [row for row in read_rows(trial.cell.folder) if row["test_accuracy"] is not None]
     last = rows[-1] if rows else {"epoch": 0.0, "test_accuracy": ""}
     reached = {"epochs": last["epoch"], "validation_accuracy": last["test_accuracy"]}
     return {"cell": trial.of, **trial.keys, **reached, "outcome": trial.outcome}
