@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from fedsim.registry import is_function
 from fedsim.rng import generator
 
 SPLITS = ("train", "test")
+Split = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (N, H, W, C) images and (N,) labels
 STORED = ("train-words", "train-labels", "test-words", "test-labels")  # of a data set in the cache
 SYNTHETIC = (32, 32, 3), ((0.5,) * 3, (0.21,) * 3)  # shape of its images, and their moments
 
@@ -48,14 +49,9 @@ def load_dataset(config: Config, verify: bool = True) -> Dataset:
     if verify:
         verify_cache(config)
     image_shape(config)
-    format_args = (moments_of(config), config.device, config.crop_padding, config.crop_size)
-    read: Callable[..., Dataset]
-    key: tuple[Any, ...]
-    if config.dataset == "synthetic":
-        read, key = _synthetic, (config.synthetic_classes, config.synthetic_images, *format_args)
-    else:
-        read, key = _stored, (config.dataset, _folder(config), facts_of(config).classes, *format_args)
-    return _hold_out(read, key, config.validation, config.seed) if config.validation else read(*key)
+    facts = replace(facts_of(config), moments=moments_of(config))
+    key = (config.dataset, _folder(config), facts, config.device, config.crop_padding, config.crop_size)
+    return _hold_out(key, config.validation, config.seed) if config.validation else _whole(*key)
 
 
 def training_images(config: Config) -> int:
@@ -126,8 +122,8 @@ def absolute_data_dir(config: Config) -> str:
 
 
 def _folder(config: Config) -> str:
-    """The data folder; "" for a function, which finds its data itself."""
-    return "" if is_function(config.dataset) else str(data_folder(config))
+    """The data folder; "" for a data set without files."""
+    return "" if config.dataset == "synthetic" or is_function(config.dataset) else str(data_folder(config))
 
 
 def files_of(dataset: str, folder: str) -> list[Path]:
@@ -145,31 +141,35 @@ def files_of(dataset: str, folder: str) -> list[Path]:
 
 def verify_cache(config: Config) -> None:
     """Check the decoded images in the cache, once per process (0.4 s); damaged ones are removed and decoded again."""
-    if config.dataset != "synthetic" and not is_function(config.dataset):
-        _verify(config.dataset, _folder(config), config.crop_padding)
+    if folder := _folder(config):
+        _verify(config.dataset, folder, config.crop_padding)
 
 
 @functools.lru_cache(maxsize=8)
 def _verify(dataset: str, folder: str, padding: int) -> None:
     if discard_damaged(files_of(dataset, folder), padding):
-        for read in (_stored, _hold_out, _own_facts):
+        for read in (_whole, _hold_out, _own_facts):
             read.cache_clear()
 
 
 @functools.lru_cache(maxsize=1)  # a split is a copy of the images
-def _hold_out(read: Callable[..., Dataset], key: tuple[Any, ...], count: int, seed: int) -> Dataset:
-    whole = read(*key)
+def _hold_out(key: tuple[Any, ...], count: int, seed: int) -> Dataset:
+    whole = _whole(*key)
     order = generator(seed, 0, 0, "validation").permutation(len(whole.train))
     return Dataset(whole.train.subset(order[count:]), whole.train.subset(order[:count]), whole.classes)
 
 
 @functools.lru_cache(maxsize=2)
-def _stored(dataset: str, folder: str, classes: int, moments: Moments, device: str, padding: int, crop: int) -> Dataset:
-    arrays = _arrays(dataset, folder, padding)
+def _whole(dataset: str, folder: str, facts: Facts, device: str, padding: int, crop: int) -> Dataset:
+    if dataset == "synthetic":
+        arrays = _with_border(_synthetic(facts.classes, facts.images), padding)
+    else:
+        arrays = _arrays(dataset, folder, padding)
     train, test = (
-        Images(arrays[f"{split}-words"], arrays[f"{split}-labels"], moments, device, padding, crop) for split in SPLITS
+        Images(arrays[f"{split}-words"], arrays[f"{split}-labels"], facts.moments, device, padding, crop)
+        for split in SPLITS
     )
-    return Dataset(train, test, classes)
+    return Dataset(train, test, facts.classes)
 
 
 def _arrays(dataset: str, folder: str, padding: int) -> Arrays:
@@ -178,16 +178,9 @@ def _arrays(dataset: str, folder: str, padding: int) -> Arrays:
         return _of_function(dataset, padding)
     files = files_of(dataset, folder)
     if dataset in OFFICIAL:
-        return cached(files, STORED, lambda: _decoded(dataset, Path(folder), padding), padding)
+        splits = (read_official(dataset, Path(folder), train) for train in (True, False))
+        return cached(files, STORED, lambda: _with_border(splits, padding), padding)
     return cached(files, (*STORED, "moments"), lambda: _with_moments(read_npz(files[0]), padding), padding)
-
-
-def _decoded(dataset: str, folder: Path, padding: int) -> Arrays:
-    arrays: Arrays = {}
-    for split in SPLITS:
-        images, arrays[f"{split}-labels"] = read_official(dataset, folder, train=split == "train")
-        arrays[f"{split}-words"] = bordered(images, padding)
-    return arrays
 
 
 @functools.lru_cache(maxsize=2)
@@ -196,21 +189,25 @@ def _of_function(dataset: str, padding: int) -> Arrays:
 
 
 def _with_moments(own: Arrays, padding: int) -> Arrays:
-    arrays: Arrays = {"moments": np.array(moments_of_images(own["train_images"]))}
-    for split in SPLITS:
-        arrays[f"{split}-words"] = bordered(own[f"{split}_images"], padding)
-        arrays[f"{split}-labels"] = own[f"{split}_labels"]
+    moments = np.array(moments_of_images(own["train_images"]))
+    splits = ((own[f"{split}_images"], own[f"{split}_labels"]) for split in SPLITS)
+    return {"moments": moments, **_with_border(splits, padding)}
+
+
+def _with_border(splits: Iterable[Split], padding: int) -> Arrays:
+    """The arrays `STORED` of both splits."""
+    arrays: Arrays = {}
+    for name, (pixels, labels) in zip(SPLITS, splits, strict=True):
+        arrays[f"{name}-words"], arrays[f"{name}-labels"] = bordered(pixels, padding), labels
     return arrays
 
 
-@functools.lru_cache(maxsize=2)
-def _synthetic(classes: int, images: int, moments: Moments, device: str, padding: int, crop: int) -> Dataset:
+def _synthetic(classes: int, images: int) -> Iterator[Split]:
     """A learnable set: each class is a coarse colour pattern, each image a shifted copy of it with strong noise."""
     rng = np.random.default_rng(np.random.SeedSequence((classes, images)))
     patterns = rng.standard_normal((classes, 8, 8, 3), np.float32).repeat(4, axis=1).repeat(4, axis=2)
     side = patterns.shape[1]
-
-    def draw(count: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    for count in (images, max(images // 4, 1)):
         labels = rng.permutation(np.arange(count) % classes)
         rows, columns = (np.arange(side) - rng.integers(-4, 5, size=(2, count, 1))) % side
         pixels = np.empty((count, side, side, 3), np.uint8)
@@ -218,10 +215,4 @@ def _synthetic(classes: int, images: int, moments: Moments, device: str, padding
             part = slice(start, start + 1000)
             shifted = patterns[labels[part, None, None], rows[part, :, None], columns[part, None, :]]
             pixels[part] = (127.5 + 20 * shifted + 50 * rng.standard_normal(shifted.shape, np.float32)).clip(0, 255)
-        return pixels, labels.astype(np.int64)
-
-    train, test = (
-        Images(*draw(count), moments=moments, device=device, padding=padding, crop=crop)
-        for count in (images, max(images // 4, 1))
-    )
-    return Dataset(train, test, classes)
+        yield pixels, labels.astype(np.int64)

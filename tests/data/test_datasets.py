@@ -120,7 +120,7 @@ def test_workers_draw_apart() -> None:
 def test_synthetic_images_are_the_same_every_time_and_balanced() -> None:
     config = Config(dataset="synthetic", synthetic_classes=7, synthetic_images=70, device="cpu")
     first = load_dataset(config)
-    load_dataset.__globals__["_synthetic"].cache_clear()
+    load_dataset.__globals__["_whole"].cache_clear()
     again = load_dataset(config)
     assert torch.equal(first.train.plain(0, 70)[0], again.train.plain(0, 70)[0])
     assert first.train.labels.bincount().tolist() == [10] * 7
