@@ -64,8 +64,7 @@ def discard_damaged(sources: Iterable[Path], form: object = None) -> bool:
     if folder is None or not folder.exists():
         return False
     try:
-        checksums = json.loads((folder / CHECKSUMS).read_text())
-        if checksums == {path.name: _crc32(path) for path in sorted(folder.glob("*.npy"))}:
+        if json.loads((folder / CHECKSUMS).read_text()) == _checksums(folder):
             return False
     except (OSError, ValueError):
         pass
@@ -95,12 +94,15 @@ def _digest(key: list[Any]) -> str:
     return hashlib.sha256(json.dumps(key).encode()).hexdigest()[:16]
 
 
-def _crc32(path: Path) -> int:
-    checksum = 0
-    with path.open("rb") as file:
-        while block := file.read(2**20):
-            checksum = zlib.crc32(block, checksum)
-    return checksum
+def _checksums(folder: Path) -> dict[str, int]:
+    """The CRC-32 of each array file in `folder`, by its name."""
+    checksums = {}
+    for path in sorted(folder.glob("*.npy")):
+        checksums[path.name] = 0
+        with path.open("rb") as file:
+            while block := file.read(2**20):
+                checksums[path.name] = zlib.crc32(block, checksums[path.name])
+    return checksums
 
 
 def _mapped(folder: Path, names: Iterable[str]) -> Arrays:
@@ -124,8 +126,7 @@ def _store(arrays: Arrays, folder: Path) -> None:
                 np.save(file, array)
                 file.flush()
                 os.fsync(file.fileno())
-        checksums = {path.name: _crc32(path) for path in sorted(part.glob("*.npy"))}
-        (part / CHECKSUMS).write_text(json.dumps(checksums))
+        (part / CHECKSUMS).write_text(json.dumps(_checksums(part)))
         if folder.exists() and not _mapped(folder, arrays):
             shutil.rmtree(folder)
         part.rename(folder)
