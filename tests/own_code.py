@@ -28,6 +28,12 @@ def noisy_vit(classes: int) -> nn.Module:
     return VisionTransformer(32, 8, 1, 2, 8, 16, attention_dropout=0.1, num_classes=classes)  # type: ignore[no-any-return]
 
 
+def not_with_batchnorm(classes: int, norm: str) -> nn.Module:
+    """It fails where it is not told of ``norm = gn``."""
+    assert norm == "gn"
+    return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, classes))
+
+
 def narrow(classes: int, image: tuple[int, int, int]) -> nn.Module:
     """With BatchNorm over single values, which a batch of one image has no variance of."""
     channels, height, width = image

@@ -32,7 +32,7 @@ def train(message: Message, context: Context) -> Message:
     sent.pop("server-round")
     config = Config().changed(sent)
     data = load_dataset(config)
-    model = build_model(config.model, data.classes, config.seed)
+    model = build_model(config.model, data.classes, config.seed, norm=config.norm)
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     images = PilImages(data.train.pixels(), data.train.labels.cpu())
     client = PlainClient(config, model, images, int(context.node_config["partition-id"]))

@@ -57,7 +57,11 @@ class PlainClient:
         self.config, self.samples = config, len(own)
         self.model = model.to(config.device).to(memory_format=torch.contiguous_format).train()
         self.optimizer = torch.optim.SGD(
-            self.model.parameters(), config.lr, config.momentum, weight_decay=config.weight_decay
+            self.model.parameters(),
+            config.lr,
+            config.momentum,
+            weight_decay=config.weight_decay,
+            nesterov=config.nesterov,
         )
         self.loader = DataLoader(Subset(images, own.tolist()), config.batch_size, shuffle=True)
 
@@ -77,7 +81,7 @@ def plain_rounds(config: Config, rounds: int) -> list[float]:
     torch.set_num_threads(config.threads)
     data = load_dataset(config)
     images = PilImages(data.train.pixels(), data.train.labels.cpu())
-    model = build_model(config.model, data.classes, config.seed)
+    model = build_model(config.model, data.classes, config.seed, norm=config.norm)
     clients = [PlainClient(config, copy.deepcopy(model), images, k) for k in range(config.clients)]
     seconds = []
     for _ in range(rounds + 1):

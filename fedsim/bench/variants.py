@@ -106,8 +106,8 @@ VARIANTS: dict[str, tuple[Rounds, str]] = {
         "fedsim in one process, a CUDA graph and a stream for each replica",
     ),
     "flower": (flower_rounds, "fedsim's app run by flwr run, on Ray"),
-    "flower-plain": (tutorial_rounds, "Flower without fedsim: an app and FedAvg as in its tutorials"),
-    "plain": (plain_rounds, "PyTorch alone: a DataLoader and a model for each client"),
+    "flower-plain": (tutorial_rounds, "Flower without fedsim: an app with SGDM and FedAvg, as in its tutorials"),
+    "plain": (plain_rounds, "PyTorch alone: a DataLoader, a model and SGDM for each client"),
     **{
         name: (
             partial(rounds_in_process, **keys),

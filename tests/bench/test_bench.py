@@ -19,7 +19,7 @@ import torch
 from rich.console import Console, RenderableType
 
 from fedsim import cli
-from fedsim.bench.baseline_torch import PilImages
+from fedsim.bench.baseline_torch import PilImages, plain_rounds
 from fedsim.bench.bound import Rates, bound, measure_rates, step_operators
 from fedsim.bench.measure import at, measure, run_bench, write_timings
 from fedsim.bench.tables import large_table, rounds_table
@@ -294,3 +294,8 @@ def test_the_plain_loop_sees_the_same_images() -> None:
     assert len(plain) == 256
     image, label = plain[7]
     assert (image.shape, label) == (torch.Size([3, 32, 32]), int(data.labels[7]))
+
+
+def test_the_plain_loop_has_the_normalization_of_the_others() -> None:
+    config = TINY.changed({"model": "tests.own_code:not_with_batchnorm", "norm": "gn", "nesterov": True, "clients": 2})
+    assert len(plain_rounds(config, rounds=1)) == 1
