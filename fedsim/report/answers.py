@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.report.result_table import ResultTable, label
-from fedsim.report.tables import number, percent
+from fedsim.report.tables import number, percent, statistics
 
 NEAR = 0.95  # of the best final accuracy: the target to which bytes are counted
 
@@ -30,7 +30,7 @@ def seeds_of(count: int) -> str:
 
 def _highest(table: ResultTable, runs: pd.DataFrame) -> str:
     """The cells with the highest and the lowest final accuracy."""
-    final = _statistics(runs["final_test_accuracy"], runs["cell"])
+    final = statistics(runs["final_test_accuracy"], runs["cell"])
     text = f"Highest final accuracy on {table.tested_on} images: {_accuracy(table, final, final['mean'].idxmax())}"
     return f"{text}; lowest: {_accuracy(table, final, final['mean'].idxmin())}." if len(final) > 1 else f"{text}."
 
@@ -38,14 +38,14 @@ def _highest(table: ResultTable, runs: pd.DataFrame) -> str:
 def _fewest_bytes(table: ResultTable, runs: pd.DataFrame) -> str:
     """The cell that reaches `NEAR` of the best final accuracy with the fewest bytes, among those that send any."""
     sending = runs[runs["network_bytes"] > 0]
-    final = _statistics(sending["final_test_accuracy"], sending["cell"])
+    final = statistics(sending["final_test_accuracy"], sending["cell"])
     best = final["mean"].idxmax()
     target = NEAR * final["mean"][best]
     goal = f"{percent(target)} %, which is {100 * NEAR:g} % of the best final accuracy of cells that send"
     goal += f" ({_accuracy(table, final, best)})"
     rows = table.rows[table.rows["run"].isin(sending.index) & (table.rows["test_accuracy"] >= target)]
     first = rows.dropna(subset=["network_bytes"]).sort_values(["run", "round"]).groupby("run").head(1)
-    needed = _statistics(first["network_bytes"] / 1e6, first["cell"])
+    needed = statistics(first["network_bytes"] / 1e6, first["cell"])
     needed = needed[needed["count"] == final["count"].reindex(needed.index)]
     if needed.empty:
         return f"No cell reaches {goal} in every run."
@@ -118,10 +118,6 @@ def _at(rows: pd.DataFrame | None, epoch: float, name: str) -> float:
     """The value of a column at an epoch, interpolated; at inf the last one; NaN if there is none."""
     known = pd.DataFrame() if rows is None else rows.dropna(subset=[name])
     return float(np.interp(epoch, known["epoch"], known[name])) if len(known) else float("nan")
-
-
-def _statistics(values: pd.Series, cells: pd.Series) -> pd.DataFrame:
-    return values.dropna().groupby(cells).agg(["mean", "std", "count"])
 
 
 def _accuracy(table: ResultTable, final: pd.DataFrame, cell: Any) -> str:

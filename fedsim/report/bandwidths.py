@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
@@ -58,13 +56,8 @@ def plot_bandwidths(times: pd.DataFrame, table: ResultTable, target: float, netw
             panel.axvspan(low, high, 0.98, 1, color=styles[cell]["color"], lw=0)
             name = names[cell].replace(", ", "\n")
             if np.log10(high / low) * inches > CHARACTER * max(map(len, name.split("\n"))):
-                above: dict[str, Any] = {
-                    "xytext": (0, 3),
-                    "textcoords": "offset points",
-                    "ha": "center",
-                    "va": "bottom",
-                }
-                panel.annotate(name, (np.sqrt(low * high), 1), xycoords=panel.get_xaxis_transform(), **above)
+                middle, top = np.sqrt(low * high), panel.get_xaxis_transform()
+                panel.annotate(name, (middle, 1), (0, 3), top, "offset points", ha="center", va="bottom")
         panel.set_xlim(BANDWIDTHS[0], BANDWIDTHS[-1])
         log_scale(panel, "x", "bit/s")
         if ranges:

@@ -63,7 +63,7 @@ class Plot:
         return file.getvalue()
 
 
-def panels_of(count: int, across: int = ACROSS, width: float = 0.0) -> tuple[Figure, list[Axes]]:
+def panels_of(count: int, across: int, width: float = 0.0) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels, at most `across` side by side, and at least `width` inches wide."""
     columns = max(min(count, across), 1)
     down = max(-(-count // columns), 1)

@@ -21,7 +21,7 @@ from fedsim.report.drawing import (
     series_style,
 )
 from fedsim.report.result_table import ResultTable
-from fedsim.report.tables import summarize
+from fedsim.report.tables import statistics, summarize
 
 LONGEST_LABEL = 14  # characters beside a point
 LABEL_PLACES = ((4, 3), (4, -12), (8, -4))  # of three series in turn, from the point, so that labels do not collide
@@ -99,9 +99,8 @@ def plot_curves(table: ResultTable, axis: XAxis) -> Plot:
 
     bands = "; bands: one standard deviation over seeds" if (points["runs"] > 1).any() else ""
     unfinished = "; unfinished runs included" if not table.counted["finished"].all() else ""
-    caption = (
-        f"Accuracy on {table.tested_on} images against {axis.label}{bands}{unfinished}{_baseline_note(table, axis)}."
-    )
+    notes = f"{bands}{unfinished}{_baseline_note(table, axis)}"
+    caption = f"Accuracy on {table.tested_on} images against {axis.label}{notes}."
     numbers = _with_coords(table, points, [axis.name, "accuracy_mean", "accuracy_std", "runs"])
     return Plot(f"{table.name}-{axis.name}", caption, draw, numbers)
 
@@ -111,7 +110,7 @@ def plot_accuracy(table: ResultTable) -> Plot:
     paper = table.cells["paper"].map(lambda value: value.best, na_action="ignore").astype(float)
     which = "best" if paper.notna().any() else "final"
     finished = table.runs[table.runs["finished"]]
-    values = (100 * finished[f"{which}_test_accuracy"]).dropna().groupby(finished["cell"]).agg(["mean", "std", "count"])
+    values = statistics(100 * finished[f"{which}_test_accuracy"], finished["cell"])
     deviation = " Bars: one standard deviation over seeds." if (values["count"] > 1).any() else ""
     hollow = " Hollow: the paper's." if paper.notna().any() else ""
     caption = f"{which.capitalize()} accuracy on {table.tested_on} images.{deviation}{hollow}"

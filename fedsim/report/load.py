@@ -97,7 +97,7 @@ def read_records(root: Path) -> Records:
         content = _read(path.with_name(ROWS), bytes, warnings)
         digest = summary.sha256.get(ROWS) if summary and summary.finished else None
         if digest and content is not None and sha256(content).hexdigest() != digest:
-            where = printable(str(path.with_name(ROWS)))
+            where = printable(path.with_name(ROWS))
             warnings.append(f"{where}: its SHA-256 is not the one in summary.json; the run is left out")
             continue
         own = _parse_rows(path.with_name(ROWS), content or b"", warnings)
@@ -130,9 +130,9 @@ def cell_identity(config: Mapping[str, Value]) -> dict[str, Value]:
     return {name: value for name, value in config.items() if name not in ("seed", *MACHINE)}
 
 
-def printable(text: str) -> str:
-    """`text` with control characters, and bytes that are not UTF-8, as escapes."""
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+def printable(text: object) -> str:
+    """`text`, such as a path or an error, with control characters, and bytes that are not UTF-8, as escapes."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
 def _outcome(summary: Summary | None, rows: list[Row]) -> dict[str, Any]:
@@ -158,7 +158,7 @@ def _read(path: Path, parse: Callable[[bytes], T], warnings: list[str]) -> T | N
         return parse(path.read_bytes())
     except (OSError, ValueError) as error:
         left_out = "the run is left out" if path.name == CONFIG else "it is ignored"
-        warnings.append(f"{printable(str(path))}: {_reason(error)}; {left_out}")
+        warnings.append(f"{printable(path)}: {_reason(error)}; {left_out}")
         return None
 
 
@@ -174,7 +174,7 @@ def _parse_rows(path: Path, content: bytes, warnings: list[str]) -> list[Row]:
             damaged.append(str(number))
     if damaged:
         some = ", ".join(damaged[:SHOWN_LINES]) + (", ..." if len(damaged) > SHOWN_LINES else "")
-        warnings.append(f"{printable(str(path))}: {len(damaged)} damaged rows are skipped, line {some}")
+        warnings.append(f"{printable(path)}: {len(damaged)} damaged rows are skipped, line {some}")
     return [rows[number] for number in sorted(rows)]
 
 

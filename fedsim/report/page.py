@@ -91,7 +91,7 @@ def output_folder(text: str) -> Iterator[Path]:
         yield path
     except OSError as error:
         if error.errno in DISK_ERRORS:
-            reason = f"{printable(str(path))} cannot be written ({error.strerror})"
+            reason = f"{printable(path)} cannot be written ({error.strerror})"
             raise RunFailed(f"{reason}: free some space and try again") from error
         raise UserError(f"out = {printable(text)} cannot be written ({error.strerror}): give another -o") from error
 
@@ -117,7 +117,7 @@ def show_warnings(warnings: Sequence[str], console: Console) -> None:
 
 def show_path(path: Path, console: Console) -> None:
     """Print a path on one line."""
-    console.print(printable(str(path)), markup=False, soft_wrap=True, highlight=False)
+    console.print(printable(path), markup=False, soft_wrap=True, highlight=False)
 
 
 def _section(table: ResultTable, path: Path, command: str) -> dict[str, Any]:

@@ -2,27 +2,36 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pandas as pd
 
 from fedsim.config import Config, Value
 from fedsim.errors import UserError
-from fedsim.experiments.study import LARGE_BATCH, STORED, Study, read_study, study_names
+from fedsim.experiments.study import FOLDER, LARGE_BATCH, STORED, Study, read_study, study_names
 from fedsim.records import CONFIG, differences
 from fedsim.report.load import Costs, Records, cell_identity, printable, read_records
 from fedsim.report.network import SUMMED_ON_THE_WAY, add_traffic
-from fedsim.report.paper_values import paper_value
 
 MOST_AXES = 3  # runs that differ in more keys are listed by name
 LONGEST_NAME = 150  # bytes of a table's name, a prefix of its file names
+PAPER_KEYS = ("optimizer", "batch-size", "clients", "local-steps")  # an empty field matches every cell
 SYMBOLS = {"clients": "K", "local-steps": "J", "local-epochs": "E", "batch-size": "batch"}
 NOTHING = "–"
+
+
+class PaperValue(NamedTuple):
+    """Test accuracies of the course paper in %. `final`: of the last epoch, as its code printed it; None if unknown."""
+
+    best: float
+    final: float | None
+    note: str
 
 
 @dataclass(frozen=True)
@@ -31,7 +40,7 @@ class ResultTable:
 
     `axes`: the keys that distinguish cells. With several, the first varies across columns and the others down rows.
     `cells`: a line for each cell, in the order of the table: `coords` (a value for each axis) and, as text, `column`,
-    `row`, `label` (both) and `tick` (the row's values); `config`, `mode`, `expected` (number of runs), `clients`,
+    `row`, `label` (both) and `tick` (the row's values); `config`, `expected` (number of runs), `clients`,
     `workers` (per round), `baseline` (whether it is the large-batch baseline of K workers), `summed` (whether its
     updates can be summed on their way, see `network`), `paper` (its values or None).
     `runs` and `rows`: as in `Records`, with `cell`, the index of the cell, its `clients`, `workers`, `baseline` and
@@ -71,7 +80,7 @@ class ResultTable:
 
 def read_tables(root: Path) -> tuple[list[ResultTable], list[str]]:
     """The tables of all runs under `root`, and warnings. Raises UserError if there are no runs."""
-    shown = printable(str(root))
+    shown = printable(root)
     try:
         if (root / CONFIG).is_file():
             raise UserError(f"{shown} is one run: give the folder that holds it")
@@ -113,10 +122,9 @@ def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records) ->
     tables = [_table(name, study.title, folder, study.axes, configs, described, records, study)]
     if others.empty:
         return tables
-    names = ", ".join(others["run"])
     records.warnings.append(
-        f"{printable(str(folder))}: {len(others)} runs are not part of the study {study.name} "
-        f"and are shown separately: {names}"
+        f"{printable(folder)}: {len(others)} runs are not part of the study {study.name} "
+        f"and are shown separately: {', '.join(others['run'])}"
     )
     title = f"{study.name}: other configurations"
     return [*tables, _inferred_table(f"{name}-other", title, folder, others, records)]
@@ -183,13 +191,22 @@ def _cell(axes: tuple[str, ...], coords: tuple[Value, ...], config: dict[str, An
         "column": label(axes[:across], coords[:across]),
         "row": label(axes[across:], coords[across:]),
         "tick": " ".join(map(str, coords[across:])),
-        "mode": config["mode"],
         "clients": clients,
         "workers": workers,
         "baseline": baseline,
         "summed": all(config.get(name, known[0]) in known for name, known in SUMMED_ON_THE_WAY.items()),
         "paper": paper_value(compare, config),
     }
+
+
+def paper_value(table: str, config: Mapping[str, Value]) -> PaperValue | None:
+    """The value for a cell's configuration in the paper's `table`, from ``studies/paper.csv``, if it has one."""
+    with (FOLDER / "paper.csv").open() as file:
+        for row in csv.DictReader(file):
+            matches = all(row[name] in ("", str(config.get(name))) for name in PAPER_KEYS)
+            if row["table"] == table and matches:
+                return PaperValue(float(row["best"]), float(row["final"]) if row["final"] else None, row["note"])
+    return None
 
 
 def _study_of(folder: Path, warnings: list[str]) -> Study | None:
@@ -199,8 +216,7 @@ def _study_of(folder: Path, warnings: list[str]) -> Study | None:
         if stored.is_file():
             return read_study(str(stored))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        reason = printable(str(error))
-        warnings.append(f"{printable(str(folder))}: {reason}; the folder is shown without its study")
+        warnings.append(f"{printable(folder)}: {printable(error)}; the folder is shown without its study")
         return None
     return read_study(folder.name) if folder.name in study_names() else None
 
@@ -211,7 +227,7 @@ def _without_duplicates(runs: pd.DataFrame, warnings: list[str]) -> pd.DataFrame
     first = ordered.drop_duplicates(["identity", "seed"])
     for run in ordered[~ordered.index.isin(first.index)].itertuples():
         same = first[(first["identity"] == run.identity) & (first["seed"] == run.seed)]
-        warnings.append(f"{printable(str(run.folder))} is the same run as {same['run'].iloc[0]}: it is left out")
+        warnings.append(f"{printable(run.folder)} is the same run as {same['run'].iloc[0]}: it is left out")
     return first.sort_index()
 
 
@@ -224,7 +240,7 @@ def _warn_of_equal_names(records: Records) -> None:
         if names := differences(one, two):
             key = names[0]
             records.warnings.append(
-                f"{printable(str(other.folder))} and {printable(str(run.folder))} have one name and different "
+                f"{printable(other.folder)} and {printable(run.folder)} have one name and different "
                 f"configurations ({key} = {one.get(key)} and {two.get(key)}): both are shown"
             )
 

@@ -230,6 +230,11 @@ def terminal_table(table: ResultTable) -> Table:
     return rich_table(TextTable(text.caption, [corner, *text.header[1:]], rows), f"seed {seeds}")
 
 
+def statistics(values: pd.Series, cells: pd.Series) -> pd.DataFrame:
+    """The `mean`, `std` and `count` of the `values` of each cell."""
+    return values.dropna().groupby(cells).agg(["mean", "std", "count"])
+
+
 def percent(mean: float, deviation: float = float("nan")) -> str:
     """A fraction in %, with its standard deviation if there is one."""
     return f"{100 * mean:.2f}" + (f" ± {100 * deviation:.2f}" if pd.notna(deviation) else "")

@@ -7,8 +7,7 @@ import pytest
 
 from fedsim.config import Config
 from fedsim.experiments.study import LARGE_BATCH, read_study, study_names
-from fedsim.report.paper_values import PaperValue, paper_value
-from fedsim.report.result_table import ResultTable, label, read_tables
+from fedsim.report.result_table import PaperValue, ResultTable, label, paper_value, read_tables
 from tests.conftest import write_run
 
 
