@@ -63,28 +63,24 @@ def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
     return pd.concat([records, pd.DataFrame(traffic).mask(alone, 0.0)], axis=1)
 
 
-def sent_by(records: pd.DataFrame, link: Link) -> pd.DataFrame:
-    """The bytes `up` and `down` of all workers with this `link`, and the consecutive `messages` of a sync.
+def network_seconds(records: pd.DataFrame, network: Network) -> pd.DataFrame:
+    """Of each record, the seconds `waiting` for latency and in `transfer`, inversely proportional to the bandwidth, and
+    the bytes that all workers send, `sent_up` and `sent_down`.
 
     Requires the columns of `add_traffic` and, with all-reduce, `summed`: whether updates are summed on their way.
     """
-    if link != "all-reduce":
-        return pd.DataFrame({"up": records["network_up"], "down": records["network_down"], "messages": 2})
-    others = records["workers"] - 1
-    updates = records["network_up"] - records["overhead_up"]
-    sent = updates * others * np.where(records["summed"], 2 / records["workers"], 1)
-    return pd.DataFrame({"up": sent, "down": sent, "messages": others * np.where(records["summed"], 2, 1)})
-
-
-def network_seconds(records: pd.DataFrame, network: Network) -> pd.DataFrame:
-    """Of each record, the seconds `waiting` for latency and in `transfer`, inversely proportional to the bandwidth."""
-    sent = sent_by(records, network.link)
+    up, down, messages = records["network_up"], records["network_down"], 2  # messages after each other in a sync
+    if network.link == "all-reduce":
+        others = records["workers"] - 1
+        updates = records["network_up"] - records["overhead_up"]
+        up = down = updates * others * np.where(records["summed"], 2 / records["workers"], 1)
+        messages = others * np.where(records["summed"], 2, 1)
     links = 1 if network.link == "server" else records["workers"]
-    up, down = (sent["up"] / links / (network.upload or network.bandwidth), sent["down"] / links / network.bandwidth)
-    transfer = np.maximum(up, down) if network.link == "all-reduce" else up + down
-    return pd.DataFrame(
-        {"waiting": records["network_syncs"] * sent["messages"] * network.latency, "transfer": transfer}
-    )
+    seconds_up, seconds_down = up / links / (network.upload or network.bandwidth), down / links / network.bandwidth
+    both_at_once = network.link == "all-reduce"
+    transfer = np.maximum(seconds_up, seconds_down) if both_at_once else seconds_up + seconds_down
+    waiting = records["network_syncs"] * messages * network.latency
+    return pd.DataFrame({"waiting": waiting, "transfer": transfer, "sent_up": up, "sent_down": down})
 
 
 def rate(name: str, text: str) -> float:

@@ -15,7 +15,7 @@ from rich.console import Console
 from fedsim.errors import UserError
 from fedsim.report.bandwidths import plot_bandwidths
 from fedsim.report.load import printable
-from fedsim.report.network import Network, network_seconds, sent_by
+from fedsim.report.network import Network, network_seconds
 from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings, write_csv
 from fedsim.report.result_table import NOTHING, ResultTable, read_tables
 from fedsim.report.stragglers import Stragglers, computed_steps, simulated_rounds
@@ -72,13 +72,10 @@ def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
     cells = cells.assign(late=cells["config"].map(lambda config: config.get("delay") == 1))
     images = images_per_step(cells)
     steps = images * seconds_per_image(table) if plan.compute is None else pd.Series(plan.compute, cells.index)
-    sent = sent_by(rows, plan.network.link)
     of_server = plan.network.link != "all-reduce"
     rows = rows.assign(
         computing=computed_steps(rows, plan.stragglers) * rows["cell"].map(steps),
         **network_seconds(rows, plan.network),
-        sent_up=sent["up"],
-        sent_down=sent["down"],
         overhead_up=rows["overhead_up"] * of_server,
         overhead_down=rows["overhead_down"] * of_server,
     )

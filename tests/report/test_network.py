@@ -34,7 +34,7 @@ def test_one_worker_waits_for_nobody() -> None:
     alone = {**TRAFFIC, "workers": 1, "network_syncs": 0, "network_up": 0, "network_down": 0, "overhead_up": 0}
     for link in get_args(Link):
         found = network_seconds(pd.DataFrame([{**alone, "summed": True}]), Network(1e6, 1.0, link))
-        assert found.to_numpy().tolist() == [[0, 0]]
+        assert found.to_numpy().tolist() == [[0, 0, 0, 0]]
 
 
 @pytest.mark.parametrize(
