@@ -419,10 +419,8 @@ def is_locked(folder: Path) -> bool:
     try:
         with (folder / LOCK).open() as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    except OSError:  # it has none, or it cannot be read
-        return False
+    except OSError as error:  # else it has none, or it cannot be read
+        return isinstance(error, BlockingIOError)
     return False
 
 
@@ -532,9 +530,7 @@ def _sha256_of_json(content: Mapping[str, Any]) -> str:
 def _differs(path: Path, sha256: str) -> bool:
     """Whether the file exists and has another digest, or cannot be read."""
     try:
-        return _sha256_of(path) != sha256
-    except FileNotFoundError:
-        return False
+        return path.exists() and _sha256_of(path) != sha256
     except OSError:
         return True
 

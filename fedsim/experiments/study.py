@@ -49,6 +49,7 @@ from fedsim.training.run_plan import run_plan
 
 FOLDER = Path(__file__).parents[1] / "studies"
 STORED = "study.toml"  # the study that was run, in the folder of its runs
+TRIALS = "tuning.csv"  # all trials of its tuning, in the same folder
 TUNING = "-tuning"  # suffix of the folder of a study's trials
 LARGE_BATCH = "large batch"  # in the coordinates of a baseline, instead of J
 SHORT_NAMES = {"clients": "k", "local-steps": "j", "batch-size": "b"}
@@ -248,13 +249,14 @@ def _baselines(cells: Sequence[Cell]) -> list[Cell]:
 
 def select(study: Study, cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:
     """The `cells` of `study` with names (without the seed) that match any of `patterns`; without patterns, all."""
-    names = [cell.name for cell in cells]
-    for pattern in patterns:
-        if not fnmatch.filter(names, pattern):
-            known = ", ".join(dict.fromkeys(names))
-            raise UserError(f"cells = {pattern!r} matches no cell of {study.name}: it has {known}")
-    chosen = {name for pattern in patterns or ["*"] for name in fnmatch.filter(names, pattern)}
-    return [cell for cell, name in zip(cells, names, strict=True) if name in chosen]
+    names = list(dict.fromkeys(cell.name for cell in cells))
+    chosen: set[str] = set()
+    for pattern in patterns or ["*"]:
+        matching = fnmatch.filter(names, pattern)
+        if not matching:
+            raise UserError(f"cells = {pattern!r} matches no cell of {study.name}: it has {', '.join(names)}")
+        chosen.update(matching)
+    return [cell for cell in cells if cell.name in chosen]
 
 
 def configure(mode: Mode, keys: Mapping[str, Any], preset: str = "") -> Config:

@@ -24,7 +24,7 @@ from rich.console import Console
 from fedsim.config import Value, has_key
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.progress import ends_after
-from fedsim.experiments.study import STORED, TUNING, Cell, Study, Tune, read_study
+from fedsim.experiments.study import STORED, TRIALS, TUNING, Cell, Study, Tune, read_study
 from fedsim.experiments.sweep import (
     PLAIN,
     Runner,
@@ -38,7 +38,6 @@ from fedsim.experiments.sweep import (
 from fedsim.records import CONFIG, atomic_write, read_rows, read_summary, writable
 
 STAGES = (0.25, 0.5)  # parts of a trial, after which hopeless ones are stopped
-TRIALS = "tuning.csv"  # in the folder of the study
 
 
 @dataclass

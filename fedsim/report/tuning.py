@@ -6,11 +6,9 @@ import csv
 import re
 
 from fedsim.errors import UserError
-from fedsim.experiments.study import STORED, Tune, read_study
+from fedsim.experiments.study import STORED, TRIALS, Tune, read_study
 from fedsim.report.load import printable
 from fedsim.report.result_table import ResultTable
-
-TRIALS = "tuning.csv"
 
 
 def tuning_notes(table: ResultTable) -> list[str]:
@@ -26,7 +24,7 @@ def tuning_notes(table: ResultTable) -> list[str]:
         chosen = [line for line in lines if line["outcome"] == "chosen" and line["cell"] in cells]
         return [printable(_paragraph(tune, chosen))] if tune and chosen else []
     except (OSError, ValueError, KeyError, TypeError, csv.Error, UserError):
-        return [f"Tuning: {printable(str(path))} cannot be read."]
+        return [f"Tuning: {printable(path)} cannot be read."]
 
 
 def _paragraph(tune: Tune, chosen: list[dict[str, str]]) -> str:
