@@ -105,14 +105,12 @@ class OnRay:
                 with run.lock(patience):
                     if rerun:
                         run.reset()  # not in the task, which has to resume if Ray restarts it
-                finished = run.finished
-            except (RunFailed, UserError) as error:
-                yield cell, error
-            else:
-                if finished:
+                if run.finished:
                     yield cell, None
                 else:
                     tasks[self._submit(cell)] = cell
+            except (RunFailed, UserError) as error:
+                yield cell, error
         while tasks:
             # not ray.wait, which loses exceptions of signal handlers
             ended, _ = wait(tasks, timeout=60, return_when=FIRST_COMPLETED)

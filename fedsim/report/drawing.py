@@ -46,11 +46,6 @@ class Plot:
         """The figure in the width of a page."""
         return self.draw(ACROSS)
 
-    @property
-    def files(self) -> tuple[str, ...]:
-        """The names of its files."""
-        return tuple(f"{self.name}.{kind}" for kind in ("png", "svg", "csv"))
-
     def image(self, kind: str, command: str, phone: bool = False) -> bytes:
         """The figure as ``png`` or ``svg``, with the `command` that makes it as its description."""
         figure = self.draw(1) if phone else self.figure

@@ -96,12 +96,13 @@ def output_folder(text: str) -> Iterator[Path]:
         raise UserError(f"out = {printable(text)} cannot be written ({error.strerror}): give another -o") from error
 
 
-def save_plot(plot: Plot, path: Path, command: str) -> None:
-    """Write ``NAME.png``, ``NAME.svg`` and ``NAME.csv`` to the folder `path`."""
-    png, svg, csv = (path / name for name in plot.files)
+def save_plot(plot: Plot, path: Path, command: str) -> tuple[Path, ...]:
+    """Write ``NAME.png``, ``NAME.svg`` and ``NAME.csv`` to the folder `path`; returns their paths."""
+    png, svg, csv = (path / f"{plot.name}.{kind}" for kind in ("png", "svg", "csv"))
     png.write_bytes(plot.image("png", command))
     svg.write_bytes(plot.image("svg", command))
     write_csv(plot.numbers, csv)
+    return png, svg, csv
 
 
 def write_csv(frame: pd.DataFrame, path: Path) -> None:
@@ -140,13 +141,13 @@ def _section(table: ResultTable, path: Path, command: str) -> dict[str, Any]:
 
 def _figure(plot: Plot, path: Path, command: str) -> dict[str, Any]:
     """A figure of the page; its files are written to `path`."""
-    save_plot(plot, path, command)
+    _, svg, _ = save_plot(plot, path, command)
     narrow = plot.image("svg", command, phone=True)
     return {
         "name": plot.name,
         "caption": printable(plot.caption),
         "command": printable(command),
-        "wide": base64.b64encode((path / f"{plot.name}.svg").read_bytes()).decode(),
+        "wide": base64.b64encode(svg.read_bytes()).decode(),
         "narrow": base64.b64encode(narrow).decode(),  # its panels are below each other
         "width": round(PIXELS_PER_INCH * plot.figure.get_figwidth()),
     }

@@ -8,7 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from numpy.typing import NDArray
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
 
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
@@ -41,9 +41,8 @@ def class_counts(config: Config) -> NDArray[np.int64]:
 
 def table(counts: NDArray[np.int64]) -> Table:
     """A row for each client: its images, its classes, and the share of its most frequent class."""
-    rows = Table("client", "images", "classes", "largest class", box=None)
-    for column in rows.columns:
-        column.justify = "right"
+    names = ("client", "images", "classes", "largest class")
+    rows = Table(*(Column(name, justify="right") for name in names), box=None)
     for client, of_client in enumerate(counts):
         share = of_client.max() / of_client.sum()
         rows.add_row(f"{client}", f"{of_client.sum():,}", f"{np.count_nonzero(of_client)}", f"{share:.0%}")

@@ -48,13 +48,13 @@ def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Con
     with output_folder(out) as path:
         for table, times in found:
             plot = plot_bandwidths(times, table, plan.target, plan.network)
-            save_plot(plot, path, command)
-            times_file = f"time-to-accuracy-{table.name}.csv"
-            write_csv(times_frame(times), path / times_file)
+            files = save_plot(plot, path, command)
+            times_file = path / f"time-to-accuracy-{table.name}.csv"
+            write_csv(times_frame(times), times_file)
             console.print(rich_table(time_table(times, table, plan), assumptions(plan)))
             console.print(printable(plot.caption), markup=False, highlight=False)
-            for name in (times_file, *plot.files):
-                show_path(path / name, console)
+            for file in (times_file, *files):
+                show_path(file, console)
 
 
 def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
