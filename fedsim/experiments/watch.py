@@ -90,15 +90,19 @@ def _expected(folder: Path) -> int:
 def _seen(folder: Path) -> Seen:
     """The present state of the run in `folder`, to which another process may be writing."""
     try:
-        held = read_config(folder)
-        mode: Mode = held.pop("mode")
-        known = Config().identity(mode)
-        config = Config().changed({name: value for name, value in held.items() if name in known})
-        summary = read_summary(folder)
-        rows = list(_last_rows(folder / ROWS))
-        rounds, epochs = _length(config, mode)
-    except (OSError, ValueError, KeyError) as error:
+        return _read(folder)
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return Seen(f"{folder.name}  cannot be read: {' '.join(str(error).split())}", "damaged")
+
+
+def _read(folder: Path) -> Seen:
+    held = read_config(folder)
+    mode: Mode = held.pop("mode")
+    known = Config().identity(mode)
+    config = Config().changed({name: value for name, value in held.items() if name in known})
+    summary = read_summary(folder)
+    rows = list(_last_rows(folder / ROWS))
+    rounds, epochs = _length(config, mode)
     if not rows:
         return Seen(f"{folder.name}  no rows yet", "unfinished")
     row, tested = rows[-1], [row["test_accuracy"] for row in rows if row["test_accuracy"] is not None]

@@ -118,6 +118,14 @@ def test_a_run_is_shown_without_its_data_set(tmp_path: Path) -> None:
     assert watched(tmp_path).splitlines()[1] == "  one  round 1  epoch 1.00  loss 2.300  test 50.00%"
 
 
+@pytest.mark.parametrize("row", ["[1]", '{"round": 3}', "{"])
+def test_a_run_with_a_damaged_row_is_named(tmp_path: Path, row: str) -> None:
+    run = write_shown(tmp_path / "one", Config(epochs=2.0), finished=False)
+    with (run / "metrics.jsonl").open("a") as file:
+        file.write(row + "\n")
+    assert watched(tmp_path).splitlines()[1].startswith("  one  cannot be read: ")
+
+
 def test_a_folder_without_runs_is_one_line(tmp_path: Path) -> None:
     for root, words in ((tmp_path, "holds no runs"), (tmp_path / "none", "is not a folder")):
         with pytest.raises(UserError, match=words):
