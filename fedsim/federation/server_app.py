@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
 
 from flwr.app import Context
@@ -16,7 +17,6 @@ from fedsim.data.partition import check_partition
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.federation.checkpoint import collect_memories, resume, save
-from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import fewest_updates
@@ -169,3 +169,20 @@ def loaded(config: Config, model: nn.Module, progress: Progress, images: Images)
     if config.batchnorm_at_sync == "re-estimated":
         reestimate(model, images, calibration_crops(config, images), config.precision)
     return model
+
+
+class OneLine(logging.Filter):
+    """Reduce a log record of a `UserError` or `RunFailed`, which Flower logs with its traceback, to its message."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        error = record.exc_info[1] if isinstance(record.exc_info, tuple) else None
+        if isinstance(error, UserError | RunFailed):
+            record.msg, record.args, record.exc_info = f"error: {error}", (), None
+        return True
+
+
+def log_errors_in_one_line() -> None:
+    """Let Flower's logger in this process use `OneLine`."""
+    logger = logging.getLogger("flwr")
+    if not any(isinstance(each, OneLine) for each in logger.filters):
+        logger.addFilter(OneLine())

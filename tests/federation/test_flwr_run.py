@@ -23,8 +23,8 @@ import pytest
 
 from fedsim.config import Config
 from fedsim.errors import RunFailed, UserError
-from fedsim.federation.error_log import log_errors_in_one_line
 from fedsim.federation.flwr_run import copy_app, federation, superlink
+from fedsim.federation.server_app import log_errors_in_one_line
 from fedsim.processes import cleanup, marked, running
 from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, assert_same_bits, final_model, rows_of
 from tests.own_code import larger
