@@ -27,6 +27,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from strategies.sections import with_prefix
+
 Parts = dict[str, Tensor]  # what one tensor is encoded as
 BUCKET = 128  # values of qsgd that share a norm
 FP16_MAX = 65504.0
@@ -267,7 +269,7 @@ def broadcast(codec: Codec, x: Mapping[str, Tensor], state: Mapping[str, Tensor]
         change = {name: value - held[name] for name, value in x.items()}
         message, remembered = encode(codec, change, state, seed, feedback=False)
     after = receive(codec, held, message, seed) if held else dict(x)
-    return Broadcast(after, message, {**{HELD + name: value for name, value in after.items()}, **remembered})
+    return Broadcast(after, message, {**with_prefix(HELD, after), **remembered})
 
 
 def receive(codec: Codec, held: Mapping[str, Tensor], message: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:

@@ -25,7 +25,7 @@ from strategies.compression import Codec, broadcast, decode, encode, why_undecod
 from strategies.outer import OuterStep
 from strategies.robust import Mean, combine
 from strategies.screening import Request, Rules, Update, screen, wrong_values
-from strategies.sections import BUFFERS, Sections, join, split
+from strategies.sections import BUFFERS, Sections, beside, join, split, under_prefix, with_prefix
 from strategies.tensor_array import tensor_record, tensors_of
 
 State = dict[str, Any]  # tensors and numbers
@@ -141,9 +141,9 @@ class LocalSGD(FedAvg):
             return Request(arrays, [Message(content, node, MessageType.TRAIN) for node in workers], workers, away)
 
         x = split(tensors_of(arrays))
-        own = {n.removeprefix(BROADCAST): value for n, value in (state or {}).items() if n.startswith(BROADCAST)}
+        own = under_prefix(BROADCAST, state or {})
         seed = self.codec_seed(round_, None)
-        sent = broadcast(self.codec_down, x.parameters, _beside(x.parameters, own), seed)
+        sent = broadcast(self.codec_down, x.parameters, beside(x.parameters, own), seed)
         begun = tensor_record(join(x._replace(parameters=sent.parameters)))
         whole = self._content(begun, config)
         encoded = tensor_record(join(x._replace(parameters=sent.message)))
@@ -152,8 +152,7 @@ class LocalSGD(FedAvg):
             Message(change if worker in holders and sent.message else whole, node, MessageType.TRAIN)
             for node, worker in workers.items()
         ]
-        remembered = {BROADCAST + name: value for name, value in sent.state.items()}
-        return Request(begun, messages, workers, away, arrays, remembered)
+        return Request(begun, messages, workers, away, arrays, with_prefix(BROADCAST, sent.state))
 
     def _content(self, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
         return RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
@@ -192,12 +191,12 @@ class LocalSGD(FedAvg):
 
         y = [split(update.arrays) for update in used]
         received = used[0].arrays
-        sent = Sections(*(_beside(received, part) for part in sent))
-        x = sent.parameters if request.model is None else _beside(received, split(tensors_of(request.model)).parameters)
+        sent = Sections(*(beside(received, part) for part in sent))
+        x = sent.parameters if request.model is None else beside(received, split(tensors_of(request.model)).parameters)
         average = self._average(x, sent, y, weights)
         outer_state = {name: value for name, value in state.items() if not name.startswith(BROADCAST)}
         parameters, state = self.next_parameters(
-            round_, x, average.parameters, dict(zip(averaged, used, strict=True)), _beside(received, outer_state)
+            round_, x, average.parameters, dict(zip(averaged, used, strict=True)), beside(received, outer_state)
         )
         state = {**state, **request.state}
         buffers = merge(average.buffers, [part.buffers for part in y], weights, self.batchnorm_at_sync, self.batchnorm)
@@ -269,7 +268,7 @@ class LocalSGD(FedAvg):
         for worker, part in parts.items():
             if worker in reasons:
                 continue
-            like = _beside(part.parameters, x)
+            like = beside(part.parameters, x)
             moved = decode(codec, part.parameters, like, self.codec_seed(round_, worker))
             decoded[worker] = join(part._replace(parameters=moved))
         wrong = dict(zip(decoded, wrong_values(list(decoded.values())), strict=True))
@@ -314,9 +313,3 @@ def mean_metrics(updates: Sequence[Update], weights: Sequence[float], weighted_b
         if name != weighted_by and len(numbers) == len(values):
             means[name] = math.fsum(weight * number for weight, number in zip(weights, numbers, strict=True))
     return means
-
-
-def _beside(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, whose tensors may come from a file or another machine, on the device of the first of `tensors`."""
-    device = next((tensor.device for tensor in tensors.values()), None)
-    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}

@@ -7,7 +7,7 @@ A round treats them differently: parameters are averaged and pass through the se
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
@@ -40,19 +40,28 @@ def join(parts: Sections) -> dict[str, Tensor]:
     """All tensors under their prefixed names."""
     return {
         **parts.parameters,
-        **{BUFFERS + name: value for name, value in parts.buffers.items()},
-        **{EXTRAS + name: value for name, value in parts.extras.items()},
+        **with_prefix(BUFFERS, parts.buffers),
+        **with_prefix(EXTRAS, parts.extras),
     }
 
 
 def split(arrays: Mapping[str, Tensor]) -> Sections:
     """The inverse of `join`."""
-    found = Sections({}, {}, {})
-    for name, value in arrays.items():
-        if name.startswith(BUFFERS):
-            found.buffers[name.removeprefix(BUFFERS)] = value
-        elif name.startswith(EXTRAS):
-            found.extras[name.removeprefix(EXTRAS)] = value
-        else:
-            found.parameters[name] = value
-    return found
+    parameters = {name: value for name, value in arrays.items() if not name.startswith((BUFFERS, EXTRAS))}
+    return Sections(parameters, under_prefix(BUFFERS, arrays), under_prefix(EXTRAS, arrays))
+
+
+def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` under names with `prefix`."""
+    return {prefix + name: value for name, value in tensors.items()}
+
+
+def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Those of `tensors` whose names have `prefix`, under the names without it."""
+    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+
+
+def beside(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
+    """`values`, whose tensors may come from a file or another machine, on the device of the first of `tensors`."""
+    device = next((tensor.device for tensor in tensors.values()), None)
+    return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}

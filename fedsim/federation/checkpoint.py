@@ -20,14 +20,13 @@ from fedsim.federation.protocol import (
     MODEL,
     keeps_memory,
     needs_all_memories,
-    under_prefix,
-    with_prefix,
 )
 from fedsim.federation.round import Progress, TooFewClients
 from fedsim.records import Run, read_rows
 from strategies import tensor_record, tensors_like, tensors_of, wrong_values
 from strategies.compression import HELD
 from strategies.local_sgd import BROADCAST
+from strategies.sections import under_prefix, with_prefix
 
 Memory = dict[str, Tensor]  # what a client keeps between rounds
 

@@ -40,8 +40,6 @@ from fedsim.federation.protocol import (
     SENT,
     SHARED,
     keeps_memory,
-    under_prefix,
-    with_prefix,
 )
 from fedsim.models import initial_model
 from fedsim.training import stacked
@@ -51,7 +49,7 @@ from fedsim.training.run_plan import run_plan
 from strategies import DECLINED, batchnorm_buffers, join, sections, split, tensor_record, tensors_of
 from strategies.local_sgd import ENCODED
 from strategies.screening import wrong_values
-from strategies.sections import Sections
+from strategies.sections import Sections, under_prefix, with_prefix
 
 app = ClientApp()
 

@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from fedsim.config import Config, check_used
 from fedsim.errors import UserError
-from fedsim.federation.protocol import BATCHNORM, COMPRESS, CONTROL, CORRECTION, OPTIMIZER, OWN, SENT, with_prefix
+from fedsim.federation.protocol import BATCHNORM, COMPRESS, CONTROL, CORRECTION, OPTIMIZER, OWN, SENT
 from fedsim.optim import zero_state
 from fedsim.rng import Purpose, step_keys
 from fedsim.training.run_plan import RunPlan
 from strategies import batchnorm_buffers
 from strategies.compression import BUCKET, CODECS, Codec, encode, make_codec, receive
+from strategies.sections import beside, with_prefix
 
 QSGD_LEVELS = math.ceil(
     (BUCKET / 4) ** 0.5
@@ -96,10 +97,8 @@ def compress_update(
     seed: int,
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The message of the update from the parameters `x` to those in `y`, and what its client then remembers."""
-    update = {name: value.to(y[name].device) - y[name] for name, value in x.items()}
-    device = next(iter(update.values())).device
-    held = {name: value.to(device) for name, value in memory.items()}
-    return encode(codec, update, held, seed, config.error_feedback)
+    update = {name: value - y[name] for name, value in beside(y, x).items()}
+    return encode(codec, update, beside(y, memory), seed, config.error_feedback)
 
 
 def receive_change(
@@ -108,6 +107,4 @@ def receive_change(
     """The parameters of a client that holds `held`, after the server's `message` of a round."""
     codec = codec_of(config, down=True)
     assert codec is not None
-    device = next(iter(message.values())).device
-    held = {name: value.to(device) for name, value in held.items()}
-    return receive(codec, held, message, compress_seed(config, plan, round_, None))
+    return receive(codec, beside(message, held), message, compress_seed(config, plan, round_, None))

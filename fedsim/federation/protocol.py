@@ -6,9 +6,6 @@ The arrays of a message are told apart by `strategies.sections`.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping
-
-from torch import Tensor
 
 from fedsim.config import Config, Value
 from strategies.robust import trimmed_of
@@ -70,13 +67,3 @@ def fewest_for_mean(config: Config) -> int:
     if config.mean == "trimmed" and config.trim:
         return next(workers for workers in itertools.count(3) if trimmed_of(config.trim, workers))
     return 3
-
-
-def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """`tensors` under names with `prefix`."""
-    return {prefix + name: value for name, value in tensors.items()}
-
-
-def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `tensors` whose names have `prefix`, under the names without it."""
-    return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
