@@ -24,7 +24,6 @@ from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
 from fedsim.federation.compress import codec_of, compress_seed, compress_update, receive_change
-from fedsim.federation.late_mean import add_late
 from fedsim.federation.protocol import (
     BATCHNORM,
     COMPRESS,
@@ -208,6 +207,16 @@ def _ended_alone(config: Config, begun: Begun, end: End) -> Ended:
     if config.batchnorm_at_sync == "local":
         kept |= {BATCHNORM + name: sent.buffers[name] for name in _batchnorm_names(config)}
     return Ended(x, sent, kept)
+
+
+def add_late(z: Mapping[str, Tensor], x: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """y = z + (x - own), for each parameter in `x`: what a client sends where the mean arrives a round late.
+
+    With `delay` = 1 it begins a round from its `own` parameters of the end of the last one, takes its local steps to
+    `z`, and adds the difference from there to the model `x` that arrived in the meantime (CoCoD-SGD: Shen et al. 2019).
+    It begins the next round from y. Clients so compute while models are on their way.
+    """
+    return {name: z[name] + (value.to(z[name].device) - own[name].to(z[name].device)) for name, value in x.items()}
 
 
 @functools.lru_cache(maxsize=8)  # every client asks in every round, and a model would be built for it

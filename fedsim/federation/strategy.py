@@ -10,12 +10,11 @@ from typing import Any
 from flwr.serverapp.strategy import Strategy
 from torch import nn
 
-from fedsim.config import FIELDS, Config, arguments_of, check_used
+from fedsim.config import FIELDS, Config, arguments_of, check_used, kebab
 from fedsim.data.datasets import training_images
 from fedsim.errors import UserError
 from fedsim.federation.compress import check_compress, codec_of, compress_seed
 from fedsim.federation.flower_internals import let_messages_be_made
-from fedsim.federation.late_mean import check_delay
 from fedsim.federation.protocol import CONTROL, MEMORY, fewest_updates
 from fedsim.models import cpu_model
 from fedsim.optim import check_optimizer
@@ -27,6 +26,13 @@ from strategies.errors import StrategyFailed
 from strategies.flower_strategy import FlowerStrategy, why_not_resumable
 from strategies.outer import OuterStep, outer_step
 from strategies.robust import trimmed_of
+
+GOES_WITH_DELAY = {  # key -> its values with which a client can begin a round before any message of it arrives
+    "fraction": (1.0,),
+    "local_rule": ("none", "fedprox"),
+    "momentum_at_sync": ("keep", "reset"),
+    "compress_down": ("none",),
+}
 
 
 def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
@@ -81,6 +87,17 @@ def check_strategy(config: Config) -> str:
     if config.strategy_args:
         raise UserError(f"strategy-args is not used by strategy = {config.strategy}: leave it out")
     return ""
+
+
+def check_delay(config: Config) -> None:
+    """Raise UserError where clients would need a message before they begin a round."""
+    for name, values in GOES_WITH_DELAY.items() if config.delay else ():
+        if (value := getattr(config, name)) not in values:
+            use = " or ".join(map(str, values))
+            raise UserError(
+                f"{kebab(name)} = {value} does not go with delay = {config.delay}, with which every client begins a "
+                f"round before the message of the server arrives: give {use}"
+            )
 
 
 def check_mean(config: Config) -> None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.federation import client_app
-from fedsim.federation.late_mean import add_late
+from fedsim.federation.client_app import add_late
 from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.training.local_round import End, Start, take_round
 from strategies.mean import mean
