@@ -24,11 +24,11 @@ from fedsim.federation.round import initial_progress, train_round
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import build_model
 from fedsim.training import stacked, streams
-from fedsim.training.local_round import End, Start
+from fedsim.training.local_round import RoundEnd, RoundStart
 from fedsim.training.run_plan import run_plan
 from tests.emulated_gpu import EmulatedGpu
 
-WAYS: dict[str, Callable[[Config, Sequence[Start]], list[End]]] = {
+WAYS: dict[str, Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]] = {
     "groups": stacked.take_rounds,
     "products": functools.partial(stacked.take_rounds, by_products=True),
     "streams": streams.take_rounds,

@@ -34,7 +34,7 @@ from fedsim.reference import (
 )
 from fedsim.training.batchnorm import BATCH as CALIBRATION_BATCH
 from fedsim.training.batchnorm import calibration_crops
-from fedsim.training.local_round import Start, round_inputs
+from fedsim.training.local_round import RoundStart, round_inputs
 from fedsim.training.run_plan import run_plan
 from strategies import LocalSGD
 
@@ -107,7 +107,7 @@ def reference(config: Config) -> dict[str, Tensor]:
 
     def batch(worker: int, step: int) -> tuple[Tensor, Tensor]:
         round_ = bisect.bisect_right(plan.starts, step)
-        inputs = round_inputs(config, Start(worker, round_, {}, {}))
+        inputs = round_inputs(config, RoundStart(worker, round_, {}, {}))
         local_step = step - plan.first_step(round_)
         part = slice(local_step * config.batch_size, (local_step + 1) * config.batch_size)
         step_keys.begin_step(inputs.dropout_keys[local_step])

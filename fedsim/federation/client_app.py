@@ -42,7 +42,7 @@ from fedsim.federation.protocol import (
 )
 from fedsim.models import initial_model
 from fedsim.training import stacked
-from fedsim.training.local_round import End, Start, check_machine, held_images, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_round
 from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of, inferred_correction
 from fedsim.training.run_plan import run_plan
 from strategies import DECLINED, batchnorm_buffers, join, sections, split, tensor_record, tensors_of
@@ -69,7 +69,7 @@ def train(message: Message, context: Context) -> Message:
 def train_together(
     messages: Sequence[Message],
     contexts: Sequence[Context],
-    take_rounds: Callable[[Config, Sequence[Start]], list[End]] = stacked.take_rounds,
+    take_rounds: Callable[[Config, Sequence[RoundStart]], list[RoundEnd]] = stacked.take_rounds,
 ) -> list[Message]:
     """`train` for several clients of one process at once, by default with their replicas as one stacked network."""
     config = _config(messages[0], contexts[0])
@@ -122,7 +122,7 @@ class Begun:
 
     received: Sections  # parameters that are encoded as they came
     memory: dict[str, Tensor]
-    start: Start
+    start: RoundStart
 
 
 def _begin(config: Config, message: Message, context: Context) -> Begun:
@@ -135,7 +135,7 @@ def _begin(config: Config, message: Message, context: Context) -> Begun:
         if not held:
             raise MemoryLost("the model that the message is the change of is not kept here")
         parameters = receive_change(config, run_plan(config), _round(message), held, parameters)
-    start = Start(
+    start = RoundStart(
         worker=_worker(context),
         round=_round(message),
         weights={**parameters, **received.buffers, **under_prefix(BATCHNORM, memory), **under_prefix(OWN, memory)},
@@ -154,7 +154,7 @@ class Ended(NamedTuple):
     wrong: str = ""  # with compression, what is wrong with the values of its parameters
 
 
-def _reply(config: Config, message: Message, context: Context, begun: Begun, end: End, ended: Ended) -> Message:
+def _reply(config: Config, message: Message, context: Context, begun: Begun, end: RoundEnd, ended: Ended) -> Message:
     x, sent, kept, wrong = ended
     if wrong:  # an infinity would stay in the residual
         return _declined(message, "its parameters are not finite")
@@ -175,7 +175,7 @@ def _reply(config: Config, message: Message, context: Context, begun: Begun, end
     return Message(content, reply_to=message)
 
 
-def _ended(config: Config, rounds: Sequence[Begun], ends: Sequence[End]) -> list[Ended]:
+def _ended(config: Config, rounds: Sequence[Begun], ends: Sequence[RoundEnd]) -> list[Ended]:
     """What the `ends` of all clients here led to; a GPU is waited for once, to see the values before compression."""
     ended = [_ended_alone(config, begun, end) for begun, end in zip(rounds, ends, strict=True)]
     if config.compress == "none":
@@ -184,7 +184,7 @@ def _ended(config: Config, rounds: Sequence[Begun], ends: Sequence[End]) -> list
     return [each._replace(wrong=problem) for each, problem in zip(ended, wrong, strict=True)]
 
 
-def _ended_alone(config: Config, begun: Begun, end: End) -> Ended:
+def _ended_alone(config: Config, begun: Begun, end: RoundEnd) -> Ended:
     """What the `end` of one client led to; its values are not looked at."""
     received, state, weights = begun.received, with_prefix(OPTIMIZER, end.state), end.weights
     x = sections(begun.start.weights, received.buffers, {}).parameters

@@ -28,7 +28,7 @@ from fedsim.training.step_fn import StepFn, make_step_fn
 
 
 @dataclass(frozen=True)
-class Start:
+class RoundStart:
     """Where a worker begins `round`; `correction` is SCAFFOLD's, of each parameter."""
 
     worker: int
@@ -39,7 +39,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class End:
+class RoundEnd:
     """Where it ends: weights and state of its own, the mean training loss and the samples seen.
 
     The loss may be a scalar tensor on a GPU, which has not been waited for. `gradients`: with SCAFFOLD the mean
@@ -66,7 +66,7 @@ class Replica:
 _of_thread = threading.local()
 
 
-def take_round(config: Config, start: Start, replica: Replica | None = None) -> End:
+def take_round(config: Config, start: RoundStart, replica: Replica | None = None) -> RoundEnd:
     """The local steps of one worker on `replica`, by default this thread's; a GPU is not waited for."""
     replica = replica or _replica(config)
     named = dict(replica.model.named_parameters())
@@ -79,7 +79,7 @@ def take_round(config: Config, start: Start, replica: Replica | None = None) -> 
     steps = run_plan(config).steps_of(start.round, len(held_images(config, start.worker)))
     gradients = replica.rule.end(steps) if replica.rule else {}
     state = optimizer_state(named, replica.optimizer)
-    return End(copies([values])[0], state, loss, samples_of(config, start), gradients)
+    return RoundEnd(copies([values])[0], state, loss, samples_of(config, start), gradients)
 
 
 def local_images(config: Config) -> Images:
@@ -107,7 +107,7 @@ def held_images(config: Config, worker: int) -> NDArray[np.int64]:
     return np.arange(len(own)) if own else shard_of(config, worker)
 
 
-def round_inputs(config: Config, start: Start) -> StepInputs:
+def round_inputs(config: Config, start: RoundStart) -> StepInputs:
     """What the local steps of a worker's round read."""
     held = held_images(config, start.worker)
     plan = run_plan(config)
@@ -117,7 +117,7 @@ def round_inputs(config: Config, start: Start) -> StepInputs:
     return step_inputs(held[order], config.batch_size, config.seed, start.worker, first_step, rates, corners)
 
 
-def samples_of(config: Config, start: Start) -> int:
+def samples_of(config: Config, start: RoundStart) -> int:
     """The images that a worker's round trains on."""
     return len(run_plan(config).samples(start.round, len(held_images(config, start.worker))))
 

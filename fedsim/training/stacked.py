@@ -26,7 +26,7 @@ from fedsim.models import build_model, builder_of, initial_model
 from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
-from fedsim.training.local_round import End, Start, held_images, round_inputs, samples_of, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, held_images, round_inputs, samples_of, take_round
 from fedsim.training.local_rule import build_rule
 from fedsim.training.run_plan import run_plan
 from fedsim.training.step import StepInputs
@@ -55,7 +55,7 @@ class StackedReplicas:
         keys = (samples, config.batch_size, config.precision, replicas, capturable(config), self._rule)
         self._steps = CapturedSteps(self._model, self._optimizer, load_dataset(config).train, *keys)
 
-    def take_rounds(self, starts: Sequence[Start]) -> list[End]:
+    def take_rounds(self, starts: Sequence[RoundStart]) -> list[RoundEnd]:
         """The local steps of K workers, which are in the same round."""
         config, names = self._config, list(starts[0].weights)
         tensors = [{**parts, **buffers} for parts, buffers in zip(self._parts, self._buffers, strict=True)]
@@ -82,14 +82,14 @@ class StackedReplicas:
         self._draw_ahead(starts)
         samples = samples_of(config, starts[0])
         return [
-            End(after, state, loss, samples, means)
+            RoundEnd(after, state, loss, samples, means)
             for after, state, loss, means in zip(weights, states, losses.tolist(), gradients, strict=True)  # waits
         ]
 
-    def _inputs(self, starts: Sequence[Start]) -> list[StepInputs]:
+    def _inputs(self, starts: Sequence[RoundStart]) -> list[StepInputs]:
         return [self._drawn.get((s.worker, s.round)) or round_inputs(self._config, s) for s in starts]
 
-    def _draw_ahead(self, starts: Sequence[Start]) -> None:
+    def _draw_ahead(self, starts: Sequence[RoundStart]) -> None:
         """What the same workers read in the next round, drawn while a GPU is busy; a CPU would gain nothing."""
         following = starts[0].round + 1
         ahead = self._config.device.startswith("cuda") and following <= run_plan(self._config).rounds
@@ -98,7 +98,7 @@ class StackedReplicas:
             for start in (starts if ahead else ())
         }
 
-    def _gradients(self, start: Start) -> list[dict[str, Tensor]]:
+    def _gradients(self, start: RoundStart) -> list[dict[str, Tensor]]:
         """Each replica's mean gradients of the round, where the local rule has them."""
         steps = run_plan(self._config).steps_of(start.round, len(held_images(self._config, start.worker)))
         stacked = self._rule.end(steps) if self._rule else {}
@@ -155,7 +155,7 @@ def check_stackable(config: Config, by_products: bool = False) -> None:
         raise UserError(f"{problem}: give --engine threads")
 
 
-def take_rounds(config: Config, starts: Sequence[Start], by_products: bool = False) -> list[End]:
+def take_rounds(config: Config, starts: Sequence[RoundStart], by_products: bool = False) -> list[RoundEnd]:
     """The local steps of all workers in `starts`, which are in the same round; convolutions by groups or products.
 
     A single worker has nothing to be stacked with.

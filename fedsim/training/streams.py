@@ -12,10 +12,10 @@ from dataclasses import replace
 import torch
 
 from fedsim.config import Config
-from fedsim.training.local_round import End, Replica, Start, build_replica, take_round
+from fedsim.training.local_round import Replica, RoundEnd, RoundStart, build_replica, take_round
 
 
-def take_rounds(config: Config, starts: Sequence[Start]) -> list[End]:
+def take_rounds(config: Config, starts: Sequence[RoundStart]) -> list[RoundEnd]:
     """The local steps of all workers in `starts`, which are in the same round; the device is waited for once."""
     replicas, streams = _build_replicas(config, len(starts))
     ends = []

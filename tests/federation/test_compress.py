@@ -15,7 +15,7 @@ from fedsim.errors import UserError
 from fedsim.federation import client_app
 from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.records import read_rows
-from fedsim.training.local_round import End, Start, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, take_round
 from strategies.compression import CODECS
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
@@ -103,7 +103,7 @@ def test_what_cannot_be_decoded_is_left_out(small: Config) -> None:
 def test_a_scale_that_overflows_and_weights_that_are_infinite_are_left_out(
     small: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def diverging(config: Config, start: Start) -> End:
+    def diverging(config: Config, start: RoundStart) -> RoundEnd:
         end = take_round(config, start)
         if start.worker == 2:
             end.weights["fc3.bias"].fill_(torch.inf)

@@ -20,7 +20,7 @@ from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run, read_rows
-from fedsim.training.local_round import End, Start, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, take_round
 from strategies.compression import CODECS, HELD
 from strategies.local_sgd import BROADCAST, LocalSGD
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
@@ -44,7 +44,7 @@ def test_server_and_clients_hold_the_same_model_bitwise(
     """Also where messages are pickled, so that nothing is shared; and it is not the server's model."""
     begun: dict[tuple[int, int], dict[str, Tensor]] = {}
 
-    def observed(config: Config, start: Start) -> End:
+    def observed(config: Config, start: RoundStart) -> RoundEnd:
         begun[start.round, start.worker] = start.weights
         return take_round(config, start)
 

@@ -14,7 +14,7 @@ from fedsim.errors import UserError
 from fedsim.federation import client_app
 from fedsim.federation.client_app import add_late
 from fedsim.federation.protocol import MEMORY_LOST
-from fedsim.training.local_round import End, Start, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, take_round
 from strategies.mean import mean
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
@@ -44,8 +44,8 @@ def test_of_one_client_it_is_the_plain_run_bitwise(run: Execute, keys: dict[str,
 
 
 def test_of_identical_clients_it_is_the_plain_run_bitwise(run: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
-    def of_worker_0(config: Config, start: Start) -> End:
-        return take_round(config, Start(0, start.round, start.weights, start.state))
+    def of_worker_0(config: Config, start: RoundStart) -> RoundEnd:
+        return take_round(config, RoundStart(0, start.round, start.weights, start.state))
 
     monkeypatch.setattr(client_app, "take_round", of_worker_0)
     plain, late = run(name="plain", clients=3), run(name="late", clients=3, delay=1)
@@ -58,7 +58,7 @@ def test_a_client_begins_where_it_ended_and_moves_by_what_it_missed(
     """The mean of what clients send is then x and the mean of their own ways."""
     took: dict[tuple[int, int], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
-    def observed(config: Config, start: Start) -> End:
+    def observed(config: Config, start: RoundStart) -> RoundEnd:
         end = take_round(config, start)
         took[start.round, start.worker] = start.weights, end.weights
         return end

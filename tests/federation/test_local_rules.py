@@ -16,7 +16,7 @@ from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.optim import OPTIMIZERS
 from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS
 from fedsim.records import read_rows
-from fedsim.training.local_round import End, Start, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, take_round
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
 from tests.federation.test_failures import UPDATE, fail, forget, once, run_with
@@ -74,7 +74,7 @@ def test_identical_clients_need_no_correction(
 ) -> None:
     """Their c_k is c: the run is the plain one, bit for bit."""
 
-    def of_worker_0(config: Config, start: Start) -> End:
+    def of_worker_0(config: Config, start: RoundStart) -> RoundEnd:
         return take_round(config, dataclasses.replace(start, worker=0))
 
     monkeypatch.setattr(client_app, "take_round", of_worker_0)
@@ -87,7 +87,7 @@ def test_identical_clients_need_no_correction(
 def test_identical_clients_are_one_client_bitwise(run: Execute, monkeypatch: pytest.MonkeyPatch, codec: str) -> None:
     """Whatever they send: the mean of equal updates is the update, and so are the residuals."""
 
-    def of_worker_0(config: Config, start: Start) -> End:
+    def of_worker_0(config: Config, start: RoundStart) -> RoundEnd:
         return take_round(config.changed({"clients": 1}), dataclasses.replace(start, worker=0))
 
     monkeypatch.setattr(client_app, "take_round", of_worker_0)

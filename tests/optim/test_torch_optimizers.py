@@ -16,12 +16,12 @@ import torch
 from fedsim.federation.client_app import app
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
-from fedsim.training.local_round import Start, take_round
+from fedsim.training.local_round import RoundStart, take_round
 from fedsim.device import resolve
 from fedsim.models import build_model
 keys = {"dataset": sys.argv[1], "model": "lenet5", "optimizer": sys.argv[2], "batch-size": 16, "device": "cpu"}
 config = resolve(Config().changed(keys), "localsgd")
-take_round(config, Start(0, 1, build_model("lenet5", load_dataset(config).classes, 0).state_dict(), {}))
+take_round(config, RoundStart(0, 1, build_model("lenet5", load_dataset(config).classes, 0).state_dict(), {}))
 print(*sys.modules)
 """
 NOT_NEEDED = {"torchvision", "torch_optimizer", "torch._dynamo", "sympy", "matplotlib", "timm", "psutil", "ray"}

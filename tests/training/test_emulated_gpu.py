@@ -33,7 +33,7 @@ from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS, can_be_captured
 from fedsim.training import cuda_graph, local_round, stacked, step, streams
 from fedsim.training.batchnorm import calibration_crops, reestimate
 from fedsim.training.cuda_graph import CapturedSteps
-from fedsim.training.local_round import End, Start
+from fedsim.training.local_round import RoundEnd, RoundStart
 from strategies import wrong_values
 from strategies.mean import mean
 from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
@@ -128,26 +128,28 @@ def test_a_captured_step_of_torchs_optimizers_is_the_simple_step(tiny: Config, n
     assert_close(captured(config), simple, 1e-10)
 
 
-def ends_on(config: Config, take_rounds: Callable[[Config, Sequence[Start]], list[End]]) -> list[End]:
+def ends_on(config: Config, take_rounds: Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]) -> list[RoundEnd]:
     """The ends of two rounds of three workers, the second from those of the first."""
     starts, found = [begin(config, worker) for worker in (3, 0, 2)], []
     for round_ in (1, 2):
         ends = take_rounds(config, starts)
         starts = [
-            Start(start.worker, round_ + 1, end.weights, end.state) for start, end in zip(starts, ends, strict=True)
+            RoundStart(start.worker, round_ + 1, end.weights, end.state)
+            for start, end in zip(starts, ends, strict=True)
+            for start, end in zip(starts, ends, strict=True)
         ]
         found += ends
     return found
 
 
-def emulated_ends(config: Config, way: str) -> list[End]:
+def emulated_ends(config: Config, way: str) -> list[RoundEnd]:
     with EmulatedGpu():
         ends = ends_on(config.changed({"device": "cuda"}), WAYS[way])
         return [replace(end, weights=on_host(end.weights), state=on_host(end.state)) for end in ends]
 
 
 @functools.cache
-def ends_one_by_one(config: Config) -> list[End]:
+def ends_one_by_one(config: Config) -> list[RoundEnd]:
     return ends_on(config, lambda config, starts: [local_round.take_round(config, start) for start in starts])
 
 
@@ -229,7 +231,7 @@ def draws_and_waits(config: Config, patch: pytest.MonkeyPatch) -> tuple[list[tup
     """In three rounds of two workers: which round was drawn after how many waits, and the waits until each end."""
     drawn: list[tuple[int, int]] = []
 
-    def counted(config: Config, start: Start) -> Any:
+    def counted(config: Config, start: RoundStart) -> Any:
         drawn.append((start.round, current().counts["waits"]))
         return local_round.round_inputs(config, start)
 

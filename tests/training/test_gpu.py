@@ -13,7 +13,7 @@ from fedsim.device import prepare
 from fedsim.experiments.execute import execute
 from fedsim.models import build_model
 from fedsim.training import local_round
-from fedsim.training.local_round import Start
+from fedsim.training.local_round import RoundStart
 from tests.conftest import NEEDS_GPU, assert_same_bits, final_model, rows_of
 from tests.training import test_stacked as stacked_tests
 from tests.training.test_cuda_graph import OPTIMIZERS, assert_close, rounds
@@ -52,7 +52,7 @@ def test_all_at_once_is_one_by_one(on_gpu: Config, way: str, keys: dict[str, Any
 def test_steps_wait_for_nothing(on_gpu: Config, precision: str) -> None:
     config = on_gpu.changed({"precision": precision})
     replica = local_round.build_replica(config)
-    start = Start(0, 1, build_model(config.model, config.synthetic_classes, 0, config.device).state_dict(), {})
+    start = RoundStart(0, 1, build_model(config.model, config.synthetic_classes, 0, config.device).state_dict(), {})
     local_round.take_round(config, start, replica)
     torch.cuda.synchronize()
     try:

@@ -17,7 +17,7 @@ from fedsim.experiments.cost import cost
 from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
 from fedsim.training.engine import choose_engine
-from fedsim.training.local_round import End, Start, check_machine, held_images, round_inputs, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, round_inputs, take_round
 from fedsim.training.run_plan import run_plan
 from strategies.mean import mean
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
@@ -41,7 +41,7 @@ def test_a_round_takes_each_image_of_a_client_once_per_pass(small: Config, shuff
         held = held_images(config, worker)
         orders = []
         for round_ in (1, 2):
-            inputs = round_inputs(config, Start(worker, round_, {}, {}))
+            inputs = round_inputs(config, RoundStart(worker, round_, {}, {}))
             orders.append(inputs.crops[0].tolist())
             np.testing.assert_array_equal(np.sort(orders[-1]), np.sort(np.tile(held, 2)))
             assert len(inputs.dropout_keys) == len(inputs.rates) == steps
@@ -52,9 +52,9 @@ def test_a_round_takes_each_image_of_a_client_once_per_pass(small: Config, shuff
 
 
 def test_clients_are_weighted_by_their_images(small: Config, run: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
-    ends: dict[int, End] = {}
+    ends: dict[int, RoundEnd] = {}
 
-    def observed(config: Config, start: Start) -> End:
+    def observed(config: Config, start: RoundStart) -> RoundEnd:
         ends[start.worker] = end = take_round(config, start)
         return end
 

@@ -3,7 +3,7 @@ from __future__ import annotations
 import torch
 
 from fedsim.config import Config
-from fedsim.training.local_round import Start, round_inputs
+from fedsim.training.local_round import RoundStart, round_inputs
 
 
 def test_the_inputs_of_a_local_step_do_not_depend_on_j(small: Config) -> None:
@@ -12,7 +12,7 @@ def test_the_inputs_of_a_local_step_do_not_depend_on_j(small: Config) -> None:
     longer = {j: config.changed({"local-steps": j, "rounds": 12 // j}) for j in (1, 2, 3)}
     seen = {}
     for j, one in longer.items():
-        rounds = [round_inputs(one, Start(2, round_, {}, {})) for round_ in range(1, 12 // j + 1)]
+        rounds = [round_inputs(one, RoundStart(2, round_, {}, {})) for round_ in range(1, 12 // j + 1)]
         seen[j] = (
             torch.cat([inputs.crops for inputs in rounds], dim=1),
             torch.cat([inputs.dropout_keys for inputs in rounds]),

@@ -17,10 +17,10 @@ from fedsim.errors import UserError
 from fedsim.models import build_model
 from fedsim.models.lenet import LeNet5
 from fedsim.training import local_round, stacked, streams
-from fedsim.training.local_round import End, Start
+from fedsim.training.local_round import RoundEnd, RoundStart
 from tests.conftest import register
 
-TakeRounds = Callable[[Config, Sequence[Start]], list[End]]
+TakeRounds = Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]
 WAYS: dict[str, TakeRounds] = {
     "groups": stacked.take_rounds,
     "products": functools.partial(stacked.take_rounds, by_products=True),
@@ -41,10 +41,10 @@ OTHER_OPTIMIZERS: list[dict[str, Any]] = [
 ]
 
 
-def begin(config: Config, worker: int, round: int = 1) -> Start:
+def begin(config: Config, worker: int, round: int = 1) -> RoundStart:
     """Every worker from weights of its own, so that a mix-up would show."""
     model = build_model(config.model, config.synthetic_classes, worker, precision=config.precision)
-    return Start(worker, round, model.state_dict(), {})
+    return RoundStart(worker, round, model.state_dict(), {})
 
 
 # LAMB (as Adam) steps as far even where the gradient is rounding noise, as that of a bias before BN is. BN
@@ -52,7 +52,7 @@ def begin(config: Config, worker: int, round: int = 1) -> Start:
 NOISE_OF_LAMB = ("conv1.bias", "conv2.bias", "bn1.running_mean", "bn2.running_mean")
 
 
-def difference(one: End, other: End, but: Sequence[str] = ()) -> float:
+def difference(one: RoundEnd, other: RoundEnd, but: Sequence[str] = ()) -> float:
     assert one.weights.keys() == other.weights.keys()
     assert one.state.keys() == other.state.keys()
     pairs = [(one.weights[name], other.weights[name]) for name in one.weights if name not in but]
@@ -77,7 +77,7 @@ def assert_same_rounds(
             assert difference(one, other, but) < 1e-12
             assert one.loss == pytest.approx(other.loss, abs=1e-12)
             assert one.samples == other.samples
-        starts = [Start(s.worker, 2, end.weights, end.state) for s, end in zip(starts, alone, strict=True)]
+        starts = [RoundStart(s.worker, 2, end.weights, end.state) for s, end in zip(starts, alone, strict=True)]
 
 
 @pytest.mark.parametrize(
