@@ -6,6 +6,7 @@ uses no engine, strategy or grid of fedsim. As in the tutorials, momentum is res
 
 from __future__ import annotations
 
+import functools
 import itertools
 import logging
 import time
@@ -31,14 +32,20 @@ def train(message: Message, context: Context) -> Message:
     sent = dict(message.content.config_records["config"])
     sent.pop("server-round")
     config = Config().changed(sent)
-    data = load_dataset(config)
-    model = build_model(config.model, data.classes, config.seed, norm=config.norm)
+    classes, images = _data(config)
+    model = build_model(config.model, classes, config.seed, norm=config.norm)
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
-    images = PilImages(data.train.pixels(), data.train.labels.cpu())
     client = PlainClient(config, model, images, int(context.node_config["partition-id"]))
     losses = list(client.local_steps())
     metrics = MetricRecord({"num-examples": client.samples, "train-loss": losses[-1].item()})
     return Message(RecordDict({"arrays": ArrayRecord(model.state_dict()), "metrics": metrics}), reply_to=message)
+
+
+@functools.cache
+def _data(config: Config) -> tuple[int, PilImages]:
+    """The number of classes and the training images, which a process keeps, as the tutorials' apps do."""
+    data = load_dataset(config)
+    return data.classes, PilImages(data.train.pixels(), data.train.labels.cpu())
 
 
 def tutorial_rounds(config: Config, rounds: int) -> list[float]:
