@@ -57,11 +57,11 @@ def with_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]
 
 
 def under_prefix(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Those of `tensors` whose names have `prefix`, under the names without it."""
+    """The tensors whose names begin with `prefix`, by the rest of their names."""
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
 def beside(tensors: Mapping[str, Tensor], values: Mapping[str, Any]) -> dict[str, Any]:
-    """`values`, whose tensors may come from a file or another machine, on the device of the first of `tensors`."""
+    """`values` with their tensors moved to the device of `tensors`, which all lie on one."""
     device = next((tensor.device for tensor in tensors.values()), None)
     return {name: value.to(device) if isinstance(value, Tensor) else value for name, value in values.items()}

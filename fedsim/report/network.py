@@ -64,8 +64,10 @@ def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
 
 
 def network_seconds(records: pd.DataFrame, network: Network) -> pd.DataFrame:
-    """Of each record, the seconds `waiting` for latency and in `transfer`, inversely proportional to the bandwidth, and
-    the bytes that all workers send, `sent_up` and `sent_down`.
+    """The communication of each record on `network`.
+
+    `waiting`: seconds of latency; `transfer`: seconds, inversely proportional to the bandwidth; `sent_up` and
+    `sent_down`: the bytes that all workers send.
 
     Requires the columns of `add_traffic` and, with all-reduce, `summed`: whether updates are summed on their way.
     """

@@ -136,7 +136,6 @@ def ends_on(config: Config, take_rounds: Callable[[Config, Sequence[RoundStart]]
         starts = [
             RoundStart(start.worker, round_ + 1, end.weights, end.state)
             for start, end in zip(starts, ends, strict=True)
-            for start, end in zip(starts, ends, strict=True)
         ]
         found += ends
     return found
