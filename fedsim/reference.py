@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 MomentumAtSync = Literal["keep", "reset", "average"]
 BatchNormAtSync = Literal["average", "first-worker", "pooled", "local", "re-estimated"]
 Tensors = dict[str, Tensor]
-Compress = Callable[[Tensors], Tensors]
+Compress = Callable[[Tensors, int | None, int], Tensors]
 Combine = Callable[[Sequence[Tensor], Sequence[float] | None], Tensor]
 Outer = Callable[[Tensors, Tensors, float], Tensors]
 
@@ -36,6 +36,7 @@ def local_sgd(
     sample: Callable[[int], Sequence[int]] | None = None,
     weights: Sequence[float] | None = None,
     combine: Combine | None = None,
+    clip: bool = False,
     momentum_at_sync: MomentumAtSync = "keep",
     batchnorm_at_sync: BatchNormAtSync = "average",
     compress: Compress | None = None,
@@ -49,18 +50,19 @@ def local_sgd(
     """Train `model` in place: in each round `local_steps[round]` (J) steps on each of K `workers`, and one mean.
 
     The workers `sample(round)`, counted from 1, take part in a round, or all; in the mean they count as `weights` says.
-    `combine(values, weights)` is that mean, by default `mean`.
+    `combine(values, weights)` is that mean, by default `mean`; `clip` cuts updates to their median length before it.
     `batch(worker, step)` gives the inputs and labels of a local step and `lr(step)` its learning rate; steps are
     counted from 0 through all rounds. `momentum_at_sync` says what becomes of each worker's optimizer state when the
     models are averaged, `batchnorm_at_sync` what becomes of BatchNorm's running statistics; to re-estimate them is to
-    average them and to call `reestimate` on the model. `compress(update)` is what arrives of a worker's update, the
-    parameters that it began the round from minus its own; with `error_feedback` the worker adds what did not arrive to
-    its next update. Workers begin a round from x, the model's parameters; with `compress_down`, from what they began
-    the last one from plus `compress_down(change)`, what arrives of the change from there to x. `outer(x, mean, lr)` is
-    the server's step: the next parameters from those before the round, the mean of the workers' and the rate of the
-    round's last step; without it, the mean. FedProx adds `prox_mu` times the distance from where the round began to a
-    gradient, SCAFFOLD c - c_k: c_k is the mean of worker k's gradients in the last round, c the mean of all c_k.
-    With `delay` a worker begins a round from its own model, and at its end adds the difference from there to x.
+    average them and to call `reestimate` on the model. `compress(update, worker, step)` is what arrives of a worker's
+    update in the round that begins with `step`: the parameters that it began from minus its own; with `error_feedback`
+    the worker adds what did not arrive to its next update. Workers begin a round from x, the model's parameters; with
+    `compress_down`, from what they began the last one from plus `compress_down(change, None, step)`, what arrives of
+    the change from there to x. `outer(x, mean, lr)` is the server's step: the next parameters from those before the
+    round, the mean of the workers' and the rate of the round's last step; without it, the mean. FedProx adds `prox_mu`
+    times the distance from where the round began to a gradient, SCAFFOLD c - c_k: c_k is the mean of worker k's
+    gradients in the last round, c the mean of all c_k. With `delay` a worker begins a round from its own model, and at
+    its end adds the difference from there to x.
     """
     combine = combine or mean
     replicas = [copy.deepcopy(model) for _ in range(workers)]
@@ -73,7 +75,7 @@ def local_sgd(
     for round_, steps in enumerate(local_steps, 1):
         sampled = sample(round_) if sample else range(workers)
         x = parameters_of(model)
-        begun = plus(begun, compress_down(minus(x, begun))) if compress_down and begun else x
+        begun = plus(begun, compress_down(minus(x, begun), None, first_step)) if compress_down and begun else x
         c = {name: mean([control[name] for control in controls], weights) for name in x}
 
         for worker in sampled:
@@ -95,10 +97,12 @@ def local_sgd(
         if compress:
             for state, worker in zip(states, sampled, strict=True):
                 update = plus(minus(begun, state), residuals[worker])
-                arrived = compress(update)
+                arrived = compress(update, worker, first_step)
                 state |= minus(begun, arrived)
                 if error_feedback:
                     residuals[worker] = minus(update, arrived)
+        if clip:
+            states = clipped(states, begun)
         shares = [weights[worker] for worker in sampled] if weights else None
         average = {name: combine([state[name] for state in states], shares) for name in states[0]}
         average |= statistics_at_sync(model, average, states, shares, batchnorm_at_sync)
@@ -291,11 +295,50 @@ def sign(x: Tensor) -> Tensor:
     return torch.where(x >= 0, scale, -scale)
 
 
+def random_k(x: Tensor, ratio: float, generator: torch.Generator) -> Tensor:
+    """A random `ratio` of the values, at least one."""
+    kept = torch.randperm(x.numel(), generator=generator)[: max(1, part_of(ratio, x.numel()))]
+    arrived = torch.zeros_like(x).flatten()
+    arrived[kept] = x.flatten()[kept]
+    return arrived.view(x.shape)
+
+
+def qsgd(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
+    """Each of 128 values at random up or down to one of `levels` parts of their norm (Alistarh et al. 2017)."""
+    arrived = []
+    for bucket in torch.split(F.pad(x.flatten(), (0, -x.numel() % 128)), 128):
+        norm = bucket.norm().float()
+        level = (bucket.abs() / norm).nan_to_num() * levels
+        level = (level + torch.rand(128, generator=generator, dtype=torch.float64)).floor().clamp(max=levels)
+        arrived.append(bucket.sign() * level * (norm / levels))
+    return torch.cat(arrived)[: x.numel()].view(x.shape)
+
+
+def power_sgd(x: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """A matrix of low rank by one power iteration from `right`, and the next `right` (Vogels et al. 2019)."""
+    matrix = x.flatten(1)
+    left = torch.linalg.qr(matrix @ right).Q
+    right = matrix.T @ left
+    return (left @ right.T).view(x.shape), right
+
+
 def trimmed_mean(values: Sequence[Tensor], weights: Sequence[float] | None, trim: float) -> Tensor:
     """Without the largest and smallest `trim` of each value; a `trim` of half is the median (Yin et al. 2018)."""
     ordered = torch.stack(list(values)).sort(0).values
     dropped = min(part_of(trim, len(values)), (len(values) - 1) // 2)
     return ordered[dropped : len(values) - dropped].double().mean(0).to(values[0].dtype)
+
+
+def clipped(states: Sequence[Tensors], x: Tensors) -> list[Tensors]:
+    """The `states`, with those that are further from `x` than the median of their distances brought back to it."""
+    updates = [minus(x, state) for state in states]
+    lengths = [torch.stack([value.norm() for value in update.values()]).norm() for update in updates]
+    limit = trimmed_mean(lengths, None, 0.5)
+    factors = [torch.clamp(limit / length, max=1.0) for length in lengths]
+    return [
+        state | {name: x[name] - factor * value for name, value in update.items()}
+        for state, factor, update in zip(states, factors, updates, strict=True)
+    ]
 
 
 def part_of(ratio: float, count: int) -> int:

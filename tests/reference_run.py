@@ -13,18 +13,23 @@ from torch import Tensor
 from fedsim.config import Config, arguments_of
 from fedsim.data.datasets import load_dataset
 from fedsim.data.partition import shard_of, shard_sizes
-from fedsim.models import initial_model
+from fedsim.federation.compress import compress_seed
+from fedsim.models import cpu_model, initial_model
 from fedsim.models.dropout import Dropout, StepKeys
 from fedsim.optim import build_optimizer
 from fedsim.reference import (
     Combine,
     Compress,
     Outer,
+    Tensors,
     adagrad,
     adam,
     adaptive_step,
     local_sgd,
     momentum_step,
+    power_sgd,
+    qsgd,
+    random_k,
     reestimate,
     sign,
     topk,
@@ -49,36 +54,58 @@ OUTER: dict[str, tuple[Callable[..., Outer], dict[str, Any]]] = {  # with the de
 }
 ARGUMENTS = ("lr", "momentum", "nesterov", "betas", "eps", "bias_correction")
 
-CODECS: dict[str, Callable[[Tensor, float], Tensor]] = {
-    "fp16": lambda x, ratio: x.clamp(-65504, 65504).half().double(),
-    "bf16": lambda x, ratio: x.bfloat16().double(),
-    "int8": lambda x, ratio: uniform(x, 127),
-    "int4": lambda x, ratio: uniform(x, 7),
-    "sign": lambda x, ratio: sign(x),
-    "topk": topk,
+CODECS: dict[str, Callable[[Config, Tensor, torch.Generator], Tensor]] = {
+    "fp16": lambda config, x, draws: x.clamp(-65504, 65504).half().double(),
+    "bf16": lambda config, x, draws: x.bfloat16().double(),
+    "int8": lambda config, x, draws: uniform(x, 127),
+    "int4": lambda config, x, draws: uniform(x, 7),
+    "sign": lambda config, x, draws: sign(x),
+    "topk": lambda config, x, draws: topk(x, config.compress_ratio),
+    "randomk": lambda config, x, draws: random_k(x, config.compress_ratio, draws),
+    "qsgd": lambda config, x, draws: qsgd(x, config.compress_levels, draws),
 }
 
 
-def compress_of(codec: str, ratio: float) -> Compress | None:
+def compress_of(config: Config, codec: str) -> Compress | None:
     """What arrives of an update; None where it is sent as it is."""
     if codec == "none":
         return None
-    return lambda update: {name: CODECS[codec](value, ratio) for name, value in update.items()}
+    plan, rank = run_plan(config), config.compress_rank
+    rights: dict[tuple[int | None, str], Tensor] = {}  # PowerSGD's, by worker and parameter
+
+    def compress(update: Tensors, worker: int | None, step: int) -> Tensors:
+        round_ = bisect.bisect_right(plan.starts, step)
+        draws = torch.Generator().manual_seed(compress_seed(config, plan, round_, worker))
+        if codec != "powersgd":
+            return {name: CODECS[codec](config, value, draws) for name, value in update.items()}
+        arrived = dict(update)
+        for name, value in update.items():
+            rows, columns = len(value), value[0].numel()
+            if value.ndim > 1 and rank <= rows and rank * (rows + columns) < rows * columns:
+                if (worker, name) not in rights:
+                    rights[worker, name] = torch.randn(columns, rank, generator=draws).double()
+                arrived[name], rights[worker, name] = power_sgd(value, rights[worker, name])
+        return arrived
+
+    return compress
 
 
 MEANS: dict[str, Callable[[float], Combine | None]] = {
     "exact": lambda trim: None,
     "trimmed": lambda trim: functools.partial(trimmed_mean, trim=trim),
     "median": lambda trim: functools.partial(trimmed_mean, trim=0.5),
+    "clipped": lambda trim: None,
 }
 
 
 def covers(config: Config) -> bool:
     """Whether the reference knows every part of a run of `config` (resolved): then `reference` is its model."""
-    codecs = {"none", *CODECS}
+    codecs = {"none", "powersgd", *CODECS}
     # A codec that follows another one meets ties, which rounding errors of 1e-16 break in one way or the other
     both = config.compress, config.compress_down
     no_ties = "none" in both or both == ("topk", "topk")
+    has_buffers = any(True for _ in cpu_model(config).buffers())
+    has_extras = config.momentum_at_sync == "average" or config.local_rule == "scaffold"
     # An inferred mean of gradients is weighted by the rates of the steps
     one_rate = config.schedule == "constant" and config.warmup_epochs == 0
     return (
@@ -87,7 +114,10 @@ def covers(config: Config) -> bool:
         and (not config.local_epochs or len(set(shard_sizes(config))) == 1)
         and config.precision == "fp64"
         and config.strategy == "localsgd"
-        and config.mean in MEANS
+        # The reference clips parameters alone
+        and (config.mean != "clipped" or not (has_buffers or has_extras))
+        # The factors of a matrix of lower rank are not determined
+        and ("powersgd" not in both or config.batch_size >= config.compress_rank)
         and set(both) <= codecs
         and no_ties
         and config.outer in {"none", *OUTER}
@@ -131,8 +161,9 @@ def reference(config: Config) -> dict[str, Tensor]:
         sample=lambda round_: sampling.sample(round_, everyone),
         weights=None if config.client_weights == "equal" else [len(shard_of(config, worker)) for worker in everyone],
         combine=MEANS[config.mean](config.trim),
-        compress=compress_of(config.compress, config.compress_ratio),
-        compress_down=compress_of(config.compress_down, config.compress_ratio),
+        clip=config.mean == "clipped",
+        compress=compress_of(config, config.compress),
+        compress_down=compress_of(config, config.compress_down),
         error_feedback=config.error_feedback,
         outer=make_outer(**{**defaults, **arguments_of(config.outer_args)}) if make_outer else None,
         prox_mu=config.prox_mu if config.local_rule == "fedprox" else 0.0,

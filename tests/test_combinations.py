@@ -118,7 +118,7 @@ BATCHNORM: list[Choice] = [
     {"batchnorm-at-sync": "local"},
     {"batchnorm-at-sync": "re-estimated", "batchnorm-images": 20},
 ]
-CODECS = ["none", "none", "none", "fp16", "bf16", "int8", "int4", "sign", "topk"]
+CODECS = ["none", "none", "none", "fp16", "bf16", "int8", "int4", "sign", "topk", "randomk", "qsgd", "powersgd"]
 OF_CODEC: dict[str, list[Choice]] = {
     "topk": [{"compress-ratio": 0.1}, {"compress-ratio": 1.0}, {}],
     "randomk": [{"compress-ratio": 0.3}],
@@ -142,6 +142,7 @@ MEANS: list[Choice] = [
     {"mean": "trimmed", "trim": 0.4},
     {"mean": "trimmed"},
     {"mean": "median"},
+    {"mean": "clipped"},
 ]
 SAMPLES: list[Choice] = [
     {},
@@ -191,13 +192,6 @@ BEYOND_THE_REFERENCE: list[Choice] = [
     {"compress": "int8", "compress-down": "topk"},
     {"compress": "topk", "compress-down": "sign"},
     {"compress": "sign", "compress-down": "int4"},
-    {"compress": "randomk"},
-    {"compress-down": "randomk"},
-    {"compress": "qsgd"},
-    {"compress-down": "qsgd"},
-    {"compress": "powersgd"},
-    {"compress-down": "powersgd"},
-    {"mean": "clipped"},
     {"outer": "yogi", "outer-args": "lr=0.01"},
     {"outer": "adamw", "outer-args": "lr=0.01, amsgrad=true"},
     {"outer": "asgd", "outer-args": ""},

@@ -36,6 +36,12 @@ ROUNDS, STEPS, WORKERS, BATCH = 3, 3, 3, 8
         {"model": "lenet5", "local-steps-schedule": "table", "local-steps-table": "0.5:1,0.7:4", "record-by": "epoch"},
         {"model": "lenet5", "compress": "topk", "compress-ratio": 0.1, "outer": "slowmo"},
         {"model": "lenet5", "compress": "topk", "compress-ratio": 0.29, "error-feedback": False},
+        {"model": "lenet5", "compress": "randomk", "compress-ratio": 0.1, "fraction": 0.67},
+        {"model": "lenet5", "compress": "qsgd", "momentum-at-sync": "average"},
+        {"model": "lenet5", "compress": "powersgd", "compress-rank": 2},
+        {"model": "lenet5", "compress-down": "powersgd", "compress-rank": 2},
+        {"model": "lenet5", "compress-down": "qsgd"},
+        {"model": "lenet5", "mean": "clipped", "compress": "qsgd", "outer": "fedavgm"},
         {
             "model": "lenet5",
             "compress": "topk",
