@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -18,7 +17,7 @@ from rich.console import Console
 from fedsim import __version__
 from fedsim.config import Config, Engine, Mode, engine_named, typed
 from fedsim.errors import RunFailed, UserError
-from fedsim.flags import Command, CommandGroup, GridCommand, RayCommand, given, integers, keys_of, several
+from fedsim.flags import Command, CommandGroup, GridCommand, RayCommand, TorchCommand, given, integers, keys_of, several
 from fedsim.interrupts import Interrupted, interruption
 
 if TYPE_CHECKING:  # these import torch, which takes seconds; --help must not wait for it
@@ -90,20 +89,6 @@ def _resumes(arguments: list[str]) -> bool:
     return command is not None and any(parameter.name == "rerun" for parameter in command.params)
 
 
-@contextlib.contextmanager
-def _without_collections() -> Iterator[None]:
-    """Context manager: import torch and flwr without garbage collection, and leave their objects out of later ones.
-
-    They make 350,000 objects that live as long as the process, and a pass over all of these takes 0.2 s.
-    """
-    gc.disable()
-    try:
-        yield
-    finally:
-        gc.freeze()
-        gc.enable()
-
-
 def _fail(message: str, code: int) -> NoReturn:
     """Print the message on one line, with control characters escaped, and exit."""
     if interrupted := interruption(sys.exception()):
@@ -159,14 +144,13 @@ OUT = typer.Option("report", "-o", "--out", help="folder to write to", metavar="
 STUDIES = typer.Argument(None, metavar="[STUDY]...", help="names of studies in fedsim/studies/, or TOML files")
 
 
-@cli.command(cls=Command)
+@cli.command(cls=TorchCommand)
 @keys_of("centralized")
 def centralized(
     preset: str = PRESET, rerun: bool = RERUN, dry_run: bool = DRY_RUN, track: str = TRACK, **keys: Any
 ) -> None:
     """Train on one machine that has all images: the large-batch baselines."""
-    with _without_collections():
-        from fedsim.experiments.execute import configured_run, execute
+    from fedsim.experiments.execute import configured_run, execute
 
     config, engine = configured_run("centralized", given(keys), preset)
     if dry_run:
@@ -176,7 +160,7 @@ def centralized(
         execute(config, "centralized", engine, on_row, rerun)
 
 
-@cli.command(cls=Command)
+@cli.command(cls=TorchCommand)
 @keys_of("localsgd")
 def localsgd(
     preset: str = PRESET,
@@ -187,8 +171,7 @@ def localsgd(
     **keys: Any,
 ) -> None:
     """Train by LocalSGD: K clients, J local steps per round, then one average."""
-    with _without_collections():
-        from fedsim.experiments.execute import configured_run, execute
+    from fedsim.experiments.execute import configured_run, execute
 
     config, chosen = configured_run("localsgd", given(keys), preset, engine)
     if dry_run:
@@ -240,7 +223,7 @@ def grid(
     _run_studies([found], lambda study: study.cells(keys=single), results_dir, runner, rerun, dry_run, save_as="grid")
 
 
-@cli.command(cls=Command)
+@cli.command(cls=TorchCommand)
 def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
     """A small K/J grid on synthetic images: offline, two cores, about a minute."""
     from fedsim.experiments.study import Study, read_study
@@ -249,7 +232,7 @@ def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
     _run_studies([read_study("demo")], Study.cells, results_dir, OneByOne("auto"), rerun, save_as="grid")
 
 
-@cli.command(cls=Command)
+@cli.command(cls=TorchCommand)
 @keys_of(
     "localsgd", without=("clients", "dataset", "synthetic-images", "synthetic-classes", "results-dir", "name", "resume")
 )
@@ -362,7 +345,7 @@ def _results(folder: str) -> Path:
     return Path(typed("results-dir", folder)).expanduser().absolute()
 
 
-@cli.command(cls=Command)
+@cli.command(cls=TorchCommand)
 def watch(results: str = RESULTS) -> None:
     """Show the progress of all runs in a folder: in a terminal until none is in progress, in a pipe once."""
     from fedsim.experiments.watch import watch
@@ -370,7 +353,7 @@ def watch(results: str = RESULTS) -> None:
     watch(_results(results), _console())
 
 
-@cli.command(cls=Command)
+@cli.command(cls=TorchCommand)
 @keys_of("localsgd", only=SHARD_KEYS)
 def export_shards(
     out: str = typer.Option(..., "-o", "--out", help="the folder to create; it will hold a folder for each client"),
@@ -390,7 +373,7 @@ def export_shards(
     print(f"{config.clients} shards in {Path(out)}")
 
 
-@cli.command(cls=Command)
+@cli.command(cls=TorchCommand)
 @keys_of("localsgd", only=SHARD_KEYS)
 def partition(
     out: str = typer.Option("", "-o", "--out", help="also plot it to this file, .png, .pdf or .svg", metavar="FILE"),
@@ -403,7 +386,7 @@ def partition(
     show_partition(configure("localsgd", {**given(keys), "device": "cpu", "small-shards": True}), out, _console())
 
 
-@cli.command(cls=Command)
+@cli.command(cls=TorchCommand)
 def report(
     results: str = RESULTS,
     out: str = OUT,

@@ -60,6 +60,16 @@ def raise_on_signals(signals: Iterable[signal.Signals] = SIGNALS) -> None:
             signal.signal(number, interrupt)
 
 
+@contextlib.contextmanager
+def signals_held() -> Iterator[None]:
+    """Context manager: `SIGNALS` that arrive within it are handled at its end."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def interruption(error: BaseException | None) -> Interrupted | None:
     """`error` if it is `Interrupted`, or else the `Interrupted` in whose handling it was raised, if any."""
     while error is not None and not isinstance(error, Interrupted):
