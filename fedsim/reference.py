@@ -21,7 +21,7 @@ from torch.optim import Optimizer
 MomentumAtSync = Literal["keep", "reset", "average"]
 BatchNormAtSync = Literal["average", "first-worker", "pooled", "local", "re-estimated"]
 Tensors = dict[str, Tensor]
-Compress = Callable[[Tensors, int | None, int], Tensors]
+Compress = Callable[[Tensors, int | None, int], Tensors]  # update, worker (None: the server), first step of the round
 Combine = Callable[[Sequence[Tensor], Sequence[float] | None], Tensor]
 Outer = Callable[[Tensors, Tensors, float], Tensors]
 
@@ -304,7 +304,7 @@ def random_k(x: Tensor, ratio: float, generator: torch.Generator) -> Tensor:
 
 
 def qsgd(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
-    """Each of 128 values at random up or down to one of `levels` parts of their norm (Alistarh et al. 2017)."""
+    """Round each value at random to a multiple of 1 / `levels` of its bucket's norm (Alistarh et al. 2017)."""
     arrived = []
     for bucket in torch.split(F.pad(x.flatten(), (0, -x.numel() % 128)), 128):
         norm = bucket.norm().float()
@@ -315,7 +315,7 @@ def qsgd(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
 
 
 def power_sgd(x: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """A matrix of low rank by one power iteration from `right`, and the next `right` (Vogels et al. 2019)."""
+    """A low-rank approximation by one power iteration, and the next `right` factor (Vogels et al. 2019)."""
     matrix = x.flatten(1)
     left = torch.linalg.qr(matrix @ right).Q
     right = matrix.T @ left
@@ -330,7 +330,7 @@ def trimmed_mean(values: Sequence[Tensor], weights: Sequence[float] | None, trim
 
 
 def clipped(states: Sequence[Tensors], x: Tensors) -> list[Tensors]:
-    """The `states`, with those that are further from `x` than the median of their distances brought back to it."""
+    """The `states`, each moved towards `x` until its distance from it is at most the median of all distances."""
     updates = [minus(x, state) for state in states]
     lengths = [torch.stack([value.norm() for value in update.values()]).norm() for update in updates]
     limit = trimmed_mean(lengths, None, 0.5)

@@ -100,7 +100,6 @@ MEANS: dict[str, Callable[[float], Combine | None]] = {
 
 def covers(config: Config) -> bool:
     """Whether the reference knows every part of a run of `config` (resolved): then `reference` is its model."""
-    codecs = {"none", "powersgd", *CODECS}
     # A codec that follows another one meets ties, which rounding errors of 1e-16 break in one way or the other
     both = config.compress, config.compress_down
     no_ties = "none" in both or both == ("topk", "topk")
@@ -118,7 +117,6 @@ def covers(config: Config) -> bool:
         and (config.mean != "clipped" or not (has_buffers or has_extras))
         # The factors of a matrix of lower rank are not determined
         and ("powersgd" not in both or config.batch_size >= config.compress_rank)
-        and set(both) <= codecs
         and no_ties
         and config.outer in {"none", *OUTER}
         and arguments_of(config.outer_args).keys() <= set(ARGUMENTS)
