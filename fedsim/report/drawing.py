@@ -114,12 +114,13 @@ def log_scale(panel: Axes, which: str, unit: str = "") -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def legend(figure: Figure, panels: Sequence[Axes]) -> None:
-    """One legend for all panels, below them."""
+def legend(figure: Figure, panels: Sequence[Axes], order: Sequence[str] = ()) -> None:
+    """One legend for all panels, below them; its labels in the `order` given, then as they are met."""
     found: dict[str, Any] = {}
     for panel in panels:
         for handle, label in zip(*panel.get_legend_handles_labels(), strict=True):
             found.setdefault(label, handle)
+    found = {label: found[label] for label in [*order, *found] if label in found}
     if 0 < len(found) <= MOST_IN_LEGEND:  # more would cover the figure; its CSV has the names
         widths = [0.6 + CHARACTER * len(label) for label in found]  # with the line sample
         room = figure.get_figwidth()

@@ -81,12 +81,12 @@ def plot_curves(table: ResultTable, axis: XAxis) -> Plot:
     points = mean_curves(table, axis).join(table.cells[["column", "row", "baseline"]], on="cell")
 
     def draw(across: int) -> Figure:
-        columns = _ordered(table, points, "column")
+        columns, rows = table.ordered(points, "column"), table.ordered(points, "row")
         figure, panels = panels_of(len(columns), across)
         styles = row_styles(table.cells[table.cells["row"].isin(points["row"])])
         for column, panel in zip(columns, panels, strict=True):
             panel.set_title(column, fontsize="medium")
-            for row in _ordered(table, points, "row"):
+            for row in rows:
                 curve = points[(points["column"] == column) & (points["row"] == row)]
                 if not curve.empty:
                     _draw_curve(panel, curve, axis, row or "all runs", styles[row])
@@ -94,7 +94,7 @@ def plot_curves(table: ResultTable, axis: XAxis) -> Plot:
             if axis is not EPOCHS:
                 log_scale(panel, "x")
         label_left(panels, f"{table.tested_on} accuracy, %")
-        legend(figure, panels)
+        legend(figure, panels, rows)
         return figure
 
     bands = "; bands: one standard deviation over seeds" if (points["runs"] > 1).any() else ""
@@ -127,7 +127,7 @@ def plot_accuracy(table: ResultTable) -> Plot:
 def _draw_cells(table: ResultTable, values: pd.DataFrame, paper: pd.Series, ylabel: str, across: int) -> Figure:
     """Draw `mean` and `std` of cells (the index of `values`) and the paper's values: rows along x, a line a column."""
     shown = table.cells.loc[sorted({*values.index, *paper.dropna().index})]
-    rows, columns = list(shown["row"].unique()), list(shown["column"].unique())
+    rows, columns = table.ordered(shown, "row"), table.ordered(shown, "column")
     figure, (panel,) = panels_of(1, across, width=0.3 * len(rows))
     for number, column in enumerate(columns):
         style = series_style(number)
@@ -190,11 +190,6 @@ def pareto_front(cost: pd.Series, gain: pd.Series) -> pd.Series:
     return (gain == cost.map(best)) & (gain > cost.map(best_for_less))
 
 
-def _ordered(table: ResultTable, points: pd.DataFrame, name: str) -> list[str]:
-    """The values of the column `name` of `points`, in the order of the table."""
-    return [value for value in table.cells[name].unique() if value in set(points[name])]
-
-
 def _with_coords(table: ResultTable, points: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
     """The coordinates of each point's cell, a column for each axis of the table, then `columns` of `points`."""
     coords = pd.DataFrame(list(table.cells["coords"]), columns=list(table.axes), dtype=object)
@@ -226,7 +221,7 @@ def _draw_points(panel: Axes, table: ResultTable, points: pd.DataFrame) -> None:
     """Plot accuracy against traffic; the text at a point is the cell's row."""
     middle = math.sqrt(points["sent"].min() * points["sent"].max()) if len(points) else 0.0
     one_place = points["sent"].nunique() == 1
-    for number, column in enumerate(_ordered(table, points, "column")):
+    for number, column in enumerate(table.ordered(points, "column")):
         own, style = points[points["column"] == column], series_style(number)
         series = own.rename(columns={"sent": "x", "accuracy_percent": "mean"})
         _draw_series(panel, series, column or "runs", {**style, "ls": ""})
@@ -244,7 +239,7 @@ def _draw_points(panel: Axes, table: ResultTable, points: pd.DataFrame) -> None:
 
 
 def _row_ticks(figure: Figure, panel: Axes, table: ResultTable, shown: pd.DataFrame) -> None:
-    labels = shown.drop_duplicates("row")["tick"]
+    labels = shown.drop_duplicates("row").set_index("row")["tick"][table.ordered(shown, "row")]
     panel.set_xticks(range(len(labels)), labels)
     if CHARACTER * labels.str.len().sum() > 0.85 * figure.get_figwidth():  # they would overlap
         panel.tick_params(axis="x", rotation=90)

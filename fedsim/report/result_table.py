@@ -60,6 +60,11 @@ class ResultTable:
         """The axes that vary down the rows."""
         return self.axes[1:] or self.axes
 
+    def ordered(self, cells: pd.DataFrame, name: str) -> list[str]:
+        """The values of the column `name` of some `cells`, in the order of the table."""
+        there = set(cells[name])
+        return [value for value in self.cells[name].unique() if value in there]
+
     @property
     def tested_on(self) -> str:
         """The images that accuracies are measured on: test, validation, or both."""

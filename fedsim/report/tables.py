@@ -81,8 +81,8 @@ def accuracy_table(table: ResultTable, which: str) -> TextTable:
     """The ``best`` or ``final`` accuracy of each tested cell, with the value of the paper; the first axis is across."""
     summary = summarize(table)
     summary["entry"] = [_accuracy(line, which) for line in summary.to_dict("records")]
-    order = {"index": summary["row"].unique(), "columns": table.cells["column"].unique()}
-    pivot = summary.pivot(index="row", columns="column", values="entry").reindex(**order).dropna(axis=1, how="all")
+    order = {"index": table.ordered(summary, "row"), "columns": table.ordered(summary, "column")}
+    pivot = summary.pivot(index="row", columns="column", values="entry").reindex(**order)
     rows = [
         [Entry(str(row)), *(entry if isinstance(entry, Entry) else Entry(NOTHING) for entry in line)]
         for row, line in zip(pivot.index, pivot.to_numpy(), strict=True)
@@ -266,7 +266,7 @@ def _values(counts: Counter[str]) -> str:
     """The values, the most frequent first, each with its number of runs if there are several."""
     if len(counts) == 1:
         return next(iter(counts))
-    return "; ".join(f"{value} ({count} runs)" for value, count in counts.most_common())
+    return "; ".join(f"{value} ({count} {'run' if count == 1 else 'runs'})" for value, count in counts.most_common())
 
 
 def _not_a_formula(value: Any) -> Any:

@@ -12,9 +12,19 @@ from matplotlib.figure import Figure
 
 from fedsim.config import Config
 from fedsim.experiments.study import LARGE_BATCH, read_study
-from fedsim.report.figures import BYTES, EPOCHS, SYNCS, XAxis, mean_curves, pareto_front, plot_accuracy, plots_of
+from fedsim.report.figures import (
+    BYTES,
+    EPOCHS,
+    SYNCS,
+    XAxis,
+    mean_curves,
+    pareto_front,
+    plot_accuracy,
+    plot_curves,
+    plots_of,
+)
 from fedsim.report.result_table import ResultTable, read_tables
-from fedsim.report.tables import csv_text
+from fedsim.report.tables import accuracy_table, csv_text
 from tests.conftest import write_run
 
 
@@ -128,3 +138,13 @@ def test_centralized_studies_have_no_figures_of_traffic(tmp_path: Path) -> None:
         "sgdm",
         *(f"{o}, paper" for o in ("sgdm", "lars", "lamb")),
     }
+
+
+def test_rows_stand_in_the_order_of_the_study_whichever_cells_are_finished(tmp_path: Path) -> None:
+    cells = {cell.coords: cell.config for cell in read_study("table1").cells([1])}
+    for place in (("sgdm", 512), ("lars", 256), ("lars", 512)):
+        write_run(tmp_path / "table1" / cells[place].name, cells[place], "centralized", [0.5])
+    (table,), _ = read_tables(tmp_path)
+    assert [row[0].text for row in accuracy_table(table, "final").rows] == ["batch = 256", "batch = 512"]
+    (legend,) = plot_curves(table, EPOCHS).draw(2).legends
+    assert [text.get_text() for text in legend.get_texts()] == ["batch = 256", "batch = 512"]
