@@ -137,7 +137,7 @@ def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
             up, down = traffic(config)
             parts = [f"{run.syncs:,} rounds", *parts, f"{up / 1e6:,.1f} MB up", f"{down / 1e6:,.1f} MB down"]
         yield f"{config.name:{most}}  {state}: {', '.join(parts)}, {_duration(seconds)}"
-    yield f"{len(cells)} run{'s' * (len(cells) > 1)}, not finished ones take {_duration(total)} ({pace})"
+    yield f"{len(cells)} run{'s' * (len(cells) > 1)}; those not finished take {_duration(total)} ({pace})"
 
 
 def _state(cell: Cell) -> str:

@@ -111,7 +111,7 @@ def test_a_plan_says_what_is_left_to_run_and_writes_nothing(run: Execute, small:
     words = f"16 rounds, 32 local steps, 2,048 images, {megabytes:,.1f} MB up, {megabytes:,.1f} MB down, "
     assert words in lines[2]
     seconds = 6 * 512 * flop_per_image(cells[0].config) / REFERENCE_FLOPS  # without the finished one
-    assert total == f"3 runs, not finished ones take {seconds:.1f} s (one run after the other, at 100 GFLOP/s.)"
+    assert total == f"3 runs; those not finished take {seconds:.1f} s (one run after the other, at 100 GFLOP/s.)"
     with pytest.raises(UserError, match="holds a run of another configuration"):
         list(plan_lines([cells[0]._replace(config=cells[0].config.changed({"lr": 0.5}))], Pace(tmp_path)))
     assert sorted(tmp_path.rglob("*")) == before
