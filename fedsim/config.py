@@ -439,7 +439,7 @@ class Config(BaseModel, frozen=True):
     precision: Literal["fp32", "tf32", "bf16", "fp64"] = "fp32"
     """Precision of convolutions and matrix products; everything else is fp32 (with fp64: fp64)."""
     threads: Annotated[Integer, Field(ge=0, le=MAX_THREADS)] = 0
-    """CPU threads of a training step; 0: one for each client, every core in centralized mode."""
+    """CPU threads of a training step; 0: one for each client; every core for one client and in centralized mode."""
     record_by: Annotated[Literal["round", "epoch"], LOCALSGD] = "round"
     """Unit of rows, evaluate-every and checkpoint-every: a round, or an epoch of all clients."""
     evaluate_every: Count = 1
@@ -486,14 +486,20 @@ class Config(BaseModel, frozen=True):
         return {kebab(name): value for name, value in self}
 
     def identity(self, mode: Mode) -> dict[str, Value]:
-        """The keys that shape the result of a run in `mode`: the contents of its folder's ``config.json``."""
+        """The keys that shape the result of a run in `mode`."""
         return {
             kebab(name): value
             for name, value in self
             if has_key(mode, name) and OPERATIONAL not in FIELDS[name].metadata
         }
 
+    def record(self, mode: Mode) -> dict[str, Value]:
+        """The contents of ``config.json``: the mode, `identity` and, with a constant J > 1, how `epochs` are met."""
+        keys = {"mode": mode, **self.identity(mode)}
+        return {**keys, BUDGET: "to a step"} if _has_budget(keys) else keys
 
+
+BUDGET = "budget"  # in a record: `epochs` are met to a step, or, in runs of earlier versions, to a round
 OF_FEDSIM_ALONE = (
     "lars_lr_in_momentum",
     "lars_adapt_undecayed",
@@ -544,6 +550,18 @@ def has_key(mode: Mode, name: str) -> bool:
 def current_names(keys: Mapping[str, Any]) -> dict[str, Any]:
     """The `keys` of an older configuration, or of a study kept beside older runs, as they are called now."""
     return {RENAMED.get(name, name): _current_value(name, value) for name, value in keys.items()}
+
+
+def complete_record(held: Mapping[str, Any]) -> dict[str, Any]:
+    """A record, which has a mode, with present names; keys that are newer than it have their defaults."""
+    keys = {**Config().identity(held["mode"]), **current_names(held)}
+    return {BUDGET: "to a round", **keys} if _has_budget(keys) else keys
+
+
+def _has_budget(keys: Mapping[str, Any]) -> bool:
+    """Whether the number of local steps depends on how `epochs` are met."""
+    whole = keys["mode"] == "centralized" or keys["rounds"] or keys["local-epochs"] or keys["local-steps"] == 1
+    return not whole and keys["local-steps-schedule"] == "constant"
 
 
 def _current_value(name: str, value: Any) -> Any:

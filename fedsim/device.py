@@ -34,7 +34,8 @@ def resolve(config: Config, mode: Mode, here: bool = True) -> Config:
     if here and config.dataset == "synthetic":
         _check_memory(config.synthetic_images)
     # Two clients with a thread each are faster than one client with two threads; with a GPU, a thread only launches
-    threads = config.threads or (cpu_count() if mode == "centralized" and kind == "cpu" else 1)
+    alone = mode == "centralized" or config.clients == 1
+    threads = config.threads or (cpu_count() if alone and kind == "cpu" else 1)
     return config.changed({"device": device, "threads": threads})
 
 

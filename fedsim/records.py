@@ -30,7 +30,7 @@ from typing import Any, BinaryIO, TextIO, TypeGuard
 from torch import Tensor
 
 from fedsim.checkpoint_file import InvalidCheckpoint, mismatch, parse_checkpoint, seal, serialize
-from fedsim.config import Config, Mode, current_names
+from fedsim.config import BUDGET, Config, Mode, complete_record
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.provenance import provenance
 
@@ -71,7 +71,7 @@ class Run:
         self.mode: Mode = mode
         self.tested_on = "validation" if config.validation else "test"
         self.on_row = on_row or (lambda row: None)
-        self._identity = {"mode": mode, **config.identity(mode)}
+        self._identity = config.record(mode)
         with writable(config.results_dir):
             self._create_folder()
         self.rows: list[Row] = []
@@ -285,9 +285,9 @@ class Run:
         if checkpoint.get("version") != CHECKPOINT_VERSION:
             raise InvalidCheckpoint("is of another version of fedsim")
         config = checkpoint.get("config")  # without the keys that are newer than it
-        if not isinstance(config, dict) or set(
-            differences({**Config().identity(self.mode), **current_names(config)}, self._identity)
-        ) - set(LENGTH):
+        if not isinstance(config, dict) or config.get("mode") != self.mode:
+            raise InvalidCheckpoint("is of another configuration")
+        if set(differences(complete_record(config), self._identity)) - set(LENGTH):
             raise InvalidCheckpoint("is of another configuration")
         header = {"round": 0, "seconds": 0.0, "stacked": False, "rows_bytes": 0, "rows_sha256": ""}
         if difference := mismatch(checkpoint, {**header, **like}):
@@ -352,6 +352,7 @@ def config_of_run(config: Config) -> Config:
         raise UserError(
             f"resume = {config.resume}: {folder} is not a run of LocalSGD: repeat the command that started it"
         )
+    held.pop(BUDGET, None)
     longer: dict[str, Any] = {}
     for name, default in {**Config().identity("localsgd"), "name": ""}.items():
         given = config.as_keys()[name]
@@ -387,7 +388,7 @@ def run_folder(config: Config, mode: Mode) -> Path:
         return folder
     for older in older_folders(folder, CONFIG):
         with contextlib.suppress(UserError):  # its configuration is damaged
-            if not set(differences(read_config(older), {"mode": mode, **config.identity(mode)})) - set(MACHINE):
+            if not set(differences(read_config(older), config.record(mode))) - set(MACHINE):
                 return older
     return folder
 
@@ -456,7 +457,7 @@ def read_config(folder: Path) -> dict[str, Any]:
     mode = held.get("mode")
     if mode not in ("centralized", "localsgd"):
         raise UserError(f"{path} is damaged, it names no mode: restore it, or give another --name or --results-dir")
-    return {**Config().identity(mode), **current_names(held)}
+    return complete_record(held)
 
 
 def read_summary(folder: Path) -> dict[str, Any] | None:

@@ -179,7 +179,7 @@ def write_run(
         "versions": {"torch": "1"},
     }
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"mode": mode, **config.identity(mode)}))
+    (folder / "config.json").write_text(json.dumps(config.record(mode)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if finished:
         (folder / "summary.json").write_text(json.dumps(summary))

@@ -54,6 +54,16 @@ def test_a_folder_of_another_configuration_is_refused_and_kept(run: Execute) -> 
     assert {path: path.read_bytes() for path in first.folder.iterdir()} == before
 
 
+def test_a_run_that_met_its_epochs_by_an_older_rule_is_not_continued_by_the_present_one(run: Execute) -> None:
+    first = run(name="older", stop_after_rounds=2)
+    path = first.folder / "config.json"
+    config = json.loads(path.read_text())
+    del config["budget"]
+    path.write_text(json.dumps(config))
+    with pytest.raises(UserError, match=r"holds a run of another configuration \(budget = to a round, not to a step\)"):
+        run(name="older")
+
+
 def test_what_does_not_shape_the_result_may_change(run: Execute) -> None:
     run(name="same", stop_after_rounds=2)
     assert run(name="same", checkpoint_every=3).finished

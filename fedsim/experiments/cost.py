@@ -87,7 +87,8 @@ def measured_rates(results: Path) -> dict[Kind, float]:
     for folder in (Path(name) for name, _, files in os.walk(results.expanduser()) if "summary.json" in files):
         try:
             summary = read_summary(folder) or {}
-            config = Config().changed({name: value for name, value in read_config(folder).items() if name != "mode"})
+            held = read_config(folder)
+            config = Config().changed({name: held[name] for name in Config().identity(held["mode"])})
             rate = summary["epoch"] * training_images(config) / summary["seconds"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):
             continue  # damaged: the report warns of it

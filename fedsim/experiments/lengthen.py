@@ -27,7 +27,7 @@ def _lengthens(config: Config, mode: Mode, engine: str) -> bool:
     if not (folder / CONFIG).is_file():
         return False
     held = read_config(folder)
-    differing = differences(held, {"mode": mode, **config.identity(mode)})
+    differing = differences(held, config.record(mode))
     if not differing or set(differing) - set(LENGTH):
         return False  # `Run` reports the difference
     shorter = config.changed({name: held[name] for name in LENGTH if name in held})
@@ -46,12 +46,14 @@ def _why_not(shorter: Config, longer: Config, mode: Mode, trained_by: str, engin
     if longer.schedule == "cosine":
         return "with schedule = cosine its rates depend on its length: give another --name to run a longer one"
     before, after = _starts(shorter, mode), _starts(longer, mode)
-    if after == before:
+    if tuple(after) == tuple(before):
         keys = " and ".join(f"{name} = {shorter.as_keys()[name]}" for name in LENGTH if name in longer.identity(mode))
         return f"it already has this length: give {keys}, or another --name or --results-dir"
     if after[-1] <= before[-1]:
         return "it can be lengthened, but not shortened: give more rounds or epochs, or another --name or --results-dir"
-    if after[: len(before)] != before:
+    if tuple(after[: len(before)]) != tuple(before):
+        if longer.local_steps_schedule == "constant":
+            return "its last round was cut to meet its epochs: give another --name to run a longer one"
         return f"J of its rounds depends on its length ({longer.local_steps_schedule}): give another --name"
     return ""
 

@@ -15,7 +15,7 @@ from typing import Annotated, Any, NamedTuple, TypeVar
 import pandas as pd
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
-from fedsim.config import Config, Mode, Value, current_names
+from fedsim.config import Config, Mode, Value, complete_record, current_names
 from fedsim.errors import UserError
 from fedsim.records import CONFIG, MACHINE, ROWS, SUMMARY
 
@@ -122,7 +122,7 @@ def parse_config(content: bytes) -> dict[str, Value]:
     mode: Mode = held["mode"]
     known = Config().identity(mode)
     checked = Config().changed({name: value for name, value in held.items() if name in known})
-    return {**held, **checked.identity(mode)}
+    return complete_record({**held, **checked.identity(mode)})
 
 
 def cell_identity(config: Mapping[str, Value]) -> dict[str, Value]:

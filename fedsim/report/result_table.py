@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
-from fedsim.config import Config, Value
+from fedsim.config import BUDGET, Config, Value
 from fedsim.errors import UserError
 from fedsim.experiments.study import FOLDER, LARGE_BATCH, STORED, Study, read_study, study_names
 from fedsim.records import CONFIG, differences
@@ -118,12 +118,12 @@ def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records) ->
     study = _study_of(folder, records.warnings)
     if study is None:
         return [_inferred_table(name, printable(folder.resolve().name), folder, runs, records)]
-    configs = {
-        cell.coords: cell_identity({"mode": cell.mode, **cell.config.identity(cell.mode)}) for cell in study.cells()
-    }
-    positions = {json.dumps(config, sort_keys=True): i for i, config in enumerate(configs.values())}
-    found = runs["identity"].map(positions)
+    configs = {cell.coords: cell_identity(cell.config.record(cell.mode)) for cell in study.cells()}
+    positions = {_without_budget(config): i for i, config in enumerate(configs.values())}
+    found = runs["identity"].map(lambda identity: positions.get(_without_budget(json.loads(identity))))
     described, others = runs[found.notna()].assign(cell=found.dropna().astype(int)), runs[found.isna()]
+    older = _of_an_older_budget(described)
+    described, others = described[~older], pd.concat([others, described[older].drop(columns="cell")])
     tables = [_table(name, study.title, folder, study.axes, configs, described, records, study)]
     if others.empty:
         return tables
@@ -135,9 +135,19 @@ def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records) ->
     return [*tables, _inferred_table(f"{name}-other", title, folder, others, records)]
 
 
+def _without_budget(config: Mapping[str, Value]) -> str:
+    return json.dumps({name: value for name, value in config.items() if name != BUDGET}, sort_keys=True)
+
+
+def _of_an_older_budget(runs: pd.DataFrame) -> pd.Series:
+    """Whether epochs were met to a round in a run, while they are met to a step in others of its cell."""
+    to_a_step = runs["identity"].map(lambda identity: json.loads(identity).get(BUDGET) == "to a step")
+    return ~to_a_step & to_a_step.groupby(runs["cell"]).transform("any")
+
+
 def _inferred_table(name: str, title: str, folder: Path, runs: pd.DataFrame, records: Records) -> ResultTable:
     """The runs by the keys in which they differ or, if there are many such keys, by their names without the seed."""
-    keys = ["mode", *Config().as_keys()]
+    keys = ["mode", *Config().as_keys(), BUDGET]
     configs = [cell_identity(json.loads(text)) for text in runs["identity"]]
     axes = tuple(key for key in keys if len({str(config[key]) for config in configs if key in config}) > 1)
     if len(axes) > MOST_AXES or "mode" in axes:

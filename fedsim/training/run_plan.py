@@ -107,7 +107,7 @@ def run_plan(config: Config) -> RunPlan:
     if config.stop_after_rounds:
         stops.append(config.stop_after_rounds)
     if config.stop_after_epochs:
-        stops.append(max(1, bisect.bisect_left(starts, _steps_of(config, steps_per_epoch, config.stop_after_epochs))))
+        stops.append(max(1, bisect.bisect_left(starts, _steps_of(steps_per_epoch, config.stop_after_epochs))))
     lr = schedule(starts[-1])
     return RunPlan(starts, min(stops), config.batch_size, steps_per_epoch, lr, config.local_epochs)
 
@@ -115,7 +115,10 @@ def run_plan(config: Config) -> RunPlan:
 def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int], Schedule]) -> Sequence[int]:
     """`RunPlan.starts`; `schedule` gives the learning rates of a run of so many steps."""
     if config.local_steps_schedule == "constant":
-        total = config.rounds * config.local_steps or _steps_of(config, steps_per_epoch, config.epochs)
+        whole = config.local_steps if config.local_epochs else 1  # a round of local epochs cannot be cut
+        total = config.rounds * config.local_steps or whole * _steps_of(steps_per_epoch / whole, config.epochs)
+        if total % config.local_steps:
+            return (*range(0, total, config.local_steps), total)
         return range(0, total + 1, config.local_steps)
     if config.rounds:
         # No rule of a run of so many rounds depends on its number of steps (`check_local_steps`)
@@ -126,12 +129,11 @@ def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int],
                 f"qsr-alpha = {config.qsr_alpha}: some J is more than {MAX_LOCAL_STEPS:,}: give a smaller one"
             )
         return starts
-    total = _steps_of(config, steps_per_epoch, config.epochs)
+    total = _steps_of(steps_per_epoch, config.epochs)
     rule = local_steps_of(config, steps_per_epoch, total, schedule(total))
     return (*itertools.takewhile(lambda start: start < total, round_starts(rule)), total)
 
 
-def _steps_of(config: Config, steps_per_epoch: Fraction, epochs: float) -> int:
-    """The local steps of so many epochs: with a constant J those of the nearest number of whole rounds."""
-    whole = config.local_steps if config.local_steps_schedule == "constant" else 1
-    return max(1, round(epochs * steps_per_epoch / whole)) * whole
+def _steps_of(steps_per_epoch: Fraction, epochs: float) -> int:
+    """The local steps of so many epochs: the nearest whole number, at least one."""
+    return max(1, round(epochs * steps_per_epoch))

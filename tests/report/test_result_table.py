@@ -1,11 +1,12 @@
 from __future__ import annotations
 
+import json
 import shutil
 from pathlib import Path
 
 import pytest
 
-from fedsim.config import Config
+from fedsim.config import BUDGET, Config
 from fedsim.experiments.study import LARGE_BATCH, read_study, study_names
 from fedsim.report.result_table import PaperValue, ResultTable, label, paper_value, read_tables
 from tests.conftest import write_run
@@ -48,6 +49,23 @@ def test_a_run_that_the_study_does_not_describe_is_shown_apart(study: Path) -> N
     assert len(table.runs) == 8
     assert list(other.runs["run"]) == ["k9-j1-seed1"]
     assert other.name == "mine-other"
+
+
+def to_a_round(folder: Path) -> None:
+    """Make the run in `folder` one of an earlier version, which met epochs to a round."""
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    assert config.pop(BUDGET) == "to a step"
+    path.write_text(json.dumps(config))
+
+
+def test_seeds_that_met_their_epochs_by_an_older_rule_are_not_mixed_with_others(study: Path) -> None:
+    to_a_round(study / "k2-j8-seed1")
+    table, other = read_tables(study)[0]
+    assert list(other.runs["run"]) == ["k2-j8-seed1"]
+    assert runs_by_cell(table)[(2, 8)] == 1
+    to_a_round(study / "k2-j8-seed2")
+    assert runs_by_cell(only(study)[0])[(2, 8)] == 2
 
 
 def test_two_runs_of_one_name_with_different_configurations_are_named(tmp_path: Path) -> None:

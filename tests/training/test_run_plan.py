@@ -48,6 +48,18 @@ def test_alone_a_client_of_any_rounds_is_centralized_training(small: Config, run
     assert [int(row["epoch"]) for row in rows] == [1, 2]
 
 
+@pytest.mark.parametrize("steps", [7, 10, 32])
+def test_alone_a_client_is_centralized_training_at_every_number_of_local_steps(small: Config, steps: int) -> None:
+    """Also where a last, shorter round ends the 48 steps, and with the threads that each has by default."""
+    small = small.changed({"synthetic-images": 384, "schedule": "cosine", "threads": 0})
+    central = execute(resolve(small.changed({"name": "central"}), "centralized"), "centralized")
+    keys = {"name": "alone", "clients": 1, "local-steps": steps}
+    alone = execute(resolve(small.changed(keys), "localsgd"), "localsgd")
+    assert_same_bits(final_model(alone), final_model(central))
+    assert rows_of(alone)[-1]["local_steps"] == 48
+    assert rows_of(alone)[-1]["syncs"] == -(-48 // steps)
+
+
 @pytest.mark.parametrize("schedule", ["qsr", "doubling"])
 def test_stopped_and_resumed_it_is_never_stopped_bitwise(small: Config, schedule: str) -> None:
     config = resolve(small.changed({**keys_of(schedule), "epochs": 3.0}), "localsgd")
@@ -60,6 +72,7 @@ def test_stopped_and_resumed_it_is_never_stopped_bitwise(small: Config, schedule
 
 
 def test_the_budget_in_epochs_is_met_to_a_step_and_in_rounds_to_a_round(small: Config) -> None:
+    assert lengths(run_plan(small.changed({"local-steps": 7, "epochs": 3.3}))) == [7, 7, 7, 5]
     for schedule in SCHEDULES:
         config = small.changed({**keys_of(schedule), "epochs": 3.3})
         assert sum(lengths(run_plan(config))) == round(3.3 * 8)
