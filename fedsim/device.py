@@ -5,8 +5,9 @@ from __future__ import annotations
 import ctypes
 import os
 import sys
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
@@ -54,6 +55,21 @@ def prepare(config: Config) -> None:
     torch.set_num_threads(config.threads)
     set_tf32(config.precision)
     torch.backends.cudnn.deterministic = True  # so that a resumed run equals an uninterrupted one bit for bit
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """Context manager and decorator: torch computes on one thread, as the checks before a run do.
+
+    On two images more threads save nothing, and where other processes use the cores they wait for each other: the
+    checks of `lenet5` then took ten times as long.
+    """
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def parameter_dtype(precision: str) -> torch.dtype:

@@ -6,6 +6,7 @@ import psutil
 import torch
 
 from fedsim.config import Config
+from fedsim.device import one_thread
 from fedsim.errors import UserError
 from fedsim.federation.compress import zero_extras, zero_memory
 from fedsim.models import initial_model
@@ -31,6 +32,7 @@ def check_memory(config: Config, verbose: bool = True) -> None:
         print(f"memory: {what} take up to {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free", flush=True)
 
 
+@one_thread()
 def needed_bytes(config: Config) -> int:
     """The bytes of all states and updates that exist at once, without models in training and the data set.
 

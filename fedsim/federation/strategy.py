@@ -12,6 +12,7 @@ from torch import nn
 
 from fedsim.config import FIELDS, Config, arguments_of, check_used, kebab
 from fedsim.data.datasets import training_images
+from fedsim.device import one_thread
 from fedsim.errors import UserError
 from fedsim.federation.compress import check_compress, codec_of, compress_seed
 from fedsim.federation.flower_internals import let_messages_be_made
@@ -137,6 +138,7 @@ def flower_strategy_of(config: Config) -> Callable[[], Strategy]:
         raise UserError(f"strategy = {config.strategy}{arguments}: {error}") from error
 
 
+@one_thread()
 def try_flower_strategy(config: Config) -> str:
     """`why_not_resumable` of the strategy of `config`; raises UserError where it fails on made-up updates."""
     make = flower_strategy_of(config)

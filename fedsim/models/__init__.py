@@ -14,7 +14,7 @@ from torch import nn
 from fedsim.config import Config
 from fedsim.data.datasets import facts_of, image_shape
 from fedsim.data.images import CIFAR_IMAGE, ImageShape
-from fedsim.device import parameter_dtype
+from fedsim.device import one_thread, parameter_dtype
 from fedsim.errors import UserError
 from fedsim.models.dropout import StepKeys, set_dropout_keys, use_counter_based_dropout
 from fedsim.registry import MODELS, describe, function_of
@@ -36,6 +36,7 @@ def cpu_model(config: Config) -> nn.Module:
     return initial_model(config.changed({"device": "cpu", "precision": "fp32"}))
 
 
+@one_thread()
 def check_model(config: Config) -> None:
     """Raise UserError where the model of `config` cannot be trained on its images: a step on two images is tried.
 
@@ -71,6 +72,7 @@ def check_model(config: Config) -> None:
         check_one_image(config, "batch-size = 1")
 
 
+@one_thread()
 def check_one_image(config: Config, reason: str) -> None:
     """Raise UserError where the model of `config` cannot train on a batch of one image, which `reason` asks for.
 

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx, nn
 
+from fedsim.device import one_thread
 from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.models.stacked_layers import (
     LAYERS,
@@ -167,6 +168,7 @@ def _shift_dimensions(node: fx.Node, names: Sequence[str]) -> bool:
     return True
 
 
+@one_thread()
 def check_stack(build: Callable[[], nn.Module], shape: Sequence[int], by_products: bool = False) -> None:
     """Raise `CannotStack` unless two stacked copies of the float64 model that `build` makes compute the same as alone.
 

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from fedsim.config import Config, Engine
 from fedsim.data.datasets import image_shape
+from fedsim.device import one_thread
 from fedsim.models import check_model, cpu_model
 from fedsim.training.stacked import why_not
 
@@ -40,6 +41,7 @@ def choose_engine(config: Config) -> Engine:
     return "stacked" if faster and not why_not(config) else "threads"
 
 
+@one_thread()
 def multiply_adds(config: Config) -> int:
     """Those of the forward pass of one image in convolutions and fully connected layers."""
     counts: list[int] = []
