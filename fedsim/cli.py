@@ -150,14 +150,14 @@ def centralized(
     preset: str = PRESET, rerun: bool = RERUN, dry_run: bool = DRY_RUN, track: str = TRACK, **keys: Any
 ) -> None:
     """Train on one machine that has all images: the large-batch baselines."""
-    from fedsim.experiments.execute import configured_run, execute
+    from fedsim.experiments.execute import configured_run, execute_checked
 
     config, engine = configured_run("centralized", given(keys), preset)
     if dry_run:
         _print_cost(config, "centralized", engine, track)
         return
     with _reported(config, "centralized", engine, track) as on_row:
-        execute(config, "centralized", engine, on_row, rerun)
+        execute_checked(config, "centralized", engine, on_row, rerun)
 
 
 @cli.command(cls=TorchCommand)
@@ -171,14 +171,14 @@ def localsgd(
     **keys: Any,
 ) -> None:
     """Train by LocalSGD: K clients, J local steps per round, then one average."""
-    from fedsim.experiments.execute import configured_run, execute
+    from fedsim.experiments.execute import configured_run, execute_checked
 
     config, chosen = configured_run("localsgd", given(keys), preset, engine)
     if dry_run:
         _print_cost(config, "localsgd", chosen, track)
         return
     with _reported(config, "localsgd", chosen, track) as on_row:
-        execute(config, "localsgd", chosen, on_row, rerun)
+        execute_checked(config, "localsgd", chosen, on_row, rerun)
 
 
 @cli.command(cls=GridCommand)
@@ -531,7 +531,7 @@ def _check_run(config: Config, mode: Mode, engine: Engine, track: str) -> None:
 
 @contextlib.contextmanager
 def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterator[Callable[[Row], None]]:
-    """Context manager: print the folder of a run, then its result; yields a function that shows and tracks a row."""
+    """Context manager: check a run, print its folder, then its result; yields what shows and tracks a row."""
     from fedsim.experiments.progress import each, shown_rows
     from fedsim.experiments.track import tracker
     from fedsim.records import print_row, read_summary, run_folder

@@ -32,6 +32,9 @@ TINY = (
     "--rounds 3 --device cpu --threads 1"
 ).split()
 
+NOT_FOR_A_RUN = set(  # slow to import
+    "flwr.simulation flwr_datasets matplotlib pandas ray scipy sqlalchemy sympy torch._dynamo torchvision".split()
+)
 HERE = {"device": "cpu", "threads": 1}
 Call = Callable[..., tuple[int, str, str]]
 
@@ -531,11 +534,15 @@ def test_a_row_fits_80_columns(capsys: pytest.CaptureFixture[str], tested_on: st
 
 
 def test_the_real_command_runs_and_records_itself(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "run.py"), "centralized", *TINY[:-10], "--epochs", "1", "--name", "one"]
+    command = [sys.executable, "-X", "importtime", str(ROOT / "run.py"), "localsgd", *TINY, "--name", "one"]
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     summary = json.loads((tmp_path / "results" / "one" / "summary.json").read_text())
-    assert summary["command"].startswith("run.py centralized --dataset synthetic")
+    assert summary["command"].startswith("run.py localsgd --dataset synthetic")
+    imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
+    assert {"torch._C", "flwr"} <= imported
+    assert not imported & NOT_FOR_A_RUN
+    del command[1:3]
     bad = subprocess.run([*command, "--lr", "0"], cwd=tmp_path, capture_output=True, text=True)
     assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
     assert "Traceback" not in bad.stderr

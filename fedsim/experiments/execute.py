@@ -64,6 +64,13 @@ def execute(
     RunInProgress. Input is checked before anything is written.
     """
     check(config, mode, engine)
+    return execute_checked(config, mode, engine, on_row, rerun, patience)
+
+
+def execute_checked(
+    config: Config, mode: Mode, engine: Engine, on_row: OnRow | None, rerun: bool, patience: float = 0.0
+) -> Run:
+    """`execute` where `check` has passed."""
     if mode == "localsgd" and engine != "flower" and (rerun or not run_folder(config, mode).exists()):
         check_memory(config, verbose=False)
     run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)

@@ -3,6 +3,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import torch
 from torch import Tensor
 
 from fedsim.config import Config
@@ -38,3 +39,22 @@ def test_a_model_that_cannot_be_stacked_runs_on_threads(small: Config, monkeypat
 
     register(monkeypatch, "lenet5", Reversed)
     assert choose_engine(small) == "threads"
+
+
+def test_the_model_is_tried_on_one_thread(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    used = set()
+
+    class Watched(LeNet5):
+        def forward(self, x: Tensor) -> Tensor:
+            used.add(torch.get_num_threads())
+            return super().forward(x)
+
+    register(monkeypatch, "lenet5", Watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        assert choose_engine(small) == "stacked"
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert (used, after) == ({1}, 3)
