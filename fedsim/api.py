@@ -18,9 +18,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import pandas as pd
 import torch
 from rich.console import Console
 from torch import Tensor
@@ -34,7 +33,9 @@ from fedsim.experiments.sweep import OneByOne, fail_if_any
 from fedsim.experiments.track import check_tracker, tracker
 from fedsim.experiments.tune import run_tuned_studies
 from fedsim.records import CONFIG, Row, read_config, read_rows, read_summary, run_folder
-from fedsim.report.load import read_records
+
+if TYPE_CHECKING:  # slow to import, so a run begins first
+    import pandas as pd
 
 
 @dataclass(frozen=True, init=False)
@@ -52,6 +53,8 @@ class Result:
     @property
     def rows(self) -> pd.DataFrame:
         """The rows of ``metrics.jsonl`` with its columns; accuracies are from 0 to 1."""
+        import pandas as pd
+
         return pd.DataFrame(read_rows(self.folder))
 
     @property
@@ -90,11 +93,15 @@ class StudyResult:
     @property
     def runs(self) -> pd.DataFrame:
         """A row for each run: its keys in kebab-case, its accuracies and costs in snake_case, `run` and `folder`."""
+        from fedsim.report.load import read_records
+
         return read_records(self.folder).runs
 
     @property
     def rows(self) -> pd.DataFrame:
         """The rows of all runs; `run` is a run's index in `runs`."""
+        from fedsim.report.load import read_records
+
         return read_records(self.folder).rows
 
     def __getitem__(self, name: str) -> Result:

@@ -310,7 +310,6 @@ def _run_studies(
     from fedsim.experiments.sweep import PLAIN, check_writable, fail_if_any
     from fedsim.experiments.tune import run_tuned_studies, with_stored_choice
     from fedsim.provenance import program
-    from fedsim.report.page import show_results
 
     console, results = _console(), _results(results_dir)
     if dry_run:
@@ -319,6 +318,8 @@ def _run_studies(
             _show_plan(study, cells_of(study), results, runner)
         return
     failed, total = run_tuned_studies(studies, cells_of, results, runner, rerun, console)
+    from fedsim.report.page import show_results  # slow to import, so the runs begin first
+
     for folder in (results / study.name for study in studies):
         show_results(folder, console, save_as)
         console.print(f"{program()} report {folder} -o report", **PLAIN)

@@ -44,12 +44,13 @@ WITHOUT_FLOWER = (
     "training",
     "report",
 )
+OF_REPORTS = ("pandas", "matplotlib", "fedsim.report")
 
 
-def imports_of(path: Path) -> set[str]:
-    """Every module that a file imports, also within functions."""
-    found = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+def imports_of(path: Path, in_functions: bool = True) -> set[str]:
+    """Every module that a file imports."""
+    found, module = set(), ast.parse(path.read_text())
+    for node in ast.walk(module) if in_functions else module.body:
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -80,6 +81,12 @@ def test_only_the_federation_imports_flower(part: str) -> None:
     for file in files_of(part):
         imported = {name.partition(".")[0] for name in imports_of(file)}
         assert not imported & {"flwr", "ray", "strategies"}, file
+
+
+def test_a_run_begins_before_what_only_its_report_needs_is_imported() -> None:
+    for file in set(ROOT.rglob("*.py")) - set(files_of("report")):
+        slow = {name for name in imports_of(file, in_functions=False) if name.startswith(OF_REPORTS)}
+        assert not slow, file
 
 
 def test_strategies_import_nothing_of_fedsim() -> None:

@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pandas as pd
 from rich.console import Console
 
 from fedsim.config import Value, has_key
@@ -237,6 +236,8 @@ def _stored(study: Study, chosen: dict[str, dict[str, Value]], trials: Sequence[
 
     What was chosen for other cells before, by the same ``[tune]``, is kept.
     """
+    import pandas as pd  # slow to import, and most studies are not tuned
+
     folder = results / study.name
     folder.mkdir(parents=True, exist_ok=True)
     lines = pd.DataFrame(map(_line, trials), dtype=object)  # as they are: whole numbers with gaps are not floats
