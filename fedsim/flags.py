@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import gc
 import inspect
 import itertools
 import re
-import sys
 from collections.abc import Callable, Mapping, Sequence
-from importlib import import_module
 from typing import Any, Optional
 
 import click
@@ -17,7 +14,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from fedsim.config import FIELDS, Mode, about, has_key, kebab, suggestions, typed
 from fedsim.errors import UserError
-from fedsim.interrupts import signals_held
+from fedsim.torch_import import import_torch
 
 MOST_USED = "dataset model optimizer lr batch-size epochs clients local-steps seed device results-dir name".split()
 FIRST = "Keys used most"
@@ -61,24 +58,8 @@ class TorchCommand(Command):
     """A command that needs torch, which is imported before it is invoked."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        if "torch" not in sys.modules:
-            import_torch()
+        import_torch()
         return super().invoke(ctx)
-
-
-def import_torch() -> None:
-    """Import torch with signals held and without garbage collection.
-
-    An exception within the initialization of its C++ code aborts the process. It makes 300,000 objects that live as
-    long as the process: collections among them take 0.2 s each, and later ones leave them out.
-    """
-    gc.disable()
-    try:
-        with signals_held():
-            import_module("torch")
-    finally:
-        gc.freeze()
-        gc.enable()
 
 
 class RayCommand(TorchCommand):

@@ -13,7 +13,7 @@ ROOT = Path(fedsim.__file__).parent
 LAYERS = (
     ("errors", "processes", "rng", "reference", "copies", "provenance"),
     ("interrupts", "registry", "checkpoint_file"),
-    ("config",),
+    ("config", "torch_import"),
     ("device", "flags"),
     ("data", "optim"),
     ("models", "records"),
@@ -36,6 +36,7 @@ WITHOUT_FLOWER = (
     "copies",
     "provenance",
     "config",
+    "torch_import",
     "device",
     "data",
     "optim",

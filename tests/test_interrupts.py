@@ -206,16 +206,16 @@ with exit_on_signals():
 """
 HELD = """
 import os, signal
-from fedsim import flags
+from fedsim import torch_import
 from fedsim.interrupts import exit_on_signals
 
 def import_slowly(name):
     os.kill(os.getpid(), signal.SIGTERM)
     print("imported", flush=True)
 
-flags.import_module = import_slowly
+torch_import.import_module = import_slowly
 with exit_on_signals():
-    flags.import_torch()
+    torch_import.import_torch()
     print("never reached", flush=True)
 """
 CLEANUP = """
