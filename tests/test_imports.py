@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+from collections.abc import Iterable
 from pathlib import Path
 
 import pytest
@@ -50,8 +51,10 @@ OF_REPORTS = ("pandas", "matplotlib", "fedsim.report")
 
 def imports_of(path: Path, in_functions: bool = True) -> set[str]:
     """Every module that a file imports."""
-    found, module = set(), ast.parse(path.read_text())
-    for node in ast.walk(module) if in_functions else module.body:
+    found: set[str] = set()
+    module = ast.parse(path.read_text())
+    nodes: Iterable[ast.AST] = ast.walk(module) if in_functions else module.body
+    for node in nodes:
         if isinstance(node, ast.Import):
             found |= {name.name for name in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:

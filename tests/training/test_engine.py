@@ -42,7 +42,7 @@ def test_a_model_that_cannot_be_stacked_runs_on_threads(small: Config, monkeypat
 
 
 def test_the_model_is_tried_on_one_thread(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    used = set()
+    used: set[int] = set()
 
     class Watched(LeNet5):
         def forward(self, x: Tensor) -> Tensor:
