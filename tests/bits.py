@@ -88,6 +88,12 @@ SCENARIOS: dict[str, tuple[str, list[str]]] = {  # keys, and faults
     "sampled": ("fraction=0.5", []),
     "all": ("round-timeout=0.01", [LATE, LEFT_OUT, LOST]),  # and cut
 }
+# As each Python process starts: the server and the clients of a simulation of Flower import the faults
+AT_START = """import sys
+if any(name in word for word in sys.orig_argv for name in ("flwr-simulation", "default_worker")):
+    import bits_client
+    bits_client.install()
+"""
 
 
 class Case(NamedTuple):
@@ -247,12 +253,11 @@ def run_both(commits: list[str], quick: bool, pattern: str, folder: Path) -> lis
     own = folder / "own"
     own.mkdir()
     shutil.copy(Path(__file__).with_name("bits_client.py"), own)
-    at_start = f"import os\nif {FAULTS!r} in os.environ:\n    import bits_client\n    bits_client.install()\n"
-    (own / "sitecustomize.py").write_text(at_start)  # of each process, those of Flower included
+    (own / "sitecustomize.py").write_text(AT_START)
     running = []
     for number, commit in enumerate(commits):
         checkout, out = checkout_of(commit, folder / str(number)), folder / f"{number}.json"
-        env = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{own}", "XDG_CACHE_HOME": str(folder / "cache")}
+        env = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{own}", "XDG_CACHE_HOME": f"{out}.cache"}
         what = json.dumps([str(checkout), str(out), quick, pattern])
         command = [sys.executable, "-P", __file__, "--worker", what]
         with out.with_suffix(".log").open("w") as log:
