@@ -258,6 +258,7 @@ def run_both(commits: list[str], quick: bool, pattern: str, folder: Path) -> lis
     for number, commit in enumerate(commits):
         checkout, out = checkout_of(commit, folder / str(number)), folder / f"{number}.json"
         env = {**os.environ, "PYTHONPATH": f"{checkout}{os.pathsep}{own}", "XDG_CACHE_HOME": f"{out}.cache"}
+        env.setdefault("MPLCONFIGDIR", str(Path("~/.cache/matplotlib").expanduser()))  # its list of fonts takes long
         what = json.dumps([str(checkout), str(out), quick, pattern])
         command = [sys.executable, "-P", __file__, "--worker", what]
         with out.with_suffix(".log").open("w") as log:
