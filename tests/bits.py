@@ -172,7 +172,7 @@ def contents(folder: Path) -> Iterator[tuple[str, str]]:
     import torch
 
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    parts = {
+    parts: dict[str, Any] = {
         "model": torch.load(folder / "model.pt", weights_only=True),
         "rows": [{**row, "seconds": 0} for row in rows],
         "summary": json.loads((folder / "summary.json").read_text()),
