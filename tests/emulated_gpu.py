@@ -29,13 +29,17 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_map
-
-from fedsim.bench.operators import bytes_moved, changed_by, launches_kernel, name_of, tensors_in
+from torch.utils._pytree import tree_leaves, tree_map
 
 GPU = torch.device("cuda", 0)
 DEVICE, PINNED, PAGEABLE = "device", "pinned", "pageable"  # where a storage is
 COPIES = ("copy_", "_to_copy", "_foreach_copy_")
+WITHOUT_KERNEL = (
+    *("empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"),
+    *("_unsafe_view", "detach", "lift_fresh", "set_", "resize_"),
+)
+# Positions of the arguments that an operator changes, where its schema does not mark them
+CHANGED = {"native_batch_norm": (3, 4), "_fused_sgd_": (0, 2)}
 # Limits of one kernel over lists of tensors (PyTorch's MultiTensorApply.cuh): tensors by the number of lists, blocks,
 # and the values of a block. Builds for CUDA 13 allow seven times as many.
 MOST_TENSORS, MOST_BLOCKS, BLOCK = (110, 64, 48, 36, 30), 320, 65536
@@ -75,7 +79,7 @@ class Uses:
 
 
 class EmulatedGpu(contextlib.ExitStack):
-    """Use as a context manager. `counts`: launches, waits, copies, replays, captured operators, and bytes moved."""
+    """Use as a context manager. `counts`: launches, waits, copies, replays and captured operators."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -269,7 +273,6 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             gpu.give_memory(fresh)
         if launches_kernel(func):
             gpu.counts["captured" if gpu.capturing else "launches"] += kernels(func, args)
-            gpu.counts["captured bytes" if gpu.capturing else "bytes"] += int(bytes_moved(func, args, kwargs, out))
             if not gpu.capturing:
                 changed = {address(tensor) for tensor in writes}
                 gpu.use([t for t in on_device if address(t) not in changed], [*writes, *fresh], name)
@@ -299,6 +302,32 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
         gpu.counts["copies"] += 1
         if any(kind(tensor) == PAGEABLE for tensor in on_host):
             gpu.wait(gpu.stream, "a copy of memory that is not pinned")
+
+
+def name_of(func: Any) -> str:
+    """The name of an operator of ATen, for instance add."""
+    name: str = func._schema.name
+    return name.removeprefix("aten::")
+
+
+def tensors_in(values: Any) -> list[Tensor]:
+    """All tensors in nested arguments."""
+    return [value for value in tree_leaves(values) if isinstance(value, Tensor)]
+
+
+def launches_kernel(func: Any) -> bool:
+    """Whether a call launches a kernel: views, allocations and queries do not."""
+    returns = func._schema.returns
+    is_view = bool(returns) and all(r.alias_info is not None and not r.alias_info.is_write for r in returns)
+    return func.namespace == "aten" and not is_view and name_of(func) not in WITHOUT_KERNEL
+
+
+def changed_by(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Tensor]:
+    """The tensors among its arguments that an operator changes."""
+    arguments = func._schema.arguments
+    written = [place for place, argument in enumerate(arguments) if argument.is_write]
+    places = CHANGED.get(name_of(func), written)
+    return tensors_in([args[i] if i < len(args) else kwargs.get(arguments[i].name) for i in places])
 
 
 def kernels(func: Any, args: Sequence[Any]) -> int:

@@ -1,9 +1,4 @@
-"""The tables of docs/engine.md on launches, waits and bytes: ``python -m tests.gpu_counts [K ...]`` prints them.
-
-Launches and waits are counted on the emulated GPU. A captured step has a fixed number of kernels; its bytes at the
-batch size of the table are those of `fedsim.bench.bound`, and its time is at the rates of the H100 in docs/engine.md,
-which are assumed.
-"""
+"""Launches and waits on the emulated GPU: ``python -m tests.gpu_counts`` prints the tables of docs/engine.md."""
 
 from __future__ import annotations
 
@@ -13,7 +8,6 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from fedsim.bench.bound import Rates, bound, step_operators
 from fedsim.bench.variants import METHODS
 from fedsim.config import Config
 from fedsim.federation.client_app import app, train_together
@@ -34,7 +28,6 @@ WAYS: dict[str, Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]] = {
     "streams": streams.take_rounds,
 }
 PAPER = Config().changed({"dataset": "synthetic", "synthetic-classes": 100, "synthetic-images": 256, "threads": 1})
-H100 = {"bf16": Rates(350e12, 2.8e12), "fp32": Rates(45e12, 2.8e12)}  # assumed: `run.py bench --device cuda` measures
 
 
 def round_counts(config: Config, way: str = "groups") -> Counter[str]:
@@ -57,7 +50,7 @@ def round_counts(config: Config, way: str = "groups") -> Counter[str]:
 
 def print_methods(config: Config) -> None:
     """What a round of each method that `run.py bench` compares takes, by groups."""
-    header("K", "method", "kernels of a step", "launches a round", "waits", "copies from the host", "GB outside steps")
+    header("K", "method", "kernels of a step", "launches a round", "waits", "copies from the host")
     for keys in METHODS.values():
         print_row(config.clients, method_of(keys), round_counts(config.changed(keys)))
 
@@ -68,7 +61,7 @@ def method_of(keys: Mapping[str, Any]) -> str:
 
 def print_row(clients: int, what: str, found: Counter[str]) -> None:
     counts = [found[name] for name in ("captured", "launches", "waits", "copies")]
-    print(f"| {clients} | {what} | {' | '.join(map(str, counts))} | {found['bytes'] / 1e9:.2f} |")
+    print(f"| {clients} | {what} | {' | '.join(map(str, counts))} |")
 
 
 def header(*names: str) -> None:
@@ -77,25 +70,13 @@ def header(*names: str) -> None:
 
 
 def main() -> None:
-    header("K", "way", "kernels of a step", "launches a round", "waits", "copies from the host", "GB outside steps")
+    header("K", "way", "kernels of a step", "launches a round", "waits", "copies from the host")
     small = PAPER.changed({"batch-size": 1, "local-steps": 1})
     for clients in map(int, sys.argv[1:] or (1, 4, 12, 64)):
         for way in WAYS if clients in (4, 12) else ["groups"]:
             print_row(clients, way, round_counts(small.changed({"clients": clients}), way))
     print()
     print_methods(small.changed({"clients": 12}))
-    print()
-    header("K, precision", "GFLOP a step", "GB, one model", "GB, K models", "ms, one model", "ms, K models", "ratio")
-    for precision, rates in H100.items():
-        for clients in (1, 4, 12, 64):
-            config = PAPER.changed({"precision": precision, "clients": clients, "local-steps": 10})
-            one, large = step_operators(config, config.batch_size), step_operators(config, clients * config.batch_size)
-            central, local = bound(config, rates, True), bound(config, rates, False)
-            gb = [sum(each.bytes for each in operators) / 1e9 for operators in (large, one)]
-            print(
-                f"| {clients}, {precision} | {sum(each.flop for each in large) / 1e9:.1f} | {gb[0]:.2f} | "
-                f"{clients * gb[1]:.2f} | {100 * central:.2f} | {100 * local:.2f} | {central / local:.2f} |"
-            )
 
 
 if __name__ == "__main__":

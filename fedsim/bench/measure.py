@@ -4,18 +4,14 @@ Centralized training at batch K * B is the reference: the same images and arithm
 runs in a new process: one warm-up round, then timed rounds. Every pass gives each variant one such turn, so that a
 slow phase of the machine affects all of them. Timings are medians over rounds and passes.
 
-Each rate is also compared with what the device could reach at best, given its measured rates (`fedsim.bench.bound`):
-that is lower for K models than for one.
-
-On a GPU, centralized training is also timed at the batch sizes of Table 1, in the configured precision and in bf16, and
-compared with the rate of a matrix product. In files of earlier versions `timings` is called `figures`, `variant`
-`contestant`, and the variants `centralized`, `in-process` and `stacked` are `limit`, `fleet` and `fused`.
+On a GPU, centralized training is also timed at the batch sizes of Table 1, in the configured precision and in bf16. In
+files of earlier versions `timings` is called `figures`, `variant` `contestant`, and the variants `centralized`,
+`in-process` and `stacked` are `limit`, `fleet` and `fused`.
 """
 
 from __future__ import annotations
 
 import errno
-import functools
 import itertools
 import json
 import os
@@ -28,10 +24,8 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.console import Console, RenderableType
 
-from fedsim.bench.bound import Rates, measure_rates
 from fedsim.bench.tables import growth_table, large_table, rounds_table
 from fedsim.bench.turn import Timing, take_turn
 from fedsim.bench.variants import ON_CPU, ON_GPU, THREADED, VARIANTS
@@ -68,15 +62,12 @@ def run_bench(
     """
     config = checked_config(keys, clients, variants, rounds)
     check_output(Path(output))
-    rates = show_rates(config, console)
     starting = start_up(config.device)
     console.print(f"a run starts in {starting:.1f} s")
-    rate = rates[config.precision]
-    facts = {"matrix_flop_per_second": rate.flop, "memory_bytes_per_second": rate.bytes}
-    facts |= {"flop_per_image": flop_per_image(config), "start_up_seconds": starting}
+    facts = {"flop_per_image": flop_per_image(config), "start_up_seconds": starting}
     timings: list[Timing] = []
     failed: list[str] = []
-    for turns, table_of in comparisons(config, clients, variants, passes, grow, rates):
+    for turns, table_of in comparisons(config, clients, variants, passes, grow):
         found, errors = measure(turns, rounds, limit)
         timings += found
         failed += errors
@@ -103,34 +94,16 @@ def checked_config(keys: Mapping[str, Any], clients: Sequence[int], variants: Se
     return config
 
 
-def show_rates(config: Config, console: Console) -> dict[str, Rates]:
-    """Measure and print the rates of the device in the precision of `config` and, on a GPU, in bf16."""
-    on_gpu = config.device.startswith("cuda")
-    precisions = dict.fromkeys((config.precision, "bf16") if on_gpu else (config.precision,))
-    rates: dict[str, Rates] = {name: measure_rates(config.device, name) for name in precisions}
-    if on_gpu:
-        torch.cuda.empty_cache()  # for the processes that follow
-    for precision, rate in rates.items():
-        console.print(f"{config.device}, {precision}: {rate.flop / 1e9:,.0f} GFLOP/s in a matrix product")
-    console.print(f"{rates[config.precision].bytes / 1e9:,.1f} GB/s in a copy")
-    return rates
-
-
 def comparisons(
-    config: Config,
-    clients: Sequence[int],
-    variants: Sequence[str],
-    passes: int,
-    grow: bool,
-    rates: Mapping[str, Rates],
+    config: Config, clients: Sequence[int], variants: Sequence[str], passes: int, grow: bool
 ) -> Iterator[tuple[list[Turn], Callable[[list[Timing]], RenderableType]]]:
     """The turns of each table, and the function that makes the table of their timings."""
     on_gpu = config.device.startswith("cuda")
     chosen = list(dict.fromkeys(variants)) or (ON_GPU if on_gpu else ON_CPU)
     turns = [(name, at(config, k, name)) for _, k, name in itertools.product(range(passes), clients, chosen)]
-    yield turns, functools.partial(rounds_table, rates=rates)
+    yield turns, rounds_table
     if on_gpu:
-        yield large_batches(config), functools.partial(large_table, rates=rates)
+        yield large_batches(config), large_table
     if grow:
         yield growth(config), growth_table
 
@@ -204,11 +177,11 @@ def start_up(device: str) -> float:
         return time.perf_counter() - began
 
 
-def write_timings(path: Path, timings: Sequence[Timing], device: str, **rates: float) -> None:
-    """Write all measurements, the `rates` of the device, and their provenance to a JSON file."""
+def write_timings(path: Path, timings: Sequence[Timing], device: str, **facts: float) -> None:
+    """Write all measurements, some `facts` about the run, and their provenance to a JSON file."""
     content = {
         **provenance(device),
-        **rates,
+        **facts,
         "timings": [
             {**asdict(each), "config": each.config.as_keys(), "images_per_second": each.images_per_second}
             for each in timings

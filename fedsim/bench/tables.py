@@ -9,16 +9,13 @@ from rich.box import SIMPLE_HEAD
 from rich.console import Group
 from rich.table import Table
 
-from fedsim.bench.bound import Rates, bound
 from fedsim.bench.turn import Timing
 from fedsim.bench.variants import VARIANTS
 from fedsim.experiments.cost import flop_per_image
 
-UNKNOWN = "?"
 
-
-def rounds_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Group:
-    """The timings, compared with other variants at the same K, and with the bound at the rates of their precision."""
+def rounds_table(timings: Sequence[Timing]) -> Group:
+    """The timings, compared with other variants at the same K."""
     speed = {(each.variant, each.config.clients): each.images_per_second for each in timings}
     rows = []
     for each in timings:
@@ -36,7 +33,6 @@ def rounds_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Group
                 "images/s": f"{each.images_per_second:,.0f}",
                 "of cen-\ntralized": relative["centralized"],
                 "of in-\nprocess": relative["in-process"],
-                "of its\nbound": of_bound(each, rates),
                 "peak\nMiB": f"{each.peak_bytes / 2**20:,.0f}",
             }
         )
@@ -48,8 +44,6 @@ def rounds_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Group
             for name in ("centralized", "in-process")
             if any((name, each.config.clients) in speed for each in timings)
         },
-        "of its bound": "the least seconds that the device's rates allow, over the median",
-        **({UNKNOWN: "not known"} if any(row["of its\nbound"] == UNKNOWN for row in rows) else {}),
         "peak MiB": "allocated on the GPU" if of_gpu else "resident memory, the sum of all processes",
         **{each.variant: VARIANTS[each.variant][1] for each in timings},
     }
@@ -57,18 +51,8 @@ def rounds_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Group
     return Group(rich_table("A round of LocalSGD: medians", rows), lines)
 
 
-def of_bound(timing: Timing, rates: Mapping[str, Rates]) -> str:
-    """The least time that a device with the `rates` of a precision needs for a round, over the median measured."""
-    centralized = timing.variant.startswith("centralized")
-    try:
-        least = bound(timing.config, rates[timing.config.precision], centralized)
-    except RuntimeError:  # the step of a user's model has shapes or branches that depend on values
-        return UNKNOWN
-    return f"{least / statistics.median(timing.seconds):.2f}"
-
-
-def large_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Table:
-    """Centralized training by batch size, compared with the device's matrix product in the same precision."""
+def large_table(timings: Sequence[Timing]) -> Table:
+    """Centralized training by batch size."""
     flop = flop_per_image(timings[0].config)
     rows = [
         {
@@ -77,8 +61,6 @@ def large_table(timings: Sequence[Timing], rates: Mapping[str, Rates]) -> Table:
             "ms a step": f"{1000 * statistics.median(each.seconds) / each.config.local_steps:.2f}",
             "images/s": f"{each.images_per_second:,.0f}",
             "TFLOP/s": f"{each.images_per_second * flop / 1e12:,.2f}",
-            "of the matrix\nproduct": f"{each.images_per_second * flop / rates[each.config.precision].flop:.3f}",
-            "of its\nbound": of_bound(each, rates),
         }
         for each in timings
     ]
