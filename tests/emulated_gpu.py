@@ -8,8 +8,8 @@ and every operator on them is checked and counted:
   forbidden, it raises;
 - a capture is undone when it ends. A replay runs the captured operators on the same memory, without Python between
   them; memory of the graph holds NaN until the replay has written it, and memory freed since the capture raises;
-- an access that no stream, event or wait of the host orders after another stream's raises (by vector clocks, as in
-  Fidge 1988); so does memory that is taken again while another stream may still use it.
+- an access that no stream or wait of the host orders after another stream's raises (by vector clocks, as in Fidge
+  1988).
 
 What it cannot show: kernels and their rounding, cuDNN's choice of them, memory, speed, more than one device.
 """
@@ -66,16 +66,7 @@ class Stream:
         return current().capturing is not None
 
 
-class Uses:
-    """Who wrote and read a storage last; it ends with the storage, whose memory its stream may then give again."""
-
-    def __init__(self, owner: Stream, freed: list[Uses]) -> None:
-        self.owner, self.freed = owner, freed
-        self.last: dict[tuple[Stream, bool], tuple[int, str]] = {}  # (stream, whether it wrote) -> when, what
-
-    def __del__(self) -> None:
-        if any(stream is not self.owner for stream, _ in self.last):
-            self.freed.append(self)
+Uses = dict[tuple[Stream, bool], tuple[int, str]]  # of a storage: (stream, whether it wrote) -> when last, what
 
 
 class EmulatedGpu(contextlib.ExitStack):
@@ -89,7 +80,6 @@ class EmulatedGpu(contextlib.ExitStack):
         self.capturing: Graph | None = None
         self.default = self.stream = Stream()
         self.host: dict[Stream, int] = {}  # how much of every stream's work the host has seen end
-        self.freed: list[Uses] = []
 
     def __enter__(self) -> EmulatedGpu:
         super().__enter__()
@@ -141,30 +131,21 @@ class EmulatedGpu(contextlib.ExitStack):
                 uses = self.uses_of(tensor)
                 check_order(uses, stream, changes, what)
                 if changes:
-                    uses.last.clear()
-                uses.last[stream, changes] = now, what
+                    uses.clear()
+                uses[stream, changes] = now, what
 
     def uses_of(self, tensor: Tensor) -> Uses:
         storage = tensor.untyped_storage()
-        if getattr(storage, "freed", None) is not self.freed:  # of an earlier emulation, whose work has ended
-            storage.freed = self.freed  # type: ignore[attr-defined]
-            storage.uses = Uses(self.stream, self.freed)  # type: ignore[attr-defined]
-        uses: Uses = storage.uses  # type: ignore[attr-defined]
+        default, uses = getattr(storage, "uses", (None, {}))
+        if default is not self.default:  # of an earlier emulation, whose work has ended
+            uses = {}
+            storage.uses = self.default, uses  # type: ignore[attr-defined]
         return uses
-
-    def give_memory(self, tensors: Sequence[Tensor]) -> None:
-        """Tensors that an operator on the current stream has made; any of its stream's freed memory may be theirs."""
-        for tensor in tensors:
-            place(tensor, DEVICE)
-            self.uses_of(tensor)
-        for uses in [uses for uses in self.freed if uses.owner is self.stream] if tensors else ():
-            check_order(uses, self.stream, True, "taking freed memory again")
-            self.freed.remove(uses)
 
 
 def check_order(uses: Uses, stream: Stream, changes: bool, what: str) -> None:
     """Raise where an access on `stream` may come before one on another that it must not overtake."""
-    for (other, wrote), (when, by) in uses.last.items():
+    for (other, wrote), (when, by) in uses.items():
         if (wrote or changes) and stream.clock.get(other, 0) < when:
             raise GpuError(f"a race: {what} is not ordered after {by} on another stream")
 
@@ -265,12 +246,10 @@ class Operators(TorchDispatchMode):  # type: ignore[no-untyped-call]
             out = func(*args, **kwargs)
         known = {address(tensor) for tensor in given}
         fresh = [tensor for tensor in tensors_in(out) if address(tensor) not in known]
-        if gpu.capturing:
-            for tensor in fresh:
-                place(tensor, DEVICE)
+        for tensor in fresh:
+            place(tensor, DEVICE)
+            if gpu.capturing:
                 gpu.capturing.pool.setdefault(address(tensor), tensor.detach())
-        else:
-            gpu.give_memory(fresh)
         if launches_kernel(func):
             gpu.counts["captured" if gpu.capturing else "launches"] += kernels(func, args)
             if not gpu.capturing:
@@ -427,8 +406,7 @@ class Functions(TorchFunctionMode):
         if target == DEVICE:
             if kind(tensor) == PAGEABLE or not non_blocking:
                 gpu.wait(gpu.stream, "a copy of memory that is not pinned")
-            copied = tensor.clone()
-            gpu.give_memory([copied])
+            copied = place(tensor.clone(), DEVICE)
             gpu.use([], [copied], "a copy to the device")
             return copied
         gpu.use([tensor], [], "a copy to the host")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import sys
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 from fedsim.bench.variants import METHODS
@@ -17,23 +17,16 @@ from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.round import initial_progress, train_round
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import build_model
-from fedsim.training import stacked, streams
-from fedsim.training.local_round import RoundEnd, RoundStart
 from fedsim.training.run_plan import run_plan
 from tests.emulated_gpu import EmulatedGpu
 
-WAYS: dict[str, Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]] = {
-    "groups": stacked.take_rounds,
-    "products": functools.partial(stacked.take_rounds, by_products=True),
-    "streams": streams.take_rounds,
-}
 PAPER = Config().changed({"dataset": "synthetic", "synthetic-classes": 100, "synthetic-images": 256, "threads": 1})
 
 
-def round_counts(config: Config, way: str = "groups") -> Counter[str]:
+def round_counts(config: Config, by_products: bool = False) -> Counter[str]:
     """What the second round of `config` takes on the emulated GPU, all clients at once, and the kernels of a step."""
     config = config.changed({"device": "cuda"})
-    together = functools.partial(train_together, take_rounds=WAYS[way])
+    together = functools.partial(train_together, by_products=by_products)
     with EmulatedGpu() as gpu, InProcessGrid(app, config, together) as grid:
         model = build_model(config.model, config.synthetic_classes, config.seed, config.device, config.precision)
         strategy = build_strategy(config, run_plan(config), model)
@@ -73,8 +66,8 @@ def main() -> None:
     header("K", "way", "kernels of a step", "launches a round", "waits", "copies from the host")
     small = PAPER.changed({"batch-size": 1, "local-steps": 1})
     for clients in map(int, sys.argv[1:] or (1, 4, 12, 64)):
-        for way in WAYS if clients in (4, 12) else ["groups"]:
-            print_row(clients, way, round_counts(small.changed({"clients": clients}), way))
+        for way in ("groups", "products") if clients in (4, 12) else ("groups",):
+            print_row(clients, way, round_counts(small.changed({"clients": clients}), way == "products"))
     print()
     print_methods(small.changed({"clients": 12}))
 

@@ -28,7 +28,6 @@ from fedsim.federation.strategy import build_strategy
 from fedsim.models import initial_model
 from fedsim.optim import build_optimizer
 from fedsim.records import read_rows, run_folder
-from fedsim.training import stacked, streams
 from fedsim.training.run_plan import run_plan
 from fedsim.training.step import run_steps, step_inputs
 from fedsim.training.step_fn import make_step_fn
@@ -91,7 +90,6 @@ METHODS: dict[str, dict[str, Any]] = {  # to be compared with plain LocalSGD, wh
     "powersgd": {"compress": "powersgd", "compress-rank": 4},
 }
 STACKED = partial(rounds_in_process, together=train_together)
-BY_PRODUCTS = partial(train_together, take_rounds=partial(stacked.take_rounds, by_products=True))
 VARIANTS: dict[str, tuple[Rounds, str]] = {
     "centralized": (centralized_rounds, "centralized training at batch K * B"),
     "centralized-eager": (partial(centralized_rounds, captured=False), "centralized, without a CUDA graph"),
@@ -100,10 +98,9 @@ VARIANTS: dict[str, tuple[Rounds, str]] = {
     "loop": (rounds_in_process, "fedsim in one process, one client after the other on all cores"),
     "stacked": (STACKED, "fedsim in one process, all replicas in one network"),
     "stacked-groups": (STACKED, "stacked, convolutions by groups"),
-    "stacked-products": (partial(rounds_in_process, together=BY_PRODUCTS), "stacked, convolutions by matrix products"),
-    "stacked-streams": (
-        partial(rounds_in_process, together=partial(train_together, take_rounds=streams.take_rounds)),
-        "fedsim in one process, a CUDA graph and a stream for each replica",
+    "stacked-products": (
+        partial(rounds_in_process, together=partial(train_together, by_products=True)),
+        "stacked, convolutions by matrix products",
     ),
     "flower": (flower_rounds, "fedsim's app run by flwr run, on Ray"),
     "flower-plain": (tutorial_rounds, "Flower without fedsim: an app with SGDM and FedAvg, as in its tutorials"),
@@ -128,7 +125,6 @@ ON_GPU = (
     "in-process",
     "stacked-groups",
     "stacked-products",
-    "stacked-streams",
     "flower",
     "flower-plain",
     "plain",

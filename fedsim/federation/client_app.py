@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -67,11 +67,9 @@ def train(message: Message, context: Context) -> Message:
 
 
 def train_together(
-    messages: Sequence[Message],
-    contexts: Sequence[Context],
-    take_rounds: Callable[[Config, Sequence[RoundStart]], list[RoundEnd]] = stacked.take_rounds,
+    messages: Sequence[Message], contexts: Sequence[Context], by_products: bool = False
 ) -> list[Message]:
-    """`train` for several clients of one process at once, by default with their replicas as one stacked network."""
+    """`train` for several clients of one process at once, their replicas as one stacked network."""
     config = _config(messages[0], contexts[0])
     rounds: list[Begun | None] = []
     for message, context in zip(messages, contexts, strict=True):
@@ -80,7 +78,7 @@ def train_together(
         except MemoryLost:
             rounds.append(None)
     own = [begun for begun in rounds if begun]
-    ends = take_rounds(config, [begun.start for begun in own]) if own else []
+    ends = stacked.take_rounds(config, [begun.start for begun in own], by_products) if own else []
     ended = zip(ends, _ended(config, own, ends), strict=True)
     return [
         _reply(config, message, context, begun, *next(ended)) if begun else _declined(message, MEMORY_LOST)

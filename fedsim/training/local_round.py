@@ -66,9 +66,9 @@ class Replica:
 _of_thread = threading.local()
 
 
-def take_round(config: Config, start: RoundStart, replica: Replica | None = None) -> RoundEnd:
-    """The local steps of one worker on `replica`, by default this thread's; a GPU is not waited for."""
-    replica = replica or _replica(config)
+def take_round(config: Config, start: RoundStart) -> RoundEnd:
+    """The local steps of one worker; a GPU is not waited for."""
+    replica = _replica(config)
     named = dict(replica.model.named_parameters())
     values = replica.model.state_dict()
     fill(values.values(), (start.weights[name] for name in values))
@@ -125,12 +125,12 @@ def samples_of(config: Config, start: RoundStart) -> int:
 def _replica(config: Config) -> Replica:
     """This thread's replica for `config`: as many live as there are threads, however many clients."""
     if getattr(_of_thread, "config", None) != config:
-        _of_thread.config, _of_thread.replica = config, build_replica(config)
+        _of_thread.config, _of_thread.replica = config, _build_replica(config)
     replica: Replica = _of_thread.replica
     return replica
 
 
-def build_replica(config: Config) -> Replica:
+def _build_replica(config: Config) -> Replica:
     """A replica whose values are not set, and this thread made ready for it."""
     prepare(config)
     model = initial_model(config)

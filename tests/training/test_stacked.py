@@ -16,7 +16,7 @@ from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.models import build_model
 from fedsim.models.lenet import LeNet5
-from fedsim.training import local_round, stacked, streams
+from fedsim.training import local_round, stacked
 from fedsim.training.local_round import RoundEnd, RoundStart
 from tests.conftest import register
 
@@ -24,7 +24,6 @@ TakeRounds = Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]
 WAYS: dict[str, TakeRounds] = {
     "groups": stacked.take_rounds,
     "products": functools.partial(stacked.take_rounds, by_products=True),
-    "streams": streams.take_rounds,
 }
 OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "sgdm", "nesterov": True, "decay-biases-and-norms": False},
@@ -86,7 +85,6 @@ def assert_same_rounds(
         *itertools.product(["groups"], ["lenet-bn"], OPTIMIZERS),
         *itertools.product(["groups"], ["lenet5"], OTHER_OPTIMIZERS),
         *itertools.product(["products"], ["lenet-bn", "lenet5"], OPTIMIZERS[:1]),
-        ("streams", "lenet-bn", OPTIMIZERS[0]),
     ],
 )
 def test_all_at_once_is_one_by_one(small: Config, way: str, model: str, keys: dict[str, Any]) -> None:
