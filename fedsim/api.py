@@ -175,7 +175,7 @@ def grid(
     crossed = {name: value for name, value in keys.items() if _is_list(value)}
     lists = {kebab(name): [_plain(name, each) for each in value] for name, value in crossed.items()}
     own = as_keys("localsgd", {name: value for name, value in keys.items() if name not in crossed})
-    found = grid_study(lists, own, str(preset), Path(results_dir))
+    found = grid_study(lists, own, str(preset))
     return _run_study(found, lambda study: study.cells(keys=own), results_dir, engine, rerun, progress)
 
 

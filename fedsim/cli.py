@@ -219,7 +219,7 @@ def grid(
     of_steps = {"local-steps": integers("local-steps", local_steps)} if local_steps is not None else {}
     lists = {"clients": integers("clients", clients), **of_steps, "seed": integers("seeds", seeds), **crossed}
     runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine, track)
-    found = grid_study(lists, single, preset, _results(results_dir))
+    found = grid_study(lists, single, preset)
     _run_studies([found], lambda study: study.cells(keys=single), results_dir, runner, rerun, dry_run, save_as="grid")
 
 

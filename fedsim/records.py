@@ -375,30 +375,8 @@ def differences(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[str]:
 
 
 def run_folder(config: Config, mode: Mode) -> Path:
-    """The folder of a run, named by the key ``name`` or else by `default_name`.
-
-    In earlier versions the digest in a name also covered keys with default values: if there is a folder of the same run
-    under such a name, it is that one.
-    """
-    results = Path(config.results_dir).expanduser().absolute()
-    if config.name:
-        return results / config.name
-    folder = results / default_name(config, mode)
-    if os.path.exists(folder):
-        return folder
-    for older in older_folders(folder, CONFIG):
-        with contextlib.suppress(UserError):  # its configuration is damaged
-            if not set(differences(read_config(older), config.record(mode))) - set(MACHINE):
-                return older
-    return folder
-
-
-def older_folders(folder: Path, file: str) -> list[Path]:
-    """The folders beside `folder` that hold `file` and whose names differ from its name only in the digest."""
-    if not os.path.isdir(folder.parent) or not os.access(folder.parent, os.R_OK | os.X_OK):
-        return []
-    pattern = re.compile(re.escape(folder.name[:-DIGEST]) + f"[0-9a-f]{{{DIGEST}}}")
-    return [path for path in sorted(folder.parent.iterdir()) if pattern.fullmatch(path.name) and (path / file).exists()]
+    """The folder of a run, named by the key ``name`` or else by `default_name`."""
+    return Path(config.results_dir).expanduser().absolute() / (config.name or default_name(config, mode))
 
 
 def default_name(config: Config, mode: Mode) -> str:

@@ -355,17 +355,6 @@ def test_switches_of_a_grid_may_be_lists(call: Call, tmp_path: Path, switches: s
     assert sorted(crossed) == values
 
 
-def test_a_grid_of_an_earlier_version_keeps_its_name(call: Call, tmp_path: Path) -> None:
-    keys = ["grid", *TINY[:-10], "--device", "cpu", "--epochs", "1", "--clients", "1", "--local-steps"]
-    assert call(*keys, "8")[0] == 0
-    (new,) = (tmp_path / "results").iterdir()
-    older = new.rename(new.with_name(new.name[:-6] + "abcdef"))
-    code, _, _ = call(*keys, "8,16")
-    assert (code, list((tmp_path / "results").iterdir())) == (0, [older])
-    assert call(*keys, "8", "--lr", "0.5", "--dry-run")[1].startswith("grid-sgdm-b16-")
-    assert "abcdef" not in call(*keys, "8", "--lr", "0.5", "--dry-run")[1]
-
-
 @pytest.mark.parametrize(
     ("words", "completed"),
     [

@@ -25,7 +25,7 @@ from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute
 from fedsim.provenance import provenance
-from fedsim.records import Run, atomic_write, config_of_run, default_name, read_rows, read_summary, run_folder
+from fedsim.records import Run, atomic_write, config_of_run, default_name, read_rows, read_summary
 from tests.conftest import SMALL, Execute, assert_same_bits, final_model, rows_of
 
 MODES: tuple[Mode, ...] = ("localsgd", "centralized")
@@ -562,25 +562,6 @@ def test_names_tell_configurations_apart_but_not_machines() -> None:
     assert default_name(config, "centralized") == default_name(config.changed({"clients": 7}), "centralized")
     everything = hashlib.sha256(b"{}").hexdigest()[:6]  # keys with their default are no part of it
     assert default_name(Config(), "localsgd") == f"localsgd-sgdm-b64-k4-j10-seed2025-{everything}"
-
-
-def test_a_run_under_the_name_of_an_earlier_version_is_found(small: Config, tmp_path: Path) -> None:
-    config = resolve(small, "localsgd")
-    new = run_folder(config, "localsgd")
-    older = new.with_name(new.name[:-6] + "abcdef")
-    older.mkdir()
-    held = {"mode": "localsgd", **config.identity("localsgd")}
-    del held["compress"]  # newer than the run
-    (older / "config.json").write_text(json.dumps(held))
-    for name, text in (("000000", "{"), ("111111", json.dumps({**held, "lr": 0.5}))):  # damaged, and another run
-        new.with_name(new.name[:-6] + name).mkdir()
-        (new.with_name(new.name[:-6] + name) / "config.json").write_text(text)
-    assert run_folder(config, "localsgd") == older
-    assert run_folder(config.changed({"lr": 0.7}), "localsgd").name not in {path.name for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="threads = 1, not 2"):  # as under its present name
-        Run(config.changed({"threads": 2}), "localsgd")
-    new.mkdir()
-    assert run_folder(config, "localsgd") == new
 
 
 def test_a_package_inside_another_projects_checkout_has_no_commit(tmp_path: Path) -> None:

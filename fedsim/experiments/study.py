@@ -30,7 +30,6 @@ without its grid.
 
 from __future__ import annotations
 
-import contextlib
 import fnmatch
 import itertools
 import re
@@ -44,7 +43,7 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from fedsim.config import KINDS, Config, Mode, Value, current_names, typed
 from fedsim.errors import UserError
-from fedsim.records import default_name, older_folders, run_folder
+from fedsim.records import default_name, run_folder
 from fedsim.training.run_plan import run_plan
 
 FOLDER = Path(__file__).parents[1] / "studies"
@@ -278,14 +277,11 @@ def read_preset(name: str, mode: Mode) -> Study:
     return study
 
 
-def grid_study(
-    grid: Mapping[str, Sequence[Value]], keys: Mapping[str, Any], preset: str = "", results: Path | None = None
-) -> Study:
+def grid_study(grid: Mapping[str, Sequence[Value]], keys: Mapping[str, Any], preset: str = "") -> Study:
     """The study of LocalSGD over `grid`, with the settings of `preset` overridden by `keys`.
 
     Its name is the key ``name``, or is made from the keys that all cells share. It has no keys that do not affect
-    results (threads, checkpoint-every, ...): pass these to `Study.cells`. If `results` holds a grid of the same keys
-    under a name given by an earlier version, it keeps that name.
+    results (threads, checkpoint-every, ...): pass these to `Study.cells`.
     """
     base = configure("localsgd", keys, preset)
     first = default_name(base.changed({"clients": 1, "local-steps": 1, "seed": 0}), "localsgd")
@@ -296,18 +292,7 @@ def grid_study(
     empty = Study.model_construct(name=name, title=name, mode="localsgd")
     study = read_preset(preset, "localsgd") if preset else empty
     own = {"name": name, "title": name, "grid": {key: list(values) for key, values in grid.items()}}
-    made = study.with_settings(settings, **own, twins=False, compare="", tune=None)
-    return made if base.name or results is None else _under_older_name(made, results / name)
-
-
-def _under_older_name(study: Study, folder: Path) -> Study:
-    """`study` with the older name of a grid of the same keys, if there is one beside `folder` and `folder` is new."""
-    for older in older_folders(folder, STORED) if not folder.exists() else []:
-        with contextlib.suppress(UserError):
-            held = read_study(str(older / STORED))
-            if held.axes == study.axes and held.configure({}) == study.configure({}):
-                return study.model_copy(update={"name": older.name, "title": older.name})
-    return study
+    return study.with_settings(settings, **own, twins=False, compare="", tune=None)
 
 
 def read_study(name: str) -> Study:
