@@ -424,7 +424,6 @@ def time_to_accuracy(
         "--slow",
         help="slow workers, as COUNT:FACTOR; 1:2.5 is one that takes 2.5 times as long (default: none)",
     ),
-    seed: int = typer.Option(0, "--seed", help="seed of the simulation of --jitter and --slow"),
     out: str = OUT,
 ) -> None:
     """Estimate the time to a target accuracy on a network, for each cell in a folder of results.
@@ -433,10 +432,10 @@ def time_to_accuracy(
     first test that reaches the target. With --link worker and server a sync is a message up and one down, and a link
     carries the bytes of one worker or of all; with all-reduce they go round a ring of the workers. The large-batch
     baseline counts as data-parallel SGD: a sync at every step, of 4 bytes per parameter, worker and direction. One
-    worker (K = 1) sends nothing. A round waits for the slowest of its workers: with --jitter and --slow the mean over
-    simulated rounds. Where delay = 1, it takes the longer of computing and messages instead of their sum. Compute time
-    is the median over the runs of seconds per training image, tests included, times the images of a worker's step. A
-    figure shows the time at bandwidths from 1 Mbit/s to 100 Gbit/s, and the fastest cells.
+    worker (K = 1) sends nothing. A round waits for the slowest of its workers: see --jitter and --slow. With delay = 1
+    it takes the longer of computing and messages instead of their sum. Compute time is the median over the runs of
+    seconds per training image, tests included, times the images of a worker's step. A figure shows the time at
+    bandwidths from 1 Mbit/s to 100 Gbit/s, and the fastest cells.
     """
     from fedsim.provenance import program
     from fedsim.report.network import Link, Network, duration, rate
@@ -448,7 +447,7 @@ def time_to_accuracy(
     up = rate("upload", upload) if upload else 0.0
     network = Network(rate("bandwidth", bandwidth), duration("latency", latency, zero=True), cast(Link, link), up)
     step = duration("compute", compute) if compute else None
-    plan = Plan(target, network, step, stragglers(jitter, slow, seed))
+    plan = Plan(target, network, step, stragglers(jitter, slow))
     command = f"{program()} {shlex.join(sys.argv[1:])}"
     time_to_accuracy(results, plan, out, command, _console())
 

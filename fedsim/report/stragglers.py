@@ -5,9 +5,8 @@ each step by itself, has mean 1. A round waits for the last of its K workers, wh
 
     E max_k f_k (X_k1 + ... + X_kJ)
 
-usual steps. Without jitter that follows from the chance that a round samples a slow worker. With jitter it is the mean
-over simulated rounds, corrected by the sums of the slowest workers, whose expectation is known (a control variate): so
-it is exact for one worker.
+usual steps. Without jitter that follows from the chance that a round samples a slow worker. With jitter it is an
+integral over the distribution of a sum of J steps, which is the J-th power of that of one step in the frequency domain.
 """
 
 from __future__ import annotations
@@ -23,24 +22,23 @@ import pandas as pd
 
 from fedsim.errors import UserError
 
-MOST_DRAWS, FEWEST_DRAWS = 4096, 64  # simulated rounds
-STEPS_DRAWN = 2**22  # in all rounds of one J and K; more steps vary less, and need fewer rounds
-LONG = 1000  # local steps from which on their sum is drawn as a normal variable
+Vector = npt.NDArray[np.float64]
+POINTS = 2**15  # of the grid on which a distribution is computed
+LONG = 1000  # local steps from which on their sum is taken to be normal
 
 
 class Stragglers(NamedTuple):
     """The jitter of a step, ``lognormal`` with this `sigma` or ``exponential`` ("": none); `slow` of all clients take
-    `factor` times as long; the seed of the simulation.
+    `factor` times as long.
     """
 
     jitter: str = ""
     sigma: float = 0.0
     slow: int = 0
     factor: float = 1.0
-    seed: int = 0
 
 
-def stragglers(jitter: str, slow: str, seed: int) -> Stragglers:
+def stragglers(jitter: str, slow: str) -> Stragglers:
     """The options --jitter and --slow, "" where not given; raises UserError."""
     noise = re.fullmatch(r"|exponential|lognormal:([0-9]*\.?[0-9]+)", jitter)
     sigma = float(noise[1] or 0) if noise else 0.0
@@ -52,10 +50,8 @@ def stragglers(jitter: str, slow: str, seed: int) -> Stragglers:
         )
     if slow and (not found or float(found[2]) <= 1):
         raise UserError(f"slow = {slow!r} is not COUNT:FACTOR with a FACTOR above 1: for instance 1:2.5")
-    if seed < 0:
-        raise UserError(f"seed = {seed} is out of range: it must be at least 0")
     count, factor = (int(found[1]), float(found[2])) if found else (0, 1.0)
-    return Stragglers(jitter.partition(":")[0], sigma, count, factor, seed)
+    return Stragglers(jitter.partition(":")[0], sigma, count, factor)
 
 
 def computed_steps(rows: pd.DataFrame, which: Stragglers) -> pd.Series:
@@ -86,28 +82,35 @@ def slowest(steps: int, workers: int, clients: int, which: Stragglers) -> float:
     if not which.jitter:
         without = math.prod((clients - workers - i) / (clients - i) for i in range(slow))  # the share of such rounds
         return steps * (which.factor + (1 - which.factor) * without)
-    rng = np.random.default_rng([which.seed, steps, workers, clients])
-    rounds = simulated_rounds(steps, workers)
-    present = rng.hypergeometric(slow, clients - slow, workers, rounds)  # of the slow ones, in each round
-    factors = np.where(np.arange(workers) < present[:, None], which.factor, 1.0)
-    times = factors * _sums(steps, (rounds, workers), which, rng)
-    largest = factors.max(axis=1)
-    of_the_slowest = times.mean(axis=1, where=factors == largest[:, None])
-    return float(np.mean(times.max(axis=1) - of_the_slowest + steps * largest))
+    times, below = distribution(steps, which)
+    grid = np.union1d(times, which.factor * times)
+    usual, longer = (np.interp(grid, factor * times, below) for factor in (1, which.factor))
+    expected = 0.0
+    for present in range(max(0, workers - clients + slow), min(slow, workers) + 1):  # of the slow ones
+        share = math.comb(slow, present) * math.comb(clients - slow, workers - present) / math.comb(clients, workers)
+        of_one, mean = (longer, steps * which.factor) if present else (usual, steps)
+        later = of_one - usual ** (workers - present) * longer**present
+        expected += share * (mean + float(np.diff(grid) @ (later[1:] + later[:-1])) / 2)
+    return expected
 
 
-def simulated_rounds(steps: int, workers: int) -> int:
-    """The number of simulated rounds for each J and K."""
-    return int(np.clip(STEPS_DRAWN // max(min(steps, LONG) * workers, 1), FEWEST_DRAWS, MOST_DRAWS))
+def distribution(steps: int, which: Stragglers) -> tuple[Vector, Vector]:
+    """Times of `steps` usual steps of one worker, and the probability that it takes no longer than each of them."""
+    convolved = min(steps, LONG)
+    deviation = math.sqrt(math.expm1(which.sigma**2)) if which.jitter == "lognormal" else 1.0
+    tail = math.exp(6 * which.sigma) if which.jitter == "lognormal" else 40.0
+    width = 10 * deviation * math.sqrt(convolved) + tail
+    edges = np.linspace(-width, width, POINTS + 1)  # of what a sum deviates from its mean
+    of_step = np.diff(below_of_step(1 + edges, which))
+    of_sum = np.fft.irfft(np.fft.rfft(np.fft.ifftshift(of_step)) ** convolved)
+    below = np.cumsum(np.fft.fftshift(of_sum))
+    return steps + math.sqrt(steps / convolved) * edges[1:], np.clip(below, 0, 1)
 
 
-def _sums(steps: int, shape: tuple[int, int], which: Stragglers, rng: np.random.Generator) -> npt.NDArray[np.float64]:
-    """Sums of the times of `steps` usual steps."""
+def below_of_step(times: Vector, which: Stragglers) -> Vector:
+    """The probability that one usual step takes no longer than each of `times`."""
+    positive = np.maximum(times, 1e-300)
     if which.jitter == "exponential":
-        return np.asarray(rng.gamma(steps, size=shape))
-    if steps > LONG:
-        return rng.normal(steps, np.sqrt(steps * np.expm1(which.sigma**2)), shape)
-    sums = np.zeros(shape)
-    for _ in range(steps):
-        sums += np.exp(which.sigma * rng.standard_normal(shape) - which.sigma**2 / 2)
-    return sums
+        return -np.expm1(-positive)
+    z = np.log(positive) / which.sigma + which.sigma / 2
+    return np.array([math.erfc(-value / math.sqrt(2)) / 2 for value in z])

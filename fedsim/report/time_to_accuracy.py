@@ -18,12 +18,13 @@ from fedsim.report.load import printable
 from fedsim.report.network import Network, network_seconds
 from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings, write_csv
 from fedsim.report.result_table import NOTHING, ResultTable, read_tables
-from fedsim.report.stragglers import Stragglers, computed_steps, simulated_rounds
+from fedsim.report.stragglers import Stragglers, computed_steps
 from fedsim.report.tables import COSTS, Cost, Entry, TextTable, number, percent, rich_table
 
 PARTS = ["computing", "waiting", "transfer"]  # of the seconds of a run
 MEANS = ["seconds", *PARTS, "resolution", "epoch", "network_syncs", "sent_up", "sent_down", "overhead_up"]
 MEANS += ["overhead_down"]
+CAPTION = "within: seconds since the previous test; ±: standard deviation over runs, if larger; MB: of all workers"
 
 
 class Plan(NamedTuple):
@@ -51,7 +52,7 @@ def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Con
             files = save_plot(plot, path, command)
             times_file = path / f"time-to-accuracy-{table.name}.csv"
             write_csv(times_frame(times), times_file)
-            console.print(rich_table(time_table(times, table, plan), assumptions(plan)))
+            console.print(rich_table(time_table(times, table, plan), CAPTION))
             console.print(printable(plot.caption), markup=False, highlight=False)
             for file in (times_file, *files):
                 show_path(file, console)
@@ -142,16 +143,6 @@ def time_table(times: pd.DataFrame, table: ResultTable, plan: Plan) -> TextTable
     title = f"{table.title}: time to {100 * plan.target:g} % accuracy on {table.tested_on} images"
     header = ["cell", "seconds", "within", *(cost.title for cost in columns.values()), "runs"]
     return TextTable(title, header, rows)
-
-
-def assumptions(plan: Plan) -> str:
-    """The caption of the table: what its columns are, and how the slowest worker was estimated."""
-    text = "within: seconds since the previous test; ±: standard deviation over runs, if larger; MB: of all workers"
-    if plan.stragglers.jitter:
-        most = simulated_rounds(1, 1)
-        seed = plan.stragglers.seed
-        text += f"; the slowest worker: mean of {most:,} simulated rounds (fewer for many steps), seed {seed}"
-    return text
 
 
 def times_frame(times: pd.DataFrame) -> pd.DataFrame:
