@@ -5,7 +5,7 @@ numbers as node ids, in ascending order. Sampling, screening, buffers and averag
 since Flower's strategies treat a counter or a variance as a weight.
 
 Each round uses a new instance, with the attributes that the last one had at its end, so that a resumed run equals one
-that was never interrupted. A strategy with any other state is one instance for the whole run, which cannot be resumed.
+that was never interrupted. A strategy with any other state is refused.
 """
 
 from __future__ import annotations
@@ -43,27 +43,19 @@ MAX_ASKED = 5  # calls of get_node_ids in a round: Flower's strategies poll it w
 class FlowerStrategy(LocalSGD):
     """LocalSGD's round, with the strategies that `make` makes in place of the mean of parameters and the server step.
 
-    `not_resumable` says why their state is not in their attributes alone (see `why_not_resumable`), or is empty.
-    Other arguments are those of `LocalSGD`, without another mean, codec or outer step.
+    Their state must be in their attributes alone, see `check_state`. Other arguments are those of `LocalSGD`, without
+    another mean, codec or outer step.
     """
 
-    def __init__(self, make: MakeStrategy, not_resumable: str = "", **localsgd: Any) -> None:
+    def __init__(self, make: MakeStrategy, **localsgd: Any) -> None:
         super().__init__(**localsgd)
         self.make = make
-        self.not_resumable = not_resumable
-        self._alive = make() if not_resumable else None
 
     def next_parameters(
         self, round_: int, x: dict[str, Tensor], mean: dict[str, Tensor], updates: Mapping[int, Update], state: State
     ) -> tuple[dict[str, Tensor], State]:
         """The parameters that the strategy makes of `updates`, and what it remembers."""
-        if self._alive is not None:
-            return take_round(self._alive, self.seed, round_, x, updates), {}
-        try:
-            return _take_round_anew(self.make, state, self.seed, round_, x, updates)
-        except NotPlain as reason:
-            remedy = "make it in the constructor, then the run has no checkpoints, or keep arrays and numbers alone"
-            raise StrategyFailed(f"round {round_}: it cannot be saved: {reason}: {remedy}") from reason
+        return _take_round_from(self.make, state, self.seed, round_, x, updates)
 
 
 def take_round(
@@ -90,25 +82,28 @@ def take_round(
             raise StrategyFailed(f"round {round_}: it failed ({what})") from error
 
 
-def _take_round_anew(
+def _take_round_from(
     make: MakeStrategy, state: State, seed: int, round_: int, x: Tensors, updates: Mapping[int, Update]
 ) -> tuple[dict[str, Tensor], State]:
     """`take_round` of a new strategy with the attributes in `state`, and its attributes after the round.
 
-    Raises NotPlain where these cannot be saved.
+    Raises StrategyFailed, also where these cannot be saved.
     """
     strategy = make()
     new = dict(vars(strategy))
     set_state(strategy, state)
     parameters = take_round(strategy, seed, round_, x, updates)
-    return parameters, state_of(strategy, new)
+    try:
+        return parameters, state_of(strategy, new)
+    except NotPlain as reason:
+        raise StrategyFailed(f"round {round_}: it cannot be saved: {reason}: keep arrays and numbers alone") from reason
 
 
-def why_not_resumable(make: MakeStrategy, parameters: Tensors, workers: int, seed: int) -> str:
-    """Why the state of a strategy is not in its attributes alone; empty where it is.
+def check_state(make: MakeStrategy, parameters: Tensors, workers: int, seed: int) -> None:
+    """Raise StrategyFailed where a strategy fails, or where its state is not in its attributes alone.
 
     A few rounds are tried with random updates of small tensors with these names: one instance for all rounds must give
-    what a new instance for each gives, which starts from the saved state. Raises StrategyFailed where one fails.
+    what a new instance for each gives, which starts from the saved state.
     """
     x = again = {name: value[(slice(2),) * value.ndim].detach().cpu() for name, value in parameters.items()}
     generator = torch.Generator().manual_seed(seed)
@@ -116,15 +111,13 @@ def why_not_resumable(make: MakeStrategy, parameters: Tensors, workers: int, see
     with contextlib.redirect_stdout(io.StringIO()):
         for round_ in range(1, TRIAL_ROUNDS + 1):
             updates = {worker: _made_up(x, worker, generator) for worker in range(workers)}
-            following = take_round(alive, seed, round_, x, updates)
-            try:
-                again, state = _take_round_anew(make, state, seed, round_, again, updates)
-            except NotPlain as reason:
-                return str(reason)
-            x = following
+            x = take_round(alive, seed, round_, x, updates)
+            again, state = _take_round_from(make, state, seed, round_, again, updates)
             if any(not torch.equal(x[name], again[name]) for name in x):
-                return "it depends on more than its attributes, a module's variable or random numbers of its own"
-    return ""
+                raise StrategyFailed(
+                    f"round {round_}: a resumed run would differ: it depends on more than its attributes, for instance "
+                    "on a variable of its module"
+                )
 
 
 def _place(error: Exception, strategy: Strategy) -> str:

@@ -68,8 +68,6 @@ class LocalSGD(FedAvg):
     averaged counts with the values that were sent. Other arguments are FedAvg's.
     """
 
-    not_resumable = ""  # why a run cannot be resumed from the arrays and the state of its last round, or empty
-
     def __init__(
         self,
         workers: Mapping[int, int] | None = None,

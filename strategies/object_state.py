@@ -1,7 +1,8 @@
 """The attributes of an object as plain values for a checkpoint, and back.
 
 Plain values are numbers, text, bytes, None, and for everything else dicts with one entry, ``{KIND: content}``: NumPy
-arrays and scalars, tensors, Flower's records, and Python's containers. ``torch.load(weights_only=True)`` reads them.
+arrays, scalars and generators, tensors, Flower's records, and Python's containers.
+``torch.load(weights_only=True)`` reads them.
 """
 
 from __future__ import annotations
@@ -80,6 +81,8 @@ def _encoded(value: Any) -> Any:
         return {"ndarray": _tensor(value)}
     if isinstance(value, np.generic):
         return {"scalar": _tensor(np.asarray(value))}
+    if kind is np.random.Generator:
+        return {"Generator": _encoded(value.bit_generator.state)}
     if kind is Tensor:
         return {"Tensor": value.detach().cpu().clone()}
     raise TypeError(kind.__name__)
@@ -105,10 +108,18 @@ def _decoded(value: Any) -> Any:
     return DECODE[kind](content)
 
 
+def _generator(encoded: Any) -> np.random.Generator:
+    state = _decoded(encoded)
+    generator = np.random.Generator(getattr(np.random, state["bit_generator"])())
+    generator.bit_generator.state = state
+    return generator
+
+
 DECODE: dict[str, Callable[[Any], Any]] = {
     "ArrayRecord": lambda pairs: tensor_record(dict(pairs), CopiedArray),
     "Array": CopiedArray,
     "ndarray": lambda tensor: tensor.numpy().copy(),
     "scalar": lambda tensor: tensor.numpy()[()],
+    "Generator": _generator,
     "Tensor": torch.clone,
 }

@@ -308,10 +308,6 @@ def outcome(keys: Choice, engine: Engine, folder: Path) -> str:
         config = config.changed({"threads": 1})
         resumed = cut_run(config.changed({"name": "cut"}), engine)
     except UserError as error:
-        if "cannot be resumed" in str(error):  # known beforehand, and said in a line
-            again = [whole_run(config.changed({"name": name}), engine) for name in ("whole", "again")]
-            assert_same_bits(*map(final_model, again))
-            return "run"
         note(f"refused: {error}")
         assert_one_line_that_names_a_key(str(error), keys)
         assert not [path for path in folder.iterdir() if path.is_dir()]

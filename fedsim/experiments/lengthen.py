@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from fedsim.config import Config, Mode
 from fedsim.errors import UserError
-from fedsim.federation.strategy import check_strategy
 from fedsim.records import CONFIG, LENGTH, OnRow, Run, differences, read_config, read_summary, run_folder
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
@@ -39,8 +38,6 @@ def _lengthens(config: Config, mode: Mode, engine: str) -> bool:
 
 def _why_not(shorter: Config, longer: Config, mode: Mode, trained_by: str, engine: str) -> str:
     """Why a run of `shorter`, trained by one engine, cannot be lengthened to `longer` by another; empty if it can."""
-    if mode == "localsgd" and (reason := check_strategy(longer)):
-        return f"with strategy = {longer.strategy} it cannot be resumed ({reason}): give another --name"
     if engine and (trained_by == "stacked") != (engine == "stacked"):
         return f"its engine was {trained_by}: give --engine {trained_by}, or another --name"
     if longer.schedule == "cosine":

@@ -30,7 +30,7 @@ from fedsim.federation.round import (
 )
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import check_model, initial_model
-from fedsim.records import Run, config_of_run, print_row, read_rows, run_folder
+from fedsim.records import Run, config_of_run, print_row, run_folder
 from fedsim.training.batchnorm import calibration_crops, reestimate
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
@@ -70,8 +70,6 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     model = initial_model(config)
     initial = initial_progress(config, model)
     strategy = build_strategy(config, plan, model)
-    if strategy.not_resumable:
-        check_not_begun(run, config, strategy.not_resumable)
     messenger = Messenger(grid)
     registry = NodeRegistry(messenger, config)
     registry.wait_for(config.min_clients or config.clients, strict=True)
@@ -79,7 +77,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
 
     furthest, failures = progress.round, 0  # failures since a round came further than all before it
     while progress.round < plan.last_round:
-        saves = is_saved(config, plan, progress.round + 1) and not strategy.not_resumable
+        saves = is_saved(config, plan, progress.round + 1)
 
         # Train a round
         try:
@@ -89,13 +87,8 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         except TooFewClients as failure:
             failures += 1
             if failures == MAX_ATTEMPTS:
-                how = "give --rerun"
-                if not strategy.not_resumable:
-                    how = f"resume from the checkpoint with --resume {run.folder.name}"
+                how = f"resume from the checkpoint with --resume {run.folder.name}"
                 raise RunFailed(f"{failure}; tried {MAX_ATTEMPTS} times; {how}") from failure
-            if failure.memory_lost and strategy.not_resumable:
-                why = f"and strategy = {config.strategy} cannot go back ({strategy.not_resumable})"
-                raise RunFailed(f"{failure}; {why}: give --rerun, or a lower --min-clients") from failure
             progress = recover(failure, config, plan, run, messenger, registry, progress, initial)
             continue
         if progress.round > furthest:
@@ -117,16 +110,6 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
 
     run.save_model(loaded(config, model, progress, data.train).state_dict())
     run.write_summary(plan.last_round == plan.rounds, sum(p.numel() for p in model.parameters()), config.device)
-
-
-def check_not_begun(run: Run, config: Config, reason: str) -> None:
-    """Say that the run cannot be resumed, for this `reason`; raises UserError where it was begun before."""
-    if read_rows(run.folder):
-        raise UserError(
-            f"name = {run.folder.name}: a run with strategy = {config.strategy} cannot be resumed ({reason}): "
-            "give --rerun to run it again"
-        )
-    print(f"this run has no checkpoints and cannot be resumed: {config.strategy}: {reason}", flush=True)
 
 
 def recover(

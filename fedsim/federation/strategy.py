@@ -24,7 +24,7 @@ from fedsim.training.run_plan import RunPlan
 from strategies import STRATEGIES, LocalSGD, batchnorm_buffers
 from strategies.by_name import strategy_factory
 from strategies.errors import StrategyFailed
-from strategies.flower_strategy import FlowerStrategy, why_not_resumable
+from strategies.flower_strategy import FlowerStrategy, check_state
 from strategies.outer import OuterStep, outer_step
 from strategies.robust import trimmed_of
 
@@ -38,7 +38,7 @@ GOES_WITH_DELAY = {  # key -> its values with which a client can begin a round b
 
 def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
     """The strategy of `config` for the arrays of `model`."""
-    not_resumable = check_strategy(config)
+    check_strategy(config)
     of_run: dict[str, Any] = {
         "seed": config.seed,
         "population": config.clients,
@@ -54,7 +54,7 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
         "population_extras": CONTROL if config.local_rule == "scaffold" else None,
     }
     if config.strategy not in STRATEGIES:
-        return FlowerStrategy(flower_strategy_of(config), not_resumable, **of_run)
+        return FlowerStrategy(flower_strategy_of(config), **of_run)
     return STRATEGIES[config.strategy](
         **of_run,
         mean=config.mean,
@@ -67,11 +67,8 @@ def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
     )
 
 
-def check_strategy(config: Config) -> str:
-    """Raise UserError where the keys of the strategy, or those of the clients' steps, do not go together.
-
-    Returns why the run cannot be resumed; an empty text where it can.
-    """
+def check_strategy(config: Config) -> None:
+    """Raise UserError where the keys of the strategy, or those of the clients' steps, do not go together."""
     check_optimizer(config)
     check_local_rule(config)
     check_compress(config)
@@ -84,10 +81,9 @@ def check_strategy(config: Config) -> str:
     check_batchnorm(config)
     outer_step_of(config)
     if config.strategy not in STRATEGIES:
-        return try_flower_strategy(config)
-    if config.strategy_args:
+        try_flower_strategy(config)
+    elif config.strategy_args:
         raise UserError(f"strategy-args is not used by strategy = {config.strategy}: leave it out")
-    return ""
 
 
 def check_delay(config: Config) -> None:
@@ -139,13 +135,13 @@ def flower_strategy_of(config: Config) -> Callable[[], Strategy]:
 
 
 @one_thread()
-def try_flower_strategy(config: Config) -> str:
-    """`why_not_resumable` of the strategy of `config`; raises UserError where it fails on made-up updates."""
+def try_flower_strategy(config: Config) -> None:
+    """Raise UserError where the strategy of `config` fails on made-up updates, or keeps what cannot be saved."""
     make = flower_strategy_of(config)
     let_messages_be_made()
     parameters = dict(cpu_model(config).named_parameters())
     try:
-        return why_not_resumable(make, parameters, config.clients_per_round, config.seed)
+        check_state(make, parameters, config.clients_per_round, config.seed)
     except StrategyFailed as error:
         raise UserError(f"strategy = {config.strategy}: a trial on made-up updates failed: {error}") from error
 

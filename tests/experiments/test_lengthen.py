@@ -82,13 +82,6 @@ def test_a_lengthened_run_that_is_stopped_resumes(run: Execute) -> None:
             {"rounds": 3, "epochs": 9.0, "lr": 0.5},
             "holds a run of another configuration (lr = 0.01, not",
         ),
-        (
-            "localsgd",
-            {"strategy": "tests.strategies.user_strategies:OwnGenerator"},
-            {"rounds": 2},
-            {"rounds": 3},
-            "with strategy = tests.strategies.user_strategies:OwnGenerator it cannot be resumed",
-        ),
     ],
 )
 def test_what_cannot_be_lengthened_is_one_line_and_stays(
