@@ -18,6 +18,7 @@ from fedsim.federation.round import initial_progress, train_round
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import build_model
 from fedsim.training.run_plan import run_plan
+from fedsim.training.stacked import StackedWorkers
 from tests.emulated_gpu import EmulatedGpu
 
 PAPER = Config().changed({"dataset": "synthetic", "synthetic-classes": 100, "synthetic-images": 256, "threads": 1})
@@ -26,7 +27,7 @@ PAPER = Config().changed({"dataset": "synthetic", "synthetic-classes": 100, "syn
 def round_counts(config: Config, by_products: bool = False) -> Counter[str]:
     """What the second round of `config` takes on the emulated GPU, all clients at once, and the kernels of a step."""
     config = config.changed({"device": "cuda"})
-    together = functools.partial(train_together, by_products=by_products)
+    together = functools.partial(train_together, StackedWorkers(by_products))
     with EmulatedGpu() as gpu, InProcessGrid(app, config, together) as grid:
         model = build_model(config.model, config.synthetic_classes, config.seed, config.device, config.precision)
         strategy = build_strategy(config, run_plan(config), model)

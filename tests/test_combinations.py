@@ -17,6 +17,7 @@ The suite tries the same few dozen every time. To try others, in a new draw each
 from __future__ import annotations
 
 import collections
+import functools
 import importlib.util
 import os
 import random
@@ -40,6 +41,7 @@ from fedsim.federation.client_app import train_together
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run, read_rows
 from fedsim.training.run_plan import run_plan
+from fedsim.training.stacked import StackedWorkers
 from tests.conftest import assert_same_bits, final_model, rows_of
 from tests.federation.test_compress_down import Counting
 from tests.federation.test_messenger import Pickled
@@ -284,7 +286,8 @@ class Shuffled(Counting, Pickled):
 def whole_run(config: Config, engine: Engine) -> Run:
     """A run with replies in any order, whose rows have the bytes of all messages."""
     run = Run(config, "localsgd", engine=engine)
-    grid = Shuffled(client_app, config, train_together if engine == "stacked" else None)
+    together = functools.partial(train_together, StackedWorkers()) if engine == "stacked" else None
+    grid = Shuffled(client_app, config, together)
     with grid, run.lock():
         train_localsgd(grid, config, run)
     row = read_rows(run.folder)[-1]

@@ -20,7 +20,7 @@ from fedsim.device import prepare
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
 from fedsim.federation.flwr_run import run_with_flwr
-from fedsim.federation.in_process import InProcessGrid, TrainTogether
+from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.round import initial_progress, train_round
@@ -29,6 +29,7 @@ from fedsim.models import initial_model
 from fedsim.optim import build_optimizer
 from fedsim.records import read_rows, run_folder
 from fedsim.training.run_plan import run_plan
+from fedsim.training.stacked import StackedWorkers
 from fedsim.training.step import run_steps, step_inputs
 from fedsim.training.step_fn import make_step_fn
 
@@ -54,9 +55,12 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
     return timed(lambda: float(run(inputs())), rounds, config.device)
 
 
-def rounds_in_process(config: Config, rounds: int, together: TrainTogether | None = None, **keys: Any) -> list[float]:
-    """LocalSGD with some `keys` changed, a client in each thread or all `together`, without tests and checkpoints."""
+def rounds_in_process(
+    config: Config, rounds: int, workers: Callable[[], StackedWorkers] | None = None, **keys: Any
+) -> list[float]:
+    """LocalSGD with some `keys` changed, by threads or stacked `workers`, without tests and checkpoints."""
     config = config.changed(keys)
+    together = partial(train_together, workers()) if workers else None
     model = initial_model(config)
     with InProcessGrid(client_app, config, together) as grid:
         strategy = build_strategy(config, run_plan(config), model)
@@ -89,7 +93,7 @@ METHODS: dict[str, dict[str, Any]] = {  # to be compared with plain LocalSGD, wh
     "topk": {"compress": "topk", "compress-ratio": 0.01},
     "powersgd": {"compress": "powersgd", "compress-rank": 4},
 }
-STACKED = partial(rounds_in_process, together=train_together)
+STACKED = partial(rounds_in_process, workers=StackedWorkers)
 VARIANTS: dict[str, tuple[Rounds, str]] = {
     "centralized": (centralized_rounds, "centralized training at batch K * B"),
     "centralized-eager": (partial(centralized_rounds, captured=False), "centralized, without a CUDA graph"),
@@ -99,7 +103,7 @@ VARIANTS: dict[str, tuple[Rounds, str]] = {
     "stacked": (STACKED, "fedsim in one process, all replicas in one network"),
     "stacked-groups": (STACKED, "stacked, convolutions by groups"),
     "stacked-products": (
-        partial(rounds_in_process, together=partial(train_together, by_products=True)),
+        partial(rounds_in_process, workers=partial(StackedWorkers, by_products=True)),
         "stacked, convolutions by matrix products",
     ),
     "flower": (flower_rounds, "fedsim's app run by flwr run, on Ray"),

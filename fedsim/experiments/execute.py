@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,7 +26,7 @@ from fedsim.records import OnRow, Run, config_of_run, run_folder
 from fedsim.training.centralized import train_centralized, whole_epochs
 from fedsim.training.engine import choose_engine
 from fedsim.training.run_plan import run_plan
-from fedsim.training.stacked import check_stackable
+from fedsim.training.stacked import StackedWorkers, check_stackable
 
 
 def configured_run(
@@ -84,7 +85,8 @@ def execute_checked(
             train_centralized(config, run)
             return run
         if engine != "flower":
-            with InProcessGrid(client_app, config, train_together if engine == "stacked" else None) as grid:
+            together = functools.partial(train_together, StackedWorkers()) if engine == "stacked" else None
+            with InProcessGrid(client_app, config, together) as grid:
                 train_localsgd(grid, config, run)
             return run
         run.lengthen()

@@ -41,10 +41,10 @@ from fedsim.federation.protocol import (
     keeps_memory,
 )
 from fedsim.models import initial_model
-from fedsim.training import stacked
 from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_round
 from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of, inferred_correction
 from fedsim.training.run_plan import run_plan
+from fedsim.training.stacked import StackedWorkers
 from strategies import DECLINED, batchnorm_buffers, join, sections, split, tensor_record, tensors_of
 from strategies.local_sgd import ENCODED
 from strategies.screening import wrong_values
@@ -66,10 +66,8 @@ def train(message: Message, context: Context) -> Message:
     return _reply(config, message, context, begun, end, ended)
 
 
-def train_together(
-    messages: Sequence[Message], contexts: Sequence[Context], by_products: bool = False
-) -> list[Message]:
-    """`train` for several clients of one process at once, their replicas as one stacked network."""
+def train_together(workers: StackedWorkers, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    """`train` for several clients of one process at once, as stacked `workers`."""
     config = _config(messages[0], contexts[0])
     rounds: list[Begun | None] = []
     for message, context in zip(messages, contexts, strict=True):
@@ -78,7 +76,7 @@ def train_together(
         except MemoryLost:
             rounds.append(None)
     own = [begun for begun in rounds if begun]
-    ends = stacked.take_rounds(config, [begun.start for begun in own], by_products) if own else []
+    ends = workers.take_rounds(config, [begun.start for begun in own]) if own else []
     ended = zip(ends, _ended(config, own, ends), strict=True)
     return [
         _reply(config, message, context, begun, *next(ended)) if begun else _declined(message, MEMORY_LOST)

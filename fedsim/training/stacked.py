@@ -155,19 +155,21 @@ def check_stackable(config: Config, by_products: bool = False) -> None:
         raise UserError(f"{problem}: give --engine threads")
 
 
-def take_rounds(config: Config, starts: Sequence[RoundStart], by_products: bool = False) -> list[RoundEnd]:
-    """The local steps of all workers in `starts`, which are in the same round; convolutions by groups or products.
+class StackedWorkers:
+    """Takes the rounds of several workers at once, and keeps the network of their replicas for the next round."""
 
-    A single worker has nothing to be stacked with.
-    """
-    if len(starts) == 1:
-        return [take_round(config, starts[0])]
-    return _replicas(config, len(starts), by_products).take_rounds(starts)
+    def __init__(self, by_products: bool = False) -> None:
+        """Convolutions by groups or, with `by_products`, by matrix products."""
+        self._replicas = functools.lru_cache(maxsize=1)(functools.partial(StackedReplicas, by_products=by_products))
 
+    def take_rounds(self, config: Config, starts: Sequence[RoundStart]) -> list[RoundEnd]:
+        """The local steps of all workers in `starts`, which are in the same round.
 
-@functools.lru_cache(maxsize=1)
-def _replicas(config: Config, replicas: int, by_products: bool) -> StackedReplicas:
-    return StackedReplicas(config, replicas, by_products)
+        A single worker has nothing to be stacked with.
+        """
+        if len(starts) == 1:
+            return [take_round(config, starts[0])]
+        return self._replicas(config, len(starts)).take_rounds(starts)
 
 
 def _split(stacked: Tensor, replicas: int) -> list[Tensor]:

@@ -24,6 +24,7 @@ from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.federation.resources import check_memory
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run, read_rows
+from fedsim.training.stacked import StackedWorkers
 from strategies import STRATEGIES, LocalSGD
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
@@ -434,11 +435,12 @@ def test_clients_that_train_together_fail_as_one_that_fails(small: Config) -> No
 
 def test_one_of_those_that_train_together_that_lost_its_momentum_is_left_out(small: Config) -> None:
     config = resolve(small.changed({"name": "together", "rounds": 4}), "localsgd")
+    workers = StackedWorkers()
 
     def forgetful(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
         if place(messages[2], contexts[2]) == (3, 2):
             forget(messages[2], contexts[2])
-        return client_app.train_together(messages, contexts)
+        return client_app.train_together(workers, messages, contexts)
 
     run = Run(config, "localsgd")
     with InProcessGrid(client_app.app, config, forgetful) as grid:

@@ -34,6 +34,7 @@ from fedsim.training import cuda_graph, local_round, stacked, step
 from fedsim.training.batchnorm import calibration_crops, reestimate
 from fedsim.training.cuda_graph import CapturedSteps
 from fedsim.training.local_round import RoundEnd, RoundStart
+from fedsim.training.stacked import StackedWorkers
 from strategies import wrong_values
 from strategies.mean import mean
 from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
@@ -143,7 +144,7 @@ def ends_on(config: Config, take_rounds: Callable[[Config, Sequence[RoundStart]]
 
 def emulated_ends(config: Config, way: str) -> list[RoundEnd]:
     with EmulatedGpu():
-        ends = ends_on(config.changed({"device": "cuda"}), WAYS[way])
+        ends = ends_on(config.changed({"device": "cuda"}), StackedWorkers(WAYS[way]).take_rounds)
         return [replace(end, weights=on_host(end.weights), state=on_host(end.state)) for end in ends]
 
 
@@ -154,7 +155,8 @@ def ends_one_by_one(config: Config) -> list[RoundEnd]:
 
 def assert_same_ends(config: Config, way: str, within: float, but: Sequence[str] = ()) -> None:
     """In bf16, whose rounding differs between the ways, with the same way on the CPU, without graphs."""
-    expected_ends = ends_on(config, WAYS[way]) if config.precision == "bf16" else ends_one_by_one(config)
+    bf16 = config.precision == "bf16"
+    expected_ends = ends_on(config, StackedWorkers(WAYS[way]).take_rounds) if bf16 else ends_one_by_one(config)
     for one, other in zip(expected_ends, emulated_ends(config, way), strict=True):
         for part in ("weights", "state"):
             expected, found = getattr(one, part), getattr(other, part)
@@ -237,9 +239,10 @@ def draws_and_waits(config: Config, patch: pytest.MonkeyPatch) -> tuple[list[tup
     patch.setattr(stacked, "round_inputs", counted)
     config = config.changed({"device": "cuda", "clients": 2, "rounds": 3})
     with EmulatedGpu() as gpu:
+        workers = StackedWorkers()
         starts, waits = [begin(config, worker) for worker in (0, 1)], []
         for round_ in (1, 2, 3):
-            stacked.take_rounds(config, [replace(start, round=round_) for start in starts])
+            workers.take_rounds(config, [replace(start, round=round_) for start in starts])
             waits.append(gpu.counts["waits"])
     return drawn, waits
 

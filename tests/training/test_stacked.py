@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,15 +16,12 @@ from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.models import build_model
 from fedsim.models.lenet import LeNet5
-from fedsim.training import local_round, stacked
+from fedsim.training import local_round
 from fedsim.training.local_round import RoundEnd, RoundStart
+from fedsim.training.stacked import StackedWorkers
 from tests.conftest import register
 
-TakeRounds = Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]
-WAYS: dict[str, TakeRounds] = {
-    "groups": stacked.take_rounds,
-    "products": functools.partial(stacked.take_rounds, by_products=True),
-}
+WAYS = {"groups": False, "products": True}  # whether by products
 OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "sgdm", "nesterov": True, "decay-biases-and-norms": False},
     {"optimizer": "lars", "decay-biases-and-norms": False, "trust-coefficient": 0.05},
@@ -61,12 +58,13 @@ def difference(one: RoundEnd, other: RoundEnd, but: Sequence[str] = ()) -> float
 
 def assert_same_rounds(
     config: Config,
-    take_rounds: TakeRounds,
+    by_products: bool = False,
     but: Sequence[str] = (),
     workers: Sequence[int] = (3, 0, 2),
     rounds: int = 2,
 ) -> None:
     """A round from new weights and states, and the second from those after the first."""
+    take_rounds = StackedWorkers(by_products).take_rounds
     starts = [begin(config, worker) for worker in workers]
     for _ in range(rounds):
         alone = [local_round.take_round(config, start) for start in starts]
@@ -98,7 +96,7 @@ NARROW = {"precision": "fp64", "batch-size": 2, "local-steps": 2, "lr": 0.01, "s
 @pytest.mark.parametrize("model", ["resnet20", "resnet18"])
 def test_a_resnet_at_once_is_one_by_one(small: Config, model: str) -> None:
     keys = {**NARROW, "model": model, "optimizer": "lars", "trust-coefficient": 0.05, "crop-size": 16}
-    assert_same_rounds(resolve(small.changed(keys), "localsgd"), stacked.take_rounds, workers=(1, 0), rounds=1)
+    assert_same_rounds(resolve(small.changed(keys), "localsgd"), workers=(1, 0), rounds=1)
 
 
 def test_a_resnet_needs_no_code_of_its_own(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -111,7 +109,7 @@ def test_a_resnet_needs_no_code_of_its_own(small: Config, monkeypatch: pytest.Mo
 
     register(monkeypatch, "lenet5", resnet)
     config = resolve(small.changed({**NARROW, "optimizer": "lamb", "crop-size": 16}), "localsgd")
-    assert_same_rounds(config, stacked.take_rounds, workers=(1, 0), rounds=1)
+    assert_same_rounds(config, workers=(1, 0), rounds=1)
 
 
 def test_a_model_that_cannot_be_stacked_fails_and_says_why(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -122,18 +120,19 @@ def test_a_model_that_cannot_be_stacked_fails_and_says_why(small: Config, monkey
     register(monkeypatch, "lenet5", Reversed)
     config = resolve(small.changed({"seed": 77}), "localsgd")
     with pytest.raises(UserError, match=r"model lenet5: cannot stack the method flip in .*: give --engine threads"):
-        stacked.take_rounds(config, [begin(config, worker) for worker in (0, 1)])
+        StackedWorkers().take_rounds(config, [begin(config, worker) for worker in (0, 1)])
 
 
 def test_a_mix_up_of_workers_would_be_seen(small: Config) -> None:
     config = resolve(small.changed({"precision": "fp64"}), "localsgd")
     alone = local_round.take_round(config, begin(config, 0))
-    (other, _) = stacked.take_rounds(config, [begin(config, 1), begin(config, 0)])
+    (other, _) = StackedWorkers().take_rounds(config, [begin(config, 1), begin(config, 0)])
     assert difference(alone, other) > 1e-3
 
 
 def test_in_single_precision_they_differ_by_rounding_alone(small: Config) -> None:
     config = resolve(small.changed({"model": "lenet-bn", "local-steps": 1}), "localsgd")
     starts = [begin(config, worker) for worker in (0, 1)]
-    pairs = zip([local_round.take_round(config, s) for s in starts], stacked.take_rounds(config, starts), strict=True)
+    alone = [local_round.take_round(config, start) for start in starts]
+    pairs = zip(alone, StackedWorkers().take_rounds(config, starts), strict=True)
     assert max(difference(one, other) for one, other in pairs) < 1e-5
