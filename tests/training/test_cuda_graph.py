@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
-from fedsim.data.images import Images
-from fedsim.data.official import CIFAR100
 from fedsim.models import build_model
-from fedsim.models.lenet import LeNet5
-from fedsim.models.stack import stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.rng import generator
 from fedsim.training.cuda_graph import CapturedSteps
 from fedsim.training.local_rule import build_rule
-from fedsim.training.step import StepInputs, run_steps, step_inputs
+from fedsim.training.step import run_steps, step_inputs
 
 SAMPLES, BATCH = 10, 4  # the last batch is smaller
 OPTIMIZERS: list[dict[str, Any]] = [
@@ -124,29 +118,3 @@ def test_warming_up_leaves_no_mark_but_the_zeros_of_a_new_state(small: Config, k
     state = optimizer_state(named, optimizer)
     assert bool(state) == (config.optimizer == "lamb" or config.momentum > 0)
     assert not any(value.any() for value in state.values())
-
-
-@pytest.mark.parametrize("replicas", [1, 3])
-@pytest.mark.parametrize("keys", OPTIMIZERS)
-def test_a_round_reads_no_value_on_the_device(
-    small: Config, keys: dict[str, Any], replicas: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """On the device meta, which has no values: whatever would wait for one raises."""
-    for kernel in ("_fused_sgd_", "_fused_adamw_"):  # which meta lacks
-        monkeypatch.setattr(torch, kernel, lambda *tensors, **keys: None)
-    adam = sys.modules["torch.optim.adam"]
-    monkeypatch.setattr(adam, "_device_dtype_check_for_fused", lambda *tensors: None)  # which refuses meta
-    images = Images(np.zeros((64, 32, 32, 3), np.uint8), np.zeros(64, np.int64), CIFAR100, "meta")
-    model: nn.Module = LeNet5(10).to("meta")
-    if replicas > 1:
-        model = stack(model, replicas)
-    named = dict(model.named_parameters())
-    optimizer, rule = build_optimizer(small.changed(keys), named), build_rule(small.changed(keys), named)
-    optimizer._need_device_dtype_check_for_fused = False  # type: ignore[attr-defined]  # which refuses meta
-    steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, "fp32", replicas, rule=rule)
-    zeros = [torch.zeros(shape, dtype=torch.int64) for shape in ((4, SAMPLES), (3,))]
-    for _ in range(2):
-        losses = steps.run([StepInputs(zeros[0], zeros[1], [0.1, 0.2, 0.3])] * replicas)
-    assert (losses.device.type, tuple(losses.shape)) == ("meta", (replicas,))
-    with pytest.raises(RuntimeError):
-        float(losses[0])
