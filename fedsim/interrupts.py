@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import FrameType
 
 from fedsim.processes import end_marked, new_mark
@@ -24,8 +24,8 @@ class Interrupted(SystemExit):
     """
 
 
-def raise_on_signals(signals: Iterable[signal.Signals] = SIGNALS) -> None:
-    """Let `signals` raise `Interrupted` in the main thread, except those that the process was started to ignore.
+def raise_on_signals() -> None:
+    """Let `SIGNALS` raise `Interrupted` in the main thread, except those that the process was started to ignore.
 
     While the exception propagates, further signals are ignored, so that cleanup is not interrupted. Where Python can
     only report an exception, for instance in a destructor, it is raised again.
@@ -55,7 +55,7 @@ def raise_on_signals(signals: Iterable[signal.Signals] = SIGNALS) -> None:
             report(unraisable)
 
     sys.unraisablehook = raise_again
-    for number in signals:
+    for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # for instance SIGHUP by nohup
             signal.signal(number, interrupt)
 
