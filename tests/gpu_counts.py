@@ -70,7 +70,7 @@ def main() -> None:
         for way in ("groups", "products") if clients in (4, 12) else ("groups",):
             print_row(clients, way, round_counts(small.changed({"clients": clients}), way == "products"))
     print()
-    print_methods(small.changed({"clients": 12}))
+    print_methods(small.changed({"clients": 4}))
 
 
 if __name__ == "__main__":
