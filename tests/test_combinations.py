@@ -47,7 +47,7 @@ from tests.test_fuzz import no_callback_left  # noqa: F401
 
 MANY = int(os.environ.get("FEDSIM_COMBINATIONS", 0))
 drawn = settings(
-    max_examples=MANY or 12,
+    max_examples=MANY or 30,
     derandomize=not MANY,
     deadline=None,
     database=None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -133,10 +134,6 @@ def test_pachinko_on_the_real_cifar100(real_data: str) -> None:
     [
         ({"partition-args": "alpha=1"}, "partition-args is not used by partition = iid: leave it out"),
         ({"partition": "pachinko"}, "partition = pachinko needs superclasses, which cifar100 alone has"),
-        (
-            {"partition": "pachinko", "dataset": "cifar100", "partition-args": "gamma=1"},
-            "partition-args = gamma=1: pachinko takes alpha and beta, numbers greater than 0",
-        ),
         ({"partition": "pachinko", "clients": 600}, "clients = 600 is more than the 512 training images"),
         (
             {"partition": "distribution"},
@@ -183,6 +180,12 @@ def test_a_partition_that_cannot_be_is_told_in_a_line(small: Config, keys: dict[
 )
 def test_arguments_that_do_not_fit_are_told_in_a_line(small: Config, keys: dict[str, Any], message: str) -> None:
     refused(small, keys, message)
+
+
+def test_arguments_of_pachinko_are_checked_before_the_data_is_read(call: Call) -> None:
+    code, _, err = call(*"partition --dataset cifar100 --partition pachinko --partition-args gamma=1".split())
+    assert code == 2
+    assert err == "error: partition-args = gamma=1: pachinko takes alpha and beta, numbers greater than 0\n"
 
 
 def refused(small: Config, keys: dict[str, Any], message: str) -> None:
