@@ -46,7 +46,7 @@ def happens(what: str, message: Message, worker: object) -> bool:
     """Whether this fault was still to happen when `message` is sent to `worker`."""
     records = message.content.config_records.values()
     round_ = next((record["server-round"] for record in records if "server-round" in record), 0)
-    fault = Path(os.environ[FOLDER], f"{what}-{round_}-{worker}")
+    fault = Path(os.environ[FOLDER], f"{what}-{round_!r}-{worker!r}")
     pending = fault.exists()
     fault.unlink(missing_ok=True)
     return pending

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 import importlib.util
 import json
+import os
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -13,6 +18,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from fedsim import cli
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import data_folder
 from fedsim.device import resolve
@@ -75,19 +81,41 @@ for method in METHODS.values():
     method |= {"model": "lenet-bn", "rounds": 3, "record-by": by}
 
 Execute = Callable[..., Run]
+Call = Callable[..., tuple[int, str, str]]
+TIMES = int(os.environ.get("FEDSIM_EXAMPLES", "1"))  # as many examples of hypothesis
 NEEDS_FLWR_DATASETS = pytest.mark.skipif(
     importlib.util.find_spec("flwr_datasets") is None, reason="needs flwr-datasets: pip install fedsim[noniid]"
 )
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 
+REAL_DATA = data_folder(Config())  # read before `cache` hides it
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Tests with the fixture `real_data` have the marker `data`."""
+    for item in items:
+        if "real_data" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.data)
+
+
 @pytest.fixture(scope="session", autouse=True)
 def cache() -> Iterator[Path]:
-    """A cache folder for all tests, so that images are decoded once; the data folder does not change."""
+    """A cache folder for all tests, so that images are decoded once, and an empty data folder."""
     with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
-        patch.setenv("FEDSIM_DATA", str(data_folder(Config())))
+        (empty := Path(folder) / "no-data").mkdir()
+        patch.setenv("FEDSIM_DATA", str(empty))
         patch.setenv("XDG_CACHE_HOME", folder)
         yield Path(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def freed_memory_is_returned() -> Iterator[None]:
+    """After each file: within a run fedsim keeps it (`fedsim.device.keep_freed_memory`)."""
+    yield
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):  # another system, or another C library
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 @pytest.fixture
@@ -108,12 +136,30 @@ def run(small: Config) -> Execute:
 
 
 @pytest.fixture
-def real_data() -> str:
-    """The folder of the real CIFAR-100; tests that need it are skipped where it is not."""
-    folder = data_folder(Config())
-    if not (folder / "cifar-100-python" / "train").exists():
-        pytest.skip(f"no CIFAR-100 in {folder}: set FEDSIM_DATA")
-    return str(folder)
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
+    """Call the command line in this process, in an empty folder: exit code, standard output, standard error."""
+    monkeypatch.chdir(tmp_path)
+
+    def called(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
+        code = 0
+        try:
+            cli.main()
+        except SystemExit as end:
+            code = int(end.code or 0)
+        out, err = capsys.readouterr()
+        return code, out, err
+
+    return called
+
+
+@pytest.fixture
+def real_data(monkeypatch: pytest.MonkeyPatch) -> str:
+    """The folder of the real CIFAR-100, which FEDSIM_DATA names in the test; without the data the test is skipped."""
+    if not (REAL_DATA / "cifar-100-python" / "train").exists():
+        pytest.skip(f"no CIFAR-100 in {REAL_DATA}: set FEDSIM_DATA")
+    monkeypatch.setenv("FEDSIM_DATA", str(REAL_DATA))
+    return str(REAL_DATA)
 
 
 def register(monkeypatch: pytest.MonkeyPatch, name: str, build: Callable[[int], nn.Module]) -> None:

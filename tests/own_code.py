@@ -41,6 +41,23 @@ def narrow(classes: int, image: tuple[int, int, int]) -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(inputs, 8, bias=False), nn.BatchNorm1d(8), nn.Linear(8, classes))
 
 
+def batchnorm(classes: int, image: tuple[int, int, int]) -> nn.Module:
+    """With BatchNorm and dropout, for images of 12 x 12 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(image[0], 4, 5, stride=4, bias=False),  # before BatchNorm a bias would have a gradient of rounding
+        nn.BatchNorm2d(4),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Dropout(0.2),
+        nn.Linear(16, classes),
+    )
+
+
+def plain(classes: int, image: tuple[int, int, int]) -> nn.Module:
+    """The same without BatchNorm and dropout."""
+    return nn.Sequential(nn.Conv2d(image[0], 4, 5, stride=4), nn.ReLU(), nn.Flatten(), nn.Linear(16, classes))
+
+
 class Net(nn.Module):
     """A model whose forward pass is a test's."""
 

@@ -9,7 +9,6 @@ import re
 import subprocess
 import sys
 import tomllib
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +23,7 @@ from fedsim.experiments import execute
 from fedsim.experiments.study import read_study
 from fedsim.provenance import program
 from fedsim.records import print_row
-from tests.conftest import write_run
+from tests.conftest import Call, write_run
 
 ROOT = Path(__file__).parents[1]
 TINY = (
@@ -36,25 +35,6 @@ NOT_FOR_A_RUN = set(  # slow to import
     "flwr.simulation flwr_datasets matplotlib pandas ray scipy sqlalchemy sympy torch._dynamo torchvision".split()
 )
 HERE = {"device": "cpu", "threads": 1}
-Call = Callable[..., tuple[int, str, str]]
-
-
-@pytest.fixture
-def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Call:
-    """Call the command line in an empty folder: exit code, standard output, standard error."""
-    monkeypatch.chdir(tmp_path)
-
-    def called(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["run.py", *arguments])
-        code = 0
-        try:
-            cli.main()
-        except SystemExit as end:
-            code = int(end.code or 0)
-        out, err = capsys.readouterr()
-        return code, out, err
-
-    return called
 
 
 @pytest.mark.parametrize(

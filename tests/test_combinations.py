@@ -31,7 +31,6 @@ import torch
 from flwr.app import Message
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
-from torch import nn
 
 from fedsim.config import FIELDS, Config, Engine, kebab
 from fedsim.errors import UserError
@@ -63,23 +62,11 @@ SMALL: dict[str, Any] = {
     "synthetic-images": 48,
     "crop-size": 12,
     "crop-padding": 0,
-    "model": "tests.test_combinations:network",
+    "model": "tests.own_code:batchnorm",
     "threads": 1,
     "device": "cpu",
     "checkpoint-every": 1,
 }
-
-
-def network(classes: int, image: tuple[int, int, int]) -> nn.Module:
-    """With BatchNorm and dropout, for images of 12 x 12 pixels."""
-    return nn.Sequential(
-        nn.Conv2d(image[0], 4, 5, stride=4, bias=False),  # before BatchNorm a bias would have a gradient of rounding
-        nn.BatchNorm2d(4),
-        nn.ReLU(),
-        nn.Flatten(),
-        nn.Dropout(0.2),
-        nn.Linear(16, classes),
-    )
 
 
 Choice = dict[str, Any]

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from fedsim import cli
 from fedsim.config import FIELDS, Config, kebab, typed
 from fedsim.errors import UserError
+from tests.conftest import TIMES
 
 fuzz = settings(derandomize=True, deadline=None, database=None, suppress_health_check=[HealthCheck.too_slow])
 
@@ -56,7 +57,7 @@ def changed(keys: dict[str, Any]) -> tuple[Config | None, str]:
         max_size=4,
     )
 )
-@settings(fuzz, max_examples=400)
+@settings(fuzz, max_examples=100 * TIMES)
 def test_any_keys_give_a_configuration_or_one_line(keys: dict[str, Any]) -> None:
     """And a configuration is what its keys, its identity and its text say."""
     config, error = changed(keys)
@@ -110,7 +111,7 @@ def arguments(draw: st.DrawFn) -> list[str]:
 
 
 @given(arguments())
-@settings(fuzz, max_examples=200)
+@settings(fuzz, max_examples=50 * TIMES)
 def test_any_flags_give_one_line_and_an_exit_code(tmp_path_factory: pytest.TempPathFactory, given: list[str]) -> None:
     folder = tmp_path_factory.getbasetemp() / "fuzz"
     (folder / "damaged" / "cifar-100-python").mkdir(parents=True, exist_ok=True)

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import pytest
+
 from fedsim.config import FIELDS, choices
 from fedsim.registry import DATASETS, MODELS
 from tests.conftest import NEEDS_FLWR_DATASETS, assert_same_bits, final_model
 from tests.pages import read_page, run_page
 
 
+@pytest.mark.slow  # what its commands do is tested in tests/models and tests/data
 @NEEDS_FLWR_DATASETS
 def test_every_example_of_the_page_runs(tmp_path: Path) -> None:
     run_page("models-and-data.md", tmp_path)

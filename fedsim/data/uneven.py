@@ -35,6 +35,8 @@ LABEL, SUPERCLASS = "label", "coarse_label"  # the columns that partition_by may
 @functools.lru_cache(maxsize=2)  # called by every client in every round
 def uneven_shards(config: Config) -> Shards:
     """The training images of each client of `config` (resolved), whose `partition` is not iid."""
+    if config.partition == "pachinko":
+        _concentrations(config)  # an error comes before the data is read or downloaded
     labels = load_dataset(config, verify=False).train.labels.cpu().numpy()
     form = [config.partition, config.partition_args, config.clients, config.seed]
     form.append(hashlib.sha256(labels.tobytes()).hexdigest())
@@ -48,7 +50,8 @@ def uneven_shards(config: Config) -> Shards:
     return [np.array(shard) for shard in np.split(arrays["images"], arrays["ends"][:-1])]
 
 
-def _pachinko(config: Config, labels: NDArray[np.int64]) -> Shards:
+def _concentrations(config: Config) -> tuple[float, float]:
+    """alpha and beta of `pachinko`; raises UserError if an argument is unknown or the data set has no superclasses."""
     if config.dataset != "cifar100":
         raise UserError("partition = pachinko needs superclasses, which cifar100 alone has: give another partition")
     given = arguments_of(config.partition_args, words=True)
@@ -57,9 +60,13 @@ def _pachinko(config: Config, labels: NDArray[np.int64]) -> Shards:
         raise UserError(
             f"partition-args = {config.partition_args}: pachinko takes alpha and beta, numbers greater than 0"
         )
+    return float(alpha), float(beta)  # type: ignore[arg-type]
+
+
+def _pachinko(config: Config, labels: NDArray[np.int64]) -> Shards:
+    alpha, beta = _concentrations(config)
     rng = generator(config.seed, 0, 0, "shard")
-    coarse = coarse_labels(data_folder(config))
-    return pachinko(labels, coarse, config.clients, float(alpha), float(beta), rng)  # type: ignore[arg-type]
+    return pachinko(labels, coarse_labels(data_folder(config)), config.clients, alpha, beta, rng)
 
 
 def _by_flower(config: Config, labels: NDArray[np.int64]) -> Shards:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -28,9 +27,8 @@ from fedsim.report.partition import class_counts, show_partition
 from fedsim.rng import generator
 from fedsim.training.local_round import RoundStart, take_round
 from fedsim.training.run_plan import run_plan
-from tests.conftest import NEEDS_FLWR_DATASETS, Execute, assert_same_bits, final_model, rows_of
+from tests.conftest import NEEDS_FLWR_DATASETS, Call, Execute, assert_same_bits, final_model, rows_of
 
-ROOT = Path(__file__).parents[2]
 DIRICHLET = {"partition": "dirichlet", "partition-args": "alpha=0.5"}
 
 
@@ -136,10 +134,6 @@ def test_pachinko_on_the_real_cifar100(real_data: str) -> None:
     [
         ({"partition-args": "alpha=1"}, "partition-args is not used by partition = iid: leave it out"),
         ({"partition": "pachinko"}, "partition = pachinko needs superclasses, which cifar100 alone has"),
-        (
-            {"partition": "pachinko", "dataset": "cifar100", "partition-args": "gamma=1"},
-            "partition-args = gamma=1: pachinko takes alpha and beta, numbers greater than 0",
-        ),
         ({"partition": "pachinko", "clients": 600}, "clients = 600 is more than the 512 training images"),
         (
             {"partition": "distribution"},
@@ -186,6 +180,12 @@ def test_a_partition_that_cannot_be_is_told_in_a_line(small: Config, keys: dict[
 )
 def test_arguments_that_do_not_fit_are_told_in_a_line(small: Config, keys: dict[str, Any], message: str) -> None:
     refused(small, keys, message)
+
+
+def test_arguments_of_pachinko_are_checked_before_the_data_is_read(call: Call) -> None:
+    code, _, err = call(*"partition --dataset cifar100 --partition pachinko --partition-args gamma=1".split())
+    assert code == 2
+    assert err == "error: partition-args = gamma=1: pachinko takes alpha and beta, numbers greater than 0\n"
 
 
 def refused(small: Config, keys: dict[str, Any], message: str) -> None:
@@ -261,16 +261,11 @@ def test_an_uneven_run_resumes_and_nodes_with_their_own_folders_hold_the_same(ru
 
 
 @NEEDS_FLWR_DATASETS
-def test_the_partition_is_shown_and_drawn(small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_partition_is_shown_and_drawn(small: Config, tmp_path: Path, call: Call) -> None:
     command = "partition --dataset synthetic --synthetic-images 512 --partition linear --clients 4 -o partition.svg"
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), *command.split()],
-        cwd=tmp_path,
-        capture_output=True,
-        text=True,
-        check=True,
-    )
-    lines = [line.split() for line in done.stdout.splitlines()]
+    code, out, err = call(*command.split())
+    assert (code, err) == (0, "")
+    lines = [line.split() for line in out.splitlines()]
     assert [line[1] for line in lines[1:5]] == ["51", "102", "153", "206"]
     assert lines[5] == "linear: 4 clients hold 512 of 512 training images".split()
     assert (tmp_path / "partition.svg").read_text().startswith("<?xml")

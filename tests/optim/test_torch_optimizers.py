@@ -19,17 +19,17 @@ from fedsim.data.datasets import load_dataset
 from fedsim.training.local_round import RoundStart, take_round
 from fedsim.device import resolve
 from fedsim.models import build_model
-keys = {"dataset": sys.argv[1], "model": "lenet5", "optimizer": sys.argv[2], "batch-size": 16, "device": "cpu"}
-config = resolve(Config().changed(keys), "localsgd")
-take_round(config, RoundStart(0, 1, build_model("lenet5", load_dataset(config).classes, 0).state_dict(), {}))
+for optimizer in sys.argv[2:]:
+    keys = {"dataset": sys.argv[1], "model": "lenet5", "optimizer": optimizer, "batch-size": 16, "device": "cpu"}
+    config = resolve(Config().changed(keys), "localsgd")
+    take_round(config, RoundStart(0, 1, build_model("lenet5", load_dataset(config).classes, 0).state_dict(), {}))
 print(*sys.modules)
 """
 NOT_NEEDED = {"torchvision", "torch_optimizer", "torch._dynamo", "sympy", "matplotlib", "timm", "psutil", "ray"}
 
 
-@pytest.mark.parametrize("optimizer", ["sgdm", "lars", "lamb", "adamw", "nadam"])
-def test_a_round_in_a_new_process_loads_only_what_it_needs(optimizer: str) -> None:
-    command = [sys.executable, "-c", ROUND, "synthetic", optimizer]
+def test_a_round_in_a_new_process_loads_only_what_it_needs() -> None:
+    command = [sys.executable, "-c", ROUND, "synthetic", "sgdm", "lars", "lamb", "adamw", "nadam"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "torch" in done.stdout.split()

@@ -21,7 +21,7 @@ from fedsim.report.network import Network
 from fedsim.report.result_table import read_tables
 from fedsim.report.tables import accuracy_table, cost_table, csv_text, notes, provenance, runs_frame
 from fedsim.report.time_to_accuracy import Plan, time_table, times_to_target
-from tests.conftest import write_run
+from tests.conftest import TIMES, write_run
 
 ROW = {"round": 1, "epoch": 1.0, "local_steps": 8, "test_accuracy": 0.5}
 
@@ -149,7 +149,7 @@ def damaged(record: dict[str, Any], damage: Any) -> bytes:
     return damage if isinstance(damage, bytes) else json.dumps({**record, **damage}).encode()
 
 
-@settings(derandomize=True, deadline=None, max_examples=35, suppress_health_check=list(HealthCheck))
+@settings(derandomize=True, deadline=None, max_examples=10 * TIMES, suppress_health_check=list(HealthCheck))
 @given(config=OTHER_KEYS, summary=DAMAGE, row=DAMAGE, study=st.sampled_from(["", "mode = 3", "title = 3", "\0"]))
 def test_no_record_breaks_the_tables(config: Any, summary: Any, row: Any, study: str) -> None:
     with tempfile.TemporaryDirectory() as root:

@@ -93,7 +93,7 @@ def resnet(classes: int) -> ResNet:
 
 def named(config: Config, model: str) -> Config:
     """`config` with a model of the registry, or with `resnet`."""
-    return config.changed({"model": f"{__name__}:resnet" if model == "resnet" else model})
+    return config.changed({"model": f"{__name__}:resnet", "crop-size": 16} if model == "resnet" else {"model": model})
 
 
 def captured(config: Config) -> dict[str, Tensor]:
@@ -111,7 +111,7 @@ def captured(config: Config) -> dict[str, Tensor]:
         ("lenet5", "bf16", OPTIMIZERS[5]),
         *(("lenet-bn", precision, OPTIMIZERS[0]) for precision in ("fp32", "bf16", "fp64")),
         ("lenet-bn", "bf16", OPTIMIZERS[4]),
-        ("resnet18", "fp32", OPTIMIZERS[0]),
+        pytest.param("resnet18", "fp32", OPTIMIZERS[0], marks=pytest.mark.slow),
     ],
 )
 def test_a_captured_step_is_the_simple_step(tiny: Config, model: str, precision: str, keys: dict[str, Any]) -> None:
@@ -189,7 +189,7 @@ def test_all_workers_at_once_are_one_by_one(tiny: Config, way: str, model: str, 
     [
         ("centralized", "threads", {}),
         ("localsgd", "threads", {}),
-        ("localsgd", "stacked", {"model": "lenet-bn"}),
+        ("localsgd", "stacked", {"model": "tests.own_code:batchnorm", "crop-size": 12}),
         ("localsgd", "stacked", {"outer": "fedadam", "outer-args": "lr=0.01", "compress": "int8"}),
         ("localsgd", "stacked", {"outer": "slowmo", "momentum-at-sync": "average", "local-rule": "scaffold"}),
     ],
@@ -219,7 +219,9 @@ def test_a_round_of_twelve_workers_takes_few_launches_and_waits(tiny: Config, by
     assert counts["waits"] == 3  # for the losses, for the updates' values, for the average's
 
 
-@pytest.mark.parametrize("keys", METHODS.values(), ids=METHODS)
+@pytest.mark.parametrize(
+    "keys", [pytest.param(keys, marks=[pytest.mark.slow] * (name != "int8"), id=name) for name, keys in METHODS.items()]
+)
 def test_a_round_of_each_method_takes_what_is_written(tiny: Config, keys: dict[str, Any]) -> None:
     shape = {"model": "lenet-bn", "batch-size": 1, "local-steps": 1, "clients": 4}
     counts = round_counts(tiny.changed({**shape, **keys}))

@@ -93,7 +93,7 @@ def test_all_at_once_is_one_by_one(small: Config, way: str, model: str, keys: di
 NARROW = {"precision": "fp64", "batch-size": 2, "local-steps": 2, "lr": 0.01, "synthetic-images": 260}
 
 
-@pytest.mark.parametrize("model", ["resnet20", "resnet18"])
+@pytest.mark.parametrize("model", ["resnet20", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_a_resnet_at_once_is_one_by_one(small: Config, model: str) -> None:
     keys = {**NARROW, "model": model, "optimizer": "lars", "trust-coefficient": 0.05, "crop-size": 16}
     assert_same_rounds(resolve(small.changed(keys), "localsgd"), workers=(1, 0), rounds=1)
