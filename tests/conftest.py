@@ -74,11 +74,18 @@ for method in METHODS.values():
     by = "epoch" if "local-steps-schedule" in method else "round"
     method |= {"model": "lenet-bn", "rounds": 3, "record-by": by}
 
+# The files that take the longest run first, at the same time where there are several workers
+LONGEST = ("test_flwr_run.py", "test_ray.py", "test_deployment.py", "test_bench.py")
+
 Execute = Callable[..., Run]
 NEEDS_FLWR_DATASETS = pytest.mark.skipif(
     importlib.util.find_spec("flwr_datasets") is None, reason="needs flwr-datasets: pip install fedsim[noniid]"
 )
 NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -48,13 +48,15 @@ def saved_round(cell: Path) -> int:
 
 
 def assert_same_grid(one: Path, other: Path) -> None:
-    """The same cells with the same rows but for their seconds, and bitwise the same models."""
+    """The same cells with the same rows but for their seconds, and bitwise the same models of those that ended well."""
     names = sorted(path.name for path in one.iterdir() if path.is_dir())
     assert names == sorted(path.name for path in other.iterdir() if path.is_dir())
     assert names
     for name in names:
         assert rows_of(one / name) == rows_of(other / name)
-        assert_same_bits(final_model(one / name), final_model(other / name))
+        assert (one / name / "model.pt").exists() == (other / name / "model.pt").exists()
+        if (one / name / "model.pt").exists():
+            assert_same_bits(final_model(one / name), final_model(other / name))
 
 
 def test_a_grid_on_ray_is_the_grid_one_by_one_and_leaves_nothing_behind(
@@ -69,7 +71,7 @@ def test_a_grid_on_ray_is_the_grid_one_by_one_and_leaves_nothing_behind(
     assert failed.startswith("error: 2 of 4 cells failed: ")
     alone, ray = tmp_path / "results" / "alone", tmp_path / "results" / "ray"
     shutil.copytree(alone / "k2-j2-lr0.01-seed2025", ray / "k2-j2-lr0.01-seed2025")
-    before = {path: path.stat().st_mtime_ns for path in ray.rglob("*.*")}
+    before = {path: path.stat().st_mtime_ns for path in ray.rglob("[!.]*.*")}
     done = run(tmp_path, *keys, "--name", "ray", "--ray", STARTED_BY=str(tmp_path))
     assert done.returncode == 1
     assert done.stderr == failed.replace("alone/", "ray/") + "\n"

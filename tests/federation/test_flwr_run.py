@@ -220,9 +220,17 @@ def test_flower_logs_bad_input_in_one_line_and_faults_with_their_traceback(
         logger.removeHandler(caplog.handler)
 
 
-def test_flwr_run_as_flowers_users_run_it(tmp_path: Path) -> None:
-    """``flwr run .`` with run-config overrides; a federation of another size than `clients` fails, not waits."""
-    keys = {**TINY, "local-rule": "scaffold", "results-dir": str(tmp_path)}
+def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``flwr run .`` with run-config overrides; a federation of another size than `clients` fails, not waits.
+
+    With a strategy of the user's: the server's process finds the module by PYTHONPATH, and the clients do not need it.
+    """
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    shutil.copy(ROOT / "tests" / "strategies" / "user_strategies.py", modules / "own_strategies.py")
+    monkeypatch.syspath_prepend(modules)
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    keys = {**TINY, "strategy": "own_strategies:SlowMo", "results-dir": str(tmp_path)}
     config = resolve(Config().changed({**keys, "name": "threads"}), "localsgd")
     overrides = " ".join(f"{name}={json.dumps(value)}" for name, value in {**keys, "name": "plain"}.items())
     with superlink(tmp_path) as env:
