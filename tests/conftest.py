@@ -80,6 +80,9 @@ for method in METHODS.values():
     by = "epoch" if "local-steps-schedule" in method else "round"
     method |= {"model": "lenet-bn", "rounds": 3, "record-by": by}
 
+# The files that take the longest run first, at the same time where there are several workers
+LONGEST = ("test_flwr_run.py", "test_ray.py", "test_deployment.py", "test_bench.py")
+
 Execute = Callable[..., Run]
 Call = Callable[..., tuple[int, str, str]]
 TIMES = int(os.environ.get("FEDSIM_EXAMPLES", "1"))  # as many examples of hypothesis
@@ -93,7 +96,8 @@ REAL_DATA = data_folder(Config())  # read before `cache` hides it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Tests with the fixture `real_data` have the marker `data`."""
+    """Run the longest files first; tests with the fixture `real_data` have the marker `data`."""
+    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
     for item in items:
         if "real_data" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.data)

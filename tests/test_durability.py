@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import json
-import multiprocessing
 import multiprocessing.connection
 import random
 import resource
@@ -23,6 +22,7 @@ from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute
 from fedsim.records import Run, read_rows, read_summary
+from tests.commands import forkserver
 from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
 
 KILLS = 50
@@ -42,10 +42,8 @@ def _run(config: Config, quiet: bool, limit: int) -> None:
 def _started(
     config: Config, quiet: bool = False, limit: int = resource.RLIM_INFINITY
 ) -> multiprocessing.process.BaseProcess:
-    """The run in a process of its own; the server that it is forked from has imported everything."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["fedsim.experiments.execute", __name__])
-    process = context.Process(target=_run, args=(config, quiet, limit))
+    """The run in a process of its own."""
+    process = forkserver().Process(target=_run, args=(config, quiet, limit))
     process.start()
     return process
 

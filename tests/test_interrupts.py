@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -13,9 +14,11 @@ from pathlib import Path
 import psutil
 import pytest
 
-from fedsim import cli
-from fedsim.interrupts import SIGNALS
+from fedsim.bench.turn import take_turn
+from fedsim.config import Config
+from fedsim.interrupts import SIGNALS, exit_on_signals
 from fedsim.records import read_rows
+from tests.commands import Command, executed, forked, here, started
 from tests.conftest import assert_same_bits, final_model, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -38,56 +41,29 @@ LINE = "interrupted: run the same command again to resume from the last checkpoi
 SECONDS = 60  # in which an interrupted command must have ended
 
 
-def start(folder: Path, arguments: str) -> subprocess.Popen[str]:
-    """The command in a process and session of its own, returned once it handles signals."""
-    command = [sys.executable, str(ROOT / "run.py"), *arguments.split()]
-    process = subprocess.Popen(
-        command, cwd=folder, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True
-    )
-    while process.poll() is None:
-        status = Path(f"/proc/{process.pid}/status").read_text()
-        caught = int(next(line for line in status.splitlines() if line.startswith("SigCgt")).split()[1], 16)
-        if all(caught >> (number - 1) & 1 for number in SIGNALS):
-            break
-        time.sleep(0.001)
-    return process
-
-
-def interrupt(process: subprocess.Popen[str], number: signal.Signals, line: str) -> bool:
+def interrupt(process: Command, number: signal.Signals, line: str) -> bool:
     """Send the signal twice, as an impatient user would; check how the command ends; whether it still ran."""
-    try:
-        started = psutil.Process(process.pid).children(recursive=True)
+    left: list[psutil.Process] = []
+    with contextlib.suppress(psutil.NoSuchProcess, ProcessLookupError):
+        left = psutil.Process(process.pid).children(recursive=True)
         process.send_signal(number)
         time.sleep(0.01)
         process.send_signal(number)
-    except psutil.NoSuchProcess:
-        started = []
-    _, errors = process.communicate(timeout=SECONDS)
-    if process.returncode in (0, -number):  # it had finished, and the interpreter was about to
+    code, _, errors = process.wait(SECONDS)
+    if code in (0, -number):  # it had finished, and the interpreter was about to
         assert "Traceback" not in errors
         return False
-    assert process.returncode == 128 + number, errors
+    assert code == 128 + number, errors
     said = [each for each in errors.splitlines() if not each.startswith("K = ")]  # the bench says what it measures
     assert said in ([line], ["interrupted"]), errors
-    _, left = psutil.wait_procs(started, timeout=10)
+    _, left = psutil.wait_procs(left, timeout=10)
     assert not left
     return True
 
 
-def after_rows(process: subprocess.Popen[str], rows: int) -> None:
+def after_rows(process: Command, rows: int) -> None:
     """Wait until a run has printed so many rows."""
-    assert process.stdout is not None
-    while rows:
-        printed = process.stdout.readline()
-        assert printed, "the run ended early"
-        rows -= printed.startswith("round ")
-
-
-def complete(folder: Path, arguments: str) -> None:
-    """The command, undisturbed, in this process."""
-    with pytest.MonkeyPatch.context() as patch, contextlib.chdir(folder):
-        patch.setattr(sys, "argv", ["run.py", *arguments.split()])
-        cli.main()
+    process.wait_for(lambda: len(re.findall(r"^round .*\n", process.stdout, re.MULTILINE)) >= rows)
 
 
 def assert_resumes(folder: Path, name: str) -> None:
@@ -95,7 +71,7 @@ def assert_resumes(folder: Path, name: str) -> None:
     stop = len(read_rows(folder / "results" / "run")) + 2
     for place in (folder, folder / "undisturbed"):
         place.mkdir(exist_ok=True)
-        complete(place, f"{RUNS[name]} {STOP[name]} {stop}")
+        here(place, *f"{RUNS[name]} {STOP[name]} {stop}".split())
     interrupted, undisturbed = (place / "results" / "run" for place in (folder, folder / "undisturbed"))
     assert_same_bits(final_model(interrupted), final_model(undisturbed))
     assert rows_of(interrupted) == rows_of(undisturbed)
@@ -103,18 +79,17 @@ def assert_resumes(folder: Path, name: str) -> None:
 
 def test_an_interrupted_run_says_how_to_resume_and_does_so_bit_for_bit(tmp_path: Path) -> None:
     for rows, number in zip((3, 9, 1), SIGNALS, strict=True):
-        process = start(tmp_path, RUNS["localsgd"])
-        after_rows(process, rows)
-        assert interrupt(process, number, LINE)
+        with started(tmp_path, *RUNS["localsgd"].split()) as process:
+            after_rows(process, rows)
+            assert interrupt(process, number, LINE)
     assert_resumes(tmp_path, "localsgd")
 
 
 def test_a_long_round_is_not_waited_for(tmp_path: Path) -> None:
-    process = start(tmp_path, RUNS["long rounds"].replace("500", "1000000"))
-    assert process.stdout is not None
-    process.stdout.readline()
-    time.sleep(1)
-    assert interrupt(process, signal.SIGTERM, LINE)
+    with started(tmp_path, *RUNS["long rounds"].replace("500", "30000").split()) as process:
+        process.wait_for(lambda: "\n" in process.stdout)
+        time.sleep(0.5)
+        assert interrupt(process, signal.SIGTERM, LINE)
 
 
 HANG_UP = """
@@ -139,21 +114,16 @@ def test_a_terminal_that_hangs_up_ends_a_grid(tmp_path: Path) -> None:
 
 
 def test_with_rerun_the_line_says_to_leave_it_out(tmp_path: Path) -> None:
-    process = start(tmp_path, f"{RUNS['centralized']} --rerun")
-    after_rows(process, 1)
     line = "interrupted: run the same command again without --rerun to resume from the last checkpoint"
-    assert interrupt(process, signal.SIGINT, line)
+    with started(tmp_path, *RUNS["centralized"].split(), "--rerun") as process:
+        after_rows(process, 1)
+        assert interrupt(process, signal.SIGINT, line)
 
 
-TURN = """
-from fedsim.bench.turn import take_turn
-from fedsim.config import Config
-from fedsim.interrupts import exit_on_signals
-
-keys = {"dataset": "synthetic", "synthetic-images": 256, "model": "lenet5", "batch-size": 16, "device": "cpu"}
-with exit_on_signals():
-    take_turn("in-process", Config().changed({**keys, "clients": 2, "threads": 1}), 10**9, 10**9)
-"""
+def endless_turn() -> None:
+    keys = {"dataset": "synthetic", "synthetic-images": 256, "model": "lenet5", "batch-size": 16, "device": "cpu"}
+    with exit_on_signals():
+        take_turn("in-process", Config().changed({**keys, "clients": 2, "threads": 1}), 10**9, 10**9)
 
 
 def commands_of_children(pid: int) -> list[str]:
@@ -166,12 +136,10 @@ def commands_of_children(pid: int) -> list[str]:
 
 
 def test_a_process_of_the_bench_is_ended() -> None:
-    process = subprocess.Popen([sys.executable, "-c", TURN], cwd=ROOT, text=True, stderr=subprocess.PIPE)
-    while "fedsim.bench.turn" not in commands_of_children(process.pid):
-        assert process.poll() is None
-        time.sleep(0.01)
-    time.sleep(1)
-    assert interrupt(process, signal.SIGHUP, "interrupted")
+    with forked(endless_turn) as process:
+        process.wait_for(lambda: "fedsim.bench.turn" in commands_of_children(process.pid))
+        time.sleep(1)
+        assert interrupt(process, signal.SIGHUP, "interrupted")
 
 
 def test_signals_ignored_from_the_start_stay_ignored(tmp_path: Path) -> None:
@@ -262,9 +230,10 @@ def disturb(folder: Path, arguments: str, line: str, most: float, moments: rando
     """Start the command again and again, each time with a signal after up to `most` seconds; how many still ran."""
     hit = 0
     for _ in range(MOMENTS):
-        process = start(folder, arguments)
-        time.sleep(moments.uniform(0, most))
-        hit += interrupt(process, moments.choice(SIGNALS), line)
+        with executed(folder, *arguments.split()) as process:  # whose imports are interrupted too
+            process.wait_for_signal_handlers()
+            time.sleep(moments.uniform(0, most))
+            hit += interrupt(process, moments.choice(SIGNALS), line)
     return hit
 
 
@@ -287,7 +256,7 @@ def test_runs_interrupted_at_twenty_random_moments_resume_bit_for_bit(tmp_path: 
 def test_a_grid_interrupted_at_twenty_random_moments_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
     seconds = seconds_of(tmp_path, f"{GRID} --results-dir undisturbed")
     assert disturb(tmp_path, GRID, LINE, seconds, random.Random("grid"))
-    complete(tmp_path, GRID)
+    here(tmp_path, *GRID.split())
     cells = sorted(path.parent.name for path in (tmp_path / "undisturbed").rglob("model.pt"))
     assert len(cells) == 4
     for cell in cells:
@@ -298,10 +267,10 @@ def test_a_grid_interrupted_at_twenty_random_moments_ends_as_an_undisturbed_one(
 
 @pytest.mark.chaos
 def test_a_report_interrupted_at_twenty_random_moments_ends_as_an_undisturbed_one(tmp_path: Path) -> None:
-    complete(tmp_path, GRID.replace("--rounds 100", "--rounds 3"))
+    here(tmp_path, *GRID.replace("--rounds 100", "--rounds 3").split())
     seconds = seconds_of(tmp_path, "report results -o undisturbed")
     assert disturb(tmp_path, "report results -o report", "interrupted", seconds, random.Random("report"))
-    complete(tmp_path, "report results -o report")
+    here(tmp_path, *"report results -o report".split())
     tables = sorted((tmp_path / "report").glob("*.csv"))
     assert tables
     for table in tables:

@@ -1,7 +1,5 @@
 from __future__ import annotations
 
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +19,8 @@ from fedsim.experiments.cost import (
     traffic,
 )
 from fedsim.experiments.study import Cell, study_names
+from tests.commands import run as run_command
 from tests.conftest import Execute, rows_of, write_run
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_the_cost_of_a_run_by_hand() -> None:
@@ -118,13 +115,7 @@ def test_a_plan_says_what_is_left_to_run_and_writes_nothing(run: Execute, small:
 
 
 def test_the_names_of_studies_are_complete_in_a_pipe(tmp_path: Path) -> None:
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "run.py"), "study"],
-        capture_output=True,
-        text=True,
-        cwd=tmp_path,
-        env={"PATH": "", "COLUMNS": "40"},
-    )
+    done = run_command(tmp_path, "study", COLUMNS="40")
     assert done.returncode == 0, done.stderr
     listed = [line.partition(": ")[0] for line in done.stdout.splitlines() if not line.startswith((" ", "Hours"))]
     assert listed == study_names()

@@ -5,6 +5,8 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -26,12 +28,12 @@ from fedsim.errors import UserError
 from fedsim.experiments.study import Cell
 from fedsim.federation.flwr_run import copy_app, free_port
 from fedsim.records import read_rows, read_summary
+from tests.commands import ROOT, executed, here, run, started
 from tests.conftest import assert_same_bits, final_model, rows_of
 from tests.experiments.test_tune import TUNED
 from tests.federation.processes import end
 from tests.federation.test_flwr_run import started_by
 
-ROOT = Path(__file__).parents[2]
 GRID = (
     "grid --dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 16 --clients 1,2 --local-steps 2 "
     "--epochs 2 --device cpu --threads 1"
@@ -45,54 +47,56 @@ def saved_round(cell: Path) -> int:
     return int(torch.load(last if last.exists() else before, weights_only=True)["round"])
 
 
-def run_py(folder: Path, *arguments: str, root: Path = ROOT, **env: str) -> subprocess.CompletedProcess[str]:
-    """`run.py` of the checkout `root`, its working directory and its results in `folder`."""
-    command = [sys.executable, str(root / "run.py"), *arguments]
-    shared = {**os.environ, "PYTHONPATH": str(root), **env}
-    return subprocess.run(command, capture_output=True, text=True, timeout=300, cwd=folder, env=shared)
-
-
 def assert_same_grid(one: Path, other: Path) -> None:
-    """The same cells with the same rows but for their seconds, and bitwise the same models."""
+    """The same cells with the same rows but for their seconds, and bitwise the same models of those that ended well."""
     names = sorted(path.name for path in one.iterdir() if path.is_dir())
     assert names == sorted(path.name for path in other.iterdir() if path.is_dir())
     assert names
     for name in names:
         assert rows_of(one / name) == rows_of(other / name)
-        assert_same_bits(final_model(one / name), final_model(other / name))
+        assert (one / name / "model.pt").exists() == (other / name / "model.pt").exists()
+        if (one / name / "model.pt").exists():
+            assert_same_bits(final_model(one / name), final_model(other / name))
 
 
-def test_a_grid_on_ray_is_the_grid_one_by_one(tmp_path: Path) -> None:
-    assert run_py(tmp_path, *GRID, "--name", "alone").returncode == 0
-    done = run_py(tmp_path, *GRID, "--name", "ray", "--ray", STARTED_BY=str(tmp_path))
-    assert (done.returncode, done.stderr) == (0, "")
+def test_a_grid_on_ray_is_the_grid_one_by_one_and_leaves_nothing_behind(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Two cells fail and are named, and one was finished before."""
+    keys = [*GRID, "--lr", "0.01,1e30"]
+    with pytest.raises(SystemExit) as ended:
+        here(tmp_path, *keys, "--name", "alone")
+    failed = capsys.readouterr().err.splitlines()[-1]
+    assert ended.value.code == 1
+    assert failed.startswith("error: 2 of 4 cells failed: ")
     alone, ray = tmp_path / "results" / "alone", tmp_path / "results" / "ray"
+    shutil.copytree(alone / "k2-j2-lr0.01-seed2025", ray / "k2-j2-lr0.01-seed2025")
+    before = {path: path.stat().st_mtime_ns for path in ray.rglob("[!.]*.*")}
+    done = run(tmp_path, *keys, "--name", "ray", "--ray", STARTED_BY=str(tmp_path))
+    assert done.returncode == 1
+    assert done.stderr == failed.replace("alone/", "ray/") + "\n"
+    assert "too few usable updates: worker 0: " in done.stdout
     assert_same_grid(alone, ray)
-    for cell in ray.glob("k*"):
-        assert {path.name for path in cell.iterdir()} - {"checkpoint-before.pt"} == FILES
-        ours, theirs = (read_summary(folder / cell.name) or {} for folder in (ray, alone))
-        assert ours["command"].endswith("--name ray --ray")
-        differ = {"command": 0, "seconds": 0, "sha256": 0}  # the rows hold their seconds
-        assert {**ours, **differ} == {**theirs, **differ}
+    (cell,) = ray.glob("k1-*-lr0.01-*")
+    assert {path.name for path in cell.iterdir()} - {"checkpoint-before.pt"} == FILES
+    ours, theirs = (read_summary(folder / cell.name) or {} for folder in (ray, alone))
+    assert ours["command"].endswith("--name ray --ray")
+    differ = {"command": 0, "seconds": 0, "sha256": 0}  # the rows hold their seconds
+    assert {**ours, **differ} == {**theirs, **differ}
     assert (ray / "grid.csv").exists()
+    assert {path: path.stat().st_mtime_ns for path in before} == before  # the finished one was skipped
     assert started_by(str(tmp_path)) == []  # Ray is gone
 
-    before = {path: path.stat().st_mtime_ns for path in ray.rglob("model.pt")}
-    again = run_py(tmp_path, *GRID, "--name", "ray", "--local-steps", "2,4", "--ray")
-    assert again.returncode == 0, again.stderr
-    assert {path: path.stat().st_mtime_ns for path in before} == before  # finished ones were skipped
-    assert len(list(ray.glob("k*/summary.json"))) == 4
 
-
-def test_a_tuned_study_on_ray_chooses_the_same_and_is_tracked(tmp_path: Path) -> None:
+def test_a_tuned_study_on_ray_chooses_the_same_and_is_tracked(tmp_path: Path, nodes: Nodes) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     text = TUNED.replace("twins = true", "").replace("clients = [1, 2]", "clients = [2]").replace(", 1e9]", "]")
     (tmp_path / "tuned.toml").write_text(text)
     alone, on_ray = tmp_path / "alone", tmp_path / "on-ray"
     here: Any = {"device": "cpu", "threads": 1, "engine": "threads", "progress": False}
     fedsim.study(tmp_path / "tuned.toml", results_dir=alone, **here)
-    keys = "study tuned.toml --device cpu --threads 1 --engine threads --results-dir on-ray --ray --track tensorboard"
-    done = run_py(tmp_path, *keys.split())
+    keys = "study tuned.toml --device cpu --threads 1 --engine threads --results-dir on-ray --track tensorboard"
+    done = run(tmp_path, *keys.split(), "--ray", nodes.address)
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("tuned/tuning.csv", "tuned/study.toml"):
         assert (on_ray / name).read_text() == (alone / name).read_text()
@@ -107,42 +111,40 @@ def test_a_tuned_study_on_ray_chooses_the_same_and_is_tracked(tmp_path: Path) ->
     assert seen == [(row["round"], row["test_accuracy"]) for row in read_rows(cell) if row["test_accuracy"] is not None]
 
 
-def test_cells_that_fail_on_ray_are_named_and_the_others_run(tmp_path: Path) -> None:
-    diverging = ["--lr", "1e9", "--momentum", "0.99", "--epochs", "4", "--name", "nan"]
-    done = run_py(tmp_path, *GRID, *diverging, "--clients", "1,4", "--local-steps", "2,4", "--ray")
-    assert done.returncode == 1
-    assert done.stderr.startswith("error: ")
-    assert "of 4 cells failed: " in done.stderr
-    assert "too few usable updates: worker 0: " in done.stdout
-    assert (tmp_path / "results" / "nan" / "grid.csv").exists()
-
-
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
         ("--ray 127.0.0.1:1", "ray = 127.0.0.1:1: no Ray cluster answers there"),
-        ("--ray --cpus-per-cell 4096", "which no node of the cluster has"),
         ("--ray --gpus-per-cell 0.5", "gpus-per-cell = 0.5, but device = cpu: give --device cuda"),
         ("--ray --device cuda:1", "device = cuda:1: with --ray it must be cpu or cuda"),
     ],
 )
-def test_bad_input_for_ray_is_one_line_within_a_minute(tmp_path: Path, arguments: str, words: str) -> None:
+def test_bad_input_for_ray_is_one_line_within_a_minute(
+    tmp_path: Path, arguments: str, words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     began = time.monotonic()
-    done = run_py(tmp_path, *GRID, *arguments.split())
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
-    assert words in done.stderr
+    with pytest.raises(SystemExit) as ended:
+        here(tmp_path, *GRID, *arguments.split())
+    error = capsys.readouterr().err
+    assert (ended.value.code, error.count("\n")) == (2, 1), error
+    assert words in error
     assert time.monotonic() - began < 60
     assert not (tmp_path / "results").exists()
 
 
+def test_cells_that_no_node_has_room_for_are_one_line(tmp_path: Path, nodes: Nodes) -> None:
+    done = run(tmp_path, *GRID, "--ray", nodes.address, "--cpus-per-cell", "4096")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert "which no node of the cluster has" in done.stderr
+    assert not (tmp_path / "results").exists()
+
+
 def test_a_grid_on_ray_that_is_asked_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
-    command = [sys.executable, str(ROOT / "run.py"), *GRID, "--epochs", "10000", "--name", "long", "--ray"]
-    env = {**os.environ, "STARTED_BY": str(tmp_path)}
-    with subprocess.Popen(command, env=env, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.STDOUT) as process:
-        wait_for(lambda: any(read_rows(folder) for folder in (tmp_path / "results" / "long").glob("k*")))
-        process.terminate()
-        process.communicate(timeout=60)
-    assert process.returncode == 143
+    keys = [*GRID, "--epochs", "10000", "--name", "long", "--ray"]
+    with started(tmp_path, *keys, STARTED_BY=str(tmp_path)) as process:
+        process.wait_for(lambda: any(read_rows(folder) for folder in (tmp_path / "results" / "long").glob("k*")))
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60).returncode == 143
     assert started_by(str(tmp_path)) == []
 
 
@@ -175,18 +177,25 @@ class Nodes(NamedTuple):
     other: psutil.Process
 
 
-@pytest.fixture
-def nodes(tmp_path: Path) -> Iterator[Nodes]:
+@contextlib.contextmanager
+def cluster() -> Iterator[Nodes]:
     """A cluster that no other finds, as it writes its address to a folder of its own (short: it has sockets)."""
     address = f"127.0.0.1:{free_port()}"
     small = ["--block", "--num-cpus", "1", "--object-store-memory", "100000000"]
     with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, contextlib.ExitStack() as stack:
         home = ["--head", "--port", address.split(":")[1], "--include-dashboard", "false", "--temp-dir", folder]
-        head = stack.enter_context(ray_node([*home, *small], tmp_path))
+        head = stack.enter_context(ray_node([*home, *small], Path(folder)))
         wait_for(lambda: answers(address))
-        other = stack.enter_context(ray_node(["--address", address, *small], tmp_path))
+        other = stack.enter_context(ray_node(["--address", address, *small], Path(folder)))
         wait_for(lambda: any("raylet" in process.name() for process in other.children(recursive=True)))
         yield Nodes(address, head, other)
+
+
+@pytest.fixture(scope="module")
+def nodes() -> Iterator[Nodes]:
+    """The cluster of the tests that leave it as it is."""
+    with cluster() as found:
+        yield found
 
 
 @contextlib.contextmanager
@@ -231,19 +240,18 @@ def kill_node(node: psutil.Process) -> None:
 
 
 @pytest.mark.chaos
-def test_a_node_is_killed_in_the_middle_of_a_grid_and_the_grid_completes(tmp_path: Path, nodes: Nodes) -> None:
+def test_a_node_is_killed_in_the_middle_of_a_grid_and_the_grid_completes(tmp_path: Path) -> None:
     keys = [*GRID, "--clients", "1,2", "--local-steps", "1", "--epochs", "6", "--checkpoint-every", "1"]
-    assert run_py(tmp_path, *keys, "--name", "undisturbed").returncode == 0
-    command = [sys.executable, str(ROOT / "run.py"), *keys, "--name", "killed", "--ray", nodes.address]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        wait_for(lambda: any((folder / "checkpoint.pt").exists() for folder in runs_of(nodes.other)))
+    here(tmp_path, *keys, "--name", "undisturbed")
+    with cluster() as nodes, started(tmp_path, *keys, "--name", "killed", "--ray", nodes.address) as process:
+        process.wait_for(lambda: any((folder / "checkpoint.pt").exists() for folder in runs_of(nodes.other)))
         (cell,) = runs_of(nodes.other)
         kill_node(nodes.other)
         reached = saved_round(cell)
         before = read_rows(cell)[:reached]
         assert read_summary(cell) is None  # it was in the middle
-        _, errors = process.communicate(timeout=250)
-    assert process.returncode == 0, errors
+        done = process.wait(250)
+    assert done.returncode == 0, done.stderr
     assert reached > 0
     assert read_rows(cell)[:reached] == before  # down to their seconds: these rounds were not run again
     assert_same_grid(tmp_path / "results" / "undisturbed", tmp_path / "results" / "killed")
@@ -252,17 +260,16 @@ def test_a_node_is_killed_in_the_middle_of_a_grid_and_the_grid_completes(tmp_pat
 @pytest.mark.chaos
 def test_a_cell_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: Path) -> None:
     keys = [*GRID, "--clients", "2", "--local-steps", "1", "--epochs", "6", "--checkpoint-every", "1"]
-    assert run_py(tmp_path, *keys, "--name", "undisturbed").returncode == 0
-    command = [sys.executable, str(ROOT / "run.py"), *keys, "--name", "killed", "--rerun", "--ray"]
-    with subprocess.Popen(command, cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    here(tmp_path, *keys, "--name", "undisturbed")
+    with started(tmp_path, *keys, "--name", "killed", "--rerun", "--ray") as process:
         cell = tmp_path / "results" / "killed" / "k2-j1-seed2025"
-        wait_for(lambda: (cell / "checkpoint.pt").exists())
+        process.wait_for(lambda: (cell / "checkpoint.pt").exists())
         runs_of(psutil.Process(process.pid))[cell].kill()
         reached = saved_round(cell)
         before = read_rows(cell)[:reached]
         assert read_summary(cell) is None
-        _, errors = process.communicate(timeout=250)
-    assert process.returncode == 0, errors
+        done = process.wait(250)
+    assert done.returncode == 0, done.stderr
     assert read_rows(cell)[:reached] == before
     assert_same_grid(tmp_path / "results" / "undisturbed", tmp_path / "results" / "killed")
 
@@ -272,7 +279,9 @@ def test_cells_run_the_code_of_who_asks_and_the_cluster_stays(tmp_path: Path, no
     (checkout / "run.py").write_text((ROOT / "run.py").read_text())
     module = checkout / "fedsim" / "__init__.py"
     module.write_text(module.read_text().replace('__version__ = "', '__version__ = "of-another-checkout-'))
-    done = run_py(tmp_path, *GRID, "--name", "other", "--ray", nodes.address, root=checkout)
+    keys = [*GRID, "--clients", "2", "--name", "other", "--ray", nodes.address]
+    with executed(tmp_path, *keys, program=checkout / "run.py", PYTHONPATH=str(checkout)) as process:
+        done = process.wait()
     assert done.returncode == 0, done.stderr
     for summary in (tmp_path / "results" / "other").glob("k*/summary.json"):
         assert json.loads(summary.read_text())["versions"]["fedsim"].startswith("of-another-checkout-")
@@ -288,17 +297,17 @@ def test_a_node_with_other_code_refuses_a_cell(small: Config) -> None:
 
 
 def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: Nodes) -> None:
-    here = tmp_path / "driver"
-    here.mkdir()
-    done = run_py(here, *GRID, "--results-dir", "/proc/self/cwd/mine", "--ray", nodes.address)
+    (tmp_path / "driver").mkdir()
+    keys = [*GRID, "--results-dir", "/proc/self/cwd/mine", "--ray", nodes.address]
+    done = run(tmp_path / "driver", *keys)
     assert done.returncode == 2, done.stderr
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))  # Ray may warn beside it
     assert error.endswith("is another folder: give one that all nodes share")
 
 
 def test_flwr_run_on_an_existing_cluster_is_the_run_in_this_process_bitwise(tmp_path: Path, nodes: Nodes) -> None:
-    keys = [*GRID[1:], "--clients", "3", "--rounds", "4"]
-    assert run_py(tmp_path, "localsgd", *keys, "--name", "threads", "--engine", "threads").returncode == 0
+    keys = ["localsgd", *GRID[1:], "--clients", "3", "--rounds", "4"]
+    here(tmp_path, *keys, "--name", "threads", "--engine", "threads")
     seen: set[int] = set()
     over = threading.Event()
 
@@ -310,7 +319,7 @@ def test_flwr_run_on_an_existing_cluster_is_the_run_in_this_process_bitwise(tmp_
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    flower = run_py(tmp_path, "localsgd", *keys, "--name", "flower", "--engine", "flower", RAY_ADDRESS=nodes.address)
+    flower = run(tmp_path, *keys, "--name", "flower", "--engine", "flower", RAY_ADDRESS=nodes.address)
     over.set()
     watcher.join()
     assert flower.returncode == 0, flower.stdout

@@ -24,13 +24,14 @@ from tests.federation.processes import JOINED, Running, client_environment, runn
 
 pytestmark = pytest.mark.deployment
 
-LENET = {**SMALL, "rounds": 3, "fraction": 0.75, "compress-down": "topk"}
+NODES = 3
+LENET = {**SMALL, "rounds": 2, "fraction": 0.67, "compress-down": "topk"}  # two of three clients
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
-    """A SuperLink and four SuperNodes, each with its own shard and its own key."""
-    with running(tmp_path_factory.mktemp("deployment") / "federation") as started:
+    """A SuperLink and SuperNodes, each with its own shard and its own key."""
+    with running(tmp_path_factory.mktemp("deployment") / "federation", NODES) as started:
         yield started
 
 
@@ -77,12 +78,12 @@ def refused(script: Path, words: str) -> None:
 def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(
     federation: Running, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
-    keys = {**keys, "results-dir": str(tmp_path), "name": "deployed"}
+    keys = {**keys, "clients": NODES, "results-dir": str(tmp_path), "name": "deployed"}
     overrides = " ".join(f"{name}={json.dumps(value)}" for name, value in keys.items())
     done = federation.flwr("run", str(copy_app(tmp_path / "app")), "federation", "--stream", "-c", overrides)
     assert (tmp_path / "deployed" / "summary.json").exists(), done.stdout
     fleet = execute(resolve(Config().changed({**keys, "name": "threads"}), "localsgd"), "localsgd", "threads")
-    assert rows_of(fleet)[-1]["round"] == 3
+    assert rows_of(fleet)[-1]["round"] == keys["rounds"]
     assert rows_of(tmp_path / "deployed") == rows_of(fleet)
     sent = [
         [(row["bytes_up"], row["bytes_down"], row["overhead_bytes_up"], row["overhead_bytes_down"]) for row in rows]
@@ -97,11 +98,11 @@ def test_a_node_is_refused_until_its_key_is_registered(federation: Running, stra
     shutil.copy(strangers / "nodes" / "0" / "node.key", script.parent)
     refused(script, "[code: 2004] Failed to activate SuperNode")
     client = shutil.copytree(federation.folder / "client", tmp_path / "client")
-    shutil.copy(strangers / "client" / "keys" / "node-0.pub", client / "keys" / "node-4.pub")
+    shutil.copy(strangers / "client" / "keys" / "node-0.pub", client / "keys" / f"node-{NODES}.pub")
     command = ["bash", str(client / "register.sh")]
     done = subprocess.run(command, env=federation.env, stdout=subprocess.PIPE, text=True, timeout=120)
-    known = [f"keys/node-{node}.pub: registered before" for node in range(4)]
-    assert done.stdout.splitlines() == [*known, "keys/node-4.pub: registered"]
+    known = [f"keys/node-{node}.pub: registered before" for node in range(NODES)]
+    assert done.stdout.splitlines() == [*known, f"keys/node-{NODES}.pub: registered"]
     with started(script, tmp_path / "accepted.log") as node:
         node.wait_for(JOINED)
 

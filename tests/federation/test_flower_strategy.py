@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -112,24 +109,3 @@ def test_what_does_not_go_together_is_refused_before_anything_is_written(
         run(**keys)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
-
-
-def test_on_ray_a_users_strategy_is_the_run_in_this_process_bitwise(
-    run: Execute, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The server's process finds the module by PYTHONPATH; the clients do not need it."""
-    modules = tmp_path / "modules"
-    modules.mkdir()
-    shutil.copy(Path(__file__).parents[1] / "strategies" / "user_strategies.py", modules / "own_strategies.py")
-    monkeypatch.syspath_prepend(modules)
-    monkeypatch.setenv("PYTHONPATH", str(modules))
-    keys = {"clients": 3, "fraction": 0.67, "rounds": 2, "strategy": "own_strategies:SlowMo", "evaluate_every": 2}
-    here = run(name="threads", **keys)
-    flags = [f"--{name.replace('_', '-')}={value}" for name, value in keys.items()]
-    small = "--dataset synthetic --synthetic-images 512 --model lenet5 --batch-size 16 --local-steps 2 --epochs 2"
-    command = [sys.executable, str(Path(__file__).parents[2] / "run.py"), "localsgd", *small.split(), *flags]
-    command += ["--device", "cpu", "--threads", "1", "--results-dir", str(tmp_path), "--name", "ray"]
-    done = subprocess.run([*command, "--engine", "flower"], capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout
-    assert_same_bits(final_model(tmp_path / "ray"), final_model(here))
-    assert rows_of(tmp_path / "ray") == rows_of(here)

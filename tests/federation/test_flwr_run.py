@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import logging
 import os
 import random
@@ -22,28 +23,45 @@ import psutil
 import pytest
 
 from fedsim.config import Config
+from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
+from fedsim.experiments.execute import execute
 from fedsim.federation.flwr_run import copy_app, federation, superlink
 from fedsim.federation.server_app import log_errors_in_one_line
 from fedsim.processes import cleanup, marked, running
+from tests.commands import ROOT, Done, executed, run, started
 from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, assert_same_bits, final_model, rows_of
 from tests.own_code import larger
 
-ROOT = Path(__file__).parents[2]
 SMALL = (
     "localsgd --dataset synthetic --synthetic-images 512 --model lenet-bn --batch-size 16 --clients 3 --local-steps 2 "
     "--rounds 3 --schedule cosine --device cpu --threads 1"
 ).split()
+COMPRESSED_DOWN = (
+    *("--compress-down", "powersgd", "--fraction", "0.5", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
+    *("--local-rule", "scaffold", "--optimizer", "adamw"),
+)
+OWN_CODE = (
+    *("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
+    *("--model", "my_code:mlp", "--dataset", "figures.npz", "--partition", "dirichlet"),
+    *("--partition-args", "alpha=0.9", "--client-weights", "shard-size"),
+    *("--local-steps", "10", "--local-epochs", "1", "--clients", "4", "--fraction", "0.75"),
+    *("--compress-down", "powersgd", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
+)
+
+TINY = {
+    **{"dataset": "synthetic", "synthetic-images": 256, "model": "lenet5", "batch-size": 16, "device": "cpu"},
+    **{"threads": 1, "clients": 2, "local-steps": 2, "rounds": 2},
+}
 
 
 def as_flags(keys: Mapping[str, Any]) -> tuple[str, ...]:
     return tuple(f"--no-{name}" if value is False else f"--{name}={value}" for name, value in keys.items())
 
 
-def run_py(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+def run_py(folder: Path, *arguments: str, **env: str) -> Done:
     """Run ``run.py`` in `folder`."""
-    command = [sys.executable, str(ROOT / "run.py"), *SMALL, "--results-dir", str(folder), *arguments]
-    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=300)
+    return run(folder, *SMALL, "--results-dir", str(folder), *arguments, **env)
 
 
 def started_by(mark: str) -> list[str]:
@@ -61,38 +79,23 @@ def started_by(mark: str) -> list[str]:
 @pytest.mark.parametrize(
     "keys",
     [
-        (
-            *("--compress-down", "powersgd", "--fraction", "0.5", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
-            *("--local-rule", "scaffold", "--optimizer", "adamw"),
-        ),
-        pytest.param(
-            (
-                *("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
-                *("--model", "my_code:mlp", "--dataset", "figures.npz", "--partition", "dirichlet"),
-                *("--partition-args", "alpha=0.9", "--client-weights", "shard-size"),
-                *("--local-steps", "10", "--local-epochs", "1"),
-            ),
-            marks=NEEDS_FLWR_DATASETS,
-        ),
-        pytest.param(
-            as_flags(RESNET),
-            marks=NEEDS_FLWR_DATASETS,
-        ),
+        pytest.param(OWN_CODE, marks=NEEDS_FLWR_DATASETS),
+        pytest.param(COMPRESSED_DOWN, marks=pytest.mark.slow),
+        pytest.param(as_flags(RESNET), marks=[NEEDS_FLWR_DATASETS, pytest.mark.slow]),
         *(pytest.param(as_flags(keys), marks=pytest.mark.slow) for keys in METHODS.values()),
     ],
-    ids=["compressed-down", "own-code", "resnet18", *METHODS],
+    ids=["own-code", "compressed-down", "resnet18", *METHODS],
 )
-def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, keys: tuple[str, ...]
-) -> None:
+def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(tmp_path: Path, keys: tuple[str, ...]) -> None:
     """Also with code and data of one's own in the folder in which the command is given."""
     shutil.copy(ROOT / "tests" / "own_code.py", tmp_path / "my_code.py")
     np.savez(tmp_path / "figures.npz", **larger())  # type: ignore[arg-type]
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([".", os.environ.get("PYTHONPATH", "")]))
-    fleet = run_py(tmp_path, "--name", "threads", *keys, "--engine", "threads")
+    path = os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])
+    fleet = run_py(tmp_path, "--name", "threads", *keys, "--engine", "threads", PYTHONPATH=path)
     assert fleet.returncode == 0, fleet.stderr
-    monkeypatch.setenv("STARTED_BY", str(tmp_path))
-    flower = run_py(tmp_path, "--name", "flower", *keys, "--engine", "flower")
+    command = [*SMALL, "--results-dir", str(tmp_path), "--name", "flower", *keys, "--engine", "flower"]
+    with executed(tmp_path, *command, STARTED_BY=str(tmp_path), PYTHONPATH=path) as process:
+        flower = process.wait()
     assert flower.returncode == 0, flower.stdout
     assert_same_bits(final_model(tmp_path / "flower"), final_model(tmp_path / "threads"))
     assert rows_of(tmp_path / "flower") == rows_of(tmp_path / "threads")
@@ -103,8 +106,10 @@ def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(
 def test_a_run_begun_in_this_process_goes_on_by_flwr_run_bitwise(tmp_path: Path) -> None:
     assert run_py(tmp_path, "--name", "whole", "--delay", "1").returncode == 0
     assert run_py(tmp_path, "--name", "parts", "--delay", "1", "--stop-after-rounds", "1").returncode == 0
-    assert run_py(tmp_path, "--name", "parts", "--delay", "1", "--engine", "flower").returncode == 0
+    parts = run_py(tmp_path, "--name", "parts", "--delay", "1", "--engine", "flower")
+    assert parts.returncode == 0, parts.stdout
     assert_same_bits(final_model(tmp_path / "parts"), final_model(tmp_path / "whole"))
+    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
 
 
 @pytest.fixture
@@ -114,27 +119,25 @@ def temporary() -> Iterator[Path]:
         yield Path(folder)
 
 
-@pytest.mark.parametrize(("number", "most"), [(signal.SIGTERM, 4.0), (signal.SIGHUP, 20.0)])
+@pytest.mark.parametrize(
+    ("number", "most"),
+    [(signal.SIGTERM, 20.0), pytest.param(signal.SIGHUP, 4.0, marks=pytest.mark.slow)],
+)
 def test_a_run_that_is_ended_leaves_no_process_and_no_file(
     tmp_path: Path, temporary: Path, number: signal.Signals, most: float
 ) -> None:
     """At a random moment, from the start of its SuperLink to its rounds; further signals do not skip the cleanup."""
-    command = [sys.executable, str(ROOT / "run.py"), *SMALL, "--results-dir", str(tmp_path), "--engine", "flower"]
-    env = {**os.environ, "STARTED_BY": str(tmp_path), "TMPDIR": str(temporary)}
+    command = [*SMALL, "--results-dir", str(tmp_path), "--engine", "flower", "--rounds", "100000"]
     seconds = random.uniform(0, most)
     print(f"ended {seconds:.2f} s after the start of its SuperLink")
-    with subprocess.Popen(
-        [*command, "--rounds", "100000"], env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    ) as process:
-        while not any("flower-superlink" in each for each in started_by(str(tmp_path))):
-            assert process.poll() is None
-            time.sleep(0.1)
+    with started(tmp_path, *command, STARTED_BY=str(tmp_path), TMPDIR=str(temporary)) as process:
+        process.wait_for(lambda: any("flower-superlink" in each for each in started_by(str(tmp_path))))
         time.sleep(seconds)
         process.send_signal(number)
         time.sleep(0.3)
         process.send_signal(number)
-        log, _ = process.communicate(timeout=100)
-    assert process.returncode == 128 + number, log
+        done = process.wait(100)
+    assert done.returncode == 128 + number, done
     assert started_by(str(tmp_path)) == []
     assert list(temporary.iterdir()) == []
 
@@ -186,7 +189,7 @@ def test_cleanup_is_completed_where_a_signal_interrupts_it() -> None:
 
 
 def test_a_run_that_fails_on_flower_is_exit_code_1(tmp_path: Path) -> None:
-    failed = run_py(tmp_path, "--name", "nan", "--lr", "1e30", "--engine", "flower")
+    failed = run_py(tmp_path, "--name", "nan", "--lr", "1e30", "--clients", "2", "--engine", "flower")
     assert failed.returncode == 1
     assert "flwr run did not complete (its status: finished:failed)" in failed.stderr
     assert "round 1: too few usable updates: worker 0: " in failed.stdout
@@ -217,13 +220,19 @@ def test_flower_logs_bad_input_in_one_line_and_faults_with_their_traceback(
         logger.removeHandler(caplog.handler)
 
 
-def test_flwr_run_as_flowers_users_run_it(tmp_path: Path) -> None:
-    """``flwr run .`` with run-config overrides; a federation of another size than `clients` fails, not waits."""
-    config = Config(clients=2, device="cpu", threads=1)
-    overrides = (
-        f'dataset="synthetic" model="lenet5" clients=2 local-steps=2 rounds=2 batch-size=16 device="cpu" threads=1 '
-        f'results-dir="{tmp_path}" name="plain"'
-    )
+def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """``flwr run .`` with run-config overrides; a federation of another size than `clients` fails, not waits.
+
+    With a strategy of the user's: the server's process finds the module by PYTHONPATH, and the clients do not need it.
+    """
+    modules = tmp_path / "modules"
+    modules.mkdir()
+    shutil.copy(ROOT / "tests" / "strategies" / "user_strategies.py", modules / "own_strategies.py")
+    monkeypatch.syspath_prepend(modules)
+    monkeypatch.setenv("PYTHONPATH", str(modules))
+    keys = {**TINY, "strategy": "own_strategies:SlowMo", "results-dir": str(tmp_path)}
+    config = resolve(Config().changed({**keys, "name": "threads"}), "localsgd")
+    overrides = " ".join(f"{name}={json.dumps(value)}" for name, value in {**keys, "name": "plain"}.items())
     with superlink(tmp_path) as env:
         app = copy_app(tmp_path / "app")
         command = [str(Path(sys.executable).with_name("flwr")), "run", ".", "fedsim", "--stream", "-c", overrides]
@@ -237,5 +246,6 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path) -> None:
         assert not (tmp_path / "plain").exists()
         right = [*command, "--federation-config", federation(config)]
         subprocess.run(right, cwd=app, env=env, capture_output=True, text=True, timeout=200, check=True)
-    assert len(rows_of(tmp_path / "plain")) == 2
     assert (tmp_path / "plain" / "summary.json").exists()
+    assert rows_of(tmp_path / "plain") == rows_of(execute(config, "localsgd"))
+    assert_same_bits(final_model(tmp_path / "plain"), final_model(tmp_path / "threads"))
