@@ -59,6 +59,13 @@ def training_images(config: Config) -> int:
     return facts_of(config).images - config.validation
 
 
+def recorded_images(config: Config) -> int:
+    """`training_images` of a run, by its record: raises UserError for a function, as what a record names is not run."""
+    if is_function(config.dataset):
+        raise UserError(f"dataset = {config.dataset} is not called for a record")
+    return training_images(config)
+
+
 def image_shape(config: Config) -> ImageShape:
     """The shape of a model's input; raises UserError where a crop is larger than the image with its border."""
     height, width, channels = facts_of(config).shape
