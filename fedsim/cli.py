@@ -516,9 +516,9 @@ def _print_cost(config: Config, mode: Mode, engine: Engine, track: str) -> None:
 def _check_run(config: Config, mode: Mode, engine: Engine, track: str) -> None:
     """Raise UserError if a run of `config` (resolved) cannot begin, without writing anything."""
     from fedsim.experiments.execute import check
-    from fedsim.experiments.lengthen import open_run
     from fedsim.experiments.sweep import check_writable
     from fedsim.experiments.track import check_tracker
+    from fedsim.federation.lengthen import open_run
     from fedsim.records import CONFIG, run_folder
 
     check_tracker(track, engine)

@@ -101,14 +101,6 @@ class Run:
                 self._check_folder()  # again, as another process may have changed it
             yield
 
-    def lengthen(self) -> None:
-        """Make the folder's shorter run, if it holds one, an unfinished one of this configuration."""
-        if self._lengthens:
-            with self._writing():
-                (self.folder / SUMMARY).unlink(missing_ok=True)
-                _write_json(self.folder / CONFIG, self._identity)
-            self._lengthens = False
-
     def resume(self, rounds: int, like: Mapping[str, Any]) -> dict[str, Any] | None:
         """The checkpoint to resume from, if there is one; later rows are dropped.
 
@@ -129,7 +121,7 @@ class Run:
             if checkpoint["stacked"] != (self._engine == "stacked"):
                 other = "stacked" if checkpoint["stacked"] else "threads"
                 raise UserError(f"name = {self.folder.name}: it was trained by another engine: give --engine {other}")
-            self.lengthen()
+            self._lengthen()
             if refused:
                 self._put_aside(refused[0], checkpoint["round"], rows)
             self._truncate_rows(rows, checkpoint["rows_bytes"])
@@ -141,7 +133,12 @@ class Run:
                 f"name = {self.folder.name}: {'; '.join(refused)}: there is no other checkpoint to resume from: "
                 "give --rerun to run it again, or another --name"
             )
-        self.lengthen()
+        if self._lengthens and (read_summary(self.folder) or {}).get("finished"):
+            raise UserError(
+                f"name = {self.folder.name}: the finished run has no checkpoint to resume from: give --rerun to run it "
+                "again, or another --name"
+            )
+        self._lengthen()
         self._truncate_rows(rows, 0)
         return None
 
@@ -197,24 +194,14 @@ class Run:
             **provenance(device),
         }
         with self._writing():
-            model_sha256 = _sha256_of(self.folder / MODEL)
-            sha256 = {ROWS: rows_sha256, MODEL: model_sha256, SUMMARY: _sha256_of_json(summary)}
-            _write_json(self.folder / SUMMARY, {**summary, "sha256": sha256})
+            sha256 = {ROWS: rows_sha256, MODEL: _sha256_of(self.folder / MODEL)}
+            _write_summary(self.folder, summary, sha256)
 
     def check_outputs(self) -> None:
-        """Raise UserError if rows or model of a finished run do not match its summary; warn if the model is missing.
-
-        Summaries of older versions have no digests: only their numbers are compared with the rows.
-        """
-        summary = read_summary(self.folder) or {}
-        digests = summary.get("sha256", {})
-        damaged = [name for name in (ROWS, MODEL) if name in digests and _differs(self.folder / name, digests[name])]
-        outcome = _outcome(read_rows(self.folder))
-        if damaged or any(summary.get(name) != value for name, value in outcome.items()):
-            raise UserError(
-                f"name = {self.folder.name}: {self.folder / (damaged or [ROWS])[0]} is not what {SUMMARY} was written "
-                "with, one of them is damaged: restore it, or give --rerun to run it again"
-            )
+        """Raise UserError if rows or model of a finished run do not match its summary; warn if the model is missing."""
+        verified_rows(self.folder)
+        verify_model(self.folder)
+        digests = (read_summary(self.folder) or {}).get("sha256", {})
         if MODEL in digests and not (self.folder / MODEL).exists():
             print(f"warning: {self.folder / MODEL} is missing: give --rerun to run it again", file=sys.stderr)
 
@@ -223,6 +210,19 @@ class Run:
         with self._writing():
             for name in OUTPUTS:
                 (self.folder / name).unlink(missing_ok=True)
+
+    def _lengthen(self) -> None:
+        """Make the folder's shorter run, if it holds one, an unfinished one of this configuration.
+
+        The summary is replaced first: a finished one always is that of the configuration.
+        """
+        if self._lengthens:
+            with self._writing():
+                if summary := read_summary(self.folder):
+                    digests = summary.pop("sha256", {})
+                    _write_summary(self.folder, {**summary, "finished": False}, digests)
+                _write_json(self.folder / CONFIG, self._identity)
+            self._lengthens = False
 
     def _create_folder(self) -> None:
         """Check the folder, or create it with its configuration."""
@@ -403,6 +403,37 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
+def verified_rows(folder: Path) -> list[Row]:
+    """The rows of a run; raises UserError if it is finished and its summary was written with others.
+
+    Summaries of older versions have no digests: only their numbers are compared with the rows.
+    """
+    rows, summary = read_rows(folder), read_summary(folder)
+    if summary and summary["finished"]:
+        _verify_sha256(folder, ROWS, summary)
+        if any(summary.get(name) != value for name, value in _outcome(rows).items()):
+            raise _not_its_own(folder, ROWS)
+    return rows
+
+
+def verify_model(folder: Path) -> None:
+    """Raise UserError if the summary of a run was written with another model."""
+    _verify_sha256(folder, MODEL, read_summary(folder) or {})
+
+
+def _verify_sha256(folder: Path, name: str, summary: Mapping[str, Any]) -> None:
+    sha256 = summary.get("sha256", {}).get(name)
+    if sha256 and _differs(folder / name, sha256):
+        raise _not_its_own(folder, name)
+
+
+def _not_its_own(folder: Path, name: str) -> UserError:
+    return UserError(
+        f"name = {folder.name}: {folder / name} is not what {SUMMARY} was written with, one of them is damaged: "
+        "restore it, or give --rerun to run it again"
+    )
+
+
 def read_rows(folder: Path) -> list[Row]:
     """The rows of a run, without a last line that was not completely written."""
     lines = _read_rows(folder).splitlines()
@@ -449,8 +480,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if valid and summary["finished"]:
         valid = all(map(_is_number, map(summary.get, ("best_test_accuracy", "final_test_accuracy", "seconds"))))
     if valid and digests:  # summaries of older versions have none
-        content = {name: value for name, value in summary.items() if name != "sha256"}
-        valid = digests.get(SUMMARY) == _sha256_of_json(content)
+        valid = digests.get(SUMMARY) == sha256_of_summary(summary)
     if not valid:
         raise UserError(f"{path} is damaged: {remedy}")
     return summary
@@ -502,7 +532,9 @@ def _sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sha256_of_json(content: Mapping[str, Any]) -> str:
+def sha256_of_summary(summary: Mapping[str, Any]) -> str:
+    """The SHA-256 of a summary without its digests, among which it is."""
+    content = {name: value for name, value in summary.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -512,6 +544,12 @@ def _differs(path: Path, sha256: str) -> bool:
         return path.exists() and _sha256_of(path) != sha256
     except OSError:
         return True
+
+
+def _write_summary(folder: Path, summary: Mapping[str, Any], sha256: Mapping[str, str]) -> None:
+    """Write a summary with the digests of the files that it is of, if there are any, and of itself."""
+    sealed = {"sha256": {**sha256, SUMMARY: sha256_of_summary(summary)}} if sha256 else {}
+    _write_json(folder / SUMMARY, {**summary, **sealed})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

@@ -14,9 +14,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import image_shape, recorded_images, training_images
-from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.compress import codec_of
+from fedsim.federation.lengthen import open_run
 from fedsim.federation.round import initial_progress
 from fedsim.models import cpu_model, initial_model
 from fedsim.records import CONFIG, read_config, read_summary

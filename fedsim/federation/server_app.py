@@ -17,6 +17,7 @@ from fedsim.data.partition import check_partition
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.federation.checkpoint import collect_memories, resume, save
+from fedsim.federation.lengthen import open_run
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import fewest_updates
@@ -48,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     check_of_run(config)
     check_model(config)
     is_new = not run_folder(config, "localsgd").exists()
-    run = Run(config, "localsgd", print_row, engine="flower")
+    run = open_run(config, "localsgd", print_row, "flower")
     print(f"run folder: {run.folder}", flush=True)
     if run.finished:
         raise UserError(f"name = {run.folder.name}: the run in {run.folder} is finished: give another --name")
