@@ -201,15 +201,16 @@ def study(
     data_dir: str | Path | None = None,
     device: str | None = None,
     threads: int | None = None,
+    accept_changed_code: bool | None = None,
     engine: str = "auto",
     rerun: bool = False,
     progress: bool = True,
 ) -> StudyResult:
     """Run the study `name`, one of fedsim's or a TOML file: all cells, or those that match `cells`, with `seeds`.
 
-    `data_dir`, `device` and `threads` override what the study sets.
+    `data_dir`, `device`, `threads` and `accept_changed_code` override what the study sets.
     """
-    own = {"data_dir": data_dir, "device": device, "threads": threads}
+    own = {"data_dir": data_dir, "device": device, "threads": threads, "accept_changed_code": accept_changed_code}
     keys = as_keys("localsgd", {key: value for key, value in own.items() if value is not None})
 
     def cells_of(study: Study) -> Any:

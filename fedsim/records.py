@@ -4,7 +4,8 @@
                  metrics.jsonl   one row per round (centralized: per epoch), on disk before the next checkpoint
                  checkpoint.pt   what the run needs to resume bit for bit; checkpoint-before.pt is the previous one
                  model.pt        the last global model, a state_dict
-                 summary.json    the outcome, its origin, and the SHA-256 of itself, metrics.jsonl and model.pt
+                 summary.json    the outcome, its origin, and the SHA-256 of itself, metrics.jsonl and model.pt;
+                                 like checkpoints, also those of the data set and of the user's own code
                  .lock           locked by the process that runs it
 
 Files other than metrics.jsonl, which grows, are replaced atomically. A checkpoint file ends with its SHA-256, and the
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -32,6 +34,7 @@ from torch import Tensor
 from fedsim.checkpoint_file import InvalidCheckpoint, mismatch, parse_checkpoint, seal, serialize
 from fedsim.config import BUDGET, Config, Mode, complete_record
 from fedsim.errors import RunFailed, RunInProgress, UserError
+from fedsim.inputs import Inputs, check_inputs, check_own_data, inputs_of, warn_of_versions
 from fedsim.provenance import provenance
 
 Row = dict[str, Any]
@@ -65,6 +68,7 @@ class Run:
         `lengthens` it: then the folder gets this configuration once it is known that the run can be resumed. `on_row`
         is called with each row; the summary names the `engine` that trained the clients.
         """
+        self._config = config
         self._engine = engine
         self._lengthens = lengthens
         self.folder = run_folder(config, mode)
@@ -79,6 +83,12 @@ class Run:
         self._rows_bytes = 0
         self._began = time.perf_counter()
         self._seconds_before = 0.0
+        self._code_changed_after: list[int] = []  # the rounds after which changed code was accepted
+        self.own_data: dict[str, dict[str, str]] = {}  # of each worker, the digests of images of its own, or none
+
+    @functools.cached_property
+    def _inputs(self) -> Inputs:
+        return inputs_of(self._config)
 
     @property
     def finished(self) -> bool:
@@ -101,6 +111,16 @@ class Run:
                 self._check_folder()  # again, as another process may have changed it
             yield
 
+    def check_inputs(self) -> None:
+        """Raise UserError where the finished run, or the last checkpoint, is of other data or code than there is now.
+
+        A checkpoint that cannot be read is left to `resume`.
+        """
+        held = read_summary(self.folder) if self.finished else None
+        with contextlib.suppress(OSError, InvalidCheckpoint):
+            held = held or parse_checkpoint((self.folder / CHECKPOINT).read_bytes())
+        check_inputs(self._config, self.folder.name, held or {}, self._inputs)
+
     def resume(self, rounds: int, like: Mapping[str, Any]) -> dict[str, Any] | None:
         """The checkpoint to resume from, if there is one; later rows are dropped.
 
@@ -121,6 +141,7 @@ class Run:
             if checkpoint["stacked"] != (self._engine == "stacked"):
                 other = "stacked" if checkpoint["stacked"] else "threads"
                 raise UserError(f"name = {self.folder.name}: it was trained by another engine: give --engine {other}")
+            self._take_inputs(checkpoint)
             self._lengthen()
             if refused:
                 self._put_aside(refused[0], checkpoint["round"], rows)
@@ -167,6 +188,7 @@ class Run:
             "stacked": self._engine == "stacked",
             "rows_bytes": self._rows_bytes,
             "rows_sha256": self._flush_rows(),
+            **self._recorded_inputs(),
         }
         content = serialize({**header, **state})
         last = self.folder / CHECKPOINT
@@ -192,6 +214,7 @@ class Run:
             "parameters": parameters,
             **({"engine": self._engine} if self._engine else {}),
             **provenance(device),
+            **self._recorded_inputs(),
         }
         with self._writing():
             sha256 = {ROWS: rows_sha256, MODEL: _sha256_of(self.folder / MODEL)}
@@ -210,6 +233,23 @@ class Run:
         with self._writing():
             for name in OUTPUTS:
                 (self.folder / name).unlink(missing_ok=True)
+
+    def _recorded_inputs(self) -> dict[str, Any]:
+        """What checkpoints and summaries hold of the run's inputs."""
+        recorded: dict[str, Any] = {**self._inputs}
+        if any(self.own_data.values()):
+            recorded["own_data"] = self.own_data
+        if self._code_changed_after:
+            recorded["code_changed_after"] = self._code_changed_after
+        return recorded
+
+    def _take_inputs(self, checkpoint: Mapping[str, Any]) -> None:
+        """Compare the inputs in the checkpoint with those of now, and take over what it says of them."""
+        changed = check_inputs(self._config, self.folder.name, checkpoint, self._inputs)
+        warn_of_versions(self.folder.name, checkpoint, self._inputs)
+        self._code_changed_after = checkpoint.get("code_changed_after", []) + [checkpoint["round"]] * changed
+        for worker, digests in checkpoint.get("own_data", {}).items():
+            check_own_data(worker, digests, self.own_data.setdefault(worker, digests))
 
     def _lengthen(self) -> None:
         """Make the folder's shorter run, if it holds one, an unfinished one of this configuration.

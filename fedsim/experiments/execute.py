@@ -78,6 +78,8 @@ def execute_checked(
     with run.lock(patience):
         if rerun:
             run.reset()
+        if run.finished or engine == "flower":  # which resumes it in another process
+            run.check_inputs()
         if run.finished:
             run.check_outputs()
             return run

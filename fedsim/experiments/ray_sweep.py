@@ -106,6 +106,7 @@ class OnRay:
                     if rerun:
                         run.reset()  # not in the task, which has to resume if Ray restarts it
                 if run.finished:
+                    run.check_inputs()
                     run.check_outputs()
                     yield cell, None
                 else:

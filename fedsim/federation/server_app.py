@@ -72,7 +72,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     initial = initial_progress(config, model)
     strategy = build_strategy(config, plan, model)
     messenger = Messenger(grid)
-    registry = NodeRegistry(messenger, config)
+    registry = NodeRegistry(messenger, config, run.own_data)
     registry.wait_for(config.min_clients or config.clients, strict=True)
     progress = resume(run, messenger, registry.nodes, initial, plan.rounds)
 
