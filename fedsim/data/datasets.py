@@ -253,7 +253,7 @@ def digest(array: NDArray[Any]) -> bytes:
     """The SHA-256 of the shape and the values of an array, read in parts, to save memory where it is not contiguous."""
     sha256 = hashlib.sha256(repr(array.shape).encode())
     for start in range(0, len(array), 1000):
-        sha256.update(np.ascontiguousarray(array[start : start + 1000]))
+        sha256.update(np.ascontiguousarray(array[start : start + 1000]).data)
     return sha256.digest()
 
 
