@@ -17,7 +17,7 @@ from fedsim.own_code import own_code
 from fedsim.provenance import versions
 
 Inputs = dict[str, dict[str, str]]
-SHOWN = 3  # names in a message
+SHOWN = 4  # names in a message
 
 
 def inputs_of(config: Config) -> Inputs:
