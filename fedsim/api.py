@@ -32,10 +32,12 @@ from fedsim.experiments.study import Study, grid_study, read_study, select
 from fedsim.experiments.sweep import OneByOne, fail_if_any
 from fedsim.experiments.track import check_tracker, tracker
 from fedsim.experiments.tune import run_tuned_studies
-from fedsim.records import CONFIG, Row, read_config, read_rows, read_summary, run_folder
+from fedsim.records import CONFIG, MODEL, Row, read_config, read_summary, run_folder, verified_rows, verify_model
 
 if TYPE_CHECKING:  # slow to import, so a run begins first
     import pandas as pd
+
+    from fedsim.report.load import Records
 
 
 @dataclass(frozen=True, init=False)
@@ -52,10 +54,13 @@ class Result:
 
     @property
     def rows(self) -> pd.DataFrame:
-        """The rows of ``metrics.jsonl`` with its columns; accuracies are from 0 to 1."""
+        """The rows of ``metrics.jsonl`` with its columns; accuracies are from 0 to 1.
+
+        Raises UserError if the run is finished and its summary was written with other rows.
+        """
         import pandas as pd
 
-        return pd.DataFrame(read_rows(self.folder))
+        return pd.DataFrame(verified_rows(self.folder))
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -73,8 +78,11 @@ class Result:
         return bool(self.summary.get("finished"))
 
     def state_dict(self) -> dict[str, Tensor]:
-        """The global model."""
-        state: dict[str, Tensor] = torch.load(self.folder / "model.pt", map_location="cpu", weights_only=True)
+        """The global model; raises UserError if there is none, or the summary was written with another."""
+        verify_model(self.folder)
+        if not (self.folder / MODEL).exists():
+            raise UserError(f"{self.folder} holds no {MODEL}: run it to its end, or with rerun=True if it is finished")
+        state: dict[str, Tensor] = torch.load(self.folder / MODEL, map_location="cpu", weights_only=True)
         return state
 
 
@@ -93,16 +101,21 @@ class StudyResult:
     @property
     def runs(self) -> pd.DataFrame:
         """A row for each run: its keys in kebab-case, its accuracies and costs in snake_case, `run` and `folder`."""
-        from fedsim.report.load import read_records
-
-        return read_records(self.folder).runs
+        return self._records().runs
 
     @property
     def rows(self) -> pd.DataFrame:
         """The rows of all runs; `run` is a run's index in `runs`."""
+        return self._records().rows
+
+    def _records(self) -> Records:
+        """All records; a file that is damaged, or not what its summary was written with, is reported and left out."""
         from fedsim.report.load import read_records
 
-        return read_records(self.folder).rows
+        records = read_records(self.folder)
+        for warning in records.warnings:
+            print(f"warning: {warning}", file=sys.stderr)
+        return records
 
     def __getitem__(self, name: str) -> Result:
         """The run of this name, for instance ``k4-j10-seed1``."""
@@ -188,15 +201,16 @@ def study(
     data_dir: str | Path | None = None,
     device: str | None = None,
     threads: int | None = None,
+    accept_changed_code: bool | None = None,
     engine: str = "auto",
     rerun: bool = False,
     progress: bool = True,
 ) -> StudyResult:
     """Run the study `name`, one of fedsim's or a TOML file: all cells, or those that match `cells`, with `seeds`.
 
-    `data_dir`, `device` and `threads` override what the study sets.
+    `data_dir`, `device`, `threads` and `accept_changed_code` override what the study sets.
     """
-    own = {"data_dir": data_dir, "device": device, "threads": threads}
+    own = {"data_dir": data_dir, "device": device, "threads": threads, "accept_changed_code": accept_changed_code}
     keys = as_keys("localsgd", {key: value for key, value in own.items() if value is not None})
 
     def cells_of(study: Study) -> Any:

@@ -268,6 +268,7 @@ def study(
     stop_after_epochs: Optional[str] = typer.Option(
         None, "--stop-after-epochs", help="as for localsgd", metavar="NUMBER"
     ),
+    accept_changed_code: bool = typer.Option(False, "--accept-changed-code", help="as for localsgd"),
     precision: str = typer.Option(
         "", "--precision", help="run each study in this precision, as STUDY-PRECISION", metavar="TEXT"
     ),
@@ -288,7 +289,8 @@ def study(
 
         print(*list_studies(chosen, _results(results_dir)), sep="\n")
         return
-    keys = given({"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs})
+    flags = {"data-dir": data_dir, "device": device, "threads": threads, "stop-after-epochs": stop_after_epochs}
+    keys = given({**flags, "accept-changed-code": accept_changed_code or None})
     only = [pattern.strip() for pattern in cells.split(",") if pattern.strip()]
     read = [read_study(name).in_precision(precision) if precision else read_study(name) for name in studies]
     runner = _runner(ray, cpus_per_cell, gpus_per_cell, engine, track)
@@ -516,9 +518,9 @@ def _print_cost(config: Config, mode: Mode, engine: Engine, track: str) -> None:
 def _check_run(config: Config, mode: Mode, engine: Engine, track: str) -> None:
     """Raise UserError if a run of `config` (resolved) cannot begin, without writing anything."""
     from fedsim.experiments.execute import check
-    from fedsim.experiments.lengthen import open_run
     from fedsim.experiments.sweep import check_writable
     from fedsim.experiments.track import check_tracker
+    from fedsim.federation.lengthen import open_run
     from fedsim.records import CONFIG, run_folder
 
     check_tracker(track, engine)

@@ -454,6 +454,8 @@ class Config(BaseModel, frozen=True):
     """Folder of the runs' folders."""
     resume: Annotated[Name, LOCALSGD, OPERATIONAL] = ""
     """Name of a run in results-dir to resume; its configuration is read from its folder."""
+    accept_changed_code: Annotated[Bool, OPERATIONAL] = False
+    """Resume a run although the code of its own model, data set or strategy has changed since."""
     name: Annotated[Name, OPERATIONAL] = ""
     """Name of the run's folder; empty: made from the configuration."""
 

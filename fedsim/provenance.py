@@ -23,12 +23,17 @@ def provenance(device: str) -> dict[str, Any]:
     """What summaries and benchmark files record of their origin."""
     cpu = platform.processor() or platform.machine()
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
-    versions = {package: importlib.metadata.version(package) for package in PACKAGES}
     return {
         "device": f"{device} ({name})",
         **(json.loads(os.environ.get("FEDSIM_ORIGIN", "null")) or origin()),
-        "versions": {"python": platform.python_version(), "fedsim": __version__, **versions},
+        "versions": versions(),
     }
+
+
+def versions() -> dict[str, str]:
+    """The versions of Python, fedsim and the packages that it computes with."""
+    found = {package: importlib.metadata.version(package) for package in PACKAGES}
+    return {"python": platform.python_version(), "fedsim": __version__, **found}
 
 
 def origin() -> dict[str, str]:

@@ -4,7 +4,8 @@
                  metrics.jsonl   one row per round (centralized: per epoch), on disk before the next checkpoint
                  checkpoint.pt   what the run needs to resume bit for bit; checkpoint-before.pt is the previous one
                  model.pt        the last global model, a state_dict
-                 summary.json    the outcome, its origin, and the SHA-256 of itself, metrics.jsonl and model.pt
+                 summary.json    the outcome, its origin, and the SHA-256 of itself, metrics.jsonl and model.pt;
+                                 like checkpoints, also those of the data set and of the user's own code
                  .lock           locked by the process that runs it
 
 Files other than metrics.jsonl, which grows, are replaced atomically. A checkpoint file ends with its SHA-256, and the
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import functools
 import hashlib
 import json
 import math
@@ -32,6 +34,7 @@ from torch import Tensor
 from fedsim.checkpoint_file import InvalidCheckpoint, mismatch, parse_checkpoint, seal, serialize
 from fedsim.config import BUDGET, Config, Mode, complete_record
 from fedsim.errors import RunFailed, RunInProgress, UserError
+from fedsim.inputs import Inputs, check_inputs, check_own_data, inputs_of, warn_of_versions
 from fedsim.provenance import provenance
 
 Row = dict[str, Any]
@@ -65,6 +68,7 @@ class Run:
         `lengthens` it: then the folder gets this configuration once it is known that the run can be resumed. `on_row`
         is called with each row; the summary names the `engine` that trained the clients.
         """
+        self._config = config
         self._engine = engine
         self._lengthens = lengthens
         self.folder = run_folder(config, mode)
@@ -79,6 +83,12 @@ class Run:
         self._rows_bytes = 0
         self._began = time.perf_counter()
         self._seconds_before = 0.0
+        self._code_changed_after: list[int] = []  # the rounds after which changed code was accepted
+        self.own_data: dict[str, dict[str, str]] = {}  # of each worker, the digests of images of its own, or none
+
+    @functools.cached_property
+    def _inputs(self) -> Inputs:
+        return inputs_of(self._config)
 
     @property
     def finished(self) -> bool:
@@ -101,13 +111,15 @@ class Run:
                 self._check_folder()  # again, as another process may have changed it
             yield
 
-    def lengthen(self) -> None:
-        """Make the folder's shorter run, if it holds one, an unfinished one of this configuration."""
-        if self._lengthens:
-            with self._writing():
-                (self.folder / SUMMARY).unlink(missing_ok=True)
-                _write_json(self.folder / CONFIG, self._identity)
-            self._lengthens = False
+    def check_inputs(self) -> None:
+        """Raise UserError where the finished run, or the last checkpoint, is of other data or code than there is now.
+
+        A checkpoint that cannot be read is left to `resume`.
+        """
+        held = read_summary(self.folder) if self.finished else None
+        with contextlib.suppress(OSError, InvalidCheckpoint):
+            held = held or parse_checkpoint((self.folder / CHECKPOINT).read_bytes())
+        check_inputs(self._config, self.folder.name, held or {}, self._inputs)
 
     def resume(self, rounds: int, like: Mapping[str, Any]) -> dict[str, Any] | None:
         """The checkpoint to resume from, if there is one; later rows are dropped.
@@ -129,7 +141,8 @@ class Run:
             if checkpoint["stacked"] != (self._engine == "stacked"):
                 other = "stacked" if checkpoint["stacked"] else "threads"
                 raise UserError(f"name = {self.folder.name}: it was trained by another engine: give --engine {other}")
-            self.lengthen()
+            self._take_inputs(checkpoint)
+            self._lengthen()
             if refused:
                 self._put_aside(refused[0], checkpoint["round"], rows)
             self._truncate_rows(rows, checkpoint["rows_bytes"])
@@ -141,7 +154,12 @@ class Run:
                 f"name = {self.folder.name}: {'; '.join(refused)}: there is no other checkpoint to resume from: "
                 "give --rerun to run it again, or another --name"
             )
-        self.lengthen()
+        if self._lengthens and (read_summary(self.folder) or {}).get("finished"):
+            raise UserError(
+                f"name = {self.folder.name}: the finished run has no checkpoint to resume from: give --rerun to run it "
+                "again, or another --name"
+            )
+        self._lengthen()
         self._truncate_rows(rows, 0)
         return None
 
@@ -170,6 +188,7 @@ class Run:
             "stacked": self._engine == "stacked",
             "rows_bytes": self._rows_bytes,
             "rows_sha256": self._flush_rows(),
+            **self._recorded_inputs(),
         }
         content = serialize({**header, **state})
         last = self.folder / CHECKPOINT
@@ -195,26 +214,17 @@ class Run:
             "parameters": parameters,
             **({"engine": self._engine} if self._engine else {}),
             **provenance(device),
+            **self._recorded_inputs(),
         }
         with self._writing():
-            model_sha256 = _sha256_of(self.folder / MODEL)
-            sha256 = {ROWS: rows_sha256, MODEL: model_sha256, SUMMARY: _sha256_of_json(summary)}
-            _write_json(self.folder / SUMMARY, {**summary, "sha256": sha256})
+            sha256 = {ROWS: rows_sha256, MODEL: _sha256_of(self.folder / MODEL)}
+            _write_summary(self.folder, summary, sha256)
 
     def check_outputs(self) -> None:
-        """Raise UserError if rows or model of a finished run do not match its summary; warn if the model is missing.
-
-        Summaries of older versions have no digests: only their numbers are compared with the rows.
-        """
-        summary = read_summary(self.folder) or {}
-        digests = summary.get("sha256", {})
-        damaged = [name for name in (ROWS, MODEL) if name in digests and _differs(self.folder / name, digests[name])]
-        outcome = _outcome(read_rows(self.folder))
-        if damaged or any(summary.get(name) != value for name, value in outcome.items()):
-            raise UserError(
-                f"name = {self.folder.name}: {self.folder / (damaged or [ROWS])[0]} is not what {SUMMARY} was written "
-                "with, one of them is damaged: restore it, or give --rerun to run it again"
-            )
+        """Raise UserError if rows or model of a finished run do not match its summary; warn if the model is missing."""
+        verified_rows(self.folder)
+        verify_model(self.folder)
+        digests = (read_summary(self.folder) or {}).get("sha256", {})
         if MODEL in digests and not (self.folder / MODEL).exists():
             print(f"warning: {self.folder / MODEL} is missing: give --rerun to run it again", file=sys.stderr)
 
@@ -223,6 +233,36 @@ class Run:
         with self._writing():
             for name in OUTPUTS:
                 (self.folder / name).unlink(missing_ok=True)
+
+    def _recorded_inputs(self) -> dict[str, Any]:
+        """What checkpoints and summaries hold of the run's inputs."""
+        recorded: dict[str, Any] = {**self._inputs}
+        if any(self.own_data.values()):
+            recorded["own_data"] = self.own_data
+        if self._code_changed_after:
+            recorded["code_changed_after"] = self._code_changed_after
+        return recorded
+
+    def _take_inputs(self, checkpoint: Mapping[str, Any]) -> None:
+        """Compare the inputs in the checkpoint with those of now, and take over what it says of them."""
+        changed = check_inputs(self._config, self.folder.name, checkpoint, self._inputs)
+        warn_of_versions(self.folder.name, checkpoint, self._inputs)
+        self._code_changed_after = checkpoint.get("code_changed_after", []) + [checkpoint["round"]] * changed
+        for worker, digests in checkpoint.get("own_data", {}).items():
+            check_own_data(worker, digests, self.own_data.setdefault(worker, digests))
+
+    def _lengthen(self) -> None:
+        """Make the folder's shorter run, if it holds one, an unfinished one of this configuration.
+
+        The summary is replaced first: a finished one always is that of the configuration.
+        """
+        if self._lengthens:
+            with self._writing():
+                if summary := read_summary(self.folder):
+                    digests = summary.pop("sha256", {})
+                    _write_summary(self.folder, {**summary, "finished": False}, digests)
+                _write_json(self.folder / CONFIG, self._identity)
+            self._lengthens = False
 
     def _create_folder(self) -> None:
         """Check the folder, or create it with its configuration."""
@@ -403,6 +443,37 @@ def is_locked(folder: Path) -> bool:
     return False
 
 
+def verified_rows(folder: Path) -> list[Row]:
+    """The rows of a run; raises UserError if it is finished and its summary was written with others.
+
+    Summaries of older versions have no digests: only their numbers are compared with the rows.
+    """
+    rows, summary = read_rows(folder), read_summary(folder)
+    if summary and summary["finished"]:
+        _verify_sha256(folder, ROWS, summary)
+        if any(summary.get(name) != value for name, value in _outcome(rows).items()):
+            raise _not_its_own(folder, ROWS)
+    return rows
+
+
+def verify_model(folder: Path) -> None:
+    """Raise UserError if the summary of a run was written with another model."""
+    _verify_sha256(folder, MODEL, read_summary(folder) or {})
+
+
+def _verify_sha256(folder: Path, name: str, summary: Mapping[str, Any]) -> None:
+    sha256 = summary.get("sha256", {}).get(name)
+    if sha256 and _differs(folder / name, sha256):
+        raise _not_its_own(folder, name)
+
+
+def _not_its_own(folder: Path, name: str) -> UserError:
+    return UserError(
+        f"name = {folder.name}: {folder / name} is not what {SUMMARY} was written with, one of them is damaged: "
+        "restore it, or give --rerun to run it again"
+    )
+
+
 def read_rows(folder: Path) -> list[Row]:
     """The rows of a run, without a last line that was not completely written."""
     lines = _read_rows(folder).splitlines()
@@ -449,8 +520,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     if valid and summary["finished"]:
         valid = all(map(_is_number, map(summary.get, ("best_test_accuracy", "final_test_accuracy", "seconds"))))
     if valid and digests:  # summaries of older versions have none
-        content = {name: value for name, value in summary.items() if name != "sha256"}
-        valid = digests.get(SUMMARY) == _sha256_of_json(content)
+        valid = digests.get(SUMMARY) == sha256_of_summary(summary)
     if not valid:
         raise UserError(f"{path} is damaged: {remedy}")
     return summary
@@ -502,7 +572,9 @@ def _sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _sha256_of_json(content: Mapping[str, Any]) -> str:
+def sha256_of_summary(summary: Mapping[str, Any]) -> str:
+    """The SHA-256 of a summary without its digests, among which it is."""
+    content = {name: value for name, value in summary.items() if name != "sha256"}
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -512,6 +584,12 @@ def _differs(path: Path, sha256: str) -> bool:
         return path.exists() and _sha256_of(path) != sha256
     except OSError:
         return True
+
+
+def _write_summary(folder: Path, summary: Mapping[str, Any], sha256: Mapping[str, str]) -> None:
+    """Write a summary with the digests of the files that it is of, if there are any, and of itself."""
+    sealed = {"sha256": {**sha256, SUMMARY: sha256_of_summary(summary)}} if sha256 else {}
+    _write_json(folder / SUMMARY, {**summary, **sealed})
 
 
 def _write_json(path: Path, content: Mapping[str, Any]) -> None:

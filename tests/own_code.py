@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import numpy as np
@@ -170,6 +171,19 @@ def arrays(images: int = 96, shape: tuple[int, int, int] = (12, 10, 1), classes:
 
 def load() -> dict[str, np.ndarray]:
     return arrays()
+
+
+def unseeded() -> dict[str, np.ndarray]:
+    """Its split is drawn without a seed, as many are."""
+    held = arrays()
+    order = np.random.default_rng().permutation(96)
+    return {**held, "train_images": held["train_images"][order], "train_labels": held["train_labels"][order]}
+
+
+def of_process() -> dict[str, np.ndarray]:
+    """Its labels depend on the process, though not on the call."""
+    held = arrays(512)
+    return {**held, "train_labels": np.random.default_rng(os.getpid()).permutation(held["train_labels"])}
 
 
 def larger() -> dict[str, np.ndarray]:

@@ -55,6 +55,30 @@ def test_a_run_is_a_frame_a_summary_and_a_model_and_is_not_run_twice(tmp_path: P
     assert fedsim.centralized(**TINY, name="one", results_dir=tmp_path).rows["syncs"].tolist() == [0]
 
 
+def test_what_is_not_what_the_summary_was_written_with_is_not_returned(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = fedsim.localsgd(**TINY, clients=2, local_steps=4, name="run", results_dir=tmp_path)
+    files = {name: (run.folder / name).read_bytes() for name in ("model.pt", "metrics.jsonl", "summary.json")}
+    flipped = bytearray(files["model.pt"])
+    flipped[len(flipped) // 2] ^= 1
+    (run.folder / "model.pt").write_bytes(flipped)
+    with pytest.raises(fedsim.UserError, match=r"model.pt is not what summary.json was written with.*give --rerun"):
+        run.state_dict()
+    (run.folder / "model.pt").unlink()
+    with pytest.raises(fedsim.UserError, match=r"run holds no model.pt: run it"):
+        run.state_dict()
+    (run.folder / "metrics.jsonl").write_bytes(files["metrics.jsonl"].replace(b'"train_loss": ', b'"train_loss": 1'))
+    with pytest.raises(fedsim.UserError, match=r"metrics.jsonl is not what summary.json was written with"):
+        run.rows  # noqa: B018
+    assert len(fedsim.StudyResult(tmp_path).runs) == 0
+    warned = f"warning: {run.folder}/metrics.jsonl: its SHA-256 is not the one in summary.json; the run is left out\n"
+    assert capsys.readouterr().err == warned
+    (run.folder / "summary.json").write_bytes(files["summary.json"].replace(b'"syncs": ', b'"syncs": 1'))
+    with pytest.raises(fedsim.UserError, match=r"summary.json is damaged"):
+        run.summary  # noqa: B018
+
+
 def test_keys_that_are_lists_are_crossed(tmp_path: Path) -> None:
     keys = {**TINY, "results_dir": tmp_path, "name": "mine", "local_steps": 8}
     found = fedsim.grid(clients=list(np.arange(2, 3)), lr=np.array([0.01, 0.1]), seed=range(7, 8), **keys)

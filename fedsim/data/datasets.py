@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
@@ -16,30 +17,34 @@ from fedsim.config import Config
 from fedsim.data.cache import Arrays, cached, discard_damaged, user_cache
 from fedsim.data.images import Images, ImageShape, Moments, bordered
 from fedsim.data.official import CIFAR10, OFFICIAL, Facts, read_official
-from fedsim.data.own_arrays import arrays_of, moments_of_images, read_npz
+from fedsim.data.own_arrays import NAMES, arrays_of, moments_of_images, read_npz
 from fedsim.errors import UserError
 from fedsim.registry import is_function
 from fedsim.rng import generator
 
 SPLITS = ("train", "test")
 Split = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (N, H, W, C) images and (N,) labels
-STORED = ("train-words", "train-labels", "test-words", "test-labels")  # of a data set in the cache
+STORED = ("train-words", "train-labels", "test-words", "test-labels", "sha256")  # of a data set in the cache
 SYNTHETIC = (32, 32, 3), ((0.5,) * 3, (0.21,) * 3)  # shape of its images, and their moments
 
 
 @dataclass(frozen=True)
 class Dataset:
-    """Training images, test images, and the number of classes."""
+    """Training images, test images, the number of classes, and the SHA-256 of each of the arrays `NAMES`.
+
+    The digests are of all images and labels, also where some are held out for validation.
+    """
 
     train: Images
     test: Images
     classes: int
+    sha256: dict[str, str]
 
 
 def load_dataset(config: Config, verify: bool = True) -> Dataset:
     """The data set of `config` (resolved) on its device; a process reads it only once.
 
-    With `verify`, the decoded images in the cache are verified first (see `verify_cache`).
+    With `verify`, the data is verified first (see `verify_data`).
 
     With a validation split, `test` holds the images held out of `train`, so that no choice can depend on the test
     images. Server and clients draw the same split from the seed.
@@ -47,16 +52,33 @@ def load_dataset(config: Config, verify: bool = True) -> Dataset:
     if config.validation >= (available := facts_of(config).images):
         raise UserError(f"validation = {config.validation} leaves none of the {available} training images: give less")
     if verify:
-        verify_cache(config)
+        verify_data(config)
     image_shape(config)
-    facts = replace(facts_of(config), moments=moments_of(config))
-    key = (config.dataset, _folder(config), facts, config.device, config.crop_padding, config.crop_size)
+    key = _key(config, config.device)
     return _hold_out(key, config.validation, config.seed) if config.validation else _whole(*key)
+
+
+def _key(config: Config, device: str) -> tuple[Any, ...]:
+    """The arguments of `_whole` for the data set of `config`."""
+    facts = replace(facts_of(config), moments=moments_of(config))
+    return config.dataset, _folder(config), facts, device, config.crop_padding, config.crop_size
+
+
+def digests_of(config: Config) -> dict[str, str]:
+    """The SHA-256 of each of the arrays `NAMES` of the data set of `config`, whatever its device and validation."""
+    return _whole(*_key(config, "cpu")).sha256
 
 
 def training_images(config: Config) -> int:
     """The number of images that `config` trains on."""
     return facts_of(config).images - config.validation
+
+
+def recorded_images(config: Config) -> int:
+    """`training_images` of a run, by its record: raises UserError for a function, as what a record names is not run."""
+    if is_function(config.dataset):
+        raise UserError(f"dataset = {config.dataset} is not called for a record")
+    return training_images(config)
 
 
 def image_shape(config: Config) -> ImageShape:
@@ -139,14 +161,30 @@ def files_of(dataset: str, folder: str) -> list[Path]:
     raise UserError(f"dataset = {dataset}: there is no such file in {places[0].parent} nor in {places[1].parent}")
 
 
-def verify_cache(config: Config) -> None:
-    """Check the decoded images in the cache, once per process (0.4 s); damaged ones are removed and decoded again."""
-    if folder := _folder(config):
-        _verify(config.dataset, folder, config.crop_padding)
+def verify_data(config: Config) -> None:
+    """Verify the data set of `config`, once per process.
+
+    Decoded images in the cache are checked (0.4 s); damaged ones are removed and decoded again. A function of the
+    user's is called again; raises UserError if it gives other data.
+    """
+    if is_function(config.dataset):
+        _check_repeatable(config.dataset, config.crop_padding)
+    elif folder := _folder(config):
+        _verify_cache(config.dataset, folder, config.crop_padding)
 
 
 @functools.lru_cache(maxsize=8)
-def _verify(dataset: str, folder: str, padding: int) -> None:
+def _check_repeatable(dataset: str, padding: int) -> None:
+    first, again = _of_function(dataset, padding)["sha256"], _digests(arrays_of(dataset)[name] for name in NAMES)
+    if changed := [name for name, *rows in zip(NAMES, first, again, strict=True) if not np.array_equal(*rows)]:
+        raise UserError(
+            f"dataset = {dataset} gives other {', '.join(changed)} when it is called again: draw with a seed, in the "
+            "function itself"
+        )
+
+
+@functools.lru_cache(maxsize=8)
+def _verify_cache(dataset: str, folder: str, padding: int) -> None:
     if discard_damaged(files_of(dataset, folder), padding):
         for read in (_whole, _hold_out, _own_facts):
             read.cache_clear()
@@ -156,20 +194,22 @@ def _verify(dataset: str, folder: str, padding: int) -> None:
 def _hold_out(key: tuple[Any, ...], count: int, seed: int) -> Dataset:
     whole = _whole(*key)
     order = generator(seed, 0, 0, "validation").permutation(len(whole.train))
-    return Dataset(whole.train.subset(order[count:]), whole.train.subset(order[:count]), whole.classes)
+    train, test = (whole.train.subset(part) for part in (order[count:], order[:count]))
+    return replace(whole, train=train, test=test)
 
 
 @functools.lru_cache(maxsize=2)
 def _whole(dataset: str, folder: str, facts: Facts, device: str, padding: int, crop: int) -> Dataset:
     if dataset == "synthetic":
-        arrays = _with_border(_synthetic(facts.classes, facts.images), padding)
+        arrays = _synthetic_arrays(facts.classes, facts.images, padding)
     else:
         arrays = _arrays(dataset, folder, padding)
     train, test = (
         Images(arrays[f"{split}-words"], arrays[f"{split}-labels"], facts.moments, device, padding, crop)
         for split in SPLITS
     )
-    return Dataset(train, test, facts.classes)
+    sha256 = {name: row.tobytes().hex() for name, row in zip(NAMES, arrays["sha256"], strict=True)}
+    return Dataset(train, test, facts.classes, sha256)
 
 
 def _arrays(dataset: str, folder: str, padding: int) -> Arrays:
@@ -197,9 +237,29 @@ def _with_moments(own: Arrays, padding: int) -> Arrays:
 def _with_border(splits: Iterable[Split], padding: int) -> Arrays:
     """The arrays `STORED` of both splits."""
     arrays: Arrays = {}
+    digests = []
     for name, (pixels, labels) in zip(SPLITS, splits, strict=True):
         arrays[f"{name}-words"], arrays[f"{name}-labels"] = bordered(pixels, padding), labels
-    return arrays
+        digests.append(_digests((pixels, labels)))
+    return {**arrays, "sha256": np.concatenate(digests)}
+
+
+def _digests(arrays: Iterable[NDArray[Any]]) -> NDArray[np.uint8]:
+    """(arrays, 32) The SHA-256 of the shape and the values of each array."""
+    return np.stack([np.frombuffer(digest(array), np.uint8) for array in arrays])
+
+
+def digest(array: NDArray[Any]) -> bytes:
+    """The SHA-256 of the shape and the values of an array, read in parts, to save memory where it is not contiguous."""
+    sha256 = hashlib.sha256(repr(array.shape).encode())
+    for start in range(0, len(array), 1000):
+        sha256.update(np.ascontiguousarray(array[start : start + 1000]).data)
+    return sha256.digest()
+
+
+@functools.lru_cache(maxsize=1)
+def _synthetic_arrays(classes: int, images: int, padding: int) -> Arrays:
+    return _with_border(_synthetic(classes, images), padding)
 
 
 def _synthetic(classes: int, images: int) -> Iterator[Split]:

@@ -13,14 +13,14 @@ import os
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.config import Config
-from fedsim.data.cache import cached, discard_damaged
-from fedsim.data.datasets import data_folder, facts_of, load_dataset, moments_of, verify_cache
+from fedsim.data.cache import Arrays, cached, discard_damaged
+from fedsim.data.datasets import data_folder, digest, digests_of, facts_of, load_dataset, moments_of, verify_data
 from fedsim.data.images import Images, bordered
 from fedsim.data.official import OFFICIAL
 from fedsim.data.own_arrays import problem_of
@@ -30,16 +30,34 @@ from fedsim.errors import UserError
 IMAGES, LABELS = "images.npy", "labels.npy"
 
 
+class _Own(NamedTuple):
+    """A node's own images, and the SHA-256 of each of its two files' arrays."""
+
+    images: Images
+    sha256: dict[str, str]
+
+
 def own_images(config: Config) -> Images | None:
     """The images in images.npy and labels.npy of `data-dir`; None if it has no such files."""
+    own = _own(config)
+    return own and own.images
+
+
+def digests_of_node(config: Config) -> dict[str, str]:
+    """The SHA-256 of each array that a node has: of its own two files, or of the run's data set."""
+    own = _own(config)
+    return own.sha256 if own else digests_of(config)
+
+
+def _own(config: Config) -> _Own | None:
     if not _holds_images(config):
         return None
     folder = data_folder(config)
-    return _own_images(config, folder, *(_changed(folder / name) for name in (IMAGES, LABELS)))
+    return _read_own(config, folder, *(_changed(folder / name) for name in (IMAGES, LABELS)))
 
 
 @functools.lru_cache(maxsize=8)
-def _own_images(config: Config, folder: Path, *changed: int) -> Images:
+def _read_own(config: Config, folder: Path, *changed: int) -> _Own:
     pixels, labels = (_mapped(folder, name) for name in (IMAGES, LABELS))
     problem = _problem(pixels, labels, config)
     for official in OFFICIAL.values():
@@ -48,9 +66,14 @@ def _own_images(config: Config, folder: Path, *changed: int) -> Images:
     if problem:
         raise UserError(f"data-dir = {folder}: {problem}")
     padding = config.crop_padding
-    arrays = cached([folder / IMAGES], ["words"], lambda: {"words": bordered(pixels, padding)}, padding)
-    format_args = (moments_of(config), config.device, padding, config.crop_size)
-    return Images(arrays["words"], labels.astype(np.int64), *format_args)
+
+    def make() -> Arrays:
+        return {"words": bordered(pixels, padding), "sha256": np.frombuffer(digest(pixels), np.uint8)}
+
+    arrays = cached([folder / IMAGES], ["words", "sha256"], make, padding)
+    labels = labels.astype(np.int64)
+    images = Images(arrays["words"], labels, moments_of(config), config.device, padding, config.crop_size)
+    return _Own(images, {IMAGES: arrays["sha256"].tobytes().hex(), LABELS: digest(labels).hex()})
 
 
 def _changed(file: Path) -> int:
@@ -72,11 +95,11 @@ def check_of_run(config: Config) -> None:
 
 
 def verify_images(config: Config) -> None:
-    """Check the cached images of a node, its own or the run's; damaged ones are removed and decoded again."""
+    """Verify the data of a node, as `verify_data` does that of the run; its own images may be cached too."""
     if not _holds_images(config):
-        verify_cache(config)
+        verify_data(config)
     elif discard_damaged([data_folder(config) / IMAGES], config.crop_padding):
-        _own_images.cache_clear()
+        _read_own.cache_clear()
 
 
 def check_named(config: Config) -> None:

@@ -13,10 +13,10 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.config import Config, Mode
-from fedsim.data.datasets import image_shape, training_images
-from fedsim.experiments.lengthen import open_run
+from fedsim.data.datasets import image_shape, recorded_images, training_images
 from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.compress import codec_of
+from fedsim.federation.lengthen import open_run
 from fedsim.federation.round import initial_progress
 from fedsim.models import cpu_model, initial_model
 from fedsim.records import CONFIG, read_config, read_summary
@@ -89,9 +89,9 @@ def measured_rates(results: Path) -> dict[Kind, float]:
             summary = read_summary(folder) or {}
             held = read_config(folder)
             config = Config().changed({name: held[name] for name in Config().identity(held["mode"])})
-            rate = summary["epoch"] * training_images(config) / summary["seconds"]
+            rate = summary["epoch"] * recorded_images(config) / summary["seconds"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):
-            continue  # damaged: the report warns of it
+            continue  # damaged: the report warns of it; or of a function's images
         if summary["finished"] and summary["seconds"] >= 10:
             rates.setdefault(_kind(config), []).append(rate)
     return {kind: statistics.median(found) for kind, found in rates.items()}

@@ -11,12 +11,12 @@ from fedsim.data.datasets import absolute_data_dir, load_dataset
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_partition, check_shards
 from fedsim.device import resolve
-from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.study import configure
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
 from fedsim.federation.flwr_run import run_with_flwr
 from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.lengthen import open_run
 from fedsim.federation.resources import check_memory
 from fedsim.federation.server_app import train_localsgd
 from fedsim.federation.strategy import check_strategy
@@ -78,6 +78,8 @@ def execute_checked(
     with run.lock(patience):
         if rerun:
             run.reset()
+        if run.finished or engine == "flower":  # which resumes it in another process
+            run.check_inputs()
         if run.finished:
             run.check_outputs()
             return run
@@ -89,7 +91,6 @@ def execute_checked(
             with InProcessGrid(client_app, config, together) as grid:
                 train_localsgd(grid, config, run)
             return run
-        run.lengthen()
     # The server app locks the run itself, and works in another folder
     paths = {"results-dir": str(run.folder.parent), "data-dir": absolute_data_dir(config)}
     run_with_flwr(config.changed({"name": run.folder.name, **paths}))

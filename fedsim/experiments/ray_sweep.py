@@ -31,10 +31,10 @@ import strategies
 from fedsim.config import CORES, Config, Engine, cpu_count
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute, resolve_run
-from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
 from fedsim.experiments.track import check_tracker, tracker
+from fedsim.federation.lengthen import open_run
 from fedsim.provenance import origin
 from fedsim.records import CONFIG, read_summary
 
@@ -106,6 +106,8 @@ class OnRay:
                     if rerun:
                         run.reset()  # not in the task, which has to resume if Ray restarts it
                 if run.finished:
+                    run.check_inputs()
+                    run.check_outputs()
                     yield cell, None
                 else:
                     tasks[self._submit(cell)] = cell

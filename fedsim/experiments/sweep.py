@@ -19,10 +19,10 @@ from rich.table import Column
 from fedsim.config import Config, Engine
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.experiments.execute import check, execute, resolve_run
-from fedsim.experiments.lengthen import open_run
 from fedsim.experiments.progress import each, ends_after, status
 from fedsim.experiments.study import STORED, Cell, Study
 from fedsim.experiments.track import tracker
+from fedsim.federation.lengthen import open_run
 from fedsim.records import OnRow, atomic_write, read_summary, writable
 
 if TYPE_CHECKING:

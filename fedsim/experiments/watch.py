@@ -14,7 +14,7 @@ from rich.live import Live
 from rich.text import Text
 
 from fedsim.config import Config, Mode
-from fedsim.data.datasets import training_images
+from fedsim.data.datasets import recorded_images
 from fedsim.errors import UserError
 from fedsim.experiments.progress import ends_after, status
 from fedsim.experiments.study import STORED, read_study
@@ -118,9 +118,12 @@ def _read(folder: Path) -> Seen:
 
 
 def _length(config: Config, mode: Mode) -> tuple[str, float | None]:
-    """The rounds of a run, as text after a slash, and its epochs; without its data set on this machine, neither."""
+    """The rounds of a run, as text after a slash, and its epochs.
+
+    Neither without its data set on this machine, or if that is a function, which a record may not have called.
+    """
     try:
-        training_images(config)  # which the images per second need too
+        recorded_images(config)  # which the images per second need too
         rounds, epochs = ends_after(config, mode)
     except (OSError, ValueError):
         return "", None

@@ -1,8 +1,8 @@
 """The client: a message with the global arrays in, J local steps on this client's shard, a message out.
 
-It answers three messages: ``train``; ``query.partition``, which shard it holds; and ``query.memory``, which sends or
-restores what it keeps between rounds, so that the server's checkpoint is complete. The keys that shape the result
-come with each train message; device and threads are the client's own.
+It answers three messages: ``train``; ``query.partition``, which shard it holds, of which data; and ``query.memory``,
+which sends or restores what it keeps between rounds, so that the server's checkpoint is complete. The keys that shape
+the result come with each train message; device and threads are the client's own.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedsim.config import Config, Value, own_keys
-from fedsim.data.local_folder import check_named, check_of_run, verify_images
+from fedsim.data.local_folder import check_named, check_of_run, digests_of_node, verify_images
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
@@ -41,6 +41,7 @@ from fedsim.federation.protocol import (
     keeps_memory,
 )
 from fedsim.models import initial_model
+from fedsim.own_code import own_code
 from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_round
 from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of, inferred_correction
 from fedsim.training.run_plan import run_plan
@@ -86,17 +87,21 @@ def train_together(workers: StackedWorkers, messages: Sequence[Message], context
 
 @app.query("partition")
 def partition(message: Message, context: Context) -> Message:
-    """Which shard this node holds, of how many; fails where it cannot run as the run's keys and its own say."""
+    """Which shard this node holds, of how many, and the digests of its data and of the user's own code.
+
+    Fails where it cannot run as the run's keys and its own say.
+    """
     config = _config(message, context)
     verify_images(config)
     check_machine(config)
+    inputs = {"data": ConfigRecord({**digests_of_node(config)}), "code": ConfigRecord({**own_code(config, True)})}
     held = MetricRecord()
     for name in ("partition-id", "num-partitions"):
         value = context.node_config.get(name)
         if type(value) is not int:
             raise UserError(f"{name} = {value} in the node config: give a whole number")
         held[name] = value
-    return Message(RecordDict({"partition": held}), reply_to=message)
+    return Message(RecordDict({"partition": held, **inputs}), reply_to=message)
 
 
 @app.query("memory")

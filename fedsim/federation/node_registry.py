@@ -8,12 +8,17 @@ from dataclasses import dataclass
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedsim.config import Config
+from fedsim.data.datasets import digests_of
+from fedsim.data.local_folder import IMAGES, LABELS
 from fedsim.errors import UserError
 from fedsim.federation.flower_internals import CLIENT_FAILED
 from fedsim.federation.messenger import ANSWER_SECONDS, POLL_SECONDS, Messenger
 from fedsim.federation.protocol import shared
+from fedsim.inputs import check_own_data, differing
+from fedsim.own_code import own_code
 from strategies import printable
 
+SHA256_DIGITS = 64
 JOIN_SECONDS = 120  # how long nodes may take to connect: a SuperLink takes a killed one for connected for a minute
 
 Nodes = dict[int, int]  # node -> worker, its partition-id, in the order of the workers
@@ -31,12 +36,17 @@ class _Question:
 class NodeRegistry:
     """The nodes that take part, by the shard that each says it holds.
 
+    All have the data set and the code of the server. A node may have images of its own instead: `own_data` holds their
+    digests, by worker, and none for a worker that has the data set of the run. They stay the same for the whole run.
     New nodes are all asked at once. One that does not answer is asked again later, after twice as long each time; no
     round waits for it.
     """
 
-    def __init__(self, messenger: Messenger, config: Config) -> None:
+    def __init__(self, messenger: Messenger, config: Config, own_data: dict[str, dict[str, str]] | None = None) -> None:
         self.nodes: Nodes = {}
+        self._own_data = {} if own_data is None else own_data
+        self._dataset = config.dataset
+        self._data, self._code = digests_of(config), own_code(config, of_client=True)
         self._messenger, self._clients = messenger, config.clients
         self._content = RecordDict({"config": ConfigRecord({**shared(config)})})
         self._questions: dict[int, _Question] = {}
@@ -97,7 +107,9 @@ class NodeRegistry:
                 continue
             if not reply.has_error():
                 try:
-                    found[node] = self._worker_of(reply.content)
+                    worker = self._worker_of(reply.content)
+                    self._check_inputs(worker, reply.content)
+                    found[node] = worker
                 except UserError as error:
                     rejected[node] = str(error)
             elif reply.error.code == CLIENT_FAILED:
@@ -117,6 +129,21 @@ class NodeRegistry:
             last = self._clients - 1
             raise UserError(f"a node holds shard {printable(worker)}: give it a partition-id from 0 to {last}")
         return worker
+
+    def _check_inputs(self, worker: int, content: RecordDict) -> None:
+        """Raise UserError where a node has other data or code than the server, or other images than before."""
+        data, code = (dict(content.config_records.get(name, ConfigRecord())) for name in ("data", "code"))
+        has_own = data.keys() == {IMAGES, LABELS}
+        own = {name: str(value)[:SHA256_DIGITS] for name, value in data.items()} if has_own else {}
+        node = f"the node with partition-id {worker}"
+        if not has_own and (other := differing(data, self._data)):
+            raise UserError(
+                f"{node} has other {printable(other)} of dataset = {self._dataset} than the server: give it the same; "
+                "a function must draw with a seed"
+            )
+        if other := differing(code, self._code):
+            raise UserError(f"{node} has another {printable(other)} than the server: give it the same code")
+        check_own_data(str(worker), self._own_data.setdefault(str(worker), own), own)
 
     def _check(self, found: Nodes, rejected: dict[int, str]) -> None:
         for reason in rejected.values():

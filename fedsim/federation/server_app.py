@@ -17,6 +17,7 @@ from fedsim.data.partition import check_partition
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.federation.checkpoint import collect_memories, resume, save
+from fedsim.federation.lengthen import open_run
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import fewest_updates
@@ -48,7 +49,7 @@ def main(grid: Grid, context: Context) -> None:
     check_of_run(config)
     check_model(config)
     is_new = not run_folder(config, "localsgd").exists()
-    run = Run(config, "localsgd", print_row, engine="flower")
+    run = open_run(config, "localsgd", print_row, "flower")
     print(f"run folder: {run.folder}", flush=True)
     if run.finished:
         raise UserError(f"name = {run.folder.name}: the run in {run.folder} is finished: give another --name")
@@ -71,7 +72,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     initial = initial_progress(config, model)
     strategy = build_strategy(config, plan, model)
     messenger = Messenger(grid)
-    registry = NodeRegistry(messenger, config)
+    registry = NodeRegistry(messenger, config, run.own_data)
     registry.wait_for(config.min_clients or config.clients, strict=True)
     progress = resume(run, messenger, registry.nodes, initial, plan.rounds)
 

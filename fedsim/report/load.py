@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
 from fedsim.config import Config, Mode, Value, complete_record, current_names
 from fedsim.errors import UserError
-from fedsim.records import CONFIG, MACHINE, ROWS, SUMMARY
+from fedsim.records import CONFIG, MACHINE, ROWS, SUMMARY, sha256_of_summary
 
 LARGEST = 2**53  # integers up to this are exact as floats
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -93,7 +93,7 @@ def read_records(root: Path) -> Records:
         config = _read(path, parse_config, warnings)
         if config is None:
             continue
-        summary = _read(path.with_name(SUMMARY), Summary.model_validate_json, warnings)
+        summary = _read(path.with_name(SUMMARY), parse_summary, warnings)
         content = _read(path.with_name(ROWS), bytes, warnings)
         digest = summary.sha256.get(ROWS) if summary and summary.finished else None
         if digest and content is not None and sha256(content).hexdigest() != digest:
@@ -123,6 +123,14 @@ def parse_config(content: bytes) -> dict[str, Value]:
     known = Config().identity(mode)
     checked = Config().changed({name: value for name, value in held.items() if name in known})
     return complete_record({**held, **checked.identity(mode)})
+
+
+def parse_summary(content: bytes) -> Summary:
+    """A run's summary; raises UserError where its SHA-256 is not the one in it. Older summaries have none."""
+    summary = Summary.model_validate_json(content)
+    if summary.sha256 and summary.sha256.get(SUMMARY) != sha256_of_summary(json.loads(content)):
+        raise UserError("its SHA-256 is not the one in it")
+    return summary
 
 
 def cell_identity(config: Mapping[str, Value]) -> dict[str, Value]:

@@ -21,7 +21,7 @@ from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import shared
 from fedsim.federation.server_app import train_localsgd
 from fedsim.models import build_model
-from fedsim.records import Run
+from fedsim.records import Run, read_summary
 from tests.conftest import assert_same_bits, final_model, rows_of
 
 
@@ -77,6 +77,19 @@ def test_a_node_trains_on_its_own_images_and_no_others(small: Config, shards: Pa
     assert any(not torch.equal(value, final_model(other)[name]) for name, value in final_model(one).items())
 
 
+def test_a_node_keeps_its_images_for_the_whole_run(small: Config, shards: Path) -> None:
+    config = resolve(small.changed({"rounds": 4, "name": "own"}), "localsgd")
+    begun = with_folders(config.changed({"stop-after-rounds": 2}), shards)
+    before = {path: path.read_bytes() for path in begun.folder.iterdir()}
+    np.save(shards / "2" / "labels.npy", np.load(shards / "2" / "labels.npy")[::-1])
+    with pytest.raises(UserError, match=r"^the labels.npy of the node with partition-id 2 have changed since the run"):
+        with_folders(config, shards)
+    assert {path: path.read_bytes() for path in begun.folder.iterdir()} == before
+    np.save(shards / "2" / "labels.npy", np.load(shards / "2" / "labels.npy")[::-1])
+    resumed = with_folders(config, shards)
+    assert (read_summary(resumed.folder) or {})["own_data"].keys() == {"0", "1", "2", "3"}
+
+
 def test_the_images_never_leave_a_node(small: Config, shards: Path) -> None:
     config = resolve(small.changed({"rounds": 2, "fraction": 0.5, "name": "own"}), "localsgd")
     replies: list[Message] = []
@@ -84,7 +97,11 @@ def test_the_images_never_leave_a_node(small: Config, shards: Path) -> None:
     weights = {name: tuple(value.shape) for name, value in build_model("lenet5", 10, 0).state_dict().items()}
     momentum = {f"optimizer/{name}/momentum_buffer": shape for name, shape in weights.items()}
     expected: dict[str, dict[str, Any]] = {
-        "query.partition": {"partition": {"partition-id", "num-partitions"}},
+        "query.partition": {
+            "partition": {"partition-id", "num-partitions"},
+            "data": {"images.npy", "labels.npy"},  # a digest of each
+            "code": set(),
+        },
         "train": {"arrays": weights, "metrics": {"num-examples", "train-loss"}},
         "query.memory": {"memory": momentum},
     }
@@ -96,11 +113,11 @@ def test_the_images_never_leave_a_node(small: Config, shards: Path) -> None:
             for name, record in reply.content.array_records.items()
         }
         sent |= {name: set(record) for name, record in reply.content.metric_records.items()}
-        kind = reply.metadata.message_type + (", saved" if len(sent) == 3 else "")
+        sent |= {name: set(record) for name, record in reply.content.config_records.items()}
+        kind = reply.metadata.message_type + (", saved" if "metrics" in sent and "memory" in sent else "")
         if kind == "query.memory" and not sent["memory"]:
             continue  # of a client that was never sampled
         assert sent == expected[kind]
-        assert not reply.content.config_records
         seen.add(kind)
     assert seen == expected.keys()
 

@@ -233,6 +233,10 @@ def test_a_file_that_is_not_npz_is_told_in_a_line(small: Config, tmp_path: Path)
             "tests.exits:load",
             "dataset = tests.exits:load: tests.exits exits where it is imported: let only a script do",
         ),
+        (
+            f"{OWN}:unseeded",
+            f"dataset = {OWN}:unseeded gives other train_images, train_labels when it is called again: draw with a",
+        ),
         (f"{OWN}:load_fails", f"dataset = {OWN}:load_fails fails with FileNotFoundError"),
         ("no.such:load", "dataset = no.such:load: no module no on this machine: install it, or put its folder on PY"),
     ],

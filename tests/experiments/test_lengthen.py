@@ -6,14 +6,23 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from flwr.app import Context, RecordDict
 
 from fedsim.config import Config, Mode
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute
-from fedsim.experiments.lengthen import open_run
-from fedsim.records import config_of_run
+from fedsim.federation import client_app, server_app
+from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.lengthen import open_run
+from fedsim.records import config_of_run, read_summary
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+
+
+def as_server_app(config: Config) -> None:
+    """Run `config` as Flower runs the server app, but with the clients in this process."""
+    with InProcessGrid(client_app.app, config) as grid:
+        server_app.main(grid, Context(1, 1, {}, RecordDict(), dict(config.as_keys())))
 
 
 @pytest.mark.parametrize(
@@ -94,6 +103,34 @@ def test_what_cannot_be_lengthened_is_one_line_and_stays(
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("of", ["damaged", "missing"])
+@pytest.mark.parametrize("by", ["this process", "the server app"])
+def test_a_finished_run_without_a_checkpoint_stays_as_it_is(run: Execute, small: Config, of: str, by: str) -> None:
+    folder = run(name="part", rounds=2, checkpoint_every=1).folder
+    for name in ("checkpoint.pt", "checkpoint-before.pt"):
+        (folder / name).unlink()
+        if of == "damaged":
+            (folder / name).write_bytes(b"half of one")
+    before = {path: path.read_bytes() for path in folder.iterdir()}
+    longer = resolve(small.changed({"name": "part", "rounds": 3}), "localsgd")
+    with pytest.raises(UserError, match=r"no (other )?checkpoint to resume from: .*give --rerun"):
+        execute(longer, "localsgd") if by == "this process" else as_server_app(longer)
+    assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_the_server_app_lengthens_a_run_and_keeps_the_summary_until_the_next(run: Execute, small: Config) -> None:
+    whole = run(name="whole", rounds=4)
+    run(name="part", rounds=2)
+    longer = resolve(small.changed({"name": "part", "rounds": 4}), "localsgd")
+    as_server_app(longer.changed({"stop-after-rounds": 2}))
+    folder = Path(small.results_dir) / "part"
+    summary = read_summary(folder) or {}
+    assert (summary["round"], summary["finished"]) == (2, False)
+    as_server_app(longer)
+    assert_same_bits(final_model(folder), final_model(whole))
+    assert rows_of(folder) == rows_of(whole)
 
 
 def test_another_engine_does_not_lengthen(run: Execute, small: Config) -> None:

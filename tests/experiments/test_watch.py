@@ -7,6 +7,7 @@ import io
 import json
 import os
 import re
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,10 @@ from rich.console import Console
 
 from fedsim.config import Config
 from fedsim.errors import UserError
+from fedsim.experiments.cost import measured_rates
 from fedsim.experiments.progress import shown_rows, status
 from fedsim.experiments.watch import QUIET_SECONDS, lines_of, watch
+from fedsim.report.load import read_records
 from tests.conftest import STUDY, write_run
 
 ROW: dict[str, Any] = {
@@ -116,6 +119,20 @@ def test_in_a_terminal_it_ends_when_nothing_goes_on(tmp_path: Path, expected: in
 def test_a_run_is_shown_without_its_data_set(tmp_path: Path) -> None:
     write_shown(tmp_path / "one", Config(dataset="nowhere.npz", epochs=2.0), finished=False)
     assert watched(tmp_path).splitlines()[1] == "  one  round 1  epoch 1.00  loss 2.300  test 50.00%"
+
+
+def test_what_a_record_names_is_not_imported(tmp_path: Path) -> None:
+    """Neither by ``watch`` nor where the pace of finished runs is read."""
+    config = Config(dataset="tests.exits:load", model="tests.exits:build", strategy="tests.exits:Strategy")
+    write_shown(tmp_path / "one", config, finished=False)
+    write_run(tmp_path / "two", config, "localsgd", [0.5], seconds=20.0)
+    assert watched(tmp_path).splitlines()[1:] == [
+        "  two  round 1  epoch 1.00  test 50.00%  20 s",
+        "  one  round 1  epoch 1.00  loss 2.300  test 50.00%",
+    ]
+    assert measured_rates(tmp_path) == {}
+    assert list(read_records(tmp_path).runs["dataset"]) == ["tests.exits:load"] * 2
+    assert "tests.exits" not in sys.modules
 
 
 @pytest.mark.parametrize("row", ["[1]", '{"round": 3}', "{"])

@@ -188,11 +188,19 @@ def test_cleanup_is_completed_where_a_signal_interrupts_it() -> None:
     assert done == ["interrupted", "complete"]
 
 
-def test_a_run_that_fails_on_flower_is_exit_code_1(tmp_path: Path) -> None:
-    failed = run_py(tmp_path, "--name", "nan", "--lr", "1e30", "--clients", "2", "--engine", "flower")
-    assert failed.returncode == 1
-    assert "flwr run did not complete (its status: finished:failed)" in failed.stderr
-    assert "round 1: too few usable updates: worker 0: " in failed.stdout
+def test_a_run_whose_processes_have_other_data_is_refused(tmp_path: Path) -> None:
+    """At once where another call gives other data; by the server app, with exit code 1, where another process does."""
+    shutil.copy(ROOT / "tests" / "own_code.py", tmp_path / "my_code.py")
+    path = os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])
+    own = ("--model", "my_code:mlp", "--name", "run", "--clients", "2", "--engine", "flower")
+    unseeded, of_process = (
+        run_py(tmp_path, *own, "--dataset", f"my_code:{name}", PYTHONPATH=path) for name in ("unseeded", "of_process")
+    )
+    assert unseeded.returncode == 2
+    assert "gives other train_images, train_labels when it is called again: draw with a seed" in unseeded.stderr
+    assert of_process.returncode == 1
+    assert "flwr run did not complete (its status: finished:failed)" in of_process.stderr
+    assert re.search(r"error: the node with partition-id \d has other train_labels of dataset = ", of_process.stdout)
 
 
 @pytest.mark.parametrize(

@@ -8,10 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from flwr.app import Context, Error, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 
 from fedsim.config import Config, own_keys
+from fedsim.data.datasets import digests_of
 from fedsim.errors import UserError
 from fedsim.federation import client_app, node_registry
 from fedsim.federation.in_process import SERVER_ID, InProcessGrid
@@ -27,6 +28,7 @@ class Network(InProcessGrid):
         app.query("partition")(self.partition)
         super().__init__(app, config)
         self.answers: dict[int, MetricRecord] = {}
+        self.data = {"data": ConfigRecord({**digests_of(config)}), "code": ConfigRecord()}  # in those answers
         self.silent: set[int] = set()
         self.gone: set[int] = set()
         self.slow: set[int] = set()  # what they reply is on its way
@@ -34,7 +36,7 @@ class Network(InProcessGrid):
 
     def partition(self, message: Message, context: Context) -> Message:
         if context.node_id in self.answers:
-            return Message(RecordDict({"partition": self.answers[context.node_id]}), reply_to=message)
+            return Message(RecordDict({"partition": self.answers[context.node_id], **self.data}), reply_to=message)
         return client_app.partition(message, context)
 
     def join(self, node: int, silent: bool = False, **answer: Any) -> None:
@@ -104,6 +106,51 @@ def test_nodes_with_the_same_shard_are_an_error_at_the_start(network: Network, s
     network.join(50, partition_id=1, num_partitions=4)
     with pytest.raises(UserError, match=r"the nodes hold the shards \[0, 1, 1, 2, 3\]: give each node its own"):
         NodeRegistry(Messenger(network), small).wait_for(4, strict=True)
+
+
+OTHER_DATA = [
+    (
+        {"data": {"train_labels": "0" * 64}},
+        "the node with partition-id 1 has other train_labels of dataset = synthetic than the server: give it the same; "
+        "a function must draw with a seed",
+    ),
+    (
+        {"code": {"net.py": "0" * 64}},
+        "the node with partition-id 1 has another net.py than the server: give it the same",
+    ),
+    (
+        {"data": {"images.npy": "0" * 64, "labels.npy": "1" * 64}},
+        "the images.npy, labels.npy of the node with partition-id 1 have changed since the run began: restore them, or",
+    ),
+]
+
+
+@pytest.mark.parametrize(("other", "words"), OTHER_DATA)
+def test_a_node_with_other_data_or_code_is_refused(
+    network: Network,
+    registry: NodeRegistry,
+    small: Config,
+    capsys: pytest.CaptureFixture[str],
+    other: dict[str, dict[str, str]],
+    words: str,
+) -> None:
+    """Late ones with a line; at the start of a run, images of its own alone are no error."""
+    of_run = dict(network.data["data"])
+    ((name, changes),) = other.items()
+    replaces = "images.npy" in changes
+    network.data[name] = ConfigRecord({**({} if replaces or name == "code" else of_run), **changes})
+    network.join(50, partition_id=1, num_partitions=4)
+    del network._contexts[3]
+    assert registry.refresh() == {2: 0, 4: 2, 5: 3}
+    assert capsys.readouterr().out.startswith(f"a node that has connected is left out: {words}")
+    own: dict[str, dict[str, str]] = {}
+    another_run = NodeRegistry(Messenger(network), small, own)
+    if replaces:
+        another_run.wait_for(4, strict=True)
+        assert own == {"0": {}, "1": changes, "2": {}, "3": {}}
+    else:
+        with pytest.raises(UserError, match=words):
+            another_run.wait_for(4, strict=True)
 
 
 def test_nodes_that_never_answer_hold_up_nothing_and_are_asked_ever_more_seldom(

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from fedsim.config import Config
 from fedsim.errors import UserError
+from fedsim.records import sha256_of_summary
 from fedsim.report.answers import answers
 from fedsim.report.figures import BYTES, mean_curves
 from fedsim.report.load import read_records
@@ -92,16 +93,32 @@ def test_a_damaged_row_is_skipped_named_and_counted(folder: Path, tmp_path: Path
 
 def test_a_run_whose_rows_are_not_those_of_its_summary_is_left_out(folder: Path, tmp_path: Path) -> None:
     rows, summary = folder / "metrics.jsonl", folder / "summary.json"
-    content = {**json.loads(summary.read_text()), "sha256": {"metrics.jsonl": sha256(rows.read_bytes()).hexdigest()}}
-    summary.write_text(json.dumps(content))
+    content = json.loads(summary.read_text())
+
+    def write(**changes: Any) -> None:
+        sha256 = {"metrics.jsonl": digest, "summary.json": sha256_of_summary({**content, **changes})}
+        summary.write_text(json.dumps({**content, **changes, "sha256": sha256}))
+
+    digest = sha256(rows.read_bytes()).hexdigest()
+    write()
     assert read_records(tmp_path).warnings == []
     rows.write_text(rows.read_text().replace("0.4", "0.5"))
     assert warning_of(tmp_path, "metrics.jsonl").endswith(
         "its SHA-256 is not the one in summary.json; the run is left out"
     )
     assert list(read_records(tmp_path).runs["run"]) == ["other"]
-    summary.write_text(json.dumps({**content, "finished": False}))  # a resumed run has more rows
+    write(finished=False)  # a resumed run has more rows
     assert read_records(tmp_path).warnings == []
+
+
+def test_a_summary_that_was_edited_is_ignored(folder: Path, tmp_path: Path) -> None:
+    path = folder / "summary.json"
+    content = json.loads(path.read_text())
+    sealed = {**content, "sha256": {"summary.json": sha256_of_summary(content)}}
+    path.write_text(json.dumps(sealed))
+    assert read_records(tmp_path).warnings == []
+    path.write_text(json.dumps({**sealed, "best_test_accuracy": 0.99}))
+    assert warning_of(tmp_path, "summary.json").endswith("its SHA-256 is not the one in it; it is ignored")
 
 
 def test_what_is_not_a_file_is_named(folder: Path, tmp_path: Path) -> None:
