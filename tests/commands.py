@@ -134,7 +134,7 @@ def executed(folder: Path, *arguments: str, program: Path = ROOT / "run.py", **e
             [sys.executable, str(program), *arguments],
             cwd=folder,
             env={**os.environ, **env},
-            preexec_fn=_default_signals,
+            preexec_fn=default_signals,
             stdin=subprocess.DEVNULL,
             stdout=stdout,
             stderr=stderr,
@@ -177,7 +177,7 @@ def forkserver() -> ForkServerContext:
     return context
 
 
-def _default_signals() -> None:
+def default_signals() -> None:
     """Handle signals as a shell's command does, also where the tests run with these ignored, as under nohup."""
     for number in SIGNALS:
         signal.signal(number, signal.SIG_DFL)
@@ -199,7 +199,7 @@ def _in_new_process(
     for number, stream in enumerate(streams, 1):
         os.dup2(stream.detach(), number)
     sys.stdin, sys.stdout, sys.stderr = open(os.devnull), open(1, "w", closefd=False), open(2, "w", closefd=False)  # noqa: SIM115
-    _default_signals()
+    default_signals()
     signal.signal(signal.SIGINT, signal.default_int_handler)
     target(*arguments)
 

@@ -18,7 +18,7 @@ from fedsim.bench.turn import take_turn
 from fedsim.config import Config
 from fedsim.interrupts import SIGNALS, exit_on_signals
 from fedsim.records import read_rows
-from tests.commands import Command, executed, forked, here, started
+from tests.commands import Command, default_signals, executed, forked, here, started
 from tests.conftest import assert_same_bits, final_model, rows_of
 
 ROOT = Path(__file__).parents[1]
@@ -109,7 +109,9 @@ print(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]))
 def test_a_terminal_that_hangs_up_ends_a_grid(tmp_path: Path) -> None:
     """Its progress bar fails to write there, and must not hide why the command ended."""
     command = [sys.executable, "-c", HANG_UP, str(ROOT / "run.py"), *GRID.replace("100", "100000").split()]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    done = subprocess.run(
+        command, cwd=tmp_path, capture_output=True, text=True, timeout=5 * SECONDS, preexec_fn=default_signals
+    )
     assert (done.stdout, done.stderr) == (f"{128 + signal.SIGHUP}\n", "")
 
 
@@ -202,24 +204,37 @@ with exit_on_signals():
 """
 
 
+def python(code: str, stderr: int | None = subprocess.PIPE) -> subprocess.CompletedProcess[str]:
+    """Run `code` in a new interpreter that handles signals as a shell's command does."""
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        text=True,
+        cwd=ROOT,
+        timeout=5 * SECONDS,
+        preexec_fn=default_signals,
+    )
+
+
 def test_a_signal_within_a_destructor_is_not_lost() -> None:
-    done = subprocess.run([sys.executable, "-c", SWALLOWED], capture_output=True, text=True, cwd=ROOT)
+    done = python(SWALLOWED)
     assert (done.returncode, done.stdout, done.stderr) == (143, "", "interrupted\n")
 
 
 def test_a_signal_is_held_while_torch_is_imported_and_handled_after_it() -> None:
-    done = subprocess.run([sys.executable, "-c", HELD], capture_output=True, text=True, cwd=ROOT)
+    done = python(HELD)
     assert (done.returncode, done.stdout, done.stderr) == (143, "imported\n", "interrupted\n")
 
 
 def test_a_process_that_outlives_its_parent_is_ended() -> None:
-    done = subprocess.run([sys.executable, "-c", ORPHAN], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    done = python(ORPHAN, stderr=None)
     assert done.returncode == 143
     assert not psutil.pid_exists(int(done.stdout)) or psutil.Process(int(done.stdout)).status() == "zombie"
 
 
 def test_signals_during_the_cleanup_do_not_skip_it() -> None:
-    done = subprocess.run([sys.executable, "-c", CLEANUP], capture_output=True, text=True, cwd=ROOT)
+    done = python(CLEANUP)
     assert (done.returncode, done.stdout, done.stderr) == (130, "cleaned up\n", "interrupted\n")
 
 
