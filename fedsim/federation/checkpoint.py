@@ -39,9 +39,12 @@ def resume(run: Run, messenger: Messenger, nodes: Nodes, initial: Progress, roun
     """
     rows = read_rows(run.folder)
     checkpoint = run.resume(rounds, _state(initial, {}, messenger))
-    counted = [*rows, checkpoint] if checkpoint else rows
-    messenger.bytes_up = max([messenger.bytes_up, *(one["bytes_up"] for one in counted)])
-    messenger.bytes_down = max([messenger.bytes_down, *(one["bytes_down"] for one in counted)])
+    sent = [(messenger.bytes_up, messenger.bytes_down)]
+    sent += [
+        (row["bytes_up"] + row["overhead_bytes_up"], row["bytes_down"] + row["overhead_bytes_down"]) for row in rows
+    ]
+    sent += [(checkpoint["sent_up"], checkpoint["sent_down"])] if checkpoint else []
+    messenger.bytes_up, messenger.bytes_down = map(max, zip(*sent, strict=True))
     if checkpoint is None:
         return initial
     held = {item.name: checkpoint[item.name] for item in fields(Progress)}
@@ -67,8 +70,8 @@ def _state(progress: Progress, memories: Mapping[int, Memory], messenger: Messen
         **vars(progress),
         "arrays": tensors_of(progress.arrays),
         "memories": dict(memories),
-        "bytes_up": messenger.bytes_up,
-        "bytes_down": messenger.bytes_down,
+        "sent_up": messenger.bytes_up,
+        "sent_down": messenger.bytes_down,
     }
 
 

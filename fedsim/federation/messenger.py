@@ -16,7 +16,7 @@ POLL_SECONDS = 0.1  # between polls for replies
 
 
 class Messenger:
-    """Sends and receives over `grid`. `bytes_up` and `bytes_down` count every array that it moved, averaged or not.
+    """Sends and receives over `grid`. `bytes_up` and `bytes_down` count every array of the run, averaged or not.
 
     A reply that comes too late is fetched at a later exchange, counted and dropped.
     """

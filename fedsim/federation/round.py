@@ -108,8 +108,9 @@ def train_round(
 def row_of(plan: RunPlan, progress: Progress, messenger: Messenger) -> Row:
     """The row of what has been trained, without tests.
 
-    `bytes_up` and `bytes_down` are all arrays that were sent in the run. The overheads among them are what averaged
-    updates alone would not have cost: refused and late updates, repeated rounds, memories for checkpoints.
+    `bytes_up` and `bytes_down` are the method's traffic: the updates averaged, and the global arrays sent in the rounds
+    averaged. The overheads are what was sent besides: refused and late updates, repeated rounds, memories for
+    checkpoints and back.
     """
     steps = plan.first_step(progress.round + 1)
     samples = math.fsum(of_round for _, of_round in progress.losses)
@@ -118,8 +119,8 @@ def row_of(plan: RunPlan, progress: Progress, messenger: Messenger) -> Row:
         "epoch": float(plan.epoch(progress.round)),
         "local_steps": steps,
         "syncs": progress.round,
-        "bytes_up": messenger.bytes_up,
-        "bytes_down": messenger.bytes_down,
+        "bytes_up": progress.update_bytes_up,
+        "bytes_down": progress.update_bytes_down,
         "overhead_bytes_up": messenger.bytes_up - progress.update_bytes_up,
         "overhead_bytes_down": messenger.bytes_down - progress.update_bytes_down,
         "lr": plan.lr(steps - 1),

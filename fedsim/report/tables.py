@@ -52,9 +52,10 @@ COSTS = {
     "local_steps": Cost("local steps"),
     "network_syncs": Cost("syncs"),
     "network_bytes": Cost("MB sent", 1e6, 1),
+    "overhead_bytes": Cost("MB besides", 1e6, 1),
     "seconds": Cost("minutes", 60, 1),
 }
-TRAFFIC = ("network_syncs", "network_bytes")
+TRAFFIC = ("network_syncs", "network_bytes", "overhead_bytes")
 
 
 def summarize(table: ResultTable) -> pd.DataFrame:
@@ -162,7 +163,11 @@ def learning_rates(table: ResultTable) -> str:
 
 def traffic_note(table: ResultTable) -> str:
     """How syncs and bytes are counted."""
-    text = "Traffic: syncs of a run, and bytes of all workers, both ways, as recorded."
+    text = (
+        "Traffic: syncs of a run, and bytes of all workers, both ways: the updates averaged and the models sent for "
+        "them. What a run sent besides (for checkpoints, in repeated rounds, in updates left out) depends on its "
+        "interruptions and has a column of its own."
+    )
     if table.cells["baseline"].any():
         text += (
             " The large batch counts as data-parallel SGD on the same K workers: at every step each sends its gradient "
