@@ -648,6 +648,14 @@ def print_row(row: Row) -> None:
     )
 
 
+def outcome_line(summary: Mapping[str, Any]) -> str:
+    """The last line of a finished run: accuracies, seconds, and how many updates were left out, if any."""
+    tested_on, left_out = summary.get("tested_on", "test"), summary.get("updates_left_out", 0)
+    line = f"finished: {tested_on} accuracy {summary['final_test_accuracy']:.2%}"
+    line += f", best {summary['best_test_accuracy']:.2%}, {summary['seconds']:.1f} s"
+    return line + (f"; {left_out:,} updates left out, see left_out in {ROWS}" if left_out else "")
+
+
 def loss_text(value: float | None) -> str:
     """A loss in five characters, or more for a large one."""
     return "  nan" if value is None else f"{value:.3f}"

@@ -42,6 +42,7 @@ class Costs(BaseModel):
     overhead_bytes_up: Quantity | None = None
     overhead_bytes_down: Quantity | None = None
     seconds: Quantity | None = None
+    updates_left_out: Count | None = None
 
 
 class Row(Costs):

@@ -23,7 +23,7 @@ from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.federation.resources import check_memory
 from fedsim.federation.server_app import train_localsgd
-from fedsim.records import Run, read_rows
+from fedsim.records import Run, outcome_line, read_rows, read_summary
 from fedsim.training.stacked import StackedWorkers
 from strategies import STRATEGIES, LocalSGD
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
@@ -95,15 +95,39 @@ def test_a_client_that_fails_is_left_out_and_named_in_the_row(small: Config, cap
             reply.content["arrays"] = ArrayRecord(state)
         return reply
 
-    run = run_with(fault, small.changed({"name": "hostile"}))
+    run = run_with(fault, small.changed({"name": "hostile", "min-clients": 1}))
     for row in rows_of(run):
         assert row["left_out"] == {
             "1": "fc3.bias is not finite",
             "2": "its client failed (OSError: no space left on device)",
         }
         assert row["bytes_up"] == row["bytes_down"] // 2
+        assert row["updates_left_out"] == 2 * row["round"]
+    summary = read_summary(run.folder)
+    assert summary
+    assert outcome_line(summary).endswith("; 16 updates left out, see left_out in metrics.jsonl")
     assert all(value.isfinite().all() for value in final_model(run).values())
     assert "round 3: worker 1 is left out of the average: fc3.bias is not finite" in caplog.text
+
+
+@pytest.mark.parametrize(("keys", "ends"), [({}, 6), ({"max-failures": 2}, 2), ({"min-clients": 3}, 0)])
+def test_a_client_that_fails_too_often_in_a_row_ends_the_run(small: Config, keys: dict[str, Any], ends: int) -> None:
+    """Worker 1 fails in each round but the third. A run that is cut counts on when it is resumed."""
+
+    def fault(message: Message, context: Context) -> Message | None:
+        round, worker = place(message, context)
+        return fail(message, context) if worker == 1 and round != 3 else None
+
+    config = small.changed({"name": "ends", **keys})
+    run_with(fault, config.changed({"stop-after-rounds": max(1, ends - 1)}))
+    if not ends:
+        assert rows_of(run_with(fault, config))[-1]["updates_left_out"] == 7
+        return
+    with pytest.raises(
+        RunFailed, match=rf"^round {ends}: worker 1 has failed {config.failures_to_end} times in a row: its client"
+    ):
+        run_with(fault, config)
+    assert len(read_rows(Path(config.results_dir) / "ends")) == ends - 1
 
 
 def test_a_client_with_absurd_examples_or_no_loss_does_not_move_the_model(small: Config) -> None:
@@ -271,9 +295,9 @@ def refused(message: Message, context: Context) -> Message:
         (once(3, 1, refused), {}, 31, 32, 5, 0),
         (once(3, 1, fail), {}, 31, 32, 4, 0),
         # the round is repeated: 3 updates and 4 messages more
-        (once(3, 1, fail), {"min-clients": 4}, 39, 36, 7, 4),
+        (once(3, 1, fail), {"min-clients": 4}, 32, 32, 7, 4),
         # Round 6 has 3 updates, each with its momentum; all go back to round 4, with their momentum of then
-        (once(6, 2, forget), {"min-clients": 4, "checkpoint-every": 2}, 58, 44, 26, 12),
+        (once(6, 2, forget), {"min-clients": 4, "checkpoint-every": 2}, 32, 32, 26, 12),
     ],
 )
 def test_every_array_that_is_sent_is_counted_as_the_method_s_or_besides(
@@ -327,7 +351,7 @@ def test_a_late_update_is_fetched_counted_and_changes_nothing(small: Config, run
         lambda message, context: (
             fail(message, context) if place(message, context) < (8, 0) and not place(message, context)[1] else None
         ),
-        small.changed({"name": "away"}),
+        small.changed({"name": "away", "min-clients": 1}),
     )
     assert_same_bits(final_model(late), final_model(away))
     row = read_rows(late.folder)[-1]
@@ -384,7 +408,8 @@ def test_the_order_of_replies_changes_nothing_that_is_written(small: Config) -> 
     def fault(message: Message, context: Context) -> Message | None:
         return fail(message, context) if place(message, context)[1] in (1, 2) else None
 
-    one, other = (run_with(fault, small.changed({"name": g.__name__, "clients": 8}), g) for g in (Forward, Reversed))
+    config = small.changed({"clients": 8, "min-clients": 1})
+    one, other = (run_with(fault, config.changed({"name": g.__name__}), g) for g in (Forward, Reversed))
     assert [list(row.items()) for row in rows_of(one)] == [list(row.items()) for row in rows_of(other)]
     assert [list(row["left_out"]) for row in rows_of(other)] == [["1", "2"]] * len(rows_of(other))
     checkpoints = [torch.load(run.folder / "checkpoint.pt", weights_only=True) for run in (one, other)]
