@@ -200,6 +200,13 @@ class Run:
             if last.exists():
                 last.replace(self.folder / CHECKPOINT_BEFORE)
 
+    def put_checkpoint_aside(self) -> None:
+        """Let the run resume from the checkpoint before the last one, or from its start: from that no client trains."""
+        if (self.folder / CHECKPOINT).exists():
+            print(f"warning: no client can train from {self.folder / CHECKPOINT}: it is put aside", file=sys.stderr)
+            with self._writing():
+                (self.folder / CHECKPOINT).replace(self.folder / CHECKPOINT_REFUSED)
+
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Save the global model as a contiguous CPU state_dict."""
         content = serialize({name: value.detach().cpu().contiguous() for name, value in state.items()})

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedsim.config import Config
 from fedsim.federation.compress import zero_memory
+from fedsim.federation.domains import domains
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import Nodes
 from fedsim.federation.protocol import (
@@ -23,7 +24,8 @@ from fedsim.federation.protocol import (
 )
 from fedsim.federation.round import Progress, TooFewClients
 from fedsim.records import Run, read_rows
-from strategies import tensor_record, tensors_like, tensors_of, wrong_values
+from fedsim.training.run_plan import run_plan
+from strategies import batchnorm_buffers, tensor_record, tensors_like, tensors_of, wrong_values
 from strategies.compression import HELD
 from strategies.local_sgd import BROADCAST
 from strategies.sections import under_prefix, with_prefix
@@ -103,7 +105,9 @@ def collect_memories(
     for worker, record in sorted(records.items()):
         with contextlib.suppress(ValueError):  # what a client sends may be anything
             memories[worker] = tensors_like(record, tensor_record(like if rounds[worker] else {}))
-    wrong = wrong_values(list(memories.values()))
+    steps = run_plan(config).first_step(progress.round + 1)
+    allowed = domains(like, batchnorm_buffers(model), config.batchnorm_at_sync, steps)
+    wrong = wrong_values(list(memories.values()), allowed)
     memories = {worker: memory for (worker, memory), reason in zip(memories.items(), wrong, strict=True) if not reason}
     lost = [worker for worker, round_ in enumerate(rounds) if round_ and worker not in memories]
     if len(memories) < (config.min_clients or 1) or (lost and needs_all_memories(config)):

@@ -135,15 +135,15 @@ def test_a_client_with_absurd_examples_or_no_loss_does_not_move_the_model(small:
         reply = answer(message, context)
         round, worker = place(message, context)
         if worker == 3:
-            examples = [-1, 0, float("nan"), 1e30, 33, 32, 1, 1][round - 1]
-            loss = {"train-loss": 1.0} if round not in (6, 7) else {"train-loss": float("inf")} if round == 6 else {}
+            examples = [-1, 0, float("nan"), 1e30, 33, 31, 32, 32, 32][round - 1]
+            loss = {7: {"train-loss": float("inf")}, 8: {}, 9: {"train-loss": -0.1}}.get(round, {"train-loss": 1.0})
             reply.content["metrics"] = MetricRecord({"num-examples": examples, **loss})
         return reply
 
-    lying = run_with(absurd, small.changed({"name": "lying", "rounds": 7}))
+    lying = run_with(absurd, small.changed({"name": "lying", "rounds": 9}))
     away = run_with(
         lambda message, context: fail(message, context) if place(message, context)[1] == 3 else None,
-        small.changed({"name": "away", "rounds": 7}),
+        small.changed({"name": "away", "rounds": 9, "min-clients": 1}),
     )
     assert_same_bits(final_model(lying), final_model(away))
     assert [row["left_out"]["3"] for row in rows_of(lying)] == [
@@ -152,8 +152,10 @@ def test_a_client_with_absurd_examples_or_no_loss_does_not_move_the_model(small:
         "num-examples is nan",
         "num-examples is 1e+30",
         "num-examples is 33",
+        "num-examples is 31",
         "train-loss is inf",
         "train-loss is None",
+        "train-loss is -0.1",
     ]
 
 
@@ -371,11 +373,11 @@ def test_the_loss_of_a_row_is_over_the_samples_of_its_rounds(small: Config) -> N
     assert rows_of(by_epoch)[0]["train_loss"] != pytest.approx(sum(losses[:3]) / 3, rel=1e-7)
 
 
-def test_a_mean_that_is_not_finite_ends_the_run_as_failed(small: Config) -> None:
+def test_a_server_step_out_of_the_domain_ends_the_run_as_failed(small: Config) -> None:
     def far(message: Message, context: Context) -> Message:
         reply = answer(message, context)
         state = reply.content.array_records["arrays"].to_torch_state_dict()
-        state["fc3.bias"][0] = 1.7e308 * (-1) ** place(message, context)[1]
+        state["fc3.bias"][0] = 1e14
         reply.content["arrays"] = ArrayRecord(state)
         return reply
 
@@ -394,6 +396,53 @@ def test_a_negative_variance_never_reaches_the_model(small: Config) -> None:
     run = run_with(once(2, 1, negative), small.changed({"name": "negative", "model": "lenet-bn", "rounds": 3}))
     assert [row["left_out"] for row in rows_of(run)] == [{}, {"1": "buffers/bn1.running_var is negative"}, {}]
     assert all(row["test_loss"] is not None for row in rows_of(run))
+
+
+def test_values_outside_their_domains_never_reach_the_model(small: Config, run: Execute) -> None:
+    """One in each round, from worker 1; its honest self then resumes the run."""
+    tampered: list[tuple[str, float, str]] = [
+        ("extras/optimizer/fc3.bias/exp_avg_sq", -1e-9, "negative"),
+        ("extras/optimizer/fc3.bias/step", -1e9, "not between 0 and 4"),
+        ("extras/optimizer/fc3.bias/step", 7, "not between 0 and 6"),
+        ("buffers/bn1.num_batches_tracked", 2**63 - 1, "above 1e15"),
+        ("buffers/bn1.num_batches_tracked", 10**12, "not between 0 and 10000"),
+        ("buffers/bn1.running_mean", 3e38, "above 1e15"),
+        ("fc3.weight", -2e15, "above 1e15"),
+    ]
+
+    def fault(message: Message, context: Context) -> Message:
+        reply = answer(message, context)
+        round_, worker = place(message, context)
+        if worker == 1:
+            name, value, _ = tampered[round_ - 1]
+            state = reply.content.array_records["arrays"].to_torch_state_dict()
+            state[name].fill_(value)
+            reply.content["arrays"] = ArrayRecord(state)
+        return reply
+
+    keys = {"model": "lenet-bn", "optimizer": "adam", "momentum-at-sync": "average", "rounds": 9, "checkpoint-every": 1}
+    keys |= {"synthetic-images": 64, "batch-size": 4, "evaluate-every": 9}
+    run_with(fault, small.changed({"name": "domains", "stop-after-rounds": len(tampered), **keys}))
+    rows = rows_of(run(name="domains", **keys))
+    reasons = [{"1": f"{name} is {what}"} for name, _, what in tampered]
+    assert [row["left_out"] for row in rows] == [*reasons, {}, {}]
+    assert rows[-1]["test_loss"] is not None
+
+
+def test_where_no_client_can_train_from_the_last_checkpoint_the_one_before_is_used(small: Config, run: Execute) -> None:
+    """Weights of 1e14 from one client are in their domain, but every step from their mean is not finite."""
+
+    def fault(message: Message, context: Context) -> Message:
+        reply = answer(message, context)
+        if place(message, context) == (4, 1):
+            state = reply.content.array_records["arrays"].to_torch_state_dict()
+            reply.content["arrays"] = ArrayRecord({name: value.fill_(1e14) for name, value in state.items()})
+        return reply
+
+    keys = {"checkpoint-every": 2, "rounds": 6}
+    with pytest.raises(RunFailed, match=r"^round 5: too few usable updates: .*; tried 3 times; resume from the"):
+        run_with(fault, small.changed({"name": "back", **keys}))
+    assert_same_bits(final_model(run(name="back", **keys)), final_model(run(name="whole", **keys)))
 
 
 def test_the_order_of_replies_changes_nothing_that_is_written(small: Config) -> None:
