@@ -17,7 +17,7 @@ from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.experiments.execute import execute
-from fedsim.federation import client_app, resources, server_app
+from fedsim.federation import client_app, lengthen, resources, server_app
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import MEMORY_LOST
@@ -567,7 +567,7 @@ def test_a_run_that_another_process_began_at_the_same_time_is_let_be(
             super().__init__(*arguments, **keywords)
             others.enter_context(Run(resolve(config, "localsgd"), "localsgd").lock())
 
-    monkeypatch.setattr(server_app, "Run", Overtaken)
+    monkeypatch.setattr(lengthen, "Run", Overtaken)
     monkeypatch.setattr(server_app, "log_errors_in_one_line", lambda: None)
     context = Context(1, 1, {}, RecordDict(), dict(config.as_keys()))
     with contextlib.ExitStack() as others, InProcessGrid(client_app.app, resolve(config, "localsgd")) as grid:
