@@ -64,7 +64,10 @@ class Result:
 
     @property
     def summary(self) -> dict[str, Any]:
-        """``summary.json``: best and final accuracy, costs, device, commit, command; empty if the run has not ended."""
+        """``summary.json``; empty if the run has not ended.
+
+        Best and final accuracy, costs, `updates_left_out`, device, commit, command.
+        """
         return read_summary(self.folder) or {}
 
     @property

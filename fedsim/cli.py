@@ -536,7 +536,7 @@ def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterato
     """Context manager: check a run, print its folder, then its result; yields what shows and tracks a row."""
     from fedsim.experiments.progress import each, shown_rows
     from fedsim.experiments.track import tracker
-    from fedsim.records import print_row, read_summary, run_folder
+    from fedsim.records import outcome_line, print_row, read_summary, run_folder
 
     _check_run(config, mode, engine, track)  # before the first line
     folder = run_folder(config, mode)
@@ -550,6 +550,4 @@ def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterato
     if summary is None or not summary["finished"]:
         print("stopped early: run the same command without --stop-after-... to resume")
         return
-    best, final = summary["best_test_accuracy"], summary["final_test_accuracy"]
-    tested_on = "validation" if config.validation else "test"
-    print(f"finished: {tested_on} accuracy {final:.2%}, best {best:.2%}, {summary['seconds']:.1f} s")
+    print(outcome_line(summary))

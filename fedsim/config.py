@@ -386,6 +386,8 @@ class Config(BaseModel, frozen=True):
     """Fraction of the clients sampled in each round."""
     min_clients: Annotated[CountOrZero, LOCALSGD, OPERATIONAL] = 0
     """Fewest clients to start with and to aggregate; 0: start with all, aggregate any number."""
+    max_failures: Annotated[CountOrZero, LOCALSGD, OPERATIONAL] = 0
+    """Failures of one client in a row that end a run; 0: 3, or no limit where min-clients is given."""
     round_timeout: Annotated[Seconds, LOCALSGD, OPERATIONAL] = 0.0
     """Seconds to wait for the replies of a round, with Flower's engines; 0: no timeout."""
     strategy: Annotated[Text, AfterValidator(_strategy), LOCALSGD] = "localsgd"
@@ -475,6 +477,11 @@ class Config(BaseModel, frozen=True):
     def clients_per_round(self) -> int:
         """The clients sampled in each round: the nearest whole number to fraction * clients, at least one."""
         return max(1, round(self.fraction * self.clients))
+
+    @property
+    def failures_to_end(self) -> float:
+        """How many failures of one client in a row end a run (see max-failures)."""
+        return self.max_failures or (math.inf if self.min_clients else 3)
 
     def changed(self, changes: Mapping[str, Any]) -> Config:
         """This configuration with some keys (kebab-case) changed; unknown keys and bad values are a UserError."""

@@ -39,13 +39,15 @@ from fedsim.provenance import provenance
 
 Row = dict[str, Any]
 OnRow = Callable[[Row], None]
-CHECKPOINT_VERSION = 3
+CHECKPOINT_VERSION = 4
+ROW_VERSION = 2  # 1: without a version, and bytes_* held the overhead_bytes_* too
 CONFIG, ROWS, MODEL, SUMMARY, LOCK = "config.json", "metrics.jsonl", "model.pt", "summary.json", ".lock"
 CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED = "checkpoint.pt", "checkpoint-before.pt", "checkpoint-refused.pt"
 ROWS_REFUSED = "metrics-refused.jsonl"
 OUTPUTS = (SUMMARY, CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, ROWS, ROWS_REFUSED, MODEL)
 PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *OUTPUTS)))})\.\d+")  # left by a killed atomic_write
-COSTS = ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
+TRAFFIC = ("bytes_up", "bytes_down", "overhead_bytes_up", "overhead_bytes_down")
+COSTS = ("epoch", "round", "local_steps", "syncs", *TRAFFIC, "updates_left_out")
 DIGEST = 6  # characters, at the end of a default name
 LENGTH = ("epochs", "rounds")  # the keys by which a run can be lengthened
 MACHINE = ("device", "threads")  # keys that are not part of a default name; runs of one cell may differ in them
@@ -168,7 +170,7 @@ class Run:
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["tested_on"] = self.tested_on
         row["seconds"] = round(self.seconds, 3)
-        line = (json.dumps(row, allow_nan=False) + "\n").encode()
+        line = (json.dumps({"version": ROW_VERSION, **row}, allow_nan=False) + "\n").encode()
         with self._writing(), (self.folder / ROWS).open("ab") as file:
             file.write(line)
         self._rows_sha256.update(line)
@@ -197,6 +199,13 @@ class Run:
             file.write(seal(content))
             if last.exists():
                 last.replace(self.folder / CHECKPOINT_BEFORE)
+
+    def put_checkpoint_aside(self) -> None:
+        """Let the run resume from the checkpoint before the last one, or from its start: from that no client trains."""
+        if (self.folder / CHECKPOINT).exists():
+            print(f"warning: no client can train from {self.folder / CHECKPOINT}: it is put aside", file=sys.stderr)
+            with self._writing():
+                (self.folder / CHECKPOINT).replace(self.folder / CHECKPOINT_REFUSED)
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Save the global model as a contiguous CPU state_dict."""
@@ -350,7 +359,7 @@ class Run:
     def _truncate_rows(self, rows: bytes, length: int) -> None:
         """Continue from the first `length` bytes of `rows`; the file is cut to them."""
         valid = rows[:length]
-        self.rows = [json.loads(line) for line in valid.splitlines()]
+        self.rows = [current_row(json.loads(line)) for line in valid.splitlines()]
         self._rows_sha256, self._rows_bytes = hashlib.sha256(valid), len(valid)
         with self._writing(), atomic_write(self.folder / ROWS) as file:
             file.write(valid)
@@ -451,7 +460,7 @@ def verified_rows(folder: Path) -> list[Row]:
     rows, summary = read_rows(folder), read_summary(folder)
     if summary and summary["finished"]:
         _verify_sha256(folder, ROWS, summary)
-        if any(summary.get(name) != value for name, value in _outcome(rows).items()):
+        if any(summary.get(name, value) != value for name, value in _outcome(rows).items()):
             raise _not_its_own(folder, ROWS)
     return rows
 
@@ -480,7 +489,7 @@ def read_rows(folder: Path) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(_parsed(line))
+            rows.append(current_row(_parsed(line)))
         except ValueError as error:
             if number == len(lines):
                 break
@@ -488,6 +497,15 @@ def read_rows(folder: Path) -> list[Row]:
                 f"{folder / ROWS} line {number} is damaged: restore it, or give --rerun to run it again"
             ) from error
     return rows
+
+
+def current_row(row: Row) -> Row:
+    """`row`, a line of metrics.jsonl of any version, as rows are now; the version is left out."""
+    for way in ("up", "down") if "version" not in row else ():
+        whole, overhead = row.get(f"bytes_{way}"), row.get(f"overhead_bytes_{way}")
+        if _is_number(whole) and _is_number(overhead):
+            row = {**row, f"bytes_{way}": whole - overhead}
+    return {name: value for name, value in row.items() if name != "version"}
 
 
 def _read_rows(folder: Path) -> bytes:
@@ -523,6 +541,9 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         valid = digests.get(SUMMARY) == sha256_of_summary(summary)
     if not valid:
         raise UserError(f"{path} is damaged: {remedy}")
+    if "overhead_bytes_up" not in summary:  # its bytes may hold the overhead: those of the last row do not
+        last = read_rows(folder)[-1:]
+        summary |= {name: row[name] for row in last for name in TRAFFIC if name in row}
     return summary
 
 
@@ -632,6 +653,14 @@ def print_row(row: Row) -> None:
         f"train {loss_text(row['train_loss'])}  {tested:17}  {seconds:>5} s",
         flush=True,
     )
+
+
+def outcome_line(summary: Mapping[str, Any]) -> str:
+    """The last line of a finished run: accuracies, seconds, and how many updates were left out, if any."""
+    tested_on, left_out = summary.get("tested_on", "test"), summary.get("updates_left_out", 0)
+    line = f"finished: {tested_on} accuracy {summary['final_test_accuracy']:.2%}"
+    line += f", best {summary['best_test_accuracy']:.2%}, {summary['seconds']:.1f} s"
+    return line + (f"; {left_out:,} updates left out, see left_out in {ROWS}" if left_out else "")
 
 
 def loss_text(value: float | None) -> str:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from strategies.mean import weighted_mean
+from strategies.screening import ANY, LIMIT, NOT_NEGATIVE, Domain
 
 
 def batchnorm_buffers(model: nn.Module) -> dict[str, str]:
@@ -18,6 +20,18 @@ def batchnorm_buffers(model: nn.Module) -> dict[str, str]:
         if isinstance(module, _BatchNorm)
         for name, _ in module.named_buffers(prefix, recurse=False)
     }
+
+
+def batchnorm_domains(batchnorm: Mapping[str, str], how: str) -> dict[str, Domain]:
+    """The domains of the buffers named in `batchnorm`, if they are merged as `how` says (see `merge`).
+
+    Pooled, the squared difference of two means is part of a variance.
+    """
+    of_mean, of_variance = ANY, NOT_NEGATIVE
+    if how == "pooled":
+        of_mean, of_variance = Domain(-math.sqrt(LIMIT / 8), math.sqrt(LIMIT / 8)), Domain(0, LIMIT / 2)
+    of_entry = {"running_mean": of_mean, "running_var": of_variance, "num_batches_tracked": NOT_NEGATIVE}
+    return {name: of_entry[entry] for name, entry in batchnorm.items()}
 
 
 def merge(

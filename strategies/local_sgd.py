@@ -8,6 +8,7 @@ so that the mean of K identical workers is exactly each of them, for every K.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import math
 import random
@@ -20,11 +21,11 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from strategies.batchnorm import merge
+from strategies.batchnorm import batchnorm_domains, merge
 from strategies.compression import Codec, broadcast, decode, encode, why_undecodable
 from strategies.outer import OuterStep
 from strategies.robust import Mean, combine
-from strategies.screening import Request, Rules, Update, screen, wrong_values
+from strategies.screening import NOT_NEGATIVE, Domain, Request, Rules, Update, screen, wrong_values
 from strategies.sections import BUFFERS, Sections, beside, join, split, under_prefix, with_prefix
 from strategies.tensor_array import tensor_record, tensors_of
 
@@ -54,8 +55,11 @@ class LocalSGD(FedAvg):
     number of workers that are sampled from, including those whose node is not connected (default: as many as
     `workers`).
 
-    Fewer usable updates than `min_updates` give no average. A usable one weighs at most `max_examples(round)` and
-    reports each of `metrics`; `other_records` may come with it. `batchnorm` names the buffers of BatchNorm layers (see
+    Fewer usable updates than `min_updates` give no average. A usable one weighs what `examples(round, worker)` allows
+    and reports each of `metrics`, a value in its domain; the values of its arrays are in their `domains(round)` (see
+    `strategies.screening.Rules`); `other_records` may come with it.
+
+    `batchnorm` names the buffers of BatchNorm layers (see
     `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged (see `strategies.batchnorm.merge`). `mean`
     and `trim` choose another mean than the exact one (see `strategies.robust`).
 
@@ -74,8 +78,9 @@ class LocalSGD(FedAvg):
         seed: int = 0,
         population: int = 0,
         min_updates: int = 1,
-        max_examples: Callable[[int], float] = lambda round_: 2.0**53,
-        metrics: Sequence[str] = (),
+        examples: Callable[[int, int], Domain] = lambda round_, worker: NOT_NEGATIVE,
+        metrics: Mapping[str, Domain] | None = None,
+        domains: Callable[[int], Mapping[str, Domain]] = lambda round_: {},
         other_records: Sequence[str] = (),
         batchnorm: Mapping[str, str] | None = None,
         batchnorm_at_sync: str = "average",
@@ -104,13 +109,14 @@ class LocalSGD(FedAvg):
         self.outer = outer or OuterStep()
         self.lr = lr
         self.population_extras = population_extras
-        variances = [BUFFERS + name for name, entry in self.batchnorm.items() if entry == "running_var"]
-        self.max_examples = max_examples
+        self.examples = examples
+        self.domains = domains
+        of_buffers = batchnorm_domains(self.batchnorm, batchnorm_at_sync)
         self.rules = Rules(
             self.arrayrecord_key,
             self.weighted_by_key,
-            metrics=metrics,
-            nonnegative=variances,
+            metrics=metrics or {},
+            domains={BUFFERS + name: domain for name, domain in of_buffers.items()},
             other_records=other_records,
         )
 
@@ -168,9 +174,12 @@ class LocalSGD(FedAvg):
     def aggregate(self, round_: int, request: Request, replies: Iterable[Message], state: State) -> Aggregate:
         """The global arrays after a round, and the server's state after it.
 
-        Raises FloatingPointError where these arrays are not finite: no further round can then be trained.
+        Raises FloatingPointError where these are not finite, or outside their domains: no further round can then be
+        trained.
         """
-        rules = dataclasses.replace(self.rules, max_examples=self.max_examples(round_))
+        domains = {**self.rules.domains, **self.domains(round_)}
+        examples = functools.partial(self.examples, round_)
+        rules = dataclasses.replace(self.rules, examples=examples, domains=domains)
         sent = split(tensors_of(request.arrays))
         like = self._encoded(self.codec, sent) if self.codec else request.arrays
         updates, left_out = screen(replies, request, rules, like)
@@ -201,8 +210,10 @@ class LocalSGD(FedAvg):
         extras = self._over_population(sent.extras, average.extras, len(averaged))
         arrays = join(Sections(parameters, buffers, extras))
 
-        if wrong := wrong_values([arrays])[0]:
-            raise FloatingPointError(f"round {round_}: the average of {wrong}")
+        remembered = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        for what, wrong in zip(("average", "server's state"), wrong_values([arrays, remembered], domains), strict=True):
+            if wrong:
+                raise FloatingPointError(f"round {round_}: the {what} of {wrong}")
         metrics = mean_metrics(used, weights, self.weighted_by_key)
         return Aggregate(tensor_record(arrays), metrics, state, samples, averaged, left_out)
 

@@ -6,8 +6,8 @@ Nothing that a client sends is trusted: neither its arrays, metrics and texts no
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -20,8 +20,18 @@ from strategies.tensor_array import TensorArray, array_bytes, dtype_name, tensor
 DECLINED = "declined"  # record with the reason of a client that has nothing to send in this round
 MAX_TEXT = 200  # characters
 MAX_METRICS = 1000  # numbers in a reply
-MAX_METRIC = torch.finfo(torch.float32).max  # of a metric's absolute value: means of such numbers cannot overflow
+LIMIT = 1e15  # of the magnitude of a value: far above those of any training, and its square is a float32
 NPY_HEADER = 1024  # bytes that a serialized array may have besides its values
+
+
+class Domain(NamedTuple):
+    """The closed interval of the values that an array, or a metric, may have."""
+
+    low: float = -LIMIT
+    high: float = LIMIT
+
+
+ANY, NOT_NEGATIVE = Domain(), Domain(low=0)
 
 
 class Request(NamedTuple):
@@ -47,15 +57,16 @@ class Update(NamedTuple):
 class Rules:
     """What a usable update holds: a record of `arrays`, and metrics with its `weight` and all of `metrics`.
 
-    The weight is at most `max_examples`; the arrays in `nonnegative`, for instance variances, have no negative value.
-    The update may also hold `other_records`, which are not checked.
+    The weight is positive and, of each worker, in `examples(worker)`. The values of arrays and metrics are in the
+    domains that `domains` and `metrics` name; those of all others are in `ANY`. The update may also hold
+    `other_records`, which are not checked.
     """
 
     arrays: str = "arrays"
     weight: str = "num-examples"
-    max_examples: float = 2.0**53
-    metrics: Sequence[str] = ()
-    nonnegative: Collection[str] = ()
+    examples: Callable[[int], Domain] = lambda worker: NOT_NEGATIVE
+    metrics: Mapping[str, Domain] = field(default_factory=dict)
+    domains: Mapping[str, Domain] = field(default_factory=dict)
     other_records: Collection[str] = ()
 
 
@@ -77,10 +88,10 @@ def screen(
         if worker is None or late or worker in updates or worker in left_out:
             continue
         try:
-            updates[worker] = _usable(reply, like, rules)
+            updates[worker] = _usable(reply, worker, like, rules)
         except ValueError as reason:
             left_out[worker] = printable(reason)
-    wrong = wrong_values([update.arrays for update in updates.values()], rules.nonnegative)
+    wrong = wrong_values([update.arrays for update in updates.values()], rules.domains)
     for worker, problem in zip(list(updates), wrong, strict=True):
         if problem:
             del updates[worker]
@@ -107,45 +118,91 @@ def tensors_like(record: ArrayRecord, sent: Mapping[str, Array]) -> dict[str, Te
     return {name: _tensor_like(name, record[name], array) for name, array in sent.items()}
 
 
-def wrong_values(parts: Sequence[Mapping[str, Tensor]], nonnegative: Collection[str] = ()) -> list[str]:
-    """For each of `parts`, what is wrong with its values, or "": a tensor is not finite, or has a negative value.
+def wrong_values(
+    parts: Sequence[Mapping[str, Tensor]], domains: Mapping[str, Domain] = MappingProxyType({})
+) -> list[str]:
+    """For each of `parts`, what is wrong with its values, or "": a tensor is not finite, or has one outside its domain.
 
-    Only the tensors in `nonnegative` are checked for negative values. A GPU is waited for once, for all `parts`.
+    A tensor that `domains` does not name has `ANY`. A GPU is waited for once, for all `parts`.
     """
-    floats = [(i, name) for i, part in enumerate(parts) for name in part if part[name].is_floating_point()]
-    signed = [(i, name) for i, part in enumerate(parts) for name in part if name in nonnegative]
-    tensors = [parts[i][name] for i, name in floats]
-    below_zero = list(torch._foreach_clamp_max([parts[i][name] for i, name in signed], 0)) if signed else []
-    largest = _largest([*tensors, *below_zero])
+    places = [(i, name) for i, part in enumerate(parts) for name in part if _is_checked(part[name], name in domains)]
+    tensors = _as_floats([parts[i][name] for i, name in places])
+    narrow = [place for place, (_, name) in enumerate(places) if name in domains]
+    excess = _excess([tensors[place] for place in narrow], [domains[places[place][1]] for place in narrow])
+    largest = _largest([*tensors, *excess])
     reasons = [""] * len(parts)
-    for (i, name), magnitude in zip(floats, largest, strict=False):
-        if not math.isfinite(magnitude):
-            reasons[i] = reasons[i] or f"{name} is not finite"
-    for (i, name), magnitude in zip(signed, largest[len(floats) :], strict=True):
-        if magnitude:
-            reasons[i] = reasons[i] or f"{name} is negative"
+    for (i, name), magnitude in zip(places, largest, strict=False):
+        if not magnitude <= LIMIT:
+            reasons[i] = reasons[i] or f"{name} is {'above 1e15' if math.isfinite(magnitude) else 'not finite'}"
+    for place, outside in zip(narrow, largest[len(places) :], strict=True):
+        i, name = places[place]
+        if outside:
+            low, high = domains[name]
+            what = "negative" if (low, high) == NOT_NEGATIVE else f"not between {low:g} and {high:g}"
+            reasons[i] = reasons[i] or f"{name} is {what}"
     return reasons
 
 
+def _is_checked(tensor: Tensor, named: bool) -> bool:
+    """Whether values of `tensor` may be outside its domain; those of a narrower integer type cannot leave `ANY`."""
+    return tensor.numel() > 0 and (tensor.is_floating_point() or tensor.dtype == torch.int64 or named)
+
+
+def _as_floats(tensors: list[Tensor]) -> list[Tensor]:
+    """`tensors`, with the integers among them in float64; on a GPU in few kernels."""
+    integers = [place for place, tensor in enumerate(tensors) if not tensor.is_floating_point()]
+    if not integers:
+        return tensors
+    converted = [torch.empty_like(tensors[place], dtype=torch.float64) for place in integers]
+    torch._foreach_copy_(converted, [tensors[place] for place in integers])
+    of_place = dict(zip(integers, converted, strict=True))
+    return [of_place.get(place, tensor) for place, tensor in enumerate(tensors)]
+
+
+def _excess(tensors: list[Tensor], domains: Sequence[Domain]) -> list[Tensor]:
+    """By how much the values of each tensor, none of which is empty, leave its domain: zero where they do not."""
+    excess = dict.fromkeys(range(len(tensors)), torch.empty(0))
+    for (_, device), places in _kinds(tensors).items():
+        of_kind, low_and_high = [tensors[place] for place in places], [domains[place] for place in places]
+        if device.type == "cpu":
+            ends = [torch.stack(tensor.aminmax()) for tensor in of_kind]
+            outside = [end - end.clamp(*domain) for end, domain in zip(ends, low_and_high, strict=True)]
+        else:
+            inside = torch._foreach_clamp_min(of_kind, [float(low) for low, _ in low_and_high])
+            torch._foreach_clamp_max_(inside, [float(high) for _, high in low_and_high])
+            outside = list(torch._foreach_sub(inside, of_kind))
+        excess |= zip(places, outside, strict=True)
+    return list(excess.values())
+
+
 def _largest(tensors: Sequence[Tensor]) -> list[float]:
-    """The largest magnitude in each tensor, NaN where there is one; 0 of an empty tensor."""
-    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}  # multi-tensor kernels need one dtype and device
-    for place, tensor in enumerate(tensors):
-        if tensor.numel():
-            kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
-    largest = [0.0] * len(tensors)
-    for (_, device), places in kinds.items():
+    """The largest magnitude in each tensor, none of which is empty; NaN where there is one."""
+    found: dict[torch.device, tuple[list[int], list[Tensor]]] = {}
+    for (_, device), places in _kinds(tensors).items():
         of_kind = [tensors[place] for place in places]
         if device.type == "cpu":  # 20 times as fast there as the norm
-            found = [tensor.abs().amax() for tensor in of_kind]
+            magnitudes = [tensor.abs().amax() for tensor in of_kind]
         else:
-            found = list(torch._foreach_norm(of_kind, math.inf))
-        for place, value in zip(places, torch.stack(found).tolist(), strict=True):
+            magnitudes = list(torch._foreach_norm(of_kind, math.inf))
+        of_device, values = found.setdefault(device, ([], []))
+        of_device += places
+        values.append(torch.stack(magnitudes).double())
+    largest = [0.0] * len(tensors)
+    for of_device, values in found.values():  # one wait for each
+        for place, value in zip(of_device, torch.cat(values).tolist(), strict=True):
             largest[place] = value
     return largest
 
 
-def _usable(reply: Message, sent: ArrayRecord, rules: Rules) -> Update:
+def _kinds(tensors: Sequence[Tensor]) -> dict[tuple[torch.dtype, torch.device], list[int]]:
+    """The places of `tensors` by dtype and device: multi-tensor kernels need one of each."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[int]] = {}
+    for place, tensor in enumerate(tensors):
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(place)
+    return kinds
+
+
+def _usable(reply: Message, worker: int, sent: ArrayRecord, rules: Rules) -> Update:
     """The update in a reply, its values not yet checked; raises ValueError with the reason if it is not usable."""
     if reply.has_error():
         raise ValueError(f"its client failed ({printable(reply.error.reason)})")
@@ -157,24 +214,26 @@ def _usable(reply: Message, sent: ArrayRecord, rules: Rules) -> Update:
     if arrays is None or len(content.metric_records) != 1 or others:
         raise ValueError(f"it sent other records than {rules.arrays} and one of metrics")
     metrics = next(iter(content.metric_records.values()))
-    weight = _usable_weight(metrics, rules)
+    weight = _usable_weight(metrics, worker, rules)
     return Update(weight, tensors_like(arrays, sent), metrics)
 
 
-def _usable_weight(metrics: MetricRecord, rules: Rules) -> float:
-    """The weight in `metrics`; raises ValueError unless all of them are numbers that can be averaged."""
+def _usable_weight(metrics: MetricRecord, worker: int, rules: Rules) -> float:
+    """The weight in `metrics`; raises ValueError unless all of them are numbers in their domains."""
     numbers = {name: value if isinstance(value, list) else [value] for name, value in metrics.items()}
     if sum(map(len, numbers.values())) > MAX_METRICS:
         raise ValueError(f"its metrics are more than {MAX_METRICS} numbers")
     weight = metrics.get(rules.weight)
-    if not isinstance(weight, int | float) or not 0 < weight <= rules.max_examples:
+    low, high = rules.examples(worker)
+    if not isinstance(weight, int | float) or not (weight > 0 and low <= weight <= high):
         raise ValueError(f"{rules.weight} is {printable(weight)}")
     for name in rules.metrics:
         if not isinstance(metrics.get(name), int | float):
             raise ValueError(f"{name} is {printable(metrics.get(name))}")
     for name, values in numbers.items():
+        low, high = rules.metrics.get(name, ANY)
         for value in values:
-            if not -MAX_METRIC <= value <= MAX_METRIC:  # true of NaN too
+            if not low <= value <= high:  # true of NaN too
                 raise ValueError(f"{name} is {value}")
     return float(weight)
 

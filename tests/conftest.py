@@ -180,13 +180,13 @@ def final_model(run: Run | Path) -> dict[str, Tensor]:
 
 
 def rows_of(run: Run | Path) -> list[dict[str, Any]]:
-    """The rows of a run without seconds and overheads, which interruptions change: bytes are those of the updates."""
+    """The rows of a run without seconds and overheads, which interruptions change."""
     folder = run.folder if isinstance(run, Run) else run
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     for row in rows:
         del row["seconds"]
         for way in ("up", "down"):
-            row[f"bytes_{way}"] -= row.pop(f"overhead_bytes_{way}", 0)
+            row.pop(f"overhead_bytes_{way}", None)
     return rows
 
 

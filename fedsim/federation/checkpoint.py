@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from fedsim.config import Config
 from fedsim.federation.compress import zero_memory
+from fedsim.federation.domains import domains
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import Nodes
 from fedsim.federation.protocol import (
@@ -23,7 +24,8 @@ from fedsim.federation.protocol import (
 )
 from fedsim.federation.round import Progress, TooFewClients
 from fedsim.records import Run, read_rows
-from strategies import tensor_record, tensors_like, tensors_of, wrong_values
+from fedsim.training.run_plan import run_plan
+from strategies import batchnorm_buffers, tensor_record, tensors_like, tensors_of, wrong_values
 from strategies.compression import HELD
 from strategies.local_sgd import BROADCAST
 from strategies.sections import under_prefix, with_prefix
@@ -39,9 +41,12 @@ def resume(run: Run, messenger: Messenger, nodes: Nodes, initial: Progress, roun
     """
     rows = read_rows(run.folder)
     checkpoint = run.resume(rounds, _state(initial, {}, messenger))
-    counted = [*rows, checkpoint] if checkpoint else rows
-    messenger.bytes_up = max([messenger.bytes_up, *(one["bytes_up"] for one in counted)])
-    messenger.bytes_down = max([messenger.bytes_down, *(one["bytes_down"] for one in counted)])
+    sent = [(messenger.bytes_up, messenger.bytes_down)]
+    sent += [
+        (row["bytes_up"] + row["overhead_bytes_up"], row["bytes_down"] + row["overhead_bytes_down"]) for row in rows
+    ]
+    sent += [(checkpoint["sent_up"], checkpoint["sent_down"])] if checkpoint else []
+    messenger.bytes_up, messenger.bytes_down = map(max, zip(*sent, strict=True))
     if checkpoint is None:
         return initial
     held = {item.name: checkpoint[item.name] for item in fields(Progress)}
@@ -67,8 +72,8 @@ def _state(progress: Progress, memories: Mapping[int, Memory], messenger: Messen
         **vars(progress),
         "arrays": tensors_of(progress.arrays),
         "memories": dict(memories),
-        "bytes_up": messenger.bytes_up,
-        "bytes_down": messenger.bytes_down,
+        "sent_up": messenger.bytes_up,
+        "sent_down": messenger.bytes_down,
     }
 
 
@@ -100,7 +105,9 @@ def collect_memories(
     for worker, record in sorted(records.items()):
         with contextlib.suppress(ValueError):  # what a client sends may be anything
             memories[worker] = tensors_like(record, tensor_record(like if rounds[worker] else {}))
-    wrong = wrong_values(list(memories.values()))
+    steps = run_plan(config).first_step(progress.round + 1)
+    allowed = domains(like, batchnorm_buffers(model), config.batchnorm_at_sync, steps)
+    wrong = wrong_values(list(memories.values()), allowed)
     memories = {worker: memory for (worker, memory), reason in zip(memories.items(), wrong, strict=True) if not reason}
     lost = [worker for worker, round_ in enumerate(rounds) if round_ and worker not in memories]
     if len(memories) < (config.min_clients or 1) or (lost and needs_all_memories(config)):

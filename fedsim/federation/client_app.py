@@ -89,6 +89,8 @@ def train_together(workers: StackedWorkers, messages: Sequence[Message], context
 def partition(message: Message, context: Context) -> Message:
     """Which shard this node holds, of how many, and the digests of its data and of the user's own code.
 
+    Where clients weigh by their images, also how many it has.
+
     Fails where it cannot run as the run's keys and its own say.
     """
     config = _config(message, context)
@@ -101,6 +103,8 @@ def partition(message: Message, context: Context) -> Message:
         if type(value) is not int:
             raise UserError(f"{name} = {value} in the node config: give a whole number")
         held[name] = value
+    if config.client_weights == "shard-size" and 0 <= _worker(context) < config.clients:
+        held["images"] = len(held_images(config, _worker(context)))
     return Message(RecordDict({"partition": held, **inputs}), reply_to=message)
 
 
@@ -158,7 +162,7 @@ class Ended(NamedTuple):
 def _reply(config: Config, message: Message, context: Context, begun: Begun, end: RoundEnd, ended: Ended) -> Message:
     x, sent, kept, wrong = ended
     if wrong:  # an infinity would stay in the residual
-        return _declined(message, "its parameters are not finite")
+        return _declined(message, wrong)
     if codec := codec_of(config):
         seed = compress_seed(config, run_plan(config), _round(message), _worker(context))
         memory = under_prefix(COMPRESS, begun.memory)

@@ -2,17 +2,21 @@
 
 Where one of these moves in a later version of Flower, `tests/strategies` and every in-process run fail at import or at
 the first message; change it here alone. Look for: who reads `TaskIdentity` in `flwr.app.Message` (the sender of a
-message), how `HttpGrid.push_messages` gives a message its id, and what `Grid.set_run` and `Grid.run` hold.
+message), how `HttpGrid.push_messages` gives a message its id, what `Grid.set_run` and `Grid.run` hold, and what the
+simulation's `worker` makes of an exception of Ray's.
 """
 
 from __future__ import annotations
 
+import re
+
 from flwr.app import Message
 from flwr.common.constant import ErrorCode
+from flwr.serverapp import Grid
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["CLIENT_FAILED", "FlowerRun", "become_server", "let_messages_be_made", "set_message_id"]
+__all__ = ["CLIENT_FAILED", "FlowerRun", "actor_died", "become_server", "let_messages_be_made", "set_message_id"]
 
 CLIENT_FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
@@ -33,3 +37,14 @@ def let_messages_be_made() -> None:
 def set_message_id(message: Message, id_: str) -> None:
     """Give a message the id that its reply refers to, as Flower's own grids do."""
     message.metadata.__dict__["_message_id"] = id_
+
+
+def actor_died(grid: Grid, reply: Message) -> bool:
+    """Whether `reply`, an error, says that a Ray actor of Flower's simulation has died.
+
+    Flower gives a dead actor back to its pool, where it fails at every message that it is given from then on, whichever
+    client's. In a deployment a client may write anything into its error: only the simulation's own grid is believed.
+    """
+    reason = reply.error.reason or ""
+    of_ray = re.match(r"<class 'ray\.exceptions\.(?!RayTaskError)", reason)  # that one: the client raised
+    return bool(of_ray) and reply.error.code == ErrorCode.UNKNOWN and type(grid).__name__ == "InMemoryGrid"

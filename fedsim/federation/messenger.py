@@ -9,14 +9,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
-from strategies import payload_bytes
+from fedsim.errors import RunFailed
+from fedsim.federation.flower_internals import actor_died
+from strategies import payload_bytes, printable
 
 ANSWER_SECONDS = 120  # how long a node may take to answer a question; Flower starts a process for it
 POLL_SECONDS = 0.1  # between polls for replies
 
 
 class Messenger:
-    """Sends and receives over `grid`. `bytes_up` and `bytes_down` count every array that it moved, averaged or not.
+    """Sends and receives over `grid`. `bytes_up` and `bytes_down` count every array of the run, averaged or not.
 
     A reply that comes too late is fetched at a later exchange, counted and dropped.
     """
@@ -28,9 +30,15 @@ class Messenger:
         self._unanswered: set[str] = set()  # ids of messages that were not waited for any longer
 
     def receive(self, ids: Iterable[str]) -> list[Message]:
-        """The replies that have come by now to the messages with these ids."""
+        """The replies that have come by now to the messages with these ids; raises RunFailed if a Ray actor died."""
         wanted = set(ids)
         replies = list(self.grid.pull_messages(wanted)) if wanted else []
+        for reply in replies:
+            if reply.has_error() and actor_died(self.grid, reply):
+                raise RunFailed(
+                    f"a Ray actor, which trains clients, has died ({printable(reply.error.reason)}); is there enough "
+                    "memory? The same command resumes the run from its checkpoint"
+                )
         self.bytes_up += sum(map(payload, replies))
         return replies
 

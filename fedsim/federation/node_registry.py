@@ -38,6 +38,7 @@ class NodeRegistry:
 
     All have the data set and the code of the server. A node may have images of its own instead: `own_data` holds their
     digests, by worker, and none for a worker that has the data set of the run. They stay the same for the whole run.
+    Where clients weigh by their images, each says how many it has, once: `images`, by worker.
     New nodes are all asked at once. One that does not answer is asked again later, after twice as long each time; no
     round waits for it.
     """
@@ -47,6 +48,8 @@ class NodeRegistry:
         self._own_data = {} if own_data is None else own_data
         self._dataset = config.dataset
         self._data, self._code = digests_of(config), own_code(config, of_client=True)
+        self.images: dict[int, int] = {}
+        self._weighs_images = config.client_weights == "shard-size"
         self._messenger, self._clients = messenger, config.clients
         self._content = RecordDict({"config": ConfigRecord({**shared(config)})})
         self._questions: dict[int, _Question] = {}
@@ -128,6 +131,11 @@ class NodeRegistry:
         if type(worker) is not int or not 0 <= worker < self._clients:
             last = self._clients - 1
             raise UserError(f"a node holds shard {printable(worker)}: give it a partition-id from 0 to {last}")
+        if self._weighs_images:
+            images = held.get("images")
+            if type(images) is not int or images < 1:
+                raise UserError(f"a node holds {printable(images)} images: it must run the server's version of fedsim")
+            self.images[worker] = images
         return worker
 
     def _check_inputs(self, worker: int, content: RecordDict) -> None:

@@ -35,6 +35,8 @@ class Progress:
     update_bytes_down: int = 0  # of the global arrays sent in the rounds averaged
     losses: list[tuple[float, float]] = field(default_factory=list)  # (mean, samples) of each round since the last row
     left_out: dict[str, str] = field(default_factory=dict)  # since the last row
+    updates_left_out: int = 0  # of the rounds averaged
+    failures: dict[int, int] = field(default_factory=dict)  # worker -> how often in a row it has failed, if it has
 
     @property
     def holders(self) -> list[int]:
@@ -43,11 +45,16 @@ class Progress:
 
 
 class TooFewClients(Exception):
-    """Fewer usable updates than a round needs; `memory_lost` where the reason is that a client has lost its memory."""
+    """Fewer usable updates than a round needs.
 
-    def __init__(self, reason: str, memory_lost: bool) -> None:
+    `memory_lost`: because a client has lost its memory. `all_refused`: although all clients answered, none could be
+    used; it may be that no client can train from what they were sent.
+    """
+
+    def __init__(self, reason: str, memory_lost: bool, all_refused: bool = False) -> None:
         super().__init__(reason)
         self.memory_lost = memory_lost
+        self.all_refused = all_refused
 
 
 def initial_progress(config: Config, model: nn.Module) -> Progress:
@@ -67,8 +74,8 @@ def train_round(
 ) -> tuple[Progress, dict[int, ArrayRecord]]:
     """The progress after one more round and, `with_memories`, what each worker averaged keeps after it.
 
-    Raises TooFewClients where too few send a usable update, RunFailed where their average is not finite or the
-    strategy fails.
+    Raises TooFewClients where too few send a usable update, RunFailed where their average is not finite, the strategy
+    fails, or a client has failed too often.
     """
     round_ = progress.round + 1
     nodes = registry.refresh()
@@ -84,9 +91,19 @@ def train_round(
 
     lost = [worker for worker, reason in result.left_out.items() if reason == MEMORY_LOST]
     if result.arrays is None:
-        raise TooFewClients(f"round {round_}: too few usable updates: {format_reasons(result.left_out)}", bool(lost))
+        answered = {reply.metadata.src_node_id for reply in replies if reply.has_content()}
+        all_answered = not request.away and answered >= request.workers.keys()
+        reason = f"round {round_}: too few usable updates: {format_reasons(result.left_out)}"
+        raise TooFewClients(reason, bool(lost), all_answered and len(result.left_out) == len(request.workers))
     if lost and needs_all_memories(config):
         raise TooFewClients(f"round {round_}: {format_reasons(result.left_out)}", True)
+    failures = count_failures(progress.failures, request, replies)
+    for worker, reason in result.left_out.items():
+        if failures.get(worker, 0) >= config.failures_to_end:
+            raise RunFailed(
+                f"round {round_}: worker {worker} has failed {failures[worker]} times in a row: {reason}; resume when "
+                "it works again, or give a higher --max-failures"
+            )
     aggregated_in = dict.fromkeys(lost, 0) | dict.fromkeys(result.averaged, round_)
     updates = _sent_by(result.averaged, "arrays", request, replies)
     bytes_up = sum(map(payload_bytes, updates.values()))
@@ -101,6 +118,8 @@ def train_round(
         update_bytes_down=progress.update_bytes_down + bytes_down,
         losses=[*progress.losses, (float(result.metrics["train-loss"]), result.samples)],  # type: ignore[arg-type]
         left_out=progress.left_out | {str(worker): reason for worker, reason in result.left_out.items()},
+        updates_left_out=progress.updates_left_out + len(result.left_out),
+        failures=failures,
     )
     return progress, _sent_by(result.averaged, MEMORY, request, replies)
 
@@ -108,8 +127,9 @@ def train_round(
 def row_of(plan: RunPlan, progress: Progress, messenger: Messenger) -> Row:
     """The row of what has been trained, without tests.
 
-    `bytes_up` and `bytes_down` are all arrays that were sent in the run. The overheads among them are what averaged
-    updates alone would not have cost: refused and late updates, repeated rounds, memories for checkpoints.
+    `bytes_up` and `bytes_down` are the method's traffic: the updates averaged, and the global arrays sent in the rounds
+    averaged. The overheads are what was sent besides: refused and late updates, repeated rounds, memories for
+    checkpoints and back.
     """
     steps = plan.first_step(progress.round + 1)
     samples = math.fsum(of_round for _, of_round in progress.losses)
@@ -118,14 +138,28 @@ def row_of(plan: RunPlan, progress: Progress, messenger: Messenger) -> Row:
         "epoch": float(plan.epoch(progress.round)),
         "local_steps": steps,
         "syncs": progress.round,
-        "bytes_up": messenger.bytes_up,
-        "bytes_down": messenger.bytes_down,
+        "bytes_up": progress.update_bytes_up,
+        "bytes_down": progress.update_bytes_down,
         "overhead_bytes_up": messenger.bytes_up - progress.update_bytes_up,
         "overhead_bytes_down": messenger.bytes_down - progress.update_bytes_down,
         "lr": plan.lr(steps - 1),
         "train_loss": math.fsum(loss * (of_round / samples) for loss, of_round in progress.losses),
         "left_out": progress.left_out,
+        "updates_left_out": progress.updates_left_out,
     }
+
+
+def count_failures(before: Mapping[int, int], request: Request, replies: Iterable[Message]) -> dict[int, int]:
+    """How often in a row each worker has failed, after a round; those that have not are left out.
+
+    An error reply is a failure: the client raised, or its process ended. A client that was sampled and did not fail
+    begins again at 0, also if its update is late or refused.
+    """
+    nodes = {reply.metadata.src_node_id for reply in replies if reply.has_error()}
+    failed = [worker for node, worker in request.workers.items() if node in nodes]
+    sampled = {*request.workers.values(), *request.away}
+    earlier = {worker: count for worker, count in before.items() if worker not in sampled}
+    return earlier | {worker: before.get(worker, 0) + 1 for worker in failed}
 
 
 def recorded(progress: Progress) -> Progress:

@@ -70,13 +70,14 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     plan = run_plan(config)
     model = initial_model(config)
     initial = initial_progress(config, model)
-    strategy = build_strategy(config, plan, model)
     messenger = Messenger(grid)
     registry = NodeRegistry(messenger, config, run.own_data)
+    strategy = build_strategy(config, plan, model, registry.images)
     registry.wait_for(config.min_clients or config.clients, strict=True)
     progress = resume(run, messenger, registry.nodes, initial, plan.rounds)
 
-    furthest, failures = progress.round, 0  # failures since a round came further than all before it
+    saved = furthest = progress.round
+    failures = 0  # since a round came further than all before it
     while progress.round < plan.last_round:
         saves = is_saved(config, plan, progress.round + 1)
 
@@ -88,6 +89,8 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         except TooFewClients as failure:
             failures += 1
             if failures == MAX_ATTEMPTS:
+                if failure.all_refused and not failure.memory_lost and progress.round == saved > 0:
+                    run.put_checkpoint_aside()
                 how = f"resume from the checkpoint with --resume {run.folder.name}"
                 raise RunFailed(f"{failure}; tried {MAX_ATTEMPTS} times; {how}") from failure
             progress = recover(failure, config, plan, run, messenger, registry, progress, initial)
@@ -108,6 +111,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         # Save a checkpoint
         if saves:
             save(run, config, messenger, progress, memories)
+            saved = progress.round
 
     run.save_model(loaded(config, model, progress, data.train).state_dict())
     run.write_summary(plan.last_round == plan.rounds, sum(p.numel() for p in model.parameters()), config.device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from flwr.serverapp.strategy import Strategy
@@ -12,11 +12,14 @@ from torch import nn
 
 from fedsim.config import FIELDS, Config, arguments_of, check_used, kebab
 from fedsim.data.datasets import training_images
+from fedsim.data.partition import shard_sizes
 from fedsim.device import one_thread
 from fedsim.errors import UserError
 from fedsim.federation.compress import check_compress, codec_of, compress_seed
+from fedsim.federation.domains import domains
 from fedsim.federation.flower_internals import let_messages_be_made
 from fedsim.federation.protocol import CONTROL, MEMORY, fewest_updates
+from fedsim.federation.round import initial_progress
 from fedsim.models import cpu_model
 from fedsim.optim import check_optimizer
 from fedsim.training.local_rule import check_local_rule
@@ -27,6 +30,7 @@ from strategies.errors import StrategyFailed
 from strategies.flower_strategy import FlowerStrategy, check_state
 from strategies.outer import OuterStep, outer_step
 from strategies.robust import trimmed_of
+from strategies.screening import NOT_NEGATIVE, Domain
 
 GOES_WITH_DELAY = {  # key -> its values with which a client can begin a round before any message of it arrives
     "fraction": (1.0,),
@@ -36,20 +40,36 @@ GOES_WITH_DELAY = {  # key -> its values with which a client can begin a round b
 }
 
 
-def build_strategy(config: Config, plan: RunPlan, model: nn.Module) -> LocalSGD:
-    """The strategy of `config` for the arrays of `model`."""
+def build_strategy(
+    config: Config, plan: RunPlan, model: nn.Module, images: Mapping[int, int] | None = None
+) -> LocalSGD:
+    """The strategy of `config` for the arrays of `model`.
+
+    `images`: how many each worker holds, where it weighs by them (by default as many as its shard). They are read when
+    an update is screened.
+    """
     check_strategy(config)
+    shards = shard_sizes(config)
+    batchnorm = batchnorm_buffers(model)
+    names = initial_progress(config, model).arrays.keys()
+
+    def planned(round_: int, worker: int) -> Domain:
+        if config.client_weights == "equal":
+            trained = len(plan.samples(round_, shards[worker]))
+            return Domain(trained, trained)
+        held = shards[worker] if images is None else images[worker]
+        return Domain(held, min(held, training_images(config)))
+
     of_run: dict[str, Any] = {
         "seed": config.seed,
         "population": config.clients,
         "fraction_train": config.fraction,
         "min_updates": fewest_updates(config),
-        "max_examples": plan.max_samples
-        if config.client_weights == "equal"
-        else lambda round_: training_images(config),
-        "metrics": ["train-loss"],
+        "examples": planned,
+        "metrics": {"train-loss": NOT_NEGATIVE},  # a cross-entropy
+        "domains": lambda round_: domains(names, batchnorm, config.batchnorm_at_sync, plan.first_step(round_ + 1)),
         "other_records": [MEMORY],
-        "batchnorm": batchnorm_buffers(model),
+        "batchnorm": batchnorm,
         "batchnorm_at_sync": config.batchnorm_at_sync,
         "population_extras": CONTROL if config.local_rule == "scaffold" else None,
     }

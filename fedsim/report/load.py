@@ -13,11 +13,11 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from fedsim.config import Config, Mode, Value, complete_record, current_names
 from fedsim.errors import UserError
-from fedsim.records import CONFIG, MACHINE, ROWS, SUMMARY, sha256_of_summary
+from fedsim.records import CONFIG, MACHINE, ROWS, SUMMARY, TRAFFIC, current_row, sha256_of_summary
 
 LARGEST = 2**53  # integers up to this are exact as floats
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -39,9 +39,10 @@ class Costs(BaseModel):
     syncs: Count | None = None
     bytes_up: Quantity | None = None
     bytes_down: Quantity | None = None
-    overhead_bytes_up: Quantity | None = None  # part of bytes_up
+    overhead_bytes_up: Quantity | None = None
     overhead_bytes_down: Quantity | None = None
     seconds: Quantity | None = None
+    updates_left_out: Count | None = None
 
 
 class Row(Costs):
@@ -51,6 +52,12 @@ class Row(Costs):
     epoch: Quantity
     local_steps: Count
     test_accuracy: Accuracy | None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current(cls, row: Any) -> Any:
+        """A row of any version as rows are now."""
+        return current_row(row) if isinstance(row, dict) else row
 
 
 class Summary(Costs):
@@ -153,7 +160,8 @@ def _outcome(summary: Summary | None, rows: list[Row]) -> dict[str, Any]:
         so_far = dict.fromkeys(so_far)
     else:
         summarized = {name: value for name, value in summarized.items() if name not in {*Row.model_fields, *so_far}}
-    return {**dict.fromkeys(Summary.model_fields), **last, **so_far, **summarized}
+    traffic = {name: last[name] for name in TRAFFIC if last.get(name) is not None}  # an older summary's is another
+    return {**dict.fromkeys(Summary.model_fields), **last, **so_far, **summarized, **traffic}
 
 
 def _read(path: Path, parse: Callable[[bytes], T], warnings: list[str]) -> T | None:

@@ -1,8 +1,8 @@
 """The network traffic of a run, and the seconds that it takes on a given network.
 
 - LocalSGD sends what its rows record, up and down: a sync is a message up and a message down for each worker of the
-  round. Part of it is overhead, bytes other than those of averaged updates: refused updates, repeated rounds, optimizer
-  states for checkpoints.
+  round. What a run sent besides (refused updates, repeated rounds, optimizer states for checkpoints) is overhead, which
+  takes no time here.
 - The large-batch baseline of K workers counts as data-parallel SGD on K workers, each with a K-th of the batch: a
   sync at every step sends the gradient up and the mean gradient down, 4 bytes per parameter, direction and worker.
 - One worker (K = 1), and a centralized run that is not a baseline, is one machine: it has no syncs and sends no bytes.
@@ -15,7 +15,6 @@ With K workers per round, a sync of messages of m bytes per worker takes, by the
 - all-reduce: no server. In a ring, each worker sends and receives at the same time 2 (K - 1) / K m bytes in 2 (K - 1)
   steps (Patarasuk and Yuan 2009). Updates that cannot be summed on their way (every codec except fp16 and bf16, every
   mean except the exact one, every strategy except LocalSGD) are gathered instead: (K - 1) m bytes in K - 1 steps.
-  Overhead needs a server and does not count.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ class Network(NamedTuple):
 
 def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
     """`records` (runs or rows) with `network_syncs`, and the bytes of all workers: `network_up`, `network_down`,
-    `network_bytes` (both), and of these `overhead_up` and `overhead_down` (0 if not recorded).
+    `network_bytes` (both), and what was sent besides, `overhead_bytes` (0 if not recorded).
 
     They are NaN where the recorded traffic, or the number of parameters of a baseline, is unknown. Requires the columns
     `clients`, `workers` and `baseline` of the cell, `parameters`, and the costs of a row.
@@ -58,8 +57,9 @@ def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
     traffic = {"network_syncs": records["syncs"].where(~baseline, records["local_steps"])}
     for way in ("up", "down"):
         traffic[f"network_{way}"] = records[f"bytes_{way}"].where(~baseline, gradients)
-        traffic[f"overhead_{way}"] = records[f"overhead_bytes_{way}"].fillna(0.0).mask(baseline, 0.0)
     traffic["network_bytes"] = traffic["network_up"] + traffic["network_down"]
+    overhead = records["overhead_bytes_up"].fillna(0.0) + records["overhead_bytes_down"].fillna(0.0)
+    traffic["overhead_bytes"] = overhead.mask(baseline, 0.0)
     return pd.concat([records, pd.DataFrame(traffic).mask(alone, 0.0)], axis=1)
 
 
@@ -74,8 +74,7 @@ def network_seconds(records: pd.DataFrame, network: Network) -> pd.DataFrame:
     up, down, messages = records["network_up"], records["network_down"], 2  # messages after each other in a sync
     if network.link == "all-reduce":
         others = records["workers"] - 1
-        updates = records["network_up"] - records["overhead_up"]
-        up = down = updates * others * np.where(records["summed"], 2 / records["workers"], 1)
+        up = down = up * others * np.where(records["summed"], 2 / records["workers"], 1)
         messages = others * np.where(records["summed"], 2, 1)
     links = 1 if network.link == "server" else records["workers"]
     seconds_up, seconds_down = up / links / (network.upload or network.bandwidth), down / links / network.bandwidth

@@ -16,7 +16,8 @@ from fedsim.report.tuning import tuning_notes
 CSV_COLUMNS = (
     "run", "mode", "optimizer", "clients", "local_steps_per_round", "batch_size", "seed", "tested_on", "finished",
     "final_test_accuracy", "best_test_accuracy", "last_test_accuracy", "epoch", "round", "local_steps", "syncs",
-    "bytes_up", "bytes_down", "seconds", "device", "commit",
+    "bytes_up", "bytes_down", "overhead_bytes_up", "overhead_bytes_down", "updates_left_out",
+    "seconds", "device", "commit",
 )  # fmt: skip
 
 
@@ -52,16 +53,18 @@ COSTS = {
     "local_steps": Cost("local steps"),
     "network_syncs": Cost("syncs"),
     "network_bytes": Cost("MB sent", 1e6, 1),
+    "overhead_bytes": Cost("MB besides", 1e6, 1),
     "seconds": Cost("minutes", 60, 1),
 }
-TRAFFIC = ("network_syncs", "network_bytes")
+TRAFFIC = ("network_syncs", "network_bytes", "overhead_bytes")
 
 
 def summarize(table: ResultTable) -> pd.DataFrame:
     """A line for each tested cell, over its `counted` runs.
 
-    `best`, `final` (means, fractions), `best_std`, `final_std` (NaN for one run), the means of `COSTS`, `finished` and
-    `started` (numbers of runs), `reached` (the last epoch of unfinished runs), and the columns of the cell.
+    `best`, `final` (means, fractions), `best_std`, `final_std` (NaN for one run), the means of `COSTS`, `left_out` (the
+    sum of updates left out), `finished` and `started` (numbers of runs), `reached` (the last epoch of unfinished runs),
+    and the columns of the cell.
     """
     by_cell = table.counted.groupby("cell")
     accuracy = by_cell.agg(
@@ -69,6 +72,7 @@ def summarize(table: ResultTable) -> pd.DataFrame:
         best_std=("best_test_accuracy", "std"),
         final=("final_test_accuracy", "mean"),
         final_std=("final_test_accuracy", "std"),
+        left_out=("updates_left_out", "sum"),
     )
     every = table.runs.groupby("cell")
     runs = every.agg(finished=("finished", "sum"), started=("finished", "size"))
@@ -97,11 +101,12 @@ def cost_table(table: ResultTable) -> TextTable:
     rows = []
     for line in summarize(table).to_dict("records"):
         started = line["started"] - line["finished"]
-        note = f"{started} unfinished, to epoch {line['reached']:.1f}" if line["reached"] > 0 else ""
+        note = [f"{started} unfinished, to epoch {line['reached']:.1f}"] if line["reached"] > 0 else []
+        note += _left_out(line)
         rows.append(
             [
                 Entry(line["label"] or table.name),
-                Entry(f"{line['finished']} of {line['expected']}", note),
+                Entry(f"{line['finished']} of {line['expected']}", ", ".join(note)),
                 Entry(percent(line["best"], line["best_std"])),
                 Entry(percent(line["final"], line["final_std"])),
                 *(COSTS[name].entry(line[name]) for name in shown),
@@ -162,7 +167,11 @@ def learning_rates(table: ResultTable) -> str:
 
 def traffic_note(table: ResultTable) -> str:
     """How syncs and bytes are counted."""
-    text = "Traffic: syncs of a run, and bytes of all workers, both ways, as recorded."
+    text = (
+        "Traffic: syncs of a run, and bytes of all workers, both ways: the updates averaged and the models sent for "
+        "them. What a run sent besides (for checkpoints, in repeated rounds, in updates left out) depends on its "
+        "interruptions and has a column of its own."
+    )
     if table.cells["baseline"].any():
         text += (
             " The large batch counts as data-parallel SGD on the same K workers: at every step each sends its gradient "
@@ -254,7 +263,12 @@ def _accuracy(line: dict[str, Any], which: str) -> Entry:
         remarks.append(f"paper {printed:.2f}")
         if line["finished"]:
             remarks.append(f"{100 * line[which] - printed:+.2f}".replace("-", "−"))
-    return Entry(percent(line[which], line[f"{which}_std"]), ", ".join(remarks))
+    return Entry(percent(line[which], line[f"{which}_std"]), ", ".join([*remarks, *_left_out(line)]))
+
+
+def _left_out(line: dict[str, Any]) -> list[str]:
+    """What to say of the updates left out in the runs of a line of `summarize`."""
+    return [f"{number(line['left_out'])} updates left out"] if line["left_out"] else []
 
 
 def _deviation(table: ResultTable) -> str:

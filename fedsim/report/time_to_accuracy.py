@@ -22,8 +22,7 @@ from fedsim.report.stragglers import Stragglers, computed_steps
 from fedsim.report.tables import COSTS, Cost, Entry, TextTable, number, percent, rich_table
 
 PARTS = ["computing", "waiting", "transfer"]  # of the seconds of a run
-MEANS = ["seconds", *PARTS, "resolution", "epoch", "network_syncs", "sent_up", "sent_down", "overhead_up"]
-MEANS += ["overhead_down"]
+MEANS = ["seconds", *PARTS, "resolution", "epoch", "network_syncs", "sent_up", "sent_down"]
 CAPTION = "within: seconds since the previous test; ±: standard deviation over runs, if larger; MB: of all workers"
 
 
@@ -62,8 +61,8 @@ def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
     """A line for each tested cell, over the runs that reach the target, at the first test of each that does.
 
     Columns: means of `seconds`, of the parts `computing`, `waiting` for latency and `transfer`, `resolution` (seconds
-    since the previous test), `epoch`, `network_syncs`, and the bytes of all workers `sent_up`, `sent_down`, with
-    `overhead_up` and `overhead_down` among them; `seconds_std`; `reached` and `runs` (numbers of runs); `compute_s` (of
+    since the previous test), `epoch`, `network_syncs`, and the bytes of all workers `sent_up`, `sent_down`;
+    `seconds_std`; `reached` and `runs` (numbers of runs); `compute_s` (of
     a step); `best_accuracy` of any run; `finished` (whether all runs are); `late` (whether messages are on their way
     while workers compute); and the columns of the cell.
     """
@@ -73,12 +72,9 @@ def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
     cells = cells.assign(late=cells["config"].map(lambda config: config.get("delay") == 1))
     images = images_per_step(cells)
     steps = images * seconds_per_image(table) if plan.compute is None else pd.Series(plan.compute, cells.index)
-    of_server = plan.network.link != "all-reduce"
     rows = rows.assign(
         computing=computed_steps(rows, plan.stragglers) * rows["cell"].map(steps),
         **network_seconds(rows, plan.network),
-        overhead_up=rows["overhead_up"] * of_server,
-        overhead_down=rows["overhead_down"] * of_server,
     )
     rows = rows.assign(seconds=_seconds(rows, rows["cell"].map(cells["late"])))
     tested = rows[rows["test_accuracy"].notna()]
@@ -135,9 +131,6 @@ def time_table(times: pd.DataFrame, table: ResultTable, plan: Plan) -> TextTable
             continue
         deviation = f" ± {line['seconds_std']:,.1f}" if line["seconds_std"] > line["resolution"] else ""
         costs = {column: cost.entry(line[column]) for column, cost in columns.items()}
-        for way in ("up", "down"):
-            if table.with_traffic and (overhead := line[f"overhead_{way}"]) > 0:
-                costs[f"sent_{way}"] = costs[f"sent_{way}"]._replace(note=f"overhead {number(overhead / 1e6, 1)}")
         times_of = (Entry(f"{number(line['seconds'], 1)}{deviation}"), Entry(number(line["resolution"], 1)))
         rows.append([name, *times_of, *costs.values(), reached])
     title = f"{table.title}: time to {100 * plan.target:g} % accuracy on {table.tested_on} images"

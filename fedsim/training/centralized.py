@@ -13,11 +13,16 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.models import initial_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.optim.lr_schedule import schedule_of
-from fedsim.records import Run
+from fedsim.records import TRAFFIC, Run
 from fedsim.training.step import evaluate, step_inputs
 from fedsim.training.step_fn import make_step_fn
 
-NO_COMMUNICATION = {"syncs": 0, "bytes_up": 0, "bytes_down": 0, "left_out": {}}  # in the rows of one machine
+NO_COMMUNICATION = {
+    "syncs": 0,
+    **dict.fromkeys(TRAFFIC, 0),
+    "left_out": {},
+    "updates_left_out": 0,
+}  # in the rows of one machine
 
 
 def train_centralized(config: Config, run: Run) -> None:

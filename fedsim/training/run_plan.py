@@ -55,10 +55,6 @@ class RunPlan:
         """The most local steps that any round has."""
         return max(map(self.steps, range(1, self.rounds + 1)))
 
-    def max_samples(self, round_: int) -> int:
-        """The most images that a worker trains on in a round, the last batch taken as a whole one."""
-        return self.steps(round_) * self.batch_size
-
     def samples(self, round_: int, held: int) -> range:
         """Which of the images that a worker reads in the run, pass after pass over the `held` ones, a round takes."""
         if self.local_epochs:

@@ -236,12 +236,11 @@ def test_clients_draw_batches_from_their_own_shards_and_weigh_by_them(small: Con
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-14)
 
 
-def test_no_client_may_claim_more_images_than_there_are(small: Config) -> None:
-    """The strategy leaves out an update that weighs more than `max_examples`."""
-    for weights, most in (("equal", 2 * 16), ("shard-size", 512)):
+def test_a_client_weighs_the_images_that_the_server_planned(small: Config) -> None:
+    for weights, planned in (("equal", 2 * 16), ("shard-size", 128)):
         config = small.changed({"client-weights": weights})
         strategy = build_strategy(config, run_plan(config), initial_model(config))
-        assert strategy.max_examples(1) == most
+        assert strategy.examples(1, 3) == (planned, planned)
 
 
 @NEEDS_FLWR_DATASETS

@@ -76,7 +76,7 @@ def test_the_bytes_of_a_row_are_those_of_the_formula(run: Execute, codec: str, u
     keys = {"error_feedback": False} if codec != "powersgd" else {"checkpoint_every": 3}
     row = read_rows(run(rounds=2, compress=codec, momentum_at_sync="reset", **keys).folder)[-1]
     assert row["bytes_down"] == 2 * 4 * UPDATE
-    assert row["bytes_up"] - row["overhead_bytes_up"] == 2 * 4 * update
+    assert row["bytes_up"] == 2 * 4 * update
 
 
 def test_what_cannot_be_decoded_is_left_out(small: Config) -> None:
@@ -113,13 +113,13 @@ def test_a_scale_that_overflows_and_weights_that_are_infinite_are_left_out(
         reply = answer(message, context)
         if place(message, context)[1] == 1:
             arrays: dict[str, Tensor] = dict(reply.content.array_records["arrays"].to_torch_state_dict())
-            arrays["fc3.bias/scale"] = torch.tensor(3e38)
+            arrays["fc3.bias/scale"] = torch.tensor(9e14)
             reply.content["arrays"] = ArrayRecord(arrays)
         return reply
 
     monkeypatch.setattr(client_app, "take_round", diverging)
     [row] = rows_of(run_with(large, small.changed({"rounds": 1, "compress": "int8"})))
-    assert row["left_out"] == {"1": "fc3.bias is not finite", "2": "its parameters are not finite"}
+    assert row["left_out"] == {"1": "fc3.bias is above 1e15", "2": "fc3.bias is not finite"}
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,13 @@ from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.experiments.execute import execute
-from fedsim.federation import client_app, resources, server_app
+from fedsim.federation import client_app, lengthen, resources, server_app
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.federation.resources import check_memory
 from fedsim.federation.server_app import train_localsgd
-from fedsim.records import Run, read_rows
+from fedsim.records import Run, outcome_line, read_rows, read_summary
 from fedsim.training.stacked import StackedWorkers
 from strategies import STRATEGIES, LocalSGD
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
@@ -95,15 +95,39 @@ def test_a_client_that_fails_is_left_out_and_named_in_the_row(small: Config, cap
             reply.content["arrays"] = ArrayRecord(state)
         return reply
 
-    run = run_with(fault, small.changed({"name": "hostile"}))
+    run = run_with(fault, small.changed({"name": "hostile", "min-clients": 1}))
     for row in rows_of(run):
         assert row["left_out"] == {
             "1": "fc3.bias is not finite",
             "2": "its client failed (OSError: no space left on device)",
         }
         assert row["bytes_up"] == row["bytes_down"] // 2
+        assert row["updates_left_out"] == 2 * row["round"]
+    summary = read_summary(run.folder)
+    assert summary
+    assert outcome_line(summary).endswith("; 16 updates left out, see left_out in metrics.jsonl")
     assert all(value.isfinite().all() for value in final_model(run).values())
     assert "round 3: worker 1 is left out of the average: fc3.bias is not finite" in caplog.text
+
+
+@pytest.mark.parametrize(("keys", "ends"), [({}, 6), ({"max-failures": 2}, 2), ({"min-clients": 3}, 0)])
+def test_a_client_that_fails_too_often_in_a_row_ends_the_run(small: Config, keys: dict[str, Any], ends: int) -> None:
+    """Worker 1 fails in each round but the third. A run that is cut counts on when it is resumed."""
+
+    def fault(message: Message, context: Context) -> Message | None:
+        round, worker = place(message, context)
+        return fail(message, context) if worker == 1 and round != 3 else None
+
+    config = small.changed({"name": "ends", **keys})
+    run_with(fault, config.changed({"stop-after-rounds": max(1, ends - 1)}))
+    if not ends:
+        assert rows_of(run_with(fault, config))[-1]["updates_left_out"] == 7
+        return
+    with pytest.raises(
+        RunFailed, match=rf"^round {ends}: worker 1 has failed {config.failures_to_end} times in a row: its client"
+    ):
+        run_with(fault, config)
+    assert len(read_rows(Path(config.results_dir) / "ends")) == ends - 1
 
 
 def test_a_client_with_absurd_examples_or_no_loss_does_not_move_the_model(small: Config) -> None:
@@ -111,15 +135,15 @@ def test_a_client_with_absurd_examples_or_no_loss_does_not_move_the_model(small:
         reply = answer(message, context)
         round, worker = place(message, context)
         if worker == 3:
-            examples = [-1, 0, float("nan"), 1e30, 33, 32, 1, 1][round - 1]
-            loss = {"train-loss": 1.0} if round not in (6, 7) else {"train-loss": float("inf")} if round == 6 else {}
+            examples = [-1, 0, float("nan"), 1e30, 33, 31, 32, 32, 32][round - 1]
+            loss = {7: {"train-loss": float("inf")}, 8: {}, 9: {"train-loss": -0.1}}.get(round, {"train-loss": 1.0})
             reply.content["metrics"] = MetricRecord({"num-examples": examples, **loss})
         return reply
 
-    lying = run_with(absurd, small.changed({"name": "lying", "rounds": 7}))
+    lying = run_with(absurd, small.changed({"name": "lying", "rounds": 9}))
     away = run_with(
         lambda message, context: fail(message, context) if place(message, context)[1] == 3 else None,
-        small.changed({"name": "away", "rounds": 7}),
+        small.changed({"name": "away", "rounds": 9, "min-clients": 1}),
     )
     assert_same_bits(final_model(lying), final_model(away))
     assert [row["left_out"]["3"] for row in rows_of(lying)] == [
@@ -128,8 +152,10 @@ def test_a_client_with_absurd_examples_or_no_loss_does_not_move_the_model(small:
         "num-examples is nan",
         "num-examples is 1e+30",
         "num-examples is 33",
+        "num-examples is 31",
         "train-loss is inf",
         "train-loss is None",
+        "train-loss is -0.1",
     ]
 
 
@@ -265,17 +291,18 @@ def refused(message: Message, context: Context) -> Message:
     ("fault", "keys", "up", "down", "overhead_up", "overhead_down"),
     [
         # 8 rounds of 4 clients; the last one has a checkpoint, with the momentum of each
-        (nothing, {}, 36, 32, 4, 0),
+        (nothing, {}, 32, 32, 4, 0),
         (nothing, {"momentum-at-sync": "reset"}, 32, 32, 0, 0),
-        (once(3, 1, refused), {}, 36, 32, 5, 0),
-        (once(3, 1, fail), {}, 35, 32, 4, 0),
+        (nothing, {"checkpoint-every": 2}, 32, 32, 16, 0),
+        (once(3, 1, refused), {}, 31, 32, 5, 0),
+        (once(3, 1, fail), {}, 31, 32, 4, 0),
         # the round is repeated: 3 updates and 4 messages more
-        (once(3, 1, fail), {"min-clients": 4}, 39, 36, 7, 4),
+        (once(3, 1, fail), {"min-clients": 4}, 32, 32, 7, 4),
         # Round 6 has 3 updates, each with its momentum; all go back to round 4, with their momentum of then
-        (once(6, 2, forget), {"min-clients": 4, "checkpoint-every": 2}, 58, 44, 26, 12),
+        (once(6, 2, forget), {"min-clients": 4, "checkpoint-every": 2}, 32, 32, 26, 12),
     ],
 )
-def test_every_array_that_is_sent_is_counted(
+def test_every_array_that_is_sent_is_counted_as_the_method_s_or_besides(
     small: Config, fault: Fault, keys: dict[str, Any], up: int, down: int, overhead_up: int, overhead_down: int
 ) -> None:
     run = run_with(fault, small.changed({"name": "counted", **keys}))
@@ -295,8 +322,8 @@ def test_a_resumed_run_counts_what_was_sent_before_it_failed(small: Config) -> N
         run_with(fault, small.changed(keys))
     run = run_with(nothing, small.changed(keys))
     row = read_rows(run.folder)[-1]
-    # Three rounds recorded, the momentum of round 2 handed back, and the rounds after it
-    assert row["bytes_down"] / UPDATE == 3 * 4 + 4 + 6 * 4
+    assert row["bytes_down"] / UPDATE == 8 * 4
+    # Round 3, which was repeated, and the momentum of round 2 handed back
     assert row["overhead_bytes_down"] / UPDATE == 2 * 4
 
 
@@ -326,12 +353,12 @@ def test_a_late_update_is_fetched_counted_and_changes_nothing(small: Config, run
         lambda message, context: (
             fail(message, context) if place(message, context) < (8, 0) and not place(message, context)[1] else None
         ),
-        small.changed({"name": "away"}),
+        small.changed({"name": "away", "min-clients": 1}),
     )
     assert_same_bits(final_model(late), final_model(away))
     row = read_rows(late.folder)[-1]
     assert row["left_out"] == {}
-    assert (row["bytes_up"] / UPDATE, row["overhead_bytes_up"] / UPDATE) == (36, 7 + 4)
+    assert (row["bytes_up"] / UPDATE, row["overhead_bytes_up"] / UPDATE) == (25, 7 + 4)
 
 
 def test_the_loss_of_a_row_is_over_the_samples_of_its_rounds(small: Config) -> None:
@@ -346,16 +373,16 @@ def test_the_loss_of_a_row_is_over_the_samples_of_its_rounds(small: Config) -> N
     assert rows_of(by_epoch)[0]["train_loss"] != pytest.approx(sum(losses[:3]) / 3, rel=1e-7)
 
 
-def test_a_mean_that_is_not_finite_ends_the_run_as_failed(small: Config) -> None:
+def test_a_server_step_out_of_the_domain_ends_the_run_as_failed(small: Config) -> None:
     def far(message: Message, context: Context) -> Message:
         reply = answer(message, context)
         state = reply.content.array_records["arrays"].to_torch_state_dict()
-        state["fc3.bias"][0] = 1.7e308 * (-1) ** place(message, context)[1]
+        state["fc3.bias"][0] = 1e14
         reply.content["arrays"] = ArrayRecord(state)
         return reply
 
-    with pytest.raises(RunFailed, match=r"round 1: the average of fc3\.bias is not finite"):
-        run_with(far, small.changed({"name": "far", "precision": "fp64"}))
+    with pytest.raises(RunFailed, match=r"round 1: the average of fc3\.bias is above 1e15"):
+        run_with(far, small.changed({"name": "far", "outer": "sgd", "outer-args": "lr=100"}))
 
 
 def test_a_negative_variance_never_reaches_the_model(small: Config) -> None:
@@ -371,6 +398,53 @@ def test_a_negative_variance_never_reaches_the_model(small: Config) -> None:
     assert all(row["test_loss"] is not None for row in rows_of(run))
 
 
+def test_values_outside_their_domains_never_reach_the_model(small: Config, run: Execute) -> None:
+    """One in each round, from worker 1; its honest self then resumes the run."""
+    tampered: list[tuple[str, float, str]] = [
+        ("extras/optimizer/fc3.bias/exp_avg_sq", -1e-9, "negative"),
+        ("extras/optimizer/fc3.bias/step", -1e9, "not between 0 and 4"),
+        ("extras/optimizer/fc3.bias/step", 7, "not between 0 and 6"),
+        ("buffers/bn1.num_batches_tracked", 2**63 - 1, "above 1e15"),
+        ("buffers/bn1.num_batches_tracked", 10**12, "not between 0 and 10000"),
+        ("buffers/bn1.running_mean", 3e38, "above 1e15"),
+        ("fc3.weight", -2e15, "above 1e15"),
+    ]
+
+    def fault(message: Message, context: Context) -> Message:
+        reply = answer(message, context)
+        round_, worker = place(message, context)
+        if worker == 1:
+            name, value, _ = tampered[round_ - 1]
+            state = reply.content.array_records["arrays"].to_torch_state_dict()
+            state[name].fill_(value)
+            reply.content["arrays"] = ArrayRecord(state)
+        return reply
+
+    keys = {"model": "lenet-bn", "optimizer": "adam", "momentum-at-sync": "average", "rounds": 9, "checkpoint-every": 1}
+    keys |= {"synthetic-images": 64, "batch-size": 4, "evaluate-every": 9}
+    run_with(fault, small.changed({"name": "domains", "stop-after-rounds": len(tampered), **keys}))
+    rows = rows_of(run(name="domains", **keys))
+    reasons = [{"1": f"{name} is {what}"} for name, _, what in tampered]
+    assert [row["left_out"] for row in rows] == [*reasons, {}, {}]
+    assert rows[-1]["test_loss"] is not None
+
+
+def test_where_no_client_can_train_from_the_last_checkpoint_the_one_before_is_used(small: Config, run: Execute) -> None:
+    """Weights of 1e14 from one client are in their domain, but every step from their mean is not finite."""
+
+    def fault(message: Message, context: Context) -> Message:
+        reply = answer(message, context)
+        if place(message, context) == (4, 1):
+            state = reply.content.array_records["arrays"].to_torch_state_dict()
+            reply.content["arrays"] = ArrayRecord({name: value.fill_(1e14) for name, value in state.items()})
+        return reply
+
+    keys = {"checkpoint-every": 2, "rounds": 6}
+    with pytest.raises(RunFailed, match=r"^round 5: too few usable updates: .*; tried 3 times; resume from the"):
+        run_with(fault, small.changed({"name": "back", **keys}))
+    assert_same_bits(final_model(run(name="back", **keys)), final_model(run(name="whole", **keys)))
+
+
 def test_the_order_of_replies_changes_nothing_that_is_written(small: Config) -> None:
     class Reversed(InProcessGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
@@ -383,7 +457,8 @@ def test_the_order_of_replies_changes_nothing_that_is_written(small: Config) -> 
     def fault(message: Message, context: Context) -> Message | None:
         return fail(message, context) if place(message, context)[1] in (1, 2) else None
 
-    one, other = (run_with(fault, small.changed({"name": g.__name__, "clients": 8}), g) for g in (Forward, Reversed))
+    config = small.changed({"clients": 8, "min-clients": 1})
+    one, other = (run_with(fault, config.changed({"name": g.__name__}), g) for g in (Forward, Reversed))
     assert [list(row.items()) for row in rows_of(one)] == [list(row.items()) for row in rows_of(other)]
     assert [list(row["left_out"]) for row in rows_of(other)] == [["1", "2"]] * len(rows_of(other))
     checkpoints = [torch.load(run.folder / "checkpoint.pt", weights_only=True) for run in (one, other)]
@@ -492,7 +567,7 @@ def test_a_run_that_another_process_began_at_the_same_time_is_let_be(
             super().__init__(*arguments, **keywords)
             others.enter_context(Run(resolve(config, "localsgd"), "localsgd").lock())
 
-    monkeypatch.setattr(server_app, "Run", Overtaken)
+    monkeypatch.setattr(lengthen, "Run", Overtaken)
     monkeypatch.setattr(server_app, "log_errors_in_one_line", lambda: None)
     context = Context(1, 1, {}, RecordDict(), dict(config.as_keys()))
     with contextlib.ExitStack() as others, InProcessGrid(client_app.app, resolve(config, "localsgd")) as grid:

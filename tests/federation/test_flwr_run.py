@@ -29,6 +29,7 @@ from fedsim.experiments.execute import execute
 from fedsim.federation.flwr_run import copy_app, federation, superlink
 from fedsim.federation.server_app import log_errors_in_one_line
 from fedsim.processes import cleanup, marked, running
+from fedsim.records import read_rows
 from tests.commands import ROOT, Done, executed, run, started
 from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, assert_same_bits, final_model, rows_of
 from tests.own_code import larger
@@ -226,6 +227,17 @@ def test_flower_logs_bad_input_in_one_line_and_faults_with_their_traceback(
         assert ("Traceback" in caplog.text) == (logged == "Traceback")
     finally:
         logger.removeHandler(caplog.handler)
+
+
+def test_a_run_whose_ray_actor_is_killed_ends_with_its_reason(tmp_path: Path) -> None:
+    command = [*SMALL, "--results-dir", str(tmp_path), "--engine", "flower", "--name", "killed", "--rounds", "100000"]
+    with started(tmp_path, *command, STARTED_BY=str(tmp_path)) as process:
+        process.wait_for(lambda: bool(read_rows(tmp_path / "killed")))
+        actors = [each for each in psutil.process_iter() if each.name().startswith("ray::ClientApp")]
+        next(each for each in actors if each.environ().get("STARTED_BY") == str(tmp_path)).kill()
+        done = process.wait(100)
+    assert done.returncode == 1, done
+    assert "error: a Ray actor, which trains clients, has died (<class 'ray.exceptions." in done.stdout
 
 
 def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,9 +99,7 @@ def test_identical_clients_are_one_client_bitwise(run: Execute, monkeypatch: pyt
 def test_scaffold_sends_twice_the_bytes_both_ways(run: Execute) -> None:
     for kept in ("reset", "keep"):
         row = read_rows(run(name=kept, rounds=2, local_rule="scaffold", momentum_at_sync=kept).folder)[-1]
-        assert [row[f"bytes_{way}"] - row[f"overhead_bytes_{way}"] for way in ("up", "down")] == [
-            2 * 4 * 2 * UPDATE
-        ] * 2
+        assert (row["bytes_up"], row["bytes_down"]) == (2 * 4 * 2 * UPDATE,) * 2
 
 
 def test_inferred_it_sends_no_more_than_a_plain_run_and_trains_the_same_model(run: Execute) -> None:
@@ -109,13 +107,7 @@ def test_inferred_it_sends_no_more_than_a_plain_run_and_trains_the_same_model(ru
     plain, sent, inferred = (
         run(name=rule, local_rule=rule, precision="fp64", **keys) for rule in ("none", "scaffold", "scaffold-inferred")
     )
-    bytes_of = [
-        [
-            [row[f"bytes_{way}"] - row[f"overhead_bytes_{way}"] for way in ("up", "down")]
-            for row in read_rows(one.folder)
-        ]
-        for one in (plain, inferred)
-    ]
+    bytes_of = [[(row["bytes_up"], row["bytes_down"]) for row in rows_of(one)] for one in (plain, inferred)]
     assert bytes_of[0] == bytes_of[1]
     for name, value in final_model(sent).items():
         torch.testing.assert_close(final_model(inferred)[name], value, rtol=0, atol=1e-13)

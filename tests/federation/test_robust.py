@@ -21,11 +21,11 @@ def test_the_key_knows_the_names_of_the_strategies() -> None:
 
 
 def hostile(message: Message, context: Context) -> Message:
-    """Worker 1 sends the largest that it can: 1e30 (in fp16: 6e4), in buffers, momenta and counters too."""
+    """Worker 1 sends the largest that it can: 1e15 (in fp16: 6e4), in buffers, momenta and counters too."""
     reply = answer(message, context)
     if place(message, context)[1] == 1:
         arrays = reply.content.array_records["arrays"].to_torch_state_dict()
-        largest = {torch.float32: 1e30, torch.float16: 6e4, torch.int64: 10**9}
+        largest = {torch.float32: 0.9e15, torch.float16: 6e4, torch.int64: 1000}
         absurd = {name: torch.full_like(value, largest[value.dtype]) for name, value in arrays.items()}
         reply.content["arrays"] = ArrayRecord(absurd)
     return reply

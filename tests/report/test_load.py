@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fedsim.config import Config
 from fedsim.errors import UserError
-from fedsim.records import sha256_of_summary
+from fedsim.records import read_rows, read_summary, sha256_of_summary
 from fedsim.report.answers import answers
 from fedsim.report.figures import BYTES, mean_curves
 from fedsim.report.load import read_records
@@ -24,6 +24,7 @@ from fedsim.report.tables import accuracy_table, cost_table, csv_text, notes, pr
 from fedsim.report.time_to_accuracy import Plan, time_table, times_to_target
 from tests.conftest import TIMES, write_run
 
+RESULTS = Path(__file__).parents[2] / "results"
 ROW = {"round": 1, "epoch": 1.0, "local_steps": 8, "test_accuracy": 0.5}
 
 
@@ -135,6 +136,20 @@ def test_unknown_and_missing_columns_are_no_damage(folder: Path, tmp_path: Path)
     rows = records.rows[records.rows["run"] == 0]
     assert list(rows["syncs"].isna()) == [True, False]
     assert rows["bytes_up"].isna().all()
+
+
+def test_bytes_of_rows_without_a_version_are_read_without_their_overhead() -> None:
+    """Three seeds of a cell, two of which recorded the overhead, within their bytes."""
+    folders = [RESULTS / "table2-bf16" / f"k12-j10-seed{seed}" for seed in (1, 2, 3)]
+    sent = 200 * 12 * 7_097_248  # rounds, clients, bytes of the model
+    runs = read_records(RESULTS / "table2-bf16").runs
+    cell = runs[runs["folder"].isin(folders)]
+    assert list(cell["bytes_up"]) == list(cell["bytes_down"]) == [sent] * 3
+    assert list(cell["overhead_bytes_up"]) == [None, 1_703_089_920, 1_703_089_920]
+    for folder in folders:
+        row, summary = read_rows(folder)[-1], read_summary(folder)
+        assert summary
+        assert (row["bytes_up"], summary["bytes_up"]) == (sent, sent)
 
 
 def test_a_record_older_than_a_key_has_its_default(folder: Path, tmp_path: Path) -> None:

@@ -8,8 +8,8 @@ import pytest
 from fedsim.errors import UserError
 from fedsim.report.network import Link, Network, add_traffic, duration, network_seconds, rate
 
-# 20 syncs, 4 workers with 3 MB up and 1 MB down together, of which 0.2 MB up are no updates
-TRAFFIC = {"network_syncs": 20, "network_up": 3e6, "network_down": 1e6, "overhead_up": 2e5, "workers": 4}
+# 20 syncs, 4 workers with 3 MB up and 1 MB down together
+TRAFFIC = {"network_syncs": 20, "network_up": 3e6, "network_down": 1e6, "workers": 4}
 
 
 @pytest.mark.parametrize(
@@ -18,11 +18,11 @@ TRAFFIC = {"network_syncs": 20, "network_up": 3e6, "network_down": 1e6, "overhea
         (Network(1e6, 0.025), True, 20 * 0.05, 0.75 + 0.25),
         (Network(1e6, 0.025, upload=1e5), True, 20 * 0.05, 7.5 + 0.25),
         (Network(1e6, 0.025, "server"), True, 20 * 0.05, 3 + 1),
-        # A ring of four: 2 * 3 messages of a quarter of the 0.7 MB of a worker's updates, up and down at once
-        (Network(1e6, 0.025, "all-reduce"), True, 20 * 6 * 0.025, 6 * 0.7 / 4),
-        (Network(1e6, 0.025, "all-reduce", upload=1e5), True, 20 * 6 * 0.025, 10 * 6 * 0.7 / 4),
+        # A ring of four: 2 * 3 messages of a quarter of the 0.75 MB of a worker's updates, up and down at once
+        (Network(1e6, 0.025, "all-reduce"), True, 20 * 6 * 0.025, 6 * 0.75 / 4),
+        (Network(1e6, 0.025, "all-reduce", upload=1e5), True, 20 * 6 * 0.025, 10 * 6 * 0.75 / 4),
         # Gathered: the whole of the three others'
-        (Network(1e6, 0.025, "all-reduce"), False, 20 * 3 * 0.025, 3 * 0.7),
+        (Network(1e6, 0.025, "all-reduce"), False, 20 * 3 * 0.025, 3 * 0.75),
     ],
 )
 def test_the_time_of_messages_by_hand(network: Network, summed: bool, waiting: float, transfer: float) -> None:
@@ -31,7 +31,7 @@ def test_the_time_of_messages_by_hand(network: Network, summed: bool, waiting: f
 
 
 def test_one_worker_waits_for_nobody() -> None:
-    alone = {**TRAFFIC, "workers": 1, "network_syncs": 0, "network_up": 0, "network_down": 0, "overhead_up": 0}
+    alone = {**TRAFFIC, "workers": 1, "network_syncs": 0, "network_up": 0, "network_down": 0}
     for link in get_args(Link):
         found = network_seconds(pd.DataFrame([{**alone, "summed": True}]), Network(1e6, 1.0, link))
         assert found.to_numpy().tolist() == [[0, 0, 0, 0]]
@@ -54,7 +54,7 @@ def test_traffic(clients: int, workers: int, baseline: bool, syncs: int, sent: i
     found = add_traffic(records).iloc[0]
     assert (found["network_syncs"], found["network_bytes"]) == (syncs, sent)
     assert found["network_up"] + found["network_down"] == sent
-    assert (found["overhead_up"], found["overhead_down"]) == (100 if sent == 1300 else 0, 0)
+    assert found["overhead_bytes"] == (100 if sent == 1300 else 0)
 
 
 @pytest.mark.parametrize(

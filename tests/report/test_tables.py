@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -43,7 +44,7 @@ def test_accuracies_are_means_and_deviations_and_an_unfinished_cell_is_marked(ta
 
 def test_costs_of_every_tested_cell_with_one_accounting_of_traffic(table: ResultTable) -> None:
     costs = lines(cost_table(table))
-    fields = "2 of 2|44.00 ± 1.41|43.00 ± 1.41|4.00|32|32|0.1|0.1"
+    fields = "2 of 2|44.00 ± 1.41|43.00 ± 1.41|4.00|32|32|0.1|0.0|0.1"
     assert [entry.text for entry in costs["K = 2, J = 1"]] == fields.split("|")
     assert costs["K = 4, J = 8"][0] == Entry("0 of 2", "1 unfinished, to epoch 4.0")
     # 32 steps of data-parallel SGD: 250 parameters of 4 bytes, 2 workers, both ways
@@ -51,6 +52,16 @@ def test_costs_of_every_tested_cell_with_one_accounting_of_traffic(table: Result
     assert "K = 4, large batch" not in costs  # no test yet
     (traffic,) = (note for note in notes(table) if note.startswith("Traffic: "))
     assert "The large batch counts as data-parallel SGD" in traffic
+
+
+def test_updates_left_out_are_told_beside_their_cell(study: Path) -> None:
+    for seed, left_out in ((1, 3), (2, 4)):
+        path = study / f"k2-j8-seed{seed}" / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "updates_left_out": left_out}))
+    (table,), _ = read_tables(study)
+    assert lines(cost_table(table))["K = 2, J = 8"][0] == Entry("2 of 2", "7 updates left out")
+    assert lines(accuracy_table(table, "final"))["J = 8"][0].note == "7 updates left out"
+    assert list(runs_frame(table)["updates_left_out"].dropna()) == [3, 4]
 
 
 def test_one_worker_sends_nothing_anywhere(tmp_path: Path) -> None:

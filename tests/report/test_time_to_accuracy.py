@@ -126,17 +126,15 @@ def test_cells_that_never_reach_the_target_are_named_and_drawn(study: Path, tmp_
     assert (tmp_path / "out" / "bandwidth-mine.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_traffic_counts_by_direction_and_overhead_apart(study: Path) -> None:
+def test_traffic_counts_by_direction_and_overhead_not_at_all(study: Path) -> None:
     run = study / "k2-j8-seed1" / "metrics.jsonl"
-    run.write_text(run.read_text().replace('"bytes_up"', '"overhead_bytes_up": 500, "bytes_up"'))
+    run.write_text(run.read_text().replace('"bytes_up"', '"version": 2, "overhead_bytes_up": 500, "bytes_up"'))
     (table,), _ = read_tables(study)
     found = seconds(table, NETWORK._replace(upload=500.0))
     assert found[2, 8] == pytest.approx(2.4 + 3 + 3 * (2 + 1))
-    text = {row[0].text: row for row in time_table(times_to_target(table, PLAN), table, PLAN).rows}
-    assert [entry.note for entry in text["K = 2, J = 8"][4:6]] == ["overhead 0.0", ""]
-    # Round a ring of two: once its own 3000 bytes, those of updates alone; 2 messages a sync
+    # Round a ring of two: once its own 3000 bytes; 2 messages a sync
     ring = NETWORK._replace(link="all-reduce")
-    assert seconds(table, ring)[2, 8] == pytest.approx(2.4 + 3 + (2.75 + 3) / 2)
+    assert seconds(table, ring)[2, 8] == pytest.approx(2.4 + 3 + 3)
     assert seconds(table, ring)[4, 8] == pytest.approx(2.4 + 3 * 3 + 3 * 1.5)
 
 

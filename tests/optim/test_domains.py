@@ -1,0 +1,38 @@
+from __future__ import annotations
+
+from typing import get_args
+
+import pytest
+import torch
+
+from fedsim.config import Config, Optimizer
+from fedsim.optim import build_optimizer, optimizer_state
+from fedsim.optim.domains import SIGNED, UNSIGNED, state_range
+
+STEPS = 5
+KNOWN = {*SIGNED, *UNSIGNED, "step", "mu_product"}
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        *({"optimizer": name} for name in get_args(Optimizer)),
+        *({"optimizer": name, "optimizer-backend": "torch-optimizer"} for name in ("lars", "lamb")),
+        {"optimizer": "adam", "optimizer-args": "amsgrad=true"},
+        {"optimizer": "rmsprop", "optimizer-args": "centered=true, momentum=0.9"},
+    ],
+)
+def test_the_domain_of_every_entry_is_known_and_kept(keys: dict[str, str]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    parameters = {name: torch.randn(shape, generator=generator) for name, shape in (("w", (3, 4)), ("b", (3,)))}
+    optimizer = build_optimizer(Config().changed(keys), parameters)
+    for _ in range(STEPS):
+        for parameter in parameters.values():
+            parameter.grad = torch.randn(parameter.shape, generator=generator)
+        optimizer.step()
+    state = optimizer_state(parameters, optimizer)
+    entries = {name: name.rpartition("/")[2] for name in state}
+    assert set(entries.values()) <= KNOWN
+    for name, value in state.items():
+        low, high = state_range(entries[name], STEPS)
+        assert low <= value.min() <= value.max() <= high
