@@ -66,14 +66,15 @@ def test_every_variant_times_its_rounds(variant: str, tmp_path: Path) -> None:
 
 
 def test_variants_take_turns_and_one_that_fails_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    config = resolve(TINY.changed({"synthetic-images": 10}), "localsgd")  # shards of 5, batches of 8: no run
-    timings, failed = measure([*turns(config, "in-process", "centralized")] * 2, rounds=1, limit=LIMIT)
+    config = resolve(TINY, "localsgd")
+    fails = turns(config.changed({"model": "tests.own_code:fails"}), "in-process")
+    timings, failed = measure([*fails, *turns(config, "centralized")] * 2, rounds=1, limit=LIMIT)
     assert [(timing.variant, len(timing.seconds)) for timing in timings] == [("centralized", 2)]
     assert min(timings[0].seconds) > 0
     assert 2**26 < timings[0].peak_bytes < 2**31
     (line,) = failed
-    assert line.startswith("K = 2, J = 2: in-process: UserError: batch-size = 8 is more than a shard of 5 images")
-    assert "batch-size = 8 is more than a shard of 5 images" in capsys.readouterr().err
+    assert line.startswith("K = 2, J = 2: in-process: UserError: model = tests.own_code:fails ")
+    assert "UserError: model = tests.own_code:fails " in capsys.readouterr().err
     write_timings(tmp_path / "bench.json", timings, "cpu", flop_per_image=1.0)
     content = json.loads((tmp_path / "bench.json").read_text())
     assert {"commit", "device", "versions", "command", "flop_per_image"} <= content.keys()
