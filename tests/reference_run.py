@@ -82,9 +82,9 @@ def compress_of(config: Config, codec: str) -> Compress | None:
         for name, value in update.items():
             rows, columns = len(value), value[0].numel()
             if value.ndim > 1 and rank <= rows and rank * (rows + columns) < rows * columns:
-                if (worker, name) not in rights:
-                    rights[worker, name] = torch.randn(columns, rank, generator=draws).double()
-                arrived[name], rights[worker, name] = power_sgd(value, rights[worker, name])
+                drawn = torch.randn(columns, rank, generator=draws).double()
+                right = rights.get((worker, name), torch.zeros_like(drawn))
+                arrived[name], rights[worker, name] = power_sgd(value, right, drawn)
         return arrived
 
     return compress
