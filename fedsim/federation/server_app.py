@@ -13,7 +13,7 @@ from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
 from fedsim.data.images import Images
 from fedsim.data.local_folder import check_of_run
-from fedsim.data.partition import check_partition
+from fedsim.data.partition import check_partition, images_left_out
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.federation.checkpoint import collect_memories, resume, save
@@ -67,6 +67,8 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     prepare(config)
     data = load_dataset(config)
     check_partition(config)
+    if left_out := images_left_out(config):
+        print(left_out, flush=True)
     plan = run_plan(config)
     model = initial_model(config)
     initial = initial_progress(config, model)

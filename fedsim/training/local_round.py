@@ -15,7 +15,7 @@ from fedsim.copies import copies, fill
 from fedsim.data.datasets import image_shape, load_dataset
 from fedsim.data.images import Images
 from fedsim.data.local_folder import own_images
-from fedsim.data.partition import sample_order, shard_of
+from fedsim.data.partition import HOLD_ALL, sample_order, shard_of
 from fedsim.data.uneven import uneven_shards
 from fedsim.device import prepare
 from fedsim.errors import UserError
@@ -96,6 +96,11 @@ def check_machine(config: Config) -> None:
         raise UserError(
             f"local-epochs = {config.local_epochs}: on a node with images of its own the length of a round is not "
             "known to the others: give local-steps"
+        )
+    if own and config.partition not in (*HOLD_ALL, "pachinko"):
+        raise UserError(
+            f"partition = {config.partition}: on a node with images of its own it is not known how many images the "
+            "others hold, which an epoch counts: give --partition iid"
         )
     if config.partition != "iid" and not own:
         uneven_shards(config)
