@@ -42,8 +42,8 @@ def status(
 ) -> str:
     """Loss, accuracy, images per second and time left of a run of `epochs` epochs, in at most 55 characters.
 
-    An epoch has so many `images`. The speed is measured from the row `before`, or else from the start; without `epochs` it is left out. `accuracy` is
-    shown if `row` has no test.
+    An epoch has so many `images`. The speed is measured from the row `before`, or else from the start; without `epochs`
+    it is left out. `accuracy` is shown if `row` has no test.
     """
     tested = row["test_accuracy"] if row["test_accuracy"] is not None else accuracy
     split = "test" if row["tested_on"] == "test" else "val"
