@@ -45,7 +45,8 @@ CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED = "checkpoint.pt", "checkpoint
 ROWS_REFUSED = "metrics-refused.jsonl"
 OUTPUTS = (SUMMARY, CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, ROWS, ROWS_REFUSED, MODEL)
 PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *OUTPUTS)))})\.\d+")  # left by a killed atomic_write
-COSTS = ("epoch", "round", "local_steps", "syncs", "bytes_up", "bytes_down")
+COSTS = ("epoch", "round", "steps_done", "syncs", "bytes_up", "bytes_down")
+RENAMED_COLUMNS = {"local_steps": "steps_done"}  # former name in rows and summaries -> the present one
 DIGEST = 6  # characters, at the end of a default name
 LENGTH = ("epochs", "rounds")  # the keys by which a run can be lengthened
 MACHINE = ("device", "threads")  # keys that are not part of a default name; runs of one cell may differ in them
@@ -350,7 +351,7 @@ class Run:
     def _truncate_rows(self, rows: bytes, length: int) -> None:
         """Continue from the first `length` bytes of `rows`; the file is cut to them."""
         valid = rows[:length]
-        self.rows = [json.loads(line) for line in valid.splitlines()]
+        self.rows = [current_columns(json.loads(line)) for line in valid.splitlines()]
         self._rows_sha256, self._rows_bytes = hashlib.sha256(valid), len(valid)
         with self._writing(), atomic_write(self.folder / ROWS) as file:
             file.write(valid)
@@ -480,7 +481,7 @@ def read_rows(folder: Path) -> list[Row]:
     rows: list[Row] = []
     for number, line in enumerate(lines, 1):
         try:
-            rows.append(_parsed(line))
+            rows.append(current_columns(_parsed(line)))
         except ValueError as error:
             if number == len(lines):
                 break
@@ -488,6 +489,11 @@ def read_rows(folder: Path) -> list[Row]:
                 f"{folder / ROWS} line {number} is damaged: restore it, or give --rerun to run it again"
             ) from error
     return rows
+
+
+def current_columns(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row or summary, also of an older run, with the names of now."""
+    return {RENAMED_COLUMNS.get(name, name): value for name, value in record.items()}
 
 
 def _read_rows(folder: Path) -> bytes:
@@ -523,7 +529,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         valid = digests.get(SUMMARY) == sha256_of_summary(summary)
     if not valid:
         raise UserError(f"{path} is damaged: {remedy}")
-    return summary
+    return current_columns(summary)
 
 
 @contextlib.contextmanager

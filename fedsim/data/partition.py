@@ -13,7 +13,15 @@ from fedsim.data.uneven import uneven_shards
 from fedsim.errors import UserError
 from fedsim.rng import generator
 
-HOLD_ALL = ("iid", "dirichlet", "linear", "square", "exponential", "continuous", "natural-id")  # they leave no image out
+HOLD_ALL = (
+    "iid",
+    "dirichlet",
+    "linear",
+    "square",
+    "exponential",
+    "continuous",
+    "natural-id",
+)  # they leave no image out
 
 
 def shard(images: int, workers: int, worker: int, seed: int) -> NDArray[np.int64]:

@@ -117,7 +117,7 @@ def row_of(plan: RunPlan, progress: Progress, messenger: Messenger) -> Row:
     return {
         "round": progress.round,
         "epoch": float(plan.epoch(progress.round)),
-        "local_steps": steps,
+        "steps_done": steps,
         "syncs": progress.round,
         "bytes_up": messenger.bytes_up,
         "bytes_down": messenger.bytes_down,

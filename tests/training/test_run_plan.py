@@ -45,7 +45,7 @@ def test_alone_a_client_of_any_rounds_is_centralized_training(small: Config, run
     alone = execute(config.changed({"name": "alone"}), "localsgd")
     assert_same_bits(final_model(alone), final_model(central))
     rows = rows_of(alone)
-    assert rows[-1]["local_steps"] == 64
+    assert rows[-1]["steps_done"] == 64
     assert rows[-1]["syncs"] == len(lengths(run_plan(config)))
     assert [int(row["epoch"]) for row in rows] == [1, 2]
 
@@ -70,7 +70,7 @@ def test_stopped_and_resumed_it_is_never_stopped_bitwise(small: Config, schedule
     execute(config.changed({"name": "parts", "stop-after-epochs": 2.0}), "localsgd")
     parts = execute(config.changed({"name": "parts"}), "localsgd")
     assert_same_bits(final_model(parts), final_model(whole))
-    assert [row["local_steps"] for row in rows_of(whole)][-1] == 24
+    assert [row["steps_done"] for row in rows_of(whole)][-1] == 24
 
 
 def test_the_budget_in_epochs_is_met_to_a_step_and_in_rounds_to_a_round(small: Config) -> None:
