@@ -140,7 +140,8 @@ def reference(config: Config) -> dict[str, Tensor]:
         part = slice(local_step * config.batch_size, (local_step + 1) * config.batch_size)
         step_keys.begin_step(inputs.dropout_keys[local_step])
         index, *crop = inputs.crops[:, part]
-        return images.crop(index, *crop).double(), images.labels[index]
+        crops = images.augmented(images.crop(index, *crop), [inputs.augment_keys[local_step]])
+        return crops.double(), images.labels[index]
 
     for layer in model.modules():
         if isinstance(layer, Dropout):

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
 from fedsim.config import Config
+from fedsim.data.augment import check_augment
 from fedsim.data.datasets import load_dataset
 from fedsim.data.images import Images
 from fedsim.data.local_folder import check_of_run
@@ -47,6 +48,7 @@ def main(grid: Grid, context: Context) -> None:
     log_errors_in_one_line()
     config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
     check_of_run(config)
+    check_augment(config)
     check_model(config)
     is_new = not run_folder(config, "localsgd").exists()
     run = open_run(config, "localsgd", print_row, "flower")

@@ -47,7 +47,7 @@ def train_centralized(config: Config, run: Run) -> None:
         order = sample_order(len(images), epoch * len(images), len(images), config.seed, 0, "epoch")
         first_step = epoch * steps_per_epoch
         rates = [lr(step) for step in range(first_step, first_step + steps_per_epoch)]
-        what = (images[order], config.batch_size, config.seed, 0, first_step, rates, data.train.corners)
+        what = (images[order], config.batch_size, config.seed, 0, first_step, rates, data.train)
         loss = float(run_steps(step_inputs(*what)))
 
         if not math.isfinite(loss):
