@@ -170,9 +170,9 @@ class PowerSGD:
 
     def _drawn(self, matrix: Tensor, generator: torch.Generator) -> Tensor:
         drawn = torch.randn(matrix.shape[1], self.rank, generator=generator)
-        if matrix.is_cuda:
+        if matrix.device.type == "cuda":
             drawn = drawn.pin_memory()  # the copy is then not waited for
-        return drawn.to(matrix, non_blocking=True)
+        return drawn.to(matrix.device, matrix.dtype, non_blocking=True)
 
     def _pays(self, x: Tensor) -> bool:
         return x.ndim > 1 and self.rank <= len(x) and self.rank * (len(x) + x[0].numel()) < x.numel()

@@ -217,9 +217,8 @@ def order() -> dict[str, np.ndarray]:
 
 def erase(images: Tensor, generator: torch.Generator) -> Tensor:
     """A random column of each image is zero."""
-    columns = torch.randint(images.shape[3], (len(images),), generator=generator)
-    images[torch.arange(len(images)), :, :, columns] = 0
-    return images
+    erased = torch.randint(images.shape[3], (len(images), 1, 1, 1), generator=generator)
+    return images * (torch.arange(images.shape[3]) != erased).to(images.device)
 
 
 def coin(images: Tensor, generator: torch.Generator) -> Tensor:
