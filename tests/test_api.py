@@ -104,9 +104,9 @@ def test_keys_that_are_lists_are_crossed(tmp_path: Path) -> None:
 
 
 def test_frames_have_numbers_and_one_name_for_one_thing(tmp_path: Path) -> None:
-    for steps, rate, accuracies in ((2, 0.1, [0.1, 0.2]), (8, 0.1, [0.1, 0.6]), (8, 0.5, [0.2, None])):
+    for steps, rate, first, last in ((2, 0.1, 0.1, 0.2), (8, 0.1, 0.1, 0.6), (8, 0.5, 0.2, None)):
         config = Config(lr=rate, local_steps=steps, seed=1)
-        write_run(tmp_path / f"{steps}-{rate}", config, "localsgd", accuracies, finished=rate < 0.5)
+        write_run(tmp_path / f"{steps}-{rate}", config, "localsgd", [first, last], finished=rate < 0.5)
     write_run(tmp_path / "twin", Config(lr=0.1), "centralized", [0.3])
     runs = fedsim.StudyResult(tmp_path).runs
     assert runs.pivot_table(columns="local_steps", values="final_test_accuracy").to_dict("list") == {2: [0.2], 8: [0.4]}
