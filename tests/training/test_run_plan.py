@@ -58,7 +58,7 @@ def test_alone_a_client_is_centralized_training_at_every_number_of_local_steps(s
     keys = {"name": "alone", "clients": 1, "local-steps": steps}
     alone = execute(resolve(small.changed(keys), "localsgd"), "localsgd")
     assert_same_bits(final_model(alone), final_model(central))
-    assert rows_of(alone)[-1]["local_steps"] == 48
+    assert rows_of(alone)[-1]["steps_done"] == 48
     assert rows_of(alone)[-1]["syncs"] == -(-48 // steps)
 
 
