@@ -60,7 +60,9 @@ class Result:
         """
         import pandas as pd
 
-        return pd.DataFrame(verified_rows(self.folder))
+        from fedsim.report.load import with_types
+
+        return with_types(pd.DataFrame(verified_rows(self.folder), dtype=object))
 
     @property
     def summary(self) -> dict[str, Any]:
@@ -103,8 +105,13 @@ class StudyResult:
 
     @property
     def runs(self) -> pd.DataFrame:
-        """A row for each run: its keys in kebab-case, its accuracies and costs in snake_case, `run` and `folder`."""
-        return self._records().runs
+        """A row for each run: its keys with underscores, its accuracies and costs, `run` and `folder`.
+
+        `local_steps` is the key, J; `steps_done` are the local steps of each client in the whole run.
+        """
+        from fedsim.report.load import with_types
+
+        return with_types(self._records().runs.rename(columns=lambda name: name.replace("-", "_")))
 
     @property
     def rows(self) -> pd.DataFrame:

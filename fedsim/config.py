@@ -203,11 +203,16 @@ class Named(NamedTuple):
 
 
 ANY_MODEL = Named(tuple(MODELS), "package.module:function")
+ANY_AUGMENT = Named(("crop+mirror", "crop", "none"), "package.module:function")
 ANY_DATASET = Named(DATASETS, "a file NAME.npz or package.module:function")
 
 
 def _model(value: str) -> str:
     return _named(value, ANY_MODEL, is_function(value))
+
+
+def _augment(value: str) -> str:
+    return _named(value, ANY_AUGMENT, is_function(value))
 
 
 def _dataset(value: str) -> str:
@@ -266,9 +271,13 @@ class Config(BaseModel, frozen=True):
     crop_size: CountOrZero = 0
     """Side of the square that a model is given of each image, cut at random in training; 0: the whole image's size."""
     crop_padding: Annotated[Integer, Field(ge=0, le=1000)] = 4
-    """Black pixels around an image that a random crop may reach into."""
-    normalize: Literal["dataset", "cifar10"] = "dataset"
-    """Mean and standard deviation to normalize by; the paper's Table 1 used CIFAR-10's."""
+    """Pixels around an image that a random crop may reach into."""
+    crop_padding_mode: Literal["constant", "reflect"] = "constant"
+    """These pixels: black, or the image reflected."""
+    augment: Annotated[Text, ANY_AUGMENT, AfterValidator(_augment)] = "crop+mirror"
+    """What is done to images in training: cut at random and mirrored half of the time, cut, or nothing."""
+    normalize: Literal["dataset", "cifar10", "none"] = "dataset"
+    """Mean and standard deviation to normalize by, the paper's Table 1 used CIFAR-10's; none: pixels from 0 to 1."""
     synthetic_classes: Annotated[Integer, Field(ge=2, le=1000)] = 10
     """Number of classes of the synthetic set."""
     synthetic_images: Annotated[Integer, Field(ge=1, le=10**8)] = 8000

@@ -47,7 +47,8 @@ ROWS_REFUSED = "metrics-refused.jsonl"
 OUTPUTS = (SUMMARY, CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, ROWS, ROWS_REFUSED, MODEL)
 PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *OUTPUTS)))})\.\d+")  # left by a killed atomic_write
 TRAFFIC = ("bytes_up", "bytes_down", "overhead_bytes_up", "overhead_bytes_down")
-COSTS = ("epoch", "round", "local_steps", "syncs", *TRAFFIC, "updates_left_out")
+COSTS = ("epoch", "round", "steps_done", "syncs", *TRAFFIC, "updates_left_out")
+RENAMED_COLUMNS = {"local_steps": "steps_done"}  # former name in rows and summaries -> the present one
 DIGEST = 6  # characters, at the end of a default name
 LENGTH = ("epochs", "rounds")  # the keys by which a run can be lengthened
 MACHINE = ("device", "threads")  # keys that are not part of a default name; runs of one cell may differ in them
@@ -505,7 +506,12 @@ def current_row(row: Row) -> Row:
         whole, overhead = row.get(f"bytes_{way}"), row.get(f"overhead_bytes_{way}")
         if _is_number(whole) and _is_number(overhead):
             row = {**row, f"bytes_{way}": whole - overhead}
-    return {name: value for name, value in row.items() if name != "version"}
+    return current_columns({name: value for name, value in row.items() if name != "version"})
+
+
+def current_columns(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row or summary, also of an older run, with the names of now."""
+    return {RENAMED_COLUMNS.get(name, name): value for name, value in record.items()}
 
 
 def _read_rows(folder: Path) -> bytes:
@@ -541,6 +547,7 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
         valid = digests.get(SUMMARY) == sha256_of_summary(summary)
     if not valid:
         raise UserError(f"{path} is damaged: {remedy}")
+    summary = current_columns(summary)
     if "overhead_bytes_up" not in summary:  # its bytes may hold the overhead: those of the last row do not
         last = read_rows(folder)[-1:]
         summary |= {name: row[name] for row in last for name in TRAFFIC if name in row}

@@ -314,9 +314,13 @@ def qsgd(x: Tensor, levels: int, generator: torch.Generator) -> Tensor:
     return torch.cat(arrived)[: x.numel()].view(x.shape)
 
 
-def power_sgd(x: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """A low-rank approximation by one power iteration, and the next `right` factor (Vogels et al. 2019)."""
+def power_sgd(x: Tensor, right: Tensor, drawn: Tensor) -> tuple[Tensor, Tensor]:
+    """A low-rank approximation by one power iteration, and the next `right` factor (Vogels et al. 2019).
+
+    Columns of `right` that are zero are replaced by those `drawn`.
+    """
     matrix = x.flatten(1)
+    right = torch.where(right.abs().sum(0) == 0, drawn, right)
     left = torch.linalg.qr(matrix @ right).Q
     right = matrix.T @ left
     return (left @ right.T).view(x.shape), right

@@ -154,9 +154,10 @@ class PowerSGD:
         if not self._pays(x):
             return {"values": x}
         matrix = x.flatten(1)
-        if warm_start is None:
-            warm_start = torch.randn(matrix.shape[1], self.rank, generator=generator).to(matrix)
-        left = torch.linalg.qr(matrix @ warm_start).Q
+        right = self._drawn(matrix, generator)
+        if warm_start is not None:  # a column of zeros would stay so, for instance after an update of zero
+            right = torch.where((warm_start == 0).all(0), right, warm_start)
+        left = torch.linalg.qr(matrix @ right).Q
         return {"left": left, "right": matrix.T @ left}
 
     def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -166,6 +167,12 @@ class PowerSGD:
         for column, row in zip(parts["left"].T, parts["right"].T, strict=True):
             product += column[:, None] * row  # a matrix product is rounded differently on other devices
         return product.view(like.shape)
+
+    def _drawn(self, matrix: Tensor, generator: torch.Generator) -> Tensor:
+        drawn = torch.randn(matrix.shape[1], self.rank, generator=generator)
+        if matrix.device.type == "cuda":
+            drawn = drawn.pin_memory()  # the copy is then not waited for
+        return drawn.to(matrix.device, matrix.dtype, non_blocking=True)
 
     def _pays(self, x: Tensor) -> bool:
         return x.ndim > 1 and self.rank <= len(x) and self.rank * (len(x) + x[0].numel()) < x.numel()

@@ -41,8 +41,7 @@ class Aggregate(NamedTuple):
     arrays: ArrayRecord | None
     metrics: MetricRecord
     state: State
-    samples: float  # the sum of the weights of the averaged updates
-    averaged: list[int]  # workers
+    averaged: dict[int, MetricRecord]  # worker -> what it reported
     left_out: dict[int, str]  # the other sampled workers -> reason
 
 
@@ -189,7 +188,7 @@ class LocalSGD(FedAvg):
         for worker, reason in left_out.items():
             log.warning("round %s: worker %s is left out of the average: %s", round_, worker, reason)
         if len(updates) < self.min_updates:
-            return Aggregate(None, MetricRecord(), state, 0, [], left_out)
+            return Aggregate(None, MetricRecord(), state, {}, left_out)
 
         averaged = sorted(updates)
         used = [updates[worker] for worker in averaged]
@@ -215,7 +214,8 @@ class LocalSGD(FedAvg):
             if wrong:
                 raise FloatingPointError(f"round {round_}: the {what} of {wrong}")
         metrics = mean_metrics(used, weights, self.weighted_by_key)
-        return Aggregate(tensor_record(arrays), metrics, state, samples, averaged, left_out)
+        reported = {worker: updates[worker].metrics for worker in averaged}
+        return Aggregate(tensor_record(arrays), metrics, state, reported, left_out)
 
     def next_parameters(
         self, round_: int, x: dict[str, Tensor], mean: dict[str, Tensor], updates: Mapping[int, Update], state: State

@@ -206,7 +206,7 @@ def write_run(
     **costs: float,
 ) -> Path:
     """Write the records of a run with a row per accuracy; `costs` are those of one round (or epoch)."""
-    each = {"local_steps": 10, "syncs": 1, "bytes_up": 1000, "bytes_down": 1000, "seconds": 2.0, **costs}
+    each = {"steps_done": 10, "syncs": 1, "bytes_up": 1000, "bytes_down": 1000, "seconds": 2.0, **costs}
     rows: list[dict[str, Any]] = [
         {
             "round": round_,
@@ -261,7 +261,7 @@ def study(tmp_path: Path) -> Path:
             continue
         final = 0.4 + 0.02 * seed + (0.1 if down == 8 else 0.0)
         sent = 0.0 if down == LARGE_BATCH else k * (1000.0 if down == 8 else 8000.0)
-        costs = {"local_steps": 8, "syncs": {1: 8, 8: 1, LARGE_BATCH: 0}[down], "bytes_up": sent, "bytes_down": sent}
+        costs = {"steps_done": 8, "syncs": {1: 8, 8: 1, LARGE_BATCH: 0}[down], "bytes_up": sent, "bytes_down": sent}
         write_run(
             folder / cell.config.name,
             cell.config,

@@ -1,4 +1,4 @@
-"""Models and data sets of one's own, as a user would write them; the tests name them as ``tests.own_code:NAME``."""
+"""Models, data and augmentations of one's own, as a user would write them; tests name them ``tests.own_code:NAME``."""
 
 from __future__ import annotations
 
@@ -201,3 +201,42 @@ def ragged() -> dict[str, Any]:
 
 def load_fails() -> Any:
     return torch.load("/nonexistent/file")
+
+
+def order() -> dict[str, np.ndarray]:
+    """A bright token and a dark one, beside each other: their order is their class."""
+    rng = np.random.default_rng(0)
+    held: dict[str, np.ndarray] = {}
+    for split, count in (("train", 256), ("test", 128)):
+        labels = rng.integers(0, 2, count)
+        bright = np.stack([labels, 1 - labels], axis=1).repeat(6, axis=1)[:, None, :, None]  # (count, 1, 12, 1)
+        held[f"{split}_images"] = (rng.integers(0, 60, (count, 10, 12, 1)) + 120 * bright).astype(np.uint8)
+        held[f"{split}_labels"] = labels
+    return held
+
+
+def erase(images: Tensor, generator: torch.Generator) -> Tensor:
+    """A random column of each image is zero."""
+    erased = torch.randint(images.shape[3], (len(images), 1, 1, 1), generator=generator)
+    return images * (torch.arange(images.shape[3]) != erased).to(images.device)
+
+
+def coin(images: Tensor, generator: torch.Generator) -> Tensor:
+    """It draws from torch's global generator."""
+    return images.flip(3) if torch.rand(()) < 0.5 else images
+
+
+def cut(images: Tensor, generator: torch.Generator) -> Tensor:
+    return images[:, :, 1:]
+
+
+def doubled(images: Tensor, generator: torch.Generator) -> Tensor:
+    return images.double()
+
+
+def listed(images: Tensor, generator: torch.Generator) -> Any:
+    return list(images)
+
+
+def of_images_alone(images: Tensor) -> Tensor:
+    return images

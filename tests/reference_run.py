@@ -82,9 +82,9 @@ def compress_of(config: Config, codec: str) -> Compress | None:
         for name, value in update.items():
             rows, columns = len(value), value[0].numel()
             if value.ndim > 1 and rank <= rows and rank * (rows + columns) < rows * columns:
-                if (worker, name) not in rights:
-                    rights[worker, name] = torch.randn(columns, rank, generator=draws).double()
-                arrived[name], rights[worker, name] = power_sgd(value, rights[worker, name])
+                drawn = torch.randn(columns, rank, generator=draws).double()
+                right = rights.get((worker, name), torch.zeros_like(drawn))
+                arrived[name], rights[worker, name] = power_sgd(value, right, drawn)
         return arrived
 
     return compress
@@ -140,7 +140,8 @@ def reference(config: Config) -> dict[str, Tensor]:
         part = slice(local_step * config.batch_size, (local_step + 1) * config.batch_size)
         step_keys.begin_step(inputs.dropout_keys[local_step])
         index, *crop = inputs.crops[:, part]
-        return images.crop(index, *crop).double(), images.labels[index]
+        crops = images.augmented(images.crop(index, *crop), [inputs.augment_keys[local_step]])
+        return crops.double(), images.labels[index]
 
     for layer in model.modules():
         if isinstance(layer, Dropout):

@@ -15,11 +15,12 @@ import torch
 
 import fedsim
 from fedsim.api import as_keys
-from fedsim.config import FIELDS
+from fedsim.config import FIELDS, Config
 from fedsim.errors import UserError
 from fedsim.experiments.study import read_study
 from fedsim.experiments.tune import trials_of
 from fedsim.models.lenet import LeNet5
+from tests.conftest import write_run
 
 TINY: dict[str, Any] = {
     "dataset": "synthetic",
@@ -100,6 +101,23 @@ def test_keys_that_are_lists_are_crossed(tmp_path: Path) -> None:
             open_folder(str(tmp_path / "none"))
     with pytest.raises(fedsim.UserError, match="k9-seed7 is not the folder of a run"):
         found["k9-seed7"]
+
+
+def test_frames_have_numbers_and_one_name_for_one_thing(tmp_path: Path) -> None:
+    for steps, rate, first, last in ((2, 0.1, 0.1, 0.2), (8, 0.1, 0.1, 0.6), (8, 0.5, 0.2, None)):
+        config = Config(lr=rate, local_steps=steps, seed=1)
+        write_run(tmp_path / f"{steps}-{rate}", config, "localsgd", [first, last], finished=rate < 0.5)
+    write_run(tmp_path / "twin", Config(lr=0.1), "centralized", [0.3])
+    runs = fedsim.StudyResult(tmp_path).runs
+    assert runs.pivot_table(columns="local_steps", values="final_test_accuracy").to_dict("list") == {2: [0.2], 8: [0.4]}
+    means = runs.groupby("lr").mean(numeric_only=True)
+    assert means["final_test_accuracy"].tolist() == pytest.approx([(0.2 + 0.6 + 0.3) / 3, 0.2])
+    assert means["steps_done"].tolist() == pytest.approx([(20 + 20 + 10) / 3, 20])
+    assert runs["local_steps"].isna().tolist() == [False, False, False, True]
+    assert runs[["clients", "seed", "finished"]].dtypes.astype(str).tolist() == ["float64", "int64", "bool"]
+    rows = fedsim.Result(tmp_path / "8-0.5").rows
+    assert rows.dtypes.astype(str)[["round", "steps_done", "test_accuracy"]].tolist() == ["int64", "int64", "float64"]
+    assert rows["test_accuracy"].isna().tolist() == [False, True]
 
 
 def test_the_signature_has_every_key_with_its_default_and_its_help() -> None:

@@ -199,6 +199,8 @@ BEYOND_THE_REFERENCE: list[Choice] = [
 STRAY: list[Choice] = [
     {"strategy": OF_FLOWER + "FedProx"},
     {"model": "lenet5", "crop-size": 16},
+    {"augment": "none", "crop-padding": 4},
+    {"augment": "tests.own_code:erase", "crop-padding": 4},
     {"model": "resnet20", "norm": "gn"},
     {"dataset": "tests.own_code:load", "crop-size": 10},
     {"batch-size": 13},

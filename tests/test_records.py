@@ -362,6 +362,8 @@ def test_a_finished_run_of_an_older_fedsim_is_left_alone(begun: Config, tmp_path
     summary = json.loads(path.read_text())
     del summary["sha256"]
     path.write_text(json.dumps(summary))
+    for older in (path, tmp_path / "whole" / "metrics.jsonl"):
+        older.write_text(older.read_text().replace("steps_done", "local_steps"))
     (tmp_path / "whole" / "model.pt").unlink()
     config = resolve(begun.changed({"results-dir": str(tmp_path), "name": "whole"}), "localsgd")
     assert execute(config, "localsgd").finished

@@ -48,6 +48,7 @@ PLAIN, BATCHNORM = "tests.own_code:plain", "tests.own_code:batchnorm"
             "momentum-at-sync": "average",
         },
         {"optimizer": "lamb", "model": "lenet5", "crop-size": 0},
+        {"model": PLAIN, "augment": "tests.own_code:erase", "normalize": "none"},
         {"model": PLAIN, "local-steps-schedule": "table", "local-steps-table": "0.5:1,0.7:4", "record-by": "epoch"},
         {"model": PLAIN, "compress": "topk", "compress-ratio": 0.1, "outer": "slowmo"},
         {"model": PLAIN, "compress": "topk", "compress-ratio": 0.29, "error-feedback": False},

@@ -46,8 +46,8 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
     optimizer = build_optimizer(config, dict(model.named_parameters()))
     large = config.changed({"batch-size": config.clients * config.batch_size})
     order = np.resize(np.arange(len(data.train)), large.batch_size * config.local_steps)
-    rates, corners = [config.lr] * config.local_steps, data.train.corners
-    inputs = partial(step_inputs, order, large.batch_size, 0, 0, 0, rates, corners)
+    rates = [config.lr] * config.local_steps
+    inputs = partial(step_inputs, order, large.batch_size, 0, 0, 0, rates, data.train)
     if captured:
         run = make_step_fn(large, model, optimizer, data.train, len(order))
     else:

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.config import Config
+from fedsim.config import Config, check_used
 from fedsim.data.cache import Arrays, cached, discard_damaged, user_cache
-from fedsim.data.images import Images, ImageShape, Moments, bordered
+from fedsim.data.images import RANDOM_CROPS, Augmentation, Border, Images, ImageShape, Moments, bordered
 from fedsim.data.official import CIFAR10, OFFICIAL, Facts, read_official
 from fedsim.data.own_arrays import NAMES, arrays_of, moments_of_images, read_npz
 from fedsim.errors import UserError
@@ -61,7 +61,7 @@ def load_dataset(config: Config, verify: bool = True) -> Dataset:
 def _key(config: Config, device: str) -> tuple[Any, ...]:
     """The arguments of `_whole` for the data set of `config`."""
     facts = replace(facts_of(config), moments=moments_of(config))
-    return config.dataset, _folder(config), facts, device, config.crop_padding, config.crop_size
+    return config.dataset, _folder(config), facts, device, augmentation_of(config)
 
 
 def digests_of(config: Config) -> dict[str, str]:
@@ -82,22 +82,43 @@ def recorded_images(config: Config) -> int:
 
 
 def image_shape(config: Config) -> ImageShape:
-    """The shape of a model's input; raises UserError where a crop is larger than the image with its border."""
+    """The shape of a model's input; raises UserError where crops of this kind cannot be cut."""
     height, width, channels = facts_of(config).shape
-    crop, most = config.crop_size, min(height, width) + 2 * config.crop_padding
-    if crop > most:
+    _check_crops(config, min(height, width))
+    return channels, config.crop_size or height, config.crop_size or width
+
+
+def _check_crops(config: Config, side: int) -> None:
+    """Raise UserError where a key of crops has no effect on images of this smaller side, or does not fit them."""
+    padding, crop = config.crop_padding, config.crop_size
+    if crop > (most := side + 2 * padding):
         raise UserError(
             f"crop-size = {crop} is more than the {most} pixels of an image of {config.dataset} with its border: "
             "give less, or a larger --crop-padding"
         )
-    return channels, crop or height, crop or width
+    if crop <= side:  # only crops that move reach into the border
+        check_used(config, "augment", {"crop_padding": RANDOM_CROPS, "crop_padding_mode": RANDOM_CROPS})
+    if config.crop_padding_mode == "reflect" and not 0 < padding < side:
+        raise UserError(
+            f"crop-padding-mode = reflect needs a border narrower than the {side} pixels of an image, and not "
+            f"crop-padding = {padding}: give 1 to {side - 1}"
+        )
+    if config.augment == "crop" and padding == 0 and crop == 0:
+        raise UserError("augment = crop: with crop-padding = 0 a crop is the whole image: give more, or --augment none")
+
+
+def augmentation_of(config: Config) -> Augmentation:
+    """How batches are made of the images of `config`."""
+    return Augmentation(config.augment, config.crop_size, Border(config.crop_padding, config.crop_padding_mode))
 
 
 def moments_of(config: Config) -> Moments:
-    """The constants that normalise images of the data set; those of CIFAR-10 with `normalize` = cifar10."""
+    """The constants that normalise images: the data set's, those of CIFAR-10, or 0 and 1, as `normalize` says."""
     facts = facts_of(config)
     if config.normalize == "dataset":
         return facts.moments
+    if config.normalize == "none":
+        return (0.0,) * facts.shape[2], (1.0,) * facts.shape[2]
     if facts.shape[2] != 3:
         raise UserError(
             f"normalize = {config.normalize} has 3 channels, and the images of {config.dataset} {facts.shape[2]}: "
@@ -112,16 +133,17 @@ def facts_of(config: Config) -> Facts:
         return Facts(config.synthetic_classes, config.synthetic_images, *SYNTHETIC)
     if official := OFFICIAL.get(config.dataset):
         return official
-    return _own_facts(config.dataset, _folder(config), config.crop_padding)
+    return _own_facts(config.dataset, _folder(config), augmentation_of(config).border)
 
 
 @functools.lru_cache(maxsize=8)
-def _own_facts(dataset: str, folder: str, padding: int) -> Facts:
-    arrays = _arrays(dataset, folder, padding)
+def _own_facts(dataset: str, folder: str, border: Border) -> Facts:
+    arrays = _arrays(dataset, folder, border)
     classes = 1 + max(int(arrays[f"{split}-labels"].max()) for split in SPLITS)
     count, height, width, _ = arrays["train-words"].shape
     mean, deviation = (tuple(map(float, row)) for row in arrays["moments"])
-    return Facts(classes, count, (height - 2 * padding, width - 2 * padding, len(mean)), (mean, deviation))
+    height, width = height - 2 * border.padding, width - 2 * border.padding
+    return Facts(classes, count, (height, width, len(mean)), (mean, deviation))
 
 
 def data_folder(config: Config) -> Path:
@@ -168,14 +190,14 @@ def verify_data(config: Config) -> None:
     user's is called again; raises UserError if it gives other data.
     """
     if is_function(config.dataset):
-        _check_repeatable(config.dataset, config.crop_padding)
+        _check_repeatable(config.dataset, augmentation_of(config).border)
     elif folder := _folder(config):
-        _verify_cache(config.dataset, folder, config.crop_padding)
+        _verify_cache(config.dataset, folder, augmentation_of(config).border)
 
 
 @functools.lru_cache(maxsize=8)
-def _check_repeatable(dataset: str, padding: int) -> None:
-    first, again = _of_function(dataset, padding)["sha256"], _digests(arrays_of(dataset)[name] for name in NAMES)
+def _check_repeatable(dataset: str, border: Border) -> None:
+    first, again = _of_function(dataset, border)["sha256"], _digests(arrays_of(dataset)[name] for name in NAMES)
     if changed := [name for name, *rows in zip(NAMES, first, again, strict=True) if not np.array_equal(*rows)]:
         raise UserError(
             f"dataset = {dataset} gives other {', '.join(changed)} when it is called again: draw with a seed, in the "
@@ -184,8 +206,8 @@ def _check_repeatable(dataset: str, padding: int) -> None:
 
 
 @functools.lru_cache(maxsize=8)
-def _verify_cache(dataset: str, folder: str, padding: int) -> None:
-    if discard_damaged(files_of(dataset, folder), padding):
+def _verify_cache(dataset: str, folder: str, border: Border) -> None:
+    if discard_damaged(files_of(dataset, folder), border.form):
         for read in (_whole, _hold_out, _own_facts):
             read.cache_clear()
 
@@ -199,47 +221,46 @@ def _hold_out(key: tuple[Any, ...], count: int, seed: int) -> Dataset:
 
 
 @functools.lru_cache(maxsize=2)
-def _whole(dataset: str, folder: str, facts: Facts, device: str, padding: int, crop: int) -> Dataset:
+def _whole(dataset: str, folder: str, facts: Facts, device: str, how: Augmentation) -> Dataset:
     if dataset == "synthetic":
-        arrays = _synthetic_arrays(facts.classes, facts.images, padding)
+        arrays = _synthetic_arrays(facts.classes, facts.images, how.border)
     else:
-        arrays = _arrays(dataset, folder, padding)
+        arrays = _arrays(dataset, folder, how.border)
     train, test = (
-        Images(arrays[f"{split}-words"], arrays[f"{split}-labels"], facts.moments, device, padding, crop)
-        for split in SPLITS
+        Images(arrays[f"{split}-words"], arrays[f"{split}-labels"], facts.moments, device, how) for split in SPLITS
     )
     sha256 = {name: row.tobytes().hex() for name, row in zip(NAMES, arrays["sha256"], strict=True)}
     return Dataset(train, test, facts.classes, sha256)
 
 
-def _arrays(dataset: str, folder: str, padding: int) -> Arrays:
+def _arrays(dataset: str, folder: str, border: Border) -> Arrays:
     """The arrays `STORED` of a data set, and the moments of a user's own; those of files are cached."""
     if is_function(dataset):
-        return _of_function(dataset, padding)
+        return _of_function(dataset, border)
     files = files_of(dataset, folder)
     if dataset in OFFICIAL:
         splits = (read_official(dataset, Path(folder), train) for train in (True, False))
-        return cached(files, STORED, lambda: _with_border(splits, padding), padding)
-    return cached(files, (*STORED, "moments"), lambda: _with_moments(read_npz(files[0]), padding), padding)
+        return cached(files, STORED, lambda: _with_border(splits, border), border.form)
+    return cached(files, (*STORED, "moments"), lambda: _with_moments(read_npz(files[0]), border), border.form)
 
 
 @functools.lru_cache(maxsize=2)
-def _of_function(dataset: str, padding: int) -> Arrays:
-    return _with_moments(arrays_of(dataset), padding)
+def _of_function(dataset: str, border: Border) -> Arrays:
+    return _with_moments(arrays_of(dataset), border)
 
 
-def _with_moments(own: Arrays, padding: int) -> Arrays:
+def _with_moments(own: Arrays, border: Border) -> Arrays:
     moments = np.array(moments_of_images(own["train_images"]))
     splits = ((own[f"{split}_images"], own[f"{split}_labels"]) for split in SPLITS)
-    return {"moments": moments, **_with_border(splits, padding)}
+    return {"moments": moments, **_with_border(splits, border)}
 
 
-def _with_border(splits: Iterable[Split], padding: int) -> Arrays:
+def _with_border(splits: Iterable[Split], border: Border) -> Arrays:
     """The arrays `STORED` of both splits."""
     arrays: Arrays = {}
     digests = []
     for name, (pixels, labels) in zip(SPLITS, splits, strict=True):
-        arrays[f"{name}-words"], arrays[f"{name}-labels"] = bordered(pixels, padding), labels
+        arrays[f"{name}-words"], arrays[f"{name}-labels"] = bordered(pixels, border), labels
         digests.append(_digests((pixels, labels)))
     return {**arrays, "sha256": np.concatenate(digests)}
 
@@ -258,8 +279,8 @@ def digest(array: NDArray[Any]) -> bytes:
 
 
 @functools.lru_cache(maxsize=1)
-def _synthetic_arrays(classes: int, images: int, padding: int) -> Arrays:
-    return _with_border(_synthetic(classes, images), padding)
+def _synthetic_arrays(classes: int, images: int, border: Border) -> Arrays:
+    return _with_border(_synthetic(classes, images), border)
 
 
 def _synthetic(classes: int, images: int) -> Iterator[Split]:

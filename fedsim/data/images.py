@@ -1,34 +1,62 @@
 """Images as tensors on the training device, and augmented batches of them.
 
 A pixel is stored as 32-bit words of four channels each (of red, green and blue, one word with a spare byte), inside a
-border of black pixels. The random crops of a batch are then one gather of words, six times faster than gathering bytes.
+border of other pixels. The random crops of a batch are then one gather of words, six times faster than gathering bytes.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-PADDING = 4  # black pixels around an image, as in the usual CIFAR augmentation
+from fedsim.registry import function_of, is_function
 
 ImageShape = tuple[int, int, int]  # channels, height and width of the crop of an image that a model gets
 CIFAR_IMAGE: ImageShape = (3, 32, 32)
 Corners = tuple[int, int]  # the number of rows, and of columns, at which a crop may begin
 Moments = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, of pixel / 255
+RANDOM_CROPS = ("crop+mirror", "crop")  # values of the key augment that cut at random
+
+
+class Border(NamedTuple):
+    """The pixels around an image: how many, as in the usual CIFAR augmentation, and black or the image reflected."""
+
+    padding: int = 4
+    mode: Literal["constant", "reflect"] = "constant"
+
+    @property
+    def form(self) -> object:
+        """What tells cached images with this border from others."""
+        return self.padding if self.mode == "constant" else self
+
+
+BLACK = Border()
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """How a batch is made of images: the keys augment and crop-size, and the border that crops reach into."""
+
+    augment: str = "crop+mirror"
+    crop_size: int = 0  # the side of a square; 0: as large as the image
+    border: Border = BLACK
+
+
+USUAL = Augmentation()
 
 
 class Images:
     """N labelled images on a device.
 
     `pixels`: (N, H, W, C) uint8, or the int32 words that `bordered` makes of them, which are not copied on the CPU and
-    may be a mapped file; `labels`: (N,) integers. Batches are normalised by `moments`. Crops are squares of side `crop`
-    (0: as large as the image) out of the image with a border of `padding` black pixels.
+    may be a mapped file; `labels`: (N,) integers. Batches are normalised by `moments`, and augmented as `how` says.
     """
 
     def __init__(
@@ -37,16 +65,15 @@ class Images:
         labels: NDArray[np.int64],
         moments: Moments,
         device: torch.device | str,
-        padding: int = PADDING,
-        crop: int = 0,
+        how: Augmentation = USUAL,
     ) -> None:
-        words = bordered(pixels, padding) if pixels.dtype == np.uint8 else pixels
+        words = bordered(pixels, how.border) if pixels.dtype == np.uint8 else pixels
         _, self._height, self._width, per_pixel = words.shape
         self._words = torch.from_numpy(words).view(-1, per_pixel).to(device)
         if per_pixel == 1:  # elements are gathered faster than rows of one
             self._words = self._words.flatten()
-        self._padding = padding
-        height, width = crop or self._height - 2 * padding, crop or self._width - 2 * padding
+        self._how = how
+        height, width = (how.crop_size or side - 2 * how.border.padding for side in (self._height, self._width))
         self.shape: ImageShape = (len(moments[0]), height, width)
         self.corners: Corners = (self._height - height + 1, self._width - width + 1)
         self._rows = torch.arange(height, device=device)
@@ -62,7 +89,8 @@ class Images:
 
     def pixels(self) -> NDArray[np.uint8]:
         """(N, H, W, C) uint8, without border and normalisation."""
-        inside = slice(self._padding, -self._padding or None)
+        padding = self._how.border.padding
+        inside = slice(padding, -padding or None)
         words = self._words.cpu().view(-1, self._height, self._width, self._per_pixel)[:, inside, inside]
         return words.contiguous().view(torch.uint8).numpy()[..., : self.shape[0]]
 
@@ -83,6 +111,28 @@ class Images:
         normalised = pixels.float().view(-1, channels * width).mul_(self._scale).sub_(self._shift)
         return normalised.view(-1, height, width, channels * replicas).permute(0, 3, 1, 2)
 
+    def sample(self, index: NDArray[np.int64], words: NDArray[np.uint64]) -> Tensor:
+        """(4, N) int64 on the CPU: the arguments of `crop` for training on the N images `index`, by N random words."""
+        drawn = sample_crops(index, words, self.corners)
+        if self._how.augment not in RANDOM_CROPS:
+            drawn[1:3] = torch.tensor(self._middle)[:, None]
+        if self._how.augment != "crop+mirror":
+            drawn[3] = 0
+        return drawn
+
+    def augmented(self, crops: Tensor, keys: Sequence[int]) -> Tensor:
+        """`crops` as the user's own function changes them, if the key augment names one.
+
+        It gets those of each replica, normalised, and a generator on the CPU that is seeded by the replica's key.
+        """
+        if not is_function(self._how.augment):
+            return crops
+        own = function_of("augment", self._how.augment)  # here: who only reads labels imports no code of the user's
+        of_replicas = [part.contiguous(memory_format=torch.channels_last) for part in crops.chunk(len(keys), dim=1)]
+        with torch.no_grad():
+            parts = [own(p, torch.Generator().manual_seed(k)) for p, k in zip(of_replicas, keys, strict=True)]
+        return torch.cat(parts, dim=1)
+
     def subset(self, index: NDArray[np.int64]) -> Images:
         """A copy of the images `index`, in that order."""
         part = copy.copy(self)
@@ -94,8 +144,14 @@ class Images:
     def plain(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """The central crops of the images `start` to `stop`, normalised but not augmented, and their labels."""
         index = torch.arange(start, min(stop, len(self)), device=self.labels.device)
-        top, left = (torch.full_like(index, (count - 1) // 2) for count in self.corners)
+        top, left = (torch.full_like(index, at) for at in self._middle)
         return self.crop(index, top, left, torch.zeros_like(index)), self.labels[index]
+
+    @property
+    def _middle(self) -> Corners:
+        """The row and the column at which the central crop begins."""
+        rows, columns = self.corners
+        return (rows - 1) // 2, (columns - 1) // 2
 
     @property
     def _per_pixel(self) -> int:
@@ -103,12 +159,14 @@ class Images:
         return self._words.shape[1] if self._words.ndim == 2 else 1
 
 
-def bordered(pixels: NDArray[np.uint8], padding: int = PADDING) -> NDArray[np.int32]:
-    """(N, H, W, C) pixels -> (N, H + 2 padding, W + 2 padding, words of a pixel), with a black border."""
+def bordered(pixels: NDArray[np.uint8], border: Border = BLACK) -> NDArray[np.int32]:
+    """(N, H, W, C) pixels -> (N, H + 2 padding, W + 2 padding, words of a pixel), with their border."""
     count, height, width, channels = pixels.shape
-    around = slice(padding, padding + height), slice(padding, padding + width)
+    padding, mode = border
     words = np.zeros((count, height + 2 * padding, width + 2 * padding, 4 * -(-channels // 4)), np.uint8)
-    words[:, *around, :channels] = pixels
+    sides = (0, 0), (padding, padding), (padding, padding), (0, 0)
+    for start in range(0, count, 1000):  # in parts, to save memory
+        words[start : start + 1000, ..., :channels] = np.pad(pixels[start : start + 1000], sides, mode)
     return words.view(np.int32)
 
 

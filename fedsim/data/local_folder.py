@@ -20,7 +20,16 @@ from numpy.typing import NDArray
 
 from fedsim.config import Config
 from fedsim.data.cache import Arrays, cached, discard_damaged
-from fedsim.data.datasets import data_folder, digest, digests_of, facts_of, load_dataset, moments_of, verify_data
+from fedsim.data.datasets import (
+    augmentation_of,
+    data_folder,
+    digest,
+    digests_of,
+    facts_of,
+    load_dataset,
+    moments_of,
+    verify_data,
+)
 from fedsim.data.images import Images, bordered
 from fedsim.data.official import OFFICIAL
 from fedsim.data.own_arrays import problem_of
@@ -65,14 +74,14 @@ def _read_own(config: Config, folder: Path, *changed: int) -> _Own:
             problem = f"it holds {official.folder}/ too: keep one of the two"
     if problem:
         raise UserError(f"data-dir = {folder}: {problem}")
-    padding = config.crop_padding
+    how = augmentation_of(config)
 
     def make() -> Arrays:
-        return {"words": bordered(pixels, padding), "sha256": np.frombuffer(digest(pixels), np.uint8)}
+        return {"words": bordered(pixels, how.border), "sha256": np.frombuffer(digest(pixels), np.uint8)}
 
-    arrays = cached([folder / IMAGES], ["words", "sha256"], make, padding)
+    arrays = cached([folder / IMAGES], ["words", "sha256"], make, how.border.form)
     labels = labels.astype(np.int64)
-    images = Images(arrays["words"], labels, moments_of(config), config.device, padding, config.crop_size)
+    images = Images(arrays["words"], labels, moments_of(config), config.device, how)
     return _Own(images, {IMAGES: arrays["sha256"].tobytes().hex(), LABELS: digest(labels).hex()})
 
 
@@ -98,7 +107,7 @@ def verify_images(config: Config) -> None:
     """Verify the data of a node, as `verify_data` does that of the run; its own images may be cached too."""
     if not _holds_images(config):
         verify_data(config)
-    elif discard_damaged([data_folder(config) / IMAGES], config.crop_padding):
+    elif discard_damaged([data_folder(config) / IMAGES], augmentation_of(config).border.form):
         _read_own.cache_clear()
 
 

@@ -7,11 +7,21 @@ import functools
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.config import Config
+from fedsim.config import Config, Mode
 from fedsim.data.datasets import training_images
 from fedsim.data.uneven import uneven_shards
 from fedsim.errors import UserError
 from fedsim.rng import generator
+
+HOLD_ALL = (
+    "iid",
+    "dirichlet",
+    "linear",
+    "square",
+    "exponential",
+    "continuous",
+    "natural-id",
+)  # they leave no image out
 
 
 def shard(images: int, workers: int, worker: int, seed: int) -> NDArray[np.int64]:
@@ -41,6 +51,29 @@ def shard_sizes(config: Config) -> list[int]:
     if config.device == "auto":
         config = config.changed({"device": "cpu"})
     return list(map(len, uneven_shards(config)))
+
+
+def images_held(config: Config) -> int:
+    """The training images that the clients of `config` (resolved or not) hold together; an epoch counts these."""
+    images = training_images(config)
+    if config.partition in HOLD_ALL:
+        return images
+    if config.partition == "pachinko":  # known without the labels
+        return config.clients * (images // config.clients)
+    return sum(shard_sizes(config))
+
+
+def images_of_epoch(config: Config, mode: Mode) -> int:
+    """The images of an epoch of a run in `mode`."""
+    return training_images(config) if mode == "centralized" else images_held(config)
+
+
+def images_left_out(config: Config) -> str:
+    """A line that says how many images no client holds; empty where each is held."""
+    held, images = images_held(config), training_images(config)
+    if held == images:
+        return ""
+    return f"partition = {config.partition}: clients hold {held:,} of {images:,} training images; an epoch counts these"
 
 
 def check_partition(config: Config) -> None:

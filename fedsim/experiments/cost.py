@@ -13,7 +13,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.config import Config, Mode
-from fedsim.data.datasets import image_shape, recorded_images, training_images
+from fedsim.data.datasets import image_shape, recorded_images
+from fedsim.data.partition import images_of_epoch
 from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.compress import codec_of
 from fedsim.federation.lengthen import open_run
@@ -40,7 +41,7 @@ class Cost(NamedTuple):
 
 def cost(config: Config, mode: Mode) -> Cost:
     """The cost of a complete run of `config`."""
-    images = training_images(config)
+    images = images_of_epoch(config, mode)
     if mode == "centralized":
         epochs, _ = whole_epochs(config)
         return Cost(float(epochs * images), epochs * -(-images // config.batch_size), 0)
@@ -89,7 +90,8 @@ def measured_rates(results: Path) -> dict[Kind, float]:
             summary = read_summary(folder) or {}
             held = read_config(folder)
             config = Config().changed({name: held[name] for name in Config().identity(held["mode"])})
-            rate = summary["epoch"] * recorded_images(config) / summary["seconds"]
+            recorded_images(config)
+            rate = summary["epoch"] * images_of_epoch(config, held["mode"]) / summary["seconds"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):
             continue  # damaged: the report warns of it; or of a function's images
         if summary["finished"] and summary["seconds"] >= 10:

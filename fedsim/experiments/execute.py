@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedsim.config import Config, Engine, Mode, cpu_count, engine_named
+from fedsim.data.augment import check_augment
 from fedsim.data.datasets import absolute_data_dir, load_dataset
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_partition, check_shards
@@ -102,6 +103,7 @@ def check(config: Config, mode: Mode, engine: Engine) -> None:
     check_of_run(config)
     check_optimizer(config)
     images = len(load_dataset(config).train)
+    check_augment(config)
     check_model(config)
     if mode == "centralized":
         check_shards(config, images, 1)

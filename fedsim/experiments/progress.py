@@ -12,7 +12,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Column
 
 from fedsim.config import Config, Mode
-from fedsim.data.datasets import training_images
+from fedsim.data.partition import images_of_epoch
 from fedsim.records import OnRow, Row, loss_text, print_row
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
@@ -38,12 +38,12 @@ def ends_after(config: Config, mode: Mode) -> tuple[int, float]:
 
 
 def status(
-    row: Row, config: Config, epochs: float | None, before: Row | None = None, accuracy: float | None = None
+    row: Row, images: int, epochs: float | None, before: Row | None = None, accuracy: float | None = None
 ) -> str:
     """Loss, accuracy, images per second and time left of a run of `epochs` epochs, in at most 55 characters.
 
-    The speed is measured from the row `before`, or else from the start; without `epochs` it is left out. `accuracy` is
-    shown if `row` has no test.
+    An epoch has so many `images`. The speed is measured from the row `before`, or else from the start; without `epochs`
+    it is left out. `accuracy` is shown if `row` has no test.
     """
     tested = row["test_accuracy"] if row["test_accuracy"] is not None else accuracy
     split = "test" if row["tested_on"] == "test" else "val"
@@ -52,7 +52,7 @@ def status(
     done, seconds = row["epoch"] - since["epoch"], row["seconds"] - since["seconds"]
     if epochs is not None and done > 0 and seconds > 0:
         left = timedelta(seconds=round(max(0.0, epochs - row["epoch"]) * seconds / done))
-        parts += [f"{done * training_images(config) / seconds:,.0f} img/s", f"{left} left"]
+        parts += [f"{done * images / seconds:,.0f} img/s", f"{left} left"]
     return "  ".join(parts)
 
 
@@ -67,6 +67,7 @@ def is_live(console: Console) -> bool:
 def live_line(config: Config, mode: Mode, console: Console) -> Iterator[OnRow]:
     """Context manager: show a line at the bottom of `console`; yields a function that updates it with a row."""
     rounds, epochs = ends_after(config, mode)
+    images = images_of_epoch(config, mode)
     column = TextColumn("{task.description}", table_column=Column(no_wrap=True))
     first: list[Row] = []  # of this process: the speed of a resumed run is that on this machine
     with Progress(column, console=console, transient=True) as progress:
@@ -75,7 +76,7 @@ def live_line(config: Config, mode: Mode, console: Console) -> Iterator[OnRow]:
         def on_row(row: Row) -> None:
             first[:] = first or [row]
             before = first[0] if row is not first[0] else None
-            progress.update(task, description=f"round {row['round']}/{rounds}  {status(row, config, epochs, before)}")
+            progress.update(task, description=f"round {row['round']}/{rounds}  {status(row, images, epochs, before)}")
 
         yield on_row
 

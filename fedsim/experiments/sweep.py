@@ -16,7 +16,8 @@ from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
-from fedsim.config import Config, Engine
+from fedsim.config import Engine
+from fedsim.data.partition import images_of_epoch
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.experiments.execute import check, execute, resolve_run
 from fedsim.experiments.progress import each, ends_after, status
@@ -57,7 +58,7 @@ class OneByOne:
             try:
                 config, engine = resolve_run(cell.config, cell.mode, self.engine)
                 with tracker(self.track, cell.folder) as track:
-                    shown = _advance(progress, task, config, epochs)
+                    shown = _advance(progress, task, images_of_epoch(config, cell.mode), epochs)
                     execute(config, cell.mode, engine, each(shown, track), rerun, patience)
             except (RunFailed, UserError) as error:
                 failure = error
@@ -178,5 +179,5 @@ def _outcome(cell: Cell) -> str:
     return f"{state}{summary['tested_on']} {summary['final_test_accuracy']:.2%}  {summary['seconds']:.1f} s"
 
 
-def _advance(progress: Progress, task: TaskID, config: Config, epochs: float) -> OnRow:
-    return lambda row: progress.update(task, completed=row["round"], status=status(row, config, epochs))
+def _advance(progress: Progress, task: TaskID, images: int, epochs: float) -> OnRow:
+    return lambda row: progress.update(task, completed=row["round"], status=status(row, images, epochs))

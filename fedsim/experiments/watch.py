@@ -15,6 +15,7 @@ from rich.text import Text
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import recorded_images
+from fedsim.data.partition import images_of_epoch
 from fedsim.errors import UserError
 from fedsim.experiments.progress import ends_after, status
 from fedsim.experiments.study import STORED, read_study
@@ -102,7 +103,7 @@ def _read(folder: Path) -> Seen:
     config = Config().changed({name: value for name, value in held.items() if name in known})
     summary = read_summary(folder)
     rows = list(_last_rows(folder / ROWS))
-    rounds, epochs = _length(config, mode)
+    rounds, epochs, images = _length(config, mode)
     if not rows:
         return Seen(f"{folder.name}  no rows yet", "unfinished")
     row, tested = rows[-1], [row["test_accuracy"] for row in rows if row["test_accuracy"] is not None]
@@ -114,20 +115,21 @@ def _read(folder: Path) -> Seen:
     before = rows[0] if rows[0]["seconds"] < row["seconds"] else None
     age = max(0.0, time.time() - (folder / ROWS).stat().st_mtime)
     ago = f"  row {timedelta(seconds=round(age))} ago" if age > QUIET_SECONDS else ""
-    return Seen(f"{where}  {status(row, config, epochs, before, tested[-1] if tested else None)}{ago}", "unfinished")
+    return Seen(f"{where}  {status(row, images, epochs, before, tested[-1] if tested else None)}{ago}", "unfinished")
 
 
-def _length(config: Config, mode: Mode) -> tuple[str, float | None]:
-    """The rounds of a run, as text after a slash, and its epochs.
+def _length(config: Config, mode: Mode) -> tuple[str, float | None, int]:
+    """The rounds of a run, as text after a slash, its epochs and the images of one.
 
-    Neither without its data set on this machine, or if that is a function, which a record may not have called.
+    None of it without its data set on this machine, or if that is a function, which a record may not have called.
     """
     try:
-        recorded_images(config)  # which the images per second need too
+        recorded_images(config)
+        images = images_of_epoch(config, mode)
         rounds, epochs = ends_after(config, mode)
     except (OSError, ValueError):
-        return "", None
-    return f"/{rounds}", epochs
+        return "", None, 0
+    return f"/{rounds}", epochs, images
 
 
 def _last_rows(path: Path) -> Iterator[Row]:

@@ -6,17 +6,18 @@ import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
-from flwr.app import ArrayRecord, ConfigRecord, Message
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from torch import nn
 
 from fedsim.config import Config
+from fedsim.data.partition import shard_sizes
 from fedsim.errors import RunFailed
 from fedsim.federation.compress import zero_extras
 from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, needs_all_memories, shared
 from fedsim.records import Row
-from fedsim.training.run_plan import RunPlan
+from fedsim.training.run_plan import RunPlan, run_plan
 from strategies import LocalSGD, buffers_of, join, payload_bytes, sections, tensor_record
 from strategies.errors import StrategyFailed
 from strategies.local_sgd import State
@@ -33,7 +34,7 @@ class Progress:
     server_state: State = field(default_factory=dict)
     update_bytes_up: int = 0  # of the updates averaged
     update_bytes_down: int = 0  # of the global arrays sent in the rounds averaged
-    losses: list[tuple[float, float]] = field(default_factory=list)  # (mean, samples) of each round since the last row
+    losses: list[tuple[float, float]] = field(default_factory=list)  # (mean, images) of each round since the last row
     left_out: dict[str, str] = field(default_factory=dict)  # since the last row
     updates_left_out: int = 0  # of the rounds averaged
     failures: dict[int, int] = field(default_factory=dict)  # worker -> how often in a row it has failed, if it has
@@ -116,7 +117,7 @@ def train_round(
         server_state=result.state,
         update_bytes_up=progress.update_bytes_up + bytes_up,
         update_bytes_down=progress.update_bytes_down + bytes_down,
-        losses=[*progress.losses, (float(result.metrics["train-loss"]), result.samples)],  # type: ignore[arg-type]
+        losses=[*progress.losses, _loss(config, round_, result.averaged)],
         left_out=progress.left_out | {str(worker): reason for worker, reason in result.left_out.items()},
         updates_left_out=progress.updates_left_out + len(result.left_out),
         failures=failures,
@@ -132,18 +133,18 @@ def row_of(plan: RunPlan, progress: Progress, messenger: Messenger) -> Row:
     checkpoints and back.
     """
     steps = plan.first_step(progress.round + 1)
-    samples = math.fsum(of_round for _, of_round in progress.losses)
+    images = math.fsum(of_round for _, of_round in progress.losses)
     return {
         "round": progress.round,
         "epoch": float(plan.epoch(progress.round)),
-        "local_steps": steps,
+        "steps_done": steps,
         "syncs": progress.round,
         "bytes_up": progress.update_bytes_up,
         "bytes_down": progress.update_bytes_down,
         "overhead_bytes_up": messenger.bytes_up - progress.update_bytes_up,
         "overhead_bytes_down": messenger.bytes_down - progress.update_bytes_down,
         "lr": plan.lr(steps - 1),
-        "train_loss": math.fsum(loss * (of_round / samples) for loss, of_round in progress.losses),
+        "train_loss": math.fsum(loss * (of_round / images) for loss, of_round in progress.losses),
         "left_out": progress.left_out,
         "updates_left_out": progress.updates_left_out,
     }
@@ -160,6 +161,16 @@ def count_failures(before: Mapping[int, int], request: Request, replies: Iterabl
     sampled = {*request.workers.values(), *request.away}
     earlier = {worker: count for worker, count in before.items() if worker not in sampled}
     return earlier | {worker: before.get(worker, 0) + 1 for worker in failed}
+
+
+def _loss(config: Config, round_: int, averaged: Mapping[int, MetricRecord]) -> tuple[float, float]:
+    """The mean training loss of a round over the images that the averaged workers trained on, and their number."""
+    plan = run_plan(config)
+    held = shard_sizes(config) if config.local_epochs else [0] * config.clients  # local steps do not depend on it
+    images = [len(plan.samples(round_, held[worker])) for worker in averaged]
+    losses = [float(metrics["train-loss"]) for metrics in averaged.values()]  # type: ignore[arg-type]
+    total = sum(images)
+    return math.fsum(loss * (count / total) for loss, count in zip(losses, images, strict=True)), float(total)
 
 
 def recorded(progress: Progress) -> Progress:

@@ -10,10 +10,11 @@ from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
 from fedsim.config import Config
+from fedsim.data.augment import check_augment
 from fedsim.data.datasets import load_dataset
 from fedsim.data.images import Images
 from fedsim.data.local_folder import check_of_run
-from fedsim.data.partition import check_partition
+from fedsim.data.partition import check_partition, images_left_out
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.federation.checkpoint import collect_memories, resume, save
@@ -47,6 +48,7 @@ def main(grid: Grid, context: Context) -> None:
     log_errors_in_one_line()
     config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
     check_of_run(config)
+    check_augment(config)
     check_model(config)
     is_new = not run_folder(config, "localsgd").exists()
     run = open_run(config, "localsgd", print_row, "flower")
@@ -67,6 +69,8 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     prepare(config)
     data = load_dataset(config)
     check_partition(config)
+    if left_out := images_left_out(config):
+        print(left_out, flush=True)
     plan = run_plan(config)
     model = initial_model(config)
     initial = initial_progress(config, model)

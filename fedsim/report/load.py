@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError,
 
 from fedsim.config import Config, Mode, Value, complete_record, current_names
 from fedsim.errors import UserError
-from fedsim.records import CONFIG, MACHINE, ROWS, SUMMARY, TRAFFIC, current_row, sha256_of_summary
+from fedsim.records import CONFIG, MACHINE, ROWS, SUMMARY, TRAFFIC, current_columns, current_row, sha256_of_summary
 
 LARGEST = 2**53  # integers up to this are exact as floats
 Count = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -36,6 +36,11 @@ class Costs(BaseModel):
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
+    @model_validator(mode="before")
+    @classmethod
+    def _rename(cls, record: Any) -> Any:
+        return current_columns(record) if isinstance(record, dict) else record
+
     syncs: Count | None = None
     bytes_up: Quantity | None = None
     bytes_down: Quantity | None = None
@@ -50,7 +55,7 @@ class Row(Costs):
 
     round: Count
     epoch: Quantity
-    local_steps: Count
+    steps_done: Count  # local steps of each client
     test_accuracy: Accuracy | None
 
     @model_validator(mode="before")
@@ -68,7 +73,7 @@ class Summary(Costs):
     final_test_accuracy: Accuracy | None
     round: Count | None = None
     epoch: Quantity | None = None
-    local_steps: Count | None = None
+    steps_done: Count | None = None
     parameters: Count | None = None
     device: str | None = None
     commit: str | None = None
@@ -116,6 +121,18 @@ def read_records(root: Path) -> Records:
     columns = ["run", *Row.model_fields]
     types = {**dict.fromkeys(columns, float), "run": int, "round": int}
     return Records(pd.DataFrame(runs, dtype=object), pd.DataFrame(rows, columns=columns).astype(types), warnings)
+
+
+def with_types(frame: pd.DataFrame) -> pd.DataFrame:
+    """`frame` with a numeric type for columns of numbers, and NaN for missing values."""
+    return pd.DataFrame({name: _typed(column) for name, column in frame.items()}, index=frame.index)
+
+
+def _typed(column: pd.Series) -> pd.Series:
+    """A column of Python objects, as numbers where all that are not missing are numbers (and not truth values)."""
+    filled = column.where(column.notna(), float("nan"))
+    kinds = set(map(type, column.dropna()))
+    return pd.to_numeric(filled) if kinds <= {int, float} else filled.infer_objects()
 
 
 def parse_config(content: bytes) -> dict[str, Value]:

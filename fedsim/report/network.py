@@ -53,8 +53,8 @@ def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
     `clients`, `workers` and `baseline` of the cell, `parameters`, and the costs of a row.
     """
     baseline, alone = records["baseline"], records["clients"] == 1
-    gradients = BYTES_PER_PARAMETER * records["parameters"] * records["workers"] * records["local_steps"]
-    traffic = {"network_syncs": records["syncs"].where(~baseline, records["local_steps"])}
+    gradients = BYTES_PER_PARAMETER * records["parameters"] * records["workers"] * records["steps_done"]
+    traffic = {"network_syncs": records["syncs"].where(~baseline, records["steps_done"])}
     for way in ("up", "down"):
         traffic[f"network_{way}"] = records[f"bytes_{way}"].where(~baseline, gradients)
     traffic["network_bytes"] = traffic["network_up"] + traffic["network_down"]

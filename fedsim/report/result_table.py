@@ -180,7 +180,7 @@ def _table(
     cells["expected"] = runs["cell"].value_counts().reindex(cells.index, fill_value=0).clip(lower=seeds)
     of_cell = ["clients", "workers", "baseline", "summed"]
     runs = runs.drop(columns="clients", errors="ignore").join(cells[of_cell], on="cell")
-    numbers = ["best_test_accuracy", "final_test_accuracy", "epoch", "round", "local_steps", "parameters"]
+    numbers = ["best_test_accuracy", "final_test_accuracy", "epoch", "round", "steps_done", "parameters"]
     types = {**dict.fromkeys([*numbers, *Costs.model_fields], float), "finished": bool}
     runs = runs.astype(types).copy()  # as one block: before, each column is one
     runs["parameters"] = runs["parameters"].fillna(runs.groupby("cell")["parameters"].transform("max"))

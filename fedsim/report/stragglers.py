@@ -58,11 +58,11 @@ def computed_steps(rows: pd.DataFrame, which: Stragglers) -> pd.Series:
     """The time that a run has computed up to each of its `rows` (in order), in usual steps.
 
     The rounds between two rows are taken to have the same J, or J and J + 1. NaN where the syncs are unknown. Requires
-    `run`, `clients`, `workers`, `local_steps`, `network_syncs`.
+    `run`, `clients`, `workers`, `steps_done`, `network_syncs`.
     """
-    rows = rows.dropna(subset=["local_steps", "network_syncs"])
+    rows = rows.dropna(subset=["steps_done", "network_syncs"])
     own = rows.groupby("run")
-    steps, rounds = (own[name].diff().fillna(rows[name]) for name in ("local_steps", "network_syncs"))
+    steps, rounds = (own[name].diff().fillna(rows[name]) for name in ("steps_done", "network_syncs"))
     steps, rounds = steps.clip(lower=0), rounds.clip(lower=1)
     least, most = steps // rounds, np.ceil(steps / rounds)
     longer = steps - least * rounds  # rounds of `most` steps

@@ -15,7 +15,7 @@ from fedsim.report.tuning import tuning_notes
 
 CSV_COLUMNS = (
     "run", "mode", "optimizer", "clients", "local_steps_per_round", "batch_size", "seed", "tested_on", "finished",
-    "final_test_accuracy", "best_test_accuracy", "last_test_accuracy", "epoch", "round", "local_steps", "syncs",
+    "final_test_accuracy", "best_test_accuracy", "last_test_accuracy", "epoch", "round", "steps_done", "syncs",
     "bytes_up", "bytes_down", "overhead_bytes_up", "overhead_bytes_down", "updates_left_out",
     "seconds", "device", "commit",
 )  # fmt: skip
@@ -50,7 +50,7 @@ class Cost(NamedTuple):
 
 COSTS = {
     "epoch": Cost("epochs", decimals=2),
-    "local_steps": Cost("local steps"),
+    "steps_done": Cost("local steps"),
     "network_syncs": Cost("syncs"),
     "network_bytes": Cost("MB sent", 1e6, 1),
     "overhead_bytes": Cost("MB besides", 1e6, 1),

@@ -102,7 +102,7 @@ def _seconds(rows: pd.DataFrame, late: pd.Series) -> pd.Series:
 def seconds_per_image(table: ResultTable) -> float:
     """The median over all runs of the recorded seconds, tests included, per training image computed."""
     workers_images = table.runs["workers"] * table.runs["cell"].map(images_per_step(table.cells))
-    seconds = table.runs["seconds"] / (table.runs["local_steps"] * workers_images)
+    seconds = table.runs["seconds"] / (table.runs["steps_done"] * workers_images)
     measured = seconds[(seconds > 0) & (seconds < float("inf"))]
     if measured.empty:
         raise UserError(f"{table.folder} has no recorded seconds: give --compute, for instance 10ms")

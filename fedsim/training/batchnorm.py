@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsim.config import Config
-from fedsim.data.images import Images, sample_crops
+from fedsim.data.images import Images
 from fedsim.device import products_in, thread_pool
 from fedsim.rng import generator, random_words, step_keys
 
@@ -26,7 +26,7 @@ def calibration_crops(config: Config, images: Images) -> Tensor:
     count -= count % BATCH if count > BATCH else 0
     chosen = generator(config.seed, 0, 0, "batchnorm").permutation(len(images))[:count]
     words = random_words(step_keys(config.seed, 0, 0, 1, "batchnorm"), count)
-    return sample_crops(chosen, words[0], images.corners)
+    return images.sample(chosen, words[0])
 
 
 def reestimate(model: nn.Module, images: Images, crops: Tensor, precision: str = "fp32") -> None:
@@ -46,7 +46,7 @@ def reestimate(model: nn.Module, images: Images, crops: Tensor, precision: str =
         for layer in _layers(replica):
             layer.train()
             layer.momentum = 1.0  # the statistics of this batch alone
-        inputs = images.crop(*crops[:, start : start + BATCH].to(images.labels.device))
+        inputs = images.augmented(images.crop(*crops[:, start : start + BATCH].to(images.labels.device)), [start])
         with products_in(precision, parameter.device):
             replica(inputs.to(parameter.dtype))
         return [layer.get_buffer(name) for layer in _layers(replica) for name in STATISTICS]

@@ -52,7 +52,7 @@ def train_centralized(config: Config, run: Run) -> None:
         order = sample_order(len(images), epoch * len(images), len(images), config.seed, 0, "epoch")
         first_step = epoch * steps_per_epoch
         rates = [lr(step) for step in range(first_step, first_step + steps_per_epoch)]
-        what = (images[order], config.batch_size, config.seed, 0, first_step, rates, data.train.corners)
+        what = (images[order], config.batch_size, config.seed, 0, first_step, rates, data.train)
         loss = float(run_steps(step_inputs(*what)))
 
         if not math.isfinite(loss):
@@ -60,7 +60,7 @@ def train_centralized(config: Config, run: Run) -> None:
         tested = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == epochs
         test_loss, test_accuracy = evaluate(model, data.test, config.precision) if tested else (None, None)
         steps = first_step + steps_per_epoch
-        trained = {"round": epoch + 1, "epoch": float(epoch + 1), "local_steps": steps, "lr": lr(steps - 1)}
+        trained = {"round": epoch + 1, "epoch": float(epoch + 1), "steps_done": steps, "lr": lr(steps - 1)}
         tests = {"test_loss": test_loss, "test_accuracy": test_accuracy}
         run.log_row({**trained, **NO_COMMUNICATION, "train_loss": loss, **tests})
         if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == last:

@@ -18,6 +18,7 @@ from fedsim.config import Config
 from fedsim.data.images import Images
 from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.optim import is_capturable, load_optimizer_state, optimizer_state, set_lr
+from fedsim.registry import is_function
 from fedsim.training.local_rule import LocalRule
 from fedsim.training.step import StepInputs, take_step
 
@@ -60,7 +61,7 @@ class CapturedSteps:
         self._step_keys = StepKeys(replicas, self._device)
         set_lr(optimizer, self._lr)
         set_dropout_keys(model, self._step_keys)
-        self._take_full: Callable[[], None] = self._captured() if capture else lambda: self._take(batch_size)
+        self._captured = self._capture() if capture else None
 
     def run(self, inputs: Sequence[StepInputs]) -> Tensor:
         """Every step of a round; (K,) the replicas' mean losses over its samples, returned without synchronizing.
@@ -77,10 +78,11 @@ class CapturedSteps:
         self._fill(self._shares[:steps], torch.tensor(sizes, dtype=torch.float64)[:, None] / samples)
         self._step.zero_()
         self._model.train()
-        for _ in range(full):
-            self._take_full()
-        if rest:
-            self._take(rest)
+        for size, *keys in zip(sizes, *(replica.augment_keys for replica in inputs), strict=True):
+            if self._captured and size == self._batch_size:
+                self._captured()
+            else:
+                self._take(size, keys)
         return (self._losses[:steps] * self._shares[:steps]).sum(0)
 
     def _fill(self, buffer: Tensor, values: Tensor) -> None:
@@ -89,11 +91,11 @@ class CapturedSteps:
             values = values.pin_memory()
         buffer.copy_(values, non_blocking=True)
 
-    def _take(self, size: int) -> None:
-        """The next step, on `size` images of each replica."""
+    def _take(self, size: int, keys: Sequence[int] = ()) -> None:
+        """The next step, on `size` images of each replica; `keys`: the replicas' of a user's own augmentation."""
         columns = self._step * self._batch_size + self._within[:size]
         index, top, left, flip = self._crops.index_select(2, columns).flatten(1)  # each (K * size,)
-        crops = self._images.crop(index, top, left, flip, self._replicas).to(self._dtype)
+        crops = self._images.augmented(self._images.crop(index, top, left, flip, self._replicas), keys).to(self._dtype)
         labels = self._images.labels.index_select(0, index)
         self._step_keys.begin_step(self._keys.index_select(0, self._step).squeeze(0))
         self._lr.copy_(self._rates.index_select(0, self._step).squeeze(0))
@@ -113,7 +115,7 @@ class CapturedSteps:
         self._model.load_state_dict(weights)
         load_optimizer_state(parameters, self._optimizer, state)
 
-    def _captured(self) -> Callable[[], None]:
+    def _capture(self) -> Callable[[], None]:
         """A step as a CUDA graph: warmed up and captured on a stream of its own, replayed on whichever is current."""
         stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream(self._device))
@@ -127,5 +129,5 @@ class CapturedSteps:
 
 
 def capturable(config: Config) -> bool:
-    """Whether a step of `config` can be a CUDA graph."""
-    return is_capturable(config) and config.device.startswith("cuda")
+    """Whether a step of `config` can be a CUDA graph; a replay would leave out a user's own augmentation."""
+    return is_capturable(config) and config.device.startswith("cuda") and not is_function(config.augment)

@@ -12,10 +12,11 @@ from torch.optim import Optimizer
 
 from fedsim.config import Config
 from fedsim.copies import copies, fill
-from fedsim.data.datasets import image_shape, load_dataset
+from fedsim.data.augment import check_augment
+from fedsim.data.datasets import load_dataset
 from fedsim.data.images import Images
 from fedsim.data.local_folder import own_images
-from fedsim.data.partition import sample_order, shard_of
+from fedsim.data.partition import HOLD_ALL, sample_order, shard_of
 from fedsim.data.uneven import uneven_shards
 from fedsim.device import prepare
 from fedsim.errors import UserError
@@ -90,12 +91,17 @@ def local_images(config: Config) -> Images:
 def check_machine(config: Config) -> None:
     """Raise UserError where this machine lacks what a worker needs: code of the user's, flwr-datasets, its shard."""
     builder_of(config.model)
-    image_shape(config)
+    check_augment(config)
     own = own_images(config) is not None
     if own and config.local_epochs:
         raise UserError(
             f"local-epochs = {config.local_epochs}: on a node with images of its own the length of a round is not "
             "known to the others: give local-steps"
+        )
+    if own and config.partition not in (*HOLD_ALL, "pachinko"):
+        raise UserError(
+            f"partition = {config.partition}: on a node with images of its own it is not known how many images the "
+            "others hold, which an epoch counts: give --partition iid"
         )
     if config.partition != "iid" and not own:
         uneven_shards(config)
@@ -113,8 +119,8 @@ def round_inputs(config: Config, start: RoundStart) -> StepInputs:
     plan = run_plan(config)
     first_step, samples = plan.first_step(start.round), plan.samples(start.round, len(held))
     order = sample_order(len(held), samples.start, len(samples), config.seed, start.worker, config.shuffle_every)
-    rates, corners = plan.rates(start.round)[: plan.steps_of(start.round, len(held))], local_images(config).corners
-    return step_inputs(held[order], config.batch_size, config.seed, start.worker, first_step, rates, corners)
+    rates, images = plan.rates(start.round)[: plan.steps_of(start.round, len(held))], local_images(config)
+    return step_inputs(held[order], config.batch_size, config.seed, start.worker, first_step, rates, images)
 
 
 def samples_of(config: Config, start: RoundStart) -> int:

@@ -94,7 +94,7 @@ def qsr(local_steps: int, alpha: float, rate: Callable[[int], float], warmup_ste
             return local_steps
         if rate(step) == 0:
             return 2**62  # the rest of the run
-        ratio = Fraction(str(alpha)) / Fraction(str(rate(step)))  # in decimal: 0.3 / 0.1 is 3
+        ratio = Fraction(str(alpha)) / Fraction(f"{rate(step):.12g}")  # in decimal: 0.3 / (0.1 * 0.1) is 30
         return max(local_steps, min(math.floor(ratio**2), 2**62))
 
     return steps
@@ -114,8 +114,10 @@ def doubling(local_steps: int, largest: int, total: int) -> LocalSteps:
 def table(local_steps: int, epochs: Sequence[tuple[float, int]], steps_per_epoch: Fraction) -> LocalSteps:
     """`epochs`: pairs, ascending, of an epoch and the steps of each round that begins at or after it."""
 
+    starts = [(_step_at(epoch, steps_per_epoch), j) for epoch, j in epochs]
+
     def steps(step: int) -> int:
-        reached = [j for epoch, j in epochs if step >= epoch * steps_per_epoch]
+        reached = [j for start, j in starts if step >= start]
         return reached[-1] if reached else local_steps
 
     return steps

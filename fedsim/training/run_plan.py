@@ -15,8 +15,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 
 from fedsim.config import MAX_LOCAL_STEPS, Config
-from fedsim.data.datasets import training_images
-from fedsim.data.partition import shard_sizes
+from fedsim.data.partition import images_held, shard_sizes
 from fedsim.errors import UserError
 from fedsim.optim.lr_schedule import Schedule, schedule_of
 from fedsim.training.local_steps import check_local_steps, local_steps_of, round_starts
@@ -27,7 +26,7 @@ class RunPlan:
     """A pure function of the configuration and the number of training images.
 
     `starts` has one entry per round, the number of local steps taken before it, and a last one, the number of
-    steps of the whole run. An epoch is one pass over the training images by all workers of a round together.
+    steps of the whole run. An epoch is one pass over the images held by clients, by all workers of a round together.
     """
 
     starts: Sequence[int]
@@ -80,12 +79,15 @@ class RunPlan:
 
 @functools.lru_cache(maxsize=8)  # every client asks in every round, and there may be a million rounds
 def run_plan(config: Config) -> RunPlan:
-    """The plan of `config`, whose epochs are counted in the images of its data set, also where a node has its own."""
+    """The plan of `config`, whose epochs count the images that the clients hold by its partition.
+
+    Where a node has images of its own, these are not counted.
+    """
     workers = config.clients_per_round
     if config.min_clients > workers:
         raise UserError(f"min-clients = {config.min_clients} is more than the {workers} clients of a round: give fewer")
     check_local_steps(config)
-    steps_per_epoch = Fraction(training_images(config), workers * config.batch_size)
+    steps_per_epoch = Fraction(images_held(config), workers * config.batch_size)
     if config.local_epochs:
         longest = -(-config.local_epochs * max(shard_sizes(config)) // config.batch_size)
         if longest > MAX_LOCAL_STEPS:

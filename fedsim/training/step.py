@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedsim.data.images import Corners, Images, batches, sample_crops
+from fedsim.data.images import Images, batches
 from fedsim.device import products_in, thread_pool
 from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.optim import set_lr
@@ -28,12 +28,13 @@ class StepInputs:
     """What consecutive local steps of one worker read: which images, how each is augmented, and the learning rates.
 
     `crops`: (4, samples) on the CPU, the arguments of `Images.crop`; a step takes the next batch of its columns, the
-    last one may be smaller. `dropout_keys`: (steps,) int64, and `rates`: one number, for each step.
+    last one may be smaller. `dropout_keys`: (steps,) int64, and `rates` and `augment_keys`: one number, for each step.
     """
 
     crops: Tensor
     dropout_keys: Tensor
     rates: Sequence[float]
+    augment_keys: Sequence[int]
 
 
 def step_inputs(
@@ -43,16 +44,13 @@ def step_inputs(
     worker: int,
     first_step: int,
     rates: Sequence[float],
-    corners: Corners,
+    images: Images,
 ) -> StepInputs:
-    """The inputs of the steps `first_step`, `first_step` + 1, ... of a worker on the images `index`, in their order.
-
-    `corners` are those of the `Images`.
-    """
-    words = random_words(step_keys(seed, worker, first_step, len(rates), "augment"), batch_size)
+    """The inputs of the steps `first_step`, `first_step` + 1, ... of a worker on those `images` that `index` lists."""
+    augment_keys = step_keys(seed, worker, first_step, len(rates), "augment")
     keys = step_keys(seed, worker, first_step, len(rates), "dropout")
-    crops = sample_crops(index, words.reshape(-1)[: len(index)], corners)
-    return StepInputs(crops, torch.from_numpy(keys.view(np.int64)), rates)
+    crops = images.sample(index, random_words(augment_keys, batch_size).reshape(-1)[: len(index)])
+    return StepInputs(crops, torch.from_numpy(keys.view(np.int64)), rates, augment_keys.tolist())
 
 
 def run_steps(
@@ -74,7 +72,9 @@ def run_steps(
     set_dropout_keys(model, step_keys)
     losses, sizes = [], []
     drawn = batches(images, inputs.crops, batch_size)
-    for (crops, labels), lr, key in zip(drawn, inputs.rates, inputs.dropout_keys, strict=True):
+    keys = zip(inputs.rates, inputs.dropout_keys, inputs.augment_keys, strict=True)
+    for (crops, labels), (lr, key, augment_key) in zip(drawn, keys, strict=True):
+        crops = images.augmented(crops, [augment_key])
         step_keys.begin_step(key)
         set_lr(optimizer, lr)
         losses.append(take_step(model, optimizer, crops.to(parameter.dtype), labels, precision, rule=rule))

@@ -17,7 +17,7 @@ from torchvision.transforms.v2 import functional
 from fedsim.config import Config
 from fedsim.data import official
 from fedsim.data.datasets import facts_of, image_shape, load_dataset, moments_of, training_images
-from fedsim.data.images import Images
+from fedsim.data.images import Augmentation, Border, Images
 from fedsim.data.local_folder import own_images, write_shards
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute
@@ -252,7 +252,8 @@ def test_a_data_set_that_cannot_be_loaded_is_told_in_a_line(small: Config, datas
 def test_crops_of_any_size_are_those_of_torchvision(channels: int, crop: int, padding: int) -> None:
     rng = np.random.default_rng(0)
     pixels = rng.integers(0, 256, (8, 26, 28, channels), dtype=np.uint8)
-    images = Images(pixels, np.arange(8), ((0.0,) * channels, (1.0,) * channels), "cpu", padding, crop)
+    how = Augmentation(crop_size=crop, border=Border(padding))
+    images = Images(pixels, np.arange(8), ((0.0,) * channels, (1.0,) * channels), "cpu", how)
     height, width = crop or 26, crop or 28
     assert images.shape == (channels, height, width)
     assert np.array_equal(images.pixels(), pixels)

@@ -17,15 +17,16 @@ from fedsim.data.datasets import load_dataset
 from fedsim.data.local_folder import write_shards
 from fedsim.data.official import coarse_labels
 from fedsim.data.pachinko import pachinko
-from fedsim.data.partition import check_partition, shard_of
+from fedsim.data.partition import HOLD_ALL, check_partition, images_held, shard_of
 from fedsim.device import resolve
 from fedsim.errors import UserError
+from fedsim.experiments.cost import cost
 from fedsim.experiments.execute import execute
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import initial_model
 from fedsim.report.partition import class_counts, show_partition
 from fedsim.rng import generator
-from fedsim.training.local_round import RoundStart, take_round
+from fedsim.training.local_round import RoundStart, check_machine, take_round
 from fedsim.training.run_plan import run_plan
 from tests.conftest import NEEDS_FLWR_DATASETS, Call, Execute, assert_same_bits, final_model, rows_of
 
@@ -60,7 +61,8 @@ def test_partitions_are_disjoint_and_seeded(
     config = small.changed({"partition": partition, "partition-args": arguments})
     of_clients = shards(config)
     everything = np.concatenate(of_clients)
-    assert len(set(everything.tolist())) == len(everything) > 250
+    assert len(set(everything.tolist())) == len(everything) == images_held(config) > 250
+    assert len(everything) == 512 or partition not in HOLD_ALL
     if sizes:
         assert list(map(len, of_clients)) == sizes
     assert shards(config.changed({"seed": 1})) != of_clients
@@ -111,6 +113,7 @@ def test_pachinko_divides_evenly_and_by_superclass() -> None:
     parts = pachinko(labels, superclass, 20, 0.1, 10.0, np.random.default_rng(0))
     assert sorted(np.concatenate(parts).tolist()) == list(range(2000))
     assert {len(part) for part in parts} == {100}
+    assert len(pachinko(labels, superclass, 30, 0.1, 10.0, np.random.default_rng(0))[0]) == 2000 // 30
     first = np.bincount(superclass[labels[parts[0]]], minlength=20)
     assert first.max() > 20  # an even share is 5
     even = pachinko(labels, superclass, 20, 1e6, 1e6, np.random.default_rng(0))
@@ -124,6 +127,8 @@ def test_pachinko_on_the_real_cifar100(real_data: str) -> None:
     counts = class_counts(config)
     assert set(counts.sum(1)) == {500}
     assert set(counts.sum(0)) == {500}
+    assert images_held(config) == 50_000
+    assert images_held(config.changed({"clients": 30})) == 30 * 1666
     of_superclass = np.zeros((100, 20))
     np.add.at(of_superclass.T, coarse_labels(Path(real_data)), counts.T)
     assert np.median(of_superclass.max(1)) > 150  # of a few superclasses each, where an even share is 25
@@ -220,6 +225,25 @@ def test_a_partition_is_drawn_once_and_kept(small: Config, monkeypatch: pytest.M
 
 def cache_folders() -> list[Path]:
     return list((user_cache() / "arrays").glob("*/*/images.npy"))
+
+
+@NEEDS_FLWR_DATASETS
+def test_an_epoch_counts_the_images_that_clients_hold(
+    small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    keys = {"partition": "size", "partition-args": "partition_sizes=96:96:96:96"}
+    config = resolve(small.changed({**keys, "local-steps": 3}), "localsgd")
+    run = execute(config, "localsgd")
+    line = "partition = size: clients hold 384 of 512 training images; an epoch counts these\n"
+    assert capsys.readouterr().out == line
+    last = rows_of(run)[-1]
+    assert (last["round"], last["epoch"]) == (4, 2.0)  # 2 epochs of 384 images in rounds of 4 * 3 * 16
+    assert cost(config, "localsgd").images == 4 * 4 * 3 * 16
+    node = config.changed({"data-dir": str(tmp_path / "shards" / "0")})
+    write_shards(config, tmp_path / "shards")
+    with pytest.raises(UserError, match="partition = size: on a node with images of its own it is not known how many"):
+        check_machine(node)
+    check_machine(node.changed({"partition": "iid", "partition-args": ""}))
 
 
 @NEEDS_FLWR_DATASETS

@@ -39,8 +39,8 @@ def test_one_client_is_centralized_training_bitwise(run: Execute, optimizer: str
     central = run("centralized", name="central", **keys)
     assert_same_bits(final_model(local), final_model(central))
     for one, other in zip(rows_of(local), rows_of(central), strict=True):
-        assert {k: one[k] for k in ("train_loss", "test_loss", "lr", "epoch", "local_steps")} == {
-            k: other[k] for k in ("train_loss", "test_loss", "lr", "epoch", "local_steps")
+        assert {k: one[k] for k in ("train_loss", "test_loss", "lr", "epoch", "steps_done")} == {
+            k: other[k] for k in ("train_loss", "test_loss", "lr", "epoch", "steps_done")
         }
 
 
@@ -134,7 +134,7 @@ def test_rows_and_summary_tell_the_cost(run: Execute) -> None:
     rows = [json.loads(line) for line in (result.folder / "metrics.jsonl").read_text().splitlines()]
     assert len(rows) == 8  # 2 epochs of 512 images in rounds of 4 clients, 2 steps, 16 images
     last = rows[-1]
-    assert (last["round"], last["epoch"], last["local_steps"], last["syncs"]) == (8, 2.0, 16, 8)
+    assert (last["round"], last["epoch"], last["steps_done"], last["syncs"]) == (8, 2.0, 16, 8)
     assert last["bytes_down"] == 8 * 4 * 62_006 * 4  # rounds, clients, parameters, bytes
     assert last["bytes_up"] == last["bytes_down"]
     assert last["overhead_bytes_up"] == 4 * 62_006 * 4  # momentum, for the last round's checkpoint
@@ -220,7 +220,7 @@ def test_validation_is_what_the_records_say_was_tested_on(run: Execute) -> None:
             summary = read_summary(result.folder)
             assert summary is not None
             assert {row["tested_on"] for row in rows_of(result)} == {summary["tested_on"]} == {words}
-        assert rows_of(held)[-1]["local_steps"] == rows_of(plain)[-1]["local_steps"] * 384 // 512
+        assert rows_of(held)[-1]["steps_done"] == rows_of(plain)[-1]["steps_done"] * 384 // 512
         assert rows_of(held)[-1]["test_loss"] != rows_of(plain)[-1]["test_loss"]
 
 

@@ -54,7 +54,7 @@ def test_a_method_is_compared_with_none_where_all_else_is_equal(tmp_path: Path) 
 def test_budgets_in_rounds_are_compared_at_the_end_of_the_shorter(tmp_path: Path) -> None:
     for steps, accuracies in ((1, [0.1, 0.2]), (2, [0.1, 0.3, 0.4])):
         config = Config().changed({"local-steps": steps, "rounds": 2, "validation": 50})
-        write_run(tmp_path / "s" / f"{steps}", config, "localsgd", list(accuracies), local_steps=steps)
+        write_run(tmp_path / "s" / f"{steps}", config, "localsgd", list(accuracies), steps_done=steps)
     assert answers(only(tmp_path))[1] == (
         "J = 2 instead of J = 1 gains 10.00 points of validation accuracy at epoch 2.0 of both (one seed)."
     )

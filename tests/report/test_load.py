@@ -25,7 +25,7 @@ from fedsim.report.time_to_accuracy import Plan, time_table, times_to_target
 from tests.conftest import TIMES, write_run
 
 RESULTS = Path(__file__).parents[2] / "results"
-ROW = {"round": 1, "epoch": 1.0, "local_steps": 8, "test_accuracy": 0.5}
+ROW = {"round": 1, "epoch": 1.0, "steps_done": 8, "test_accuracy": 0.5}
 
 
 @pytest.fixture
@@ -80,7 +80,7 @@ def test_a_damaged_summary_makes_its_run_unfinished(folder: Path, tmp_path: Path
     "line",
     [b"{", b"[1]", b'{"round": 2}', b"\xff", b"", json.dumps({**ROW, "round": "1"}).encode(),
      json.dumps({**ROW, "test_accuracy": "0.5"}).encode(), json.dumps({**ROW, "epoch": math.nan}).encode(),
-     json.dumps({**ROW, "bytes_up": [1]}).encode(), json.dumps({**ROW, "local_steps": -1}).encode()],
+     json.dumps({**ROW, "bytes_up": [1]}).encode(), json.dumps({**ROW, "steps_done": -1}).encode()],
 )  # fmt: skip
 def test_a_damaged_row_is_skipped_named_and_counted(folder: Path, tmp_path: Path, line: bytes) -> None:
     path = folder / "metrics.jsonl"
@@ -120,6 +120,16 @@ def test_a_summary_that_was_edited_is_ignored(folder: Path, tmp_path: Path) -> N
     assert read_records(tmp_path).warnings == []
     path.write_text(json.dumps({**sealed, "best_test_accuracy": 0.99}))
     assert warning_of(tmp_path, "summary.json").endswith("its SHA-256 is not the one in it; it is ignored")
+
+
+def test_older_runs_have_the_columns_of_now(folder: Path, tmp_path: Path) -> None:
+    now = read_records(tmp_path)
+    for path in (folder / "metrics.jsonl", folder / "summary.json"):
+        path.write_text(path.read_text().replace("steps_done", "local_steps"))
+    assert read_records(tmp_path).rows.equals(now.rows)
+    assert read_records(tmp_path).runs.astype(str).equals(now.runs.astype(str))
+    assert [row["steps_done"] for row in read_rows(folder)] == [10, 20, 30]
+    assert (read_summary(folder) or {})["steps_done"] == 30
 
 
 def test_what_is_not_a_file_is_named(folder: Path, tmp_path: Path) -> None:

@@ -48,7 +48,7 @@ def test_one_worker_waits_for_nobody() -> None:
     ],
 )
 def test_traffic(clients: int, workers: int, baseline: bool, syncs: int, sent: int) -> None:
-    row: dict[str, float] = {"local_steps": 50, "syncs": 5, "bytes_up": 700, "bytes_down": 600, "parameters": 1000}
+    row: dict[str, float] = {"steps_done": 50, "syncs": 5, "bytes_up": 700, "bytes_down": 600, "parameters": 1000}
     row |= {"overhead_bytes_up": 100, "overhead_bytes_down": float("nan")}  # of older records: not recorded
     records = pd.DataFrame([{**row, "clients": clients, "workers": workers, "baseline": baseline}])
     found = add_traffic(records).iloc[0]

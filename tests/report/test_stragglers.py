@@ -59,7 +59,7 @@ def test_a_slow_worker_with_jitter_is_the_mean_over_which_workers_are_sampled() 
 
 def rows_of(*records: tuple[int, int, int]) -> pd.DataFrame:
     """Rows from (run, local steps, syncs) so far, with four workers."""
-    rows = pd.DataFrame(records, columns=["run", "local_steps", "network_syncs"]).astype(float)
+    rows = pd.DataFrame(records, columns=["run", "steps_done", "network_syncs"]).astype(float)
     return rows.assign(clients=4, workers=4)
 
 

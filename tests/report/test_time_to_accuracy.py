@@ -66,7 +66,7 @@ def test_where_the_mean_may_be_late_a_round_takes_what_takes_longer(tmp_path: Pa
     for delay in (0, 1):
         folder = write_run(tmp_path / f"{delay}", Config(clients=2, delay=delay), "localsgd", [0.1, None, 0.5])
         rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        rows[2] |= {"local_steps": 60}  # 10, 10 and 40 steps
+        rows[2] |= {"steps_done": 60}  # 10, 10 and 40 steps
         (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     (table,), _ = read_tables(tmp_path)
     # A sync: 1 s of latency, and 500 bytes up and down of each worker
@@ -86,7 +86,7 @@ def test_one_worker_takes_as_long_as_its_large_batch_baseline(tmp_path: Path) ->
         'title = "One"\nmode = "localsgd"\ntwins = true\n[grid]\nclients = [1]\nlocal-steps = [1]\n'
     )
     write_run(tmp_path / "k1-j1", Config(clients=1, local_steps=1), "localsgd", [0.1, 0.5], bytes_up=5e6)
-    write_run(tmp_path / "twin", Config(clients=1), "centralized", [0.1, 0.5], local_steps=10, syncs=0)
+    write_run(tmp_path / "twin", Config(clients=1), "centralized", [0.1, 0.5], steps_done=10, syncs=0)
     (table,), _ = read_tables(tmp_path)
     assert seconds(table) == pytest.approx({(1, 1): 2.0, (1, LARGE_BATCH): 2.0})
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from strategies.compression import CODECS, Codec, PowerSGD, broadcast, decode, encode, make_codec, receive
-from tests.conftest import NEEDS_GPU
+from tests.conftest import NEEDS_GPU, assert_same_bits
 
 SHAPES = {"conv.weight": (6, 3, 5, 5), "fc.weight": (20, 31), "fc.bias": (31,), "scalar": ()}
 COUNT = sum(math.prod(shape) for shape in SHAPES.values())
@@ -75,6 +75,27 @@ def test_powersgd_is_exact_where_the_rank_suffices() -> None:
     low_rank = {"w": torch.randn(12, 3, dtype=torch.float64) @ torch.randn(3, 40, dtype=torch.float64)}
     assert error(sent(PowerSGD(3), low_rank), low_rank) < 1e-12
     assert error(sent(PowerSGD(2), low_rank), low_rank) > 1e-3
+
+
+@pytest.mark.parametrize("zeros", [slice(None), slice(1)])
+def test_powersgd_draws_columns_of_its_warm_start_that_are_zero(zeros: slice) -> None:
+    """They stay zero otherwise, where the first rows of a matrix are: it would never arrive."""
+    matrix = torch.cat([torch.zeros(2, 9), torch.randn(10, 9, generator=torch.Generator().manual_seed(0))])
+    codec, value, memory = PowerSGD(2), {"w": matrix}, {"warm-start/w": torch.randn(9, 2)}
+    memory["warm-start/w"][:, zeros] = 0
+    message, memory = encode(codec, value, memory, 5)
+    factor, drawn = memory["warm-start/w"], torch.randn(9, 2, generator=torch.Generator().manual_seed(5))
+    assert torch.all(factor.norm(dim=0) > 0)
+    if zeros == slice(None):
+        assert_same_bits(message, encode(codec, value, {"warm-start/w": drawn}, 6)[0])
+
+
+def test_powersgd_moves_after_an_update_of_zero() -> None:
+    value = {"w": torch.zeros(12, 9)}
+    _, memory = encode(PowerSGD(2), value, {}, 0)
+    value["w"][2:] = torch.randn(10, 9)
+    message, _ = encode(PowerSGD(2), value, memory, 1)
+    assert float(decode(PowerSGD(2), message, value, 1)["w"].norm()) > 1
 
 
 def test_constants_are_exact() -> None:

@@ -74,7 +74,7 @@ def left_out(strategy: LocalSGD) -> dict[int, str]:
 
 def averaged(strategy: LocalSGD) -> list[int]:
     assert strategy.last is not None
-    return strategy.last.averaged
+    return list(strategy.last.averaged)
 
 
 def numpy_of(arrays: ArrayRecord | None) -> Arrays:

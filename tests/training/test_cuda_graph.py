@@ -64,7 +64,7 @@ def rounds(
         if round == 1:  # a shorter one
             samples, rates = SAMPLES - BATCH, rates[:-1]
         order = generator(1, 0, round, "shuffle").permutation(len(images))[:samples]
-        inputs = step_inputs(order, BATCH, 1, 0, 3 * round, rates, images.corners)
+        inputs = step_inputs(order, BATCH, 1, 0, 3 * round, rates, images)
         with steps_in():
             loss = steps.run([inputs]) if static else simple(inputs)
         losses.append(float(loss))

@@ -189,8 +189,12 @@ def test_all_workers_at_once_are_one_by_one(tiny: Config, way: str, model: str, 
     ("mode", "engine", "keys"),
     [
         ("centralized", "threads", {}),
-        ("localsgd", "threads", {}),
-        ("localsgd", "stacked", {"model": "tests.own_code:batchnorm", "crop-size": 12}),
+        ("localsgd", "threads", {"augment": "tests.own_code:erase"}),
+        (
+            "localsgd",
+            "stacked",
+            {"model": "tests.own_code:batchnorm", "augment": "tests.own_code:erase", "crop-size": 12},
+        ),
         ("localsgd", "stacked", {"outer": "fedadam", "outer-args": "lr=0.01", "compress": "int8"}),
         ("localsgd", "stacked", {"outer": "slowmo", "momentum-at-sync": "average", "local-rule": "scaffold"}),
     ],
@@ -351,9 +355,9 @@ def no_warm_up(patch: pytest.MonkeyPatch) -> None:
 def before_take(patch: pytest.MonkeyPatch, change: Callable[[CapturedSteps], object]) -> None:
     take = CapturedSteps._take
 
-    def changed(self: CapturedSteps, size: int) -> None:
+    def changed(self: CapturedSteps, *step: Any) -> None:
         change(self)
-        take(self, size)
+        take(self, *step)
 
     patch.setattr(CapturedSteps, "_take", changed)
 

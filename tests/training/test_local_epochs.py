@@ -65,7 +65,7 @@ def test_clients_are_weighted_by_their_images(small: Config, run: Execute, monke
     expected = mean([ends[worker].weights for worker in range(3)], [0.34, 0.34, 0.32])
     torch.testing.assert_close(final_model(one), expected, rtol=0, atol=1e-15)
     (row,) = rows_of(one)
-    assert (row["local_steps"], row["epoch"]) == (9, 2.0)
+    assert (row["steps_done"], row["epoch"]) == (9, 2.0)
     assert row["train_loss"] == pytest.approx(sum(ends[k].loss * ends[k].samples for k in range(3)) / 100)
 
 
@@ -75,7 +75,7 @@ def test_one_client_is_centralized_training_epoch_by_epoch_bitwise(run: Execute)
     alone = run(name="alone", clients=1, local_epochs=1, **keys)
     central = run("centralized", name="central", **keys)
     assert_same_bits(final_model(alone), final_model(central))
-    costs = ("epoch", "local_steps", "lr", "train_loss", "test_accuracy")
+    costs = ("epoch", "steps_done", "lr", "train_loss", "test_accuracy")
     assert [[row[name] for name in costs] for row in rows_of(alone)] == [
         [row[name] for name in costs] for row in rows_of(central)
     ]

@@ -66,3 +66,7 @@ def test_an_epoch_and_a_rate_are_the_decimal_numbers_that_were_given() -> None:
     config = Config(local_steps=7, schedule="multistep", milestones="0.1", local_steps_schedule="post-local")
     assert lengths(local_steps_of(config, Fraction(10), 100, lambda step: 0.1))[:2] == [1, 7]
     assert lengths(qsr(2, 0.3, lambda step: 0.1, 0))[0] == 9
+    assert lengths(qsr(2, 0.3, lambda step: 0.1 * 0.1, 0), 1000)[0] == 900  # 0.1 * 0.1 is a little above a hundredth
+    assert lengths(qsr(2, 0.3, lambda step: 0.1 * 3, 0), 1000)[0] == 2
+    assert lengths(table(2, [(0.07, 5)], Fraction(100)), 12) == [2] * 4 + [4]  # 0.07 * 100 is a little above 7
+    assert lengths(table(7, [(0.07, 5)], Fraction(100)), 12) == [7, 5]

@@ -13,6 +13,8 @@ from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute
+from fedsim.federation import client_app
+from fedsim.training.local_round import RoundEnd, RoundStart, take_round
 from fedsim.training.run_plan import RunPlan, run_plan
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.test_failures import answer, place, run_with
@@ -43,7 +45,7 @@ def test_alone_a_client_of_any_rounds_is_centralized_training(small: Config, run
     alone = execute(config.changed({"name": "alone"}), "localsgd")
     assert_same_bits(final_model(alone), final_model(central))
     rows = rows_of(alone)
-    assert rows[-1]["local_steps"] == 64
+    assert rows[-1]["steps_done"] == 64
     assert rows[-1]["syncs"] == len(lengths(run_plan(config)))
     assert [int(row["epoch"]) for row in rows] == [1, 2]
 
@@ -56,7 +58,7 @@ def test_alone_a_client_is_centralized_training_at_every_number_of_local_steps(s
     keys = {"name": "alone", "clients": 1, "local-steps": steps}
     alone = execute(resolve(small.changed(keys), "localsgd"), "localsgd")
     assert_same_bits(final_model(alone), final_model(central))
-    assert rows_of(alone)[-1]["local_steps"] == 48
+    assert rows_of(alone)[-1]["steps_done"] == 48
     assert rows_of(alone)[-1]["syncs"] == -(-48 // steps)
 
 
@@ -68,7 +70,7 @@ def test_stopped_and_resumed_it_is_never_stopped_bitwise(small: Config, schedule
     execute(config.changed({"name": "parts", "stop-after-epochs": 2.0}), "localsgd")
     parts = execute(config.changed({"name": "parts"}), "localsgd")
     assert_same_bits(final_model(parts), final_model(whole))
-    assert [row["local_steps"] for row in rows_of(whole)][-1] == 24
+    assert [row["steps_done"] for row in rows_of(whole)][-1] == 24
 
 
 def test_the_budget_in_epochs_is_met_to_a_step_and_in_rounds_to_a_round(small: Config) -> None:
@@ -81,6 +83,26 @@ def test_the_budget_in_epochs_is_met_to_a_step_and_in_rounds_to_a_round(small: C
     table = run_plan(small.changed({**keys_of("table"), "rounds": 12}))
     assert lengths(table) == [2, 2, 1, 1, 1, 1, 1, 1, 5, 5, 5, 5]
     assert table.epoch(12) == sum(lengths(table)) / 8
+
+
+def test_the_training_loss_is_the_mean_over_the_images_trained(run: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the clients weigh in the mean, and also over rounds of different J."""
+    keys = {name.replace("-", "_"): value for name, value in keys_of("doubling").items()}
+    equal = run(name="equal", **keys)
+    by_size = run(name="by-size", client_weights="shard-size", **keys)
+    assert_same_bits(final_model(by_size), final_model(equal))
+    assert rows_of(by_size) == rows_of(equal)
+
+    ends: list[RoundEnd] = []
+
+    def observed(config: Config, start: RoundStart) -> RoundEnd:
+        ends.append(take_round(config, start))
+        return ends[-1]
+
+    monkeypatch.setattr(client_app, "take_round", observed)
+    uneven = run(name="uneven", client_weights="shard-size", synthetic_images=66, epochs=1.0, **keys)  # 17, 17, 16, 16
+    expected = sum(end.loss * end.samples for end in ends) / sum(end.samples for end in ends)
+    assert rows_of(uneven)[-1]["train_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_post_local_switches_at_the_first_milestone_unless_told_otherwise(small: Config) -> None:

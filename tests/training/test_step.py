@@ -23,7 +23,7 @@ def test_steps_are_gradient_descent_and_the_loss_is_the_mean_over_samples() -> N
     weight = linear.weight.detach().clone()
     optimizer = build_optimizer(CONFIG, dict(linear.named_parameters()))
     rates = [0.005, 0.006, 0.007]
-    inputs = step_inputs(np.arange(9), 4, 0, 0, 0, rates, images.corners)
+    inputs = step_inputs(np.arange(9), 4, 0, 0, 0, rates, images)
     loss = run_steps(nn.Sequential(nn.Flatten(), linear), optimizer, images, 4, "fp64", None, inputs)
     losses = []
     for (crops, labels), lr in zip(batches(images, inputs.crops, 4), rates, strict=True):
