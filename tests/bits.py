@@ -6,7 +6,8 @@
 
 A case is ENGINE/SCENARIO/METHOD. Compared are the model, the rows, the summary (all without times and origin) and the
 checkpoint with the workers' memories; each case that differs is printed with the first difference in each of them.
-With ``--unnamed`` the tensors of each worker in a checkpoint are compared without their names.
+With ``--unnamed`` the tensors of each worker in a checkpoint are compared without their names. With ``--parts model``
+the model alone is compared, where a change renames what stands in the others.
 
 A method is an entry of `METHODS`, or any other choice of a key of `Config`, which needs no line here. A case that only
 the new commit has is no difference. The exit code is 1 if any case differs.
@@ -27,12 +28,13 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
 FAULTS = "FEDSIM_BITS_FAULTS"  # see bits_client.py
 Outcome = dict[str, Any]  # PART/NAME -> a value as text
+PARTS = "model,rows,summary,checkpoint"
 TINY = (
     "dataset=synthetic synthetic-images=96 crop-size=12 crop-padding=0 model=bits_client:network batch-size=4 lr=0.02 "
     "threads=1 device=cpu checkpoint-every=2 "
@@ -238,6 +240,10 @@ def without_names(result: Outcome) -> Outcome:
     return rest | {f"checkpoint/{owner}": sorted(tensors) for owner, tensors in held.items()}
 
 
+def only(parts: Collection[str], result: Outcome) -> Outcome:
+    return {key: value for key, value in result.items() if key.partition("/")[0] in parts}
+
+
 def checkout_of(commit: str, folder: Path) -> Path:
     if Path(commit).is_dir():
         return Path(commit).resolve()
@@ -276,11 +282,14 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="each method once by threads and once stacked")
     parser.add_argument("-k", default="", metavar="PATTERN", help="the cases with such names")
     parser.add_argument("--unnamed", action="store_true", help="compare a checkpoint's tensors without their names")
+    parser.add_argument("--parts", default=PARTS, metavar="LIST", help=f"what is compared, of {PARTS}")
     asked = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="bits-") as folder:
         old, new = run_both(asked.commits, asked.quick, asked.k, Path(folder))
     if asked.unnamed:
         old, new = ({name: without_names(result) for name, result in each.items()} for each in (old, new))
+    compared = ("error", "faults", *asked.parts.split(","))
+    old, new = ({name: only(compared, result) for name, result in each.items()} for each in (old, new))
     differ = 0
     for name in {**old, **new}:
         what = "only in OLD" if name not in new else difference(old.get(name, {}), new[name])

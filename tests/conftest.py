@@ -39,6 +39,8 @@ SMALL: dict[str, Any] = {
     "device": "cpu",
 }
 
+SMALL_BATCHNORM = "tests.own_code:small_batchnorm"
+
 # What people compare: a ResNet-18 with GroupNorm, uneven shards, an optimizer on the server, compressed updates
 RESNET: dict[str, Any] = {
     **SMALL,

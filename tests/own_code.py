@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from typing import Any
 
 import numpy as np
@@ -52,6 +53,21 @@ def batchnorm(classes: int, image: tuple[int, int, int]) -> nn.Module:
         nn.Dropout(0.2),
         nn.Linear(16, classes),
     )
+
+
+def small_batchnorm(classes: int) -> nn.Module:
+    """As `lenet-bn`, with BatchNorm and dropout, but ten times as fast; for images of any size."""
+    layers = {
+        "conv1": nn.Conv2d(3, 4, 5, stride=4, bias=False),
+        "bn1": nn.BatchNorm2d(4),
+        "relu": nn.ReLU(),
+        "pool": nn.AdaptiveAvgPool2d(2),
+        "flatten": nn.Flatten(),
+        "dropout1": nn.Dropout(0.2),
+        "fc1": nn.Linear(16, 16),
+        "fc3": nn.Linear(16, classes),
+    }
+    return nn.Sequential(OrderedDict(layers))
 
 
 def plain(classes: int, image: tuple[int, int, int]) -> nn.Module:

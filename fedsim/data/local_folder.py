@@ -12,6 +12,7 @@ import functools
 import os
 import shutil
 import tempfile
+import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -58,11 +59,15 @@ def digests_of_node(config: Config) -> dict[str, str]:
     return own.sha256 if own else digests_of(config)
 
 
+_READING = threading.Lock()  # NumPy parses headers with `ast`, which fails in several threads of CPython 3.11 at once
+
+
 def _own(config: Config) -> _Own | None:
     if not _holds_images(config):
         return None
     folder = data_folder(config)
-    return _read_own(config, folder, *(_changed(folder / name) for name in (IMAGES, LABELS)))
+    with _READING:
+        return _read_own(config, folder, *(_changed(folder / name) for name in (IMAGES, LABELS)))
 
 
 @functools.lru_cache(maxsize=8)

@@ -22,7 +22,7 @@ from fedsim.federation.protocol import shared
 from fedsim.federation.server_app import train_localsgd
 from fedsim.models import build_model
 from fedsim.records import Run, read_summary
-from tests.conftest import assert_same_bits, final_model, rows_of
+from tests.conftest import SMALL_BATCHNORM, assert_same_bits, final_model, rows_of
 
 
 def with_folders(config: Config, folders: Path, replies: list[Message] | None = None) -> Run:
@@ -56,7 +56,9 @@ def folder_of(pixels: np.ndarray, labels: np.ndarray, folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize("keys", [{}, {"shuffle-every": "round", "validation": 64, "clients": 3, "model": "lenet-bn"}])
+@pytest.mark.parametrize(
+    "keys", [{}, {"shuffle-every": "round", "validation": 64, "clients": 3, "model": SMALL_BATCHNORM}]
+)
 def test_nodes_with_their_own_folders_train_as_by_partition_id_bitwise(
     small: Config, tmp_path: Path, keys: dict[str, Any]
 ) -> None:

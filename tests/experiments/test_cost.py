@@ -20,7 +20,7 @@ from fedsim.experiments.cost import (
 )
 from fedsim.experiments.study import Cell, study_names
 from tests.commands import run as run_command
-from tests.conftest import Execute, rows_of, write_run
+from tests.conftest import SMALL_BATCHNORM, Execute, rows_of, write_run
 
 
 def test_the_cost_of_a_run_by_hand() -> None:
@@ -82,7 +82,7 @@ def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "keys",
     [
-        {"momentum-at-sync": "average", "model": "lenet-bn", "synthetic-images": 128},
+        {"momentum-at-sync": "average", "model": SMALL_BATCHNORM, "synthetic-images": 128},
         {"compress": "topk", "fraction": 0.5},
         {"compress": "powersgd", "precision": "fp64"},
         {"compress": "int4", "momentum-at-sync": "reset", "local-steps": 4},

@@ -26,7 +26,7 @@ from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run, outcome_line, read_rows, read_summary
 from fedsim.training.stacked import StackedWorkers
 from strategies import STRATEGIES, LocalSGD
-from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model, rows_of
 
 Fault = Callable[[Message, Context], Message | None]  # a reply in place of the client's own, or None
 
@@ -393,7 +393,7 @@ def test_a_negative_variance_never_reaches_the_model(small: Config) -> None:
         reply.content["arrays"] = ArrayRecord(state)
         return reply
 
-    run = run_with(once(2, 1, negative), small.changed({"name": "negative", "model": "lenet-bn", "rounds": 3}))
+    run = run_with(once(2, 1, negative), small.changed({"name": "negative", "model": SMALL_BATCHNORM, "rounds": 3}))
     assert [row["left_out"] for row in rows_of(run)] == [{}, {"1": "buffers/bn1.running_var is negative"}, {}]
     assert all(row["test_loss"] is not None for row in rows_of(run))
 
@@ -420,7 +420,13 @@ def test_values_outside_their_domains_never_reach_the_model(small: Config, run: 
             reply.content["arrays"] = ArrayRecord(state)
         return reply
 
-    keys = {"model": "lenet-bn", "optimizer": "adam", "momentum-at-sync": "average", "rounds": 9, "checkpoint-every": 1}
+    keys = {
+        "model": SMALL_BATCHNORM,
+        "optimizer": "adam",
+        "momentum-at-sync": "average",
+        "rounds": 9,
+        "checkpoint-every": 1,
+    }
     keys |= {"synthetic-images": 64, "batch-size": 4, "evaluate-every": 9}
     run_with(fault, small.changed({"name": "domains", "stop-after-rounds": len(tampered), **keys}))
     rows = rows_of(run(name="domains", **keys))
@@ -482,7 +488,7 @@ class OuterMomentum(LocalSGD):
 def test_the_servers_state_is_resumed_and_rolled_back_bitwise(
     small: Config, run: Execute, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    keys: dict[str, Any] = {"model": "lenet-bn", "synthetic-images": 64, "batch-size": 2, "rounds": 6}
+    keys: dict[str, Any] = {"model": SMALL_BATCHNORM, "synthetic-images": 64, "batch-size": 2, "rounds": 6}
     keys |= {"min-clients": 4, "checkpoint-every": 2, "evaluate-every": 6}
     plain = run(name="plain", **keys)
     monkeypatch.setitem(STRATEGIES, "localsgd", OuterMomentum)

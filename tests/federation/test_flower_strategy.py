@@ -11,11 +11,17 @@ from flwr.app import ArrayRecord, Context, Message
 
 from fedsim.config import Config
 from fedsim.errors import RunFailed, UserError
-from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model, rows_of
 from tests.federation.test_failures import answer, forget, once, place, run_with
 
 OF_FLOWER, OF_USER = "flwr.serverapp.strategy:", "tests.strategies.user_strategies:"
-KEYS: dict[str, Any] = {"model": "lenet-bn", "synthetic_images": 64, "batch_size": 2, "rounds": 4, "evaluate_every": 4}
+KEYS: dict[str, Any] = {
+    "model": SMALL_BATCHNORM,
+    "synthetic_images": 64,
+    "batch_size": 2,
+    "rounds": 4,
+    "evaluate_every": 4,
+}
 
 
 @pytest.mark.parametrize(

@@ -104,15 +104,6 @@ def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(tmp_path: Path, keys
     assert started_by(str(tmp_path)) == []  # and the SuperLink is gone
 
 
-def test_a_run_begun_in_this_process_goes_on_by_flwr_run_bitwise(tmp_path: Path) -> None:
-    assert run_py(tmp_path, "--name", "whole", "--delay", "1").returncode == 0
-    assert run_py(tmp_path, "--name", "parts", "--delay", "1", "--stop-after-rounds", "1").returncode == 0
-    parts = run_py(tmp_path, "--name", "parts", "--delay", "1", "--engine", "flower")
-    assert parts.returncode == 0, parts.stdout
-    assert_same_bits(final_model(tmp_path / "parts"), final_model(tmp_path / "whole"))
-    assert rows_of(tmp_path / "parts") == rows_of(tmp_path / "whole")
-
-
 @pytest.fixture
 def temporary() -> Iterator[Path]:
     """A temporary folder with a short path, as a user's, since Ray keeps sockets in it."""
@@ -229,6 +220,7 @@ def test_flower_logs_bad_input_in_one_line_and_faults_with_their_traceback(
         logger.removeHandler(caplog.handler)
 
 
+@pytest.mark.chaos
 def test_a_run_whose_ray_actor_is_killed_ends_with_its_reason(tmp_path: Path) -> None:
     command = [*SMALL, "--results-dir", str(tmp_path), "--engine", "flower", "--name", "killed", "--rounds", "100000"]
     with started(tmp_path, *command, STARTED_BY=str(tmp_path)) as process:
@@ -241,8 +233,9 @@ def test_a_run_whose_ray_actor_is_killed_ends_with_its_reason(tmp_path: Path) ->
 
 
 def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``flwr run .`` with run-config overrides; a federation of another size than `clients` fails, not waits.
+    """``flwr run .`` with run-config overrides resumes a run that was begun in this process, bit for bit.
 
+    A federation of another size than `clients` fails, not waits.
     With a strategy of the user's: the server's process finds the module by PYTHONPATH, and the clients do not need it.
     """
     modules = tmp_path / "modules"
@@ -264,6 +257,7 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.Mo
         assert line in refused.stdout
         assert "Traceback" not in refused.stdout
         assert not (tmp_path / "plain").exists()
+        execute(config.changed({"name": "plain", "stop-after-rounds": 1}), "localsgd")
         right = [*command, "--federation-config", federation(config)]
         subprocess.run(right, cwd=app, env=env, capture_output=True, text=True, timeout=200, check=True)
     assert (tmp_path / "plain" / "summary.json").exists()

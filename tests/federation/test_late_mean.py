@@ -16,7 +16,7 @@ from fedsim.federation.client_app import add_late
 from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.training.local_round import RoundEnd, RoundStart, take_round
 from strategies.mean import mean
-from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
 from tests.federation.test_failures import forget, once, run_with
 from tests.training.test_equalities import Quadratic
@@ -37,7 +37,7 @@ def test_two_workers_on_quadratics_by_hand() -> None:
 
 @pytest.mark.parametrize("keys", [{"clients": 1}, {"clients": 1, "local_steps": 1, "batchnorm_at_sync": "local"}])
 def test_of_one_client_it_is_the_plain_run_bitwise(run: Execute, keys: dict[str, Any]) -> None:
-    keys = {"epochs": 1.0, "model": "lenet-bn", "synthetic_images": 128, **keys}
+    keys = {"epochs": 1.0, "model": SMALL_BATCHNORM, "synthetic_images": 128, **keys}
     plain, late = run(name="plain", **keys), run(name="late", delay=1, **keys)
     assert_same_bits(final_model(late), final_model(plain))
     assert rows_of(late) == rows_of(plain)
@@ -64,7 +64,7 @@ def test_a_client_begins_where_it_ended_and_moves_by_what_it_missed(
         return end
 
     monkeypatch.setattr(client_app, "take_round", observed)
-    shape = {"clients": 2, "model": "lenet-bn", "synthetic_images": 64, "batch_size": 4, "local_steps": 1}
+    shape = {"clients": 2, "model": SMALL_BATCHNORM, "synthetic_images": 64, "batch_size": 4, "local_steps": 1}
     keys = {"precision": "fp64", "lr": 0.1, "delay": 1, **shape}
     models = [final_model(run(name=str(rounds), rounds=rounds, **keys)) for rounds in (1, 2, 3)]
     for name in models[0]:

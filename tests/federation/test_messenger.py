@@ -17,7 +17,7 @@ from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run, read_rows
 from strategies import payload_bytes, tensors_of
-from tests.conftest import Execute, assert_same_bits, final_model
+from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model
 
 
 class Pickled(InProcessGrid):
@@ -39,7 +39,7 @@ class Pickled(InProcessGrid):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"model": "lenet-bn", "optimizer": "lamb", "fraction": 0.5}, {"momentum-at-sync": "average"}]
+    "keys", [{"model": SMALL_BATCHNORM, "optimizer": "lamb", "fraction": 0.5}, {"momentum-at-sync": "average"}]
 )
 def test_messages_that_leave_the_process_change_neither_bits_nor_bytes(
     small: Config, run: Execute, keys: dict[str, Any]

@@ -12,7 +12,7 @@ from flwr.app import ArrayRecord, Context, Message
 from fedsim.config import FIELDS, Config
 from fedsim.errors import RunFailed, UserError
 from strategies.robust import Mean
-from tests.conftest import Execute, final_model, rows_of
+from tests.conftest import SMALL_BATCHNORM, Execute, final_model, rows_of
 from tests.federation.test_failures import answer, place, run_with
 
 
@@ -32,7 +32,7 @@ def hostile(message: Message, context: Context) -> Message:
 
 
 @pytest.mark.parametrize("mean", ["trimmed", "median", "clipped"])
-@pytest.mark.parametrize("keys", [{"model": "lenet-bn", "momentum-at-sync": "average"}, {"compress": "fp16"}])
+@pytest.mark.parametrize("keys", [{"model": SMALL_BATCHNORM, "momentum-at-sync": "average"}, {"compress": "fp16"}])
 def test_one_hostile_client_does_not_move_the_model_far(small: Config, mean: str, keys: dict[str, Any]) -> None:
     config = small.changed({"synthetic-images": 256, "rounds": 3, **keys})
     robust = run_with(hostile, config.changed({"name": "robust", "mean": mean}))
