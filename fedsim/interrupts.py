@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterator
 from types import FrameType
 
-from fedsim.processes import end_marked, new_mark
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RETRY_SECONDS = 0.05
@@ -83,6 +82,8 @@ def exit_on_signals() -> Iterator[None]:
 
     It does not wait for threads that still compute.
     """
+    from fedsim.processes import end_marked, new_mark  # with psutil, which the clients of Flower do not need
+
     raise_on_signals()
     os.environ.update(mark := new_mark())
     try:

@@ -323,7 +323,7 @@ def assert_one_line_that_names_a_key(message: str, keys: Choice) -> None:
 
 
 def test_any_combination_is_refused_in_a_line_or_keeps_its_promises() -> None:
-    """And the reference knows at least half of those that are accepted."""
+    """And the reference knows at least a third of those that are accepted."""
     seen = collections.Counter[str]()
 
     @given(combinations(), st.sampled_from(["threads", "threads", "stacked"]))
@@ -335,5 +335,5 @@ def test_any_combination_is_refused_in_a_line_or_keeps_its_promises() -> None:
     each()
     print(dict(seen))
     accepted = seen["run"] + seen["equal to the reference"]
-    assert seen["equal to the reference"] >= accepted / 2
+    assert seen["equal to the reference"] >= accepted / 3
     assert accepted >= seen["refused"]

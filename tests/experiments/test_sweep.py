@@ -234,7 +234,8 @@ def test_an_interrupt_ends_the_command_at_once(tiny: Path, number: signal.Signal
             time.sleep(0.05)
         os.kill(os.getpid(), number)
 
-    before = signal.signal(signal.SIGTERM, leave)
+    handlers = {signal.SIGTERM: leave, signal.SIGINT: signal.default_int_handler}  # ignored under nohup
+    before = {each: signal.signal(each, handler) for each, handler in handlers.items()}
     user = threading.Thread(target=interrupt)
     user.start()
     try:
@@ -243,7 +244,8 @@ def test_an_interrupt_ends_the_command_at_once(tiny: Path, number: signal.Signal
     finally:
         over.set()
         user.join()
-        signal.signal(signal.SIGTERM, before)
+        for each, handler in before.items():
+            signal.signal(each, handler)
     assert [run.name for run in (tiny.parent / "results/tiny").glob("k*")] == ["k1-j2-seed1"]
 
 
