@@ -56,6 +56,7 @@ for command in json.loads(sys.argv[1]):
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "tiny.toml").write_text(STUDY)
     finished = Config().changed({**SMALL, "rounds": 1, "results-dir": str(tmp_path / "finished"), "name": "run"})

@@ -81,6 +81,7 @@ def test_variants_take_turns_and_one_that_fails_is_named(tmp_path: Path, capsys:
     assert [timing["variant"] for timing in content["timings"]] == ["centralized"]
 
 
+@pytest.mark.slow
 def test_flower_alone_is_measured_where_a_cluster_has_died(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Ray would wait for the cluster whose address it finds in its temporary folder, or in RAY_ADDRESS."""
     with socket.socket() as nobody:

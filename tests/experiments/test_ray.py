@@ -88,6 +88,7 @@ def test_a_grid_on_ray_is_the_grid_one_by_one_and_leaves_nothing_behind(
     assert started_by(str(tmp_path)) == []  # Ray is gone
 
 
+@pytest.mark.slow
 def test_a_tuned_study_on_ray_chooses_the_same_and_is_tracked(tmp_path: Path, nodes: Nodes) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     text = TUNED.replace("twins = true", "").replace("clients = [1, 2]", "clients = [2]").replace(", 1e9]", "]")
@@ -305,6 +306,7 @@ def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: 
     assert error.endswith("is another folder: give one that all nodes share")
 
 
+@pytest.mark.slow
 def test_flwr_run_on_an_existing_cluster_is_the_run_in_this_process_bitwise(tmp_path: Path, nodes: Nodes) -> None:
     keys = ["localsgd", *GRID[1:], "--clients", "3", "--rounds", "4"]
     here(tmp_path, *keys, "--name", "threads", "--engine", "threads")

@@ -170,12 +170,14 @@ def assert_same_ends(config: Config, way: str, within: float, but: Sequence[str]
     ("way", "model", "precision", "optimizer"),
     [
         *(("groups", "lenet5", "fp64", optimizer) for optimizer in ("sgdm", "lars", "lamb")),
-        *((way, "lenet-bn", "fp64", "sgdm") for way in WAYS),
-        ("groups", "lenet-bn", "fp32", "sgdm"),
-        *((way, "lenet-bn", "bf16", "sgdm") for way in WAYS),
-        *((way, "resnet", "fp64", "sgdm") for way in ("groups", "products")),
-        ("groups", "lenet-bn", "bf16", "lars"),
-        ("groups", "resnet", "bf16", "sgdm"),
+        ("products", "lenet5", "fp64", "sgdm"),
+        ("groups", "lenet-bn", "bf16", "sgdm"),
+        *(pytest.param(way, "lenet-bn", "fp64", "sgdm", marks=pytest.mark.slow) for way in WAYS),
+        pytest.param("groups", "lenet-bn", "fp32", "sgdm", marks=pytest.mark.slow),
+        pytest.param("products", "lenet-bn", "bf16", "sgdm", marks=pytest.mark.slow),
+        *(pytest.param(way, "resnet", "fp64", "sgdm", marks=pytest.mark.slow) for way in ("groups", "products")),
+        pytest.param("groups", "lenet-bn", "bf16", "lars", marks=pytest.mark.slow),
+        pytest.param("groups", "resnet", "bf16", "sgdm", marks=pytest.mark.slow),
     ],
 )
 def test_all_workers_at_once_are_one_by_one(tiny: Config, way: str, model: str, precision: str, optimizer: str) -> None:
