@@ -11,7 +11,6 @@ import weakref
 from collections.abc import Iterator
 from types import FrameType
 
-
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 RETRY_SECONDS = 0.05
 
