@@ -65,7 +65,7 @@ def _digests(module: str, function: Hashable) -> dict[str, str]:
             if other not in seen and of_top not in RECORDED and (of_top == top or root.name not in INSTALLED):
                 seen.add(other)
                 waiting.append(other)
-    return digests
+    return digests or {file.name: hashlib.sha256(file.read_bytes()).hexdigest()}  # compiled, or of another name
 
 
 def _file_of(root: Path, module: str) -> Path | None:

@@ -202,11 +202,18 @@ class Run:
                 last.replace(self.folder / CHECKPOINT_BEFORE)
 
     def put_checkpoint_aside(self) -> None:
-        """Let the run resume from the checkpoint before the last one, or from its start: from that no client trains."""
-        if (self.folder / CHECKPOINT).exists():
-            print(f"warning: no client can train from {self.folder / CHECKPOINT}: it is put aside", file=sys.stderr)
-            with self._writing():
-                (self.folder / CHECKPOINT).replace(self.folder / CHECKPOINT_REFUSED)
+        """Let the run resume from the checkpoint before the last one, or from its start: from that no client trains.
+
+        If one of the same round was put aside before, the run came from the checkpoint before it, whose values are then
+        the cause: that one is put aside too, as it is where there is no other.
+        """
+        last, before, refused = (self.folder / name for name in (CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED))
+        again = last.exists() and refused.exists() and _round_of(last) == _round_of(refused)
+        for path in [last, before] if again else [last if last.exists() else before]:
+            if path.exists():
+                print(f"warning: no client can train from {path}: it is put aside", file=sys.stderr)
+                with self._writing():
+                    path.replace(refused)
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Save the global model as a contiguous CPU state_dict."""
@@ -441,6 +448,13 @@ def default_name(config: Config, mode: Mode) -> str:
     length = f"e{config.local_epochs}" if config.local_epochs else f"j{config.local_steps}"
     shape = f"-k{config.clients}-{length}" if mode == "localsgd" else ""
     return f"{mode}-{config.optimizer}-b{config.batch_size}{shape}-seed{config.seed}-{digest}"
+
+
+def _round_of(path: Path) -> int | None:
+    """The round of a checkpoint; None if it cannot be read."""
+    with contextlib.suppress(OSError, InvalidCheckpoint):
+        return parse_checkpoint(path.read_bytes()).get("round")
+    return None
 
 
 def is_locked(folder: Path) -> bool:

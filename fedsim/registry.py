@@ -30,6 +30,8 @@ def is_function(value: str) -> bool:
 def function_of(key: str, value: str) -> Callable[..., Any]:
     """The function that `value` names, imported; raises UserError, which names `key`, where it cannot be."""
     module, _, name = value.partition(":")
+    if module == "__main__":  # it is another module in every other process, and has no source in a notebook
+        raise UserError(f"{key} = {value}: it cannot be imported by name: define it in a file NAME.py of its own")
     try:
         function = getattr(importlib.import_module(module), name, None)
     except ModuleNotFoundError as error:

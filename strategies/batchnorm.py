@@ -11,14 +11,20 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from strategies.mean import weighted_mean
 from strategies.screening import ANY, LIMIT, NOT_NEGATIVE, Domain
 
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+
 
 def batchnorm_buffers(model: nn.Module) -> dict[str, str]:
-    """The buffers of the BatchNorm layers of `model`: name in its state_dict -> entry, for instance running_var."""
+    """The running statistics of the BatchNorm layers of `model`: name in its state_dict -> entry, as running_var.
+
+    A class of one's own that extends BatchNorm may have other buffers too, which are merged as any other layer's.
+    """
     return {
         name: name.rpartition(".")[2]
         for prefix, module in model.named_modules()
         if isinstance(module, _BatchNorm)
         for name, _ in module.named_buffers(prefix, recurse=False)
+        if name.rpartition(".")[2] in STATISTICS
     }
 
 

@@ -121,6 +121,14 @@ class Lazy(Net):
         self.fc = nn.LazyLinear(classes)
 
 
+class Masked(Net):
+    """Its mask has the least value of float32, as those of many transformers."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.register_buffer("mask", torch.full((2,), torch.finfo(torch.float32).min))
+
+
 class Constant(Net):
     """With a constant that no state_dict holds."""
 

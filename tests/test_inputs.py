@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import json
 import sys
 from collections.abc import Callable
@@ -250,4 +251,11 @@ def test_the_files_of_code_are_those_that_it_imports(tmp_path: Path, monkeypatch
         for name in [name for name in sys.modules if name.split(".")[0] == "mine"]:
             del sys.modules[name]
         importlib.invalidate_caches()
+    (tmp_path / "other.py").write_text("def build(classes): ...")
+    spec = importlib.util.spec_from_file_location("of_another_name", tmp_path / "other.py")
+    assert spec
+    assert spec.loader
+    monkeypatch.setitem(sys.modules, "of_another_name", importlib.util.module_from_spec(spec))
+    spec.loader.exec_module(sys.modules["of_another_name"])
+    assert list(own_code(Config(model="of_another_name:build"))) == ["other.py"]
     assert own_code(Config(model="torchvision.models:resnet18", strategy="flwr.serverapp.strategy:FedAdam")) == {}

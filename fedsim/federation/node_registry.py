@@ -112,6 +112,8 @@ class NodeRegistry:
                 try:
                     worker = self._worker_of(reply.content)
                     self._check_inputs(worker, reply.content)
+                    if self._weighs_images:  # last: a node that is rejected changes no weight
+                        self.images[worker] = self._images_of(reply.content)
                     found[node] = worker
                 except UserError as error:
                     rejected[node] = str(error)
@@ -131,12 +133,13 @@ class NodeRegistry:
         if type(worker) is not int or not 0 <= worker < self._clients:
             last = self._clients - 1
             raise UserError(f"a node holds shard {printable(worker)}: give it a partition-id from 0 to {last}")
-        if self._weighs_images:
-            images = held.get("images")
-            if type(images) is not int or images < 1:
-                raise UserError(f"a node holds {printable(images)} images: it must run the server's version of fedsim")
-            self.images[worker] = images
         return worker
+
+    def _images_of(self, content: RecordDict) -> int:
+        images = content.metric_records["partition"].get("images")
+        if type(images) is not int or images < 1:
+            raise UserError(f"a node holds {printable(images)} images: it must run the server's version of fedsim")
+        return images
 
     def _check_inputs(self, worker: int, content: RecordDict) -> None:
         """Raise UserError where a node has other data or code than the server, or other images than before."""

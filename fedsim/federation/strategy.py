@@ -30,7 +30,7 @@ from strategies.errors import StrategyFailed
 from strategies.flower_strategy import FlowerStrategy, check_state
 from strategies.outer import OuterStep, outer_step
 from strategies.robust import trimmed_of
-from strategies.screening import NOT_NEGATIVE, Domain
+from strategies.screening import NOT_NEGATIVE, Domain, wrong_values
 
 GOES_WITH_DELAY = {  # key -> its values with which a client can begin a round before any message of it arrives
     "fraction": (1.0,),
@@ -99,6 +99,7 @@ def check_strategy(config: Config) -> None:
     check_used(config, "strategy", {key: list(STRATEGIES) for key in of_localsgd})
     check_mean(config)
     check_batchnorm(config)
+    check_initial_values(config)
     outer_step_of(config)
     if config.strategy not in STRATEGIES:
         try_flower_strategy(config)
@@ -143,6 +144,12 @@ def check_batchnorm(config: Config) -> None:
     rule = config.batchnorm_at_sync
     if rule != FIELDS["batchnorm_at_sync"].default and not batchnorm_buffers(cpu_model(config)):
         raise UserError(f"batchnorm-at-sync = {rule}: the model has no BatchNorm: give --batchnorm-at-sync average")
+
+
+def check_initial_values(config: Config) -> None:
+    """Raise UserError where the model begins with values for which every update of a client would be refused."""
+    if wrong := wrong_values([cpu_model(config).state_dict()])[0]:
+        raise UserError(f"model = {config.model}: {wrong} before training: in a mask, -1e9 does what -inf does")
 
 
 def flower_strategy_of(config: Config) -> Callable[[], Strategy]:

@@ -451,6 +451,26 @@ def test_where_no_client_can_train_from_the_last_checkpoint_the_one_before_is_us
     assert_same_bits(final_model(run(name="back", **keys)), final_model(run(name="whole", **keys)))
 
 
+def test_a_run_whose_checkpoints_both_lead_to_no_update_starts_again(small: Config, run: Execute) -> None:
+    """BatchNorm still takes the weights that momentum of 9e14 makes in round 3, which is saved; round 4 does not."""
+
+    def fault(message: Message, context: Context) -> Message:
+        reply = answer(message, context)
+        if place(message, context) == (2, 1):
+            state = reply.content.array_records["arrays"].to_torch_state_dict()
+            far = {name: value.fill_(9e14) for name, value in state.items() if name.endswith("exp_avg")}
+            reply.content["arrays"] = ArrayRecord({**state, **far})
+        return reply
+
+    keys = {"optimizer": "adam", "momentum-at-sync": "average", "rounds": 5, "checkpoint-every": 1, "local-steps": 1}
+    keys |= {"model": "lenet-bn", "synthetic-images": 32, "batch-size": 4, "optimizer-args": "eps=1.0"}
+    with pytest.raises(RunFailed, match=r"^round 4: too few usable updates"):
+        run_with(fault, small.changed({"name": "back", **keys}))
+    with pytest.raises(RunFailed, match=r"^round 4: too few usable updates"):
+        run(name="back", **keys)
+    assert_same_bits(final_model(run(name="back", **keys)), final_model(run(name="whole", **keys)))
+
+
 def test_the_order_of_replies_changes_nothing_that_is_written(small: Config) -> None:
     class Reversed(InProcessGrid):
         def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:

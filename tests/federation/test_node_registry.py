@@ -153,6 +153,17 @@ def test_a_node_with_other_data_or_code_is_refused(
             another_run.wait_for(4, strict=True)
 
 
+def test_a_node_that_is_refused_changes_nobodys_weight(network: Network, small: Config) -> None:
+    registry = NodeRegistry(Messenger(network), small.changed({"client-weights": "shard-size"}))
+    for node in range(2, 6):
+        network.join(node, partition_id=node - 2, num_partitions=4, images=node)
+    registry.wait_for(4, strict=True)
+    network.data = {"data": ConfigRecord({"images.npy": "0" * 64, "labels.npy": "1" * 64})}
+    network.join(9, partition_id=1, num_partitions=4, images=500)
+    assert 9 not in registry.refresh()
+    assert registry.images == {0: 2, 1: 3, 2: 4, 3: 5}
+
+
 def test_nodes_that_never_answer_hold_up_nothing_and_are_asked_ever_more_seldom(
     network: Network, registry: NodeRegistry, clock: SimpleNamespace
 ) -> None:

@@ -61,6 +61,8 @@ def test_the_key_norm_replaces_every_batchnorm() -> None:
         ({"model": "no.such:build"}, "model = no.such:build: no module no on this machine: install it, or put its fol"),
         ({"model": f"{OWN}:nothing"}, f"model = {OWN}:nothing: {OWN} has no function nothing"),
         ({"model": f"{OWN}:not_a_function"}, f"{OWN} has no function not_a_function"),
+        ({"model": "__main__:build"}, "model = __main__:build: it cannot be imported by name: define it in a file"),
+        ({"model": f"{OWN}:Masked"}, f"model = {OWN}:Masked: mask is above 1e15 before training: in a mask, -1e9 does"),
         ({"model": f"{OWN}:none"}, f"model = {OWN}:none returns NoneType: it must return an nn.Module"),
         ({"model": f"{OWN}:fails"}, "cannot be built for 10 classes and images of 3 x 32 x 32 (RuntimeError: no weig"),
         ({"model": f"{OWN}:ten_classes"}, "on the images of synthetic: it gives 7 logits per image, but the data has"),
