@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
