@@ -43,7 +43,8 @@ SHAPE = "def inputs(c, h, w):\n    return c * h * w\n"
 
 def as_in_a_new_process() -> None:
     """Forget the data sets and the code that this process has read."""
-    for read in (datasets._whole, datasets._hold_out, datasets._own_facts, datasets._of_function):
+    whole = (datasets._whole, datasets._hold_out, datasets._own_facts, datasets._of_function, datasets._version_read)
+    for read in whole:
         read.cache_clear()
     for name in ("shape_of_my_net", "my_net"):
         sys.modules.pop(name, None)
@@ -220,6 +221,9 @@ def test_digests_are_of_values_and_shapes_whatever_border_and_split(small: Confi
         assert digests_of(config.changed(keys)) == digests
     held = arrays()
     write(tmp_path / "mine.npz", **{name: held[name].swapaxes(1, 2) for name in ("train_images", "test_images")})
+    with pytest.raises(UserError, match=r"mine.npz has changed since this process read it: start another process"):
+        datasets.load_dataset(config)
+    as_in_a_new_process()
     assert digests_of(config)["train_images"] != digests["train_images"]
 
 

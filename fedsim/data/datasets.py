@@ -187,11 +187,16 @@ def verify_data(config: Config) -> None:
     """Verify the data set of `config`, once per process.
 
     Decoded images in the cache are checked (0.4 s); damaged ones are removed and decoded again. A function of the
-    user's is called again; raises UserError if it gives other data.
+    user's is called again. Raises UserError if it gives other data, or if a file has changed since this process read it.
     """
     if is_function(config.dataset):
         _check_repeatable(config.dataset, augmentation_of(config).border)
     elif folder := _folder(config):
+        for file in files_of(config.dataset, folder) if config.dataset.endswith(".npz") else ():
+            if _version(file) != _version_read(file):
+                raise UserError(
+                    f"dataset = {config.dataset}: {file} has changed since this process read it: start another process"
+                )
         _verify_cache(config.dataset, folder, augmentation_of(config).border)
 
 
@@ -203,6 +208,17 @@ def _check_repeatable(dataset: str, border: Border) -> None:
             f"dataset = {dataset} gives other {', '.join(changed)} when it is called again: draw with a seed, in the "
             "function itself"
         )
+
+
+def _version(file: Path) -> tuple[int, int]:
+    """The time and size by which a file is known to have changed."""
+    status = file.stat()
+    return status.st_mtime_ns, status.st_size
+
+
+@functools.cache  # as long as the process, which keeps what it has found out about the data
+def _version_read(file: Path) -> tuple[int, int]:
+    return _version(file)
 
 
 @functools.lru_cache(maxsize=8)
@@ -241,6 +257,7 @@ def _arrays(dataset: str, folder: str, border: Border) -> Arrays:
     if dataset in OFFICIAL:
         splits = (read_official(dataset, Path(folder), train) for train in (True, False))
         return cached(files, STORED, lambda: _with_border(splits, border), border.form)
+    _version_read(files[0])
     return cached(files, (*STORED, "moments"), lambda: _with_moments(read_npz(files[0]), border), border.form)
 
 
