@@ -187,7 +187,7 @@ def verify_data(config: Config) -> None:
     """Verify the data set of `config`, once per process.
 
     Decoded images in the cache are checked (0.4 s); damaged ones are removed and decoded again. A function of the
-    user's is called again. Raises UserError if it gives other data, or if a file has changed since this process read it.
+    user's is called again. Raises UserError if it gives other data, or if a file has changed since it was read.
     """
     if is_function(config.dataset):
         _check_repeatable(config.dataset, augmentation_of(config).border)
