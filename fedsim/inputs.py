@@ -62,7 +62,7 @@ def check_own_data(worker: str, held: Mapping[str, str], own: Mapping[str, str])
 
 
 def differing(held: object, own: Mapping[str, str]) -> str:
-    """The first names whose values differ, as text; empty if there are none, or if nothing is held."""
+    """The first names with different values, as text; empty if there are none, or if nothing is held."""
     if not isinstance(held, dict):
         return ""
     names = [name for name in sorted(held.keys() | own.keys()) if held.get(name) != own.get(name)]

@@ -2,7 +2,7 @@
 
 They are the file of each module and the files that it imports, by the import statements in them, from the same folder:
 modules beside it, or the other modules of its package. Not among them are other installed packages, what is imported
-by other means, and files that the code reads. Packages whose versions are recorded are known by those.
+by other means, and files that the code reads. Packages with a recorded version are known by it.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from fedsim.config import Config
 from fedsim.provenance import PACKAGES
 from fedsim.registry import function_of, is_function
 
-OF_THE_SERVER = ("strategy",)  # keys whose code the clients do not run
+OF_THE_SERVER = ("strategy",)  # the clients do not run the code of these keys
 RECORDED = {"fedsim", "strategies", *(package.replace("-", "_") for package in PACKAGES)}  # by their versions
 INSTALLED = ("site-packages", "dist-packages")
 

@@ -202,10 +202,10 @@ class Run:
                 last.replace(self.folder / CHECKPOINT_BEFORE)
 
     def put_checkpoint_aside(self) -> None:
-        """Let the run resume from the checkpoint before the last one, or from its start: from that no client trains.
+        """Put the last checkpoint aside, as no client can train from it; the run resumes from the one before, if any.
 
-        If one of the same round was put aside before, the run came from the checkpoint before it, whose values are then
-        the cause: that one is put aside too, as it is where there is no other.
+        If a checkpoint of the same round was put aside earlier, the one before it has led to it again: then that one is
+        put aside too, and the run starts again.
         """
         last, before, refused = (self.folder / name for name in (CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED))
         again = last.exists() and refused.exists() and _round_of(last) == _round_of(refused)

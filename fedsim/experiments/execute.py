@@ -72,7 +72,7 @@ def execute(
 def execute_checked(
     config: Config, mode: Mode, engine: Engine, on_row: OnRow | None, rerun: bool, patience: float = 0.0
 ) -> Run:
-    """`execute` where `check` has passed."""
+    """`execute` for a run that `check` has accepted."""
     if mode == "localsgd" and engine != "flower" and (rerun or not run_folder(config, mode).exists()):
         check_memory(config, verbose=False)
     run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)

@@ -38,7 +38,8 @@ class Costs(BaseModel):
 
     @model_validator(mode="before")
     @classmethod
-    def _rename(cls, record: Any) -> Any:
+    def _current(cls, record: Any) -> Any:
+        """A record of any version with the names of now."""
         return current_columns(record) if isinstance(record, dict) else record
 
     syncs: Count | None = None
@@ -60,9 +61,9 @@ class Row(Costs):
 
     @model_validator(mode="before")
     @classmethod
-    def _current(cls, row: Any) -> Any:
+    def _current(cls, record: Any) -> Any:
         """A row of any version as rows are now."""
-        return current_row(row) if isinstance(row, dict) else row
+        return current_row(record) if isinstance(record, dict) else record
 
 
 class Summary(Costs):

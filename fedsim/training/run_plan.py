@@ -79,7 +79,7 @@ class RunPlan:
 
 @functools.lru_cache(maxsize=8)  # every client asks in every round, and there may be a million rounds
 def run_plan(config: Config) -> RunPlan:
-    """The plan of `config`, whose epochs count the images that the clients hold by its partition.
+    """The plan of `config`; an epoch counts the images that the clients hold by its partition.
 
     Where a node has images of its own, these are not counted.
     """
