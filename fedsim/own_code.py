@@ -18,6 +18,7 @@ from collections.abc import Hashable, Iterator
 from pathlib import Path
 
 from fedsim.config import Config
+from fedsim.locks import READING
 from fedsim.provenance import PACKAGES
 from fedsim.registry import function_of, is_function
 
@@ -79,7 +80,8 @@ def _imported(source: bytes, module: str, is_package: bool) -> Iterator[str]:
     """The names of all that `source`, the code of `module`, imports, and of the packages that it is in."""
     yield from itertools.accumulate(module.split("."), "{}.{}".format)
     try:
-        nodes = list(ast.walk(ast.parse(source)))
+        with READING:
+            nodes = list(ast.walk(ast.parse(source)))
     except SyntaxError:  # of a module that is imported in some case alone
         return
     package = module if is_package else module.rpartition(".")[0]

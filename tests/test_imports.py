@@ -12,7 +12,7 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "processes", "rng", "reference", "copies", "provenance"),
+    ("errors", "locks", "processes", "rng", "reference", "copies", "provenance"),
     ("interrupts", "registry", "checkpoint_file"),
     ("config", "torch_import"),
     ("device", "flags", "own_code"),
@@ -29,6 +29,7 @@ LAYERS = (
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 WITHOUT_FLOWER = (
     "errors",
+    "locks",
     "interrupts",
     "processes",
     "rng",

@@ -23,6 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.errors import UserError
+from fedsim.locks import READING
 
 FORMAT = 3  # of the cached arrays; those in another format are not used
 CHECKSUMS = "crc32.json"  # of the array files in the same folder
@@ -108,7 +109,8 @@ def _checksums(folder: Path) -> dict[str, int]:
 def _mapped(folder: Path, names: Iterable[str]) -> Arrays:
     """The arrays in `folder`; none if one of them is missing or has a damaged header."""
     try:
-        return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in names}
+        with READING:
+            return {name: np.load(folder / f"{name}.npy", mmap_mode="c") for name in names}
     except Exception:  # NumPy does not document what a damaged header raises
         return {}
 

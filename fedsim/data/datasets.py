@@ -19,6 +19,7 @@ from fedsim.data.images import RANDOM_CROPS, Augmentation, Border, Images, Image
 from fedsim.data.official import CIFAR10, OFFICIAL, Facts, read_official
 from fedsim.data.own_arrays import NAMES, arrays_of, moments_of_images, read_npz
 from fedsim.errors import UserError
+from fedsim.locks import READING
 from fedsim.registry import is_function
 from fedsim.rng import generator
 
@@ -49,6 +50,11 @@ def load_dataset(config: Config, verify: bool = True) -> Dataset:
     With a validation split, `test` holds the images held out of `train`, so that no choice can depend on the test
     images. Server and clients draw the same split from the seed.
     """
+    with READING:
+        return _load(config, verify)
+
+
+def _load(config: Config, verify: bool) -> Dataset:
     if config.validation >= (available := facts_of(config).images):
         raise UserError(f"validation = {config.validation} leaves none of the {available} training images: give less")
     if verify:
@@ -133,7 +139,8 @@ def facts_of(config: Config) -> Facts:
         return Facts(config.synthetic_classes, config.synthetic_images, *SYNTHETIC)
     if official := OFFICIAL.get(config.dataset):
         return official
-    return _own_facts(config.dataset, _folder(config), augmentation_of(config).border)
+    with READING:
+        return _own_facts(config.dataset, _folder(config), augmentation_of(config).border)
 
 
 @functools.lru_cache(maxsize=8)

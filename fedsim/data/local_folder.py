@@ -12,7 +12,6 @@ import functools
 import os
 import shutil
 import tempfile
-import threading
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -36,6 +35,7 @@ from fedsim.data.official import OFFICIAL
 from fedsim.data.own_arrays import problem_of
 from fedsim.data.partition import check_partition, shard_of
 from fedsim.errors import UserError
+from fedsim.locks import READING
 
 IMAGES, LABELS = "images.npy", "labels.npy"
 
@@ -59,14 +59,11 @@ def digests_of_node(config: Config) -> dict[str, str]:
     return own.sha256 if own else digests_of(config)
 
 
-_READING = threading.Lock()  # NumPy parses headers with `ast`, which fails in several threads of CPython 3.11 at once
-
-
 def _own(config: Config) -> _Own | None:
     if not _holds_images(config):
         return None
     folder = data_folder(config)
-    with _READING:
+    with READING:
         return _read_own(config, folder, *(_changed(folder / name) for name in (IMAGES, LABELS)))
 
 

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from fedsim.data.cache import Arrays
 from fedsim.data.images import Moments
 from fedsim.errors import UserError
+from fedsim.locks import GLOBAL_GENERATORS
 from fedsim.registry import describe, function_of
 
 MAX_CLASSES = 100_000  # more are a mistake, and the last layer would not fit in memory
@@ -36,7 +37,8 @@ def arrays_of(spec: str) -> Arrays:
     """The four arrays that the function `spec` returns, checked."""
     function = function_of("dataset", spec)
     try:
-        arrays = function()
+        with GLOBAL_GENERATORS:  # it may draw from them
+            arrays = function()
     except UserError:
         raise
     except Exception as error:  # the function may raise anything

@@ -11,6 +11,7 @@ import functools
 import hashlib
 import inspect
 import io
+import threading
 import warnings
 from typing import Any
 
@@ -29,6 +30,7 @@ from fedsim.rng import generator
 Shards = list[NDArray[np.int64]]
 EXAMPLES = {"alpha": "0.3", "group_size": "3", "num_classes_per_partition": "2", "partition_sizes": "100:200:300"}
 OURS = ("num_partitions", "seed")  # arguments of partitioners that follow from other keys
+_SILENT = threading.Lock()  # of one thread at a time: each puts back the streams and filters that it found
 LABEL, SUPERCLASS = "label", "coarse_label"  # the columns that partition_by may name
 
 
@@ -87,7 +89,7 @@ def _by_flower(config: Config, labels: NDArray[np.int64]) -> Shards:
     values = coarse_labels(data_folder(config))[labels] if column == SUPERCLASS else labels
     try:
         # Warnings of draws that are tried again, and a progress bar
-        with warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
+        with _SILENT, warnings.catch_warnings(action="ignore"), contextlib.redirect_stderr(io.StringIO()):
             partitioner = kind(**arguments)
             partitioner.dataset = datasets.Dataset.from_dict({"image": order, column: values[order]})
             if (count := partitioner.num_partitions) != config.clients:

@@ -16,6 +16,7 @@ from fedsim.federation.compress import zero_extras
 from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, needs_all_memories, shared
+from fedsim.locks import GLOBAL_GENERATORS
 from fedsim.records import Row
 from fedsim.training.run_plan import RunPlan, run_plan
 from strategies import LocalSGD, buffers_of, join, payload_bytes, sections, tensor_record
@@ -84,7 +85,8 @@ def train_round(
     request = strategy.request(round_, progress.arrays, keys, nodes, progress.server_state, progress.holders)
     replies = messenger.exchange(request.messages, config.round_timeout or math.inf)
     try:
-        result = strategy.aggregate(round_, request, replies, progress.server_state)
+        with GLOBAL_GENERATORS:  # a strategy of Flower's may draw from them
+            result = strategy.aggregate(round_, request, replies, progress.server_state)
     except FloatingPointError as error:
         raise RunFailed(f"{error}: give a smaller lr") from error
     except StrategyFailed as error:

@@ -20,6 +20,7 @@ from fedsim.federation.domains import domains
 from fedsim.federation.flower_internals import let_messages_be_made
 from fedsim.federation.protocol import CONTROL, MEMORY, fewest_updates
 from fedsim.federation.round import initial_progress
+from fedsim.locks import GLOBAL_GENERATORS
 from fedsim.models import cpu_model
 from fedsim.optim import check_optimizer
 from fedsim.training.local_rule import check_local_rule
@@ -168,7 +169,8 @@ def try_flower_strategy(config: Config) -> None:
     let_messages_be_made()
     parameters = dict(cpu_model(config).named_parameters())
     try:
-        check_state(make, parameters, config.clients_per_round, config.seed)
+        with GLOBAL_GENERATORS:
+            check_state(make, parameters, config.clients_per_round, config.seed)
     except StrategyFailed as error:
         raise UserError(f"strategy = {config.strategy}: a trial on made-up updates failed: {error}") from error
 

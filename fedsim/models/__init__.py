@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -16,13 +15,10 @@ from fedsim.data.datasets import facts_of, image_shape
 from fedsim.data.images import CIFAR_IMAGE, ImageShape
 from fedsim.device import one_thread, parameter_dtype
 from fedsim.errors import UserError
+from fedsim.locks import GLOBAL_GENERATORS
 from fedsim.models.dropout import StepKeys, set_dropout_keys, use_counter_based_dropout
 from fedsim.registry import MODELS, describe, function_of
 from fedsim.rng import generator
-
-# Two threads that use torch's global generator deadlock: one in `get_rng_state`, which holds its lock and waits for the
-# GIL, the other in `manual_seed`
-_DRAWING = threading.RLock()
 
 
 def initial_model(config: Config) -> nn.Module:
@@ -49,7 +45,7 @@ def check_model(config: Config) -> None:
     set_dropout_keys(model.train(), step_keys)
     images = torch.zeros(2, *shape).to(memory_format=torch.channels_last)
     taken = f"model = {config.model} does not take the images of {config.dataset}, {_by(shape)}"
-    with torch.random.fork_rng(devices=[]):
+    with GLOBAL_GENERATORS, torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
         try:
             logits = model(images)
@@ -115,7 +111,7 @@ def build_model(
     Weights are drawn on the CPU, so that they are the same on every device. Channels-last trains 1.3 to 2.8 times
     faster. Threads may call it in parallel. Raises UserError for a model that cannot be used.
     """
-    with _DRAWING, torch.random.fork_rng(devices=[]):  # nn.Module's initialisation uses only the global generator
+    with GLOBAL_GENERATORS, torch.random.fork_rng(devices=[]):  # nn.Module's initialisation uses no other
         torch.manual_seed(int(generator(seed, 0, 0, "init").integers(2**63)))
         model = _network(name, classes, image, norm)
     return model.to(device, parameter_dtype(precision)).to(memory_format=torch.channels_last)

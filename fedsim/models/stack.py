@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
 
@@ -31,6 +32,7 @@ from fedsim.models.stacked_layers import (
 Form = Literal["side by side", "by copy", "size"]  # of a value in the stacked network; sizes are those of each copy
 
 MORE_CALLS = 3  # traced, to see whether they do the same as the first
+_TRACING = threading.Lock()  # torch.fx replaces nn.Module.__call__ while it traces, and then puts back what it found
 
 
 class CannotStack(ValueError):
@@ -57,6 +59,18 @@ def stack(model: nn.Module, copies: int, by_products: bool = False) -> nn.Module
 
 
 class _Tracer(fx.Tracer):
+    """Traces what its own thread calls; the modules that other threads call meanwhile compute as ever."""
+
+    def trace(self, root: Any, concrete_args: dict[str, Any] | None = None) -> fx.Graph:
+        with _TRACING:
+            self._thread = threading.get_ident()
+            return super().trace(root, concrete_args)
+
+    def call_module(self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        if threading.get_ident() != self._thread:
+            return forward(*args, **kwargs)
+        return super().call_module(m, forward, args, kwargs)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return type(m) in LAYERS or super().is_leaf_module(m, module_qualified_name)
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -42,6 +44,34 @@ class Zoo(nn.Module):
         pooled = y.mean((2, 3)).reshape(-1, y.shape[1])
         y = self.head(tokens + pooled)
         return self.last(y - self.attend(y).softmax(dim=1))  # type: ignore[no-any-return]
+
+
+def test_a_model_is_traced_while_other_threads_use_models_and_trace_theirs() -> None:
+    """As when several runs train in one process."""
+    begun, over = threading.Event(), threading.Event()
+    call, layer, ones = nn.Module.__call__, nn.Linear(2, 2), torch.ones(1, 2)
+    expected = layer(ones)
+
+    class Slow(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.last = nn.Linear(2, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            begun.set()
+            assert over.wait(60)
+            return self.last(x.flatten(1))  # type: ignore[no-any-return]
+
+    with ThreadPoolExecutor() as pool:
+        slow = pool.submit(stack, Slow(), 2)
+        assert begun.wait(60)
+        other = pool.submit(stack, nn.Sequential(nn.Flatten(), nn.Linear(2, 3)), 2)
+        try:
+            assert torch.equal(layer(ones), expected)
+        finally:
+            over.set()
+        assert slow.result()(torch.ones(1, 4, 1, 1)).shape == other.result()(torch.ones(1, 4, 1, 1)).shape == (2, 1, 3)
+    assert nn.Module.__call__ is call
 
 
 @pytest.mark.parametrize("by_products", [False, True])
