@@ -151,7 +151,7 @@ def _with_keys(mode: Mode) -> Callable[[Callable[..., Any]], Callable[..., Any]]
 def localsgd(
     *,
     preset: str | Path = "",
-    engine: str = "auto",
+    engine: str = "local",
     rerun: bool = False,
     on_row: Callable[[Row], None] | None = None,
     progress: bool = True,
@@ -160,7 +160,7 @@ def localsgd(
 ) -> Result:
     """Train by LocalSGD: K clients, J local steps per round, then one average.
 
-    `preset`: a study, by its name or as a TOML file; keys override its settings. `engine`: auto, threads, stacked or
+    `preset`: a study, by its name or as a TOML file; keys override its settings. `engine`: local, stacked or
     flower. `rerun`: start over. `on_row`: is called with each row, a dict, by every engine but flower. `progress`: show
     the progress on a line, in a terminal or notebook. `track`: also send the rows to this tracker, ``tensorboard``.
     `model` and `dataset` may be functions that can be imported by name.
@@ -179,14 +179,14 @@ def centralized(
     **keys: Any,
 ) -> Result:
     """Train on one machine that has all images: the large-batch baselines. Arguments as in `localsgd`."""
-    return _run("centralized", keys, preset, "auto", rerun, on_row, progress, track)
+    return _run("centralized", keys, preset, "local", rerun, on_row, progress, track)
 
 
 def grid(
     *,
     results_dir: str | Path = "results",
     preset: str | Path = "",
-    engine: str = "auto",
+    engine: str = "local",
     rerun: bool = False,
     progress: bool = True,
     **keys: Any,
@@ -212,7 +212,7 @@ def study(
     device: str | None = None,
     threads: int | None = None,
     accept_changed_code: bool | None = None,
-    engine: str = "auto",
+    engine: str = "local",
     rerun: bool = False,
     progress: bool = True,
 ) -> StudyResult:

@@ -127,7 +127,10 @@ DRY_RUN = typer.Option(False, "--dry-run", help="list the runs and what they wou
 TRACK = typer.Option("", "--track", help="also send the rows to: tensorboard", metavar="NAME")
 RERUN = typer.Option(False, "--rerun", help="start over, even if a run is finished or was interrupted")
 ENGINE = typer.Option(
-    "auto", "--engine", help="threads or stacked: in this process (auto: the faster); flower: on Ray", metavar="NAME"
+    "local",
+    "--engine",
+    help="local or stacked: in this process, stacked equal to rounding; flower: on Ray",
+    metavar="NAME",
 )
 RAY = typer.Option(
     None,
@@ -229,7 +232,7 @@ def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
     from fedsim.experiments.study import Study, read_study
     from fedsim.experiments.sweep import OneByOne
 
-    _run_studies([read_study("demo")], Study.cells, results_dir, OneByOne("auto"), rerun, save_as="grid")
+    _run_studies([read_study("demo")], Study.cells, results_dir, OneByOne("local"), rerun, save_as="grid")
 
 
 @cli.command(cls=TorchCommand)
@@ -541,7 +544,8 @@ def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterato
     _check_run(config, mode, engine, track)  # before the first line
     folder = run_folder(config, mode)
     by = f" by {engine}" if mode == "localsgd" else ""
-    print(f"{mode} on {config.device}{by} in {folder}", flush=True)
+    rounding = ", equal to local but for rounding," if engine == "stacked" else ""
+    print(f"{mode} on {config.device}{by}{rounding} in {folder}", flush=True)
     # The engine flower prints its own log
     shown = contextlib.nullcontext(print_row) if engine == "flower" else shown_rows(config, mode, _console())
     with tracker(track, folder) as track_row, shown as show:

@@ -34,7 +34,7 @@ from fedsim.errors import UserError
 from fedsim.registry import DATASETS, MODELS, is_function
 
 Mode = Literal["centralized", "localsgd"]
-Engine = Literal["auto", "threads", "stacked", "flower"]  # how the clients of a run are trained
+Engine = Literal["local", "stacked", "flower"]  # how the clients of a run are trained
 Value = bool | int | float | str
 Codec = Literal["none", "fp16", "bf16", "int8", "int4", "sign", "topk", "randomk", "qsgd", "powersgd"]
 Optimizer = Literal[
@@ -557,6 +557,8 @@ def engine_named(name: str) -> Engine:
     """`name` if it is an engine's; raises UserError."""
     if name in get_args(Engine):
         return cast(Engine, name)
+    if name in ("auto", "threads"):
+        raise UserError(f"engine = {name} is called local now: give --engine local, or leave it out")
     raise UserError(f"engine = {name!r} is unknown: it must be one of {', '.join(get_args(Engine))}")
 
 

@@ -100,11 +100,16 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TOP_PAD, 2 * THREAD_HEAP)  # more than the heap of a thread, so that empty ones are not returned
 
 
+def pool_size(device: torch.device, threads: int) -> int:
+    """How many Python threads compute at once, on `threads` cores each: as many as fit the CPU, or one for a GPU."""
+    return max(1, cpu_count() // threads) if device.type == "cpu" else 1
+
+
 def thread_pool(device: torch.device, threads: int) -> ThreadPoolExecutor:
-    """A pool of Python threads that each compute on `threads` cores: as many as fit the CPU, or one for a GPU.
+    """A pool of `pool_size` Python threads that each compute on `threads` cores.
 
     torch releases the GIL while it computes. The number of threads of a computation, which can change its last bits,
     does not depend on the machine.
     """
-    workers = max(1, cpu_count() // threads) if device.type == "cpu" else 1
-    return ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(threads,))
+    size = pool_size(device, threads)
+    return ThreadPoolExecutor(size, initializer=torch.set_num_threads, initargs=(threads,))

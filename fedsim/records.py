@@ -142,7 +142,7 @@ class Run:
                 refused.append(f"{path} {reason}")
                 continue
             if checkpoint["stacked"] != (self._engine == "stacked"):
-                other = "stacked" if checkpoint["stacked"] else "threads"
+                other = "stacked" if checkpoint["stacked"] else "local"
                 raise UserError(f"name = {self.folder.name}: it was trained by another engine: give --engine {other}")
             self._take_inputs(checkpoint)
             self._lengthen()

@@ -1,6 +1,6 @@
 """Compare the results of two commits bit for bit, on this machine: a change that should change no number is held to it.
 
-    python tests/bits.py main HEAD            every method by threads and stacked, a few by flwr run
+    python tests/bits.py main HEAD            every method by local and stacked, a few by flwr run
     python tests/bits.py main . --quick       in minutes; a folder is taken as it is, with what is not committed
     python tests/bits.py main . -k scaffold   the cases with such names (a regular expression), also those by flwr run
 
@@ -111,8 +111,8 @@ def cases(quick: bool, pattern: str) -> Iterator[Case]:
     combined = COMBINED.strip().splitlines()
     every = [*choices(), *entries(METHODS), *combined]
     known = {name.replace("_", "-") for name in inspect.signature(fedsim.centralized).parameters}
-    of_quick = (("threads", "all"), ("stacked", "whole"), ("centralized", "cut"))
-    for engine, scenario in itertools.product(("threads", "stacked", "centralized", "flower"), SCENARIOS):
+    of_quick = (("local", "all"), ("stacked", "whole"), ("centralized", "cut"))
+    for engine, scenario in itertools.product(("local", "stacked", "centralized", "flower"), SCENARIOS):
         for number, method in enumerate(combined if engine == "flower" else every):
             case = Case(engine, scenario, method)
             usual = scenario == list(SCENARIOS)[number % 6] if engine == "flower" else scenario != "all"
@@ -166,6 +166,10 @@ def outcome(case: Case, folder: Path) -> Outcome:
 
 def spelled(keys: dict[str, str]) -> dict[str, Any]:
     """`keys` as the commit of this process spells them: where a later commit spells them differently, say it here."""
+    from fedsim.config import Engine
+
+    if keys.get("engine") == "local" and "local" not in get_args(Engine):
+        keys = {**keys, "engine": "threads"}
     return {key.replace("-", "_"): value for key, value in keys.items()}
 
 
@@ -182,7 +186,7 @@ def contents(folder: Path) -> Iterator[tuple[str, str]]:
     }
     if (folder / "checkpoint.pt").exists():
         parts["checkpoint"] = torch.load(folder / "checkpoint.pt", weights_only=True)
-    for name in ("seconds", "commit", "command", "versions", "sha256"):
+    for name in ("seconds", "commit", "command", "versions", "sha256", "engine"):  # the case names its engine
         parts["summary"].pop(name, None)
     for name in ("seconds", "version", "config", "rows_bytes", "rows_sha256"):
         parts["checkpoint"].pop(name, None)
@@ -279,7 +283,7 @@ def run_both(commits: list[str], quick: bool, pattern: str, folder: Path) -> lis
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commits", nargs=2, metavar="COMMIT", help="old and new: commits, or folders of checkouts")
-    parser.add_argument("--quick", action="store_true", help="each method once by threads and once stacked")
+    parser.add_argument("--quick", action="store_true", help="each method once by local and once stacked")
     parser.add_argument("-k", default="", metavar="PATTERN", help="the cases with such names")
     parser.add_argument("--unnamed", action="store_true", help="compare a checkpoint's tensors without their names")
     parser.add_argument("--parts", default=PARTS, metavar="LIST", help=f"what is compared, of {PARTS}")

@@ -136,7 +136,7 @@ def run(small: Config) -> Execute:
 
     def execute_small(mode: Mode = "localsgd", **changes: Any) -> Run:
         keys = {name.replace("_", "-"): value for name, value in changes.items()}
-        return execute(resolve(small.changed(keys), mode), mode, "threads")
+        return execute(resolve(small.changed(keys), mode), mode)
 
     return execute_small
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import sys
 from collections import Counter
 from collections.abc import Mapping
@@ -10,15 +9,14 @@ from typing import Any
 
 from fedsim.bench.variants import METHODS
 from fedsim.config import Config
-from fedsim.federation.client_app import app, train_together
-from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.client_app import app
+from fedsim.federation.in_process import InProcessGrid, stacked_trainers
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.round import initial_progress, train_round
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import build_model
 from fedsim.training.run_plan import run_plan
-from fedsim.training.stacked import StackedWorkers
 from tests.emulated_gpu import EmulatedGpu
 
 PAPER = Config().changed({"dataset": "synthetic", "synthetic-classes": 100, "synthetic-images": 256, "threads": 1})
@@ -27,8 +25,7 @@ PAPER = Config().changed({"dataset": "synthetic", "synthetic-classes": 100, "syn
 def round_counts(config: Config, by_products: bool = False) -> Counter[str]:
     """What the second round of `config` takes on the emulated GPU, all clients at once, and the kernels of a step."""
     config = config.changed({"device": "cuda"})
-    together = functools.partial(train_together, StackedWorkers(by_products))
-    with EmulatedGpu() as gpu, InProcessGrid(app, config, together) as grid:
+    with EmulatedGpu() as gpu, InProcessGrid(app, config, stacked_trainers(config, by_products)) as grid:
         model = build_model(config.model, config.synthetic_classes, config.seed, config.device, config.precision)
         strategy = build_strategy(config, run_plan(config), model)
         messenger, progress = Messenger(grid), initial_progress(config, model)

@@ -6,6 +6,7 @@ import inspect
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from fedsim.errors import UserError
 from fedsim.experiments.study import read_study
 from fedsim.experiments.tune import trials_of
 from fedsim.models.lenet import LeNet5
-from tests.conftest import write_run
+from tests.conftest import assert_same_bits, write_run
 
 TINY: dict[str, Any] = {
     "dataset": "synthetic",
@@ -54,6 +55,24 @@ def test_a_run_is_a_frame_a_summary_and_a_model_and_is_not_run_twice(tmp_path: P
     assert len(seen) == 2
     assert torch.get_num_threads() == before
     assert fedsim.centralized(**TINY, name="one", results_dir=tmp_path).rows["syncs"].tolist() == [0]
+
+
+def test_calls_in_several_threads_have_the_bits_of_calls_alone(tmp_path: Path) -> None:
+    shape = {**TINY, "clients": 5, "local_steps": 2, "batch_size": 8, "epochs": 1, "results_dir": tmp_path}
+    asked = [
+        {"engine": "local", "model": "lenet5"},
+        {"engine": "stacked", "model": "lenet5", "optimizer": "lars"},
+        {"engine": "stacked", "model": "tests.own_code:small_batchnorm"},
+        {"engine": "local", "model": "tests.own_code:mlp", "strategy": "flwr.serverapp.strategy:FedAdam"},
+    ]
+
+    def call(name: str, number: int) -> Any:
+        return fedsim.localsgd(**{**shape, **asked[number]}, seed=number, name=f"{name}-{number}")
+
+    with ThreadPoolExecutor(len(asked)) as pool:
+        together = list(pool.map(lambda number: call("together", number), range(len(asked))))
+    for number, run in enumerate(together):
+        assert_same_bits(run.state_dict(), call("alone", number).state_dict())
 
 
 def test_what_is_not_what_the_summary_was_written_with_is_not_returned(

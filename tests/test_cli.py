@@ -51,7 +51,7 @@ HERE = {"device": "cpu", "threads": 1}
         ("localsgd --model lenet6", "model = 'lenet6' is unknown: it must be one of lenet-bn, lenet5"),
         ("localsgd --optimizer lbfgs", "optimizer = 'lbfgs' is unknown: it must be one of sgdm, lars, lamb"),
         ("localsgd --strategy fedprox", "strategy = 'fedprox' is neither localsgd nor module:Class, e.g. flwr"),
-        ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of auto, threads, stacked, flower"),
+        ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of local, stacked, flower"),
         ("localsgd --preset table3", "unknown preset table3: it must be one of batchnorm, demo, fedopt"),
         ("localsgd --preset table1", "preset = table1 is for mode centralized, not localsgd: give it to centralized"),
         ("localsgd --dataset synthetic --clients 9000", "clients = 9000 is more than the 8000"),
@@ -69,6 +69,8 @@ HERE = {"device": "cpu", "threads": 1}
         ),
         ("grid --dataset synthetic --clients 4,9000", "clients = 9000 is more than the 8000"),
         ("grid --dataset synthetic --engine ray", "engine = 'ray' is unknown"),
+        ("localsgd --engine auto", "engine = auto is called local now: give --engine local, or leave it out"),
+        ("study kj-small --engine threads", "engine = threads is called local now: give --engine local"),
         (
             "grid --dataset synthetic --gpus-per-cell 0.5",
             "gpus-per-cell = 0.5 is a share of a Ray node: give --ray too",

@@ -26,7 +26,7 @@ DATA = "--dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 1
 RUN = f"--clients 2 --rounds 100000 --schedule cosine --checkpoint-every 7 {DATA} --name run"
 RUNS = {
     "localsgd": f"localsgd --local-steps 2 {RUN}",
-    "stacked": f"localsgd --local-steps 2 --engine stacked {RUN}",
+    "stacked": f"localsgd --local-steps 2 --engine stacked {RUN.replace('--clients 2', '--clients 5')}",
     "long rounds": f"localsgd --local-steps 500 {RUN}",
     "centralized": f"centralized --epochs 10000 --checkpoint-every 1 {DATA} --name run",
 }

@@ -17,13 +17,13 @@ ROOT = Path(__file__).parents[1]
 
 def test_table_2s_first_rounds_are_the_same_on_both_engines(real_data: str, tmp_path: Path) -> None:
     table2 = "localsgd --preset table2 --clients 4 --local-steps 10 --stop-after-rounds 2 --device cpu".split()
-    for engine in ("threads", "flower"):
-        place = ["--data-dir", real_data, "--results-dir", str(tmp_path), "--name", engine, "--engine", engine]
+    for name, engine in (("here", []), ("flower", ["--engine", "flower"])):
+        place = ["--data-dir", real_data, "--results-dir", str(tmp_path), "--name", name, *engine]
         command = [sys.executable, str(ROOT / "run.py"), *table2, *place]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
-    assert_same_bits(final_model(tmp_path / "threads"), final_model(tmp_path / "flower"))
-    assert rows_of(tmp_path / "threads") == rows_of(tmp_path / "flower")
+    assert_same_bits(final_model(tmp_path / "here"), final_model(tmp_path / "flower"))
+    assert rows_of(tmp_path / "here") == rows_of(tmp_path / "flower")
 
 
 def test_lenet5_begins_to_learn(real_data: str, tmp_path: Path) -> None:

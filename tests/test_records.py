@@ -381,9 +381,9 @@ def test_resume_takes_what_shapes_the_result_from_the_run(run: Execute, small: C
     run(name="part", lr=0.03, local_steps=3, stop_after_rounds=2)
     bare = Config(results_dir=small.results_dir, resume="part")
     config = resolve(config_of_run(bare), "localsgd")
-    with pytest.raises(UserError, match="it was trained by another engine: give --engine threads"):
+    with pytest.raises(UserError, match="it was trained by another engine: give --engine local"):
         execute(config, "localsgd", "stacked")
-    again = execute(config, "localsgd", "threads")
+    again = execute(config, "localsgd", "local")
     assert again.folder.name == "part"
     assert_same_bits(final_model(again), final_model(whole))
 

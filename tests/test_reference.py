@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from fedsim.config import Config, Engine
+from fedsim.config import CORES, Config, Engine
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
 from tests.conftest import final_model
@@ -27,7 +27,7 @@ SHAPE: dict[str, Any] = {
     "precision": "fp64",
     "lr": 0.05,
 }
-ENGINES: tuple[Engine, ...] = ("threads", "stacked")
+ENGINES: tuple[Engine, ...] = ("local", "stacked")
 PLAIN, BATCHNORM = "tests.own_code:plain", "tests.own_code:batchnorm"
 
 
@@ -80,7 +80,8 @@ PLAIN, BATCHNORM = "tests.own_code:plain", "tests.own_code:batchnorm"
         },
     ],
 )
-def test_the_engines_are_the_reference(small: Config, keys: dict[str, Any]) -> None:
+def test_the_engines_are_the_reference(small: Config, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]) -> None:
+    monkeypatch.setenv(CORES, "1")  # so that all clients are stacked
     config = resolve(small.changed({"model": BATCHNORM, **SHAPE, **keys}), "localsgd")
     assert covers(config)
     expected = reference(config)

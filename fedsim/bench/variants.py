@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any
 
@@ -18,9 +18,8 @@ from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
 from fedsim.device import prepare
 from fedsim.federation.client_app import app as client_app
-from fedsim.federation.client_app import train_together
 from fedsim.federation.flwr_run import run_with_flwr
-from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.in_process import Handler, InProcessGrid, stacked_trainers
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.round import initial_progress, train_round
@@ -29,7 +28,6 @@ from fedsim.models import initial_model
 from fedsim.optim import build_optimizer
 from fedsim.records import read_rows, run_folder
 from fedsim.training.run_plan import run_plan
-from fedsim.training.stacked import StackedWorkers
 from fedsim.training.step import run_steps, step_inputs
 from fedsim.training.step_fn import make_step_fn
 
@@ -56,13 +54,12 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
 
 
 def rounds_in_process(
-    config: Config, rounds: int, workers: Callable[[], StackedWorkers] | None = None, **keys: Any
+    config: Config, rounds: int, trainers: Callable[[Config], Sequence[Handler]] = lambda config: (), **keys: Any
 ) -> list[float]:
-    """LocalSGD with some `keys` changed, by threads or stacked `workers`, without tests and checkpoints."""
+    """LocalSGD with some `keys` changed, without tests and checkpoints; `trainers` makes those of the grid."""
     config = config.changed(keys)
-    together = partial(train_together, workers()) if workers else None
     model = initial_model(config)
-    with InProcessGrid(client_app, config, together) as grid:
+    with InProcessGrid(client_app, config, trainers(config)) as grid:
         strategy = build_strategy(config, run_plan(config), model)
         messenger, progress = Messenger(grid), initial_progress(config, model)
         registry = NodeRegistry(messenger, config)
@@ -93,17 +90,17 @@ METHODS: dict[str, dict[str, Any]] = {  # to be compared with plain LocalSGD, wh
     "topk": {"compress": "topk", "compress-ratio": 0.01},
     "powersgd": {"compress": "powersgd", "compress-rank": 4},
 }
-STACKED = partial(rounds_in_process, workers=StackedWorkers)
+STACKED = partial(rounds_in_process, trainers=stacked_trainers)
 VARIANTS: dict[str, tuple[Rounds, str]] = {
     "centralized": (centralized_rounds, "centralized training at batch K * B"),
     "centralized-eager": (partial(centralized_rounds, captured=False), "centralized, without a CUDA graph"),
     "centralized-compiled": (partial(centralized_rounds, compiled=True), "centralized, compiled by torch.compile"),
-    "in-process": (rounds_in_process, "fedsim in one process, a client in each thread"),
+    "in-process": (rounds_in_process, "fedsim in one process, a client on each core"),
     "loop": (rounds_in_process, "fedsim in one process, one client after the other on all cores"),
-    "stacked": (STACKED, "fedsim in one process, all replicas in one network"),
+    "stacked": (STACKED, "fedsim in one process, a stacked network on each core"),
     "stacked-groups": (STACKED, "stacked, convolutions by groups"),
     "stacked-products": (
-        partial(rounds_in_process, workers=partial(StackedWorkers, by_products=True)),
+        partial(rounds_in_process, trainers=partial(stacked_trainers, by_products=True)),
         "stacked, convolutions by matrix products",
     ),
     "flower": (flower_rounds, "fedsim's app run by flwr run, on Ray"),
@@ -117,8 +114,8 @@ VARIANTS: dict[str, tuple[Rounds, str]] = {
         for name, keys in METHODS.items()
     },
 }
-# Their clients run at the same time: on a CPU each has one thread
-THREADED = ("in-process", "flower", "flower-plain", *METHODS)
+# Their clients run at the same time: on a CPU each, or each group of them, has one thread
+THREADED = ("in-process", "stacked", "stacked-groups", "stacked-products", "flower", "flower-plain", *METHODS)
 
 # What `bench` measures by default
 ON_CPU = ("centralized", "in-process", "stacked", "loop", "flower", "flower-plain", "plain")

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping
 from typing import Any
 
-from fedsim.config import Config, Engine, Mode, cpu_count, engine_named
+from fedsim.config import Config, Engine, Mode, engine_named
 from fedsim.data.augment import check_augment
 from fedsim.data.datasets import absolute_data_dir, load_dataset
 from fedsim.data.local_folder import check_of_run
@@ -14,9 +13,8 @@ from fedsim.data.partition import check_partition, check_shards
 from fedsim.device import resolve
 from fedsim.experiments.study import configure
 from fedsim.federation.client_app import app as client_app
-from fedsim.federation.client_app import train_together
 from fedsim.federation.flwr_run import run_with_flwr
-from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.in_process import InProcessGrid, stacked_trainers
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.resources import check_memory
 from fedsim.federation.server_app import train_localsgd
@@ -25,36 +23,35 @@ from fedsim.models import check_model, check_one_image
 from fedsim.optim import check_optimizer
 from fedsim.records import OnRow, Run, config_of_run, run_folder
 from fedsim.training.centralized import train_centralized, whole_epochs
-from fedsim.training.engine import choose_engine
 from fedsim.training.run_plan import run_plan
-from fedsim.training.stacked import StackedWorkers, check_stackable
+from fedsim.training.stacked import check_stackable, why_not
 
 
 def configured_run(
-    mode: Mode, keys: Mapping[str, Any], preset: str = "", engine: str = "auto"
+    mode: Mode, keys: Mapping[str, Any], preset: str = "", engine: str = "local"
 ) -> tuple[Config, Engine]:
     """The configuration and the engine of the run that `keys` (kebab-case), over those of `preset`, ask for."""
     return resolve_run(config_of_run(configure(mode, keys, preset)), mode, engine_named(engine))
 
 
 def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -> tuple[Config, Engine]:
-    """`config` with its actual device and threads, and the engine that ``auto`` chooses.
+    """`config` with its actual device and threads, and the engine that trains its clients.
 
-    Unless ``threads`` is set, a stacked network uses all cores of a CPU, as centralized training does, but only one
-    if the run is not `here`.
+    On a GPU, where clients would take turns, ``local`` stacks them if they can be stacked. Raises UserError where the
+    model cannot be trained at all.
     """
     resolved = resolve(config, mode, here)
-    if engine == "auto":
-        engine = choose_engine(resolved) if mode == "localsgd" else "threads"
-    if engine == "stacked" and resolved.device == "cpu" and not config.threads and here:
-        resolved = resolved.changed({"threads": cpu_count()})
+    takes_turns = engine == "local" and resolved.device.startswith("cuda") and resolved.clients_per_round > 1
+    if mode == "localsgd" and takes_turns:
+        check_model(resolved)
+        engine = "local" if why_not(resolved) else "stacked"
     return resolved, engine
 
 
 def execute(
     config: Config,
     mode: Mode,
-    engine: Engine = "threads",
+    engine: Engine = "local",
     on_row: OnRow | None = None,
     rerun: bool = False,
     patience: float = 0.0,
@@ -88,8 +85,8 @@ def execute_checked(
             train_centralized(config, run)
             return run
         if engine != "flower":
-            together = functools.partial(train_together, StackedWorkers()) if engine == "stacked" else None
-            with InProcessGrid(client_app, config, together) as grid:
+            trainers = stacked_trainers(config) if engine == "stacked" else []
+            with InProcessGrid(client_app, config, trainers) as grid:
                 train_localsgd(grid, config, run)
             return run
     # The server app locks the run itself, and works in another folder

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -45,44 +45,42 @@ from fedsim.own_code import own_code
 from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_round
 from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of, inferred_correction
 from fedsim.training.run_plan import run_plan
-from fedsim.training.stacked import StackedWorkers
 from strategies import DECLINED, batchnorm_buffers, join, sections, split, tensor_record, tensors_of
 from strategies.local_sgd import ENCODED
 from strategies.screening import wrong_values
 from strategies.sections import Sections, under_prefix, with_prefix
 
 app = ClientApp()
+TakeRounds = Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]
 
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """J local steps from the global arrays; replies with the arrays, the loss and the samples seen."""
-    config = _config(message, context)
-    try:
-        begun = _begin(config, message, context)
-    except MemoryLost:  # the server decides what becomes of the round
-        return _declined(message, MEMORY_LOST)
-    end = take_round(config, begun.start)
-    (ended,) = _ended(config, [begun], [end])
-    return _reply(config, message, context, begun, end, ended)
+    (reply,) = train_together(_one_by_one, [message], [context])
+    return reply
 
 
-def train_together(workers: StackedWorkers, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    """`train` for several clients of one process at once, as stacked `workers`."""
+def train_together(take_rounds: TakeRounds, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    """`train` for a group of clients of one process, whose local steps `take_rounds` takes."""
     config = _config(messages[0], contexts[0])
     rounds: list[Begun | None] = []
     for message, context in zip(messages, contexts, strict=True):
         try:
             rounds.append(_begin(config, message, context))
-        except MemoryLost:
+        except MemoryLost:  # the server decides what becomes of the round
             rounds.append(None)
     own = [begun for begun in rounds if begun]
-    ends = workers.take_rounds(config, [begun.start for begun in own]) if own else []
+    ends = take_rounds(config, [begun.start for begun in own]) if own else []
     ended = zip(ends, _ended(config, own, ends), strict=True)
     return [
         _reply(config, message, context, begun, *next(ended)) if begun else _declined(message, MEMORY_LOST)
         for begun, message, context in zip(rounds, messages, contexts, strict=True)
     ]
+
+
+def _one_by_one(config: Config, starts: Sequence[RoundStart]) -> list[RoundEnd]:
+    return [take_round(config, start) for start in starts]
 
 
 @app.query("partition")

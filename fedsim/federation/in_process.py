@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 import traceback
 from collections.abc import Callable, Iterable, Sequence
@@ -13,28 +14,31 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedsim.config import Config
-from fedsim.device import thread_pool
+from fedsim.device import pool_size, thread_pool
+from fedsim.federation.client_app import train_together
 from fedsim.federation.client_state import forget_others
 from fedsim.federation.flower_internals import CLIENT_FAILED, FlowerRun, become_server, set_message_id
 from fedsim.federation.protocol import MEMORY_ROUNDS
 from fedsim.federation.resources import check_memory
+from fedsim.training.stacked import StackedWorkers
 
-TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
+Handler = Callable[[Sequence[Message], Sequence[Context]], list[Message]]  # of the messages of a group
 SERVER_ID = 1  # Flower's node id of the server
 
 
 class InProcessGrid(Grid):
-    """K clients on this machine's cores: each message is handled by `client_app` in a thread of a pool.
+    """K clients on this machine's cores: groups of messages are handled by the threads of a pool (`thread_pool`).
 
-    With `train_together`, a function of all train messages and their contexts, these are handled at once instead.
-    A client's `Context`, and what it keeps in ``context.state``, lives as long as the grid. On a GPU clients
-    take turns. Raises UserError where the clients need more memory than is free.
+    A group is one message, handled by `client_app`. Where `trainers` are given, the train messages of a round are
+    divided among these instead, in the order of workers and as evenly as possible.
+    A client's `Context`, and what it keeps in ``context.state``, lives as long as the grid. Raises UserError where the
+    clients need more memory than is free.
     """
 
-    def __init__(self, client_app: ClientApp, config: Config, train_together: TrainTogether | None = None) -> None:
+    def __init__(self, client_app: ClientApp, config: Config, trainers: Sequence[Handler] = ()) -> None:
         check_memory(config)
         self._client_app = client_app
-        self._train_together = train_together
+        self._trainers = trainers
         self._run = FlowerRun.create_empty(run_id=1)
         self._contexts = {
             node: Context(
@@ -78,21 +82,15 @@ class InProcessGrid(Grid):
         messages = list(messages)
         for message in messages:
             set_message_id(message, str(next(self._message_ids)))
-        contexts = [self._contexts[message.metadata.dst_node_id] for message in messages]
         trains = bool(messages) and messages[0].metadata.message_type == MessageType.TRAIN
         if trains:
             self._free_memories(messages[0])
-        if trains and self._train_together:
-            try:
-                replies = self._train_together(messages, contexts)
-            except Exception as error:  # as if each client had raised it
-                replies = [_failed(error, message) for message in messages]
-        else:
-            futures = [self._pool.submit(self._client_app, *pair) for pair in zip(messages, contexts, strict=True)]
-            replies = [_result(future, message) for future, message in zip(futures, messages, strict=True)]
-        ids = [message.metadata.message_id for message in messages]
-        self._replies.update(zip(ids, replies, strict=True))
-        return ids
+        work = self._divided(messages) if trains and self._trainers else [(self._alone, [each]) for each in messages]
+        begun = [(self._pool.submit(handle, group, self._contexts_of(group)), group) for handle, group in work]
+        for future, group in begun:
+            for message, reply in zip(group, _replies(future, group), strict=True):
+                self._replies[message.metadata.message_id] = reply
+        return [message.metadata.message_id for message in messages]
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         return [self._replies.pop(id_) for id_ in message_ids if id_ in self._replies]
@@ -100,6 +98,20 @@ class InProcessGrid(Grid):
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
         """The replies to `messages`. `timeout` has no effect: nothing here can be lost on the way."""
         return self.pull_messages(self.push_messages(messages))
+
+    def _divided(self, messages: Sequence[Message]) -> list[tuple[Handler, list[Message]]]:
+        """Each trainer that has something to do, and its share of `messages`."""
+        in_order = sorted(messages, key=lambda message: message.metadata.dst_node_id)
+        parts = len(self._trainers)
+        ends = [len(in_order) * part // parts for part in range(parts + 1)]
+        shares = [in_order[begin:end] for begin, end in itertools.pairwise(ends)]
+        return [(train, share) for train, share in zip(self._trainers, shares, strict=True) if share]
+
+    def _alone(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+        return [self._client_app(*pair) for pair in zip(messages, contexts, strict=True)]
+
+    def _contexts_of(self, messages: Sequence[Message]) -> list[Context]:
+        return [self._contexts[message.metadata.dst_node_id] for message in messages]
 
     def _free_memories(self, message: Message) -> None:
         """Free what no client of the round that `message` begins needs any more: half of all optimizer states."""
@@ -109,12 +121,18 @@ class InProcessGrid(Grid):
                 forget_others(context, round_)  # type: ignore[arg-type]
 
 
-def _result(reply: Future[Message], message: Message) -> Message:
-    """The client's reply to `message`, or an error reply where the client raised."""
+def stacked_trainers(config: Config, by_products: bool = False) -> list[Handler]:
+    """A trainer for each thread of the pool, whose group of clients is one stacked network."""
+    groups = pool_size(torch.device(config.device), config.threads)
+    return [functools.partial(train_together, StackedWorkers(by_products).take_rounds) for _ in range(groups)]
+
+
+def _replies(replies: Future[list[Message]], group: Sequence[Message]) -> list[Message]:
+    """The replies to the messages of `group`, or an error reply to each where their handler raised."""
     try:
-        return reply.result()
+        return replies.result()
     except Exception as error:
-        return _failed(error, message)
+        return [_failed(error, message) for message in group]
 
 
 def _failed(error: Exception, message: Message) -> Message:

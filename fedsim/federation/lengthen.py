@@ -39,7 +39,8 @@ def _lengthens(config: Config, mode: Mode, engine: str) -> bool:
 def _why_not(shorter: Config, longer: Config, mode: Mode, trained_by: str, engine: str) -> str:
     """Why a run of `shorter`, trained by one engine, cannot be lengthened to `longer` by another; empty if it can."""
     if engine and (trained_by == "stacked") != (engine == "stacked"):
-        return f"its engine was {trained_by}: give --engine {trained_by}, or another --name"
+        other = "stacked" if trained_by == "stacked" else "local"  # threads in earlier versions
+        return f"it was trained by another engine: give --engine {other}, or another --name"
     if longer.schedule == "cosine":
         return "with schedule = cosine its rates depend on its length: give another --name to run a longer one"
     before, after = _starts(shorter, mode), _starts(longer, mode)

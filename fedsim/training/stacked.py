@@ -1,4 +1,4 @@
-"""The rounds of K workers at once on one device, their replicas stacked into one network.
+"""The rounds of a group of K workers at once, their replicas stacked into one network.
 
 `models.stack` makes the network. LARS and LAMB see each replica's part of a stacked parameter as a parameter of its
 own, so that norms stay the workers' own; SGDM, which treats each value apart, sees the stacked one. A round is
@@ -152,11 +152,11 @@ def _why_not(
 def check_stackable(config: Config, by_products: bool = False) -> None:
     """Raise UserError where the replicas of `config` cannot be stacked."""
     if problem := why_not(config, by_products):
-        raise UserError(f"{problem}: give --engine threads")
+        raise UserError(f"{problem}: give --engine local")
 
 
 class StackedWorkers:
-    """Takes the rounds of several workers at once, and keeps the network of their replicas for the next round."""
+    """Takes the rounds of a group of workers at once, and keeps the network of their replicas for the next round."""
 
     def __init__(self, by_products: bool = False) -> None:
         """Convolutions by groups or, with `by_products`, by matrix products."""

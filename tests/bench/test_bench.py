@@ -206,7 +206,7 @@ def test_the_turn_that_the_first_hour_profiles_is_one(tmp_path: Path) -> None:
 def test_on_the_cpu_every_variant_uses_all_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fedsim.bench.measure.cpu_count", lambda: 6)
     threads = {name: at(TINY, 4, name).threads for name in ON_CPU}
-    threaded = {"in-process", "flower", "flower-plain"}
+    threaded = {"in-process", "stacked", "flower", "flower-plain"}
     assert threads == {name: 1 if name in threaded else 6 for name in ON_CPU}
 
 

@@ -65,7 +65,7 @@ def test_nodes_with_their_own_folders_train_as_by_partition_id_bitwise(
     config = resolve(small.changed({"rounds": 5, **keys}), "localsgd")
     write_shards(config, tmp_path / "shards")
     own = with_folders(config.changed({"name": "own"}), tmp_path / "shards")
-    shared = execute(config.changed({"name": "shared"}), "localsgd", "threads")
+    shared = execute(config.changed({"name": "shared"}), "localsgd")
     assert_same_bits(final_model(own), final_model(shared))
     assert rows_of(own) == rows_of(shared)
 

@@ -8,17 +8,19 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from fedsim import device as pool
 from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
-from fedsim.experiments.execute import execute
+from fedsim.experiments.execute import check, execute, resolve_run
 from fedsim.federation import client_app
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
+from fedsim.models.lenet import LeNet5
 from fedsim.records import Run, read_summary
-from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model, rows_of
+from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model, register, rows_of
 
 BN_AND_DROPOUT: dict[str, Any] = {"model": SMALL_BATCHNORM, "synthetic-images": 128, "batch-size": 16, "momentum": 0.9}
 
@@ -52,10 +54,48 @@ def test_one_client_is_centralized_training_at_every_j(run: Execute, local_steps
 
 
 def test_one_client_is_not_stacked(run: Execute, small: Config) -> None:
-    threads = run("localsgd", clients=1, name="threads", **BN_AND_DROPOUT)
+    local = run("localsgd", clients=1, name="local", **BN_AND_DROPOUT)
     config = small.changed({"clients": 1, "name": "stacked", **BN_AND_DROPOUT})
     stacked = execute(resolve(config, "localsgd"), "localsgd", "stacked")
-    assert_same_bits(final_model(threads), final_model(stacked))
+    assert_same_bits(final_model(local), final_model(stacked))
+
+
+@pytest.mark.parametrize(
+    ("keys", "engine"),
+    [
+        ({}, "stacked"),
+        ({"device": "cpu"}, "local"),
+        ({"fraction": 0.25}, "local"),
+        ({"model": "vit-tiny"}, "local"),
+        ({"local-steps": 10, "local-epochs": 1, "synthetic-images": 50}, "local"),
+    ],
+)
+def test_on_a_gpu_the_clients_of_a_round_are_stacked_where_they_can_be(
+    small: Config, keys: dict[str, Any], engine: str
+) -> None:
+    """On a CPU they are one by one; nor can one client be stacked, nor clients that take different numbers of steps."""
+    config = small.changed({"device": "cuda", "threads": 0, **keys})
+    resolved, chosen = resolve_run(config, "localsgd", "local", here=False)
+    assert (resolved.threads, chosen) == (1, engine)
+
+
+def test_models_are_tried_on_one_thread(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    used: set[int] = set()
+
+    class Watched(LeNet5):
+        def forward(self, x: Tensor) -> Tensor:
+            used.add(torch.get_num_threads())
+            return super().forward(x)
+
+    register(monkeypatch, "lenet5", Watched)
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        check(resolve(small, "localsgd"), "localsgd", "stacked")
+        after = torch.get_num_threads()
+    finally:
+        torch.set_num_threads(before)
+    assert (used, after) == ({1}, 3)
 
 
 @pytest.mark.parametrize("momentum_at_sync", ["keep", "reset", "average"])

@@ -137,7 +137,7 @@ def test_another_engine_does_not_lengthen(run: Execute, small: Config) -> None:
     folder = run(name="part", rounds=2).folder
     before = {path: path.read_bytes() for path in folder.iterdir()}
     longer = resolve(small.changed({"name": "part", "rounds": 3}), "localsgd")
-    with pytest.raises(UserError, match="its engine was threads: give --engine threads, or another --name"):
+    with pytest.raises(UserError, match="it was trained by another engine: give --engine local, or another --name"):
         execute(longer, "localsgd", "stacked")
     assert {path: path.read_bytes() for path in folder.iterdir()} == before
 

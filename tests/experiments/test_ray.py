@@ -94,9 +94,9 @@ def test_a_tuned_study_on_ray_chooses_the_same_and_is_tracked(tmp_path: Path, no
     text = TUNED.replace("twins = true", "").replace("clients = [1, 2]", "clients = [2]").replace(", 1e9]", "]")
     (tmp_path / "tuned.toml").write_text(text)
     alone, on_ray = tmp_path / "alone", tmp_path / "on-ray"
-    here: Any = {"device": "cpu", "threads": 1, "engine": "threads", "progress": False}
+    here: Any = {"device": "cpu", "threads": 1, "progress": False}
     fedsim.study(tmp_path / "tuned.toml", results_dir=alone, **here)
-    keys = "study tuned.toml --device cpu --threads 1 --engine threads --results-dir on-ray --track tensorboard"
+    keys = "study tuned.toml --device cpu --threads 1 --results-dir on-ray --track tensorboard"
     done = run(tmp_path, *keys.split(), "--ray", nodes.address)
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("tuned/tuning.csv", "tuned/study.toml"):
@@ -294,7 +294,7 @@ def test_a_node_with_other_code_refuses_a_cell(small: Config) -> None:
 
     run_cell: Any = ray_cells._run_cell  # Ray's wrapper of the function
     with pytest.raises(UserError, match=r"the fedsim in .* differs from this command's: use the same commit on both"):
-        run_cell._function(Cell((), "localsgd", small), "threads", "", 1.0, "other")
+        run_cell._function(Cell((), "localsgd", small), "local", "", 1.0, "other")
 
 
 def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: Nodes) -> None:
@@ -309,7 +309,7 @@ def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: 
 @pytest.mark.slow
 def test_flwr_run_on_an_existing_cluster_is_the_run_in_this_process_bitwise(tmp_path: Path, nodes: Nodes) -> None:
     keys = ["localsgd", *GRID[1:], "--clients", "3", "--rounds", "4"]
-    here(tmp_path, *keys, "--name", "threads", "--engine", "threads")
+    here(tmp_path, *keys, "--name", "here")
     seen: set[int] = set()
     over = threading.Event()
 
@@ -326,8 +326,8 @@ def test_flwr_run_on_an_existing_cluster_is_the_run_in_this_process_bitwise(tmp_
     watcher.join()
     assert flower.returncode == 0, flower.stdout
     assert seen == {nodes.head.pid, nodes.other.pid}  # its clients were on both nodes
-    assert rows_of(tmp_path / "results" / "flower") == rows_of(tmp_path / "results" / "threads")
-    assert_same_bits(final_model(tmp_path / "results" / "flower"), final_model(tmp_path / "results" / "threads"))
+    assert rows_of(tmp_path / "results" / "flower") == rows_of(tmp_path / "results" / "here")
+    assert_same_bits(final_model(tmp_path / "results" / "flower"), final_model(tmp_path / "results" / "here"))
     assert answers(nodes.address)
 
 

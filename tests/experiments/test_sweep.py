@@ -72,7 +72,7 @@ def run_here(path: Path, seeds: Sequence[int] = (1,), **keys: Any) -> tuple[list
     cells = study.cells(seeds, {**HERE, **keys})
     try:
         return run_studies(
-            [(study, cells)], path.parent / "results", OneByOne("threads"), False, console
+            [(study, cells)], path.parent / "results", OneByOne("local"), False, console
         ), text.getvalue()
     finally:
         assert text.getvalue().count("\x1b[?25l") == text.getvalue().count("\x1b[?25h")  # the cursor is shown again

@@ -69,7 +69,7 @@ def run(path: Path, cells: str = "") -> str:
 
     console = Console(width=200, file=(text := io.StringIO()))
     studies = [read_study(str(path))]
-    failed, _ = run_tuned_studies(studies, cells_of, path.parent / "results", OneByOne("threads"), False, console)
+    failed, _ = run_tuned_studies(studies, cells_of, path.parent / "results", OneByOne("local"), False, console)
     assert failed == []
     return text.getvalue()
 

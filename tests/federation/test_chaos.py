@@ -52,7 +52,7 @@ def federation(place: Path) -> Iterator[Running]:
 def whole(place: Path, federation: Running) -> Path:
     """The undisturbed run, in this process."""
     config = Config().changed({**KEYS, "results-dir": str(place / "results"), "name": "whole"})
-    return execute(resolve(config, "localsgd"), "localsgd", "threads").folder
+    return execute(resolve(config, "localsgd"), "localsgd").folder
 
 
 class Trial:

@@ -13,10 +13,8 @@ from typing import Any
 
 import pytest
 
-from fedsim.config import Config
+import fedsim
 from fedsim.deploy.files import Federation, deploy
-from fedsim.device import resolve
-from fedsim.experiments.execute import execute
 from fedsim.federation.flwr_run import copy_app, free_port
 from fedsim.records import read_rows
 from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, SMALL, assert_same_bits, final_model, rows_of
@@ -82,15 +80,16 @@ def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(
     overrides = " ".join(f"{name}={json.dumps(value)}" for name, value in keys.items())
     done = federation.flwr("run", str(copy_app(tmp_path / "app")), "federation", "--stream", "-c", overrides)
     assert (tmp_path / "deployed" / "summary.json").exists(), done.stdout
-    fleet = execute(resolve(Config().changed({**keys, "name": "threads"}), "localsgd"), "localsgd", "threads")
-    assert rows_of(fleet)[-1]["round"] == keys["rounds"]
-    assert rows_of(tmp_path / "deployed") == rows_of(fleet)
+    asked = {name.replace("-", "_"): value for name, value in keys.items()}
+    here = fedsim.localsgd(**{**asked, "name": "here"}, progress=False)  # by the engine that it has by default
+    assert rows_of(here.folder)[-1]["round"] == keys["rounds"]
+    assert rows_of(tmp_path / "deployed") == rows_of(here.folder)
     sent = [
         [(row["bytes_up"], row["bytes_down"], row["overhead_bytes_up"], row["overhead_bytes_down"]) for row in rows]
-        for rows in (read_rows(tmp_path / "deployed"), read_rows(fleet.folder))
+        for rows in (read_rows(tmp_path / "deployed"), read_rows(here.folder))
     ]
     assert sent[0] == sent[1]
-    assert_same_bits(final_model(tmp_path / "deployed"), final_model(fleet))
+    assert_same_bits(final_model(tmp_path / "deployed"), final_model(here.folder))
 
 
 def test_a_node_is_refused_until_its_key_is_registered(federation: Running, strangers: Path, tmp_path: Path) -> None:

@@ -528,7 +528,7 @@ def test_clients_that_train_together_fail_as_one_that_fails(small: Config) -> No
         raise MemoryError("out of memory")
 
     with (
-        InProcessGrid(client_app.app, config, broken) as grid,
+        InProcessGrid(client_app.app, config, [broken]) as grid,
         pytest.raises(RunFailed, match=r"round 1: .*worker 0: its client failed \(MemoryError: out of memory\)"),
     ):
         train_localsgd(grid, config, Run(config, "localsgd"))
@@ -541,10 +541,10 @@ def test_one_of_those_that_train_together_that_lost_its_momentum_is_left_out(sma
     def forgetful(messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
         if place(messages[2], contexts[2]) == (3, 2):
             forget(messages[2], contexts[2])
-        return client_app.train_together(workers, messages, contexts)
+        return client_app.train_together(workers.take_rounds, messages, contexts)
 
     run = Run(config, "localsgd")
-    with InProcessGrid(client_app.app, config, forgetful) as grid:
+    with InProcessGrid(client_app.app, config, [forgetful]) as grid:
         train_localsgd(grid, config, run)
     assert [row["left_out"] for row in rows_of(run)] == [{}, {}, {"2": MEMORY_LOST}, {}]
 

@@ -22,6 +22,7 @@ import numpy as np
 import psutil
 import pytest
 
+import fedsim
 from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
@@ -92,14 +93,14 @@ def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(tmp_path: Path, keys
     shutil.copy(ROOT / "tests" / "own_code.py", tmp_path / "my_code.py")
     np.savez(tmp_path / "figures.npz", **larger())  # type: ignore[arg-type]
     path = os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])
-    fleet = run_py(tmp_path, "--name", "threads", *keys, "--engine", "threads", PYTHONPATH=path)
+    fleet = run_py(tmp_path, "--name", "here", *keys, PYTHONPATH=path)
     assert fleet.returncode == 0, fleet.stderr
     command = [*SMALL, "--results-dir", str(tmp_path), "--name", "flower", *keys, "--engine", "flower"]
     with executed(tmp_path, *command, STARTED_BY=str(tmp_path), PYTHONPATH=path) as process:
         flower = process.wait()
     assert flower.returncode == 0, flower.stdout
-    assert_same_bits(final_model(tmp_path / "flower"), final_model(tmp_path / "threads"))
-    assert rows_of(tmp_path / "flower") == rows_of(tmp_path / "threads")
+    assert_same_bits(final_model(tmp_path / "flower"), final_model(tmp_path / "here"))
+    assert rows_of(tmp_path / "flower") == rows_of(tmp_path / "here")
     assert re.search(r"round +3 ", flower.stdout)  # the log was streamed
     assert started_by(str(tmp_path)) == []  # and the SuperLink is gone
 
@@ -233,7 +234,9 @@ def test_a_run_whose_ray_actor_is_killed_ends_with_its_reason(tmp_path: Path) ->
 
 
 def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """``flwr run .`` with run-config overrides resumes a run that was begun in this process, bit for bit.
+    """``flwr run .`` with run-config overrides resumes a run of `lenet5` that was begun in this process, bit for bit.
+
+    The run that it is compared with is by the default engine.
 
     A federation of another size than `clients` fails, not waits.
     With a strategy of the user's: the server's process finds the module by PYTHONPATH, and the clients do not need it.
@@ -244,7 +247,8 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.Mo
     monkeypatch.syspath_prepend(modules)
     monkeypatch.setenv("PYTHONPATH", str(modules))
     keys = {**TINY, "strategy": "own_strategies:SlowMo", "results-dir": str(tmp_path)}
-    config = resolve(Config().changed({**keys, "name": "threads"}), "localsgd")
+    here = fedsim.localsgd(**{name.replace("-", "_"): value for name, value in keys.items()}, name="here")
+    config = resolve(Config().changed(keys), "localsgd")
     overrides = " ".join(f"{name}={json.dumps(value)}" for name, value in {**keys, "name": "plain"}.items())
     with superlink(tmp_path) as env:
         app = copy_app(tmp_path / "app")
@@ -261,5 +265,5 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.Mo
         right = [*command, "--federation-config", federation(config)]
         subprocess.run(right, cwd=app, env=env, capture_output=True, text=True, timeout=200, check=True)
     assert (tmp_path / "plain" / "summary.json").exists()
-    assert rows_of(tmp_path / "plain") == rows_of(execute(config, "localsgd"))
-    assert_same_bits(final_model(tmp_path / "plain"), final_model(tmp_path / "threads"))
+    assert rows_of(tmp_path / "plain") == rows_of(here.folder)
+    assert_same_bits(final_model(tmp_path / "plain"), final_model(here.folder))

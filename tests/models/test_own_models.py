@@ -116,13 +116,13 @@ def test_batchnorm_of_single_values_is_refused_a_batch_of_one_image(
     assert not any(Path(config.results_dir).iterdir())
 
 
-@pytest.mark.parametrize("engine", ["auto", "stacked"])
+@pytest.mark.parametrize("engine", ["local", "stacked"])
 @pytest.mark.parametrize("model", ["Constant", "Item", "Pretrained", "WeightNorm", "SpectralNorm"])
 def test_models_that_a_plain_build_can_make_are_trained(small: Config, model: str, engine: Engine) -> None:
     keys = {"model": f"{OWN}:{model}", "synthetic-images": 64, "batch-size": 4, "rounds": 2}
     config, chosen = resolve_run(small.changed(keys), "localsgd", engine)
     if engine == "stacked" and model not in ("Item", "Pretrained"):
-        with pytest.raises(UserError, match=rf"model {OWN}:{model}: cannot stack .*: give --engine threads"):
+        with pytest.raises(UserError, match=rf"model {OWN}:{model}: cannot stack .*: give --engine local"):
             execute(config, "localsgd", chosen)
         return
     assert rows_of(execute(config, "localsgd", chosen))[-1]["round"] == 2
@@ -130,7 +130,7 @@ def test_models_that_a_plain_build_can_make_are_trained(small: Config, model: st
 
 def start(config: Config) -> None:
     """As the command line does."""
-    resolved, engine = resolve_run(config, "localsgd", "auto")
+    resolved, engine = resolve_run(config, "localsgd", "local")
     execute(resolved, "localsgd", engine)
 
 

@@ -190,8 +190,8 @@ def test_all_workers_at_once_are_one_by_one(tiny: Config, way: str, model: str, 
 @pytest.mark.parametrize(
     ("mode", "engine", "keys"),
     [
-        ("centralized", "threads", {}),
-        ("localsgd", "threads", {"augment": "tests.own_code:erase"}),
+        ("centralized", "local", {}),
+        ("localsgd", "local", {"augment": "tests.own_code:erase"}),
         (
             "localsgd",
             "stacked",
@@ -206,7 +206,7 @@ def test_a_run_on_the_gpu_is_the_run_on_the_cpu_and_is_resumed_bitwise(
 ) -> None:
     shape = {"precision": "fp64", "synthetic-images": 24, "clients": 3, "epochs": 2.0, "evaluate-every": 4}
     config = tiny.changed({**shape, **keys})
-    on_cpu = execute(config.changed({"name": "cpu"}), mode, "threads")
+    on_cpu = execute(config.changed({"name": "cpu"}), mode)
     with EmulatedGpu():
         on_gpu = config.changed({"device": "cuda"})
         whole = execute(on_gpu.changed({"name": "whole"}), mode, engine)

@@ -64,9 +64,7 @@ def test_steps_wait_for_nothing(on_gpu: Config, precision: str) -> None:
     assert 0 < float(loss) < 10
 
 
-@pytest.mark.parametrize(
-    ("mode", "engine"), [("localsgd", "threads"), ("localsgd", "stacked"), ("centralized", "threads")]
-)
+@pytest.mark.parametrize(("mode", "engine"), [("localsgd", "local"), ("localsgd", "stacked"), ("centralized", "local")])
 @pytest.mark.parametrize("optimizer", ["sgdm", "lars", "lamb"])
 def test_stopped_and_resumed_is_never_stopped_bitwise(on_gpu: Config, mode: Any, engine: Any, optimizer: str) -> None:
     config = on_gpu.changed({"optimizer": optimizer, "batch-size": 24, "schedule": "cosine"})
@@ -86,7 +84,7 @@ def test_one_client_is_centralized_training(on_gpu: Config, optimizer: str) -> N
     assert_same_bits(final_model(local), final_model(central))
 
 
-@pytest.mark.parametrize("engine", ["threads", "stacked"])
+@pytest.mark.parametrize("engine", ["local", "stacked"])
 @pytest.mark.parametrize("codec", ["topk", "powersgd"])
 def test_the_servers_and_the_clients_memories_are_resumed_bitwise(on_gpu: Config, engine: Any, codec: str) -> None:
     """Outer Adam, residuals, and rounds of several lengths."""

@@ -16,9 +16,9 @@ from fedsim.errors import UserError
 from fedsim.experiments.cost import cost
 from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
-from fedsim.training.engine import choose_engine
 from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, round_inputs, take_round
 from fedsim.training.run_plan import run_plan
+from fedsim.training.stacked import check_stackable
 from strategies.mean import mean
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
@@ -110,8 +110,7 @@ def test_the_cost_counts_images_not_whole_batches(small: Config) -> None:
 
 def test_clients_of_unequal_shards_are_not_stacked(small: Config) -> None:
     config = resolve(small.changed(UNEVEN), "localsgd")
-    assert choose_engine(config.changed({"synthetic-images": 48})) == "stacked"
-    assert choose_engine(config) == "threads"
+    check_stackable(config.changed({"synthetic-images": 48}))
     with pytest.raises(UserError, match="local-epochs = 2: clients that hold more images take"):
         execute(config, "localsgd", "stacked")
 

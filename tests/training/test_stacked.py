@@ -119,7 +119,7 @@ def test_a_model_that_cannot_be_stacked_fails_and_says_why(small: Config, monkey
 
     register(monkeypatch, "lenet5", Reversed)
     config = resolve(small.changed({"seed": 77}), "localsgd")
-    with pytest.raises(UserError, match=r"model lenet5: cannot stack the method flip in .*: give --engine threads"):
+    with pytest.raises(UserError, match=r"model lenet5: cannot stack the method flip in .*: give --engine local"):
         StackedWorkers().take_rounds(config, [begin(config, worker) for worker in (0, 1)])
 
 
