@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from flwr.app import Context, Message
+from torch import Tensor, nn
 
 from fedsim.config import Config, Engine, Mode
 from fedsim.device import resolve
@@ -18,9 +21,10 @@ from fedsim.federation import client_app
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
 from fedsim.models import build_model, check_model, initial_model
+from fedsim.models.lenet import LeNet5
 from fedsim.models.resnet import NORMS
 from fedsim.records import Run
-from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.conftest import Execute, assert_same_bits, final_model, register, rows_of
 
 OWN = "tests.own_code"
 FEW: dict[str, Any] = {"synthetic_images": 64, "batch_size": 4}
@@ -151,6 +155,32 @@ def test_the_check_of_a_model_draws_nothing_from_the_global_generator(small: Con
     before = torch.get_rng_state()
     check_model(small.changed({"model": f"{OWN}:vit"}))
     assert torch.equal(torch.get_rng_state(), before)
+
+
+def test_the_check_of_a_model_does_not_see_what_another_thread_draws(
+    small: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawing, over = threading.Event(), threading.Event()
+
+    def drawn_meanwhile(classes: int) -> nn.Module:
+        drawing.set()
+        assert over.wait(60)
+        return nn.Linear(2, classes)
+
+    class Checked(LeNet5):
+        def forward(self, x: Tensor) -> Tensor:
+            pool.submit(build_model, f"{__name__}:meanwhile", 10, 0)
+            drawing.wait(0.3)  # in vain: the other one waits for this check
+            return super().forward(x)
+
+    monkeypatch.setattr(sys.modules[__name__], "meanwhile", drawn_meanwhile, raising=False)
+    register(monkeypatch, "lenet5", Checked)
+    with ThreadPoolExecutor() as pool:
+        try:
+            check_model(small)
+        finally:
+            over.set()
+    assert drawing.is_set()
 
 
 def test_initial_weights_of_ones_own_model_are_the_seeds(small: Config) -> None:

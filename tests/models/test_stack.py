@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from typing import Any
 
 import pytest
@@ -46,13 +46,10 @@ class Zoo(nn.Module):
         return self.last(y - self.attend(y).softmax(dim=1))  # type: ignore[no-any-return]
 
 
-def test_a_model_is_traced_while_other_threads_use_models_and_trace_theirs() -> None:
-    """As when several runs train in one process."""
-    begun, over = threading.Event(), threading.Event()
-    call, layer, ones = nn.Module.__call__, nn.Linear(2, 2), torch.ones(1, 2)
-    expected = layer(ones)
+def waiting(begun: threading.Event, over: threading.Event) -> nn.Module:
+    """A model whose forward pass sets one event and lasts until the other."""
 
-    class Slow(nn.Module):
+    class Waiting(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.last = nn.Linear(2, 3)
@@ -62,15 +59,27 @@ def test_a_model_is_traced_while_other_threads_use_models_and_trace_theirs() -> 
             assert over.wait(60)
             return self.last(x.flatten(1))  # type: ignore[no-any-return]
 
+    return Waiting()
+
+
+def test_a_model_is_traced_while_other_threads_use_models_and_trace_theirs() -> None:
+    """As when several runs train in one process."""
+    begun, over, other_begun, other_over = (threading.Event() for _ in range(4))
+    call, layer, ones = nn.Module.__call__, nn.Linear(2, 2), torch.ones(1, 2)
+    expected = layer(ones)
     with ThreadPoolExecutor() as pool:
-        slow = pool.submit(stack, Slow(), 2)
+        one = pool.submit(stack, waiting(begun, over), 2)
         assert begun.wait(60)
-        other = pool.submit(stack, nn.Sequential(nn.Flatten(), nn.Linear(2, 3)), 2)
+        other = pool.submit(stack, waiting(other_begun, other_over), 2)
+        other_begun.wait(0.3)  # in vain: it takes its turn
         try:
             assert torch.equal(layer(ones), expected)
         finally:
             over.set()
-        assert slow.result()(torch.ones(1, 4, 1, 1)).shape == other.result()(torch.ones(1, 4, 1, 1)).shape == (2, 1, 3)
+            wait([one], timeout=0.3)
+            other_over.set()
+        for network in (one.result(), other.result()):
+            assert network(torch.ones(1, 4, 1, 1)).shape == (2, 1, 3)
     assert nn.Module.__call__ is call
 
 
