@@ -12,8 +12,8 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "processes", "rng", "reference", "copies", "provenance"),
-    ("interrupts", "registry", "checkpoint_file"),
+    ("errors", "files", "processes", "rng", "reference", "copies", "provenance"),
+    ("interrupts", "registry", "checkpoint_file", "rows_file"),
     ("config", "torch_import"),
     ("device", "flags", "own_code"),
     ("data", "optim"),
@@ -35,6 +35,8 @@ WITHOUT_FLOWER = (
     "reference",
     "registry",
     "checkpoint_file",
+    "files",
+    "rows_file",
     "copies",
     "provenance",
     "config",

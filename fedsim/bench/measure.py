@@ -36,9 +36,9 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.cost import flop_per_image
 from fedsim.experiments.study import read_study
 from fedsim.federation.flwr_run import CHECKOUT
+from fedsim.files import atomic_write
 from fedsim.models import check_model
 from fedsim.provenance import provenance
-from fedsim.records import atomic_write
 
 Turn = tuple[str, Config]  # a variant, and the configuration that it is timed in
 

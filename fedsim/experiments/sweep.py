@@ -24,7 +24,8 @@ from fedsim.experiments.progress import each, ends_after, status
 from fedsim.experiments.study import STORED, Cell, Study
 from fedsim.experiments.track import tracker
 from fedsim.federation.lengthen import open_run
-from fedsim.records import OnRow, atomic_write, read_summary, writable
+from fedsim.files import atomic_write
+from fedsim.records import OnRow, read_summary, writable
 
 if TYPE_CHECKING:
     from fedsim.experiments.ray_sweep import OnRay

@@ -32,7 +32,7 @@ from fedsim.federation.round import (
 )
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import check_model, initial_model
-from fedsim.records import Run, config_of_run, print_row, run_folder
+from fedsim.records import Run, config_of_run, print_row, read_rows, run_folder
 from fedsim.training.batchnorm import calibration_crops, reestimate
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
@@ -59,7 +59,7 @@ def main(grid: Grid, context: Context) -> None:
         with run.lock():
             train_localsgd(grid, config, run)
     except UserError as error:
-        if is_new and not run.rows and not isinstance(error, RunInProgress):  # nothing was trained
+        if is_new and not read_rows(run.folder) and not isinstance(error, RunInProgress):  # nothing was trained
             shutil.rmtree(run.folder)
         raise
 
