@@ -77,7 +77,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     messenger = Messenger(grid)
     registry = NodeRegistry(messenger, config, run.own_data)
     strategy = build_strategy(config, plan, model, registry.images)
-    registry.wait_for(config.min_clients or config.clients, strict=True)
+    registry.wait_for(config.min_clients or config.clients)
     progress = resume(run, messenger, registry.nodes, initial, plan.rounds)
 
     saved = furthest = progress.round

@@ -192,7 +192,9 @@ def test_a_run_whose_processes_have_other_data_is_refused(tmp_path: Path) -> Non
     assert "gives other train_images, train_labels when it is called again: draw with a seed" in unseeded.stderr
     assert of_process.returncode == 1
     assert "flwr run did not complete (its status: finished:failed)" in of_process.stderr
-    assert re.search(r"error: the node with partition-id \d has other train_labels of dataset = ", of_process.stdout)
+    assert re.search(
+        r"error: .* Left out: the node with partition-id \d has other train_labels of dataset = ", of_process.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -252,7 +254,8 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.Mo
         wrong = [*command, "--federation-config", federation(config.changed({"clients": 5}))]
         refused = subprocess.run(wrong, cwd=app, env=env, capture_output=True, text=True, timeout=200)
         line = (
-            "error: clients = 2, but the federation has 5 nodes: make them equal, by -c clients=N, or in a simulation"
+            "error: clients = 2, but only 0 nodes can take part, and 2 must. Left out: its federation has 5 nodes, not "
+            "clients = 2: make them equal, by -c clients=N, or in a simulation by --federation-config num-supernodes=2"
         )
         assert line in refused.stdout
         assert "Traceback" not in refused.stdout
