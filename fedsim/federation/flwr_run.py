@@ -26,6 +26,7 @@ import torch
 
 from fedsim.config import Config, cpu_count
 from fedsim.errors import RunFailed, UserError
+from fedsim.private_ray import private_ray
 from fedsim.processes import cleanup, running
 from fedsim.provenance import origin
 
@@ -89,12 +90,24 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
         f'[superlink]\ndefault = "{CONNECTION}"\n\n'
         f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    command = [_tool("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    command = [*_superlink_command(), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
     log = folder / "superlink.log"
     env = environment(folder)
     with log.open("wb") as output, running(command, env, output, folder) as (process, mark):
         wait_until_healthy(process, port, log)
         yield {**env, **mark}
+
+
+def _superlink_command() -> list[str]:
+    """The command of a SuperLink that serves this user alone, where the kernel tells whose a connection is."""
+    if Path("/proc/net/tcp").exists():
+        return [sys.executable, "-P", str(Path(__file__).with_name("private_superlink.py"))]
+    print(
+        "warning: engine = flower: while it runs, other users of this machine can run code as you, by the SuperLink on "
+        "its loopback interface",
+        file=sys.stderr,
+    )
+    return [_tool("flower-superlink")]
 
 
 def environment(home: Path, ray_address: str = "") -> dict[str, str]:
@@ -121,8 +134,10 @@ def environment(home: Path, ray_address: str = "") -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "FEDSIM_ORIGIN": json.dumps(origin()),
     }
-    if env["RAY_ADDRESS"] == "local" and len(str(home)) <= RAY_PATH:
-        env["RAY_TMPDIR"] = str(home)
+    if env["RAY_ADDRESS"] == "local":
+        env |= private_ray()
+        if len(str(home)) <= RAY_PATH:
+            env["RAY_TMPDIR"] = str(home)
     return env
 
 
