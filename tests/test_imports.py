@@ -12,7 +12,7 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "files", "processes", "rng", "reference", "copies", "provenance"),
+    ("errors", "files", "private_ray", "processes", "rng", "reference", "copies", "provenance"),
     ("interrupts", "registry", "checkpoint_file", "rows_file"),
     ("config", "torch_import"),
     ("device", "flags", "own_code"),
@@ -30,6 +30,7 @@ LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 WITHOUT_FLOWER = (
     "errors",
     "interrupts",
+    "private_ray",
     "processes",
     "rng",
     "reference",

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import re
 import shutil
 import socket
@@ -17,6 +18,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPSConnection
@@ -35,6 +37,9 @@ APP = ("pyproject.toml", "README.md", "LICENSE", "fedsim", "strategies")
 CONNECTION = "fedsim"
 START_SECONDS = 60
 OUTCOME_SECONDS = 20
+ANSWER_SECONDS = 60
+SILENCE_SECONDS = 60  # of a run's log, after which the run is looked for; then twice as long each time
+MOST_SILENCE_SECONDS = 600
 RAY_PATH = 36  # characters of a folder below which the paths of Ray's sockets keep within the system's limit of 107
 
 
@@ -158,12 +163,21 @@ def wait_until_healthy(
 
 
 def _stream(command: list[str], env: dict[str, str]) -> str:
-    """Run ``flwr run --stream`` and print its log; returns the run's id, or nothing if it did not start."""
-    run_id = ""
+    """Run ``flwr run --stream`` and print its log; returns the run's id, or nothing if it did not start.
+
+    Raises RunFailed where the log ends or is silent, and no process works on the run.
+    """
+    run_id, patience = "", SILENCE_SECONDS
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
         try:
-            for line in process.stdout:
+            lines = _lines_of(process)
+            while (line := _next(lines, patience)) != "":
+                if line is None:
+                    if _has_ended(run_id, env, patience):
+                        process.kill()  # its log has not ended with it
+                        break
+                    patience = min(2 * patience, MOST_SILENCE_SECONDS)
+                    continue
                 print(line, end="", flush=True)
                 if found := re.search(r"Successfully started run (\d+)", line):
                     run_id = found[1]
@@ -173,19 +187,65 @@ def _stream(command: list[str], env: dict[str, str]) -> str:
     return run_id
 
 
+def _lines_of(process: subprocess.Popen[str]) -> queue.SimpleQueue[str]:
+    """The lines that `process` prints, as they come; an empty one when it has ended."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError):  # closed, as the process is not waited for any longer
+            for line in process.stdout:
+                lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def _next(lines: queue.SimpleQueue[str], seconds: float) -> str | None:
+    """The next line; None if there is none within so many seconds."""
+    try:
+        return lines.get(timeout=seconds)
+    except queue.Empty:
+        return None
+
+
+def _has_ended(run_id: str, env: dict[str, str], seconds: float) -> bool:
+    """Whether a run whose log was silent for so long has ended; raises RunFailed where no process works on it.
+
+    The SuperLink itself fails a run whose process has died, after a minute without a sign of life.
+    """
+    status = _status_now(run_id, env) if run_id else "not submitted"
+    if status in ("starting", "running"):
+        return False
+    if status.startswith("finished"):
+        return True
+    causes = {
+        "pending": "flower-superexec, which begins runs, did not begin this one: it has ended, or hangs",
+        "not submitted": "flwr run did not submit the run",
+    }
+    cause = causes.get(status, "the SuperLink does not answer")
+    raise RunFailed(f"{cause}; the log above was silent for {seconds:g} s")
+
+
 def _status(run_id: str, env: dict[str, str]) -> str:
     """Flower's status of a run that has ended; it is reported a moment after the last line of the log."""
-    command = [_tool("flwr"), "list", CONNECTION, "--run-id", run_id, "--format", "json"]
     deadline = time.monotonic() + OUTCOME_SECONDS
     while True:
-        answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout
-        try:
-            runs = json.loads(answer).get("runs", [])
-        except json.JSONDecodeError:  # the SuperLink is gone
-            runs = []
-        status = runs[0]["status"] if runs else "unknown"
+        status = _status_now(run_id, env)
         if status.startswith("finished") or time.monotonic() > deadline:
-            return str(status)
+            return status
+
+
+def _status_now(run_id: str, env: dict[str, str]) -> str:
+    """Flower's status of a run; unknown if the SuperLink does not answer."""
+    command = [_tool("flwr"), "list", CONNECTION, "--run-id", run_id, "--format", "json"]
+    try:
+        answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=ANSWER_SECONDS).stdout
+        runs = json.loads(answer).get("runs", [])
+    except (subprocess.TimeoutExpired, json.JSONDecodeError):  # the SuperLink hangs, or is gone
+        return "unknown"
+    return str(runs[0]["status"]) if runs else "unknown"
 
 
 def _tool(name: str) -> str:
