@@ -38,6 +38,7 @@ CONNECTION = "fedsim"
 START_SECONDS = 60
 OUTCOME_SECONDS = 20
 ANSWER_SECONDS = 60
+SUBMIT_SECONDS = 300
 SILENCE_SECONDS = 60  # of a run's log, after which the run is looked for; then twice as long each time
 MOST_SILENCE_SECONDS = 600
 RAY_PATH = 36  # characters of a folder below which the paths of Ray's sockets keep within the system's limit of 107
@@ -171,8 +172,10 @@ def _stream(command: list[str], env: dict[str, str]) -> str:
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
         try:
             lines = _lines_of(process)
-            while (line := _next(lines, patience)) != "":
+            while (line := _next(lines, patience if run_id else SUBMIT_SECONDS)) != "":
                 if line is None:
+                    if not run_id:
+                        raise RunFailed(f"flwr run has not submitted the run within {SUBMIT_SECONDS} s")
                     if _has_ended(run_id, env, patience):
                         process.kill()  # its log has not ended with it
                         break
@@ -215,16 +218,14 @@ def _has_ended(run_id: str, env: dict[str, str], seconds: float) -> bool:
 
     The SuperLink itself fails a run whose process has died, after a minute without a sign of life.
     """
-    status = _status_now(run_id, env) if run_id else "not submitted"
+    status = _status_now(run_id, env)
     if status in ("starting", "running"):
         return False
     if status.startswith("finished"):
         return True
-    causes = {
-        "pending": "flower-superexec, which begins runs, did not begin this one: it has ended, or hangs",
-        "not submitted": "flwr run did not submit the run",
-    }
-    cause = causes.get(status, "the SuperLink does not answer")
+    cause = "the SuperLink does not answer"
+    if status == "pending":
+        cause = "flower-superexec, which begins runs, did not begin this one: it has ended, or hangs"
     raise RunFailed(f"{cause}; the log above was silent for {seconds:g} s")
 
 
