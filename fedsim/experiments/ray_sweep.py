@@ -33,7 +33,7 @@ import fedsim
 import strategies
 from fedsim.config import CORES, Config, Engine, cpu_count
 from fedsim.errors import RunFailed, UserError
-from fedsim.experiments.execute import execute, resolve_run
+from fedsim.experiments.execute import execute, is_done, resolve_run
 from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
 from fedsim.experiments.track import check_tracker, tracker
@@ -107,12 +107,11 @@ class OnRay:
         for cell in cells:
             try:
                 run = open_run(cell.config, cell.mode)
-                with run.lock(patience):
-                    if rerun:
-                        run.reset()  # not in the task, which has to resume if Ray restarts it
-                if run.finished:
-                    run.check_inputs()
-                    run.check_outputs()
+                if rerun or not run.finished:
+                    with run.lock(patience):
+                        if rerun:
+                            run.reset()  # not in the task, which has to resume if Ray restarts it
+                if is_done(run):
                     yield cell, None
                 else:
                     tasks[self._submit(cell)] = cell
