@@ -38,6 +38,7 @@ CONNECTION = "fedsim"
 START_SECONDS = 60
 OUTCOME_SECONDS = 20
 ANSWER_SECONDS = 60
+SOCKETS = Path("/proc/net/tcp")  # where Linux tells whose a connection is
 SUBMIT_SECONDS = 300
 SILENCE_SECONDS = 60  # of a run's log, after which the run is looked for; then twice as long each time
 MOST_SILENCE_SECONDS = 600
@@ -106,7 +107,7 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
 
 def _superlink_command() -> list[str]:
     """The command of a SuperLink that serves this user alone, where the kernel tells whose a connection is."""
-    if Path("/proc/net/tcp").exists():
+    if SOCKETS.exists():
         return [sys.executable, "-P", str(Path(__file__).with_name("private_superlink.py"))]
     print(
         "warning: engine = flower: while it runs, other users of this machine can run code as you, by the SuperLink on "

@@ -103,6 +103,7 @@ class NodeRegistry:
     def _update(self, connected: set[int]) -> None:
         """Ask nodes that are not known yet, read what has been answered, and give free shards to those that wait."""
         self._waiting = {node: answer for node, answer in self._waiting.items() if node in connected}
+        self._refused = {node: reason for node, reason in self._refused.items() if node in connected}
         replies = self._answers(connected)
         for node in [*self._waiting, *replies]:
             try:

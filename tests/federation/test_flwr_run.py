@@ -256,6 +256,17 @@ def health_seen_by(user: int, port: int) -> int:
     return {1: 200, 2: 403}[os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])]
 
 
+def test_where_the_system_does_not_tell_whose_a_connection_is_a_line_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "private_superlink" in flwr_run._superlink_command()[-1]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(flwr_run, "SOCKETS", tmp_path / "none")
+    assert flwr_run._superlink_command() == [str(Path(sys.executable).with_name("flower-superlink"))]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: engine = flower: while it runs, other users of this machine can run code as you")
+
+
 @pytest.mark.parametrize("client", [("127.0.0.1", 1), ("127.0.0.1", 0)])
 def test_a_request_of_no_known_user_is_refused(client: tuple[str, int]) -> None:
     sent: list[Any] = []

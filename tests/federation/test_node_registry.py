@@ -154,6 +154,17 @@ def test_a_bad_node_is_left_out_alone_and_the_others_begin_at_once(
     assert clock.now == 1000
 
 
+def test_a_node_that_was_left_out_is_asked_again_when_it_is_back(network: Network, registry: NodeRegistry) -> None:
+    del network._contexts[3]
+    network.join(50, partition_id=7, num_partitions=4)
+    assert registry.refresh() == {2: 0, 4: 2, 5: 3}
+    put_right = network._contexts.pop(50)
+    registry.refresh()
+    network._contexts[50] = put_right
+    network.answers[50]["partition-id"] = 1
+    assert registry.refresh() == {2: 0, 50: 1, 4: 2, 5: 3}
+
+
 def test_others_that_may_still_join_are_waited_for(network: Network, small: Config, clock: SimpleNamespace) -> None:
     late = [network._contexts.pop(node) for node in (3, 4, 5)]
     network.join(50, partition_id=4, num_partitions=4)
