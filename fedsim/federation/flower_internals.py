@@ -16,15 +16,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = [
-    "CLIENT_FAILED",
-    "FlowerRun",
-    "actor_died",
-    "become_server",
-    "is_simulation",
-    "let_messages_be_made",
-    "set_message_id",
-]
+__all__ = ["CLIENT_FAILED", "FlowerRun", "actor_died", "become_server", "let_messages_be_made", "set_message_id"]
 
 CLIENT_FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
@@ -55,9 +47,4 @@ def actor_died(grid: Grid, reply: Message) -> bool:
     """
     reason = reply.error.reason or ""
     of_ray = re.match(r"<class 'ray\.exceptions\.(?!RayTaskError)", reason)  # that one: the client raised
-    return bool(of_ray) and reply.error.code == ErrorCode.UNKNOWN and is_simulation(grid)
-
-
-def is_simulation(grid: Grid) -> bool:
-    """Whether `grid` is that of Flower's simulation, whose nodes are all there from the start."""
-    return type(grid).__name__ == "InMemoryGrid"
+    return bool(of_ray) and reply.error.code == ErrorCode.UNKNOWN and type(grid).__name__ == "InMemoryGrid"

@@ -12,7 +12,7 @@ from fedsim.config import Config
 from fedsim.data.datasets import digests_of
 from fedsim.data.local_folder import IMAGES, LABELS
 from fedsim.errors import UserError
-from fedsim.federation.flower_internals import CLIENT_FAILED, is_simulation
+from fedsim.federation.flower_internals import CLIENT_FAILED
 from fedsim.federation.messenger import ANSWER_SECONDS, POLL_SECONDS, Messenger
 from fedsim.federation.protocol import shared
 from fedsim.inputs import check_own_data, differing
@@ -70,6 +70,7 @@ class NodeRegistry:
         self._questions: dict[int, _Question] = {}
         self._shards: Nodes = {}  # node -> the worker whose shard belongs to it, also while it is asked again
         self._holders: dict[int, int] = {}  # worker -> node, the inverse
+        self._sizes: dict[int, int] = {}  # node -> of how many it says it is one
         self._refused: dict[int, str] = {}  # node -> why
         self._waiting: dict[int, _Answer] = {}  # nodes whose shard belongs to another
 
@@ -171,6 +172,8 @@ class NodeRegistry:
         if reply.has_error():
             raise UserError(f"it cannot take part: {printable(reply.error.reason)}")
         held = reply.content.metric_records.get("partition", MetricRecord())
+        if type(size := held.get("num-partitions")) is int and size > 0:
+            self._sizes[reply.metadata.src_node_id] = size
         worker = self._worker_of(held)
         own_data = self._own_data_of(worker, reply.content)
         return _Answer(worker, self._images_of(held) if self._weighs_images else 0, own_data)
@@ -211,11 +214,12 @@ class NodeRegistry:
     def _is_complete(self, connected: set[int], late: bool) -> bool:
         """Whether `wait_for` need not wait: no other node is to be expected, or it is `late` and none may still answer.
 
-        All nodes of a simulation are there from the start, and of a deployment as many as there are clients.
+        A federation has as many nodes as all of them say, or else as there are clients.
         """
         if late:
             return not self._still_in_first_attempt()
-        expected = 1 if is_simulation(self._messenger.grid) else self._clients
+        sizes = {self._sizes.get(node) for node in connected}
+        expected = (sizes.pop() if len(sizes) == 1 else None) or self._clients
         decided = self.nodes.keys() | self._refused.keys() | self._waiting.keys()
         return len(connected) >= expected and connected <= decided
 
