@@ -55,13 +55,21 @@ def main() -> None:
 
 @contextlib.contextmanager
 def _saying_how_to_resume() -> Iterator[None]:
-    """Context manager: add a note to `Interrupted` that says how to resume, if the command can be resumed."""
+    """Context manager: say how to resume, if the command can be resumed, where it ends by a signal or a closed pipe.
+
+    `Interrupted` has it as a note.
+    """
+    flag = " without --rerun" if "--rerun" in sys.argv else ""
+    how = f"run the same command again{flag} to resume from the last checkpoint"
     try:
         yield
     except Interrupted as interrupted:
         if _resumes(sys.argv[1:]):
-            flag = " without --rerun" if "--rerun" in sys.argv else ""
-            interrupted.add_note(f"run the same command again{flag} to resume from the last checkpoint")
+            interrupted.add_note(how)
+        raise
+    except SystemExit as ended:  # by click, where nobody reads what is printed any more
+        if isinstance(ended.__context__, BrokenPipeError) and _resumes(sys.argv[1:]):
+            print(f"error: standard output was closed by whoever read it: {how}", file=sys.stderr)
         raise
 
 
@@ -529,9 +537,9 @@ def _check_run(config: Config, mode: Mode, engine: Engine, track: str) -> None:
     check_tracker(track, engine)
     check(config, mode, engine)
     folder = run_folder(config, mode)
-    check_writable(folder, folder.parent)
-    if (folder / CONFIG).exists():
-        open_run(config, mode, engine=engine if mode == "localsgd" else "")
+    begun = (folder / CONFIG).exists()
+    if not begun or not open_run(config, mode, engine=engine if mode == "localsgd" else "").finished:
+        check_writable(folder, folder.parent)
 
 
 @contextlib.contextmanager

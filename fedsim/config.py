@@ -715,7 +715,9 @@ CORES = "FEDSIM_CORES"  # in the environment of a process that has been given a 
 
 
 def cpu_count() -> int:
-    """The cores that this process may use."""
-    if CORES in os.environ:
-        return int(os.environ[CORES])
+    """The cores that this process may use; raises UserError where its environment gives no number of them."""
+    if given := os.environ.get(CORES):
+        if not given.isdecimal() or not 1 <= int(given[:SHOWN]) <= MAX_THREADS:
+            raise UserError(f"{CORES} = {_shown(given)} in the environment: give a number of cores, or leave it out")
+        return int(given)
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

@@ -95,7 +95,8 @@ def exit_on_signals() -> Iterator[None]:
         with contextlib.suppress(OSError):  # the terminal may be closed
             print(": ".join(["interrupted", *getattr(interrupted, "__notes__", ())]), file=sys.stderr, flush=True)
         with contextlib.suppress(OSError):
-            sys.stdout.flush()
+            if sys.stdout is not None:  # the process was started with it closed
+                sys.stdout.flush()
         os._exit(int(interrupted.code or 0))
     finally:
         for number in SIGNALS:  # a signal during the interpreter's shutdown would print a traceback

@@ -90,7 +90,8 @@ def running(
     def end() -> None:
         end_marked(mark)
         for process in started:
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it could not be ended, as was reported
+                process.wait(STOP_SECONDS)
 
     with cleanup(end):
         process = subprocess.Popen(

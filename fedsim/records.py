@@ -25,17 +25,19 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TextIO, TypeGuard
+from typing import Any, BinaryIO, TypeGuard
 
 from torch import Tensor
 
 from fedsim.checkpoint_file import InvalidCheckpoint, mismatch, parse_checkpoint, seal, serialize
 from fedsim.config import BUDGET, Config, Mode, complete_record
 from fedsim.errors import RunFailed, RunInProgress, UserError
+from fedsim.files import atomic_write, open_file, open_to_append, read_file
 from fedsim.inputs import Inputs, check_inputs, check_own_data, inputs_of, warn_of_versions
 from fedsim.provenance import provenance
+from fedsim.rows_file import RowsFile
 
 Row = dict[str, Any]
 OnRow = Callable[[Row], None]
@@ -81,9 +83,7 @@ class Run:
         self._identity = config.record(mode)
         with writable(config.results_dir):
             self._create_folder()
-        self.rows: list[Row] = []
-        self._rows_sha256 = hashlib.sha256()  # of metrics.jsonl, as this process knows it
-        self._rows_bytes = 0
+        self._rows = RowsFile(self.folder / ROWS)
         self._began = time.perf_counter()
         self._seconds_before = 0.0
         self._code_changed_after: list[int] = []  # the rounds after which changed code was accepted
@@ -121,7 +121,7 @@ class Run:
         """
         held = read_summary(self.folder) if self.finished else None
         with contextlib.suppress(OSError, InvalidCheckpoint):
-            held = held or parse_checkpoint((self.folder / CHECKPOINT).read_bytes())
+            held = held or parse_checkpoint(read_file(self.folder / CHECKPOINT))
         check_inputs(self._config, self.folder.name, held or {}, self._inputs)
 
     def resume(self, rounds: int, like: Mapping[str, Any]) -> dict[str, Any] | None:
@@ -172,11 +172,8 @@ class Run:
         row["tested_on"] = self.tested_on
         row["seconds"] = round(self.seconds, 3)
         line = (json.dumps({"version": ROW_VERSION, **row}, allow_nan=False) + "\n").encode()
-        with self._writing(), (self.folder / ROWS).open("ab") as file:
-            file.write(line)
-        self._rows_sha256.update(line)
-        self._rows_bytes += len(line)
-        self.rows.append(row)
+        with self._writing():
+            self._rows.append(line)
         self.on_row(row)
 
     def save_checkpoint(self, state: Mapping[str, Any]) -> None:
@@ -184,13 +181,15 @@ class Run:
 
         The rows before it are flushed to disk first. The previous checkpoint stays, in case this one is damaged.
         """
+        with self._writing():
+            rows_sha256 = self._rows.flush()
         header = {
             "version": CHECKPOINT_VERSION,
             "config": self._identity,
             "seconds": self.seconds,
             "stacked": self._engine == "stacked",
-            "rows_bytes": self._rows_bytes,
-            "rows_sha256": self._flush_rows(),
+            "rows_bytes": self._rows.size,
+            "rows_sha256": rows_sha256,
             **self._recorded_inputs(),
         }
         content = serialize({**header, **state})
@@ -223,11 +222,12 @@ class Run:
 
     def write_summary(self, finished: bool, parameters: int, device: str) -> None:
         """Write the summary of a run that has finished or stopped early. Accuracies are None if nothing was tested."""
-        rows_sha256 = self._flush_rows()
+        with self._writing():
+            rows_sha256 = self._rows.flush(read=True)
         summary = {
             "finished": finished,
             "tested_on": self.tested_on,
-            **_outcome(self.rows),
+            **_outcome(_each_row(self.folder)),
             "parameters": parameters,
             **({"engine": self._engine} if self._engine else {}),
             **provenance(device),
@@ -290,10 +290,10 @@ class Run:
             if not self._check_folder():
                 _write_json(self.folder / CONFIG, self._identity)
 
-    def _locked_file(self, patience: float = 0.0) -> TextIO:
+    def _locked_file(self, patience: float = 0.0) -> BinaryIO:
         """The lock file, locked until it is closed. Partial files of killed processes are removed."""
         deadline = time.monotonic() + patience
-        file = (self.folder / LOCK).open("w")
+        file = open_to_append(self.folder / LOCK)
         try:
             while True:
                 with contextlib.suppress(BlockingIOError):
@@ -336,7 +336,7 @@ class Run:
     def _read_checkpoint(self, path: Path, rows: bytes, rounds: int, like: Mapping[str, Any]) -> dict[str, Any]:
         """The checkpoint in `path`; raises InvalidCheckpoint if it does not match the run or its `rows`."""
         try:
-            checkpoint = parse_checkpoint(path.read_bytes())
+            checkpoint = parse_checkpoint(read_file(path))
         except OSError as error:
             raise InvalidCheckpoint(f"cannot be read ({error.strerror})") from error
         if checkpoint.get("version") != CHECKPOINT_VERSION:
@@ -366,23 +366,8 @@ class Run:
 
     def _truncate_rows(self, rows: bytes, length: int) -> None:
         """Continue from the first `length` bytes of `rows`; the file is cut to them."""
-        valid = rows[:length]
-        self.rows = [current_row(json.loads(line)) for line in valid.splitlines()]
-        self._rows_sha256, self._rows_bytes = hashlib.sha256(valid), len(valid)
-        with self._writing(), atomic_write(self.folder / ROWS) as file:
-            file.write(valid)
-
-    def _flush_rows(self) -> str:
-        """Flush metrics.jsonl to disk and return its SHA-256; raises RunFailed if another process has changed it."""
-        path = self.folder / ROWS
-        with self._writing(), path.open("rb") as file:
-            os.fsync(file.fileno())
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != self._rows_sha256.hexdigest():
-            raise RunFailed(
-                f"{path} was changed during the run: restore its rows; the same command then resumes the run"
-            )
-        return found
+        with self._writing():
+            self._rows.begin(rows[:length])
 
     @contextlib.contextmanager
     def _writing(self) -> Iterator[None]:
@@ -453,14 +438,14 @@ def default_name(config: Config, mode: Mode) -> str:
 def _round_of(path: Path) -> int | None:
     """The round of a checkpoint; None if it cannot be read."""
     with contextlib.suppress(OSError, InvalidCheckpoint):
-        return parse_checkpoint(path.read_bytes()).get("round")
+        return parse_checkpoint(read_file(path)).get("round")
     return None
 
 
 def is_locked(folder: Path) -> bool:
     """Whether a process holds the run's lock. This takes the lock for a moment: do not ask while a run begins."""
     try:
-        with (folder / LOCK).open() as file:
+        with open_file(folder / LOCK) as file:
             fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
     except OSError as error:  # else it has none, or it cannot be read
         return isinstance(error, BlockingIOError)
@@ -514,6 +499,13 @@ def read_rows(folder: Path) -> list[Row]:
     return rows
 
 
+def _each_row(folder: Path) -> Iterator[Row]:
+    """The rows of a run of this process, one by one, since there may be a million."""
+    with open_file(folder / ROWS) as file:
+        for line in file:
+            yield current_row(_parsed(line))
+
+
 def current_row(row: Row) -> Row:
     """`row`, a line of metrics.jsonl of any version, as rows are now; the version is left out."""
     for way in ("up", "down") if "version" not in row else ():
@@ -532,7 +524,7 @@ def _read_rows(folder: Path) -> bytes:
     """The content of metrics.jsonl."""
     path = folder / ROWS
     try:
-        return path.read_bytes() if path.exists() else b""
+        return read_file(path) if path.exists() else b""
     except OSError as error:
         raise UserError(f"{path} cannot be read ({error.strerror}): restore it, or give another --name") from error
 
@@ -579,27 +571,15 @@ def writable(results_dir: Path | str) -> Iterator[None]:
         ) from error
 
 
-@contextlib.contextmanager
-def atomic_write(path: Path) -> Iterator[BinaryIO]:
-    """Context manager: a file that appears as `path` only when all of it is on disk."""
-    part = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
-        with part.open("wb") as file:
-            yield file
-            file.flush()
-            os.fsync(file.fileno())
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
-
-
-def _outcome(rows: Sequence[Row]) -> dict[str, Any]:
+def _outcome(rows: Iterable[Row]) -> dict[str, Any]:
     """The accuracies, costs and seconds that a summary records of all rows of a run."""
-    tested = [value for row in rows if _is_number(value := row.get("test_accuracy"))]
-    last = rows[-1] if rows else {}
+    best, final, last = None, None, Row()
+    for last in rows:
+        if _is_number(tested := last.get("test_accuracy")):
+            best, final = tested if best is None else max(best, tested), tested
     return {
-        "best_test_accuracy": max(tested, default=None),
-        "final_test_accuracy": tested[-1] if tested else None,
+        "best_test_accuracy": best,
+        "final_test_accuracy": final,
         **{name: last.get(name, 0) for name in COSTS},
         "seconds": last.get("seconds", 0.0),
     }
@@ -610,7 +590,7 @@ def _is_number(value: object) -> TypeGuard[float]:
 
 
 def _sha256_of(path: Path) -> str:
-    with path.open("rb") as file:
+    with open_file(path) as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
@@ -641,7 +621,7 @@ def _write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 def _read_json(path: Path, remedy: str) -> dict[str, Any]:
     try:
-        return _parsed(path.read_bytes())
+        return _parsed(read_file(path))
     except (OSError, ValueError) as error:
         raise UserError(f"{path} is damaged or cannot be read: {remedy}") from error
 

@@ -203,6 +203,17 @@ def test_bad_input_is_one_line_and_exit_code_2(call: Call, tmp_path: Path, argum
     assert sorted(tmp_path.rglob("*")) == before
 
 
+@pytest.mark.parametrize("cores", ["abc", "0", "-1", "1.5", "9" * 5000])
+def test_a_number_of_cores_in_the_environment_that_is_none_is_one_line(
+    call: Call, monkeypatch: pytest.MonkeyPatch, cores: str
+) -> None:
+    monkeypatch.setenv("FEDSIM_CORES", cores)
+    code, out, err = call(*"centralized --dataset synthetic --synthetic-images 64 --epochs 1 --device cpu".split())
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: FEDSIM_CORES = {repr(cores)[:50]}")
+    assert err.endswith(" in the environment: give a number of cores, or leave it out\n")
+
+
 def test_another_configuration_under_the_same_name_is_refused(call: Call, tmp_path: Path) -> None:
     assert call("localsgd", *TINY, "--name", "mine")[0] == 0
     before = {path: path.read_bytes() for path in (tmp_path / "results" / "mine").iterdir()}

@@ -216,6 +216,7 @@ def test_where_a_file_cannot_grow_the_run_ends_and_resumes_when_it_can(
 
 BEGIN = """
 import json, shutil, subprocess, sys, traceback
+from fedsim import cli
 from fedsim.config import Config
 from fedsim.errors import RunFailed
 from fedsim.experiments.execute import execute
@@ -248,6 +249,9 @@ except RunFailed as error:
 mount("remount,rw")
 execute(config, "localsgd")
 shutil.copytree("disk/run", "kept")
+mount("remount,ro")
+sys.argv = "run.py localsgd --resume run --results-dir disk --engine threads".split()
+cli.main()
 """
 
 
@@ -287,7 +291,10 @@ def test_whichever_write_fills_the_disk_the_run_resumes_when_there_is_room(stopp
 
 
 def test_a_read_only_disk_ends_the_run_which_then_resumes(stopped: Config, tmp_path: Path) -> None:
-    (line,) = on_a_disk(READ_ONLY, stopped, tmp_path)
+    """Once it is finished, it is skipped on such a disk too."""
+    line, begins, finished = on_a_disk(READ_ONLY, stopped, tmp_path)
+    assert begins.endswith("/disk/run")
+    assert finished.startswith("finished: test accuracy ")
     assert line.startswith(f"{tmp_path}/disk/run cannot be written (Read-only file system): fix that; ")
     whole = Path(stopped.results_dir) / "whole"
     assert_same_bits(final_model(tmp_path / "kept"), final_model(whole))

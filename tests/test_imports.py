@@ -12,8 +12,8 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "locks", "processes", "rng", "reference", "copies", "provenance"),
-    ("interrupts", "registry", "checkpoint_file"),
+    ("errors", "locks", "files", "private_ray", "processes", "rng", "reference", "copies", "provenance"),
+    ("interrupts", "registry", "checkpoint_file", "rows_file"),
     ("config", "torch_import"),
     ("device", "flags", "own_code"),
     ("data", "optim"),
@@ -31,11 +31,14 @@ WITHOUT_FLOWER = (
     "errors",
     "locks",
     "interrupts",
+    "private_ray",
     "processes",
     "rng",
     "reference",
     "registry",
     "checkpoint_file",
+    "files",
+    "rows_file",
     "copies",
     "provenance",
     "config",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import random
 import re
 import signal
@@ -149,6 +150,29 @@ def test_signals_ignored_from_the_start_stay_ignored(tmp_path: Path) -> None:
     code = "import signal, os; from fedsim.interrupts import raise_on_signals; raise_on_signals(); "
     script = f"trap '' HUP; {sys.executable} -c '{code} os.kill(os.getpid(), signal.SIGHUP); print(1)'"
     assert subprocess.run(["sh", "-c", script], capture_output=True, text=True, cwd=ROOT).stdout == "1\n"
+
+
+def test_a_signal_ends_a_process_with_its_code_where_standard_output_is_closed() -> None:
+    code = "import os; from fedsim.interrupts import exit_on_signals\nwith exit_on_signals(): os.kill(os.getpid(), 15)"
+    script = f'exec {sys.executable} -c "$0" >&-'
+    done = subprocess.run(["sh", "-c", script, code], stderr=subprocess.PIPE, text=True, preexec_fn=default_signals)
+    assert (done.returncode, done.stderr) == (143, "interrupted\n")
+
+
+def test_a_run_whose_output_nobody_reads_any_more_ends_with_a_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As by ``| head -1``."""
+    read, write = os.pipe()
+    os.close(read)
+    with open(os.devnull, "w") as nothing, os.fdopen(write, "w") as pipe:
+        monkeypatch.setattr(sys, "stdout", pipe)
+        with pytest.raises(SystemExit) as ended:
+            here(tmp_path, *RUNS["localsgd"].split())
+        os.dup2(nothing.fileno(), write)  # for what is left to be flushed
+    assert ended.value.code == 1
+    line = "error: standard output was closed by whoever read it: run the same command again to resume from the last"
+    assert capsys.readouterr().err == f"{line} checkpoint\n"
 
 
 SWALLOWED = """

@@ -6,11 +6,12 @@ import json
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,13 +20,14 @@ import torch
 from hypothesis import given, settings, strategies
 
 import fedsim
-from fedsim.checkpoint_file import seal, serialize
+from fedsim.checkpoint_file import parse_checkpoint, seal, serialize
 from fedsim.config import Config, Mode
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute
+from fedsim.files import atomic_write
 from fedsim.provenance import provenance
-from fedsim.records import Run, atomic_write, config_of_run, default_name, read_rows, read_summary
+from fedsim.records import Run, config_of_run, default_name, is_locked, read_rows, read_summary
 from tests.conftest import SMALL, TIMES, Execute, assert_same_bits, final_model, rows_of
 
 MODES: tuple[Mode, ...] = ("localsgd", "centralized")
@@ -118,6 +120,27 @@ def flipped(path: Path) -> None:
 def a_directory(path: Path) -> None:
     path.unlink()
     path.mkdir()
+
+
+def a_fifo(path: Path) -> None:
+    path.unlink()
+    os.mkfifo(path)
+
+
+@contextlib.contextmanager
+def ended_after(seconds: float) -> Iterator[None]:
+    """Context manager: raise TimeoutError where something waits for longer."""
+
+    def end(number: int, frame: object) -> None:
+        raise TimeoutError
+
+    before = signal.signal(signal.SIGALRM, end)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def of_version_2(path: Path) -> None:
@@ -301,12 +324,44 @@ def test_rows_that_change_during_a_run_end_it(small: Config) -> None:
     before = contents(run.folder / "checkpoint.pt")
     rows = run.folder / "metrics.jsonl"
     rows.write_bytes(rows.read_bytes().replace(b"0.1", b"0.9"))
+    os.utime(rows, (1, 1))  # the clock of older file systems may not have gone on since the last row
     with pytest.raises(RunFailed, match=r"metrics.jsonl was changed during the run: restore its rows"):
         run.save_checkpoint({"round": 2})
     with pytest.raises(RunFailed, match=r"metrics.jsonl was changed during the run"):
         run.write_summary(True, 1, "cpu")
     assert contents(run.folder / "checkpoint.pt") == before
     assert not (run.folder / "summary.json").exists()
+
+
+def bytes_read() -> int:
+    """How many bytes this process has read so far."""
+    return int(re.findall(r"rchar: (\d+)", Path("/proc/self/io").read_text())[0])
+
+
+def test_a_checkpoint_reads_no_row_again_however_many_there_are(small: Config) -> None:
+    """Not those since the run was resumed, nor those before; at the end all are read once."""
+    config = small.changed({"name": "run"})
+    run = Run(config, "localsgd")
+    run.resume(9, {})
+    run.log_row({"round": 1, "test_accuracy": 0.1, "note": "x" * 10**6})
+    run.save_checkpoint({"round": 1})
+    resumed = Run(config, "localsgd")
+    assert resumed.resume(9, {})
+    for round_, accuracy in ((2, 0.3), (3, 0.2)):
+        resumed.log_row({"round": round_, "test_accuracy": accuracy, "note": "x" * 10**6})
+        before = bytes_read()
+        resumed.save_checkpoint({"round": round_})
+        assert bytes_read() - before < 10**6
+    saved = parse_checkpoint((run.folder / "checkpoint.pt").read_bytes())
+    content = (run.folder / "metrics.jsonl").read_bytes()
+    assert (saved["rows_bytes"], saved["rows_sha256"]) == (len(content), hashlib.sha256(content).hexdigest())
+    before = bytes_read()
+    resumed.save_model({})
+    resumed.write_summary(True, 1, "cpu")
+    assert bytes_read() - before > 3 * 10**6
+    summary = read_summary(run.folder)
+    assert summary
+    assert (summary["best_test_accuracy"], summary["final_test_accuracy"], summary["round"]) == (0.3, 0.2, 3)
 
 
 def spoil_model(folder: Path) -> None:
@@ -443,12 +498,21 @@ def test_a_configuration_to_resume_that_is_none_is_named(begun: Config, tmp_path
 FILES = ("config.json", "metrics.jsonl", "checkpoint.pt", "checkpoint-before.pt", "model.pt", "summary.json", ".lock")
 
 
+@pytest.mark.parametrize(
+    ("what", "replaced"),
+    [(a_directory, ["checkpoint.pt"]), (a_fifo, ["checkpoint.pt", "checkpoint-before.pt", "model.pt"])],
+)
 @pytest.mark.parametrize("name", FILES)
-def test_a_directory_in_the_place_of_a_file_is_one_line_or_no_matter(begun: Config, tmp_path: Path, name: str) -> None:
+def test_what_is_no_file_in_the_place_of_one_is_one_line_or_no_matter(
+    begun: Config, tmp_path: Path, name: str, what: Callable[[Path], None], replaced: list[str]
+) -> None:
+    """No process waits for the other end of a FIFO."""
     config, path = copy_of_part(begun, "localsgd", tmp_path), tmp_path / "part" / name
-    a_directory(path)
-    failure = failure_of(lambda: execute(config, "localsgd"))
-    if name == "checkpoint.pt":
+    what(path)
+    with ended_after(60):
+        failure = failure_of(lambda: execute(config, "localsgd"))
+        is_locked(path.parent)
+    if name in replaced:
         assert failure == ""
         assert_as_undisturbed(begun, "localsgd", path.parent)
     else:

@@ -36,10 +36,11 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.cost import flop_per_image
 from fedsim.experiments.study import read_study
 from fedsim.federation.flwr_run import CHECKOUT
+from fedsim.files import atomic_write
 from fedsim.models import check_model
 from fedsim.provenance import provenance
-from fedsim.records import atomic_write
 
+START_LIMIT = 600  # seconds
 Turn = tuple[str, Config]  # a variant, and the configuration that it is timed in
 
 
@@ -171,7 +172,11 @@ def start_up(device: str) -> float:
         keys = "--dataset synthetic --synthetic-images 64 --model lenet5 --clients 1 --local-steps 1 --rounds 1".split()
         command = [sys.executable, str(CHECKOUT / "run.py"), "localsgd", *keys]
         began = time.perf_counter()
-        done = subprocess.run([*command, "--device", device, "--results-dir", folder], capture_output=True, text=True)
+        command += ["--device", device, "--results-dir", folder]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, timeout=START_LIMIT)
+        except subprocess.TimeoutExpired as error:
+            raise RunFailed(f"the run of one step was not done within {START_LIMIT} s") from error
         if done.returncode:
             raise RunFailed(f"the run of one step failed: {' '.join(done.stderr.splitlines()[-1:])}")
         return time.perf_counter() - began

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import pickle
+import socket
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +19,8 @@ from fedsim.errors import UserError
 CIFAR10: Moments = ((0.4914, 0.4822, 0.4465), (0.2023, 0.1994, 0.2010))
 CIFAR100: Moments = ((0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762))
 FASHION_MNIST: Moments = ((0.2860,), (0.3530,))
+
+SILENCE_SECONDS = 60.0  # of a server that a data set is downloaded from
 
 
 @dataclass(frozen=True)
@@ -77,7 +82,8 @@ def read_official(name: str, folder: Path, train: bool) -> tuple[NDArray[np.uint
             raise FileNotFoundError(f"there is no {official.folder}")
         if missing:
             print(f"no {official.reader} in {folder}: downloading it there (169 MB)", file=sys.stderr)
-        read = reader(str(folder), train=train, download=missing)
+        with _bounded_silence():
+            read = reader(str(folder), train=train, download=missing)
     except OSError as error:
         why = "and it could not be downloaded or read" if official.download else "that can be read"
         raise UserError(
@@ -90,6 +96,17 @@ def read_official(name: str, folder: Path, train: bool) -> tuple[NDArray[np.uint
             f"data-dir = {folder} holds a damaged {official.folder} ({_first_line(error)}): remove it and {again}"
         ) from error
     return np.asarray(read.data).reshape(-1, *official.shape), np.asarray(read.targets).astype(np.int64)
+
+
+@contextlib.contextmanager
+def _bounded_silence() -> Iterator[None]:
+    """Context manager: a server that sends nothing for `SILENCE_SECONDS` is an OSError; torchvision would wait."""
+    before = socket.getdefaulttimeout()
+    socket.setdefaulttimeout(SILENCE_SECONDS)
+    try:
+        yield
+    finally:
+        socket.setdefaulttimeout(before)
 
 
 def coarse_labels(folder: Path) -> NDArray[np.int64]:

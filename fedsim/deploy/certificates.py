@@ -12,6 +12,7 @@ from ipaddress import ip_address
 from typing import NamedTuple
 
 from cryptography import x509
+from cryptography.exceptions import UnsupportedAlgorithm
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import (
@@ -25,6 +26,7 @@ from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 Key = ec.EllipticCurvePrivateKey
 
+CURVE = ec.SECP384R1()
 AUTHORITY_DAYS = 3650
 SERVER_DAYS = 730
 CLOCK_TOLERANCE = datetime.timedelta(hours=1)  # certificates are valid that long before they were made
@@ -32,7 +34,7 @@ CLOCK_TOLERANCE = datetime.timedelta(hours=1)  # certificates are valid that lon
 
 def new_key() -> Key:
     """A private key."""
-    return ec.generate_private_key(ec.SECP384R1())
+    return ec.generate_private_key(CURVE)
 
 
 class Authority(NamedTuple):
@@ -52,11 +54,31 @@ def new_authority() -> Authority:
 
 
 def read_authority(certificate: bytes, key: bytes) -> Authority:
-    """The authority with this PEM certificate and key; raises ValueError if they do not belong together."""
-    authority = Authority(x509.load_pem_x509_certificate(certificate), load_pem_private_key(key, None))  # type: ignore[arg-type]
-    if authority.certificate.public_key() != authority.key.public_key():
-        raise ValueError("another certificate's key")
-    return authority
+    """The authority with this PEM certificate and key; raises ValueError where no node would trust what it signs."""
+    try:
+        read, read_key = x509.load_pem_x509_certificate(certificate), load_pem_private_key(key, None)
+    except (ValueError, TypeError, UnsupportedAlgorithm) as error:  # of a damaged, an encrypted, an unknown one
+        raise ValueError("one of them is not a PEM file without a password") from error
+    if read.public_key() != read_key.public_key():
+        raise ValueError("the key is of another certificate")
+    if not isinstance(read_key, ec.EllipticCurvePrivateKey) or read_key.curve.name != CURVE.name:
+        raise ValueError(f"its key is not on the curve {CURVE.name}")
+    if not _may_sign(read):
+        raise ValueError("it is not the certificate of an authority")
+    begins, ends = read.not_valid_before_utc, read.not_valid_after_utc
+    if not begins <= datetime.datetime.now(datetime.UTC) < ends:
+        raise ValueError(f"it is valid from {begins:%Y-%m-%d} to {ends:%Y-%m-%d}")
+    return Authority(read, read_key)
+
+
+def _may_sign(certificate: x509.Certificate) -> bool:
+    """Whether a certificate is of an authority that may sign certificates of servers."""
+    try:
+        basic = certificate.extensions.get_extension_for_class(x509.BasicConstraints).value
+        usage = certificate.extensions.get_extension_for_class(x509.KeyUsage).value
+    except x509.ExtensionNotFound:
+        return False
+    return basic.ca and usage.key_cert_sign
 
 
 def server_certificate(key: Key, hosts: Sequence[str], authority: Authority) -> x509.Certificate:

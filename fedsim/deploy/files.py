@@ -12,7 +12,8 @@ certificates.
 
 from __future__ import annotations
 
-import getpass
+import os
+import pwd
 import re
 import shutil
 import sys
@@ -127,8 +128,12 @@ def deploy(federation: Federation, out: Path, ca: Path | None = None) -> None:
 def _authority(folder: Path) -> Authority:
     try:
         return read_authority((folder / "ca.crt").read_bytes(), (folder / "ca.key").read_bytes())
-    except (OSError, ValueError, TypeError) as error:
-        raise UserError(f"ca = {folder} holds no ca.crt with its ca.key: give the ca/ of a deployment") from error
+    except (OSError, ValueError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise UserError(
+            f"ca = {folder} holds no ca.crt with its ca.key that can sign ({reason}): give the ca/ of a deployment, or "
+            "leave it out for a new authority"
+        ) from error
 
 
 def _scripts(federation: Federation, out: Path) -> Files:
@@ -217,9 +222,17 @@ def _filled(template: str, values: Mapping[str, object]) -> bytes:
 def _unit(folder: Path, name: str, description: str, script: str) -> bytes:
     """A systemd unit that runs a script in `folder`, with % escaped everywhere and \\ and " within quotes."""
     binaries = re.sub(r'[\\"]', r"\\\g<0>", str(Path(sys.executable).parent))
-    about = {"UNIT": name, "DESCRIPTION": description, "SCRIPT": script, "USER": getpass.getuser()}
+    about = {"UNIT": name, "DESCRIPTION": description, "SCRIPT": script, "USER": _user()}
     paths = {"FOLDER": str(folder).replace("%", "%%"), "BIN": binaries.replace("%", "%%")}
     return _filled("unit.service", about | paths)
+
+
+def _user() -> str:
+    """The name of the user of this process, or its number if it has none."""
+    try:
+        return pwd.getpwuid(os.getuid()).pw_name
+    except KeyError:
+        return str(os.getuid())
 
 
 def _connection(federation: Federation, certificate: Path) -> bytes:

@@ -73,14 +73,15 @@ def execute_checked(
     if mode == "localsgd" and engine != "flower" and (rerun or not run_folder(config, mode).exists()):
         check_memory(config, verbose=False)
     run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)
+    if not rerun and is_done(run):  # nothing is written: the disk may be read-only
+        return run
     with run.lock(patience):
         if rerun:
             run.reset()
-        if run.finished or engine == "flower":  # which resumes it in another process
-            run.check_inputs()
-        if run.finished:
-            run.check_outputs()
+        if is_done(run):
             return run
+        if engine == "flower":  # which resumes it in another process
+            run.check_inputs()
         if mode == "centralized":
             train_centralized(config, run)
             return run
@@ -93,6 +94,15 @@ def execute_checked(
     paths = {"results-dir": str(run.folder.parent), "data-dir": absolute_data_dir(config)}
     run_with_flwr(config.changed({"name": run.folder.name, **paths}))
     return run
+
+
+def is_done(run: Run) -> bool:
+    """Whether a run is finished; raises UserError if it is, but its inputs or its files have changed since."""
+    if run.finished:
+        run.check_inputs()
+        run.check_outputs()
+        return True
+    return False
 
 
 def check(config: Config, mode: Mode, engine: Engine) -> None:

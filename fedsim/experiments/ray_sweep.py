@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray._private import ray_constants
+from ray._raylet import AuthenticationTokenLoader  # type: ignore[attr-defined]
+from ray._raylet import Config as RayConfig  # type: ignore[attr-defined]
 from ray.exceptions import RayError, RayTaskError
 from rich.progress import Progress
 
@@ -30,11 +33,12 @@ import fedsim
 import strategies
 from fedsim.config import CORES, Config, Engine, cpu_count
 from fedsim.errors import RunFailed, UserError
-from fedsim.experiments.execute import execute, resolve_run
+from fedsim.experiments.execute import execute, is_done, resolve_run
 from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
 from fedsim.experiments.track import check_tracker, tracker
 from fedsim.federation.lengthen import open_run
+from fedsim.private_ray import private_ray
 from fedsim.provenance import origin
 from fedsim.records import CONFIG, read_summary
 
@@ -80,21 +84,22 @@ class OnRay:
         else:
             _check_address(address)
         on_sigterm = signal.getsignal(signal.SIGTERM)  # Ray replaces it
-        try:
-            ray.init(
-                address,
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level=logging.ERROR,
-                runtime_env={"py_modules": CODE_FOLDERS, "env_vars": _environment()},
-                **own,
-            )
-            signal.signal(signal.SIGTERM, on_sigterm)
-            for share in shares:
-                _check_room(share)
-            yield
-        finally:
-            ray.shutdown()
+        with _private() if address == "local" else contextlib.nullcontext():
+            try:
+                ray.init(
+                    address,
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level=logging.ERROR,
+                    runtime_env={"py_modules": CODE_FOLDERS, "env_vars": _environment()},
+                    **own,
+                )
+                signal.signal(signal.SIGTERM, on_sigterm)
+                for share in shares:
+                    _check_room(share)
+                yield
+            finally:
+                ray.shutdown()
 
     def run(self, cells: Sequence[Cell], rerun: bool, patience: float, progress: Progress) -> Iterator[Outcome]:
         """Run `cells` in parallel; see `OneByOne.run`."""
@@ -102,12 +107,11 @@ class OnRay:
         for cell in cells:
             try:
                 run = open_run(cell.config, cell.mode)
-                with run.lock(patience):
-                    if rerun:
-                        run.reset()  # not in the task, which has to resume if Ray restarts it
-                if run.finished:
-                    run.check_inputs()
-                    run.check_outputs()
+                if rerun or not run.finished:
+                    with run.lock(patience):
+                        if rerun:
+                            run.reset()  # not in the task, which has to resume if Ray restarts it
+                if is_done(run):
                     yield cell, None
                 else:
                     tasks[self._submit(cell)] = cell
@@ -138,6 +142,33 @@ class OnRay:
         if self.gpus and not gpus:
             raise UserError(f"gpus-per-cell = {self.gpus}, but device = {config.device}: give --device cuda")
         return {"CPU": self.cpus or float(config.threads), "GPU": gpus}
+
+
+@contextlib.contextmanager
+def _private() -> Iterator[None]:
+    """Context manager: the Ray that this process starts has the settings of `private_ray`.
+
+    Ray has read its settings when it was imported, and is made to read them again, here and at the end.
+    """
+    own = private_ray()
+    held = {name: os.environ.get(name) for name in own}
+    in_clusters = ray_constants.ENABLE_RAY_CLUSTER
+    try:
+        os.environ.update(own)
+        ray_constants.ENABLE_RAY_CLUSTER = False
+        _read_settings()
+        yield
+    finally:
+        for name, value in held.items():
+            os.environ.pop(name)
+            os.environ.update({} if value is None else {name: value})
+        ray_constants.ENABLE_RAY_CLUSTER = in_clusters
+        _read_settings()
+
+
+def _read_settings() -> None:
+    AuthenticationTokenLoader.instance().reset_cache()
+    RayConfig.initialize("")
 
 
 @ray.remote(max_retries=MAX_RESTARTS)

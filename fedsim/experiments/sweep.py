@@ -24,7 +24,8 @@ from fedsim.experiments.progress import each, ends_after, status
 from fedsim.experiments.study import STORED, Cell, Study
 from fedsim.experiments.track import tracker
 from fedsim.federation.lengthen import open_run
-from fedsim.records import OnRow, atomic_write, read_summary, writable
+from fedsim.files import atomic_write, read_file
+from fedsim.records import OnRow, read_summary, writable
 
 if TYPE_CHECKING:
     from fedsim.experiments.ray_sweep import OnRay
@@ -82,9 +83,15 @@ def run_studies(
         with writable(results):
             for study, _ in studies:
                 (folder := results / study.name).mkdir(parents=True, exist_ok=True)
-                with atomic_write(folder / STORED) as file:
-                    file.write(study.toml.encode())
+                _store(folder / STORED, study.toml.encode())
         return run_cells(cells, runner, rerun, console)
+
+
+def _store(path: Path, content: bytes) -> None:
+    """Write a file, unless it has this content: where all runs are finished, the disk may be read-only."""
+    if not path.exists() or read_file(path) != content:
+        with atomic_write(path) as file:
+            file.write(content)
 
 
 def checked_cells(studies: Sequence[tuple[Study, Sequence[Cell]]], results: Path, runner: Runner) -> list[Cell]:

@@ -34,7 +34,8 @@ from fedsim.experiments.sweep import (
     run_cells,
     run_studies,
 )
-from fedsim.records import CONFIG, atomic_write, read_rows, read_summary, writable
+from fedsim.files import atomic_write
+from fedsim.records import CONFIG, read_rows, read_summary, writable
 
 STAGES = (0.25, 0.5)  # parts of a trial, after which hopeless ones are stopped
 

@@ -19,6 +19,7 @@ from fedsim.data.partition import images_of_epoch
 from fedsim.errors import UserError
 from fedsim.experiments.progress import ends_after, status
 from fedsim.experiments.study import STORED, read_study
+from fedsim.files import open_file
 from fedsim.records import CONFIG, ROWS, SUMMARY, Row, is_locked, read_config, read_summary
 
 EVERY_SECONDS = 2.0
@@ -136,7 +137,7 @@ def _last_rows(path: Path) -> Iterator[Row]:
     """The last complete rows of a file to which another process may be writing."""
     if not path.exists():
         return
-    with path.open("rb") as file:
+    with open_file(path) as file:
         file.seek(max(0, path.stat().st_size - LAST_BYTES))
         begins = file.tell() == 0
         lines = file.read().splitlines(keepends=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import queue
 import re
 import shutil
 import socket
@@ -17,6 +18,7 @@ import ssl
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPSConnection
@@ -26,6 +28,7 @@ import torch
 
 from fedsim.config import Config, cpu_count
 from fedsim.errors import RunFailed, UserError
+from fedsim.private_ray import private_ray
 from fedsim.processes import cleanup, running
 from fedsim.provenance import origin
 
@@ -34,6 +37,11 @@ APP = ("pyproject.toml", "README.md", "LICENSE", "fedsim", "strategies")
 CONNECTION = "fedsim"
 START_SECONDS = 60
 OUTCOME_SECONDS = 20
+ANSWER_SECONDS = 180  # of a SuperLink, also on a machine with much else to do
+SOCKETS = Path("/proc/net/tcp")  # where Linux tells whose a connection is
+SUBMIT_SECONDS = 300
+SILENCE_SECONDS = 60  # of a run's log, after which the run is looked for; then twice as long each time
+MOST_SILENCE_SECONDS = 600
 RAY_PATH = 36  # characters of a folder below which the paths of Ray's sockets keep within the system's limit of 107
 
 
@@ -89,12 +97,24 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
         f'[superlink]\ndefault = "{CONNECTION}"\n\n'
         f'[superlink.{CONNECTION}]\naddress = "127.0.0.1:{port}"\ninsecure = true\n'
     )
-    command = [_tool("flower-superlink"), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
+    command = [*_superlink_command(), "--insecure", "--simulation", "--host", "127.0.0.1", "--port", str(port)]
     log = folder / "superlink.log"
     env = environment(folder)
     with log.open("wb") as output, running(command, env, output, folder) as (process, mark):
         wait_until_healthy(process, port, log)
         yield {**env, **mark}
+
+
+def _superlink_command() -> list[str]:
+    """The command of a SuperLink that serves this user alone, where the kernel tells whose a connection is."""
+    if SOCKETS.exists():
+        return [sys.executable, "-P", str(Path(__file__).with_name("private_superlink.py"))]
+    print(
+        "warning: engine = flower: while it runs, other users of this machine can run code as you, by the SuperLink on "
+        "its loopback interface",
+        file=sys.stderr,
+    )
+    return [_tool("flower-superlink")]
 
 
 def environment(home: Path, ray_address: str = "") -> dict[str, str]:
@@ -121,8 +141,10 @@ def environment(home: Path, ray_address: str = "") -> dict[str, str]:
         "RAY_USAGE_STATS_ENABLED": "0",
         "FEDSIM_ORIGIN": json.dumps(origin()),
     }
-    if env["RAY_ADDRESS"] == "local" and len(str(home)) <= RAY_PATH:
-        env["RAY_TMPDIR"] = str(home)
+    if env["RAY_ADDRESS"] == "local":
+        env |= private_ray()
+        if len(str(home)) <= RAY_PATH:
+            env["RAY_TMPDIR"] = str(home)
     return env
 
 
@@ -143,12 +165,23 @@ def wait_until_healthy(
 
 
 def _stream(command: list[str], env: dict[str, str]) -> str:
-    """Run ``flwr run --stream`` and print its log; returns the run's id, or nothing if it did not start."""
-    run_id = ""
+    """Run ``flwr run --stream`` and print its log; returns the run's id, or nothing if it did not start.
+
+    Raises RunFailed where the log ends or is silent, and no process works on the run.
+    """
+    run_id, patience = "", SILENCE_SECONDS
     with subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
-        assert process.stdout is not None
         try:
-            for line in process.stdout:
+            lines = _lines_of(process)
+            while (line := _next(lines, patience if run_id else SUBMIT_SECONDS)) != "":
+                if line is None:
+                    if not run_id:
+                        raise RunFailed(f"flwr run has not submitted the run within {SUBMIT_SECONDS} s")
+                    if _has_ended(run_id, env, patience):
+                        process.kill()  # its log has not ended with it
+                        break
+                    patience = min(2 * patience, MOST_SILENCE_SECONDS)
+                    continue
                 print(line, end="", flush=True)
                 if found := re.search(r"Successfully started run (\d+)", line):
                     run_id = found[1]
@@ -158,19 +191,63 @@ def _stream(command: list[str], env: dict[str, str]) -> str:
     return run_id
 
 
+def _lines_of(process: subprocess.Popen[str]) -> queue.SimpleQueue[str]:
+    """The lines that `process` prints, as they come; an empty one when it has ended."""
+    lines: queue.SimpleQueue[str] = queue.SimpleQueue()
+
+    def read() -> None:
+        assert process.stdout is not None
+        with contextlib.suppress(ValueError):  # closed, as the process is not waited for any longer
+            for line in process.stdout:
+                lines.put(line)
+        lines.put("")
+
+    threading.Thread(target=read, daemon=True).start()
+    return lines
+
+
+def _next(lines: queue.SimpleQueue[str], seconds: float) -> str | None:
+    """The next line; None if there is none within so many seconds."""
+    try:
+        return lines.get(timeout=seconds)
+    except queue.Empty:
+        return None
+
+
+def _has_ended(run_id: str, env: dict[str, str], seconds: float) -> bool:
+    """Whether a run whose log was silent for so long has ended; raises RunFailed where no process works on it.
+
+    The SuperLink itself fails a run whose process has died, after a minute without a sign of life.
+    """
+    status = _status_now(run_id, env)
+    if status in ("starting", "running"):
+        return False
+    if status.startswith("finished"):
+        return True
+    cause = "the SuperLink does not answer"
+    if status == "pending":
+        cause = "flower-superexec, which begins runs, did not begin this one: it has ended, or hangs"
+    raise RunFailed(f"{cause}; the log above was silent for {seconds:g} s")
+
+
 def _status(run_id: str, env: dict[str, str]) -> str:
     """Flower's status of a run that has ended; it is reported a moment after the last line of the log."""
-    command = [_tool("flwr"), "list", CONNECTION, "--run-id", run_id, "--format", "json"]
     deadline = time.monotonic() + OUTCOME_SECONDS
     while True:
-        answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=60).stdout
-        try:
-            runs = json.loads(answer).get("runs", [])
-        except json.JSONDecodeError:  # the SuperLink is gone
-            runs = []
-        status = runs[0]["status"] if runs else "unknown"
+        status = _status_now(run_id, env)
         if status.startswith("finished") or time.monotonic() > deadline:
-            return str(status)
+            return status
+
+
+def _status_now(run_id: str, env: dict[str, str]) -> str:
+    """Flower's status of a run; unknown if the SuperLink does not answer."""
+    command = [_tool("flwr"), "list", CONNECTION, "--run-id", run_id, "--format", "json"]
+    try:
+        answer = subprocess.run(command, env=env, capture_output=True, text=True, timeout=ANSWER_SECONDS).stdout
+        runs = json.loads(answer).get("runs", [])
+    except (subprocess.TimeoutExpired, json.JSONDecodeError):  # the SuperLink hangs, or is gone
+        return "unknown"
+    return str(runs[0]["status"]) if runs else "unknown"
 
 
 def _tool(name: str) -> str:

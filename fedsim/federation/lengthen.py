@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-
 from fedsim.config import Config, Mode
 from fedsim.errors import UserError
 from fedsim.records import CONFIG, LENGTH, OnRow, Run, differences, read_config, read_summary, run_folder
 from fedsim.training.centralized import whole_epochs
+from fedsim.training.round_starts import RoundStarts
 from fedsim.training.run_plan import run_plan
 
 
@@ -44,21 +43,21 @@ def _why_not(shorter: Config, longer: Config, mode: Mode, trained_by: str, engin
     if longer.schedule == "cosine":
         return "with schedule = cosine its rates depend on its length: give another --name to run a longer one"
     before, after = _starts(shorter, mode), _starts(longer, mode)
-    if tuple(after) == tuple(before):
+    if after.equal_rounds == before.equal_rounds:
         keys = " and ".join(f"{name} = {shorter.as_keys()[name]}" for name in LENGTH if name in longer.identity(mode))
         return f"it already has this length: give {keys}, or another --name or --results-dir"
     if after[-1] <= before[-1]:
         return "it can be lengthened, but not shortened: give more rounds or epochs, or another --name or --results-dir"
-    if tuple(after[: len(before)]) != tuple(before):
+    if not before.begins(after):
         if longer.local_steps_schedule == "constant":
             return "its last round was cut to meet its epochs: give another --name to run a longer one"
         return f"J of its rounds depends on its length ({longer.local_steps_schedule}): give another --name"
     return ""
 
 
-def _starts(config: Config, mode: Mode) -> Sequence[int]:
+def _starts(config: Config, mode: Mode) -> RoundStarts:
     """The local step at which each round starts (centralized: the number of each epoch), and the end of the run."""
-    return range(whole_epochs(config)[0] + 1) if mode == "centralized" else run_plan(config).starts
+    return RoundStarts([(1, whole_epochs(config)[0])]) if mode == "centralized" else run_plan(config).starts
 
 
 def _length(config: Config, mode: Mode) -> str:

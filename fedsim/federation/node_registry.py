@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
@@ -33,8 +34,22 @@ class _Question:
     patience: float
 
 
+class _Answer(NamedTuple):
+    """What a node says of itself: the shard that it holds, and the images of its own, if it has any."""
+
+    worker: int
+    images: int  # 0: it was not asked
+    own_data: dict[str, str]  # their digests
+
+
 class NodeRegistry:
     """The nodes that take part, by the shard that each says it holds.
+
+    A node that fails, says what cannot be, or has other data or code than the server is left out, with a line, and the
+    others go on. A shard belongs to the first node that says it holds it, for as long as that one is connected: another
+    that says so takes no part, and is handed no memory, until the first is gone. So a node that was ended and started
+    again has its shard back once the SuperLink knows that it had ended. Whom the SuperLink takes for a node is its
+    matter: with `deploy`, whoever has a registered key.
 
     All have the data set and the code of the server. A node may have images of its own instead: `own_data` holds their
     digests, by worker, and none for a worker that has the data set of the run. They stay the same for the whole run.
@@ -53,45 +68,57 @@ class NodeRegistry:
         self._messenger, self._clients = messenger, config.clients
         self._content = RecordDict({"config": ConfigRecord({**shared(config)})})
         self._questions: dict[int, _Question] = {}
-        self._rejected: set[int] = set()
+        self._shards: Nodes = {}  # node -> the worker whose shard belongs to it, also while it is asked again
+        self._holders: dict[int, int] = {}  # worker -> node, the inverse
+        self._sizes: dict[int, int] = {}  # node -> of how many it says it is one
+        self._refused: dict[int, str] = {}  # node -> why
+        self._waiting: dict[int, _Answer] = {}  # nodes whose shard belongs to another
 
-    def wait_for(self, least: int, strict: bool = False) -> None:
-        """Ask every node which shard it holds. Nodes may take two minutes to join; then `least` of them are enough.
+    def wait_for(self, least: int) -> None:
+        """Ask every node which shard it holds, also those that are known: one may have been started again.
 
-        A node that cannot take part (its federation has another size, its own configuration is wrong, its shard is
-        another node's) is rejected with a line, or, `strict`, raises UserError.
+        Nodes may take two minutes to join; then `least` of them are enough. They are at once where no other can be
+        expected. Raises UserError where fewer can take part, with the reason of each that cannot.
         """
         self.nodes, self._questions = {}, {}
-        self._rejected.clear()
+        self._refused, self._waiting = {}, {}
         deadline = time.monotonic() + JOIN_SECONDS
         while True:
             connected = set(self._messenger.grid.get_node_ids())
-            found, rejected = self._identify(connected)
-            if strict:
-                self._check(found, rejected)
-            self._take_in(found, rejected)
-            if len(self.nodes) >= self._clients or (time.monotonic() > deadline and not self._still_in_first_attempt()):
+            self._update(connected)
+            if len(self.nodes) >= self._clients or self._is_complete(connected, time.monotonic() > deadline):
                 break
             time.sleep(POLL_SECONDS)
         if len(self.nodes) < least:
-            raise UserError(
-                f"clients = {self._clients}, but only {len(self.nodes)} nodes are connected: connect the others"
-            )
+            raise UserError(self._too_few(least))
 
     def refresh(self) -> Nodes:
-        """The known nodes that are connected now. A new one that holds the shard of another replaces it.
+        """The known nodes that are connected now. A new one takes the shard of one that is gone.
 
         New nodes are asked, and answers read that have come by now, without waiting for any.
         """
         connected = set(self._messenger.grid.get_node_ids())
-        self._take_in(*self._identify(connected))
+        self._update(connected)
         return {node: worker for node, worker in self.nodes.items() if node in connected}
 
-    def _identify(self, connected: set[int]) -> tuple[Nodes, dict[int, str]]:
-        """Ask nodes that are not known yet, and read what has been answered: the workers, and reasons to reject."""
+    def _update(self, connected: set[int]) -> None:
+        """Ask nodes that are not known yet, read what has been answered, and give free shards to those that wait."""
+        self._waiting = {node: answer for node, answer in self._waiting.items() if node in connected}
+        self._refused = {node: reason for node, reason in self._refused.items() if node in connected}
+        replies = self._answers(connected)
+        for node in [*self._waiting, *replies]:
+            try:
+                answer = self._waiting.get(node) or self._answer_of(replies[node])
+                self._take_in(node, answer, connected)
+            except UserError as error:
+                self._refuse(node, str(error))
+        self.nodes = dict(sorted(self.nodes.items(), key=lambda item: item[1]))
+
+    def _answers(self, connected: set[int]) -> dict[int, Message]:
+        """Ask nodes that are not known yet, and read what has been answered, in the order of the nodes."""
         self._questions = {node: asked for node, asked in self._questions.items() if node in connected}
         now = time.monotonic()
-        unknown = sorted(connected - self.nodes.keys() - self._rejected)
+        unknown = sorted(connected - self.nodes.keys() - self._refused.keys() - self._waiting.keys())
         due = [node for node in unknown if node not in self._questions or now >= self._questions[node].again_at]
         questions = [Message(self._content, node, "query.partition") for node in due]
         ids = self._messenger.grid.push_messages(questions) if due else ()
@@ -100,52 +127,80 @@ class NodeRegistry:
             patience = 2 * earlier.patience
             self._questions[node] = _Question(earlier.ids | {id_}, now + patience, patience)
 
-        found: Nodes = {}
-        rejected: dict[int, str] = {}
-        waiting = {id_: node for node, asked in self._questions.items() for id_ in asked.ids if id_}
-        for reply in self._messenger.receive(waiting):
-            node = waiting[reply.metadata.reply_to_message_id]
+        answers: dict[int, Message] = {}
+        asked_by = {id_: node for node, asked in self._questions.items() for id_ in asked.ids if id_}
+        for reply in self._messenger.receive(asked_by):
+            node = asked_by[reply.metadata.reply_to_message_id]
             self._questions.pop(node, None)
-            if reply.metadata.src_node_id != node:  # the SuperLink reports that the node is gone
-                continue
-            if not reply.has_error():
-                try:
-                    worker = self._worker_of(reply.content)
-                    self._check_inputs(worker, reply.content)
-                    if self._weighs_images:  # last: a node that is rejected changes no weight
-                        self.images[worker] = self._images_of(reply.content)
-                    found[node] = worker
-                except UserError as error:
-                    rejected[node] = str(error)
-            elif reply.error.code == CLIENT_FAILED:
-                rejected[node] = f"a node cannot take part: {printable(reply.error.reason)}"
-        return dict(sorted(found.items())), rejected
+            gone = reply.metadata.src_node_id != node  # the SuperLink says so, in its own name
+            if not gone and (reply.has_content() or reply.error.code == CLIENT_FAILED):
+                answers[node] = reply
+        return dict(sorted(answers.items()))
 
-    def _worker_of(self, content: RecordDict) -> int:
-        held = content.metric_records.get("partition", MetricRecord())
+    def _take_in(self, node: int, answer: _Answer, connected: set[int]) -> None:
+        """Give a node the shard that it says it holds, or let it wait while that is another's that is connected."""
+        holder = self._holders.get(answer.worker, node)
+        if holder != node and holder in connected:
+            if node not in self._waiting:
+                _report(node, self._why_waiting(answer.worker))
+            self._release(node)
+            self._waiting[node] = answer
+            return
+        worker = str(answer.worker)
+        check_own_data(worker, self._own_data.setdefault(worker, answer.own_data), answer.own_data)
+        if self._weighs_images:  # last: a node that is refused changes no weight
+            self.images[answer.worker] = answer.images
+        for other in (node, holder):
+            self._release(other)
+        self._holders[answer.worker] = node
+        self._shards[node] = self.nodes[node] = answer.worker
+
+    def _refuse(self, node: int, reason: str) -> None:
+        _report(node, reason)
+        self._release(node)
+        self._refused[node] = reason
+
+    def _release(self, node: int) -> None:
+        """The node holds no shard and waits for none."""
+        if (worker := self._shards.pop(node, None)) is not None:
+            del self._holders[worker]
+        self.nodes.pop(node, None)
+        self._waiting.pop(node, None)
+
+    def _answer_of(self, reply: Message) -> _Answer:
+        """What a reply says; raises UserError where its node cannot take part."""
+        if reply.has_error():
+            raise UserError(f"it cannot take part: {printable(reply.error.reason)}")
+        held = reply.content.metric_records.get("partition", MetricRecord())
+        if type(size := held.get("num-partitions")) is int and size > 0:
+            self._sizes[reply.metadata.src_node_id] = size
+        worker = self._worker_of(held)
+        own_data = self._own_data_of(worker, reply.content)
+        return _Answer(worker, self._images_of(held) if self._weighs_images else 0, own_data)
+
+    def _worker_of(self, held: MetricRecord) -> int:
         worker, number = held.get("partition-id"), held.get("num-partitions")
         if number != self._clients:
             shown = printable(number)
             raise UserError(
-                f"clients = {self._clients}, but the federation has {shown} nodes: make them equal, by "
-                f"-c clients=N, or in a simulation by --federation-config num-supernodes={self._clients}"
+                f"its federation has {shown} nodes, not clients = {self._clients}: make them equal, by -c clients=N, "
+                f"or in a simulation by --federation-config num-supernodes={self._clients}"
             )
         if type(worker) is not int or not 0 <= worker < self._clients:
             last = self._clients - 1
-            raise UserError(f"a node holds shard {printable(worker)}: give it a partition-id from 0 to {last}")
+            raise UserError(f"it holds shard {printable(worker)}: give it a partition-id from 0 to {last}")
         return worker
 
-    def _images_of(self, content: RecordDict) -> int:
-        images = content.metric_records["partition"].get("images")
+    def _images_of(self, held: MetricRecord) -> int:
+        images = held.get("images")
         if type(images) is not int or images < 1:
-            raise UserError(f"a node holds {printable(images)} images: it must run the server's version of fedsim")
+            raise UserError(f"it holds {printable(images)} images: it must run the server's version of fedsim")
         return images
 
-    def _check_inputs(self, worker: int, content: RecordDict) -> None:
-        """Raise UserError where a node has other data or code than the server, or other images than before."""
+    def _own_data_of(self, worker: int, content: RecordDict) -> dict[str, str]:
+        """The digests of a node's own images, if it has any; raises UserError where its data or code are others."""
         data, code = (dict(content.config_records.get(name, ConfigRecord())) for name in ("data", "code"))
         has_own = data.keys() == {IMAGES, LABELS}
-        own = {name: str(value)[:SHA256_DIGITS] for name, value in data.items()} if has_own else {}
         node = f"the node with partition-id {worker}"
         if not has_own and (other := differing(data, self._data)):
             raise UserError(
@@ -154,26 +209,42 @@ class NodeRegistry:
             )
         if other := differing(code, self._code):
             raise UserError(f"{node} has another {printable(other)} than the server: give it the same code")
-        check_own_data(str(worker), self._own_data.setdefault(str(worker), own), own)
+        return {name: str(value)[:SHA256_DIGITS] for name, value in data.items()} if has_own else {}
 
-    def _check(self, found: Nodes, rejected: dict[int, str]) -> None:
-        for reason in rejected.values():
-            raise UserError(reason)
-        shards = sorted([*self.nodes.values(), *found.values()])
-        if len(set(shards)) < len(shards):
-            raise UserError(
-                f"clients = {self._clients}, but the nodes hold the shards {shards}: give each node its own"
-            )
+    def _is_complete(self, connected: set[int], late: bool) -> bool:
+        """Whether `wait_for` need not wait: no other node is to be expected, or it is `late` and none may still answer.
 
-    def _take_in(self, found: Nodes, rejected: dict[int, str]) -> None:
-        for node, reason in rejected.items():
-            self._rejected.add(node)
-            print(f"a node that has connected is left out: {reason}", flush=True)
-        for node, worker in found.items():
-            self.nodes = {other: held for other, held in self.nodes.items() if held != worker} | {node: worker}
-        self.nodes = dict(sorted(self.nodes.items(), key=lambda item: item[1]))
+        A federation has as many nodes as all of them say, or else as there are clients.
+        """
+        if late:
+            return not self._still_in_first_attempt()
+        sizes = {self._sizes.get(node) for node in connected}
+        expected = (sizes.pop() if len(sizes) == 1 else None) or self._clients
+        decided = self.nodes.keys() | self._refused.keys() | self._waiting.keys()
+        return len(connected) >= expected and connected <= decided
+
+    def _too_few(self, least: int) -> str:
+        """The error of `wait_for`, with the reason of each node that is left out."""
+        reasons = self._refused | {node: self._why_waiting(answer.worker) for node, answer in self._waiting.items()}
+        if not reasons:
+            return f"clients = {self._clients}, but only {len(self.nodes)} nodes are connected: connect the others"
+        nodes_of: dict[str, list[int]] = {}
+        for node, reason in reasons.items():
+            nodes_of.setdefault(reason, []).append(node)
+        left_out = "; ".join(f"{reason} (node {', '.join(map(str, nodes))})" for reason, nodes in nodes_of.items())
+        return (
+            f"clients = {self._clients}, but only {len(self.nodes)} nodes can take part, and {least} must. "
+            f"Left out: {left_out}"
+        )
+
+    def _why_waiting(self, worker: int) -> str:
+        return f"its partition-id {worker} is that of another node that is connected: give each node its own"
 
     def _still_in_first_attempt(self) -> bool:
         """Whether a node may still answer the first question that it was asked."""
         now = time.monotonic()
         return any(asked.patience == ANSWER_SECONDS and now < asked.again_at for asked in self._questions.values())
+
+
+def _report(node: int, reason: str) -> None:
+    print(f"node {node} is left out: {reason}", flush=True)

@@ -32,7 +32,7 @@ from fedsim.federation.round import (
 )
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import check_model, initial_model
-from fedsim.records import Run, config_of_run, print_row, run_folder
+from fedsim.records import Run, config_of_run, print_row, read_rows, run_folder
 from fedsim.training.batchnorm import calibration_crops, reestimate
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
@@ -59,7 +59,7 @@ def main(grid: Grid, context: Context) -> None:
         with run.lock():
             train_localsgd(grid, config, run)
     except UserError as error:
-        if is_new and not run.rows and not isinstance(error, RunInProgress):  # nothing was trained
+        if is_new and not read_rows(run.folder) and not isinstance(error, RunInProgress):  # nothing was trained
             shutil.rmtree(run.folder)
         raise
 
@@ -77,13 +77,14 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     messenger = Messenger(grid)
     registry = NodeRegistry(messenger, config, run.own_data)
     strategy = build_strategy(config, plan, model, registry.images)
-    registry.wait_for(config.min_clients or config.clients, strict=True)
+    registry.wait_for(config.min_clients or config.clients)
     progress = resume(run, messenger, registry.nodes, initial, plan.rounds)
 
     saved = furthest = progress.round
-    failures = 0  # since a round came further than all before it
+    failures, lost = 0, False  # since a round came further than all before it
     while progress.round < plan.last_round:
-        saves = is_saved(config, plan, progress.round + 1)
+        # A round that clients lost their memory in is saved: if they do so again, those before it are not repeated
+        saves = is_saved(config, plan, progress.round + 1) or (lost and progress.round == furthest)
 
         # Train a round
         try:
@@ -91,7 +92,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
             if saves:
                 memories = collect_memories(messenger, config, registry.nodes, progress, sent, model)
         except TooFewClients as failure:
-            failures += 1
+            failures, lost = failures + 1, lost or failure.memory_lost
             if failures == MAX_ATTEMPTS:
                 if failure.all_refused and not failure.memory_lost and progress.round == saved > 0:
                     run.put_checkpoint_aside()
@@ -100,7 +101,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
             progress = recover(failure, config, plan, run, messenger, registry, progress, initial)
             continue
         if progress.round > furthest:
-            furthest, failures = progress.round, 0
+            furthest, failures, lost = progress.round, 0, False
 
         # Evaluate and record
         ends = progress.round == plan.rounds

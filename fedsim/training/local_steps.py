@@ -12,9 +12,9 @@ Every rule is evaluated where a round begins, with the rate at that step. The la
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
 
 from fedsim.config import FIELDS, Config, check_used, kebab, table_of
@@ -26,7 +26,20 @@ USED_BY = {  # key -> the schedules that use it
     "switch_epoch": ("post-local",),
     "local_steps_table": ("table",),
 }
-LocalSteps = Callable[[int], int]  # the first local step of a round -> how many it takes
+
+
+@dataclass(frozen=True)
+class LocalSteps:
+    """How many local steps the round takes that begins at a step.
+
+    From one of the ascending `changes` to the next, J only rises or only falls.
+    """
+
+    steps_at: Callable[[int], int]
+    changes: Sequence[int] = ()
+
+    def __call__(self, step: int) -> int:
+        return self.steps_at(step)
 
 
 def local_steps_of(config: Config, steps_per_epoch: Fraction, total: int, rate: Callable[[int], float]) -> LocalSteps:
@@ -83,7 +96,7 @@ def _switch_epoch(config: Config) -> float:
 
 def post_local(local_steps: int, switch_step: int) -> LocalSteps:
     """One step a round before `switch_step`, then `local_steps`; no round crosses the switch."""
-    return lambda step: 1 if step < switch_step else local_steps
+    return LocalSteps(lambda step: 1 if step < switch_step else local_steps)
 
 
 def qsr(local_steps: int, alpha: float, rate: Callable[[int], float], warmup_steps: int) -> LocalSteps:
@@ -97,18 +110,18 @@ def qsr(local_steps: int, alpha: float, rate: Callable[[int], float], warmup_ste
         ratio = Fraction(str(alpha)) / Fraction(f"{rate(step):.12g}")  # in decimal: 0.3 / (0.1 * 0.1) is 30
         return max(local_steps, min(math.floor(ratio**2), 2**62))
 
-    return steps
+    return LocalSteps(steps, [warmup_steps])
 
 
 def linear(local_steps: int, largest: int, total: int) -> LocalSteps:
     """From `local_steps` at the start of the `total` steps of the run to `largest` at their end."""
-    return lambda step: local_steps + (largest - local_steps) * step // total
+    return LocalSteps(lambda step: local_steps + (largest - local_steps) * step // total)
 
 
 def doubling(local_steps: int, largest: int, total: int) -> LocalSteps:
     """`local_steps` times 1, 2, 4, ... as long as that is at most `largest`, each for an equal share of `total`."""
     levels = int(math.log2(largest // local_steps)) + 1
-    return lambda step: local_steps * 2 ** (levels * step // total)
+    return LocalSteps(lambda step: local_steps * 2 ** (levels * step // total))
 
 
 def table(local_steps: int, epochs: Sequence[tuple[float, int]], steps_per_epoch: Fraction) -> LocalSteps:
@@ -120,9 +133,4 @@ def table(local_steps: int, epochs: Sequence[tuple[float, int]], steps_per_epoch
         reached = [j for start, j in starts if step >= start]
         return reached[-1] if reached else local_steps
 
-    return steps
-
-
-def round_starts(steps: LocalSteps) -> Iterator[int]:
-    """The local step at which each round begins, without end."""
-    return itertools.accumulate(itertools.repeat(0), lambda start, _: start + steps(start))
+    return LocalSteps(steps, [start for start, _ in starts])

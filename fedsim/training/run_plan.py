@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import bisect
 import functools
-import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
@@ -18,18 +17,18 @@ from fedsim.config import MAX_LOCAL_STEPS, Config
 from fedsim.data.partition import images_held, shard_sizes
 from fedsim.errors import UserError
 from fedsim.optim.lr_schedule import Schedule, schedule_of
-from fedsim.training.local_steps import check_local_steps, local_steps_of, round_starts
+from fedsim.training.local_steps import LocalSteps, check_local_steps, local_steps_of
+from fedsim.training.round_starts import RoundStarts, rounds_of_number, rounds_of_steps
 
 
 @dataclass(frozen=True)
 class RunPlan:
     """A pure function of the configuration and the number of training images.
 
-    `starts` has one entry per round, the number of local steps taken before it, and a last one, the number of
-    steps of the whole run. An epoch is one pass over the images held by clients, by all workers of a round together.
+    An epoch is one pass over the images held by clients, by all workers of a round together.
     """
 
-    starts: Sequence[int]
+    starts: RoundStarts
     last_round: int  # the round to stop after for now; `rounds` unless the run is to stop early
     batch_size: int  # of each worker
     steps_per_epoch: Fraction
@@ -52,7 +51,7 @@ class RunPlan:
     @property
     def max_steps(self) -> int:
         """The most local steps that any round has."""
-        return max(map(self.steps, range(1, self.rounds + 1)))
+        return self.starts.most_steps
 
     def samples(self, round_: int, held: int) -> range:
         """Which of the images that a worker reads in the run, pass after pass over the `held` ones, a round takes."""
@@ -110,26 +109,23 @@ def run_plan(config: Config) -> RunPlan:
     return RunPlan(starts, min(stops), config.batch_size, steps_per_epoch, lr, config.local_epochs)
 
 
-def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int], Schedule]) -> Sequence[int]:
+def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int], Schedule]) -> RoundStarts:
     """`RunPlan.starts`; `schedule` gives the learning rates of a run of so many steps."""
     if config.local_steps_schedule == "constant":
         whole = config.local_steps if config.local_epochs else 1  # a round of local epochs cannot be cut
         total = config.rounds * config.local_steps or whole * _steps_of(steps_per_epoch / whole, config.epochs)
-        if total % config.local_steps:
-            return (*range(0, total, config.local_steps), total)
-        return range(0, total + 1, config.local_steps)
+        return RoundStarts(rounds_of_steps(LocalSteps(lambda step: config.local_steps), total))
     if config.rounds:
         # No rule of a run of so many rounds depends on its number of steps (`check_local_steps`)
         rule = local_steps_of(config, steps_per_epoch, 1, schedule(1))
-        starts = tuple(itertools.islice(round_starts(rule), config.rounds + 1))
-        if max(after - before for before, after in itertools.pairwise(starts)) > MAX_LOCAL_STEPS:
+        starts = RoundStarts(rounds_of_number(rule, config.rounds))
+        if starts.most_steps > MAX_LOCAL_STEPS:
             raise UserError(
                 f"qsr-alpha = {config.qsr_alpha}: some J is more than {MAX_LOCAL_STEPS:,}: give a smaller one"
             )
         return starts
     total = _steps_of(steps_per_epoch, config.epochs)
-    rule = local_steps_of(config, steps_per_epoch, total, schedule(total))
-    return (*itertools.takewhile(lambda start: start < total, round_starts(rule)), total)
+    return RoundStarts(rounds_of_steps(local_steps_of(config, steps_per_epoch, total, schedule(total)), total))
 
 
 def _steps_of(steps_per_epoch: Fraction, epochs: float) -> int:

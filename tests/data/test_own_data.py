@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import pickle
+import socket
 from pathlib import Path
 from typing import Any
 
@@ -86,6 +87,18 @@ def test_fashion_mnist_is_read_from_its_official_files(tmp_path: Path, monkeypat
     torch.testing.assert_close(plain[:, 0], (torch.from_numpy(images["train"]) / 255 - 0.2860) / 0.3530)
     with pytest.raises(UserError, match="normalize = cifar10 has 3 channels, and the images of fashion-mnist 1"):
         moments_of(config.changed({"normalize": "cifar10"}))
+
+
+def test_a_server_that_sends_nothing_is_not_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before = socket.getdefaulttimeout()
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        address = f"http://127.0.0.1:{server.getsockname()[1]}/cifar-100-python.tar.gz"
+        monkeypatch.setattr(datasets.CIFAR100, "url", address)
+        monkeypatch.setattr(official, "SILENCE_SECONDS", 0.5)
+        monkeypatch.setenv("no_proxy", "127.0.0.1")
+        with pytest.raises(UserError, match=r"has no CIFAR100 and it could not be downloaded or read \(.*timed out"):
+            load_dataset(config_of("cifar100", tmp_path))
+    assert socket.getdefaulttimeout() == before
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import configparser
 import contextlib
+import datetime
 import os
+import pwd
 import re
 import shutil
 import socket
@@ -15,18 +17,22 @@ import subprocess
 import sys
 import threading
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import yaml
 from cryptography import x509
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec, rsa
+from cryptography.hazmat.primitives.asymmetric.types import CertificateIssuerPrivateKeyTypes
 from flwr.cli.flower_config import parse_superlink_connection
 from flwr.cli.supernode.register import try_load_public_key
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.supernode.cli.flower_supernode import _try_setup_client_authentication
 
+from fedsim.deploy import certificates
+from fedsim.deploy.certificates import Authority, certificate_pem, new_authority, new_key, private_pem
 from fedsim.deploy.files import Federation, File, deploy, write_new
 from fedsim.errors import UserError
 from tests.federation.processes import client_environment
@@ -198,6 +204,61 @@ def test_flower_reads_each_nodes_key_pair(folder: Path) -> None:
         assert public == public_key_to_bytes(pair[1])
         seen.add(public)
     assert len(seen) == 3
+
+
+def authority(key: CertificateIssuerPrivateKeyTypes, ca: bool = True, usage: bool = True, days: int = 1) -> Authority:
+    """An authority, or what is none: of that key, without the right to sign, or expired where `days` are negative."""
+    name = x509.Name([x509.NameAttribute(x509.NameOID.COMMON_NAME, "lab")])
+    now = datetime.datetime.now(datetime.UTC)
+    builder = x509.CertificateBuilder(name, name, key.public_key(), x509.random_serial_number())
+    builder = builder.not_valid_before(now - datetime.timedelta(days=9))
+    builder = builder.not_valid_after(now + datetime.timedelta(days=days))
+    builder = builder.add_extension(x509.BasicConstraints(ca=ca, path_length=None), critical=True)
+    if usage:
+        builder = builder.add_extension(certificates._usage("key_cert_sign"), critical=True)
+    return Authority(builder.sign(key, hashes.SHA256()), key)  # type: ignore[arg-type]
+
+
+REFUSED: dict[str, tuple[Callable[[], Authority], str]] = {
+    "RSA-1024": (lambda: authority(rsa.generate_private_key(65537, 1024)), "its key is not on the curve secp384r1"),
+    "P-256": (lambda: authority(ec.generate_private_key(ec.SECP256R1())), "its key is not on the curve secp384r1"),
+    "no CA": (lambda: authority(new_key(), ca=False), "it is not the certificate of an authority"),
+    "no usage": (lambda: authority(new_key(), usage=False), "it is not the certificate of an authority"),
+    "expired": (lambda: authority(new_key(), days=-1), r"it is valid from \d{4}-\d\d-\d\d to \d{4}-\d\d-\d\d"),
+    "other key": (lambda: new_authority()._replace(key=new_key()), "the key is of another certificate"),
+}
+
+
+@pytest.mark.parametrize("refused", REFUSED)
+def test_an_authority_that_no_node_should_trust_signs_nothing(tmp_path: Path, refused: str) -> None:
+    make, reason = REFUSED[refused]
+    certificate, key = make()
+    (ca := tmp_path / "ca").mkdir()
+    (ca / "ca.crt").write_bytes(certificate_pem(certificate))
+    (ca / "ca.key").write_bytes(private_pem(key))
+    with pytest.raises(
+        UserError, match=rf"^ca = {ca} holds no ca.crt with its ca.key that can sign \({reason}\): give"
+    ):
+        deploy(Federation(1), tmp_path / "out", ca)
+    assert not (tmp_path / "out").exists()
+    (ca / "ca.key").write_bytes(b"-----BEGIN")
+    with pytest.raises(UserError, match="one of them is not a PEM file without a password"):
+        deploy(Federation(1), tmp_path / "out", ca)
+
+
+def test_a_unit_runs_as_who_made_it_whatever_the_environment_says(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where that user has no name."""
+    for name in ("LOGNAME", "USER"):
+        monkeypatch.setenv(name, "me\nExecStartPre=/bin/false")
+    own = pwd.getpwuid(os.getuid()).pw_name
+    for name, who in (("named", own), ("nameless", str(os.getuid()))):
+        deploy(Federation(1), tmp_path / name)
+        text = (tmp_path / name / "superlink" / "fedsim-superlink.service").read_text()
+        assert f"\nUser={who}\nWorkingDirectory=" in text
+        assert "ExecStartPre" not in text
+        monkeypatch.setattr(pwd, "getpwuid", {}.__getitem__)
 
 
 def test_flower_reads_the_connection(folder: Path) -> None:

@@ -248,7 +248,7 @@ def test_another_number_of_nodes_is_an_error_not_a_wait(small: Config) -> None:
     config = resolve(small.changed({"name": "count"}), "localsgd")
     with (
         InProcessGrid(client_app.app, config.changed({"clients": 3})) as grid,
-        pytest.raises(UserError, match="clients = 4, but the federation has 3 nodes"),
+        pytest.raises(UserError, match="its federation has 3 nodes, not clients = 4: make"),
     ):
         train_localsgd(grid, config, Run(config, "localsgd"))
 

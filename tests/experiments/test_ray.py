@@ -88,6 +88,37 @@ def test_a_grid_on_ray_is_the_grid_one_by_one_and_leaves_nothing_behind(
     assert started_by(str(tmp_path)) == []  # Ray is gone
 
 
+OWN_RAY = """
+import contextlib, os, psutil, ray, subprocess, sys
+from pathlib import Path
+from fedsim.experiments.ray_sweep import OnRay
+
+before = dict(os.environ)
+with OnRay("threads", "local").started([]):
+    listening = set()
+    for process in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.Error):
+            listening |= {each.laddr.ip for each in process.net_connections("tcp") if each.status == "LISTEN"}
+    print(*sorted(listening))
+    check = [str(Path(sys.executable).with_name("ray")), "health-check"]
+    check += ["--address", ray.get_runtime_context().gcs_address]
+    for changed in ({}, {"RAY_AUTH_TOKEN": "0" * 64}):
+        done = subprocess.run(check, env=os.environ | changed, capture_output=True, text=True, timeout=120)
+        print(done.returncode, "authenti" in done.stderr)
+print(*(name for name in os.environ.keys() - before.keys() if "AUTH" in name or "CLUSTER" in name))
+"""
+
+
+def test_a_ray_of_ones_own_is_on_the_loopback_interface_and_asks_for_its_token() -> None:
+    """It ends with the environment as it was, for a cluster that is joined then."""
+    done = subprocess.run([sys.executable, "-c", OWN_RAY], capture_output=True, text=True, timeout=300)
+    listening, *checks, left = done.stdout.splitlines()
+    assert set(listening.split()) <= {"127.0.0.1", "::ffff:127.0.0.1"}
+    assert listening
+    assert checks == ["0 False", "1 True"]
+    assert left == ""
+
+
 @pytest.mark.slow
 def test_a_tuned_study_on_ray_chooses_the_same_and_is_tracked(tmp_path: Path, nodes: Nodes) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")

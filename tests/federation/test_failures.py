@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from fedsim.experiments.execute import execute
 from fedsim.federation import client_app, lengthen, resources, server_app
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
 from fedsim.federation.in_process import InProcessGrid
-from fedsim.federation.protocol import MEMORY_LOST
+from fedsim.federation.protocol import MEMORY, MEMORY_LOST
 from fedsim.federation.resources import check_memory
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run, outcome_line, read_rows, read_summary
@@ -176,6 +177,57 @@ def test_a_client_that_lost_its_momentum_sends_all_back_to_the_checkpoint(
     lost = run_with(once(6, 2, forget), small.changed(keys))
     assert_same_bits(final_model(lost), final_model(whole))
     assert rows_of(lost) == rows_of(whole)
+
+
+def test_a_client_that_loses_its_momentum_twice_a_round_costs_three_times_the_rounds(
+    run: Execute, small: Config
+) -> None:
+    """Not all rounds since the last checkpoint, each time."""
+    keys = {"rounds": 15, "synthetic-images": 128, "min-clients": 4}
+    whole = run(name="whole", **keys)
+    lost, trained = Counter[int](), Counter[int]()
+
+    def forgetful(message: Message, context: Context) -> None:
+        round, worker = place(message, context)
+        trained[worker] += 1
+        if worker == 1 and round > 1 and lost[round] < 2:
+            lost[round] += 1
+            forget(message, context)
+
+    often = run_with(forgetful, small.changed({"name": "often", **keys}))
+    assert_same_bits(final_model(often), final_model(whole))
+    assert rows_of(often) == rows_of(whole)
+    assert trained == dict.fromkeys(range(4), 3 * 15)  # round 1 is repeated for round 2, which is then saved
+
+
+class Claimed(InProcessGrid):
+    """From the second round on, a node that claims the shard of worker 1 is connected too."""
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        messages = list(messages)
+        assert all(message.metadata.message_type != "train" for message in messages if self.claims(message))
+        assert not any(MEMORY in message.content for message in messages if self.claims(message))
+        ids = super().push_messages(messages)
+        if messages and messages[0].metadata.message_type == "train":
+            own = self._contexts[3]
+            assert own.node_config["partition-id"] == 1
+            self._contexts.setdefault(1, Context(1, 1, own.node_config, RecordDict(), own.run_config))
+        return ids
+
+    def claims(self, message: Message) -> bool:
+        return message.metadata.dst_node_id == 1
+
+
+def test_a_node_that_claims_the_shard_of_another_gets_neither_its_rounds_nor_its_memory(
+    run: Execute, small: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Not where memories are handed back either."""
+    whole = run(name="whole")
+    config = small.changed({"name": "claimed", "min-clients": 4})
+    claimed = run_with(once(6, 2, forget), config, Claimed)
+    assert_same_bits(final_model(claimed), final_model(whole))
+    assert rows_of(claimed) == rows_of(whole)
+    assert "node 1 is left out: its partition-id 1 is that of another node" in capsys.readouterr().out
 
 
 def test_where_others_are_enough_it_is_left_out_and_begins_anew(run: Execute, small: Config) -> None:

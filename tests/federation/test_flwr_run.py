@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 import logging
@@ -15,6 +16,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Mapping
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,9 @@ from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute
+from fedsim.federation import flwr_run
 from fedsim.federation.flwr_run import copy_app, federation, superlink
+from fedsim.federation.private_superlink import for_own_user
 from fedsim.federation.server_app import log_errors_in_one_line
 from fedsim.processes import cleanup, marked, running
 from fedsim.records import read_rows
@@ -124,7 +128,7 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_file(
     seconds = random.uniform(0, most)
     print(f"ended {seconds:.2f} s after the start of its SuperLink")
     with started(tmp_path, *command, STARTED_BY=str(tmp_path), TMPDIR=str(temporary)) as process:
-        process.wait_for(lambda: any("flower-superlink" in each for each in started_by(str(tmp_path))))
+        process.wait_for(lambda: any("private_superlink" in each for each in started_by(str(tmp_path))))
         time.sleep(seconds)
         process.send_signal(number)
         time.sleep(0.3)
@@ -193,7 +197,9 @@ def test_a_run_whose_processes_have_other_data_is_refused(tmp_path: Path) -> Non
     assert "gives other train_images, train_labels when it is called again: draw with a seed" in unseeded.stderr
     assert of_process.returncode == 1
     assert "flwr run did not complete (its status: finished:failed)" in of_process.stderr
-    assert re.search(r"error: the node with partition-id \d has other train_labels of dataset = ", of_process.stdout)
+    assert re.search(
+        r"error: .* Left out: the node with partition-id \d has other train_labels of dataset = ", of_process.stdout
+    )
 
 
 @pytest.mark.parametrize(
@@ -233,12 +239,63 @@ def test_a_run_whose_ray_actor_is_killed_ends_with_its_reason(tmp_path: Path) ->
     assert "error: a Ray actor, which trains clients, has died (<class 'ray.exceptions." in done.stdout
 
 
+NOBODY = 65534
+
+
+def health_seen_by(user: int, port: int) -> int:
+    """The status that a SuperLink answers a user with, who also pretends to be on its own end of the connection."""
+    if not (process := os.fork()):
+        with contextlib.suppress(BaseException):
+            if user != os.geteuid():
+                os.setgroups([])
+                os.setresgid(user, user, user)
+                os.setresuid(user, user, user)
+            http = HTTPConnection("127.0.0.1", port, timeout=60)
+            http.request("GET", "/health", headers={"X-Forwarded-For": "127.0.0.1"})
+            os._exit({200: 1, 403: 2}.get(http.getresponse().status, 3))
+        os._exit(4)
+    return {1: 200, 2: 403}[os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])]
+
+
+def test_where_the_system_does_not_tell_whose_a_connection_is_a_line_warns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert "private_superlink" in flwr_run._superlink_command()[-1]
+    assert capsys.readouterr().err == ""
+    monkeypatch.setattr(flwr_run, "SOCKETS", tmp_path / "none")
+    assert flwr_run._superlink_command() == [str(Path(sys.executable).with_name("flower-superlink"))]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("warning: engine = flower: while it runs, other users of this machine can run code as you")
+
+
+@pytest.mark.parametrize("client", [("127.0.0.1", 1), ("127.0.0.1", 0)])
+def test_a_request_of_no_known_user_is_refused(client: tuple[str, int]) -> None:
+    sent: list[Any] = []
+
+    async def app(scope: Any, receive: Any, send: Any) -> None:
+        sent.append(scope["type"])
+
+    async def send(message: Any) -> None:
+        sent.append(message.get("status", message["type"]))
+
+    async def receive() -> Any:
+        raise AssertionError
+
+    async def ask(kind: str) -> None:
+        await for_own_user(app)({"type": kind, "client": client, "server": ("127.0.0.1", 2)}, receive, send)
+
+    for kind in ("lifespan", "http", "websocket"):
+        asyncio.run(ask(kind))
+    assert sent == ["lifespan", 403, "http.response.body"]
+
+
 def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """``flwr run .`` with run-config overrides resumes a run of `lenet5` that was begun in this process, bit for bit.
 
     The run that it is compared with is by the default engine.
 
-    A federation of another size than `clients` fails, not waits.
+    A federation of another size than `clients` fails, not waits; so does a run that no process begins. Requests of
+    another user are refused.
     With a strategy of the user's: the server's process finds the module by PYTHONPATH, and the clients do not need it.
     """
     modules = tmp_path / "modules"
@@ -256,7 +313,8 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.Mo
         wrong = [*command, "--federation-config", federation(config.changed({"clients": 5}))]
         refused = subprocess.run(wrong, cwd=app, env=env, capture_output=True, text=True, timeout=200)
         line = (
-            "error: clients = 2, but the federation has 5 nodes: make them equal, by -c clients=N, or in a simulation"
+            "error: clients = 2, but only 0 nodes can take part, and 2 must. Left out: its federation has 5 nodes, not "
+            "clients = 2: make them equal, by -c clients=N, or in a simulation by --federation-config num-supernodes=2"
         )
         assert line in refused.stdout
         assert "Traceback" not in refused.stdout
@@ -264,6 +322,17 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.Mo
         execute(config.changed({"name": "plain", "stop-after-rounds": 1}), "localsgd")
         right = [*command, "--federation-config", federation(config)]
         subprocess.run(right, cwd=app, env=env, capture_output=True, text=True, timeout=200, check=True)
+        (port,) = map(int, re.findall(r"127\.0\.0\.1:(\d+)", (tmp_path / "config.toml").read_text()))
+        assert health_seen_by(os.geteuid(), port) == 200
+        if os.geteuid() == 0:
+            assert health_seen_by(NOBODY, port) == 403
+        mark = {name: value for name, value in env.items() if name.startswith("FEDSIM_STARTED_")}
+        (executor,) = (each for each in marked(mark) if "flower-superexec" in " ".join(each.cmdline()))
+        executor.kill()
+        monkeypatch.setattr(flwr_run, "SILENCE_SECONDS", 5)
+        monkeypatch.chdir(app)
+        with pytest.raises(RunFailed, match="flower-superexec, which begins runs, did not begin this one"):
+            flwr_run._stream(right, env)
     assert (tmp_path / "plain" / "summary.json").exists()
     assert rows_of(tmp_path / "plain") == rows_of(here.folder)
     assert_same_bits(final_model(tmp_path / "plain"), final_model(here.folder))

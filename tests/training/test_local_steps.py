@@ -1,11 +1,14 @@
 from __future__ import annotations
 
 import itertools
+import random
+from collections.abc import Iterator
 from fractions import Fraction
 
 import pytest
 
 from fedsim.config import Config
+from fedsim.optim.lr_schedule import Schedule, schedule_of
 from fedsim.training.local_steps import (
     LocalSteps,
     doubling,
@@ -13,9 +16,9 @@ from fedsim.training.local_steps import (
     local_steps_of,
     post_local,
     qsr,
-    round_starts,
     table,
 )
+from fedsim.training.round_starts import RoundStarts, rounds_of_number, rounds_of_steps
 
 RULES: dict[str, LocalSteps] = {
     "post-local": post_local(7, 25),
@@ -26,8 +29,14 @@ RULES: dict[str, LocalSteps] = {
 }
 
 
+def one_by_one(rule: LocalSteps) -> Iterator[int]:
+    """The local step at which each round begins, without end."""
+    return itertools.accumulate(itertools.repeat(0), lambda start, _: start + rule(start))
+
+
 def lengths(rule: LocalSteps, total: int = 100) -> list[int]:
-    starts = [*itertools.takewhile(lambda start: start < total, round_starts(rule)), total]
+    starts = [*itertools.takewhile(lambda start: start < total, one_by_one(rule)), total]
+    assert list(RoundStarts(rounds_of_steps(rule, total))) == starts
     return [after - before for before, after in itertools.pairwise(starts)]
 
 
@@ -70,3 +79,52 @@ def test_an_epoch_and_a_rate_are_the_decimal_numbers_that_were_given() -> None:
     assert lengths(qsr(2, 0.3, lambda step: 0.1 * 3, 0), 1000)[0] == 2
     assert lengths(table(2, [(0.07, 5)], Fraction(100)), 12) == [2] * 4 + [4]  # 0.07 * 100 is a little above 7
     assert lengths(table(7, [(0.07, 5)], Fraction(100)), 12) == [7, 5]
+
+
+def drawn(random: random.Random) -> tuple[LocalSteps, int]:
+    """A rule, and the steps of a run."""
+    total, least = random.randrange(1, 3000), random.randrange(1, 12)
+    most, of_epoch = least + random.randrange(40), Fraction(random.randrange(1, 50), random.randrange(1, 7))
+    epochs = sorted(random.sample(range(1, 60), 4))
+    rates: dict[str, Schedule] = {
+        name: schedule_of(Config(schedule=name, **keys), of_epoch, float(total / of_epoch))  # type: ignore[arg-type]
+        for name, keys in {
+            "constant": {},
+            "cosine": {"warmup_epochs": random.choice([0.0, 3.5]), "schedule_unit": random.choice(["epoch", "step"])},
+            "multistep": {"milestones": ",".join(map(str, epochs)), "gamma": random.choice([0.1, 0.7, 2.0])},
+        }.items()
+    }
+    rules = [
+        post_local(least, random.randrange(total)),
+        linear(least, most, total),
+        doubling(least, most, total),
+        table(least, [(epoch, random.randrange(1, 12)) for epoch in epochs], of_epoch),
+        *(qsr(least, random.uniform(0.001, 0.2), rate, random.choice([0, 40])) for rate in rates.values()),
+    ]
+    return random.choice(rules), total
+
+
+@pytest.mark.parametrize("seed", range(200))
+def test_runs_of_equal_rounds_are_the_rounds_one_by_one(seed: int) -> None:
+    """Also looked up from the end and in slices, and for a run of so many rounds; no two runs in a row are equal."""
+    rule, total = drawn(random.Random(seed))
+    expected = [*itertools.takewhile(lambda start: start < total, one_by_one(rule)), total]
+    found = RoundStarts(rounds_of_steps(rule, total))
+    assert list(found) == expected
+    assert [found[-1 - index] for index in range(len(expected))] == expected[::-1]
+    assert found[1:-1:2] == expected[1:-1:2]
+    assert found.most_steps == max(after - before for before, after in itertools.pairwise(expected))
+    assert all(one[0] != other[0] for one, other in itertools.pairwise(found.equal_rounds))
+    with pytest.raises(IndexError):
+        found[len(expected)]
+    number = len(expected) // 2 + 1
+    starts = RoundStarts(rounds_of_number(rule, number))
+    assert list(starts) == [*itertools.islice(one_by_one(rule), number + 1)]
+
+
+@pytest.mark.parametrize("seed", range(50))
+def test_a_run_begins_another_where_all_its_rounds_are_the_first_of_it(seed: int) -> None:
+    draw = random.Random(seed)
+    one, other = ([draw.choice([1, 1, 1, 2]) for _ in range(draw.randrange(1, 5))] for _ in range(2))
+    found = RoundStarts((steps, 1) for steps in one).begins(RoundStarts((steps, 1) for steps in other))
+    assert found == (one == other[: len(one)])

@@ -85,6 +85,16 @@ def test_the_budget_in_epochs_is_met_to_a_step_and_in_rounds_to_a_round(small: C
     assert table.epoch(12) == sum(lengths(table)) / 8
 
 
+@pytest.mark.parametrize("schedule", ["constant", *SCHEDULES])
+def test_a_run_of_a_million_epochs_has_a_plan_of_a_few_entries(small: Config, schedule: str) -> None:
+    keys = keys_of(schedule) if schedule != "constant" else {"local-steps": 3}
+    plan = run_plan(small.changed({**keys, "epochs": 1e6}))
+    assert plan.rounds > 10**5
+    assert plan.first_step(plan.rounds + 1) == 8 * 10**6
+    assert len(plan.starts.equal_rounds) < 5000
+    assert plan.max_steps == max(steps for steps, _ in plan.starts.equal_rounds)
+
+
 def test_the_training_loss_is_the_mean_over_the_images_trained(run: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever the clients weigh in the mean, and also over rounds of different J."""
     keys = {name.replace("-", "_"): value for name, value in keys_of("doubling").items()}
