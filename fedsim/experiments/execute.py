@@ -15,7 +15,7 @@ from fedsim.device import resolve
 from fedsim.experiments.study import configure
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.client_app import train_together
-from fedsim.federation.flwr_run import run_with_flwr
+from fedsim.federation.flwr_run import check_tools, run_with_flwr
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.resources import check_memory
@@ -26,6 +26,7 @@ from fedsim.optim import check_optimizer
 from fedsim.records import OnRow, Run, config_of_run, run_folder
 from fedsim.training.centralized import train_centralized, whole_epochs
 from fedsim.training.engine import choose_engine
+from fedsim.training.failures import failing_in_one_line
 from fedsim.training.run_plan import run_plan
 from fedsim.training.stacked import StackedWorkers, check_stackable
 
@@ -37,6 +38,7 @@ def configured_run(
     return resolve_run(config_of_run(configure(mode, keys, preset)), mode, engine_named(engine))
 
 
+@failing_in_one_line
 def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -> tuple[Config, Engine]:
     """`config` with its actual device and threads, and the engine that ``auto`` chooses.
 
@@ -69,6 +71,7 @@ def execute(
     return execute_checked(config, mode, engine, on_row, rerun, patience)
 
 
+@failing_in_one_line
 def execute_checked(
     config: Config, mode: Mode, engine: Engine, on_row: OnRow | None, rerun: bool, patience: float = 0.0
 ) -> Run:
@@ -98,6 +101,7 @@ def execute_checked(
     return run
 
 
+@failing_in_one_line
 def check(config: Config, mode: Mode, engine: Engine) -> None:
     """Raise UserError if a run of `config` (resolved) by `engine` cannot begin: its data, model or keys do not fit."""
     check_of_run(config)
@@ -118,3 +122,5 @@ def check(config: Config, mode: Mode, engine: Engine) -> None:
         check_strategy(config)
         if engine == "stacked" and config.clients_per_round > 1:
             check_stackable(config)
+        if engine == "flower":
+            check_tools()

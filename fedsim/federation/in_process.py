@@ -18,6 +18,8 @@ from fedsim.federation.client_state import forget_others
 from fedsim.federation.flower_internals import CLIENT_FAILED, FlowerRun, become_server, set_message_id
 from fedsim.federation.protocol import MEMORY_ROUNDS
 from fedsim.federation.resources import check_memory
+from fedsim.interrupts import interruption
+from fedsim.training.failures import is_out_of_memory
 
 TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
 SERVER_ID = 1  # Flower's node id of the server
@@ -85,7 +87,7 @@ class InProcessGrid(Grid):
         if trains and self._train_together:
             try:
                 replies = self._train_together(messages, contexts)
-            except Exception as error:  # as if each client had raised it
+            except (Exception, SystemExit) as error:  # as if each client had raised it
                 replies = [_failed(error, message) for message in messages]
         else:
             futures = [self._pool.submit(self._client_app, *pair) for pair in zip(messages, contexts, strict=True)]
@@ -113,11 +115,13 @@ def _result(reply: Future[Message], message: Message) -> Message:
     """The client's reply to `message`, or an error reply where the client raised."""
     try:
         return reply.result()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return _failed(error, message)
 
 
-def _failed(error: Exception, message: Message) -> Message:
-    """The error reply that Flower makes for a client that raised `error`."""
+def _failed(error: BaseException, message: Message) -> Message:
+    """The error reply that Flower makes for a client that raised `error`; a lack of memory ends the run."""
+    if is_out_of_memory(error) or interruption(error):
+        raise error
     traceback.print_exception(error)
     return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)
