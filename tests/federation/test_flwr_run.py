@@ -44,7 +44,7 @@ COMPRESSED_DOWN = (
 )
 OWN_CODE = (
     *("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
-    *("--model", "my_code:mlp", "--dataset", "figures.npz", "--augment", "my_code:erase", "--partition", "dirichlet"),
+    *("--model", "my_code:Views", "--dataset", "figures.npz", "--augment", "my_code:erase", "--partition", "dirichlet"),
     *("--partition-args", "alpha=0.9", "--client-weights", "shard-size"),
     *("--local-steps", "10", "--local-epochs", "1", "--clients", "4", "--fraction", "0.75"),
     *("--compress-down", "powersgd", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
