@@ -320,14 +320,12 @@ def read_study(name: str) -> Study:
     try:
         known = [field.alias or key for key, field in Study.model_fields.items() if key != "name"]
         for entry in (entry for entry in entries if entry not in known):
-            if entry in Config().as_keys():
+            if entry in Config().as_keys() and entry not in RECORD_KEYS:
                 raise UserError(f"{entry} is a key of runs: write it below [set], and title and mode above that")
             raise UserError(f"unknown entry {entry}: it must be one of {', '.join(known)}")
         if path.name == STORED:
             return _study({**_with_current_names(entries), "name": path.absolute().parent.name})
-        study = _study({**entries, "name": typed("name", path.stem)})
-        _check_budget({**study.settings, **{name: values[0] for name, values in study.grid.items()}})
-        return study
+        return _study({**entries, "name": typed("name", path.stem)})
     except (UserError, OverflowError) as error:
         raise UserError(" ".join(f"{path.name}: {error}".split())) from error
 

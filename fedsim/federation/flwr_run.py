@@ -21,6 +21,7 @@ import time
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
+from tempfile import gettempdir
 
 import tomli_w
 import torch
@@ -59,7 +60,8 @@ def run_with_flwr(config: Config) -> None:
     """Run `config` (resolved) by ``flwr run`` on Ray; raises RunFailed where the run did not complete."""
     # The nodes of an existing Ray cluster load the client from it: it lies beside the results, which they share
     shared = None if os.environ.get("RAY_ADDRESS", "local") in ("", "local") else config.results_dir
-    folder = tempfile.TemporaryDirectory(prefix=".fs-", dir=shared)
+    # Ray keeps its files in this folder, and knows ASCII alone
+    folder = tempfile.TemporaryDirectory(prefix=".fs-", dir=shared or (None if gettempdir().isascii() else "/tmp"))
     with cleanup(folder.cleanup), superlink(Path(folder.name)) as env:
         app = copy_app(Path(folder.name) / "app")
         keys = Path(folder.name) / "run-config.toml"
