@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -19,7 +20,8 @@ from fedsim.federation.flower_internals import CLIENT_FAILED, FlowerRun, become_
 from fedsim.federation.protocol import MEMORY_ROUNDS
 from fedsim.federation.resources import check_memory
 from fedsim.interrupts import interruption
-from fedsim.training.failures import is_out_of_memory
+from fedsim.registry import describe
+from fedsim.training.failures import is_out_of_memory, place_of
 
 TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
 SERVER_ID = 1  # Flower's node id of the server
@@ -123,5 +125,8 @@ def _failed(error: BaseException, message: Message) -> Message:
     """The error reply that Flower makes for a client that raised `error`; a lack of memory ends the run."""
     if is_out_of_memory(error) or interruption(error):
         raise error
-    traceback.print_exception(error)
+    if place := place_of(error):
+        print(f"a client failed ({describe(error)}, {place})", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
     return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)

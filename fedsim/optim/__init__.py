@@ -100,13 +100,8 @@ def check_optimizer(config: Config) -> None:
     check_used(config, "schedule", {"milestones": ["multistep"], "gamma": ["multistep"]})
     if config.lr_scaling != "linear" and not config.lr_scaling_batch:
         raise UserError("lr-scaling is not used by lr-scaling-batch = 0: leave it out, or give --lr-scaling-batch")
-    if config.schedule == "constant" and not config.warmup_epochs:
-        for name in ("schedule_unit", "lars_lr_in_momentum"):
-            if (value := getattr(config, name)) != FIELDS[name].default:
-                raise UserError(
-                    f"{kebab(name)} = {str(value).lower()} is not used by a constant rate: leave it out, or give "
-                    "--schedule or --warmup-epochs"
-                )
+    if config.schedule_unit == "epoch" and config.schedule == "constant" and not config.warmup_epochs:
+        raise UserError("schedule-unit is not used by a constant rate: leave it out, or give --schedule")
     if config.decay_biases_and_norms and config.weight_decay:
         for name in ("lars_adapt_undecayed", "lamb_adapt_undecayed"):
             if (value := getattr(config, name)) != FIELDS[name].default:

@@ -53,15 +53,15 @@ def _told(error: BaseException, config: Config) -> str:
             "smaller --batch-size or model, or on a CPU more --threads, so that fewer clients train at a time"
         )
     own = [f"{key} = {value}" for key in ("model", "augment") if is_function(value := getattr(config, key))]
-    place = _place(error) if own else ""
-    return f"{', '.join(own)} fails in training ({describe(error)}, {place})" if place else ""
+    place = place_of(error) or _place(error, lambda file: "torch/nn/modules" in file)
+    return f"{', '.join(own)} fails in training ({describe(error)}, {place})" if own and place else ""
 
 
-def _place(error: BaseException) -> str:
-    """The last line of the user's own code that led to `error`, or else of a layer of torch; "" if there is neither."""
-    place = ""
-    for file, line, *_ in traceback.extract_tb(error.__traceback__):
-        installed = "site-packages" in file or file.startswith(NOT_OWN)
-        if not installed or (not place and "torch/nn/modules" in file):
-            place = f"{Path(file).name} line {line}"
-    return place
+def place_of(error: BaseException) -> str:
+    """The last line of the user's own code that led to `error`; "" if there is none."""
+    return _place(error, lambda file: "site-packages" not in file and not file.startswith(NOT_OWN))
+
+
+def _place(error: BaseException, chosen: Callable[[str], bool]) -> str:
+    places = [f"{Path(f).name} line {line}" for f, line, *_ in traceback.extract_tb(error.__traceback__) if chosen(f)]
+    return places[-1] if places else ""

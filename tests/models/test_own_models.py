@@ -184,6 +184,14 @@ def test_a_model_that_fails_in_training_is_told_in_a_line(call: Call, model: str
     assert re.fullmatch(rf"error: model = {OWN}:{model} {words}\n", err)
 
 
+def test_a_model_that_exits_fails_as_a_client_in_localsgd(call: Call) -> None:
+    code, _, err = call("localsgd", *TINY, "--model", f"{OWN}:Exits", "--clients", "2", "--local-steps", "2")
+    assert code == 1
+    assert "worker 0: its client failed (SystemExit: 3)" in err.splitlines()[-1]
+    assert re.search(r"^a client failed \(SystemExit: 3, own_code.py line \d+\)$", err, re.MULTILINE)
+    assert "Traceback" not in err
+
+
 @pytest.mark.parametrize("mode", ["localsgd", "centralized"])
 def test_memory_that_is_not_there_ends_a_run_with_what_to_make_smaller(call: Call, mode: Mode) -> None:
     code, _, err = call(mode, *TINY, "--model", f"{OWN}:Huge", *["--clients", "2"] * (mode == "localsgd"))
