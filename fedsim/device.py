@@ -100,6 +100,12 @@ def keep_freed_memory() -> None:
         libc.mallopt(M_TOP_PAD, 2 * THREAD_HEAP)  # more than the heap of a thread, so that empty ones are not returned
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be allocated, on the CPU or a GPU, by Python, NumPy or torch."""
+    of_cpu = "DefaultCPUAllocator: can't allocate memory"  # in the words of torch, whose error has no class of its own
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or of_cpu in str(error)
+
+
 def thread_pool(device: torch.device, threads: int) -> ThreadPoolExecutor:
     """A pool of Python threads that each compute on `threads` cores: as many as fit the CPU, or one for a GPU.
 

@@ -14,14 +14,14 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedsim.config import Config
-from fedsim.device import thread_pool
+from fedsim.device import is_out_of_memory, thread_pool
 from fedsim.federation.client_state import forget_others
 from fedsim.federation.flower_internals import CLIENT_FAILED, FlowerRun, become_server, set_message_id
 from fedsim.federation.protocol import MEMORY_ROUNDS
 from fedsim.federation.resources import check_memory
 from fedsim.interrupts import interruption
 from fedsim.registry import describe
-from fedsim.training.failures import is_out_of_memory, place_of
+from fedsim.training.failures import place_of
 
 TrainTogether = Callable[[Sequence[Message], Sequence[Context]], list[Message]]
 SERVER_ID = 1  # Flower's node id of the server

@@ -12,6 +12,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedsim.device import is_out_of_memory
 from fedsim.interrupts import interruption
 
 Layout = Literal["channels-last", "contiguous"]
@@ -27,7 +28,7 @@ def layout_of(model: nn.Module, shape: tuple[int, int, int]) -> Layout:
         for training in (True, False):
             model.train(training)(images_like(2, shape))
     except (Exception, SystemExit) as error:  # the model's own code may raise anything; `check_model` says what
-        if interruption(error):
+        if interruption(error) or is_out_of_memory(error):  # which says nothing of the model
             raise
         return "contiguous"
     return "channels-last"

@@ -9,10 +9,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Concatenate, ParamSpec, TypeVar
 
-import torch
-
 import fedsim
 from fedsim.config import Config
+from fedsim.device import is_out_of_memory
 from fedsim.errors import RunFailed, UserError
 from fedsim.interrupts import interruption
 from fedsim.registry import describe, is_function
@@ -20,7 +19,6 @@ from fedsim.registry import describe, is_function
 P = ParamSpec("P")
 R = TypeVar("R")
 NOT_OWN = tuple(str(Path(module.__file__ or "").parent) for module in (fedsim, os))  # fedsim's folder, and Python's
-OF_CPU = "DefaultCPUAllocator: can't allocate memory"  # in the words of torch, whose error has no class of its own
 
 
 def failing_in_one_line(function: Callable[Concatenate[Config, P], R]) -> Callable[Concatenate[Config, P], R]:
@@ -36,11 +34,6 @@ def failing_in_one_line(function: Callable[Concatenate[Config, P], R]) -> Callab
             raise
 
     return called
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """Whether memory could not be allocated, on the CPU or a GPU, by Python, NumPy or torch."""
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or OF_CPU in str(error)
 
 
 def _told(error: BaseException, config: Config) -> str:
