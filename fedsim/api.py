@@ -24,7 +24,7 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fedsim.config import FIELDS, Mode, about, engine_named, has_key, kebab, typed
+from fedsim.config import FIELDS, Mode, about, engine_named, has_key, kebab, typed, unknown
 from fedsim.errors import UserError
 from fedsim.experiments.execute import configured_run, execute
 from fedsim.experiments.progress import each, is_live, live_line
@@ -195,6 +195,9 @@ def grid(
 
     An array of NumPy or torch is a list too.
     """
+    for name in ("on_row", "track"):
+        if name in keys:
+            raise UserError(f"{name} is an argument of localsgd and centralized: leave it out, the result has the rows")
     crossed = {name: value for name, value in keys.items() if _is_list(value)}
     lists = {kebab(name): [_plain(name, each) for each in value] for name, value in crossed.items()}
     own = as_keys("localsgd", {name: value for name, value in keys.items() if name not in crossed})
@@ -234,6 +237,8 @@ def as_keys(mode: Mode, keys: Mapping[str, Any]) -> dict[str, Any]:
     for name in keys:
         if name in FIELDS and not has_key(mode, name):
             raise UserError(f"{name} is a key of localsgd alone: leave it out")
+        if name.replace("-", "_") not in FIELDS:
+            raise unknown(kebab(name))
     return {kebab(name): _plain(name, value) for name, value in keys.items()}
 
 

@@ -5,14 +5,24 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
 from fedsim.copies import on_host
 
 SEAL = b"fedsim checkpoint, SHA-256: "
+
+
+Count = Annotated[int, Field(ge=0, le=2**53)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+
+
+def kind_of(kind: Any) -> TypeAdapter[Any]:
+    """What `mismatch` accepts in place of an example: any value of this type."""
+    return TypeAdapter(kind, config=ConfigDict(arbitrary_types_allowed=True))
 
 
 class InvalidCheckpoint(Exception):
@@ -49,17 +59,34 @@ def parse_checkpoint(content: bytes) -> dict[str, Any]:
 
 
 def mismatch(state: Mapping[str, Any], like: Mapping[str, Any]) -> str:
-    """The first difference of `state` from `like` in keys, types or shapes, or "". An empty mapping matches any."""
+    """The first difference of `state` from `like` in keys, types or shapes, or "".
+
+    Where `like` has a `TypeAdapter`, that decides. A mapping within `state` has no other keys than that in `like`.
+    """
     for name, wanted in like.items():
         if name not in state:
             return f"it has no {name}"
         value = state[name]
-        if isinstance(wanted, Tensor) and isinstance(value, Tensor):
+        if isinstance(wanted, TypeAdapter):
+            if problem := _invalid(value, wanted):
+                return f"{name} {problem}"
+        elif isinstance(wanted, Tensor) and isinstance(value, Tensor):
             if (value.shape, value.dtype) != (wanted.shape, wanted.dtype):
                 return f"{name} is {value.dtype} {list(value.shape)}, not {wanted.dtype} {list(wanted.shape)}"
         elif isinstance(wanted, Mapping) and isinstance(value, Mapping):
-            if wanted and (difference := mismatch(value, wanted)):
+            if difference := mismatch(value, wanted):
                 return f"in {name}, {difference}"
-        elif not isinstance(value, type(wanted)):
+            if other := value.keys() - wanted.keys():
+                return f"in {name}, it has {next(iter(other))}"
+        elif type(value) is not type(wanted):
             return f"{name} is of type {type(value).__name__}, not {type(wanted).__name__}"
+    return ""
+
+
+def _invalid(value: object, kind: TypeAdapter[Any]) -> str:
+    try:
+        kind.validate_python(value, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_input=False)[0]
+        return f"is not valid: {first['msg']}"
     return ""

@@ -48,7 +48,8 @@ def main() -> None:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # paths may have characters that the terminal lacks
     with _saying_how_to_resume(), _errors_in_one_line():
-        code = cli(standalone_mode=False)  # the code of typer.Exit, which this mode returns
+        # A shell completes the command that is installed, also where its script is shown by another name
+        code = cli(prog_name="fedsim", standalone_mode=False)  # the code of typer.Exit, which this mode returns
     if isinstance(code, int):
         sys.exit(code)
 
@@ -256,7 +257,7 @@ def bench(
     passes: int = typer.Option(2, "--passes", help="how often each variant is measured", min=1),
     time_limit: float = typer.Option(900, "--time-limit", help="seconds after which a measurement is stopped", min=1),
     grow: bool = typer.Option(True, help="also measure how the time of a round grows with K (to 1,000) and J"),
-    output: str = typer.Option("results/bench.json", "--output", "-o", help="the file to write", metavar="FILE"),
+    out: str = typer.Option("results/bench.json", "-o", "--out", help="the file to write", metavar="FILE"),
     **keys: Any,
 ) -> None:
     """Measure the time of a round for each variant of LocalSGD, against centralized training at batch K * B."""
@@ -264,7 +265,7 @@ def bench(
 
     sizes = integers("clients", clients)
     names = [name.strip() for name in variants.split(",")] if variants else []
-    run_bench(given(keys), sizes, names, timed, passes, time_limit, grow, output, _console())
+    run_bench(given(keys), sizes, names, timed, passes, time_limit, grow, out, _console())
 
 
 @cli.command(cls=RayCommand)

@@ -593,7 +593,7 @@ def _current_value(name: str, value: Any) -> Any:
 def typed(name: str, value: Any) -> Any:
     """`value` (text of a flag, or a TOML value) as the type of the key `name`, within its range."""
     if name not in map(kebab, FIELDS):
-        raise _unknown(name)
+        raise unknown(name)
     try:
         return _adapter(name).validate_python(value)
     except ValidationError as failure:
@@ -672,7 +672,7 @@ def _user_error(failure: ValidationError, name: str = "") -> UserError:
         return UserError(reason)
     name = name or str(error["loc"][0])
     if error["type"] == "extra_forbidden":
-        return _unknown(name)
+        return unknown(name)
     value = _shown(error["input"])
     if reason:
         return UserError(f"{name} = {value} {reason}")
@@ -696,7 +696,8 @@ KINDS = {  # pydantic's error types
 }
 
 
-def _unknown(name: str) -> UserError:
+def unknown(name: str) -> UserError:
+    """The error of a key that there is not."""
     near = difflib.get_close_matches(kebab(name), map(kebab, FIELDS), n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}?" if near else "see --help for the keys"
     return UserError(f"unknown key {_shown(name)[1:-1]}: {hint}")

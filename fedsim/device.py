@@ -105,6 +105,12 @@ def pool_size(device: torch.device, threads: int) -> int:
     return max(1, cpu_count() // threads) if device.type == "cpu" else 1
 
 
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether memory could not be allocated, on the CPU or a GPU, by Python, NumPy or torch."""
+    of_cpu = "DefaultCPUAllocator: can't allocate memory"  # in the words of torch, whose error has no class of its own
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or of_cpu in str(error)
+
+
 def thread_pool(device: torch.device, threads: int) -> ThreadPoolExecutor:
     """A pool of `pool_size` Python threads that each compute on `threads` cores.
 

@@ -65,5 +65,6 @@ def differing(held: object, own: Mapping[str, str]) -> str:
     """The first names with different values, as text; empty if there are none, or if nothing is held."""
     if not isinstance(held, dict):
         return ""
+    held = {str(name): value for name, value in held.items()}  # a checkpoint may hold anything
     names = [name for name in sorted(held.keys() | own.keys()) if held.get(name) != own.get(name)]
     return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")

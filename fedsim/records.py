@@ -27,11 +27,21 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, BinaryIO, TypeGuard
+from typing import Annotated, Any, BinaryIO, TypeGuard
 
+from pydantic import Field
 from torch import Tensor
 
-from fedsim.checkpoint_file import InvalidCheckpoint, mismatch, parse_checkpoint, seal, serialize
+from fedsim.checkpoint_file import (
+    Count,
+    Finite,
+    InvalidCheckpoint,
+    kind_of,
+    mismatch,
+    parse_checkpoint,
+    seal,
+    serialize,
+)
 from fedsim.config import BUDGET, Config, Mode, complete_record
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.files import atomic_write, open_file, open_to_append, read_file
@@ -49,6 +59,11 @@ ROWS_REFUSED = "metrics-refused.jsonl"
 OUTPUTS = (SUMMARY, CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, ROWS, ROWS_REFUSED, MODEL)
 PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *OUTPUTS)))})\.\d+")  # left by a killed atomic_write
 TRAFFIC = ("bytes_up", "bytes_down", "overhead_bytes_up", "overhead_bytes_down")
+HEADER = {  # of a checkpoint: what each entry is
+    **dict.fromkeys(("round", "rows_bytes"), kind_of(Count)),
+    **{"seconds": kind_of(Annotated[Finite, Field(ge=0)]), "stacked": kind_of(bool), "rows_sha256": kind_of(str)},
+}
+OPTIONAL = {"own_data": kind_of(dict[str, dict[str, str]]), "code_changed_after": kind_of(list[Count])}
 COSTS = ("epoch", "round", "steps_done", "syncs", *TRAFFIC, "updates_left_out")
 RENAMED_COLUMNS = {"local_steps": "steps_done"}  # former name in rows and summaries -> the present one
 DIGEST = 6  # characters, at the end of a default name
@@ -346,8 +361,8 @@ class Run:
             raise InvalidCheckpoint("is of another configuration")
         if set(differences(complete_record(config), self._identity)) - set(LENGTH):
             raise InvalidCheckpoint("is of another configuration")
-        header = {"round": 0, "seconds": 0.0, "stacked": False, "rows_bytes": 0, "rows_sha256": ""}
-        if difference := mismatch(checkpoint, {**header, **like}):
+        optional = {name: kind for name, kind in OPTIONAL.items() if name in checkpoint}
+        if difference := mismatch(checkpoint, {**like, **HEADER, **optional}):
             raise InvalidCheckpoint(f"does not fit the run: {difference}")
         done, length = checkpoint["round"], checkpoint["rows_bytes"]
         if not 0 <= done <= rounds:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from fedsim.errors import UserError
+from fedsim.interrupts import interruption
 
 # Each model is a function of the number of classes. If it has a parameter `image`, it is given the shape (C, H, W) of
 # an image, and if it has a parameter `norm`, the key of that name.
@@ -50,6 +52,19 @@ def function_of(key: str, value: str) -> Callable[..., Any]:
     if not callable(function):
         raise UserError(f"{key} = {value}: {module} has no function {name}")
     return function  # type: ignore[no-any-return]
+
+
+@contextlib.contextmanager
+def failures_of(what: str, remedy: str = "") -> Iterator[None]:
+    """Context manager around code that is not fedsim's: what it raises is a UserError that begins with `what`."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (Exception, SystemExit) as error:  # it may raise anything, and exit
+        if interruption(error):
+            raise
+        raise UserError(f"{what} ({describe(error)})" + (f": {remedy}" if remedy else "")) from error
 
 
 def describe(error: BaseException) -> str:

@@ -112,9 +112,11 @@ def outer_step(name: str, **arguments: Any) -> OuterStep:
     step = OuterStep(optimizer, {**defaults, **arguments}, per_lr=name == "slowmo")
     zero = {"": torch.zeros(1)}
     try:
-        step(zero, zero, {}, 1.0)
+        after, _ = step(zero, zero, {}, 1.0)
     except Exception as error:  # an argument that the optimizer refuses, or fails on
         raise ValueError(f"outer = {name}: {str(error).splitlines()[0]}") from error
+    if not after[""].isfinite():
+        raise ValueError(f"outer = {name} divides zero by zero where no worker has moved: give an eps above 0")
     return step
 
 

@@ -238,6 +238,11 @@ def _usable_weight(metrics: MetricRecord, worker: int, rules: Rules) -> float:
     return float(weight)
 
 
+def not_finite(reason: str) -> bool:
+    """Whether an update was left out for this `reason` because its training has diverged."""
+    return reason.endswith(("is not finite", "is above 1e15", "is nan", "is inf"))
+
+
 def _tensor_like(name: str, array: Array, sent: Array) -> Tensor:
     expected = sent.dtype, tuple(sent.shape)
     if (array.dtype, tuple(array.shape)) != expected:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections import OrderedDict
 from typing import Any
 
@@ -264,3 +265,141 @@ def listed(images: Tensor, generator: torch.Generator) -> Any:
 
 def of_images_alone(images: Tensor) -> Tensor:
     return images
+
+
+class Tutorial(nn.Module):
+    """The network of PyTorch's tutorial on CIFAR-10, to the letter: its `view` takes contiguous tensors alone."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(3, 6, 5)
+        self.pool = nn.MaxPool2d(2, 2)
+        self.conv2 = nn.Conv2d(6, 16, 5)
+        self.fc1 = nn.Linear(16 * 5 * 5, 120)
+        self.fc2 = nn.Linear(120, 84)
+        self.fc3 = nn.Linear(84, classes)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.pool(F.relu(self.conv1(x)))
+        x = self.pool(F.relu(self.conv2(x)))
+        x = x.view(-1, 16 * 5 * 5)
+        x = F.relu(self.fc1(x))
+        x = F.relu(self.fc2(x))
+        return self.fc3(x)
+
+
+class Views(nn.Module):
+    """A `view` after BatchNorm and dropout, for images of any shape, also grey ones."""
+
+    def __init__(self, classes: int, image: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(image[0], 4, 3, padding=1)
+        self.norm = nn.BatchNorm2d(4)
+        self.dropout = nn.Dropout(0.2)
+        self.fc = nn.Linear(4 * image[1] * image[2], classes)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.fc(self.dropout(self.norm(self.conv(x))).view(x.shape[0], -1))
+
+
+class Volumes(Net):
+    """With a convolution over three dimensions."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.conv = nn.Conv3d(1, 1, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(self.conv(x.unsqueeze(1)).squeeze(1))
+
+
+class Complex(Net):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.phase = nn.Parameter(torch.ones(3, dtype=torch.complex64))
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward((x * self.phase.view(3, 1, 1)).real)
+
+
+class ComplexBuffer(Net):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.register_buffer("phase", torch.ones(3, dtype=torch.complex64))
+
+
+class Empty(Net):
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.extra = nn.Parameter(torch.zeros(0, 3))
+
+
+class NoParameters(nn.Module):
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.classes = classes
+
+    def forward(self, x: Tensor) -> Any:
+        return x.flatten(1)[:, : self.classes]
+
+
+class Sparse(Net):
+    """With sparse gradients."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.embedding = nn.Embedding(256, classes, sparse=True)
+
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) + self.embedding((x[:, 0, 0, 0].abs() * 8).long().clamp(max=255))
+
+
+class Counting(Net):
+    """Its forward pass depends on how often it was called, which is no buffer."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__(classes)
+        self.calls = {"forward": 0}
+
+    def forward(self, x: Tensor) -> Any:
+        self.calls["forward"] += 1
+        return super().forward(x) * (2 if self.calls["forward"] > 20 else 1)
+
+
+class TrainedOnMany(Net):
+    """It fails on more than the two images that a check tries."""
+
+    def fail(self, x: Tensor) -> None:
+        raise ValueError("too many images\nfor this network")
+
+    def forward(self, x: Tensor) -> Any:
+        if len(x) > 2:
+            self.fail(x)
+        return super().forward(x)
+
+
+class Exits(TrainedOnMany):
+    def fail(self, x: Tensor) -> None:
+        raise SystemExit(3)
+
+
+class ExitsAtOnce(Net):
+    def forward(self, x: Tensor) -> Any:
+        raise SystemExit(3)
+
+
+class ExitsInEval(Net):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) if self.training else sys.exit(3)
+
+
+class Huge(TrainedOnMany):
+    """It asks torch for more memory than any machine has."""
+
+    def fail(self, x: Tensor) -> None:
+        torch.empty(2**50)
+
+
+class NanInEval(Net):
+    def forward(self, x: Tensor) -> Any:
+        return super().forward(x) if self.training else super().forward(x) * torch.nan

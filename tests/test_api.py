@@ -183,6 +183,8 @@ def test_a_function_is_named_where_every_process_can_import_it() -> None:
     ("keys", "words"),
     [
         ({"local_step": 3}, "unknown key local-step: did you mean local-steps?"),
+        ({"on_rows": lambda row: None}, "unknown key on-rows: "),
+        ({"epochs": 2.5, "rounds": 3}, "epochs = 2.5 is not used with rounds = 3: leave one of them out"),
         ({"clients": 0}, "clients = 0 is out of range"),
         ({"clients": "two"}, "clients = 'two' is not a whole number"),
         ({"track": "wandb"}, "track = 'wandb' is unknown: it must be one of tensorboard"),
@@ -205,3 +207,5 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, keys: dict[str
     assert not (tmp_path / "new").exists()
     with pytest.raises(fedsim.UserError, match="clients is a key of localsgd alone: leave it out"):
         fedsim.centralized(clients=3)
+    with pytest.raises(fedsim.UserError, match="on_row is an argument of localsgd and centralized: leave it out"):
+        fedsim.grid(clients=[1, 2], on_row=lambda row: None)

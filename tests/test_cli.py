@@ -82,6 +82,41 @@ HERE = {"device": "cpu", "threads": 1}
         ("study kj-small --ray --engine flower", "engine = flower with --ray"),
         ("study --ray table3", "unknown study table3: it must be one of batchnorm, demo, fedopt"),
         ("study table3", "unknown study table3: it must be one of batchnorm, demo, fedopt"),
+        ("study kj-smal", "or a file NAME.toml (did you mean kj-small?)"),
+        ("localsgd --preset table11", "or a file NAME.toml (did you mean table1?)"),
+        ("study ...toml", "...toml: name = '..' is not a plain folder name: leave out slashes"),
+        (
+            "localsgd --config {folder}/bare.toml",
+            "bare.toml: model is a key of runs: write it below [set], and title and mode above that",
+        ),
+        (
+            "localsgd --dataset synthetic --epochs 2.5 --rounds 3",
+            "epochs = 2.5 is not used with rounds = 3: leave one of them out",
+        ),
+        (
+            "grid --dataset synthetic --epochs 1,2 --rounds 3",
+            "epochs = 1.0 is not used with rounds = 3: leave one of them out",
+        ),
+        (
+            "localsgd --dataset synthetic --schedule-unit epoch",
+            "schedule-unit is not used by a constant rate: leave it out, or give --schedule",
+        ),
+        (
+            "centralized --dataset synthetic --optimizer lars --lars-adapt-undecayed",
+            "lars-adapt-undecayed = true is not used where every parameter is decayed: leave it out, or give --no-",
+        ),
+        (
+            "centralized --dataset synthetic --optimizer lamb --no-lamb-adapt-undecayed",
+            "lamb-adapt-undecayed = false is not used where every parameter is decayed",
+        ),
+        (
+            "localsgd --dataset synthetic --outer fedadam --outer-args eps=0",
+            "outer-args = eps=0: outer = fedadam divides zero by zero where no worker has moved: give an eps above 0",
+        ),
+        (
+            "localsgd --dataset synthetic --optimizer adam --optimizer-args eps=0",
+            "optimizer-args = eps=0: adam divides zero by zero where a gradient is zero: give an eps above 0",
+        ),
         ("study a/b", "unknown study a/b: it must be one of batchnorm, demo, fedopt"),
         ("study table1 --seeds 1,x", "seeds = '1,x' is not a list of whole numbers"),
         ("study table1 --engine ray", "engine = 'ray' is unknown"),
@@ -193,6 +228,8 @@ def test_bad_input_is_one_line_and_exit_code_2(call: Call, tmp_path: Path, argum
     head = 'title = "a"\nmode = "localsgd"\n[set]\n'
     (tmp_path / "mine.toml").write_text(head)
     (tmp_path / "bad.toml").write_text(f"{head}lrr = 0.1")
+    (tmp_path / "bare.toml").write_text('model = "lenet5"\n')
+    (tmp_path / "...toml").write_text(head)
     (tmp_path / "damaged" / "cifar-100-python").mkdir(parents=True)
     before = sorted(tmp_path.rglob("*"))
     code, out, err = call(*(part.format(folder=tmp_path) for part in arguments.split()))
@@ -363,6 +400,13 @@ def test_a_shell_completes_commands_keys_and_choices(words: str, completed: str)
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ, **asked}, capture_output=True, text=True
     )
     assert completed in done.stdout.split(), done.stderr
+
+
+def test_the_completion_that_is_shown_is_of_the_installed_command(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also by ``python run.py``, whose name no shell could complete."""
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    code, out, _ = call("--show-completion", "bash")
+    assert (code, "_FEDSIM_COMPLETE=complete_bash" in out, "RUN" in out) == (0, True, False)
 
 
 def test_the_console_command_is_the_command_line() -> None:

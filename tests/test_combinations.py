@@ -75,7 +75,10 @@ OPTIMIZERS: list[Choice] = [
     {"momentum": 0.0},
     {"nesterov": True, "decay-biases-and-norms": False},
     {"optimizer": "lars", "trust-coefficient": 0.05, "nesterov": True},
-    {"optimizer": "lars", "trust-coefficient": 0.05, "lars-lr-in-momentum": True, "lars-adapt-undecayed": True},
+    {
+        **{"optimizer": "lars", "trust-coefficient": 0.05, "lars-lr-in-momentum": True},
+        **{"lars-adapt-undecayed": True, "decay-biases-and-norms": False},
+    },
     {"optimizer": "lars", "trust-coefficient": 0.05, "optimizer-backend": "torch-optimizer"},
     {"optimizer": "lamb", "lamb-bias-correction": "moments", "decay-biases-and-norms": False},
     {"optimizer": "lamb", "lamb-bias-correction": "step-size", "beta1": 0.8, "lamb-clamp": 0.0},

@@ -13,7 +13,8 @@ import fedsim
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
     ("errors", "locks", "files", "private_ray", "processes", "rng", "reference", "copies", "provenance"),
-    ("interrupts", "registry", "checkpoint_file", "rows_file"),
+    ("interrupts", "checkpoint_file", "rows_file"),
+    ("registry",),
     ("config", "torch_import"),
     ("device", "flags", "own_code"),
     ("data", "optim"),

@@ -3,6 +3,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -207,7 +208,7 @@ REFUSED: dict[Callable[[Path], None], str] = {
     of_another_version: "checkpoint.pt is of another version of fedsim",
     of_another_configuration: "checkpoint.pt is of another configuration",
     without_a_model: "checkpoint.pt does not fit the run: it has no ",
-    of_no_round: "checkpoint.pt does not fit the run: round is of type str, not int",
+    of_no_round: "checkpoint.pt does not fit the run: round is not valid: ",
     of_a_round_beyond_the_run: "checkpoint.pt is of round 99, of a run of ",
     of_another_model: "checkpoint.pt does not fit the run: in ",
     row_lost: "checkpoint.pt and metrics.jsonl disagree: the rows up to round ",
@@ -295,6 +296,40 @@ def test_with_no_other_checkpoint_a_refused_one_is_an_error(
     if spoil in (cut, row_lost):
         execute(config, "localsgd", rerun=True)
         assert_as_undisturbed(begun, "localsgd", folder)
+
+
+def of_another_optimizer(path: Path) -> dict[str, Any]:
+    """Its values are fewer than those of the parameters, which would be read beyond their end."""
+    return {"optimizer": {name: torch.zeros(1) for name in torch.load(path, weights_only=True)["optimizer"]}}
+
+
+@pytest.mark.parametrize(
+    ("mode", "changes", "problem"),
+    [
+        ("localsgd", {"seconds": math.nan}, "seconds is not valid: "),
+        ("localsgd", {"own_data": [1]}, "own_data is not valid: "),
+        ("localsgd", {"code_changed_after": 5}, "code_changed_after is not valid: "),
+        ("localsgd", {"last_aggregated_round": [0]}, "last_aggregated_round is not valid: "),
+        ("localsgd", {"memories": {0: 5}}, "memories is not valid: "),
+        ("localsgd", {"losses": [("a", "b")]}, "losses is not valid: "),
+        ("localsgd", {"failures": {0: "often"}}, "failures is not valid: "),
+        ("localsgd", {"sent_up": -1}, "sent_up is not valid: "),
+        ("centralized", {"optimizer": {}}, "in optimizer, it has no "),
+        ("centralized", of_another_optimizer, "in optimizer, "),
+    ],
+)
+def test_a_checkpoint_with_what_no_run_has_written_is_an_error(
+    begun: Config, tmp_path: Path, mode: Mode, changes: Any, problem: str
+) -> None:
+    config, folder = copy_of_part(begun, mode, tmp_path), tmp_path / "part"
+    (folder / "checkpoint-before.pt").unlink()
+    path = folder / "checkpoint.pt"
+    rewrite(path, **(changes(path) if callable(changes) else changes))
+    before = {each: contents(each) for each in folder.iterdir()}
+    with pytest.raises(UserError, match=re.escape(f"checkpoint.pt does not fit the run: {problem}")) as caught:
+        execute(config, mode)
+    assert "\n" not in str(caught.value)
+    assert {each: contents(each) for each in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("change", ["first row lost", "doubled", "reordered"])

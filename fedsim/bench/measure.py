@@ -52,17 +52,17 @@ def run_bench(
     passes: int,
     limit: float,
     grow: bool,
-    output: str,
+    out: str,
     console: Console,
 ) -> None:
-    """Measure `variants` (empty: those for the device), print the tables, and write the file `output`.
+    """Measure `variants` (empty: those for the device), print the tables, and write the file `out`.
 
     The file is written before each table is printed, so that an error there loses no measurement. Each of `passes`
     times `rounds` rounds of every variant; a turn is ended after `limit` seconds. Raises UserError before anything is
     measured, and RunFailed at the end if a turn failed.
     """
     config = checked_config(keys, clients, variants, rounds)
-    check_output(Path(output))
+    check_output(Path(out))
     starting = start_up(config.device)
     console.print(f"a run starts in {starting:.1f} s")
     facts = {"flop_per_image": flop_per_image(config), "start_up_seconds": starting}
@@ -72,12 +72,12 @@ def run_bench(
         found, errors = measure(turns, rounds, limit)
         timings += found
         failed += errors
-        write_timings(Path(output), timings, config.device, **facts)
+        write_timings(Path(out), timings, config.device, **facts)
         if found:
             console.print(table_of(found))
-    console.print(output, soft_wrap=True, highlight=False)
+    console.print(out, soft_wrap=True, highlight=False)
     if failed:
-        raise RunFailed(f"these failed, the others are in {output}: {'; '.join(failed)}")
+        raise RunFailed(f"these failed, the others are in {out}: {'; '.join(failed)}")
 
 
 def checked_config(keys: Mapping[str, Any], clients: Sequence[int], variants: Sequence[str], rounds: int) -> Config:
@@ -118,7 +118,7 @@ def check_output(path: Path) -> None:
         with tempfile.TemporaryFile(dir=path.parent):
             pass
     except OSError as error:
-        raise UserError(f"output = {path} cannot be written ({error.strerror}): give another -o") from error
+        raise UserError(f"out = {path} cannot be written ({error.strerror}): give another -o") from error
 
 
 def measure(turns: Iterable[Turn], rounds: int, limit: float) -> tuple[list[Timing], list[str]]:

@@ -265,7 +265,7 @@ def _arrays(dataset: str, folder: str, border: Border) -> Arrays:
         splits = (read_official(dataset, Path(folder), train) for train in (True, False))
         return cached(files, STORED, lambda: _with_border(splits, border), border.form)
     _version_read(files[0])
-    return cached(files, (*STORED, "moments"), lambda: _with_moments(read_npz(files[0]), border), border.form)
+    return cached(files, (*STORED, "moments"), lambda: _with_moments(read_npz(files[0], border), border), border.form)
 
 
 @functools.lru_cache(maxsize=2)

@@ -170,6 +170,12 @@ def bordered(pixels: NDArray[np.uint8], border: Border = BLACK) -> NDArray[np.in
     return words.view(np.int32)
 
 
+def bordered_bytes(shape: tuple[int, ...], border: Border) -> int:
+    """The bytes of what `bordered` makes of pixels of this `shape`."""
+    count, height, width, channels = shape
+    return count * (height + 2 * border.padding) * (width + 2 * border.padding) * 4 * -(-channels // 4)
+
+
 def sample_crops(index: NDArray[np.int64], words: NDArray[np.uint64], corners: Corners) -> Tensor:
     """(4, N) int64 on the CPU: `index`, `top`, `left` and `flip` of `Images.crop` for the N images `index`.
 

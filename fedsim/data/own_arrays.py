@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.data.cache import Arrays
-from fedsim.data.images import Moments
+from fedsim.data.images import Border, Moments, bordered_bytes
 from fedsim.errors import UserError
 from fedsim.locks import GLOBAL_GENERATORS
 from fedsim.registry import describe, function_of
@@ -21,16 +22,51 @@ MAX_CHANNELS = 16  # of images 1 or 3 pixels high: with more, their channels com
 NAMES = ("train_images", "train_labels", "test_images", "test_labels")
 
 
-def read_npz(file: Path) -> Arrays:
-    """The four arrays of a file, checked."""
+def read_npz(file: Path, border: Border) -> Arrays:
+    """The four arrays of a file, checked.
+
+    They are not read where they, and the images with their `border`, need more memory than is free: a small file may
+    expand to any size.
+    """
     try:
+        with zipfile.ZipFile(file) as archive:
+            _check_memory(file, _sizes(archive), border)
         with file.open("rb") as opened, np.lib.npyio.NpzFile(opened) as held:
             arrays = {name: held[name] for name in held.files if name in NAMES}
+    except UserError:
+        raise
     except zipfile.BadZipFile as error:
         raise UserError(f"dataset = {file} is not a file of numpy.savez ({describe(error)}): write it again") from error
     except Exception as error:  # NumPy does not document what a damaged file raises
         raise UserError(f"dataset = {file} cannot be read ({describe(error)}): give a file of numpy.savez") from error
     return checked(str(file), arrays)
+
+
+def _sizes(archive: zipfile.ZipFile) -> dict[str, tuple[tuple[int, ...], int]]:
+    """The shape of each of the arrays and the bytes of a value in it, by the headers alone."""
+    readers = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+    sizes = {}
+    for name in NAMES:
+        if f"{name}.npy" in archive.namelist():
+            with archive.open(f"{name}.npy") as member:
+                read = readers.get(np.lib.format.read_magic(member))
+                if read is None:
+                    raise ValueError(f"{name} is in another version of the format")
+                shape, _, dtype = read(member)
+            sizes[name] = shape, dtype.itemsize
+    return sizes
+
+
+def _check_memory(file: Path, sizes: Mapping[str, tuple[tuple[int, ...], int]], border: Border) -> None:
+    import psutil  # here: the processes of clients find the arrays in the cache
+
+    needed = sum(math.prod(shape) * size for shape, size in sizes.values())
+    needed += sum(bordered_bytes(shape, border) for shape, _ in sizes.values() if len(shape) == 4)
+    if needed > (free := psutil.virtual_memory().available):
+        raise UserError(
+            f"dataset = {file} needs {needed / 1e9:,.1f} GB of memory, and {free / 1e9:,.1f} GB are free: "
+            "give fewer or smaller images"
+        )
 
 
 def arrays_of(spec: str) -> Arrays:
@@ -102,7 +138,10 @@ def moments_of_images(images: NDArray[np.uint8]) -> Moments:
     values = np.arange(256) / 255
     mean, deviation = [], []
     for channel in np.moveaxis(images, -1, 0):
-        share = np.bincount(channel.ravel(), minlength=256) / channel.size
+        counts = np.zeros(256, np.int64)
+        for start in range(0, len(channel), 1000):  # in parts, as `bincount` makes an int64 of each pixel
+            counts += np.bincount(channel[start : start + 1000].ravel(), minlength=256)
+        share = counts / channel.size
         mean.append(float(share @ values))
         deviation.append(float(share @ (values - mean[-1]) ** 2) ** 0.5 or 1.0)  # of a constant channel
     return tuple(mean), tuple(deviation)

@@ -13,7 +13,7 @@ from fedsim.data.partition import check_partition, check_shards
 from fedsim.device import resolve
 from fedsim.experiments.study import configure
 from fedsim.federation.client_app import app as client_app
-from fedsim.federation.flwr_run import run_with_flwr
+from fedsim.federation.flwr_run import check_tools, run_with_flwr
 from fedsim.federation.in_process import InProcessGrid, stacked_trainers
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.resources import check_memory
@@ -23,6 +23,7 @@ from fedsim.models import check_model, check_one_image
 from fedsim.optim import check_optimizer
 from fedsim.records import OnRow, Run, config_of_run, run_folder
 from fedsim.training.centralized import train_centralized, whole_epochs
+from fedsim.training.failures import failing_in_one_line
 from fedsim.training.run_plan import run_plan
 from fedsim.training.stacked import check_stackable, why_not
 
@@ -34,6 +35,7 @@ def configured_run(
     return resolve_run(config_of_run(configure(mode, keys, preset)), mode, engine_named(engine))
 
 
+@failing_in_one_line
 def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -> tuple[Config, Engine]:
     """`config` with its actual device and threads, and the engine that trains its clients.
 
@@ -66,6 +68,7 @@ def execute(
     return execute_checked(config, mode, engine, on_row, rerun, patience)
 
 
+@failing_in_one_line
 def execute_checked(
     config: Config, mode: Mode, engine: Engine, on_row: OnRow | None, rerun: bool, patience: float = 0.0
 ) -> Run:
@@ -105,6 +108,7 @@ def is_done(run: Run) -> bool:
     return False
 
 
+@failing_in_one_line
 def check(config: Config, mode: Mode, engine: Engine) -> None:
     """Raise UserError if a run of `config` (resolved) by `engine` cannot begin: its data, model or keys do not fit."""
     check_of_run(config)
@@ -125,3 +129,5 @@ def check(config: Config, mode: Mode, engine: Engine) -> None:
         check_strategy(config)
         if engine == "stacked" and config.clients_per_round > 1:
             check_stackable(config)
+        if engine == "flower":
+            check_tools()

@@ -30,6 +30,7 @@ without its grid.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
 import itertools
 import re
@@ -261,14 +262,20 @@ def select(study: Study, cells: Sequence[Cell], patterns: Sequence[str]) -> list
 def configure(mode: Mode, keys: Mapping[str, Any], preset: str = "") -> Config:
     """The configuration of one run: the defaults, overridden by the preset, overridden by `keys`."""
     config = Config().changed(keys)  # even with a preset, to report errors in `keys` first
+    _check_budget(keys)
     return read_preset(preset, mode).configure(keys) if preset else config
+
+
+def _check_budget(keys: Mapping[str, Any]) -> None:
+    """Raise UserError where `keys`, all given in one place, have two budgets."""
+    if "epochs" in keys and typed("rounds", keys.get("rounds", 0)):
+        raise UserError(f"epochs = {keys['epochs']} is not used with rounds = {keys['rounds']}: leave one of them out")
 
 
 def read_preset(name: str, mode: Mode) -> Study:
     """The study or TOML file `name`; raises UserError if it is not for `mode`."""
     if name not in study_names() and not name.endswith(".toml"):
-        known = ", ".join(study_names())
-        raise UserError(f"unknown preset {name}: it must be one of {known}, or a file NAME.toml")
+        raise _unknown("preset", name)
     if (study := read_study(name)).mode != mode:
         others = ", ".join(other for other in study_names() if read_study(other).mode == mode)
         raise UserError(
@@ -284,6 +291,7 @@ def grid_study(grid: Mapping[str, Sequence[Value]], keys: Mapping[str, Any], pre
     results (threads, checkpoint-every, ...): pass these to `Study.cells`.
     """
     base = configure("localsgd", keys, preset)
+    _check_budget({**keys, **{name: values[0] for name, values in grid.items() if values}})
     first = default_name(base.changed({"clients": 1, "local-steps": 1, "seed": 0}), "localsgd")
     others = "".join(f"-{key}" for key in grid if key not in ("clients", "local-steps", "seed"))
     name = base.name or f"grid{others}" + re.sub("-k1-(j1|e[0-9]+)-seed0", "", first.removeprefix("localsgd"))
@@ -301,7 +309,7 @@ def read_study(name: str) -> Study:
     Raises UserError, which names the file and the key.
     """
     if not name.endswith(".toml") and name not in study_names():
-        raise UserError(f"unknown study {name}: it must be one of {', '.join(study_names())}, or a file NAME.toml")
+        raise _unknown("study", name)
     path = Path(name) if name.endswith(".toml") else FOLDER / f"{name}.toml"
     try:
         entries = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -311,11 +319,13 @@ def read_study(name: str) -> Study:
         raise UserError(f"{path.name} is not TOML in UTF-8: {' '.join(str(error).split())}") from error
     try:
         known = [field.alias or key for key, field in Study.model_fields.items() if key != "name"]
-        for entry in entries.keys() - set(known):
+        for entry in (entry for entry in entries if entry not in known):
+            if entry in Config().as_keys() and entry not in RECORD_KEYS:
+                raise UserError(f"{entry} is a key of runs: write it below [set], and title and mode above that")
             raise UserError(f"unknown entry {entry}: it must be one of {', '.join(known)}")
         if path.name == STORED:
             return _study({**_with_current_names(entries), "name": path.absolute().parent.name})
-        return _study({**entries, "name": path.stem})
+        return _study({**entries, "name": typed("name", path.stem)})
     except (UserError, OverflowError) as error:
         raise UserError(" ".join(f"{path.name}: {error}".split())) from error
 
@@ -349,6 +359,12 @@ MESSAGES = {  # by the type of Pydantic's error
     "model_type": "= {} is not a table",
     "too_short": "is empty: give a key with its values, for instance lr = [0.01, 0.1]",
 }
+
+
+def _unknown(what: str, name: str) -> UserError:
+    near = difflib.get_close_matches(name, study_names(), n=1)
+    hint = f" (did you mean {near[0]}?)" if near else ""
+    return UserError(f"unknown {what} {name}: it must be one of {', '.join(study_names())}, or a file NAME.toml{hint}")
 
 
 def study_names() -> list[str]:

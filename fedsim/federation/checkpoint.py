@@ -5,11 +5,13 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Mapping
 from dataclasses import fields, replace
-from typing import Any
+from typing import Annotated, Any
 
 from flwr.app import ArrayRecord, ConfigRecord, RecordDict
+from pydantic import Field
 from torch import Tensor, nn
 
+from fedsim.checkpoint_file import Count, Finite, kind_of
 from fedsim.config import Config
 from fedsim.federation.compress import zero_memory
 from fedsim.federation.domains import domains
@@ -40,7 +42,7 @@ def resume(run: Run, messenger: Messenger, nodes: Nodes, initial: Progress, roun
     Rows made after the checkpoint are dropped, but the bytes that were sent for them still count.
     """
     rows = read_rows(run.folder)
-    checkpoint = run.resume(rounds, _state(initial, {}, messenger))
+    checkpoint = run.resume(rounds, _like(initial, messenger))
     sent = [(messenger.bytes_up, messenger.bytes_down)]
     sent += [
         (row["bytes_up"] + row["overhead_bytes_up"], row["bytes_down"] + row["overhead_bytes_down"]) for row in rows
@@ -64,6 +66,21 @@ def save(run: Run, config: Config, messenger: Messenger, progress: Progress, mem
     if keeps_memory(config):
         last = [round_ if worker in memories else 0 for worker, round_ in enumerate(last)]
     run.save_checkpoint(_state(replace(progress, last_aggregated_round=last), memories, messenger))
+
+
+def _like(initial: Progress, messenger: Messenger) -> dict[str, Any]:
+    """What a valid checkpoint is like: the arrays of `initial`, and the types of everything else."""
+    clients = len(initial.last_aggregated_round)
+    return {
+        **dict.fromkeys(_state(initial, {}, messenger), kind_of(Count)),
+        "arrays": tensors_of(initial.arrays),
+        "last_aggregated_round": kind_of(Annotated[list[Count], Field(min_length=clients, max_length=clients)]),
+        "server_state": kind_of(dict[str, Any]),  # an own strategy keeps what it likes
+        "losses": kind_of(list[tuple[Finite, Finite]]),
+        "left_out": kind_of(dict[str, str]),
+        "failures": kind_of(dict[Count, Count]),
+        "memories": kind_of(dict[Count, Memory]),
+    }
 
 
 def _state(progress: Progress, memories: Mapping[int, Memory], messenger: Messenger) -> dict[str, Any]:

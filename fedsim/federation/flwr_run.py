@@ -23,18 +23,37 @@ import time
 from collections.abc import Iterator
 from http.client import HTTPConnection, HTTPSConnection
 from pathlib import Path
+from tempfile import gettempdir
 
+import tomli_w
 import torch
 
+from fedsim import __version__
 from fedsim.config import Config, cpu_count
 from fedsim.errors import RunFailed, UserError
 from fedsim.private_ray import private_ray
 from fedsim.processes import cleanup, running
 from fedsim.provenance import origin
 
-CHECKOUT = Path(__file__).resolve().parents[2]
-APP = ("pyproject.toml", "README.md", "LICENSE", "fedsim", "strategies")
+CHECKOUT = Path(__file__).resolve().parents[2]  # or where the two packages are installed
+PACKAGES = ("fedsim", "strategies")
+APP = {  # what Flower reads of pyproject.toml, which an installed fedsim has not
+    "project": {"name": "fedsim", "version": __version__, "description": "LocalSGD", "license": "Apache-2.0"},
+    "tool": {
+        "flwr": {
+            "app": {
+                "publisher": "fedsim",
+                "components": {
+                    "serverapp": "fedsim.federation.server_app:app",
+                    "clientapp": "fedsim.federation.client_app:app",
+                },
+                "config": Config().as_keys(),
+            }
+        }
+    },
+}
 CONNECTION = "fedsim"
+TOOLS = ("flwr", "flower-superlink")
 START_SECONDS = 60
 OUTCOME_SECONDS = 20
 ANSWER_SECONDS = 180  # of a SuperLink, also on a machine with much else to do
@@ -47,15 +66,14 @@ RAY_PATH = 36  # characters of a folder below which the paths of Ray's sockets k
 
 def run_with_flwr(config: Config) -> None:
     """Run `config` (resolved) by ``flwr run`` on Ray; raises RunFailed where the run did not complete."""
-    if not (CHECKOUT / "pyproject.toml").exists():
-        raise UserError(f"engine = flower needs fedsim's checkout, which {CHECKOUT} is not: use pip install -e there")
     # The nodes of an existing Ray cluster load the client from it: it lies beside the results, which they share
     shared = None if os.environ.get("RAY_ADDRESS", "local") in ("", "local") else config.results_dir
-    folder = tempfile.TemporaryDirectory(prefix=".fs-", dir=shared)
+    # Ray keeps its files in this folder, and knows ASCII alone
+    folder = tempfile.TemporaryDirectory(prefix=".fs-", dir=shared or (None if gettempdir().isascii() else "/tmp"))
     with cleanup(folder.cleanup), superlink(Path(folder.name)) as env:
         app = copy_app(Path(folder.name) / "app")
         keys = Path(folder.name) / "run-config.toml"
-        keys.write_text("".join(f"{name} = {json.dumps(value)}\n" for name, value in config.as_keys().items()))
+        keys.write_text(tomli_w.dumps(config.as_keys()), encoding="utf-8")
         command = [_tool("flwr"), "run", str(app), CONNECTION, "--stream", "--run-config", str(keys)]
         run_id = _stream([*command, "--federation-config", federation(config)], env)
         status = _status(run_id, env) if run_id else "not started"
@@ -77,12 +95,9 @@ def federation(config: Config) -> str:
 def copy_app(app: Path) -> Path:
     """Copy the app to the new folder `app`, whose name Flower accepts and which holds no other code."""
     app.mkdir()
-    for name in APP:
-        source = CHECKOUT / name
-        if source.is_dir():
-            shutil.copytree(source, app / name, ignore=shutil.ignore_patterns("__pycache__"))
-        elif source.exists():
-            shutil.copy(source, app / name)
+    (app / "pyproject.toml").write_text(tomli_w.dumps(APP), encoding="utf-8")
+    for name in PACKAGES:
+        shutil.copytree(CHECKOUT / name, app / name, ignore=shutil.ignore_patterns("__pycache__"))
     return app
 
 
@@ -250,9 +265,21 @@ def _status_now(run_id: str, env: dict[str, str]) -> str:
     return str(runs[0]["status"]) if runs else "unknown"
 
 
+def check_tools() -> None:
+    """Raise UserError where Flower's commands are not there."""
+    for name in TOOLS:
+        _tool(name)
+
+
 def _tool(name: str) -> str:
-    """The command `name` of the environment that this Python belongs to."""
-    return str(Path(sys.executable).with_name(name))
+    """The command `name`, beside this Python or else where the shell finds it."""
+    beside = str(Path(sys.executable).parent)
+    if found := shutil.which(name, path=beside) or shutil.which(name):
+        return found
+    raise UserError(
+        f"engine = flower needs the command {name}, which is neither in {beside} nor on PATH: install flwr[simulation] "
+        "again, or give --engine threads"
+    )
 
 
 def free_port() -> int:

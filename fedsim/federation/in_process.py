@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import itertools
+import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future
@@ -14,12 +15,15 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedsim.config import Config
-from fedsim.device import pool_size, thread_pool
+from fedsim.device import is_out_of_memory, pool_size, thread_pool
 from fedsim.federation.client_app import train_together
 from fedsim.federation.client_state import forget_others
 from fedsim.federation.flower_internals import CLIENT_FAILED, FlowerRun, become_server, set_message_id
 from fedsim.federation.protocol import MEMORY_ROUNDS
 from fedsim.federation.resources import check_memory
+from fedsim.interrupts import interruption
+from fedsim.registry import describe
+from fedsim.training.failures import place_of
 from fedsim.training.stacked import StackedWorkers
 
 Handler = Callable[[Sequence[Message], Sequence[Context]], list[Message]]  # of the messages of a group
@@ -131,11 +135,16 @@ def _replies(replies: Future[list[Message]], group: Sequence[Message]) -> list[M
     """The replies to the messages of `group`, or an error reply to each where their handler raised."""
     try:
         return replies.result()
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         return [_failed(error, message) for message in group]
 
 
-def _failed(error: Exception, message: Message) -> Message:
-    """The error reply that Flower makes for a client that raised `error`."""
-    traceback.print_exception(error)
+def _failed(error: BaseException, message: Message) -> Message:
+    """The error reply that Flower makes for a client that raised `error`; a lack of memory ends the run."""
+    if is_out_of_memory(error) or interruption(error):
+        raise error
+    if place := place_of(error):
+        print(f"a client failed ({describe(error)}, {place})", file=sys.stderr, flush=True)
+    else:
+        traceback.print_exception(error)
     return Message(Error(CLIENT_FAILED, f"{type(error).__name__}: {error}"), reply_to=message)

@@ -22,7 +22,7 @@ from fedsim.training.run_plan import RunPlan, run_plan
 from strategies import LocalSGD, buffers_of, join, payload_bytes, sections, tensor_record
 from strategies.errors import StrategyFailed
 from strategies.local_sgd import State
-from strategies.screening import Request
+from strategies.screening import Request, not_finite
 
 
 @dataclass(frozen=True)
@@ -50,13 +50,14 @@ class TooFewClients(Exception):
     """Fewer usable updates than a round needs.
 
     `memory_lost`: because a client has lost its memory. `all_refused`: although all clients answered, none could be
-    used; it may be that no client can train from what they were sent.
+    used; it may be that no client can train from what they were sent. `diverged`: what all of them sent is not finite.
     """
 
-    def __init__(self, reason: str, memory_lost: bool, all_refused: bool = False) -> None:
+    def __init__(self, reason: str, memory_lost: bool, all_refused: bool = False, diverged: bool = False) -> None:
         super().__init__(reason)
         self.memory_lost = memory_lost
         self.all_refused = all_refused
+        self.diverged = diverged
 
 
 def initial_progress(config: Config, model: nn.Module) -> Progress:
@@ -97,7 +98,9 @@ def train_round(
         answered = {reply.metadata.src_node_id for reply in replies if reply.has_content()}
         all_answered = not request.away and answered >= request.workers.keys()
         reason = f"round {round_}: too few usable updates: {format_reasons(result.left_out)}"
-        raise TooFewClients(reason, bool(lost), all_answered and len(result.left_out) == len(request.workers))
+        all_refused = all_answered and len(result.left_out) == len(request.workers)
+        diverged = all_refused and all(map(not_finite, result.left_out.values()))
+        raise TooFewClients(reason, bool(lost), all_refused, diverged)
     if lost and needs_all_memories(config):
         raise TooFewClients(f"round {round_}: {format_reasons(result.left_out)}", True)
     failures = count_failures(progress.failures, request, replies)

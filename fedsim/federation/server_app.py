@@ -93,8 +93,11 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
                 memories = collect_memories(messenger, config, registry.nodes, progress, sent, model)
         except TooFewClients as failure:
             failures, lost = failures + 1, lost or failure.memory_lost
+            of_checkpoint = failure.all_refused and not failure.memory_lost and progress.round == saved > 0
+            if failure.diverged and not of_checkpoint:  # as it would again
+                raise RunFailed(f"{failure}: a lower --lr may help") from failure
             if failures == MAX_ATTEMPTS:
-                if failure.all_refused and not failure.memory_lost and progress.round == saved > 0:
+                if of_checkpoint:
                     run.put_checkpoint_aside()
                 how = f"resume from the checkpoint with --resume {run.folder.name}"
                 raise RunFailed(f"{failure}; tried {MAX_ATTEMPTS} times; {how}") from failure

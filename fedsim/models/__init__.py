@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import nn
+from torch import Tensor, nn
 
 from fedsim.config import Config
 from fedsim.data.datasets import facts_of, image_shape
@@ -17,7 +18,8 @@ from fedsim.device import one_thread, parameter_dtype
 from fedsim.errors import UserError
 from fedsim.locks import GLOBAL_GENERATORS
 from fedsim.models.dropout import StepKeys, set_dropout_keys, use_counter_based_dropout
-from fedsim.registry import MODELS, describe, function_of
+from fedsim.models.layout import Layout, images_like, layout_of, set_layout
+from fedsim.registry import MODELS, failures_of, function_of
 from fedsim.rng import generator
 
 
@@ -37,35 +39,50 @@ def check_model(config: Config) -> None:
     """Raise UserError where the model of `config` cannot be trained on its images: a step on two images is tried.
 
     The forward pass may draw no random numbers except for dropout, or a run could not be repeated. Every parameter must
-    get a gradient.
+    get a gradient, and not a sparse one. A test of the two images is tried too.
     """
     model = cpu_model(config)
-    shape, classes = image_shape(config), facts_of(config).classes
-    step_keys = StepKeys()
-    set_dropout_keys(model.train(), step_keys)
-    images = torch.zeros(2, *shape).to(memory_format=torch.channels_last)
-    taken = f"model = {config.model} does not take the images of {config.dataset}, {_by(shape)}"
+    set_dropout_keys(model.train(), StepKeys())
     with GLOBAL_GENERATORS, torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
-        try:
-            logits = model(images)
-        except Exception as error:  # the model's own code may raise anything
-            raise UserError(f"{taken} ({describe(error)})") from error
+        logits = _logits(model, config)
         drawn = not torch.equal(before, torch.get_rng_state())
-    if not isinstance(logits, torch.Tensor) or tuple(logits.shape) != (2, classes):
-        raise UserError(f"model = {config.model}, on the images of {config.dataset}: {_not_logits(logits, classes)}")
     if drawn:
         raise UserError(f"model = {config.model} draws from torch's global generator: let all dropout be nn.Dropout")
     if logits.requires_grad:
         F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
-    unused = [name for name, parameter in model.named_parameters() if parameter.grad is None]
-    if unused:
-        raise UserError(
-            f"model = {config.model}: {', '.join(unused[:3])} gets no gradient: every parameter must. "
-            "Frozen parameters are not supported: make them buffers"
-        )
+    check_gradients(config.model, dict(model.named_parameters()))
     if config.batch_size == 1:
         check_one_image(config, "batch-size = 1")
+    with torch.no_grad():
+        _logits(model.eval(), config)
+
+
+def _logits(model: nn.Module, config: Config) -> Tensor:
+    """What `model` gives for two images; raises UserError where that is not their logits."""
+    shape, classes = image_shape(config), facts_of(config).classes
+    taken = f"model = {config.model} does not take the images of {config.dataset}, {_by(shape)}"
+    with failures_of(taken + ("" if model.training else ", in eval mode")):
+        logits = model(images_like(2, shape))
+    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, classes):
+        raise UserError(f"model = {config.model}, on the images of {config.dataset}: {_not_logits(logits, classes)}")
+    return logits
+
+
+def check_gradients(name: str, parameters: dict[str, nn.Parameter]) -> None:
+    """Raise UserError where one of the `parameters` of the model `name` got no gradient, or one that is not dense."""
+    unused = [parameter for parameter, value in parameters.items() if value.grad is None]
+    if unused:
+        raise UserError(
+            f"model = {name}: {', '.join(unused[:3])} gets no gradient: every parameter must. "
+            "Frozen parameters are not supported: make them buffers"
+        )
+    sparse = [p for p, value in parameters.items() if value.grad is not None and value.grad.layout != torch.strided]
+    if sparse:
+        raise UserError(
+            f"model = {name}: {', '.join(sparse[:3])} gets a sparse gradient, which no optimizer here takes: "
+            "give nn.Embedding sparse=False"
+        )
 
 
 @one_thread()
@@ -76,12 +93,8 @@ def check_one_image(config: Config, reason: str) -> None:
     """
     model = cpu_model(config)
     set_dropout_keys(model.train(), StepKeys())
-    try:
-        model(torch.zeros(1, *image_shape(config)).to(memory_format=torch.channels_last))
-    except Exception as error:  # the model's own code may raise anything
-        raise UserError(
-            f"{reason}: model = {config.model} does not train on one image ({describe(error)}): give another batch-size"
-        ) from error
+    with failures_of(f"{reason}: model = {config.model} does not train on one image", remedy="give another batch-size"):
+        model(images_like(1, image_shape(config)))
 
 
 def _not_logits(outputs: object, classes: int) -> str:
@@ -106,15 +119,16 @@ def build_model(
     image: ImageShape = CIFAR_IMAGE,
     norm: str = "bn",
 ) -> nn.Module:
-    """The model with PyTorch's default initialisation from `seed`, channels-last on `device`.
+    """The model with PyTorch's default initialisation from `seed`, on `device`, in its layout (`fedsim.models.layout`).
 
-    Weights are drawn on the CPU, so that they are the same on every device. Channels-last trains 1.3 to 2.8 times
-    faster. Threads may call it in parallel. Raises UserError for a model that cannot be used.
+    Weights are drawn on the CPU, so that they are the same on every device. Threads may call it in parallel. Raises
+    UserError for a model that cannot be used.
     """
     with GLOBAL_GENERATORS, torch.random.fork_rng(devices=[]):  # nn.Module's initialisation uses no other
         torch.manual_seed(int(generator(seed, 0, 0, "init").integers(2**63)))
         model = _network(name, classes, image, norm)
-    return model.to(device, parameter_dtype(precision)).to(memory_format=torch.channels_last)
+        layout = _layout(builder_of(name), name, classes, image, norm)
+    return set_layout(model.to(device, parameter_dtype(precision)), layout)
 
 
 def _network(name: str, classes: int, image: ImageShape, norm: str) -> nn.Module:
@@ -122,24 +136,42 @@ def _network(name: str, classes: int, image: ImageShape, norm: str) -> nn.Module
     keywords = _accepted(build, {"image": image, "norm": norm})
     if "norm" not in keywords and norm != "bn":
         raise UserError(f"norm is not used by model = {name}: leave it out")
-    try:
+    with failures_of(f"model = {name} cannot be built for {classes} classes and images of {_by(image)}"):
         model = build(classes, **keywords)
-    except UserError:
-        raise
-    except Exception as error:  # its code may raise anything
-        raise UserError(
-            f"model = {name} cannot be built for {classes} classes and images of {_by(image)} ({describe(error)})"
-        ) from error
     if not isinstance(model, nn.Module):
         raise UserError(f"model = {name} returns {type(model).__name__}: it must return an nn.Module")
-    if lazy := [n for n, p in (*model.named_parameters(), *model.named_buffers()) if nn.parameter.is_lazy(p)]:
+    use_counter_based_dropout(model)
+    _check_tensors(name, model)
+    return model
+
+
+def _check_tensors(name: str, model: nn.Module) -> None:
+    """Raise UserError where the engines cannot hold every parameter and buffer of the model `name` as it is."""
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    if lazy := [n for n, value in tensors.items() if nn.parameter.is_lazy(value)]:
         raise UserError(f"model = {name}: {', '.join(lazy[:3])} has no shape yet: give its layer the number of inputs")
     if shared := dict(model.named_parameters(remove_duplicate=False)).keys() - dict(model.named_parameters()).keys():
         raise UserError(f"model = {name}: {', '.join(sorted(shared))} is a parameter of another layer too: copy it")
     if left_out := dict(model.named_buffers()).keys() - model.state_dict().keys():
         raise UserError(f"model = {name}: every buffer must be persistent, {', '.join(sorted(left_out))} is not")
-    use_counter_based_dropout(model)
-    return model
+    if not dict(model.named_parameters()):
+        raise UserError(f"model = {name} has no parameters to train: give one with a layer that has weights")
+    if unreal := [n for n, value in tensors.items() if value.is_complex()]:
+        raise UserError(
+            f"model = {name}: {', '.join(unreal[:3])} is complex, and all that is averaged is real: keep its real and "
+            "imaginary part (torch.view_as_real), and let the forward pass join them (torch.view_as_complex)"
+        )
+    if empty := [n for n, value in tensors.items() if value.numel() == 0]:
+        raise UserError(f"model = {name}: {', '.join(empty[:3])} has no values: leave it out of the model")
+
+
+@functools.lru_cache(maxsize=8)  # as long as the process: the forward passes of a large model take seconds
+def _layout(builder: Callable[..., nn.Module], name: str, classes: int, image: ImageShape, norm: str) -> Layout:
+    """The layout of the model `name`, which `builder` makes; fedsim's own are not tried."""
+    if builder.__module__.startswith(f"{__name__}."):
+        return "channels-last"
+    with one_thread():
+        return layout_of(_network(name, classes, image, norm), image)
 
 
 def builder_of(name: str) -> Callable[..., nn.Module]:

@@ -6,8 +6,10 @@ torch.fx traces the forward pass, and its graph is rewritten with the layers and
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import operator
+import pickle
 import threading
 from collections.abc import Callable, Sequence
 from typing import Any, Literal
@@ -31,6 +33,7 @@ from fedsim.models.stacked_layers import (
 
 Form = Literal["side by side", "by copy", "size"]  # of a value in the stacked network; sizes are those of each copy
 
+OF_EVERY_MODULE = vars(nn.Module()).keys()
 MORE_CALLS = 3  # traced, to see whether they do the same as the first
 _TRACING = threading.Lock()  # torch.fx replaces nn.Module.__call__ while it traces, and then puts back what it found
 
@@ -75,6 +78,22 @@ class _Tracer(fx.Tracer):
         return type(m) in LAYERS or super().is_leaf_module(m, module_qualified_name)
 
 
+def _held(model: nn.Module) -> dict[str, Any]:
+    """What the modules of `model` hold besides parameters, buffers and modules: pickled, where it can be."""
+    held: dict[str, Any] = {}
+    for path, module in model.named_modules():
+        for name, value in vars(module).items():
+            if name not in OF_EVERY_MODULE:
+                with contextlib.suppress(Exception):  # its own code may raise anything
+                    value = pickle.dumps(value)
+                held[f"{path}.{name}" if path else name] = value
+    return held
+
+
+def _same(value: Any, before: Any) -> bool:
+    return value is before or (isinstance(value, bytes) and isinstance(before, bytes) and value == before)
+
+
 def _is_layer_of_torch(module: nn.Module) -> bool:
     containers = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
     return type(module).__module__.startswith("torch.nn") and not isinstance(module, containers)
@@ -88,6 +107,7 @@ class _Stacker:
         for name, layer in model.named_modules():
             if _is_layer_of_torch(layer) and type(layer) not in LAYERS:
                 raise CannotStack(f"cannot stack {name} ({type(layer).__name__})")
+        self._held = _held(model)
         self._graph = self._trace()
         self._first_call = str(self._graph)
         self._layers: dict[str, nn.Module] = {}
@@ -105,6 +125,8 @@ class _Stacker:
         if any(str(self._trace()) != self._first_call for _ in range(MORE_CALLS)):
             name = type(self._model).__name__
             raise CannotStack(f"cannot stack the forward pass of {name}: it changes from call to call")
+        if changed := [name for name, value in _held(self._model).items() if not _same(value, self._held.get(name))]:
+            raise CannotStack(f"cannot stack the forward pass: it changes {changed[0]}, which is no buffer")
         return fx.GraphModule(self._layers, self._graph)
 
     def _trace(self) -> fx.Graph:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
-from fedsim.config import Config, arguments_of, check_used
+from fedsim.config import FIELDS, Config, arguments_of, check_used, kebab
 from fedsim.copies import copies, fill
 from fedsim.errors import UserError
 from fedsim.optim.lamb import LAMB
@@ -100,6 +100,15 @@ def check_optimizer(config: Config) -> None:
     check_used(config, "schedule", {"milestones": ["multistep"], "gamma": ["multistep"]})
     if config.lr_scaling != "linear" and not config.lr_scaling_batch:
         raise UserError("lr-scaling is not used by lr-scaling-batch = 0: leave it out, or give --lr-scaling-batch")
+    if config.schedule_unit == "epoch" and config.schedule == "constant" and not config.warmup_epochs:
+        raise UserError("schedule-unit is not used by a constant rate: leave it out, or give --schedule")
+    if config.decay_biases_and_norms and config.weight_decay:
+        for name in ("lars_adapt_undecayed", "lamb_adapt_undecayed"):
+            if (value := getattr(config, name)) != FIELDS[name].default:
+                raise UserError(
+                    f"{kebab(name)} = {str(value).lower()} is not used where every parameter is decayed: leave it out, "
+                    "or give --no-decay-biases-and-norms"
+                )
     if config.optimizer in OPTIMIZERS:
         return
     try:

@@ -76,3 +76,5 @@ def check_arguments(name: str, arguments: dict[str, Any]) -> None:
         torch_optimizer(name, [{"params": [parameter]}], 0.1, arguments).step()
     except Exception as error:  # an argument that the optimizer refuses, or fails on
         raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
+    if not parameter.isfinite():
+        raise ValueError(f"{name} divides zero by zero where a gradient is zero: give an eps above 0")

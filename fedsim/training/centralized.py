@@ -11,7 +11,7 @@ from fedsim.data.partition import check_shards, sample_order, shard
 from fedsim.device import prepare
 from fedsim.errors import RunFailed, UserError
 from fedsim.models import initial_model
-from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
+from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state, zero_state
 from fedsim.optim.lr_schedule import schedule_of
 from fedsim.records import TRAFFIC, Run
 from fedsim.training.step import evaluate, step_inputs
@@ -43,7 +43,7 @@ def train_centralized(config: Config, run: Run) -> None:
     lr = schedule_of(config, Fraction(steps_per_epoch), epochs)
 
     done = 0
-    if checkpoint := run.resume(epochs, {"model": model.state_dict(), "optimizer": {}}):
+    if checkpoint := run.resume(epochs, {"model": model.state_dict(), "optimizer": zero_state(config, named)}):
         model.load_state_dict(checkpoint["model"])
         load_optimizer_state(named, optimizer, checkpoint["optimizer"])
         done = checkpoint["round"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -14,6 +15,7 @@ from torch.optim import Optimizer
 
 from fedsim.data.images import Images, batches
 from fedsim.device import products_in, thread_pool
+from fedsim.errors import RunFailed
 from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.optim import set_lr
 from fedsim.rng import random_words, step_keys
@@ -114,7 +116,8 @@ def take_step(
 def evaluate(model: nn.Module, images: Images, precision: str = "fp32") -> tuple[float, float]:
     """Mean cross-entropy and accuracy (a fraction) of `model`, in eval mode, over all `images`.
 
-    On the CPU each core tests batches of its own on one thread, so that the result is the same on any number.
+    On the CPU each core tests batches of its own on one thread, so that the result is the same on any number. Raises
+    RunFailed where the loss is not finite: the accuracy of such a model has no meaning.
     """
     model.eval()
     parameter = next(model.parameters())
@@ -135,4 +138,6 @@ def evaluate(model: nn.Module, images: Images, precision: str = "fp32") -> tuple
     else:  # in this thread, whose convolution plans cuDNN remembers
         sums = list(map(test, starts))
     loss, correct = sum(sums[1:], sums[0]).tolist()
+    if not math.isfinite(loss):
+        raise RunFailed(f"the loss of the model in a test is {loss}: a lower --lr may help, if its eval mode is right")
     return loss / len(images), correct / len(images)

@@ -223,9 +223,9 @@ def test_on_the_cpu_every_variant_uses_all_cores(monkeypatch: pytest.MonkeyPatch
         ("--variants ,", "variants = '' is unknown"),
         ("--variants plain --timed 0", "--timed"),
         ("--variants plain --time-limit 0", "--time-limit"),
-        ("-o {folder}", "output = {folder} cannot be written (Is a directory): give another -o"),
-        ("-o {folder}/file/bench.json", "output = {folder}/file/bench.json cannot be written (File exists)"),
-        ("-o /proc/bench.json", "output = /proc/bench.json cannot be written"),
+        ("-o {folder}", "out = {folder} cannot be written (Is a directory): give another -o"),
+        ("-o {folder}/file/bench.json", "out = {folder}/file/bench.json cannot be written (File exists)"),
+        ("-o /proc/bench.json", "out = /proc/bench.json cannot be written"),
     ],
 )
 def test_bad_input_is_one_line_before_anything_is_measured(

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import pickle
 import socket
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -233,6 +234,18 @@ def test_a_file_that_is_not_npz_is_told_in_a_line(small: Config, tmp_path: Path)
     np.save(tmp_path / "bad.npy", GOOD["train_images"])
     file = (tmp_path / "bad.npy").rename(tmp_path / "bad.npz")
     with pytest.raises(UserError, match=rf"^dataset = {file} is not a file of numpy\.savez \(BadZipFile: .*: write it"):
+        execute(small.changed({"dataset": str(file)}), "localsgd")
+
+
+def test_a_file_that_expands_to_more_than_memory_is_not_read(small: Config, tmp_path: Path) -> None:
+    """Known by the headers of its arrays alone; this one has no more."""
+    file = tmp_path / "bomb.npz"
+    np.savez(file, **{name: array for name, array in GOOD.items() if name != "train_images"})  # type: ignore[arg-type]
+    with zipfile.ZipFile(file, "a") as archive, archive.open("train_images.npy", "w") as member:
+        header = {"descr": "|u1", "fortran_order": False, "shape": (10**9, 32, 32, 3)}
+        np.lib.format.write_array_header_1_0(member, header)
+    # 3,072 bytes of an image, and 4 of each of 40 x 40 pixels with the border
+    with pytest.raises(UserError, match=rf"^dataset = {file} needs 9,472.0 GB of memory, and .* GB are free: give few"):
         execute(small.changed({"dataset": str(file)}), "localsgd")
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import io
 import json
 import logging
 import os
@@ -15,6 +16,8 @@ import subprocess
 import sys
 import tempfile
 import time
+import tomllib
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping
 from http.client import HTTPConnection
 from pathlib import Path
@@ -23,6 +26,7 @@ from typing import Any
 import numpy as np
 import psutil
 import pytest
+from flwr.cli.build import build_fab_from_disk
 
 import fedsim
 from fedsim.config import Config
@@ -30,13 +34,13 @@ from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute
 from fedsim.federation import flwr_run
-from fedsim.federation.flwr_run import copy_app, federation, superlink
+from fedsim.federation.flwr_run import PACKAGES, TOOLS, check_tools, copy_app, federation, superlink
 from fedsim.federation.private_superlink import for_own_user
 from fedsim.federation.server_app import log_errors_in_one_line
 from fedsim.processes import cleanup, marked, running
 from fedsim.records import read_rows
 from tests.commands import ROOT, Done, executed, run, started
-from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, assert_same_bits, final_model, rows_of
+from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, Call, assert_same_bits, final_model, rows_of
 from tests.own_code import larger
 
 SMALL = (
@@ -49,7 +53,7 @@ COMPRESSED_DOWN = (
 )
 OWN_CODE = (
     *("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
-    *("--model", "my_code:mlp", "--dataset", "figures.npz", "--augment", "my_code:erase", "--partition", "dirichlet"),
+    *("--model", "my_code:Views", "--dataset", "figures.npz", "--augment", "my_code:erase", "--partition", "dirichlet"),
     *("--partition-args", "alpha=0.9", "--client-weights", "shard-size"),
     *("--local-steps", "10", "--local-epochs", "1", "--clients", "4", "--fraction", "0.75"),
     *("--compress-down", "powersgd", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
@@ -93,20 +97,51 @@ def started_by(mark: str) -> list[str]:
     ids=["own-code", "compressed-down", "resnet18", *METHODS],
 )
 def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(tmp_path: Path, keys: tuple[str, ...]) -> None:
-    """Also with code and data of one's own in the folder in which the command is given."""
+    """Also with code and data of one's own in the folder in which the command is given, and names of any letters."""
     shutil.copy(ROOT / "tests" / "own_code.py", tmp_path / "my_code.py")
     np.savez(tmp_path / "figures.npz", **larger())  # type: ignore[arg-type]
     path = os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])
     fleet = run_py(tmp_path, "--name", "here", *keys, PYTHONPATH=path)
     assert fleet.returncode == 0, fleet.stderr
-    command = [*SMALL, "--results-dir", str(tmp_path), "--name", "flower", *keys, "--engine", "flower"]
-    with executed(tmp_path, *command, STARTED_BY=str(tmp_path), PYTHONPATH=path) as process:
+    command = [*SMALL, "--results-dir", str(tmp_path), "--name", "😀", *keys, "--engine", "flower"]
+    (temporary := tmp_path / "für").mkdir()
+    with executed(tmp_path, *command, STARTED_BY=str(tmp_path), PYTHONPATH=path, TMPDIR=str(temporary)) as process:
         flower = process.wait()
     assert flower.returncode == 0, flower.stdout
-    assert_same_bits(final_model(tmp_path / "flower"), final_model(tmp_path / "here"))
-    assert rows_of(tmp_path / "flower") == rows_of(tmp_path / "here")
+    assert_same_bits(final_model(tmp_path / "😀"), final_model(tmp_path / "here"))
+    assert rows_of(tmp_path / "😀") == rows_of(tmp_path / "here")
     assert re.search(r"round +3 ", flower.stdout)  # the log was streamed
     assert started_by(str(tmp_path)) == []  # and the SuperLink is gone
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern:DeprecationWarning")  # of Flower's
+def test_the_app_has_every_key_and_all_code_of_fedsim(tmp_path: Path) -> None:
+    """It is made from the two packages alone, as they are installed."""
+    fab = build_fab_from_disk(copy_app(tmp_path / "app"))
+    with zipfile.ZipFile(io.BytesIO(fab)) as archive:
+        files = {name for name in archive.namelist() if name.endswith(".py")}
+        app = tomllib.loads(archive.read("pyproject.toml").decode())["tool"]["flwr"]["app"]
+    assert files == {str(file.relative_to(ROOT)) for name in PACKAGES for file in (ROOT / name).rglob("*.py")}
+    assert app["config"] == Config().as_keys()
+    of_checkout = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["flwr"]["app"]
+    assert app["components"] == of_checkout["components"]
+
+
+def test_without_flowers_commands_nothing_is_begun(call: Call, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are looked for beside Python, then on PATH."""
+    (elsewhere := tmp_path / "bin").mkdir()
+    commands = {name: str(Path(sys.executable).with_name(name)) for name in TOOLS}
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setenv("PATH", str(elsewhere))
+    code, out, err = call(*SMALL, "--model", "lenet5", "--engine", "flower")
+    assert (code, out) == (2, "")
+    assert err.startswith(
+        f"error: engine = flower needs the command flwr, which is neither in {tmp_path} nor on PATH: "
+    )
+    assert list(tmp_path.iterdir()) == [elsewhere]
+    for name, command in commands.items():
+        (elsewhere / name).symlink_to(command)
+    check_tools()
 
 
 @pytest.fixture

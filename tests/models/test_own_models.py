@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -21,17 +22,26 @@ from fedsim.federation import client_app
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
 from fedsim.models import build_model, check_model, initial_model
+from fedsim.models.layout import layout_of
 from fedsim.models.lenet import LeNet5
 from fedsim.models.resnet import NORMS
 from fedsim.records import Run
-from tests.conftest import Execute, assert_same_bits, final_model, register, rows_of
+from tests.conftest import Call, Execute, assert_same_bits, final_model, register, rows_of
+from tests.own_code import Tutorial, Views
 
 OWN = "tests.own_code"
 FEW: dict[str, Any] = {"synthetic_images": 64, "batch_size": 4}
+TINY = "--dataset synthetic --synthetic-images 32 --batch-size 4 --device cpu --threads 1 --epochs 1".split()
 
 
 @pytest.mark.parametrize(
-    "keys", [{"model": f"{OWN}:vit"}, {"model": f"{OWN}:mlp"}, {"model": "resnet20", "norm": "gn"}]
+    "keys",
+    [
+        {"model": f"{OWN}:vit"},
+        {"model": f"{OWN}:mlp"},
+        {"model": "resnet20", "norm": "gn"},
+        {"model": f"{OWN}:Views", "dataset": f"{OWN}:load"},
+    ],
 )
 def test_one_client_is_centralized_training_and_resumes_bitwise(run: Execute, keys: dict[str, Any]) -> None:
     """Also with dropout of torch's in a model of one's own."""
@@ -83,6 +93,16 @@ def test_the_key_norm_replaces_every_batchnorm() -> None:
         ({"model": f"{OWN}:Net", "dataset": f"{OWN}:load"}, f"does not take the images of {OWN}:load, 1 x 12 x 10"),
         ({"model": "lenet5", "dataset": f"{OWN}:load"}, "for 3 classes and images of 1 x 12 x 10"),
         (
+            {"model": f"{OWN}:Complex"},
+            "phase is complex, and all that is averaged is real: keep its real and imaginary",
+        ),
+        ({"model": f"{OWN}:ComplexBuffer"}, f"model = {OWN}:ComplexBuffer: phase is complex, and all that is averaged"),
+        ({"model": f"{OWN}:Empty"}, f"model = {OWN}:Empty: extra has no values: leave it out of the model"),
+        ({"model": f"{OWN}:NoParameters"}, f"model = {OWN}:NoParameters has no parameters to train: give one with a"),
+        ({"model": f"{OWN}:Sparse"}, "embedding.weight gets a sparse gradient, which no optimizer here takes: give nn"),
+        ({"model": f"{OWN}:ExitsAtOnce"}, "does not take the images of synthetic, 3 x 32 x 32 (SystemExit: 3)"),
+        ({"model": f"{OWN}:ExitsInEval"}, "does not take the images of synthetic, 3 x 32 x 32, in eval mode (SystemE"),
+        (
             {"model": "vit-tiny", "crop-size": 26},
             "for 10 classes and images of 3 x 26 x 26 (AssertionError: Inp",
         ),
@@ -130,6 +150,74 @@ def test_models_that_a_plain_build_can_make_are_trained(small: Config, model: st
             execute(config, "localsgd", chosen)
         return
     assert rows_of(execute(config, "localsgd", chosen))[-1]["round"] == 2
+
+
+def test_a_model_that_needs_contiguous_tensors_gets_them(run: Execute) -> None:
+    """PyTorch's own network computes bit for bit what it computes by itself; one that does not need them, does not."""
+    model = build_model(f"{OWN}:Tutorial", 10, 1)
+    plain = Tutorial(10)
+    plain.load_state_dict(model.state_dict())
+    images = torch.randn(4, 32, 32, 3, generator=torch.Generator().manual_seed(0)).permute(0, 3, 1, 2)
+    assert torch.equal(model(images), plain(images.contiguous()))
+    with pytest.raises(RuntimeError, match="view size is not compatible"):
+        plain(images)
+    assert rows_of(run(model=f"{OWN}:Tutorial", **FEW, clients=2, rounds=2))[-1]["round"] == 2
+    run(model=f"{OWN}:Views", **FEW, clients=2, rounds=1, batchnorm_at_sync="re-estimated")  # by copies of the model
+    usual = build_model(f"{OWN}:small_batchnorm", 10, 1).get_parameter("conv1.weight")
+    assert usual.is_contiguous(memory_format=torch.channels_last)
+    assert layout_of(Views(10, (1, 28, 28)), (1, 28, 28)) == "contiguous"
+
+
+def test_a_convolution_over_three_dimensions_is_trained(run: Execute) -> None:
+    before = build_model(f"{OWN}:Volumes", 10, 2025).state_dict()["conv.weight"]
+    after = final_model(run(model=f"{OWN}:Volumes", **FEW, clients=2, rounds=1))["conv.weight"]
+    assert before.shape == after.shape
+    assert not torch.equal(before, after)
+
+
+@pytest.mark.parametrize(
+    ("model", "words"),
+    [
+        ("TrainedOnMany", r"fails in training \(ValueError: too many images, own_code.py line \d+\)"),
+        ("Exits", r"fails in training \(SystemExit: 3, own_code.py line \d+\)"),
+    ],
+)
+def test_a_model_that_fails_in_training_is_told_in_a_line(call: Call, model: str, words: str) -> None:
+    code, _, err = call("centralized", *TINY, "--model", f"{OWN}:{model}")
+    assert code == 1
+    assert re.fullmatch(rf"error: model = {OWN}:{model} {words}\n", err)
+
+
+def test_a_model_that_exits_fails_as_a_client_in_localsgd(call: Call) -> None:
+    code, _, err = call("localsgd", *TINY, "--model", f"{OWN}:Exits", "--clients", "2", "--local-steps", "2")
+    assert code == 1
+    assert "worker 0: its client failed (SystemExit: 3)" in err.splitlines()[-1]
+    assert re.search(r"^a client failed \(SystemExit: 3, own_code.py line \d+\)$", err, re.MULTILINE)
+    assert "Traceback" not in err
+
+
+@pytest.mark.parametrize("mode", ["localsgd", "centralized"])
+def test_memory_that_is_not_there_ends_a_run_with_what_to_make_smaller(call: Call, mode: Mode) -> None:
+    code, _, err = call(mode, *TINY, "--model", f"{OWN}:Huge", *["--clients", "2"] * (mode == "localsgd"))
+    assert (code, err.count("\n")) == (1, 1)
+    assert err.startswith(
+        f"error: out of memory: batch-size = 4 and model = {OWN}:Huge on cpu: give a smaller --batch-"
+    )
+
+
+@pytest.mark.parametrize("mode", ["localsgd", "centralized"])
+def test_a_model_whose_tests_are_not_finite_ends_its_run(call: Call, mode: Mode) -> None:
+    code, _, err = call(mode, *TINY, "--model", f"{OWN}:NanInEval", *["--clients", "2"] * (mode == "localsgd"))
+    assert (code, err) == (
+        1,
+        "error: the loss of the model in a test is nan: a lower --lr may help, if its eval mode is right\n",
+    )
+
+
+def test_rates_that_diverge_are_told_at_once(call: Call) -> None:
+    code, _, err = call("localsgd", *TINY, "--model", f"{OWN}:Net", "--clients", "2", "--lr", "1e30")
+    assert (code, err.count("error: "), err.count("round 1: too few")) == (1, 1, 1)
+    assert err.endswith(": a lower --lr may help\n")
 
 
 def start(config: Config) -> None:

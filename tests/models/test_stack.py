@@ -159,6 +159,34 @@ def test_a_forward_pass_that_changes_with_its_calls_is_not_stacked(every: int) -
         stack(Alternating(every), 2)
 
 
+class Remembering(nn.Module):
+    """Its forward pass changes what it holds, and computes the same each time."""
+
+    def __init__(self, remember: Callable[[Any, Tensor], Any]) -> None:
+        super().__init__()
+        self.fc, self.seen, self.remember = nn.Linear(3, 3), [0], remember
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.remember(self, x)
+        return self.fc(x)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize(
+    ("remember", "name"),
+    [
+        (lambda m, x: m.seen.append(1), "seen"),
+        (lambda m, x: setattr(m, "last", x), "last"),
+        (lambda m, x: setattr(m.fc, "calls", 1), "fc.calls"),
+    ],
+)
+def test_a_forward_pass_with_a_state_that_is_no_buffer_is_not_stacked(
+    remember: Callable[[Any, Tensor], Any], name: str
+) -> None:
+    with pytest.raises(CannotStack, match=f"cannot stack the forward pass: it changes {name}, which is no buffer"):
+        stack(Remembering(remember), 2)
+    stack(Remembering(lambda m, x: m.seen), 2)
+
+
 def test_a_network_that_cannot_run_does_not_pass_the_check() -> None:
     with pytest.raises(CannotStack, match="the stacked network fails with"):
         check_stack(lambda: Custom(lambda m, x: m.fc(x).view((-1, 3))).double(), (3,))

@@ -1,0 +1,60 @@
+"""What stops a run and is no fault of fedsim: memory that is not there, and a model or augmentation of one's own."""
+
+from __future__ import annotations
+
+import functools
+import os
+import traceback
+from collections.abc import Callable
+from pathlib import Path
+from typing import Concatenate, ParamSpec, TypeVar
+
+import fedsim
+from fedsim.config import Config
+from fedsim.device import is_out_of_memory
+from fedsim.errors import RunFailed, UserError
+from fedsim.interrupts import interruption
+from fedsim.registry import describe, is_function
+
+P = ParamSpec("P")
+R = TypeVar("R")
+NOT_OWN = tuple(str(Path(module.__file__ or "").parent) for module in (fedsim, os))  # fedsim's folder, and Python's
+
+
+def failing_in_one_line(function: Callable[Concatenate[Config, P], R]) -> Callable[Concatenate[Config, P], R]:
+    """Decorator of a function of a configuration: what is no fault of fedsim is RunFailed, with the remedy."""
+
+    @functools.wraps(function)
+    def called(config: Config, /, *arguments: P.args, **keywords: P.kwargs) -> R:
+        try:
+            return function(config, *arguments, **keywords)
+        except (Exception, SystemExit) as error:
+            if told := _told(error, config):
+                raise RunFailed(told) from error
+            raise
+
+    return called
+
+
+def _told(error: BaseException, config: Config) -> str:
+    """The failure in words; empty where it is told already, or is a fault of fedsim."""
+    if isinstance(error, UserError | RunFailed | OSError) or interruption(error):
+        return ""
+    if is_out_of_memory(error):
+        return (
+            f"out of memory: batch-size = {config.batch_size} and model = {config.model} on {config.device}: give a "
+            "smaller --batch-size or model, or on a CPU more --threads, so that fewer clients train at a time"
+        )
+    own = [f"{key} = {value}" for key in ("model", "augment") if is_function(value := getattr(config, key))]
+    place = place_of(error) or _place(error, lambda file: "torch/nn/modules" in file)
+    return f"{', '.join(own)} fails in training ({describe(error)}, {place})" if own and place else ""
+
+
+def place_of(error: BaseException) -> str:
+    """The last line of the user's own code that led to `error`; "" if there is none."""
+    return _place(error, lambda file: "site-packages" not in file and not file.startswith(NOT_OWN))
+
+
+def _place(error: BaseException, chosen: Callable[[str], bool]) -> str:
+    places = [f"{Path(f).name} line {line}" for f, line, *_ in traceback.extract_tb(error.__traceback__) if chosen(f)]
+    return places[-1] if places else ""
