@@ -29,9 +29,9 @@ from fedsim.registry import MODELS
 
 SMALL: dict[str, Any] = {
     "dataset": "synthetic",
-    "synthetic-images": 512,
+    "synthetic-images": 128,
     "model": "lenet5",
-    "batch-size": 16,
+    "batch-size": 4,
     "clients": 4,
     "local-steps": 2,
     "epochs": 2.0,
@@ -44,6 +44,7 @@ SMALL_BATCHNORM = "tests.own_code:small_batchnorm"
 # What people compare: a ResNet-18 with GroupNorm, uneven shards, an optimizer on the server, compressed updates
 RESNET: dict[str, Any] = {
     **SMALL,
+    "synthetic-images": 512,
     "model": "resnet18",
     "norm": "gn",
     "crop-size": 8,
@@ -82,11 +83,12 @@ for method in METHODS.values():
     by = "epoch" if "local-steps-schedule" in method else "round"
     method |= {"model": "lenet-bn", "rounds": 3, "record-by": by}
 
-# The files that take the longest run first, at the same time where there are several workers
-LONGEST = ("test_flwr_run.py", "test_ray.py", "test_deployment.py", "test_bench.py")
+# These files start many processes: they run first and, where there are several workers, on one of them
+OF_PROCESSES = ("test_flwr_run.py", "test_ray.py", "test_deployment.py")
 
 Execute = Callable[..., Run]
 Call = Callable[..., tuple[int, str, str]]
+torch.set_num_threads(1)  # two threads on cores that other tests use wait for each other
 TIMES = int(os.environ.get("FEDSIM_EXAMPLES", "1"))  # as many examples of hypothesis
 NEEDS_FLWR_DATASETS = pytest.mark.skipif(
     importlib.util.find_spec("flwr_datasets") is None, reason="needs flwr-datasets: pip install fedsim[noniid]"
@@ -98,11 +100,30 @@ REAL_DATA = data_folder(Config())  # read before `cache` hides it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the longest files first; tests with the fixture `real_data` have the marker `data`."""
-    items.sort(key=lambda item: LONGEST.index(item.path.name) if item.path.name in LONGEST else len(LONGEST))
+    """Run the files `OF_PROCESSES` first; tests with the fixture `real_data` have the marker `data`."""
+    items.sort(key=lambda item: item.path.name not in OF_PROCESSES)
     for item in items:
         if "real_data" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.data)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """With ``--dist loadfile`` one worker takes all files `OF_PROCESSES`, whose memory would add up side by side."""
+    from xdist.scheduler import LoadFileScheduling
+
+    class OneAtATime(LoadFileScheduling):  # type: ignore[misc]
+        def _split_scope(self, nodeid: str) -> str:
+            file: str = super()._split_scope(nodeid)
+            return "of processes" if file.endswith(OF_PROCESSES) else file
+
+    return OneAtATime(config, log) if config.getvalue("dist") == "loadfile" else None
+
+
+def pytest_collection_finish() -> None:
+    """What the tests have imported stays: a garbage collection need not look through it, which takes 0.2 s."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -126,7 +147,7 @@ def freed_memory_is_returned() -> Iterator[None]:
 
 @pytest.fixture
 def small(tmp_path: Path) -> Config:
-    """A run of a second on the CPU: 8 rounds of 4 clients in 2 epochs of 512 images."""
+    """A run of a quarter of a second on the CPU: 8 rounds of 4 clients, 2 steps each, in 2 epochs of 128 images."""
     return Config().changed({**SMALL, "results-dir": str(tmp_path)})
 
 

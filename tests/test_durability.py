@@ -94,7 +94,7 @@ def test_of_two_processes_that_start_a_run_at_once_one_runs_it(small: Config) ->
 @pytest.fixture(scope="module")
 def stopped(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """The runs `whole` of eight rounds and `part`, stopped after six of them with a checkpoint in each."""
-    keys = {**SMALL, "synthetic-images": 256, "rounds": 8, "results-dir": str(tmp_path_factory.mktemp("stopped"))}
+    keys = {**SMALL, "rounds": 8, "results-dir": str(tmp_path_factory.mktemp("stopped"))}
     config = resolve(Config().changed(keys), "localsgd")
     execute(config.changed({"name": "whole"}), "localsgd")
     execute(config.changed({"name": "part", "checkpoint-every": 1, "stop-after-rounds": 6}), "localsgd")
@@ -214,7 +214,7 @@ def test_where_a_file_cannot_grow_the_run_ends_and_resumes_when_it_can(
     assert right_or_one_line(config, stopped) == ""
 
 
-BEGIN = """
+ON_DISKS = """
 import json, shutil, subprocess, sys, traceback
 from fedsim import cli
 from fedsim.config import Config
@@ -223,8 +223,10 @@ from fedsim.experiments.execute import execute
 config = Config().changed(json.loads(sys.argv[1]))
 def mount(options):
     subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", "disk"], check=True)
-"""
-FULL = """
+def end(kept):
+    execute(config, "localsgd")
+    shutil.copytree("disk/run", f"kept/{kept}")
+    subprocess.run(["umount", "disk"], check=True)
 for size, every in json.loads(sys.argv[2]):
     mount(f"size={size}")
     try:
@@ -233,11 +235,7 @@ for size, every in json.loads(sys.argv[2]):
     except RunFailed as error:
         print(*(frame.name for frame in traceback.extract_tb(error.__traceback__)), error)
     mount("remount,size=20m")
-    execute(config, "localsgd")
-    shutil.copytree("disk/run", f"kept/{size}-{every}")
-    subprocess.run(["umount", "disk"], check=True)
-"""
-READ_ONLY = """
+    end(f"{size}-{every}")
 mount("size=20m")
 execute(config.changed({"stop-after-rounds": 3}), "localsgd")
 mount("remount,ro")
@@ -248,27 +246,16 @@ except RunFailed as error:
     print(error)
 mount("remount,rw")
 execute(config, "localsgd")
-shutil.copytree("disk/run", "kept")
+shutil.copytree("disk/run", "kept/read-only")
 mount("remount,ro")
-sys.argv = "run.py localsgd --resume run --results-dir disk --engine threads".split()
+sys.argv = "run.py localsgd --resume run --results-dir disk".split()
 cli.main()
 """
 
 
-def on_a_disk(script: str, config: Config, place: Path, *arguments: str) -> list[str]:
-    """What `script` prints, in a namespace of its own where it can mount file systems on `place`/disk."""
-    unshare = shutil.which("unshare")
-    if not unshare or subprocess.run([unshare, "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False).returncode:
-        pytest.skip("no mounts can be made here")
-    (place / "disk").mkdir()
-    keys = json.dumps({**config.as_keys(), "results-dir": "disk", "name": "run"})
-    command = [unshare, "-rm", sys.executable, "-c", BEGIN + script, keys, *arguments]
-    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-def test_whichever_write_fills_the_disk_the_run_resumes_when_there_is_room(stopped: Config, tmp_path: Path) -> None:
+def test_whichever_write_fills_a_disk_and_where_it_is_read_only_the_run_resumes_when_it_can_be_written(
+    stopped: Config, tmp_path: Path
+) -> None:
     config = stopped.changed({"momentum-at-sync": "reset", "name": "reset"})
     whole = execute(config, "localsgd").folder
     page = resource.getpagesize()
@@ -281,21 +268,28 @@ def test_whichever_write_fills_the_disk_the_run_resumes_when_there_is_room(stopp
         "save_model": (begun + size["checkpoint.pt"] + size["model.pt"] // 2, 8),
         "write_summary": (begun + size["checkpoint.pt"] + size["model.pt"], 8),
     }
-    lines = on_a_disk(FULL, config, tmp_path, json.dumps(list(full.values())))
+    *lines, read_only, begins, finished = on_disks(config, tmp_path, list(full.values()))
+    assert begins.endswith("/disk/run")
+    assert finished.startswith("finished: test accuracy ")  # it is skipped on such a disk too
     for line, write in zip(lines, full, strict=True):
         assert write.strip() in line.split()
         assert "cannot be written (No space left on device): " in line
-    for kept in (tmp_path / "kept").iterdir():
-        assert_same_bits(final_model(kept), final_model(whole))
-        assert rows_of(kept) == rows_of(whole)
+    assert read_only.startswith(f"{tmp_path}/disk/run cannot be written (Read-only file system): fix that; ")
+    kept = list((tmp_path / "kept").iterdir())
+    assert len(kept) == len(full) + 1
+    for folder in kept:
+        assert_same_bits(final_model(folder), final_model(whole))
+        assert rows_of(folder) == rows_of(whole)
 
 
-def test_a_read_only_disk_ends_the_run_which_then_resumes(stopped: Config, tmp_path: Path) -> None:
-    """Once it is finished, it is skipped on such a disk too."""
-    line, begins, finished = on_a_disk(READ_ONLY, stopped, tmp_path)
-    assert begins.endswith("/disk/run")
-    assert finished.startswith("finished: test accuracy ")
-    assert line.startswith(f"{tmp_path}/disk/run cannot be written (Read-only file system): fix that; ")
-    whole = Path(stopped.results_dir) / "whole"
-    assert_same_bits(final_model(tmp_path / "kept"), final_model(whole))
-    assert rows_of(tmp_path / "kept") == rows_of(whole)
+def on_disks(config: Config, place: Path, full: list[tuple[int, int]]) -> list[str]:
+    """What `ON_DISKS` prints, in a namespace of its own where it can mount file systems on `place`/disk."""
+    unshare = shutil.which("unshare")
+    if not unshare or subprocess.run([unshare, "-rm", "mount", "-t", "tmpfs", "none", "/mnt"], check=False).returncode:
+        pytest.skip("no mounts can be made here")
+    (place / "disk").mkdir()
+    keys = json.dumps({**config.as_keys(), "results-dir": "disk", "name": "run"})
+    command = [unshare, "-rm", sys.executable, "-c", ON_DISKS, keys, json.dumps(full)]
+    done = subprocess.run(command, cwd=place, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()

@@ -221,7 +221,7 @@ REFUSED: dict[Callable[[Path], None], str] = {
 def begun(tmp_path_factory: pytest.TempPathFactory) -> Config:
     """In each mode a run of four epochs, and the same one stopped after three, with a checkpoint in each round."""
     place = tmp_path_factory.mktemp("begun")
-    config = Config().changed({**SMALL, "results-dir": str(place), "epochs": 4.0, "synthetic-images": 256})
+    config = Config().changed({**SMALL, "results-dir": str(place), "epochs": 4.0, "synthetic-images": 64})
     for mode in MODES:
         resolved = resolve(config, mode)
         execute(resolved.changed({"name": f"whole-{mode}"}), mode)

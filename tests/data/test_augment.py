@@ -61,16 +61,17 @@ def test_without_normalization_pixels_are_from_0_to_1(small: Config) -> None:
 
 
 def test_the_order_of_tokens_is_learned_only_without_mirroring(run: Execute) -> None:
-    keys = {"dataset": f"{OWN}:order", "model": f"{OWN}:mlp", "epochs": 4.0, "lr": 0.05, "evaluate_every": 100}
+    keys = {"dataset": f"{OWN}:order", "model": f"{OWN}:mlp", "batch_size": 16, "epochs": 4.0, "lr": 0.05}
     mirrored, not_mirrored = (
-        rows_of(run(name=augment, augment=augment, **keys))[-1]["test_accuracy"] for augment in ("crop+mirror", "none")
+        rows_of(run(name=augment, augment=augment, evaluate_every=100, **keys))[-1]["test_accuracy"]
+        for augment in ("crop+mirror", "none")
     )
     assert mirrored < 0.75
     assert not_mirrored > 0.95
 
 
 def test_an_own_augmentation_belongs_to_seed_worker_and_local_step(small: Config, run: Execute) -> None:
-    keys = {"dataset": f"{OWN}:larger", "model": f"{OWN}:mlp", "augment": f"{OWN}:erase"}
+    keys = {"dataset": f"{OWN}:larger", "model": f"{OWN}:mlp", "augment": f"{OWN}:erase", "batch-size": 16}
     central = run("centralized", name="central", **keys)
     alone = run(name="alone", clients=1, local_steps=8, **keys)
     assert_same_bits(final_model(alone), final_model(central))

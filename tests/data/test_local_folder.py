@@ -97,7 +97,7 @@ def test_the_images_never_leave_a_node(small: Config, shards: Path) -> None:
     replies: list[Message] = []
     with_folders(config, shards, replies)
     weights = {name: tuple(value.shape) for name, value in build_model("lenet5", 10, 0).state_dict().items()}
-    momentum = {f"optimizer/{name}/momentum_buffer": shape for name, shape in weights.items()}
+    momentum = {f"momentum/{name}/momentum_buffer": shape for name, shape in weights.items()}
     expected: dict[str, dict[str, Any]] = {
         "query.partition": {
             "partition": {"partition-id", "num-partitions"},
@@ -134,8 +134,8 @@ BAD: list[tuple[str, Any, Any, str]] = [
     ("lengths", GOOD, CLASSES[1:], "images.npy holds 20 images and labels.npy 19 labels: make them equal"),
     ("class", GOOD, CLASSES + 10, "labels.npy runs from 10 to 10: the classes of synthetic are 0 to 9"),
     ("negative", GOOD, CLASSES - 1, "labels.npy runs from -1 to -1: the classes of synthetic are 0 to 9"),
-    ("few", GOOD[:15], CLASSES[:15], "batch-size = 16 is more than its 15 images: give a smaller batch-size"),
-    ("none", GOOD[:0], CLASSES[:0], "batch-size = 16 is more than its 0 images: give a smaller batch-size"),
+    ("few", GOOD[:3], CLASSES[:3], "batch-size = 4 is more than its 3 images: give a smaller batch-size"),
+    ("none", GOOD[:0], CLASSES[:0], "batch-size = 4 is more than its 0 images: give a smaller batch-size"),
     ("objects", np.array([None] * 20), CLASSES, "images.npy cannot be read as an array"),
 ]
 
@@ -192,7 +192,9 @@ def test_a_named_folder_without_images_fails_and_nothing_is_put_there(
 def test_a_run_whose_nodes_name_empty_folders_fails_and_says_why(small: Config, tmp_path: Path) -> None:
     for worker in range(4):
         (tmp_path / "empty" / str(worker)).mkdir(parents=True)
-    with pytest.raises(UserError, match=r"a node cannot take part: .*data-dir = .* of the node config holds no images"):
+    with pytest.raises(
+        UserError, match=r"Left out: it cannot take part: .*data-dir = .* of the node config holds no images"
+    ):
         with_folders(resolve(small.changed({"name": "run"}), "localsgd"), tmp_path / "empty")
 
 
@@ -270,7 +272,7 @@ def test_shards_are_disjoint_whole_and_never_overwritten(small: Config, shards: 
     parts = [np.load(shards / str(worker) / "images.npy") for worker in range(4)]
     labels = [np.load(shards / str(worker) / "labels.npy") for worker in range(4)]
     assert sorted(path.name for path in shards.iterdir()) == ["0", "1", "2", "3"]
-    assert [len(part) for part in parts] == [len(part) for part in labels] == [128] * 4
+    assert [len(part) for part in parts] == [len(part) for part in labels] == [32] * 4
     written = zip(np.concatenate(parts), np.concatenate(labels), strict=True)
     original = zip(train.pixels(), train.labels.numpy(), strict=True)
     assert sorted((image.tobytes(), int(label)) for image, label in written) == sorted(

@@ -37,6 +37,12 @@ def shards(config: Config) -> list[list[int]]:
     return [shard_of(config, worker).tolist() for worker in range(config.clients)]
 
 
+@pytest.fixture
+def small(small: Config) -> Config:
+    """With enough images for uneven shards."""
+    return small.changed({"synthetic-images": 512, "batch-size": 16})
+
+
 @NEEDS_FLWR_DATASETS
 @pytest.mark.parametrize(
     ("partition", "arguments", "sizes"),

@@ -39,18 +39,18 @@ def test_the_flop_of_a_step_by_hand() -> None:
     )  # the images need none
 
 
-def seconds_of(name: str, results: Path) -> float:
-    lines = list(list_studies([], results))
+def seconds_of(name: str, lines: list[str]) -> float:
     (number,) = (number for number, line in enumerate(lines) if line.startswith(f"{name}: "))
     return float(lines[number + 1].split()[-2].replace(",", "")) * 3600
 
 
 def test_the_list_counts_the_hours_of_a_model_by_its_flop(tmp_path: Path) -> None:
     flop = {name: flop_per_image(Config(model=name)) for name in ("lenet-bn", "lenet5")}
+    lines = list(list_studies([], tmp_path))
     for name, images, model in (("table1", 18 * 3 * 100 * 50_000, "lenet-bn"), ("scaled-small", 24_000_000, "lenet5")):
         expected = images * flop[model] / REFERENCE_FLOPS
-        assert seconds_of(name, tmp_path) == pytest.approx(expected, rel=0.02, abs=180)  # to a tenth of an hour
-    assert list(list_studies([], tmp_path))[-1] == "Hours: one run after the other, at 100 GFLOP/s."
+        assert seconds_of(name, lines) == pytest.approx(expected, rel=0.02, abs=180)  # to a tenth of an hour
+    assert lines[-1] == "Hours: one run after the other, at 100 GFLOP/s."
     (line,) = (
         line for line in list_studies([1], tmp_path) if line.startswith("    18 runs (seed 1): 90,000,000 images")
     )
@@ -71,12 +71,12 @@ def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
         (tmp_path / name / "summary.json").write_text(text)
         (tmp_path / name / "config.json").write_text(text)
     assert measured_rates(tmp_path) == {("lenet5", "fp32", "cpu"): 2500, ("lenet5", "fp32", "cuda"): 2000}
-    assert seconds_of("scaled-small", tmp_path) == pytest.approx(
+    lines = list(list_studies([], tmp_path))
+    assert seconds_of("scaled-small", lines) == pytest.approx(
         24_000_000 / (2000 if torch.cuda.is_available() else 2500), abs=180
     )
-    last = list(list_studies([], tmp_path))[-1]
     rates = "2,500 images/s (lenet5, fp32, cpu), 2,000 images/s (lenet5, fp32, cuda)"
-    assert f"finished runs in {tmp_path}, {rates}; else at 100 GFLOP/s." in last
+    assert f"finished runs in {tmp_path}, {rates}; else at 100 GFLOP/s." in lines[-1]
 
 
 @pytest.mark.parametrize(
@@ -105,9 +105,9 @@ def test_a_plan_says_what_is_left_to_run_and_writes_nothing(run: Execute, small:
     *lines, total = plan_lines(cells, Pace(tmp_path))
     assert [line.split(":")[0] for line in lines] == ["done   finished", "begun  begun", "new    new"]
     megabytes = 16 * 4 * 62_006 * 4 / 1e6  # rounds, clients, parameters, bytes
-    words = f"16 rounds, 32 local steps, 2,048 images, {megabytes:,.1f} MB up, {megabytes:,.1f} MB down, "
+    words = f"16 rounds, 32 local steps, 512 images, {megabytes:,.1f} MB up, {megabytes:,.1f} MB down, "
     assert words in lines[2]
-    seconds = 6 * 512 * flop_per_image(cells[0].config) / REFERENCE_FLOPS  # without the finished one
+    seconds = 6 * 128 * flop_per_image(cells[0].config) / REFERENCE_FLOPS  # without the finished one
     assert total == f"3 runs; those not finished take {seconds:.1f} s (one run after the other, at 100 GFLOP/s.)"
     with pytest.raises(UserError, match="holds a run of another configuration"):
         list(plan_lines([cells[0]._replace(config=cells[0].config.changed({"lr": 0.5}))], Pace(tmp_path)))

@@ -20,7 +20,7 @@ from fedsim.report.load import read_records
 from fedsim.report.result_table import read_tables
 
 SMALL = (
-    "grid --dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 16 --epochs 2 --device cpu "
+    "grid --dataset synthetic --synthetic-images 64 --model lenet5 --batch-size 4 --epochs 2 --device cpu "
     "--threads 1 --name grid"
 )
 CELLS = "--clients 1,2 --local-steps 2,4 --seeds 1,2"
@@ -113,7 +113,7 @@ def test_a_grid_is_kept_as_a_study_that_runs_it_again(grid: Grid, tmp_path: Path
     for cell in study.cells():
         config = cell.config
         assert (config.rounds, config.epochs, config.momentum, config.shuffle_every) == (0, 2.0, 0.5, "round")
-        assert (config.dataset, config.batch_size, config.threads) == ("synthetic", 16, 0)
+        assert (config.dataset, config.batch_size, config.threads) == ("synthetic", 4, 0)
 
 
 def test_a_cell_that_fails_is_named_and_the_others_run(grid: Grid, tmp_path: Path) -> None:

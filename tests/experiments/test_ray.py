@@ -120,7 +120,7 @@ def test_a_ray_of_ones_own_is_on_the_loopback_interface_and_asks_for_its_token()
 
 
 @pytest.mark.slow
-def test_a_tuned_study_on_ray_chooses_the_same_and_is_tracked(tmp_path: Path, nodes: Nodes) -> None:
+def test_a_tuned_study_on_ray_chooses_the_same_and_is_tracked(tmp_path: Path, node: str) -> None:
     accumulator = pytest.importorskip("tensorboard.backend.event_processing.event_accumulator")
     text = TUNED.replace("twins = true", "").replace("clients = [1, 2]", "clients = [2]").replace(", 1e9]", "]")
     (tmp_path / "tuned.toml").write_text(text)
@@ -128,7 +128,7 @@ def test_a_tuned_study_on_ray_chooses_the_same_and_is_tracked(tmp_path: Path, no
     here: Any = {"device": "cpu", "threads": 1, "progress": False}
     fedsim.study(tmp_path / "tuned.toml", results_dir=alone, **here)
     keys = "study tuned.toml --device cpu --threads 1 --results-dir on-ray --track tensorboard"
-    done = run(tmp_path, *keys.split(), "--ray", nodes.address)
+    done = run(tmp_path, *keys.split(), "--ray", node)
     assert (done.returncode, done.stderr) == (0, "")
     for name in ("tuned/tuning.csv", "tuned/study.toml"):
         assert (on_ray / name).read_text() == (alone / name).read_text()
@@ -146,7 +146,7 @@ def test_a_tuned_study_on_ray_chooses_the_same_and_is_tracked(tmp_path: Path, no
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        ("--ray 127.0.0.1:1", "ray = 127.0.0.1:1: no Ray cluster answers there"),
+        pytest.param("--ray 127.0.0.1:1", "ray = 127.0.0.1:1: no Ray cluster answers there", marks=pytest.mark.slow),
         ("--ray --gpus-per-cell 0.5", "gpus-per-cell = 0.5, but device = cpu: give --device cuda"),
         ("--ray --device cuda:1", "device = cuda:1: with --ray it must be cpu or cuda"),
     ],
@@ -164,16 +164,16 @@ def test_bad_input_for_ray_is_one_line_within_a_minute(
     assert not (tmp_path / "results").exists()
 
 
-def test_cells_that_no_node_has_room_for_are_one_line(tmp_path: Path, nodes: Nodes) -> None:
-    done = run(tmp_path, *GRID, "--ray", nodes.address, "--cpus-per-cell", "4096")
+def test_cells_that_no_node_has_room_for_are_one_line(tmp_path: Path, node: str) -> None:
+    done = run(tmp_path, *GRID, "--ray", node, "--cpus-per-cell", "4096")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
     assert "which no node of the cluster has" in done.stderr
     assert not (tmp_path / "results").exists()
 
 
 def test_a_grid_on_ray_that_is_asked_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
-    keys = [*GRID, "--epochs", "10000", "--name", "long", "--ray"]
-    with started(tmp_path, *keys, STARTED_BY=str(tmp_path)) as process:
+    keys = [*GRID, "--clients", "1", "--epochs", "10000", "--name", "long", "--ray"]
+    with started(tmp_path, *keys, STARTED_BY=str(tmp_path), FEDSIM_CORES="1") as process:
         process.wait_for(lambda: any(read_rows(folder) for folder in (tmp_path / "results" / "long").glob("k*")))
         process.send_signal(signal.SIGTERM)
         assert process.wait(60).returncode == 143
@@ -209,25 +209,34 @@ class Nodes(NamedTuple):
     other: psutil.Process
 
 
+SMALL_NODE = ("--block", "--num-cpus", "1", "--object-store-memory", "100000000")
+
+
 @contextlib.contextmanager
-def cluster() -> Iterator[Nodes]:
+def cluster_of_one() -> Iterator[tuple[str, psutil.Process]]:
     """A cluster that no other finds, as it writes its address to a folder of its own (short: it has sockets)."""
     address = f"127.0.0.1:{free_port()}"
-    small = ["--block", "--num-cpus", "1", "--object-store-memory", "100000000"]
-    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder, contextlib.ExitStack() as stack:
+    with tempfile.TemporaryDirectory(prefix="r", dir="/tmp") as folder:
         home = ["--head", "--port", address.split(":")[1], "--include-dashboard", "false", "--temp-dir", folder]
-        head = stack.enter_context(ray_node([*home, *small], Path(folder)))
-        wait_for(lambda: answers(address))
-        other = stack.enter_context(ray_node(["--address", address, *small], Path(folder)))
-        wait_for(lambda: any("raylet" in process.name() for process in other.children(recursive=True)))
+        with ray_node([*home, *SMALL_NODE], Path(folder)) as head:
+            wait_for(lambda: has_raylet(head))
+            wait_for(lambda: answers(address))
+            yield address, head
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[Nodes]:
+    """A cluster of two nodes."""
+    with cluster_of_one() as (address, head), ray_node(["--address", address, *SMALL_NODE], Path("/tmp")) as other:
+        wait_for(lambda: has_raylet(other))
         yield Nodes(address, head, other)
 
 
 @pytest.fixture(scope="module")
-def nodes() -> Iterator[Nodes]:
-    """The cluster of the tests that leave it as it is."""
-    with cluster() as found:
-        yield found
+def node() -> Iterator[str]:
+    """The address of the cluster of the tests that leave it as it is."""
+    with cluster_of_one() as (address, _):
+        yield address
 
 
 @contextlib.contextmanager
@@ -240,6 +249,10 @@ def ray_node(arguments: list[str], folder: Path) -> Iterator[psutil.Process]:
         yield psutil.Process(process.pid)
     finally:
         end(process)
+
+
+def has_raylet(node: psutil.Process) -> bool:
+    return any("raylet" in process.name() for process in node.children(recursive=True))
 
 
 def answers(address: str) -> bool:
@@ -306,18 +319,18 @@ def test_a_cell_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: Pa
     assert_same_grid(tmp_path / "results" / "undisturbed", tmp_path / "results" / "killed")
 
 
-def test_cells_run_the_code_of_who_asks_and_the_cluster_stays(tmp_path: Path, nodes: Nodes) -> None:
+def test_cells_run_the_code_of_who_asks_and_the_cluster_stays(tmp_path: Path, node: str) -> None:
     checkout = copy_app(tmp_path / "other")
     (checkout / "run.py").write_text((ROOT / "run.py").read_text())
     module = checkout / "fedsim" / "__init__.py"
     module.write_text(module.read_text().replace('__version__ = "', '__version__ = "of-another-checkout-'))
-    keys = [*GRID, "--clients", "2", "--name", "other", "--ray", nodes.address]
+    keys = [*GRID, "--clients", "2", "--name", "other", "--ray", node]
     with executed(tmp_path, *keys, program=checkout / "run.py", PYTHONPATH=str(checkout)) as process:
         done = process.wait()
     assert done.returncode == 0, done.stderr
     for summary in (tmp_path / "results" / "other").glob("k*/summary.json"):
         assert json.loads(summary.read_text())["versions"]["fedsim"].startswith("of-another-checkout-")
-    assert answers(nodes.address)
+    assert answers(node)
 
 
 def test_a_node_with_other_code_refuses_a_cell(small: Config) -> None:
@@ -328,9 +341,9 @@ def test_a_node_with_other_code_refuses_a_cell(small: Config) -> None:
         run_cell._function(Cell((), "localsgd", small), "local", "", 1.0, "other")
 
 
-def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: Nodes) -> None:
+def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, node: str) -> None:
     (tmp_path / "driver").mkdir()
-    keys = [*GRID, "--results-dir", "/proc/self/cwd/mine", "--ray", nodes.address]
+    keys = [*GRID, "--results-dir", "/proc/self/cwd/mine", "--ray", node]
     done = run(tmp_path / "driver", *keys)
     assert done.returncode == 2, done.stderr
     (error,) = (line for line in done.stderr.splitlines() if line.startswith("error: "))  # Ray may warn beside it
@@ -338,28 +351,29 @@ def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, nodes: 
 
 
 @pytest.mark.slow
-def test_flwr_run_on_an_existing_cluster_is_the_run_in_this_process_bitwise(tmp_path: Path, nodes: Nodes) -> None:
+def test_flwr_run_on_an_existing_cluster_is_the_run_in_this_process_bitwise(tmp_path: Path) -> None:
     keys = ["localsgd", *GRID[1:], "--clients", "3", "--rounds", "4"]
     here(tmp_path, *keys, "--name", "here")
     seen: set[int] = set()
     over = threading.Event()
+    with cluster() as nodes:
 
-    def watch() -> None:
-        while not over.wait(0.1):
-            for node in (nodes.head, nodes.other):
-                if any("ClientAppActor" in name for name in titles(node)):
-                    seen.add(node.pid)
+        def watch() -> None:
+            while not over.wait(0.1):
+                for node in (nodes.head, nodes.other):
+                    if any("ClientAppActor" in name for name in titles(node)):
+                        seen.add(node.pid)
 
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    flower = run(tmp_path, *keys, "--name", "flower", "--engine", "flower", RAY_ADDRESS=nodes.address)
-    over.set()
-    watcher.join()
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        flower = run(tmp_path, *keys, "--name", "flower", "--engine", "flower", RAY_ADDRESS=nodes.address)
+        over.set()
+        watcher.join()
+        assert answers(nodes.address)
     assert flower.returncode == 0, flower.stdout
     assert seen == {nodes.head.pid, nodes.other.pid}  # its clients were on both nodes
     assert rows_of(tmp_path / "results" / "flower") == rows_of(tmp_path / "results" / "here")
     assert_same_bits(final_model(tmp_path / "results" / "flower"), final_model(tmp_path / "results" / "here"))
-    assert answers(nodes.address)
 
 
 def titles(node: psutil.Process) -> list[str]:

@@ -22,14 +22,20 @@ from tests.federation.processes import JOINED, Running, client_environment, runn
 
 pytestmark = pytest.mark.deployment
 
-NODES = 3
-LENET = {**SMALL, "rounds": 2, "fraction": 0.67, "compress-down": "topk"}  # two of three clients
+NODES = 2
 
 
 @pytest.fixture(scope="module")
 def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     """A SuperLink and SuperNodes, each with its own shard and its own key."""
     with running(tmp_path_factory.mktemp("deployment") / "federation", NODES) as started:
+        yield started
+
+
+@pytest.fixture(scope="module")
+def of_three(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+    """Another one, of as many nodes as every method needs."""
+    with running(tmp_path_factory.mktemp("three") / "federation", nodes=3) as started:
         yield started
 
 
@@ -64,32 +70,42 @@ def refused(script: Path, words: str) -> None:
         assert JOINED not in node.says()
 
 
+def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(federation: Running, tmp_path: Path) -> None:
+    assert_as_in_this_process(federation, tmp_path, {**SMALL, "rounds": 2, "compress-down": "topk"})
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "keys",
     [
-        LENET,
-        pytest.param(RESNET, marks=[NEEDS_FLWR_DATASETS, pytest.mark.slow]),
-        *(pytest.param({**SMALL, **keys}, marks=pytest.mark.slow) for keys in METHODS.values()),
+        {**SMALL, "rounds": 2, "fraction": 0.67, "compress-down": "topk"},  # two of three clients
+        pytest.param(RESNET, marks=NEEDS_FLWR_DATASETS),
+        *({**SMALL, **keys} for keys in METHODS.values()),
     ],
-    ids=["lenet5", "resnet18", *METHODS],
+    ids=["sample", "resnet18", *METHODS],
 )
-def test_a_federation_of_processes_is_the_run_in_this_process_bitwise(
-    federation: Running, tmp_path: Path, keys: dict[str, Any]
+def test_a_federation_of_every_method_is_the_run_in_this_process_bitwise(
+    of_three: Running, tmp_path: Path, keys: dict[str, Any]
 ) -> None:
-    keys = {**keys, "clients": NODES, "results-dir": str(tmp_path), "name": "deployed"}
+    assert_as_in_this_process(of_three, tmp_path, keys)
+
+
+def assert_as_in_this_process(federation: Running, folder: Path, keys: dict[str, Any]) -> None:
+    """The same run by `federation` and in this process: models, rows, and all bytes that were sent."""
+    keys = {**keys, "clients": len(federation.nodes), "results-dir": str(folder), "name": "deployed"}
     overrides = " ".join(f"{name}={json.dumps(value)}" for name, value in keys.items())
-    done = federation.flwr("run", str(copy_app(tmp_path / "app")), "federation", "--stream", "-c", overrides)
-    assert (tmp_path / "deployed" / "summary.json").exists(), done.stdout
-    asked = {name.replace("-", "_"): value for name, value in keys.items()}
+    done = federation.flwr("run", str(copy_app(folder / "app")), "federation", "--stream", "-c", overrides)
+    assert (folder / "deployed" / "summary.json").exists(), done.stdout
+    asked = {name.replace("-", "_"): value for name, value in keys.items() if name != "epochs"}
     here = fedsim.localsgd(**{**asked, "name": "here"}, progress=False)  # by the engine that it has by default
     assert rows_of(here.folder)[-1]["round"] == keys["rounds"]
-    assert rows_of(tmp_path / "deployed") == rows_of(here.folder)
+    assert rows_of(folder / "deployed") == rows_of(here.folder)
     sent = [
         [(row["bytes_up"], row["bytes_down"], row["overhead_bytes_up"], row["overhead_bytes_down"]) for row in rows]
-        for rows in (read_rows(tmp_path / "deployed"), read_rows(here.folder))
+        for rows in (read_rows(folder / "deployed"), read_rows(here.folder))
     ]
     assert sent[0] == sent[1]
-    assert_same_bits(final_model(tmp_path / "deployed"), final_model(here.folder))
+    assert_same_bits(final_model(folder / "deployed"), final_model(here.folder))
 
 
 def test_a_node_is_refused_until_its_key_is_registered(federation: Running, strangers: Path, tmp_path: Path) -> None:

@@ -14,6 +14,12 @@ from fedsim.training.batchnorm import BATCH, calibration_crops, reestimate
 from tests.conftest import assert_same_bits
 
 
+@pytest.fixture
+def small(small: Config) -> Config:
+    """With enough images for four batches."""
+    return small.changed({"synthetic-images": 4 * BATCH})
+
+
 def network(dropout: float = 0.0) -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Conv2d(3, 4, 5, stride=4), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Dropout(dropout)]

@@ -85,7 +85,7 @@ def test_one_client_is_centralized_training_epoch_by_epoch_bitwise(run: Execute)
 def test_of_even_shards_that_batches_divide_it_is_that_many_local_steps_bitwise(
     small: Config, run: Execute, epochs: int
 ) -> None:
-    keys = {"synthetic_images": 256, "epochs": 4.0, "schedule": "cosine", "fraction": 0.5}
+    keys = {"synthetic_images": 64, "epochs": 4.0, "schedule": "cosine", "fraction": 0.5}
     steps = run(name="steps", local_steps=4 * epochs, **keys)
     passes = run(name="epochs", local_epochs=epochs, local_steps=10, **keys)
     assert_same_bits(final_model(passes), final_model(steps))

@@ -50,10 +50,12 @@ def test_alone_a_client_of_any_rounds_is_centralized_training(small: Config, run
     assert [int(row["epoch"]) for row in rows] == [1, 2]
 
 
-@pytest.mark.parametrize("steps", [7, 10, 32])
-def test_alone_a_client_is_centralized_training_at_every_number_of_local_steps(small: Config, steps: int) -> None:
+@pytest.mark.parametrize(("steps", "threads"), [(7, 0), (10, 1), (32, 1)])
+def test_alone_a_client_is_centralized_training_at_every_number_of_local_steps(
+    small: Config, steps: int, threads: int
+) -> None:
     """Also where a last, shorter round ends the 48 steps, and with the threads that each has by default."""
-    small = small.changed({"synthetic-images": 384, "schedule": "cosine", "threads": 0})
+    small = small.changed({"synthetic-images": 96, "schedule": "cosine", "threads": threads})
     central = execute(resolve(small.changed({"name": "central"}), "centralized"), "centralized")
     keys = {"name": "alone", "clients": 1, "local-steps": steps}
     alone = execute(resolve(small.changed(keys), "localsgd"), "localsgd")
@@ -110,7 +112,7 @@ def test_the_training_loss_is_the_mean_over_the_images_trained(run: Execute, mon
         return ends[-1]
 
     monkeypatch.setattr(client_app, "take_round", observed)
-    uneven = run(name="uneven", client_weights="shard-size", synthetic_images=66, epochs=1.0, **keys)  # 17, 17, 16, 16
+    uneven = run(name="uneven", client_weights="shard-size", synthetic_images=18, epochs=1.0, **keys)  # 5, 5, 4, 4
     expected = sum(end.loss * end.samples for end in ends) / sum(end.samples for end in ends)
     assert rows_of(uneven)[-1]["train_loss"] == pytest.approx(expected, rel=1e-6)
 
@@ -127,7 +129,7 @@ def test_post_local_switches_at_the_first_milestone_unless_told_otherwise(small:
 
 
 def test_qsr_follows_the_scaled_rate_of_the_run(small: Config) -> None:
-    config = small.changed({**keys_of("qsr"), "epochs": 6.0, "lr-scaling-batch": 32, "qsr-alpha": 0.04})
+    config = small.changed({**keys_of("qsr"), "epochs": 6.0, "lr-scaling-batch": 8, "qsr-alpha": 0.04})
     plan = run_plan(config)
     assert plan.rates(4) != run_plan(config.changed({"lr-scaling-batch": 0})).rates(4)
     for round_, (start, end) in enumerate(itertools.pairwise(plan.starts), 1):
@@ -190,6 +192,8 @@ def test_a_client_that_claims_more_samples_than_its_round_has_is_left_out(
         return reply
 
     run_with(claim, config)
-    shorter = [round_ for round_, steps in enumerate(lengths(run_plan(config)), 1) if 16 * steps < longest]
+    shorter = [
+        round_ for round_, steps in enumerate(lengths(run_plan(config)), 1) if config.batch_size * steps < longest
+    ]
     refused = f"worker 3 is left out of the average: num-examples is {longest}"
     assert [int(message.split()[1][:-1]) for message in caplog.messages if refused in message] == shorter
