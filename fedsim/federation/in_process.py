@@ -7,7 +7,6 @@ import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import Future
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
@@ -21,7 +20,6 @@ from fedsim.federation.client_state import forget_others
 from fedsim.federation.flower_internals import CLIENT_FAILED, FlowerRun, become_server, set_message_id
 from fedsim.federation.protocol import MEMORY_ROUNDS
 from fedsim.federation.resources import check_memory
-from fedsim.interrupts import interruption
 from fedsim.registry import describe
 from fedsim.training.failures import place_of
 from fedsim.training.stacked import StackedWorkers
@@ -90,9 +88,9 @@ class InProcessGrid(Grid):
         if trains:
             self._free_memories(messages[0])
         work = self._divided(messages) if trains and self._trainers else [(self._alone, [each]) for each in messages]
-        begun = [(self._pool.submit(handle, group, self._contexts_of(group)), group) for handle, group in work]
-        for future, group in begun:
-            for message, reply in zip(group, _replies(future, group), strict=True):
+        begun = [self._pool.submit(_handled, handle, group, self._contexts_of(group)) for handle, group in work]
+        for future, (_, group) in zip(begun, work, strict=True):
+            for message, reply in zip(group, future.result(), strict=True):
                 self._replies[message.metadata.message_id] = reply
         return [message.metadata.message_id for message in messages]
 
@@ -131,18 +129,21 @@ def stacked_trainers(config: Config, by_products: bool = False) -> list[Handler]
     return [functools.partial(train_together, StackedWorkers(by_products).take_rounds) for _ in range(groups)]
 
 
-def _replies(replies: Future[list[Message]], group: Sequence[Message]) -> list[Message]:
-    """The replies to the messages of `group`, or an error reply to each where their handler raised."""
+def _handled(handle: Handler, group: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+    """The replies to the messages of `group`, or an error reply to each where their handler raised.
+
+    It runs in a thread of the pool, where no signal is handled: what exits is a client. A lack of memory ends the run.
+    """
     try:
-        return replies.result()
+        return handle(group, contexts)
     except (Exception, SystemExit) as error:
+        if is_out_of_memory(error):
+            raise
         return [_failed(error, message) for message in group]
 
 
 def _failed(error: BaseException, message: Message) -> Message:
-    """The error reply that Flower makes for a client that raised `error`; a lack of memory ends the run."""
-    if is_out_of_memory(error) or interruption(error):
-        raise error
+    """The error reply that Flower makes for a client that raised `error`."""
     if place := place_of(error):
         print(f"a client failed ({describe(error)}, {place})", file=sys.stderr, flush=True)
     else:
