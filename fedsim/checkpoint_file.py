@@ -58,10 +58,15 @@ def parse_checkpoint(content: bytes) -> dict[str, Any]:
     return checkpoint
 
 
+class Open(dict[str, Any]):
+    """What a mapping of mappings holds at least."""
+
+
 def mismatch(state: Mapping[str, Any], like: Mapping[str, Any]) -> str:
     """The first difference of `state` from `like` in keys, types or shapes, or "".
 
-    Where `like` has a `TypeAdapter`, that decides. A mapping within `state` has no other keys than that in `like`.
+    Where `like` has a `TypeAdapter`, that decides. A mapping within `state` has no other keys than that in `like`,
+    unless that is `Open`.
     """
     for name, wanted in like.items():
         if name not in state:
@@ -76,8 +81,11 @@ def mismatch(state: Mapping[str, Any], like: Mapping[str, Any]) -> str:
         elif isinstance(wanted, Mapping) and isinstance(value, Mapping):
             if difference := mismatch(value, wanted):
                 return f"in {name}, {difference}"
-            if other := value.keys() - wanted.keys():
-                return f"in {name}, it has {next(iter(other))}"
+            for other in value.keys() - wanted.keys():
+                if not isinstance(wanted, Open):
+                    return f"in {name}, it has {other}"
+                if not isinstance(value[other], dict):
+                    return f"in {name}, {other} is of type {type(value[other]).__name__}, not dict"
         elif type(value) is not type(wanted):
             return f"{name} is of type {type(value).__name__}, not {type(wanted).__name__}"
     return ""

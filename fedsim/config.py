@@ -31,23 +31,23 @@ from pydantic import (
 from pydantic.fields import FieldInfo
 
 from fedsim.errors import UserError
-from fedsim.registry import DATASETS, MODELS, is_function
+from fedsim.registry import CODECS, DATASETS, LOCAL_RULES, MEANS, MODELS, OUTER_STEPS, TEST_MODELS, is_function
 
 Mode = Literal["centralized", "localsgd"]
 Engine = Literal["local", "stacked", "flower"]  # how the clients of a run are trained
 Value = bool | int | float | str
-Codec = Literal["none", "fp16", "bf16", "int8", "int4", "sign", "topk", "randomk", "qsgd", "powersgd"]
 Optimizer = Literal[
     "sgdm", "lars", "lamb", "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop",
     "sgd",
 ]  # fmt: skip
-Outer = Literal[
-    "none", "fedavgm", "slowmo", "diloco", "fedadam", "fedyogi", "fedadagrad",  # named methods
+OUTER = (
+    "fedavgm", "slowmo", "diloco", "fedadam", "fedyogi", "fedadagrad",  # named methods
     "adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop", "rprop", "sgd",
     "yogi",
-]  # fmt: skip
+)  # fmt: skip
 
 MAX_LOCAL_STEPS = 10**6
+CHAIN = r"\+(?=[a-z])"  # between the parts of a chain; not in 1e+3
 MAX_THREADS = 1024  # of one training step; more than a process can start crash it
 MAX_NAME_BYTES = 255  # of a file system
 SHOWN = 60  # characters of a refused value
@@ -205,6 +205,27 @@ class Named(NamedTuple):
 ANY_MODEL = Named(tuple(MODELS), "package.module:function")
 ANY_AUGMENT = Named(("crop+mirror", "crop", "none"), "package.module:function")
 ANY_DATASET = Named(DATASETS, "a file NAME.npz or package.module:function")
+
+
+ANY_RULE = Named(("none", *LOCAL_RULES), "NAME:ARGUMENT=VALUE")
+ANY_CODEC = Named(("none", *CODECS), "NAME:ARGUMENT=VALUE, or two of them with a + between")
+ANY_OUTER = Named(("none", *OUTER, *OUTER_STEPS), "NAME:ARGUMENT=VALUE")
+ANY_MEAN = Named(tuple(MEANS), "NAME:ARGUMENT=VALUE")
+ANY_TEST_MODEL = Named(("none", *TEST_MODELS), "NAME:ARGUMENT=VALUE")
+
+
+def _method(known: Named) -> AfterValidator:
+    """That a text names one of `known` or, of codecs, a chain; their arguments are read where they are made."""
+
+    def check(value: str) -> str:
+        for part in re.split(CHAIN, value) if known is ANY_CODEC else [value]:
+            name = part.partition(":")[0]
+            _named(name, known, False)
+            if name == "none" != value:
+                raise ValueError("must be a method with arguments, or none")
+        return value
+
+    return AfterValidator(check)
 
 
 def _model(value: str) -> str:
@@ -403,17 +424,17 @@ class Config(BaseModel, frozen=True):
     """How the server aggregates: localsgd, or module:Class of Flower's, e.g. flwr.serverapp.strategy:FedAdam."""
     strategy_args: Annotated[Text, AfterValidator(_arguments), LOCALSGD] = ""
     """Arguments of the strategy's class, for instance eta=0.1, beta_1=0.9."""
-    mean: Annotated[Literal["exact", "trimmed", "median", "clipped"], LOCALSGD] = "exact"
+    mean: Annotated[Text, _method(ANY_MEAN), ANY_MEAN, LOCALSGD] = "exact"
     """The mean of the clients' updates; all but exact withstand a few absurd ones."""
     trim: Annotated[Number, LOCALSGD, Field(ge=0, lt=0.5)] = 0.25
     """Trimmed: the fraction of the clients whose largest and smallest values are left out, each value by itself."""
-    outer: Annotated[Outer, LOCALSGD] = "none"
+    outer: Annotated[Text, _method(ANY_OUTER), ANY_OUTER, LOCALSGD] = "none"
     """The server's optimizer on the mean of the clients' models; none: the mean itself."""
     outer_args: Annotated[Text, AfterValidator(_arguments), LOCALSGD] = ""
     """Arguments of outer over its defaults, for instance lr=0.7, momentum=0.9, nesterov=true."""
-    local_rule: Annotated[Literal["none", "fedprox", "scaffold", "scaffold-inferred"], LOCALSGD] = "none"
-    """What is added to the gradients of local steps: nothing, a pull to the model of the round, control variates, sent
-    or, with plain SGD, inferred by the clients."""
+    local_rule: Annotated[Text, _method(ANY_RULE), ANY_RULE, LOCALSGD] = "none"
+    """What corrects local steps: a pull to the model of the round, control variates (sent or, with plain SGD, inferred
+    by the clients), a changed loss, or updates divided by the number of steps."""
     prox_mu: Annotated[NotNegative, LOCALSGD] = 0.01
     """Fedprox: the factor of the distance that is added to the gradient."""
     momentum_at_sync: Annotated[Literal["keep", "reset", "average"], LOCALSGD] = "keep"
@@ -427,9 +448,9 @@ class Config(BaseModel, frozen=True):
     variance of the means, local to each client (tested with the first worker's), or re-estimated before each test."""
     batchnorm_images: Annotated[Integer, LOCALSGD, Field(ge=2, le=10**9)] = 12_800
     """Re-estimated: training images, drawn by the seed, that statistics are estimated on; all, if there are fewer."""
-    compress: Annotated[Codec, LOCALSGD] = "none"
+    compress: Annotated[Text, _method(ANY_CODEC), ANY_CODEC, LOCALSGD] = "none"
     """How clients compress the updates of parameters that they send."""
-    compress_down: Annotated[Codec, LOCALSGD] = "none"
+    compress_down: Annotated[Text, _method(ANY_CODEC), ANY_CODEC, LOCALSGD] = "none"
     """How the server compresses the change of the parameters for clients that took part in the last round."""
     compress_ratio: Annotated[Number, LOCALSGD, Field(gt=0, le=1)] = 0.01
     """Topk, randomk: the fraction of each parameter's values to send, either way."""
@@ -439,6 +460,8 @@ class Config(BaseModel, frozen=True):
     """Powersgd: rank of the factors of each matrix."""
     error_feedback: Annotated[Bool, LOCALSGD] = True
     """With compress: add what a message left out to the client's next update."""
+    test_model: Annotated[Text, _method(ANY_TEST_MODEL), ANY_TEST_MODEL, LOCALSGD] = "none"
+    """What is tested in place of the model of the run, and saved beside it: a moving average of the models."""
     shuffle_every: Annotated[Literal["epoch", "round"], LOCALSGD] = "epoch"
     """Shuffle a client's shard after each pass over it, or every round (the paper's code)."""
 

@@ -4,6 +4,7 @@
                  metrics.jsonl   one row per round (centralized: per epoch), on disk before the next checkpoint
                  checkpoint.pt   what the run needs to resume bit for bit; checkpoint-before.pt is the previous one
                  model.pt        the last global model, a state_dict
+                 tested-model.pt with test-model, what was tested in its place
                  summary.json    the outcome, its origin, and the SHA-256 of itself, metrics.jsonl and model.pt;
                                  like checkpoints, also those of the data set and of the user's own code
                  .lock           locked by the process that runs it
@@ -51,12 +52,13 @@ from fedsim.rows_file import RowsFile
 
 Row = dict[str, Any]
 OnRow = Callable[[Row], None]
-CHECKPOINT_VERSION = 4
+CHECKPOINT_VERSION = 5
 ROW_VERSION = 2  # 1: without a version, and bytes_* held the overhead_bytes_* too
 CONFIG, ROWS, MODEL, SUMMARY, LOCK = "config.json", "metrics.jsonl", "model.pt", "summary.json", ".lock"
+TESTED_MODEL = "tested-model.pt"
 CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED = "checkpoint.pt", "checkpoint-before.pt", "checkpoint-refused.pt"
 ROWS_REFUSED = "metrics-refused.jsonl"
-OUTPUTS = (SUMMARY, CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, ROWS, ROWS_REFUSED, MODEL)
+OUTPUTS = (SUMMARY, CHECKPOINT, CHECKPOINT_BEFORE, CHECKPOINT_REFUSED, ROWS, ROWS_REFUSED, MODEL, TESTED_MODEL)
 PARTIAL = re.compile(rf"\.({'|'.join(map(re.escape, (CONFIG, *OUTPUTS)))})\.\d+")  # left by a killed atomic_write
 TRAFFIC = ("bytes_up", "bytes_down", "overhead_bytes_up", "overhead_bytes_down")
 HEADER = {  # of a checkpoint: what each entry is
@@ -229,10 +231,10 @@ class Run:
                 with self._writing():
                     path.replace(refused)
 
-    def save_model(self, state: Mapping[str, Tensor]) -> None:
-        """Save the global model as a contiguous CPU state_dict."""
+    def save_model(self, state: Mapping[str, Tensor], name: str = MODEL) -> None:
+        """Save the global model, or what was tested in its place, as a contiguous CPU state_dict."""
         content = serialize({name: value.detach().cpu().contiguous() for name, value in state.items()})
-        with self._writing(), atomic_write(self.folder / MODEL) as file:
+        with self._writing(), atomic_write(self.folder / name) as file:
             file.write(content)
 
     def write_summary(self, finished: bool, parameters: int, device: str) -> None:
@@ -249,7 +251,8 @@ class Run:
             **self._recorded_inputs(),
         }
         with self._writing():
-            sha256 = {ROWS: rows_sha256, MODEL: _sha256_of(self.folder / MODEL)}
+            models = [name for name in (MODEL, TESTED_MODEL) if (self.folder / name).exists()]
+            sha256 = {ROWS: rows_sha256, **{name: _sha256_of(self.folder / name) for name in models}}
             _write_summary(self.folder, summary, sha256)
 
     def check_outputs(self) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fedsim.errors import UserError
@@ -21,7 +21,38 @@ MODELS = {
     "resnet18-v2": "fedsim.models.resnet:resnet18_v2",
     "vit-tiny": "fedsim.models.vit:vit_tiny",
 }
+# Methods (`strategies.method`), codecs and what is tested, each with its arguments
+LOCAL_RULES = {
+    "fedprox": "strategies.fedprox:FedProx",
+    "scaffold": "strategies.scaffold:Scaffold",
+    "scaffold-inferred": "strategies.scaffold:ScaffoldInferred",
+}
+OUTER_STEPS: dict[str, str] = {}  # besides the optimizers of `strategies.outer`
+MEANS = {
+    "exact": "strategies.mean:Exact",
+    "trimmed": "strategies.robust:Trimmed",
+    "median": "strategies.robust:Median",
+    "clipped": "strategies.robust:Clipped",
+}
+TEST_MODELS: dict[str, str] = {}
+CODECS = {
+    "fp16": "strategies.compression:Fp16",
+    "bf16": "strategies.compression:Bf16",
+    "int8": "strategies.compression:Int8",
+    "int4": "strategies.compression:Int4",
+    "sign": "strategies.compression:Sign",
+    "topk": "strategies.compression:TopK",
+    "randomk": "strategies.compression:RandomK",
+    "qsgd": "strategies.compression:QSGD",
+    "powersgd": "strategies.compression:PowerSGD",
+}
 DATASETS = ("cifar100", "synthetic", "cifar10", "fashion-mnist")
+
+
+def kinds_of(registry: Mapping[str, str]) -> dict[str, type]:
+    """The classes that a registry of methods names."""
+    places = {name: place.partition(":") for name, place in registry.items()}
+    return {name: getattr(importlib.import_module(module), kind) for name, (module, _, kind) in places.items()}
 
 
 def is_function(value: str) -> bool:

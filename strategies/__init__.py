@@ -1,27 +1,5 @@
-"""Server strategies for any Flower project, by name."""
+"""Methods of distributed training for any Flower project, a file each, and the strategy that runs them.
 
-from strategies.batchnorm import batchnorm_buffers
-from strategies.local_sgd import LocalSGD
-from strategies.screening import DECLINED, printable, tensors_like, wrong_values
-from strategies.sections import buffers_of, join, sections, split
-from strategies.tensor_array import TensorArray, payload_bytes, tensor_record, tensors_of
-
-STRATEGIES: dict[str, type[LocalSGD]] = {"localsgd": LocalSGD}
-
-__all__ = [
-    "DECLINED",
-    "STRATEGIES",
-    "LocalSGD",
-    "TensorArray",
-    "batchnorm_buffers",
-    "buffers_of",
-    "join",
-    "payload_bytes",
-    "printable",
-    "sections",
-    "split",
-    "tensor_record",
-    "tensors_like",
-    "tensors_of",
-    "wrong_values",
-]
+`strategies.local_sgd.LocalSGD` is the strategy and `strategies.method` the protocol of a method. The methods import
+torch alone.
+"""

@@ -1,15 +1,21 @@
-"""BatchNorm's running statistics: their names in a model, and how they are merged at a sync."""
+"""BatchNorm's running statistics: their names in a model, and the layers that say what becomes of them at a sync.
+
+By default they are averaged as other buffers are (`Statistics`).
+"""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from strategies.domain import ANY, LIMIT, NOT_NEGATIVE, Domain
 from strategies.mean import weighted_mean
-from strategies.screening import ANY, LIMIT, NOT_NEGATIVE, Domain
+from strategies.method import Method, ServerRound, State, Tensors, WorkerRound, Zeros
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -28,39 +34,77 @@ def batchnorm_buffers(model: nn.Module) -> dict[str, str]:
     }
 
 
-def batchnorm_domains(batchnorm: Mapping[str, str], how: str) -> dict[str, Domain]:
-    """The domains of the buffers named in `batchnorm`, if they are merged as `how` says (see `merge`).
+@dataclass(frozen=True)
+class Statistics(Method):
+    """The mean of all workers' statistics, and the largest counter."""
 
-    Pooled, the squared difference of two means is part of a variance.
-    """
-    of_mean, of_variance = ANY, NOT_NEGATIVE
-    if how == "pooled":
-        of_mean, of_variance = Domain(-math.sqrt(LIMIT / 8), math.sqrt(LIMIT / 8)), Domain(0, LIMIT / 2)
-    of_entry = {"running_mean": of_mean, "running_var": of_variance, "num_batches_tracked": NOT_NEGATIVE}
-    return {name: of_entry[entry] for name, entry in batchnorm.items()}
+    statistics: ClassVar[Mapping[str, Domain]] = {
+        "running_mean": ANY,
+        "running_var": NOT_NEGATIVE,
+        "num_batches_tracked": NOT_NEGATIVE,
+    }
 
 
-def merge(
-    average: Mapping[str, Tensor],
-    workers: Sequence[Mapping[str, Tensor]],
-    weights: Sequence[float],
-    how: str,
-    batchnorm: Mapping[str, str],
-) -> dict[str, Tensor]:
-    """The global buffers after a round: the `average` of the `workers`, except where `how` says otherwise.
+@dataclass(frozen=True)
+class FirstWorker(Statistics):
+    """Those of the first worker (as in PyTorch's DistributedDataParallel, whose process 0 broadcasts its buffers)."""
 
-    It applies to the buffers named in `batchnorm`. With first-worker or local (where each worker also keeps its own)
-    they are the first worker's. With pooled, a variance is that of all workers' values together. With re-estimated they
-    are the average here, since the re-estimation needs images.
-    """
-    merged = dict(average)
-    for name in average.keys() & batchnorm.keys():
-        if how in ("first-worker", "local"):
-            merged[name] = workers[0][name]
-        elif how == "pooled" and batchnorm[name] == "running_var":
-            means = [worker[name.removesuffix("var") + "mean"] for worker in workers]
-            merged[name] = pooled_variance(means, [worker[name] for worker in workers], weights)
-    return merged
+    needs = ("exact-mean",)  # it trusts every worker
+
+    def update(self, r: ServerRound, state: State, mean: Tensors) -> State:
+        first = next(iter(r.updates.values())).buffers
+        r.buffers = {**r.buffers, **{name: first[name] for name in r.batchnorm}}
+        return state
+
+
+@dataclass(frozen=True)
+class Local(FirstWorker):
+    """Each worker keeps its own (FedBN: Li et al. 2021, for the statistics); the global ones are the first worker's."""
+
+    def keeps(self, zero: Zeros) -> Tensors:
+        return {name: zero.buffers[name] for name in zero.batchnorm}
+
+    def begin(self, r: WorkerRound, own: Tensors, received: Tensors) -> None:
+        r.buffers = {**r.buffers, **own}
+
+    def end(self, r: WorkerRound, own: Tensors, received: Tensors) -> tuple[Tensors, Tensors]:
+        return {}, {name: r.buffers[name] for name in r.batchnorm()}
+
+
+@dataclass(frozen=True)
+class Pooled(Statistics):
+    """The mean, and as variance that of all workers' values together."""
+
+    needs = ("exact-mean",)
+    statistics: ClassVar[Mapping[str, Domain]] = {  # the squared difference of two means is part of a variance
+        "running_mean": Domain(-math.sqrt(LIMIT / 8), math.sqrt(LIMIT / 8)),
+        "running_var": Domain(0, LIMIT / 2),
+        "num_batches_tracked": NOT_NEGATIVE,
+    }
+
+    def update(self, r: ServerRound, state: State, mean: Tensors) -> State:
+        of_workers = [update.buffers for update in r.updates.values()]
+        for name in (name for name, entry in r.batchnorm.items() if entry == "running_var"):
+            means = [buffers[name.removesuffix("var") + "mean"] for buffers in of_workers]
+            variances = [buffers[name] for buffers in of_workers]
+            r.buffers = {**r.buffers, name: pooled_variance(means, variances, r.weights)}
+        return state
+
+
+@dataclass(frozen=True)
+class ReEstimated(Statistics):
+    """The mean; before a test they are estimated anew on training images."""
+
+    reestimates = True
+
+
+BATCHNORM: dict[str, type[Statistics]] = {
+    "average": Statistics,
+    "first-worker": FirstWorker,
+    "pooled": Pooled,
+    "local": Local,
+    "re-estimated": ReEstimated,
+}
 
 
 def pooled_variance(means: Sequence[Tensor], variances: Sequence[Tensor], weights: Sequence[float]) -> Tensor:

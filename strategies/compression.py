@@ -1,4 +1,4 @@
-"""Compressed updates: codecs for tensors, and error feedback around any of them.
+"""Compressed updates: codecs for tensors.
 
 A codec encodes a tensor as a few smaller ones, which are sent in its place, and decodes them:
 
@@ -11,59 +11,97 @@ A codec encodes a tensor as a few smaller ones, which are sent in its place, and
     powersgd     rank-`rank` factors of each matrix by one power iteration (Vogels et al. 2019), for each worker by
                  itself; vectors are sent as they are
 
-With error feedback (Seide et al. 2014) a worker adds what the last message left out to the next one. The server may
-compress what it sends too (`broadcast`). Its message must decode to the same bits on every device, so decoding uses
-only operations that are rounded separately, in a fixed order.
+What the server sends must decode to the same bits on every device, so decoding uses only operations that are rounded
+separately, in a fixed order. Error feedback is not a codec's: see `strategies.wire`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import NamedTuple, Protocol
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from strategies.sections import with_prefix
-
 Parts = dict[str, Tensor]  # what one tensor is encoded as
 BUCKET = 128  # values of qsgd that share a norm
+# Its squared error is at most BUCKET / (4 levels^2) of the update's square: with fewer levels a residual grows
+QSGD_LEVELS = math.ceil((BUCKET / 4) ** 0.5)
 FP16_MAX = 65504.0
-RESIDUAL, WARM_START = "residual/", "warm-start/"  # prefixes of a worker's state
-HELD = "held/"  # prefix of the server's state: the parameters that workers hold
 
 
-class Codec(Protocol):
+class Codec:
     """Encodes one tensor. Both directions use a generator in the same state, so that random indices are not sent."""
 
-    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts: ...
+    remembers: ClassVar[bool] = False  # whether encoding starts from the last message, see `warm_start`
+    selects: ClassVar[bool] = False  # whether it sends some of the values as they are, at `places`
 
-    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor: ...
+    @property
+    def sparse(self) -> bool:
+        """Whether most values of what it decodes are zero."""
+        return False
 
-
-@dataclass(frozen=True)
-class Half:
-    """fp16 (clamped to its range) or bf16, whose bits are sent as int16: NumPy has no bf16."""
-
-    dtype: torch.dtype
+    @property
+    def grows(self) -> str:
+        """Why what messages leave out would grow, with the remedy; empty if it does not."""
+        return ""
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
-        if self.dtype == torch.float16:
-            return {"values": x.clamp(-FP16_MAX, FP16_MAX).half()}
-        return {"values": x.to(self.dtype).view(torch.int16)}
+        raise NotImplementedError
+
+    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        raise NotImplementedError
+
+    def places(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        """The indices, in the flat tensor, of the values that are sent, where the codec `selects` them."""
+        raise NotImplementedError
+
+    def warm_start(self, parts: Parts) -> Tensor | None:
+        """What the sender keeps of a message for encoding the next one."""
+        return None
+
+    def problems(self, parts: Parts, like: Tensor) -> list[tuple[str, Tensor]]:
+        """Why parts of the right types and shapes may not be decodable, each with a tensor: whether it applies."""
+        return []
+
+
+class Half(Codec):
+    """Half precision, whose bits are sent as int16 where NumPy has no such type."""
+
+    dtype: ClassVar[torch.dtype]
 
     def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
         return parts["values"].view(self.dtype).to(like.dtype)
 
 
 @dataclass(frozen=True)
-class Uniform:
+class Fp16(Half):
+    """float16, clamped to its range."""
+
+    dtype = torch.float16
+
+    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
+        return {"values": x.clamp(-FP16_MAX, FP16_MAX).half()}
+
+
+@dataclass(frozen=True)
+class Bf16(Half):
+    """bfloat16."""
+
+    dtype = torch.bfloat16
+
+    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
+        return {"values": x.to(self.dtype).view(torch.int16)}
+
+
+class Uniform(Codec):
     """Integers from -`largest` to `largest`, times one scale; packed two to a byte where they fit four bits."""
 
-    largest: int
+    largest: ClassVar[int]
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
         scale = (x.abs().amax() / self.largest).float()
@@ -75,7 +113,21 @@ class Uniform:
 
 
 @dataclass(frozen=True)
-class Sign:
+class Int8(Uniform):
+    """Integers of eight bits and one scale for each tensor."""
+
+    largest = 127
+
+
+@dataclass(frozen=True)
+class Int4(Uniform):
+    """Integers of four bits and one scale for each tensor."""
+
+    largest = 7
+
+
+@dataclass(frozen=True)
+class Sign(Codec):
     """One bit a value (0 counts as positive) and the mean magnitude."""
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
@@ -91,10 +143,18 @@ class Sign:
 
 
 @dataclass(frozen=True)
-class TopK:
+class TopK(Codec):
     """The `ratio` of the values that is largest by magnitude, at least one, and their indices."""
 
-    ratio: float
+    selects = True
+    ratio: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check("topk: ratio", self.ratio, 0 < self.ratio <= 1, "greater than 0 and at most 1")
+
+    @property
+    def sparse(self) -> bool:
+        return self.ratio < 1
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
         flat = x.flatten()
@@ -102,32 +162,55 @@ class TopK:
         return {"values": flat[places], "places": places.to(torch.int32)}
 
     def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        return _scattered(parts["values"], self.places(parts, like, generator), like)
+
+    def places(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        return parts["places"].to(torch.int64)
+
+    def problems(self, parts: Parts, like: Tensor) -> list[tuple[str, Tensor]]:
         places = parts["places"].to(torch.int64)
-        return torch.zeros_like(like).flatten().index_copy_(0, places, parts["values"]).view(like.shape)
+        outside = ((places < 0) | (places >= like.numel())).any()
+        descending = (places.diff() <= 0).any()
+        return [("a place is outside the tensor", outside), ("its places are not ascending", descending)]
 
 
 @dataclass(frozen=True)
-class RandomK:
+class RandomK(Codec):
     """A random `ratio` of the values, at least one; not scaled up, since error feedback returns what is left out."""
 
-    ratio: float
+    selects = True
+    ratio: float = 0.01
+
+    def __post_init__(self) -> None:
+        _check("randomk: ratio", self.ratio, 0 < self.ratio <= 1, "greater than 0 and at most 1")
+
+    @property
+    def sparse(self) -> bool:
+        return self.ratio < 1
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
-        return {"values": x.flatten()[self._places(x, generator)]}
+        return {"values": x.flatten()[self.places({}, x, generator)]}
 
     def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
-        places = self._places(like, generator)
-        return torch.zeros_like(like).flatten().index_copy_(0, places, parts["values"]).view(like.shape)
+        return _scattered(parts["values"], self.places(parts, like, generator), like)
 
-    def _places(self, x: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.randperm(x.numel(), generator=generator)[: _count(x, self.ratio)].to(x.device)
+    def places(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        return torch.randperm(like.numel(), generator=generator)[: _count(like, self.ratio)].to(like.device)
 
 
 @dataclass(frozen=True)
-class QSGD:
+class QSGD(Codec):
     """Stochastic rounding to `levels` levels of each bucket's norm, which is unbiased."""
 
-    levels: int
+    levels: int = 7
+
+    def __post_init__(self) -> None:
+        _check("qsgd: levels", self.levels, 1 <= self.levels <= 127, "at least 1 and at most 127")
+
+    @property
+    def grows(self) -> str:
+        few = self.levels < QSGD_LEVELS
+        return f"levels = {self.levels}: what messages leave out would grow: give {QSGD_LEVELS} or more" if few else ""
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
         buckets = F.pad(x.flatten(), (0, -x.numel() % BUCKET)).view(-1, BUCKET)
@@ -145,10 +228,14 @@ class QSGD:
 
 
 @dataclass(frozen=True)
-class PowerSGD:
+class PowerSGD(Codec):
     """Two factors of a matrix (in a convolution, a row for each output channel) where they are smaller than it."""
 
-    rank: int
+    remembers = True
+    rank: int = 4
+
+    def __post_init__(self) -> None:
+        _check("powersgd: rank", self.rank, 1 <= self.rank <= 10**4, "at least 1 and at most 10,000")
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
         if not self._pays(x):
@@ -168,6 +255,9 @@ class PowerSGD:
             product += column[:, None] * row  # a matrix product is rounded differently on other devices
         return product.view(like.shape)
 
+    def warm_start(self, parts: Parts) -> Tensor | None:
+        return parts.get("right")
+
     def _drawn(self, matrix: Tensor, generator: torch.Generator) -> Tensor:
         drawn = torch.randn(matrix.shape[1], self.rank, generator=generator)
         if matrix.device.type == "cuda":
@@ -178,111 +268,61 @@ class PowerSGD:
         return x.ndim > 1 and self.rank <= len(x) and self.rank * (len(x) + x[0].numel()) < x.numel()
 
 
-def make_codec(name: str, ratio: float = 0.01, levels: int = 7, rank: int = 4) -> Codec | None:
-    """The codec of a name in `CODECS`; None for ``none``."""
-    return _codecs(ratio, levels, rank)[name]
+@dataclass(frozen=True)
+class Chain(Codec):
+    """The values that the `first` codec sends, encoded by the `second`, as in ``topk+int8``."""
+
+    first: Codec
+    second: Codec
+
+    def __post_init__(self) -> None:
+        if not self.first.selects or self.second.selects or self.second.remembers:
+            raise ValueError(
+                "a chain is topk or randomk, then a codec of each value: fp16, bf16, int8, int4, sign or qsgd"
+            )
+
+    @property
+    def sparse(self) -> bool:
+        return self.first.sparse
+
+    @property
+    def grows(self) -> str:
+        return self.second.grows
+
+    def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
+        parts = self.first.encode(x, generator, None)
+        inner = self.second.encode(parts.pop("values"), _next(generator), None)
+        return {**parts, **{f"values.{part}": tensor for part, tensor in inner.items()}}
+
+    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        outer, inner = self._split(parts)
+        places = self.first.places(outer, like, generator)
+        values = self.second.decode(inner, like.new_empty(len(places)), _next(generator))
+        return _scattered(values, places, like)
+
+    def problems(self, parts: Parts, like: Tensor) -> list[tuple[str, Tensor]]:
+        outer, inner = self._split(parts)
+        return [*self.first.problems(outer, like), *self.second.problems(inner, like)]
+
+    def _split(self, parts: Mapping[str, Tensor]) -> tuple[Parts, Parts]:
+        inner = {name.removeprefix("values."): t for name, t in parts.items() if name.startswith("values.")}
+        return {name: t for name, t in parts.items() if not name.startswith("values.")}, inner
 
 
-def _codecs(ratio: float, levels: int, rank: int) -> dict[str, Codec | None]:
-    return {
-        "none": None,
-        "fp16": Half(torch.float16),
-        "bf16": Half(torch.bfloat16),
-        "int8": Uniform(127),
-        "int4": Uniform(7),
-        "sign": Sign(),
-        "topk": TopK(ratio),
-        "randomk": RandomK(ratio),
-        "qsgd": QSGD(levels),
-        "powersgd": PowerSGD(rank),
-    }
+def _next(generator: torch.Generator) -> torch.Generator:
+    """A generator for the second codec of a chain, which may draw more when it encodes than when it decodes."""
+    return torch.Generator().manual_seed(int(torch.randint(2**62, (), generator=generator)))
 
 
-CODECS = tuple(_codecs(ratio=1, levels=1, rank=1))
+def _scattered(values: Tensor, places: Tensor, like: Tensor) -> Tensor:
+    """A tensor shaped like `like` with `values` at `places`, and zeros elsewhere."""
+    return torch.zeros_like(like).flatten().index_copy_(0, places, values).view(like.shape)
 
 
-def encode(
-    codec: Codec, update: Mapping[str, Tensor], memory: Mapping[str, Tensor], seed: int, feedback: bool = True
-) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The message of a worker's `update`, as ``NAME/PART`` -> tensor, and the worker's next `memory`.
-
-    With error `feedback` it holds the residual, what the message leaves out, which is added to the next update. No
-    input is changed. `decode` needs the same `seed`.
-    """
-    generators = [torch.Generator().manual_seed(seed) for _ in range(2)]
-    message: dict[str, Tensor] = {}
-    remembered: dict[str, Tensor] = {}
-    for name, value in update.items():
-        corrected = value + memory[RESIDUAL + name] if RESIDUAL + name in memory else value
-        parts = codec.encode(corrected, generators[0], memory.get(WARM_START + name))
-        message |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
-        if feedback:
-            remembered[RESIDUAL + name] = corrected - codec.decode(parts, corrected, generators[1])
-        if "right" in parts:
-            remembered[WARM_START + name] = parts["right"]
-    return message, remembered
-
-
-def decode(codec: Codec, message: Mapping[str, Tensor], like: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The update in a `message`, shaped like `like`. `why_undecodable` is to check a message from elsewhere first."""
-    generator = torch.Generator().manual_seed(seed)
-    parts: dict[str, Parts] = {name: {} for name in like}
-    for key, tensor in message.items():
-        name, _, part = key.rpartition("/")
-        parts[name][part] = tensor
-    return {name: codec.decode(parts[name], value, generator) for name, value in like.items()}
-
-
-def why_undecodable(messages: Sequence[Mapping[str, Tensor]], like: Mapping[str, Tensor]) -> list[str]:
-    """Why each of `messages`, whose names, types and shapes are right, cannot be decoded, or "".
-
-    Only the places of topk can be wrong. A GPU is waited for once, for all `messages`.
-    """
-    found: list[tuple[int, str, Tensor]] = []  # a message, a reason, and whether it applies
-    for i, message in enumerate(messages):
-        for name, value in like.items():
-            if f"{name}/places" in message:
-                places = message[f"{name}/places"].to(torch.int64)
-                outside = ((places < 0) | (places >= value.numel())).any()
-                found.append((i, "a place is outside the tensor", outside))
-                found.append((i, "its places are not ascending", (places.diff() <= 0).any()))
-    reasons = [""] * len(messages)
-    applies = torch.stack([condition for *_, condition in found]).tolist() if found else []
-    for (i, reason, _), wrong in zip(found, applies, strict=True):
-        if wrong:
-            reasons[i] = reasons[i] or reason
-    return reasons
-
-
-class Broadcast(NamedTuple):
-    """What the server sends to begin a round: a message to workers that hold the last parameters, all to the others."""
-
-    parameters: dict[str, Tensor]  # that all workers then hold
-    message: dict[str, Tensor]  # ``NAME/PART`` -> tensor; {} in the first round
-    state: dict[str, Tensor]  # of the server, for the next broadcast
-
-
-def broadcast(codec: Codec, x: Mapping[str, Tensor], state: Mapping[str, Tensor], seed: int) -> Broadcast:
-    """Encode the parameters `x` for workers as the change from those that they hold.
-
-    This is EF21-P (Gruntkowska, Tyurin and Richtárik 2023): the next change contains what a message leaves out, which
-    is the server's error feedback. `state` is {} before the first round, in which workers get `x` itself. `receive`
-    needs the same `seed`.
-    """
-    held = {name: state[HELD + name] for name in x if HELD + name in state}
-    message: dict[str, Tensor] = {}
-    remembered: dict[str, Tensor] = {}
-    if held:
-        change = {name: value - held[name] for name, value in x.items()}
-        message, remembered = encode(codec, change, state, seed, feedback=False)
-    after = receive(codec, held, message, seed) if held else dict(x)
-    return Broadcast(after, message, {**with_prefix(HELD, after), **remembered})
-
-
-def receive(codec: Codec, held: Mapping[str, Tensor], message: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
-    """The parameters of a worker that holds `held`, after a `message` of `broadcast`."""
-    change = decode(codec, message, held, seed)
-    return {name: value + change[name] for name, value in held.items()}
+def _check(what: str, value: float, valid: bool, limits: str) -> None:
+    """Raise ValueError unless an argument is within its limits."""
+    if not valid:
+        raise ValueError(f"{what} = {value:g} must be {limits}")
 
 
 def _count(x: Tensor, ratio: float) -> int:

@@ -1,4 +1,4 @@
-"""Any strategy of Flower's current API in place of LocalSGD's mean and server step.
+"""Any strategy of Flower's current API, as a layer in place of LocalSGD's mean and outer step.
 
 The strategy gets only the parameters, as plain arrays, of the workers whose updates may be averaged. It sees the worker
 numbers as node ids, in ascending order. Sampling, screening, buffers and averaged optimizer states stay LocalSGD's,
@@ -17,6 +17,7 @@ import io
 import random
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, NoReturn
 
 import numpy as np
@@ -28,34 +29,29 @@ from torch import Tensor
 
 from strategies.by_name import first_line, quiet
 from strategies.errors import StrategyFailed
-from strategies.local_sgd import LocalSGD, State
+from strategies.method import Method, ServerRound, State, Tensors, Update
 from strategies.object_state import NotPlain, set_state, state_of
-from strategies.screening import Update
-from strategies.sections import split
 from strategies.tensor_array import CopiedArray, tensor_record, tensors_of
 
-Tensors = Mapping[str, Tensor]
 MakeStrategy = Callable[[], Strategy]
 TRIAL_ROUNDS = 3
 MAX_ASKED = 5  # calls of get_node_ids in a round: Flower's strategies poll it while they wait for more nodes
 
 
-class FlowerStrategy(LocalSGD):
-    """LocalSGD's round, with the strategies that `make` makes in place of the mean of parameters and the server step.
+@dataclass(frozen=True)
+class FlowerStrategy(Method):
+    """The strategies that `make` makes, in place of the mean of parameters and the outer step.
 
-    Their state must be in their attributes alone, see `check_state`. Other arguments are those of `LocalSGD`, without
-    another mean, codec or outer step.
+    Their state must be in their attributes alone, see `check_state`. What they draw depends on `seed` and the round.
     """
 
-    def __init__(self, make: MakeStrategy, **localsgd: Any) -> None:
-        super().__init__(**localsgd)
-        self.make = make
+    make: MakeStrategy
+    seed: int = 0
 
-    def next_parameters(
-        self, round_: int, x: dict[str, Tensor], mean: dict[str, Tensor], updates: Mapping[int, Update], state: State
-    ) -> tuple[dict[str, Tensor], State]:
-        """The parameters that the strategy makes of `updates`, and what it remembers."""
-        return _take_round_from(self.make, state, self.seed, round_, x, updates)
+    def update(self, r: ServerRound, state: State, mean: Tensors) -> State:
+        """Take the parameters that the strategy makes of the updates; returns what it remembers."""
+        r.next_x, state = _take_round_from(self.make, state, self.seed, r.round, r.x, r.updates)
+        return state
 
 
 def take_round(
@@ -130,11 +126,11 @@ def _place(error: Exception, strategy: Strategy) -> str:
 
 def _made_up(x: Tensors, worker: int, generator: torch.Generator) -> Update:
     moved = {n: v + 0.01 * torch.randn(v.shape, generator=generator, dtype=v.dtype) for n, v in x.items()}
-    return Update(1.0, moved, MetricRecord({"num-examples": 64 + worker, "train-loss": 1.0}))
+    return Update(1.0, moved, {}, {}, {"num-examples": 64 + worker, "train-loss": 1.0})
 
 
 def _reply(message: Message, update: Update) -> Message:
-    arrays = tensor_record(split(update.arrays).parameters, CopiedArray)
+    arrays = tensor_record(update.parameters, CopiedArray)
     metrics = MetricRecord(dict(update.metrics))
     return Message(RecordDict({"arrays": arrays, "metrics": metrics}), reply_to=message)
 

@@ -15,24 +15,33 @@ import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 from torch import Tensor
 
-from strategies.batchnorm import batchnorm_domains, merge
-from strategies.compression import Codec, broadcast, decode, encode, why_undecodable
-from strategies.outer import OuterStep
-from strategies.robust import Mean, combine
-from strategies.screening import NOT_NEGATIVE, Domain, Request, Rules, Update, screen, wrong_values
-from strategies.sections import BUFFERS, Sections, beside, join, split, under_prefix, with_prefix
+from strategies.averaging import Sent, send, update
+from strategies.batchnorm import Statistics
+from strategies.domain import NOT_NEGATIVE, Domain
+from strategies.layers import Layers
+from strategies.mean import Exact, Mean
+from strategies.method import ServerRound, State, Tensors, Update
+from strategies.screening import Rules, Screened, screen, wrong_values
+from strategies.sections import BUFFERS, EXTRAS, Sections, beside, join, split, under_prefix
 from strategies.tensor_array import tensor_record, tensors_of
+from strategies.wire import WIRE, decode, why_undecodable
 
-State = dict[str, Any]  # tensors and numbers
-BROADCAST = "broadcast/"  # prefix of the entries of the server's state that belong to `compression.broadcast`
 ENCODED = "encoded"  # key of a message's config: true where its parameters are the message of a `broadcast`
 log = logging.getLogger(__name__)
+
+
+class Request(NamedTuple):
+    """The messages to the workers of a round."""
+
+    messages: list[Message]
+    workers: dict[int, int]  # node -> worker, of all messages
+    away: list[int]  # sampled workers whose node is not connected
+    sent: Sent
 
 
 class Aggregate(NamedTuple):
@@ -58,17 +67,9 @@ class LocalSGD(FedAvg):
     and reports each of `metrics`, a value in its domain; the values of its arrays are in their `domains(round)` (see
     `strategies.screening.Rules`); `other_records` may come with it.
 
-    `batchnorm` names the buffers of BatchNorm layers (see
-    `batchnorm_buffers`), and `batchnorm_at_sync` says how they are merged (see `strategies.batchnorm.merge`). `mean`
-    and `trim` choose another mean than the exact one (see `strategies.robust`).
-
-    With a `codec`, workers send the encoded difference of the parameters that they began from and their own, with the
-    seed `codec_seed(round, worker)`. With a `codec_down`, they are sent the encoded change of the parameters, with the
-    seed `codec_seed(round, None)` (see `strategies.compression.broadcast`).
-
-    `outer` is the server's step on the mean of the parameters, and `lr(round)` the workers' learning rate at the end of
-    a round. Extras whose names begin with `population_extras` are means over the population: a worker that is not
-    averaged counts with the values that were sent. Other arguments are FedAvg's.
+    `layers` are the methods of the run, and `mean` is what they see of the workers. `batchnorm` names the buffers of
+    BatchNorm layers (see `batchnorm_buffers`), and `lr(round)` is the workers' learning rate at the end of a round.
+    Other arguments are FedAvg's.
     """
 
     def __init__(
@@ -81,16 +82,10 @@ class LocalSGD(FedAvg):
         metrics: Mapping[str, Domain] | None = None,
         domains: Callable[[int], Mapping[str, Domain]] = lambda round_: {},
         other_records: Sequence[str] = (),
+        layers: Layers | None = None,
+        mean: Mean | None = None,
         batchnorm: Mapping[str, str] | None = None,
-        batchnorm_at_sync: str = "average",
-        mean: Mean = "exact",
-        trim: float = 0.0,
-        codec: Codec | None = None,
-        codec_down: Codec | None = None,
-        codec_seed: Callable[[int, int | None], int] = lambda round_, worker: 0,
-        outer: OuterStep | None = None,
         lr: Callable[[int], float] = lambda round_: 1.0,
-        population_extras: str | None = None,
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
@@ -98,24 +93,19 @@ class LocalSGD(FedAvg):
         self.seed = seed
         self.population = population
         self.min_updates = min_updates
-        self.batchnorm = dict(batchnorm or {})
-        self.batchnorm_at_sync = batchnorm_at_sync
-        self.mean = mean
-        self.trim = trim
-        self.codec = codec
-        self.codec_down = codec_down
-        self.codec_seed = codec_seed
-        self.outer = outer or OuterStep()
-        self.lr = lr
-        self.population_extras = population_extras
         self.examples = examples
         self.domains = domains
-        of_buffers = batchnorm_domains(self.batchnorm, batchnorm_at_sync)
+        self.layers = layers or Layers()
+        self.mean = mean or Exact()
+        self.batchnorm = dict(batchnorm or {})
+        self.lr = lr
+        statistics = self.layers.statistics() or Statistics.statistics
+        of_buffers = {BUFFERS + name: statistics[entry] for name, entry in self.batchnorm.items()}
         self.rules = Rules(
             self.arrayrecord_key,
             self.weighted_by_key,
             metrics=metrics or {},
-            domains={BUFFERS + name: domain for name, domain in of_buffers.items()},
+            domains=of_buffers,
             other_records=other_records,
         )
 
@@ -125,13 +115,14 @@ class LocalSGD(FedAvg):
         arrays: ArrayRecord,
         config: ConfigRecord,
         nodes: Mapping[int, int],
-        state: Mapping[str, Any] | None = None,
+        state: State | None = None,
         holders: Collection[int] = (),
     ) -> Request:
         """The train messages of a round, in the order of the workers: `arrays` for each sampled one of `nodes`.
 
-        With a `codec_down`, `holders` are the workers that hold the parameters that the last round began from, which
-        are in the server's `state`: they are sent the encoded change, all others the parameters after this change.
+        Where the wire encodes what the server sends, `holders` are the workers that hold the parameters that the last
+        round began from, which are in the server's `state`: they are sent the encoded change, all others the parameters
+        after this change.
         """
         node_of = {worker: node for node, worker in nodes.items()}
         everyone = list(range(self.population)) or sorted(self.workers.values()) or sorted(node_of)
@@ -139,26 +130,36 @@ class LocalSGD(FedAvg):
         workers = {node_of[worker]: worker for worker in sampled if worker in node_of}
         away = [worker for worker in sampled if worker not in node_of]
         config["server-round"] = round_
-        if self.codec_down is None:
-            content = self._content(arrays, config)
-            return Request(arrays, [Message(content, node, MessageType.TRAIN) for node in workers], workers, away)
+        x, buffers, _ = split(tensors_of(arrays))
+        sent = send(self.layers, self._round(round_, x), buffers, state or {}, workers.values())
+        messages = self._messages(sent, config, workers, holders)
+        return Request(messages, workers, away, sent)
 
-        x = split(tensors_of(arrays))
-        own = under_prefix(BROADCAST, state or {})
-        seed = self.codec_seed(round_, None)
-        sent = broadcast(self.codec_down, x.parameters, beside(x.parameters, own), seed)
-        begun = tensor_record(join(x._replace(parameters=sent.parameters)))
-        whole = self._content(begun, config)
-        encoded = tensor_record(join(x._replace(parameters=sent.message)))
-        change = self._content(encoded, ConfigRecord({**config, ENCODED: True}))
-        messages = [
-            Message(change if worker in holders and sent.message else whole, node, MessageType.TRAIN)
-            for node, worker in workers.items()
-        ]
-        return Request(begun, messages, workers, away, arrays, with_prefix(BROADCAST, sent.state))
+    def _messages(
+        self, sent: Sent, config: ConfigRecord, workers: Mapping[int, int], holders: Collection[int]
+    ) -> list[Message]:
+        """A message to each node of `workers`; those that are sent the same tensors share their content."""
+        change = ConfigRecord({**config, ENCODED: True})
+        contents: dict[tuple[bool, tuple[int, ...]], RecordDict] = {}
+        messages = []
+        for node, worker in workers.items():
+            besides, holds = sent.layers[worker], bool(sent.change) and worker in holders
+            key = holds, tuple(map(id, besides.values()))
+            if key not in contents:
+                arrays = Sections(sent.change if holds else sent.begun, sent.model.buffers, besides)
+                contents[key] = self._content(arrays, change if holds else config)
+            messages.append(Message(contents[key], node, MessageType.TRAIN))
+        return messages
 
-    def _content(self, arrays: ArrayRecord, config: ConfigRecord) -> RecordDict:
-        return RecordDict({self.arrayrecord_key: arrays, self.configrecord_key: config})
+    def _content(self, arrays: Sections, config: ConfigRecord) -> RecordDict:
+        return RecordDict({self.arrayrecord_key: tensor_record(join(arrays)), self.configrecord_key: config})
+
+    def _round(self, round_: int, x: Tensors) -> ServerRound:
+        everyone = self.fraction_train >= 1 or self._sample_size(self.population) == self.population > 0
+        return ServerRound(round_, everyone, x, x, self.lr(round_), self.batchnorm)
+
+    def _sample_size(self, workers: int) -> int:
+        return max(1, round(self.fraction_train * workers))
 
     def sample(self, round_: int, everyone: list[int]) -> list[int]:
         """The workers of a round: the nearest whole number to `fraction_train` of `everyone`, at least one.
@@ -167,123 +168,98 @@ class LocalSGD(FedAvg):
         """
         if self.fraction_train >= 1:
             return everyone
-        size = max(1, round(self.fraction_train * len(everyone)))
-        return sorted(random.Random(f"{self.seed}/{round_}").sample(everyone, size))
+        return sorted(random.Random(f"{self.seed}/{round_}").sample(everyone, self._sample_size(len(everyone))))
 
     def aggregate(self, round_: int, request: Request, replies: Iterable[Message], state: State) -> Aggregate:
-        """The global arrays after a round, and the server's state after it.
+        """The global arrays after a round, and the state of the layers after it.
 
         Raises FloatingPointError where these are not finite, or outside their domains: no further round can then be
         trained.
         """
         domains = {**self.rules.domains, **self.domains(round_)}
-        examples = functools.partial(self.examples, round_)
-        rules = dataclasses.replace(self.rules, examples=examples, domains=domains)
-        sent = split(tensors_of(request.arrays))
-        like = self._encoded(self.codec, sent) if self.codec else request.arrays
-        updates, left_out = screen(replies, request, rules, like)
-        if self.codec:
-            updates, undecodable = self._decoded(self.codec, sent.parameters, updates, round_)
-            left_out = dict(sorted((left_out | undecodable).items()))
+        screened, left_out = self._screened(round_, request, replies, domains)
         for worker, reason in left_out.items():
             log.warning("round %s: worker %s is left out of the average: %s", round_, worker, reason)
-        if len(updates) < self.min_updates:
+        if len(screened) < self.min_updates:
             return Aggregate(None, MetricRecord(), state, {}, left_out)
 
-        averaged = sorted(updates)
-        used = [updates[worker] for worker in averaged]
-        samples = math.fsum(update.weight for update in used)
-        weights = [update.weight / samples for update in used]
-
-        y = [split(update.arrays) for update in used]
-        received = used[0].arrays
-        sent = Sections(*(beside(received, part) for part in sent))
-        x = sent.parameters if request.model is None else beside(received, split(tensors_of(request.model)).parameters)
-        average = self._average(x, sent, y, weights)
-        outer_state = {name: value for name, value in state.items() if not name.startswith(BROADCAST)}
-        parameters, state = self.next_parameters(
-            round_, x, average.parameters, dict(zip(averaged, used, strict=True)), beside(received, outer_state)
+        averaged = sorted(screened)
+        used = [screened[worker] for worker in averaged]
+        samples = math.fsum(each.weight for each in used)
+        weights = [each.weight / samples for each in used]
+        updates = dict(zip(averaged, map(self._update, used), strict=True))
+        sent = _beside(used[0].arrays, request.sent)
+        r = dataclasses.replace(
+            self._round(round_, sent.model.parameters),
+            begun=sent.begun,
+            updates=updates,
+            encoded=self.layers.wire.up is not None,
+            weights=weights,
+            share=len(averaged) / (self.population or len(self.workers) or len(averaged)),
         )
-        state = {**state, **request.state}
-        buffers = merge(average.buffers, [part.buffers for part in y], weights, self.batchnorm_at_sync, self.batchnorm)
-        extras = self._over_population(sent.extras, average.extras, len(averaged))
-        arrays = join(Sections(parameters, buffers, extras))
+        state = update(self.layers, self.mean, r, sent, state) | ({WIRE: sent.wire} if sent.wire else {})
+        arrays = join(Sections(r.next_x, r.buffers, {}))
 
-        remembered = {name: value for name, value in state.items() if isinstance(value, Tensor)}
+        remembered = {
+            f"{EXTRAS}{name}/{key}": v for name, of in state.items() for key, v in of.items() if isinstance(v, Tensor)
+        }
         for what, wrong in zip(("average", "server's state"), wrong_values([arrays, remembered], domains), strict=True):
             if wrong:
-                raise FloatingPointError(f"round {round_}: the {what} of {wrong}")
+                raise FloatingPointError(f"round {round_}: the {what} of {wrong.removeprefix(EXTRAS)}")
         metrics = mean_metrics(used, weights, self.weighted_by_key)
-        reported = {worker: updates[worker].metrics for worker in averaged}
-        return Aggregate(tensor_record(arrays), metrics, state, reported, left_out)
+        return Aggregate(tensor_record(arrays), metrics, state, {k: screened[k].metrics for k in averaged}, left_out)
 
-    def next_parameters(
-        self, round_: int, x: dict[str, Tensor], mean: dict[str, Tensor], updates: Mapping[int, Update], state: State
-    ) -> tuple[dict[str, Tensor], State]:
-        """The parameters after a round and the next state: here by the server step from the `mean` of the `updates`."""
-        return self.server_step(x, mean, state, round_)
+    def _screened(
+        self, round_: int, request: Request, replies: Iterable[Message], domains: Mapping[str, Domain]
+    ) -> tuple[dict[int, Screened], dict[int, str]]:
+        """The usable updates, decoded, and why each other sampled worker has none."""
+        sent = request.sent
+        rules = dataclasses.replace(self.rules, examples=functools.partial(self.examples, round_), domains=domains)
+        updates, left_out = screen(replies, request.messages, request.workers, self._like(round_, sent), rules)
+        left_out |= dict.fromkeys(request.away, "its node is not connected")
+        if self.layers.wire.up:
+            updates, undecodable = self._decoded(sent.begun, updates, round_)
+            left_out |= undecodable
+        return updates, dict(sorted(left_out.items()))
 
-    def server_step(
-        self, x: dict[str, Tensor], mean: dict[str, Tensor], state: State, round_: int
-    ) -> tuple[dict[str, Tensor], State]:
-        """The parameters after a round and the next state, by the outer step from `x` and the `mean` of the workers.
-
-        `state`, tensors and numbers by name, is {} before the first round, then what the last call returned. The
-        arguments may not be changed in place.
-        """
-        return self.outer(x, mean, state, self.lr(round_))
-
-    def _average(
-        self, x: Mapping[str, Tensor], sent: Sections, y: Sequence[Sections], weights: Sequence[float]
-    ) -> Sections:
-        """The mean of what the workers sent, section by section; `y` has decoded updates where there is a codec.
-
-        Where the workers began from other parameters than the global ones `x`, their mean update is applied to `x`.
-        """
-        start = sent.parameters
-        if self.codec:
-            sent = sent._replace(parameters={name: torch.zeros_like(value) for name, value in start.items()})
-        parts = zip(sent, zip(*y, strict=True), strict=True)
-        average = Sections(*(combine(self.mean, before, each, weights, self.trim) for before, each in parts))
-        mean = average.parameters
-        if self.codec:
-            mean = {name: x[name] - distance for name, distance in mean.items()}
-        elif self.codec_down:
-            mean = {name: x[name] - (start[name] - value) for name, value in mean.items()}
-        return average._replace(parameters=mean)
-
-    def _over_population(self, sent: Mapping[str, Tensor], mean: dict[str, Tensor], averaged: int) -> dict[str, Tensor]:
-        """`mean`, over the `averaged` workers, with the extras of the population as means over the population."""
-        share = averaged / (self.population or len(self.workers) or averaged)
-        if self.population_extras is None or share == 1:
-            return mean
-        of_all = [name for name in mean if name.startswith(self.population_extras)]
-        return mean | {name: sent[name].lerp(mean[name], share) for name in of_all}
-
-    def _encoded(self, codec: Codec, sent: Sections) -> ArrayRecord:
-        """Arrays with the names, types and shapes that those of an encoded update must have."""
-        zeros = {name: torch.zeros_like(value) for name, value in sent.parameters.items()}
-        message, _ = encode(codec, zeros, {}, 0, feedback=False)
-        return tensor_record(join(sent._replace(parameters=message)))
+    def _like(self, round_: int, sent: Sent) -> dict[int, ArrayRecord]:
+        """Arrays with the names, types and shapes that each worker's update must have."""
+        model = self.layers.wire.expected(sent.begun)
+        records: dict[tuple[int, ...], ArrayRecord] = {}
+        like = {}
+        for worker, besides in sent.layers.items():
+            key = tuple(map(id, besides.values()))
+            if key not in records:
+                replies = self.layers.replies(besides, round_)
+                records[key] = tensor_record(join(Sections(model, sent.model.buffers, replies)))
+            like[worker] = records[key]
+        return like
 
     def _decoded(
-        self, codec: Codec, x: Mapping[str, Tensor], updates: Mapping[int, Update], round_: int
-    ) -> tuple[dict[int, Update], dict[int, str]]:
-        """The `updates` with decoded parameters, which are differences from `x`, and why others cannot be used."""
-        parts = {worker: split(update.arrays) for worker, update in updates.items()}
-        problems = why_undecodable([part.parameters for part in parts.values()], x)
+        self, begun: Mapping[str, Tensor], updates: Mapping[int, Screened], round_: int
+    ) -> tuple[dict[int, Screened], dict[int, str]]:
+        """The `updates` with decoded parameters, which are differences from `begun`, and why others cannot be used."""
+        codec, seed = self.layers.wire.up, self.layers.wire.seed
+        assert codec is not None
+        parts = {worker: split(each.arrays) for worker, each in updates.items()}
+        problems = why_undecodable(codec, [part.parameters for part in parts.values()], begun)
         reasons = {worker: reason for worker, reason in zip(parts, problems, strict=True) if reason}
-        decoded: dict[int, dict[str, Tensor]] = {}
+        decoded: dict[int, Tensors] = {}
         for worker, part in parts.items():
             if worker in reasons:
                 continue
-            like = beside(part.parameters, x)
-            moved = decode(codec, part.parameters, like, self.codec_seed(round_, worker))
+            like = beside(part.parameters, begun)
+            moved = decode(codec, part.parameters, like, seed(round_, worker))
             decoded[worker] = join(part._replace(parameters=moved))
         wrong = dict(zip(decoded, wrong_values(list(decoded.values())), strict=True))
         reasons |= {worker: reason for worker, reason in wrong.items() if reason}
         kept = {worker: updates[worker]._replace(arrays=decoded[worker]) for worker in decoded if not wrong[worker]}
         return kept, reasons
+
+    def _update(self, screened: Screened) -> Update:
+        parameters, buffers, replies = split(screened.arrays)
+        of_layers = {name: under_prefix(f"{name}/", replies) for name, _ in self.layers}
+        return Update(screened.weight, parameters, buffers, of_layers, screened.metrics)
 
     # The methods below are for Flower's own loop (`Strategy.start`), which passes on neither the request nor the state:
     # these three attributes hold them between calls. fedsim's loop uses none of them.
@@ -313,7 +289,13 @@ class LocalSGD(FedAvg):
         return (self.last.arrays, self.last.metrics) if self.last.arrays else (None, None)
 
 
-def mean_metrics(updates: Sequence[Update], weights: Sequence[float], weighted_by: str) -> MetricRecord:
+def _beside(tensors: Mapping[str, Tensor], sent: Sent) -> Sent:
+    """`sent` with the model on the device of `tensors`."""
+    model = Sections(*(beside(tensors, part) for part in sent.model))
+    return sent._replace(model=model, begun=beside(tensors, sent.begun))
+
+
+def mean_metrics(updates: Sequence[Screened], weights: Sequence[float], weighted_by: str) -> MetricRecord:
     """The weighted mean of every number that all workers report, except the weight itself."""
     means = MetricRecord()
     for name in updates[0].metrics:

@@ -3,11 +3,46 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+Tensors = dict[str, Tensor]
 CPU_BLOCK = 2**15  # values averaged at a time: their float64 sums stay in a core's cache, which is twice as fast
+
+
+@dataclass(frozen=True)
+class Mean:
+    """What is made of the tensors that the workers of a round send."""
+
+    exact, weighted, of_each_value = False, True, False  # of_each_value: each by itself, not of whole updates
+
+    @property
+    def fewest(self) -> int:
+        """The fewest workers of which it leaves one out that is unlike the others; 1 where it leaves none out."""
+        return 1
+
+    def problem(self, workers: int) -> str:
+        """Why it has no meaning of so many workers, with the remedy; empty if it has."""
+        return f"it needs 3 clients in a round, not {workers}: give exact" if self.fewest > 1 and workers < 3 else ""
+
+    def __call__(self, x: Tensors, parts: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+        """The mean of each named tensor over `parts`, in their order; `x` is what all of them began from.
+
+        `weights` sum to one.
+        """
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class Exact(Mean):
+    """The weighted mean, and of integers (counters) the largest."""
+
+    exact = True
+
+    def __call__(self, x: Tensors, parts: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+        return mean(parts, weights)
 
 
 def mean(parts: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:

@@ -9,7 +9,7 @@ With x the model that a round began from and ȳ the mean of what the workers sen
     fedadam, fedyogi    adaptive (Reddi et al. 2021), without bias correction unless it is asked for
     fedadagrad  Adagrad (the same)
 
-An outer step holds no state: it is given the optimizer's state, a flat dict of tensors and numbers, and returns it.
+It is a layer of the server alone, whose state is the optimizer's, a flat dict of tensors and numbers.
 """
 
 from __future__ import annotations
@@ -25,9 +25,7 @@ from torch.optim import Optimizer
 
 from strategies.errors import StrategyFailed
 from strategies.fedopt import FedAdam, FedYogi
-
-Tensors = Mapping[str, Tensor]
-State = dict[str, Any]
+from strategies.method import Method, ServerRound, State, Tensors
 
 NEED_MORE_THAN_GRADIENTS = ("LBFGS", "SparseAdam", "Muon", "Optimizer")  # a closure, sparse gradients, matrices alone
 OPTIMIZERS: dict[str, type[Optimizer]] = {
@@ -53,7 +51,7 @@ OUTER = ("none", *PRESETS, *sorted({*OPTIMIZERS, "yogi"} - PRESETS.keys()))  # t
 
 
 @dataclass(frozen=True)
-class OuterStep:
+class OuterStep(Method):
     """An optimizer class with its arguments, by default those that take the mean itself.
 
     With `per_lr` the pseudo-gradient is divided by the workers' learning rate, and the step multiplied by it.
@@ -69,7 +67,14 @@ class OuterStep:
         switched_on = {name: value for name, value in self.arguments.items() if value}
         return self.optimizer is torch.optim.SGD and switched_on == {"lr": 1.0}
 
-    def __call__(self, x: Tensors, mean: Tensors, state: State, lr: float) -> tuple[dict[str, Tensor], State]:
+    def update(self, r: ServerRound, state: State, mean: Tensors) -> State:
+        """Step from x on the mean of the workers' parameters."""
+        r.next_x, state = self(r.x, r.next_x, state, r.lr)
+        return state
+
+    def __call__(
+        self, x: Mapping[str, Tensor], mean: Mapping[str, Tensor], state: State, lr: float
+    ) -> tuple[Tensors, State]:
         """The next global parameters and the next state, after a round that ended at the local learning rate `lr`.
 
         Neither `x`, `mean` nor `state` is changed. SlowMo's Δ / lr has no value where `lr` is 0 (the workers have not
@@ -129,7 +134,7 @@ def _optimizer_class(name: str) -> type[Optimizer]:
     return OPTIMIZERS[name]
 
 
-def _state_of(optimizer: Optimizer, parameters: Tensors) -> State:
+def _state_of(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> State:
     """The state of `optimizer`: ``PARAMETER/ENTRY`` -> a tensor or a number."""
     return {
         f"{name}/{entry}": value
@@ -138,7 +143,7 @@ def _state_of(optimizer: Optimizer, parameters: Tensors) -> State:
     }
 
 
-def _load(optimizer: Optimizer, parameters: Tensors, state: State) -> None:
+def _load(optimizer: Optimizer, parameters: Mapping[str, Tensor], state: State) -> None:
     """Load copies of `state` into `optimizer`; torch expects step counts on the CPU."""
     for key, value in state.items():
         name, _, entry = key.rpartition("/")

@@ -1,46 +1,93 @@
-"""Robust means, which a few wrong updates cannot move far, in place of LocalSGD's exact mean.
+"""Means that a few wrong updates cannot move far, in place of the exact mean.
 
     trimmed   each value's mean without the largest and smallest `trim` of the workers (Yin et al. 2018)
     median    each value's median (Yin et al. 2018)
     clipped   the weighted mean of updates whose norm is cut to the median norm of all workers
 
 They assume that most workers are honest, and cost accuracy where data differ between workers: an honest worker's rare
-classes look like an attack. None of them gives privacy, or resists a majority of attackers.
+classes look like an attack. None of them gives privacy, or resists a majority of attackers. Of integers (counters) they
+take the median.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from fractions import Fraction
-from typing import Literal
+from functools import partial
 
 import torch
 from torch import Tensor
 
-from strategies.mean import mean
-
-Tensors = Mapping[str, Tensor]
-Mean = Literal["exact", "trimmed", "median", "clipped"]
+from strategies.mean import Mean, mean
+from strategies.method import Tensors
 
 
-def combine(
-    kind: Mean, x: Tensors, parts: Sequence[Tensors], weights: Sequence[float], trim: float
+@dataclass(frozen=True)
+class Trimmed(Mean):
+    """Each value's unweighted mean without the floor(`trim` * K) largest and smallest."""
+
+    weighted, of_each_value = False, True
+    trim: float = 0.25
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.trim < 0.5:
+            raise ValueError(f"trimmed: trim = {self.trim:g} must be at least 0 and less than 0.5")
+
+    def problem(self, workers: int) -> str:
+        least = math.ceil(1000 / workers) / 1000
+        of_none = f"trim = {self.trim} of {workers} clients is none: give {least:g} or more"
+        return super().problem(workers) or (of_none if trimmed_of(self.trim, workers) == 0 else "")
+
+    @property
+    def fewest(self) -> int:
+        return next(workers for workers in itertools.count(3) if trimmed_of(self.trim, workers)) if self.trim else 3
+
+    def __call__(self, x: Tensors, parts: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+        return _of_each_value(partial(trimmed_mean, trim=self.trim), x, parts)
+
+
+@dataclass(frozen=True)
+class Median(Mean):
+    """Each value's median; the workers' weights do not count."""
+
+    weighted, of_each_value = False, True
+
+    @property
+    def fewest(self) -> int:
+        return 3
+
+    def __call__(self, x: Tensors, parts: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+        return _of_each_value(median, x, parts)
+
+
+@dataclass(frozen=True)
+class Clipped(Mean):
+    """The weighted mean of models whose distance from `x` is cut to the median distance."""
+
+    @property
+    def fewest(self) -> int:
+        return 3
+
+    def __call__(self, x: Tensors, parts: Sequence[Tensors], weights: Sequence[float]) -> Tensors:
+        floats, medians = _floats(x, parts)
+        return medians | mean(clipped(floats, parts), weights)
+
+
+def _of_each_value(
+    combine: Callable[[list[Tensor]], Tensor], x: Tensors, parts: Sequence[Tensors]
 ) -> dict[str, Tensor]:
-    """The mean `kind` of each named tensor over `parts`, in their order; `x` is what all of them began from.
+    floats, medians = _floats(x, parts)
+    return medians | {name: combine([part[name] for part in parts]) for name in floats}
 
-    `weights` sum to one; the exact and the clipped mean use them. Of integers (counters) the exact mean takes the
-    largest, the others the median.
-    """
-    if kind == "exact":
-        return mean(parts, weights)
+
+def _floats(x: Tensors, parts: Sequence[Tensors]) -> tuple[Tensors, Tensors]:
+    """The tensors in `x` that are no integers, and the medians over `parts` of the others."""
     floats = {name: value for name, value in x.items() if value.is_floating_point()}
-    integers = {name: torch.stack([part[name] for part in parts]).median(0).values for name in x if name not in floats}
-    if kind == "clipped":
-        return integers | mean(clipped(floats, parts), weights)
-    columns = {name: [part[name] for part in parts] for name in floats}
-    if kind == "median":
-        return integers | {name: median(column) for name, column in columns.items()}
-    return integers | {name: trimmed_mean(column, trim) for name, column in columns.items()}
+    integers = [name for name in x if name not in floats]
+    return floats, {name: torch.stack([part[name] for part in parts]).median(0).values for name in integers}
 
 
 def trimmed_mean(parts: Sequence[Tensor], trim: float) -> Tensor:
@@ -67,7 +114,7 @@ def _mean_between(parts: Sequence[Tensor], dropped: int) -> Tensor:
     return ordered[dropped : len(parts) - dropped].mean(0).to(parts[0].dtype)
 
 
-def clipped(x: Tensors, updates: Sequence[Tensors]) -> list[dict[str, Tensor]]:
+def clipped(x: Mapping[str, Tensor], updates: Sequence[Tensors]) -> list[dict[str, Tensor]]:
     """The models `updates`, whose distances from `x`, over all tensors together, are cut to the median distance."""
     if not x:
         return [{} for _ in updates]

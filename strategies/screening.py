@@ -15,42 +15,13 @@ import torch
 from flwr.app import Array, ArrayRecord, Message, MetricRecord
 from torch import Tensor
 
+from strategies.domain import ANY, LIMIT, NOT_NEGATIVE, Domain
 from strategies.tensor_array import TensorArray, array_bytes, dtype_name, tensor_of
 
 DECLINED = "declined"  # record with the reason of a client that has nothing to send in this round
 MAX_TEXT = 200  # characters
 MAX_METRICS = 1000  # numbers in a reply
-LIMIT = 1e15  # of the magnitude of a value: far above those of any training, and its square is a float32
 NPY_HEADER = 1024  # bytes that a serialized array may have besides its values
-
-
-class Domain(NamedTuple):
-    """The closed interval of the values that an array, or a metric, may have."""
-
-    low: float = -LIMIT
-    high: float = LIMIT
-
-
-ANY, NOT_NEGATIVE = Domain(), Domain(low=0)
-
-
-class Request(NamedTuple):
-    """What was sent to the workers of a round."""
-
-    arrays: ArrayRecord  # that the workers begin from
-    messages: list[Message]
-    workers: dict[int, int]  # node -> worker, of all messages
-    away: list[int]  # sampled workers whose node is not connected
-    model: ArrayRecord | None = None  # the global model, where the workers begin from another one
-    state: Mapping[str, Tensor] = MappingProxyType({})  # entries for the server's state after the round
-
-
-class Update(NamedTuple):
-    """What one worker sent."""
-
-    weight: float
-    arrays: dict[str, Tensor]
-    metrics: MetricRecord
 
 
 @dataclass(frozen=True)
@@ -70,25 +41,37 @@ class Rules:
     other_records: Collection[str] = ()
 
 
-def screen(
-    replies: Iterable[Message], request: Request, rules: Rules, like: ArrayRecord
-) -> tuple[dict[int, Update], dict[int, str]]:
-    """The usable updates by worker, and for every other sampled worker the reason why it has none.
+class Screened(NamedTuple):
+    """What one worker sent and may be averaged."""
 
-    The arrays of an update must have the names, types and shapes of those in `like`. Late replies to earlier rounds,
-    second replies and replies of other nodes are ignored.
+    weight: float
+    arrays: dict[str, Tensor]
+    metrics: MetricRecord
+
+
+def screen(
+    replies: Iterable[Message],
+    messages: Iterable[Message],
+    workers: Mapping[int, int],
+    like: Mapping[int, ArrayRecord],
+    rules: Rules,
+) -> tuple[dict[int, Screened], dict[int, str]]:
+    """The usable updates by worker, and for each other of `workers` (node -> worker) the reason why it has none.
+
+    `messages` were sent to them, and the arrays of a worker's update must have the names, types and shapes of those in
+    its `like`. Late replies to earlier rounds, second replies and replies of other nodes are ignored.
     """
-    ids = {message.metadata.message_id for message in request.messages}
-    updates: dict[int, Update] = {}
-    left_out = dict.fromkeys(request.away, "its node is not connected")
+    ids = {message.metadata.message_id for message in messages}
+    updates: dict[int, Screened] = {}
+    left_out: dict[int, str] = {}
     for reply in replies:
         # Flower's own report that a node is gone comes from none of the nodes
-        worker = request.workers.get(reply.metadata.src_node_id)
+        worker = workers.get(reply.metadata.src_node_id)
         late = reply.metadata.reply_to_message_id not in ids
         if worker is None or late or worker in updates or worker in left_out:
             continue
         try:
-            updates[worker] = _usable(reply, worker, like, rules)
+            updates[worker] = _usable(reply, worker, like[worker], rules)
         except ValueError as reason:
             left_out[worker] = printable(reason)
     wrong = wrong_values([update.arrays for update in updates.values()], rules.domains)
@@ -96,10 +79,10 @@ def screen(
         if problem:
             del updates[worker]
             left_out[worker] = printable(problem)
-    for worker in request.workers.values():
+    for worker in workers.values():
         if worker not in updates:
             left_out.setdefault(worker, "it did not answer")
-    return updates, dict(sorted(left_out.items()))
+    return updates, left_out
 
 
 def printable(text: object) -> str:
@@ -202,7 +185,7 @@ def _kinds(tensors: Sequence[Tensor]) -> dict[tuple[torch.dtype, torch.device], 
     return kinds
 
 
-def _usable(reply: Message, worker: int, sent: ArrayRecord, rules: Rules) -> Update:
+def _usable(reply: Message, worker: int, sent: ArrayRecord, rules: Rules) -> Screened:
     """The update in a reply, its values not yet checked; raises ValueError with the reason if it is not usable."""
     if reply.has_error():
         raise ValueError(f"its client failed ({printable(reply.error.reason)})")
@@ -215,7 +198,7 @@ def _usable(reply: Message, worker: int, sent: ArrayRecord, rules: Rules) -> Upd
         raise ValueError(f"it sent other records than {rules.arrays} and one of metrics")
     metrics = next(iter(content.metric_records.values()))
     weight = _usable_weight(metrics, worker, rules)
-    return Update(weight, tensors_like(arrays, sent), metrics)
+    return Screened(weight, tensors_like(arrays, sent), metrics)
 
 
 def _usable_weight(metrics: MetricRecord, worker: int, rules: Rules) -> float:

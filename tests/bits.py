@@ -80,6 +80,14 @@ model=resnet18 crop-size=8 clients=2 rounds=3; model=resnet18-v2 crop-size=8 cli
 strategy=flwr.serverapp.strategy:FedAdam; strategy=flwr.serverapp.strategy:FedMedian
 strategy=flwr.serverapp.strategy:FedYogi; strategy=flwr.serverapp.strategy:Krum
 """
+NAMED = {  # methods that have their defaults
+    "local-rule": "fedprox scaffold",
+    "compress": "fp16 bf16 int8 int4 sign topk randomk qsgd powersgd",
+    "compress-down": "fp16 bf16 int8 int4 sign topk randomk qsgd powersgd",
+    "outer": "fedavgm slowmo diloco fedadam fedyogi fedadagrad adadelta adafactor adagrad adam adamax adamw asgd nadam "
+    "radam rmsprop rprop sgd yogi",
+    "mean": "median clipped",
+}
 LATE, LEFT_OUT, LOST = "late-2-1", "left-out-3-2", "lost-4-0"  # in which round, to which worker
 SCENARIOS: dict[str, tuple[str, list[str]]] = {  # keys, and faults
     "whole": ("", []),
@@ -131,10 +139,12 @@ def keys_of(text: str) -> dict[str, str]:
 
 
 def choices() -> Iterator[str]:
-    """Each value but the default of each key that is one of a few names, or true or false, unless `METHODS` has it."""
+    """`NAMED`, and each value but the default of each key of a few names, or of true and false, unless in `METHODS`."""
     from fedsim.config import Config
 
-    explained = [method.split()[0] for method in entries(METHODS)]
+    named = [f"{key}={name}" for key, names in NAMED.items() for name in names.split()]
+    yield from named
+    explained = [*named, *(method.split()[0] for method in entries(METHODS))]
     for field, info in Config.model_fields.items():
         for value in (True, False) if info.annotation is bool else get_args(info.annotation):
             choice = f"{field.replace('_', '-')}={str(value).lower()}"

@@ -13,11 +13,16 @@ from torch import Tensor
 from fedsim.config import Config, arguments_of
 from fedsim.data.datasets import load_dataset
 from fedsim.data.partition import shard_of, shard_sizes
-from fedsim.federation.compress import compress_seed
 from fedsim.models import cpu_model, initial_model
 from fedsim.models.dropout import Dropout, StepKeys
 from fedsim.optim import build_optimizer
-from fedsim.reference import (
+from fedsim.training.batchnorm import BATCH as CALIBRATION_BATCH
+from fedsim.training.batchnorm import calibration_crops
+from fedsim.training.local_round import RoundStart, round_inputs
+from fedsim.training.methods import seed_of
+from fedsim.training.run_plan import run_plan
+from strategies.local_sgd import LocalSGD
+from tests.oracle import (
     Combine,
     Compress,
     Outer,
@@ -37,11 +42,6 @@ from fedsim.reference import (
     uniform,
     yogi,
 )
-from fedsim.training.batchnorm import BATCH as CALIBRATION_BATCH
-from fedsim.training.batchnorm import calibration_crops
-from fedsim.training.local_round import RoundStart, round_inputs
-from fedsim.training.run_plan import run_plan
-from strategies import LocalSGD
 
 OUTER: dict[str, tuple[Callable[..., Outer], dict[str, Any]]] = {  # with the defaults of the key
     "sgd": (momentum_step, {"lr": 1.0}),
@@ -75,7 +75,7 @@ def compress_of(config: Config, codec: str) -> Compress | None:
 
     def compress(update: Tensors, worker: int | None, step: int) -> Tensors:
         round_ = bisect.bisect_right(plan.starts, step)
-        draws = torch.Generator().manual_seed(compress_seed(config, plan, round_, worker))
+        draws = torch.Generator().manual_seed(seed_of(config)(round_, worker))
         if codec != "powersgd":
             return {name: CODECS[codec](config, value, draws) for name, value in update.items()}
         arrived = dict(update)
@@ -108,7 +108,9 @@ def covers(config: Config) -> bool:
     # An inferred mean of gradients is weighted by the rates of the steps
     one_rate = config.schedule == "constant" and config.warmup_epochs == 0
     return (
-        (config.local_rule != "scaffold-inferred" or one_rate)
+        config.local_rule in ("none", "fedprox", "scaffold", "scaffold-inferred")
+        and (config.local_rule != "scaffold-inferred" or one_rate)
+        and all(text in CODECS or text in ("none", "powersgd") for text in (config.compress, config.compress_down))
         # It takes as many steps with every worker
         and (not config.local_epochs or len(set(shard_sizes(config))) == 1)
         and config.precision == "fp64"

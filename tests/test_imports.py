@@ -54,6 +54,7 @@ WITHOUT_FLOWER = (
     "training",
     "report",
 )
+OF_FLOWER = ("local_sgd", "screening", "tensor_array", "flower_strategy", "by_name", "object_state")  # in strategies/
 OF_REPORTS = ("pandas", "matplotlib", "fedsim.report")
 
 
@@ -92,7 +93,16 @@ def test_deploy_imports_errors_alone() -> None:
 def test_only_the_federation_imports_flower(part: str) -> None:
     for file in files_of(part):
         imported = {name.partition(".")[0] for name in imports_of(file)}
-        assert not imported & {"flwr", "ray", "strategies"}, file
+        allowed = {"strategies"} if part == "training" else set()
+        assert not imported & {"flwr", "ray", "strategies"} - allowed, file
+
+
+def test_methods_import_torch_alone() -> None:
+    for file in (ROOT.parent / "strategies").glob("*.py"):
+        if file.stem not in OF_FLOWER:
+            imported = imports_of(file, in_functions=False)
+            assert "flwr" not in {name.partition(".")[0] for name in imported}, file
+            assert not {f"strategies.{name}" for name in OF_FLOWER} & imported, file
 
 
 def test_a_run_begins_before_what_only_its_report_needs_is_imported() -> None:

@@ -208,7 +208,7 @@ def test_a_run_is_refused_where_a_node_has_other_labels(small: Config, tmp_path:
     config = resolve(small.changed({**keys, "name": "run"}), "localsgd")
     with InProcessGrid(client_app.app, config) as grid:
         grid._contexts[4].node_config["data-dir"] = str(tmp_path / "node")
-        with pytest.raises(UserError, match=r"^the node with partition-id 2 has other train_labels of dataset = mine"):
+        with pytest.raises(UserError, match=r"Left out: the node with partition-id 2 has other train_labels"):
             server_app.train_localsgd(grid, config, Run(config, "localsgd"))
 
 

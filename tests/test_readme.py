@@ -40,7 +40,7 @@ def test_the_algorithm_in_the_readme_is_the_reference() -> None:
 
     expected = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10))
     model = copy.deepcopy(expected)
-    local_sgd(expected, sgdm, batch, lambda step: 0.1, workers=K, local_steps=[J] * rounds)
+    local_sgd(expected, sgdm, batch, workers=K, local_steps=[J] * rounds)
     workers = [(replica, sgdm(replica)) for replica in (copy.deepcopy(model) for _ in range(K))]
     names = {"model": model, "workers": workers, "batch": batch, "rounds": rounds, "J": J, "F": F, "mean": mean}
     exec(programs()[0], names)

@@ -1,4 +1,4 @@
-"""Every engine in this process trains as the reference does, in float64.
+"""Every engine in this process trains as the oracle of all methods does, in float64, and that as `fedsim.reference`.
 
 The models of the paper once each; the rest with two layers on crops of 12 x 12 pixels, with BatchNorm and dropout or
 without.
@@ -6,15 +6,19 @@ without.
 
 from __future__ import annotations
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor, nn
 
+import fedsim.reference as simple
 from fedsim.config import CORES, Config, Engine
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
-from tests.conftest import final_model
+from tests import oracle
+from tests.conftest import assert_same_bits, final_model
 from tests.reference_run import covers, reference
 
 SHAPE: dict[str, Any] = {
@@ -28,13 +32,14 @@ SHAPE: dict[str, Any] = {
     "lr": 0.05,
 }
 ENGINES: tuple[Engine, ...] = ("local", "stacked")
+OF_THE_PAPER = {"crop-size": 0, "clients": 2, "local-steps": 2, "rounds": 2, "batch-size": 4}  # on whole images
 PLAIN, BATCHNORM = "tests.own_code:plain", "tests.own_code:batchnorm"
 
 
 @pytest.mark.parametrize(
     "keys",
     [
-        {"momentum-at-sync": "keep", "model": "lenet-bn", "crop-size": 0},
+        {**OF_THE_PAPER, "model": "lenet-bn"},
         {"momentum-at-sync": "keep"},
         {"momentum-at-sync": "reset", "shuffle-every": "round"},
         {"momentum-at-sync": "average", "nesterov": True},
@@ -47,7 +52,7 @@ PLAIN, BATCHNORM = "tests.own_code:plain", "tests.own_code:batchnorm"
             "trust-coefficient": 0.05,
             "momentum-at-sync": "average",
         },
-        {"optimizer": "lamb", "model": "lenet5", "crop-size": 0},
+        {**OF_THE_PAPER, "model": "lenet5", "optimizer": "lamb"},
         {"model": PLAIN, "augment": "tests.own_code:erase", "normalize": "none"},
         {"model": PLAIN, "local-steps-schedule": "table", "local-steps-table": "0.5:1,0.7:4", "record-by": "epoch"},
         {"model": PLAIN, "compress": "topk", "compress-ratio": 0.1, "outer": "slowmo"},
@@ -90,6 +95,26 @@ def test_the_engines_are_the_reference(small: Config, monkeypatch: pytest.Monkey
         assert trained.keys() == expected.keys()
         for name, value in trained.items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum_at_sync", ["keep", "reset", "average"])
+def test_the_oracle_is_the_reference(momentum_at_sync: Any) -> None:
+    images = torch.randn(3, 9, 4, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    labels = torch.randint(10, (3, 9, 4), generator=torch.Generator().manual_seed(1))
+
+    def batch(worker: int, step: int) -> tuple[Tensor, Tensor]:
+        return images[worker, step], labels[worker, step]
+
+    def sgdm(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9)
+
+    ours = nn.Sequential(nn.Conv2d(3, 4, 3), nn.BatchNorm2d(4), nn.ReLU(), nn.Flatten(), nn.Linear(144, 10)).double()
+    theirs, before = copy.deepcopy(ours), copy.deepcopy(ours)
+    plan: dict[str, Any] = {"workers": 3, "local_steps": [2, 3, 1], "momentum_at_sync": momentum_at_sync}
+    simple.local_sgd(ours, sgdm, batch, **plan)
+    oracle.local_sgd(theirs, sgdm, batch, lambda step: 0.1, **plan)
+    assert_same_bits(ours.state_dict(), theirs.state_dict())
+    assert not torch.equal(ours.state_dict()["4.weight"], before.state_dict()["4.weight"])
 
 
 def test_the_choices_differ(small: Config) -> None:

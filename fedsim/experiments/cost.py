@@ -4,28 +4,30 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import image_shape, recorded_images
 from fedsim.data.partition import images_of_epoch
 from fedsim.experiments.study import Cell, read_study, study_names
-from fedsim.federation.compress import codec_of
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.round import initial_progress
 from fedsim.models import cpu_model, initial_model
 from fedsim.records import CONFIG, read_config, read_summary
 from fedsim.training.centralized import whole_epochs
+from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
-from strategies import join, payload_bytes, split, tensor_record, tensors_of
-from strategies.compression import Codec, encode
-from strategies.sections import Sections
+from strategies.method import ServerRound
+from strategies.sections import split
+from strategies.tensor_array import payload_bytes, tensor_record, tensors_of
+from strategies.wire import encode
 
 REFERENCE_FLOPS = 100e9  # FLOP/s of training on two CPU cores: the paper's model at 535 images/s
 Kind = tuple[str, str, str]  # of runs that have one pace
@@ -56,19 +58,18 @@ def traffic(config: Config) -> tuple[int, int]:
     Not counted: rounds that are repeated, and the clients' states that are sent for checkpoints. With compress-down,
     each client is assumed to have been in the round before, except in the first.
     """
-    rounds = run_plan(config).rounds
-    model = initial_model(config.changed({"device": "cpu"}))
-    sent = split(tensors_of(initial_progress(config, model).arrays))
-    whole, up, down = (_sent_bytes(codec, sent) for codec in (None, codec_of(config), codec_of(config, down=True)))
+    layers, rounds = layers_of(config), run_plan(config).rounds
+    initial = initial_progress(config, initial_model(config.changed({"device": "cpu"})))
+    x, buffers, _ = split(tensors_of(initial.arrays))
+    besides = layers.send(ServerRound(1, config.fraction == 1, x, x), initial.state, 0)
+    whole = _bytes(x, buffers, besides)
+    down = _bytes(encode(layers.wire.down, x, {}, 0)[0], buffers, besides) if layers.wire.down else whole
+    up = _bytes(layers.wire.expected(x), buffers, layers.replies(besides, 1))
     return config.clients_per_round * rounds * up, config.clients_per_round * (whole + (rounds - 1) * down)
 
 
-def _sent_bytes(codec: Codec | None, sent: Sections) -> int:
-    """The bytes of a message of `sent`, with its parameters encoded by `codec`."""
-    if codec:
-        zeros = {name: torch.zeros_like(value) for name, value in sent.parameters.items()}
-        sent = sent._replace(parameters=encode(codec, zeros, {}, 0)[0])
-    return payload_bytes(tensor_record(join(sent)))
+def _bytes(*parts: Mapping[str, Tensor]) -> int:
+    return sum(payload_bytes(tensor_record(part)) for part in parts)
 
 
 def flop_per_image(config: Config) -> float:

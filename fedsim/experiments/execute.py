@@ -12,13 +12,13 @@ from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_partition, check_shards
 from fedsim.device import resolve
 from fedsim.experiments.study import configure
+from fedsim.federation.checks import check_strategy
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.flwr_run import check_tools, run_with_flwr
 from fedsim.federation.in_process import InProcessGrid, stacked_trainers
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.resources import check_memory
 from fedsim.federation.server_app import train_localsgd
-from fedsim.federation.strategy import check_strategy
 from fedsim.models import check_model, check_one_image
 from fedsim.optim import check_optimizer
 from fedsim.records import OnRow, Run, config_of_run, run_folder

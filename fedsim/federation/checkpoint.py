@@ -11,26 +11,20 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim.checkpoint_file import Count, Finite, kind_of
+from fedsim.checkpoint_file import Count, Finite, Open, kind_of
 from fedsim.config import Config
-from fedsim.federation.compress import zero_memory
-from fedsim.federation.domains import domains
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import Nodes
-from fedsim.federation.protocol import (
-    MEMORY,
-    MEMORY_ROUNDS,
-    MODEL,
-    keeps_memory,
-    needs_all_memories,
-)
+from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS
 from fedsim.federation.round import Progress, TooFewClients
+from fedsim.federation.shapes import domains, zeros_of
 from fedsim.records import Run, read_rows
+from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
-from strategies import batchnorm_buffers, tensor_record, tensors_like, tensors_of, wrong_values
-from strategies.compression import HELD
-from strategies.local_sgd import BROADCAST
-from strategies.sections import under_prefix, with_prefix
+from strategies.screening import tensors_like, wrong_values
+from strategies.sections import with_prefix
+from strategies.tensor_array import tensor_record, tensors_of
+from strategies.wire import WIRE, memory_of_holder
 
 Memory = dict[str, Tensor]  # what a client keeps between rounds
 
@@ -53,8 +47,8 @@ def resume(run: Run, messenger: Messenger, nodes: Nodes, initial: Progress, roun
         return initial
     held = {item.name: checkpoint[item.name] for item in fields(Progress)}
     progress = Progress(**{**held, "arrays": tensor_record(checkpoint["arrays"])})
-    begun = under_prefix(BROADCAST + HELD, progress.server_state)
-    models = dict.fromkeys(progress.holders, with_prefix(MODEL, begun))
+    begun = with_prefix(f"{WIRE}/", memory_of_holder(progress.state.get(WIRE, {})))
+    models = dict.fromkeys(progress.holders, begun)
     memories = {worker: {**memory, **models.get(worker, {})} for worker, memory in checkpoint["memories"].items()}
     hand_back(messenger, nodes, progress.last_aggregated_round, memories)
     return progress
@@ -63,7 +57,7 @@ def resume(run: Run, messenger: Messenger, nodes: Nodes, initial: Progress, roun
 def save(run: Run, config: Config, messenger: Messenger, progress: Progress, memories: Mapping[int, Memory]) -> None:
     """Save all that the run needs to resume; a client whose memory is not among `memories` then starts without."""
     last = progress.last_aggregated_round
-    if keeps_memory(config):
+    if layers_of(config).keeps_memory:
         last = [round_ if worker in memories else 0 for worker, round_ in enumerate(last)]
     run.save_checkpoint(_state(replace(progress, last_aggregated_round=last), memories, messenger))
 
@@ -75,7 +69,7 @@ def _like(initial: Progress, messenger: Messenger) -> dict[str, Any]:
         **dict.fromkeys(_state(initial, {}, messenger), kind_of(Count)),
         "arrays": tensors_of(initial.arrays),
         "last_aggregated_round": kind_of(Annotated[list[Count], Field(min_length=clients, max_length=clients)]),
-        "server_state": kind_of(dict[str, Any]),  # an own strategy keeps what it likes
+        "state": Open(initial.state),  # an outer step, or an own strategy, has none in the first round
         "losses": kind_of(list[tuple[Finite, Finite]]),
         "left_out": kind_of(dict[str, str]),
         "failures": kind_of(dict[Count, Count]),
@@ -107,7 +101,8 @@ def collect_memories(
     `sent` came along with the round's updates; the other clients are asked. Raises TooFewClients where fewer than
     min-clients have theirs.
     """
-    if not keeps_memory(config):
+    layers = layers_of(config)
+    if not layers.keeps_memory:
         return {}
     rounds = progress.last_aggregated_round
     question = RecordDict({"config": ConfigRecord({MEMORY_ROUNDS: rounds})})
@@ -118,16 +113,18 @@ def collect_memories(
             records[nodes[node]] = reply.content.array_records[MEMORY]
 
     memories: dict[int, Memory] = {}
-    like = zero_memory(config, model)
+    zero = zeros_of(config, model)
+    like = layers.zero_memory(zero)
     for worker, record in sorted(records.items()):
         with contextlib.suppress(ValueError):  # what a client sends may be anything
             memories[worker] = tensors_like(record, tensor_record(like if rounds[worker] else {}))
     steps = run_plan(config).first_step(progress.round + 1)
-    allowed = domains(like, batchnorm_buffers(model), config.batchnorm_at_sync, steps)
+    allowed = domains(like, zero.batchnorm, layers, steps)
     wrong = wrong_values(list(memories.values()), allowed)
     memories = {worker: memory for (worker, memory), reason in zip(memories.items(), wrong, strict=True) if not reason}
     lost = [worker for worker, round_ in enumerate(rounds) if round_ and worker not in memories]
-    if len(memories) < (config.min_clients or 1) or (lost and needs_all_memories(config)):
+    everyone = config.clients_per_round == config.clients
+    if len(memories) < (config.min_clients or 1) or (lost and layers.needs_all_memories(everyone)):
         raise TooFewClients(f"round {progress.round}: only {len(memories)} clients have their memory", True)
     return memories
 

@@ -8,12 +8,9 @@ the result come with each train message; device and threads are the client's own
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
 from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
@@ -23,32 +20,20 @@ from fedsim.data.local_folder import check_named, check_of_run, digests_of_node,
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
-from fedsim.federation.compress import codec_of, compress_seed, compress_update, receive_change
-from fedsim.federation.protocol import (
-    BATCHNORM,
-    COMPRESS,
-    CONTROL,
-    CORRECTION,
-    MEMORY,
-    MEMORY_LOST,
-    MEMORY_ROUNDS,
-    MODEL,
-    OPTIMIZER,
-    OWN,
-    SEND_MEMORY,
-    SENT,
-    SHARED,
-    keeps_memory,
-)
-from fedsim.models import initial_model
+from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, SHARED
+from fedsim.models import cpu_model
 from fedsim.own_code import own_code
 from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_round
-from fedsim.training.local_rule import Tensors, control_message, control_variate, correction_of, inferred_correction
+from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
-from strategies import DECLINED, batchnorm_buffers, join, sections, split, tensor_record, tensors_of
+from strategies.batchnorm import batchnorm_buffers
+from strategies.layers import Layers
 from strategies.local_sgd import ENCODED
-from strategies.screening import wrong_values
-from strategies.sections import Sections, under_prefix, with_prefix
+from strategies.method import Tensors, WorkerRound
+from strategies.screening import DECLINED, wrong_values
+from strategies.sections import Sections, join, split, under_prefix, with_prefix
+from strategies.tensor_array import tensor_record, tensors_of
+from strategies.wire import WIRE, without_model
 
 app = ClientApp()
 TakeRounds = Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]
@@ -72,10 +57,10 @@ def train_together(take_rounds: TakeRounds, messages: Sequence[Message], context
             rounds.append(None)
     own = [begun for begun in rounds if begun]
     ends = take_rounds(config, [begun.start for begun in own]) if own else []
-    ended = zip(ends, _ended(config, own, ends), strict=True)
+    replies = iter(_replies(config, own, ends))
     return [
-        _reply(config, message, context, begun, *next(ended)) if begun else _declined(message, MEMORY_LOST)
-        for begun, message, context in zip(rounds, messages, contexts, strict=True)
+        next(replies) if begun else _declined(message, MEMORY_LOST)
+        for begun, message in zip(rounds, messages, strict=True)
     ]
 
 
@@ -114,149 +99,113 @@ def memory(message: Message, context: Context) -> Message:
         restore_memory(context, message.content.array_records[MEMORY], round_)
         return Message(RecordDict(), reply_to=message)
     try:
-        return Message(RecordDict({MEMORY: _without_model(memory_after(context, round_))}), reply_to=message)
+        return Message(RecordDict({MEMORY: _sendable(memory_after(context, round_))}), reply_to=message)
     except MemoryLost:
         return Message(RecordDict(), reply_to=message)
 
 
-@dataclass(frozen=True)
-class Begun:
-    """A round that a client has begun: what it received, what it had kept, and where its local steps start."""
+class Begun(NamedTuple):
+    """A round that a client has begun: its message and context, what it received besides the model, and its memory."""
 
-    received: Sections  # parameters that are encoded as they came
-    memory: dict[str, Tensor]
-    start: RoundStart
+    message: Message
+    context: Context
+    round: WorkerRound
+    received: Tensors
+    memory: Tensors
+
+    @property
+    def start(self) -> RoundStart:
+        r = self.round
+        return RoundStart(r.worker, r.round, {**r.start, **r.buffers}, r.optimizer, r.constant)
 
 
 def _begin(config: Config, message: Message, context: Context) -> Begun:
     """What the round of `message` starts from; raises MemoryLost where it needs a memory that is gone."""
-    received = split(tensors_of(message.content.array_records["arrays"]))
-    memory = _memory(config, message, context)
-    parameters = received.parameters
+    layers, plan = _layers(config), run_plan(config)
+    round_, worker = _round(message), _worker(context)
+    parameters, buffers, received = split(tensors_of(message.content.array_records["arrays"]))
+    memory = _memory(layers, message, context)
     if message.content.config_records["config"].get(ENCODED):
-        held = under_prefix(MODEL, memory)
-        if not held:
+        own = under_prefix(f"{WIRE}/", memory)
+        if not own:
             raise MemoryLost("the model that the message is the change of is not kept here")
-        parameters = receive_change(config, run_plan(config), _round(message), held, parameters)
-    start = RoundStart(
-        worker=_worker(context),
-        round=_round(message),
-        weights={**parameters, **received.buffers, **under_prefix(BATCHNORM, memory), **under_prefix(OWN, memory)},
-        state=under_prefix(OPTIMIZER, {**received.extras, **memory}),  # averaged, kept, or none
-        correction=_correction(config, message, received, memory),
+        parameters = layers.wire.receive(round_, own, parameters)
+    r = WorkerRound(
+        worker,
+        round_,
+        plan.steps_of(round_, len(held_images(config, worker))),
+        plan.rates,
+        config.clients_per_round == config.clients,
+        config.momentum,
+        begun=parameters,
+        start=parameters,
+        buffers=buffers,
+        batchnorm=functools.partial(_batchnorm, config),
     )
-    return Begun(received, memory, start)
+    layers.begin(r, memory, received)
+    return Begun(message, context, r, received, memory)
 
 
 class Ended(NamedTuple):
-    """What the local steps of a client led to."""
+    """What a client that has ended its round sends, before it is compressed, and what its layers keep."""
 
-    x: dict[str, Tensor]  # the model of the round
-    sent: Sections  # what the client sends if it is not compressed
-    kept: dict[str, Tensor]  # what it keeps besides residuals
-    wrong: str = ""  # with compression, what is wrong with the values of its parameters
+    sent: Sections
+    kept: Tensors
 
 
-def _reply(config: Config, message: Message, context: Context, begun: Begun, end: RoundEnd, ended: Ended) -> Message:
-    x, sent, kept, wrong = ended
-    if wrong:  # an infinity would stay in the residual
-        return _declined(message, wrong)
-    if codec := codec_of(config):
-        seed = compress_seed(config, run_plan(config), _round(message), _worker(context))
-        memory = under_prefix(COMPRESS, begun.memory)
-        update, remembered = compress_update(config, codec, x, sent.parameters, memory, seed)
-        sent = sent._replace(parameters=update)
-        kept |= with_prefix(COMPRESS, remembered)
-    weight = end.samples if config.client_weights == "equal" else len(held_images(config, _worker(context)))
+def _replies(config: Config, rounds: Sequence[Begun], ends: Sequence[RoundEnd]) -> list[Message]:
+    """The replies of all clients here; with compression, a GPU is waited for once, to see the values before it."""
+    layers = _layers(config)
+    ended = [_ended(layers, begun, end) for begun, end in zip(rounds, ends, strict=True)]
+    wrong = [""] * len(ended)
+    if layers.wire.up:  # an infinity would stay in the residual
+        wrong = wrong_values([each.sent.parameters for each in ended])
+    return [
+        _declined(begun.message, problem) if problem else _reply(config, layers, begun, end, each)
+        for begun, end, each, problem in zip(rounds, ends, ended, wrong, strict=True)
+    ]
+
+
+def _ended(layers: Layers, begun: Begun, end: RoundEnd) -> Ended:
+    """What the local steps of one client led to; its values are not looked at."""
+    r = begun.round
+    r.y = {name: end.weights[name] for name in r.begun}
+    r.buffers = {name: end.weights[name] for name in r.buffers}
+    r.optimizer, r.mean_gradient = end.state, end.mean_gradient
+    replies, kept = layers.end(r, begun.memory, begun.received)
+    return Ended(Sections(r.y, r.buffers, replies), kept)
+
+
+def _reply(config: Config, layers: Layers, begun: Begun, end: RoundEnd, ended: Ended) -> Message:
+    message, context, r = begun.message, begun.context, begun.round
+    own = under_prefix(f"{WIRE}/", begun.memory)
+    parameters, of_wire = layers.wire.reply(r.round, r.worker, r.begun, ended.sent.parameters, own)
+    kept = {**ended.kept, **with_prefix(f"{WIRE}/", of_wire)}
+    weight = end.samples if config.client_weights == "equal" else len(held_images(config, r.worker))
     metrics = MetricRecord({"num-examples": weight, "train-loss": float(end.loss)})
-    content = RecordDict({"arrays": tensor_record(join(sent)), "metrics": metrics})
-    if keeps_memory(config):
+    content = RecordDict(
+        {"arrays": tensor_record(join(ended.sent._replace(parameters=parameters))), "metrics": metrics}
+    )
+    if layers.keeps_memory:
         record = tensor_record(kept)
-        keep_memory(context, record, _round(message), _memory_round(message, context))
+        keep_memory(context, record, r.round, _memory_round(message, context))
         if message.content.config_records["config"][SEND_MEMORY]:
-            content[MEMORY] = _without_model(record)
+            content[MEMORY] = _sendable(record)
     return Message(content, reply_to=message)
-
-
-def _ended(config: Config, rounds: Sequence[Begun], ends: Sequence[RoundEnd]) -> list[Ended]:
-    """What the `ends` of all clients here led to; a GPU is waited for once, to see the values before compression."""
-    ended = [_ended_alone(config, begun, end) for begun, end in zip(rounds, ends, strict=True)]
-    if config.compress == "none":
-        return ended
-    wrong = wrong_values([each.sent.parameters for each in ended])
-    return [each._replace(wrong=problem) for each, problem in zip(ended, wrong, strict=True)]
-
-
-def _ended_alone(config: Config, begun: Begun, end: RoundEnd) -> Ended:
-    """What the `end` of one client led to; its values are not looked at."""
-    received, state, weights = begun.received, with_prefix(OPTIMIZER, end.state), end.weights
-    x = sections(begun.start.weights, received.buffers, {}).parameters
-    extras = dict(state) if config.momentum_at_sync == "average" else {}
-    kept = dict(state) if config.momentum_at_sync == "keep" else {}
-    if config.local_rule == "scaffold":
-        c, c_k = _controls(config, received.extras, begun.memory)
-        extras |= with_prefix(CONTROL, control_message(config, c, c_k, end.gradients))
-        kept |= with_prefix(CONTROL, end.gradients)
-    if config.local_rule == "scaffold-inferred":
-        sent_parameters = {name: weights[name] for name in received.parameters}
-        kept |= with_prefix(CORRECTION, begun.start.correction) | with_prefix(SENT, sent_parameters)
-    if config.delay:
-        own, x = x, received.parameters
-        weights = weights | add_late(weights, x, own)
-        kept |= with_prefix(OWN, weights)
-    if config.compress_down != "none":
-        kept |= with_prefix(MODEL, x)
-    sent = sections(weights, received.buffers, extras)
-    if config.batchnorm_at_sync == "local":
-        kept |= {BATCHNORM + name: sent.buffers[name] for name in _batchnorm_names(config)}
-    return Ended(x, sent, kept)
-
-
-def add_late(z: Mapping[str, Tensor], x: Mapping[str, Tensor], own: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """y = z + (x - own), for each parameter in `x`: what a client sends where the mean arrives a round late.
-
-    With `delay` = 1 it begins a round from its `own` parameters of the end of the last one, takes its local steps to
-    `z`, and adds the difference from there to the model `x` that arrived in the meantime (CoCoD-SGD: Shen et al. 2019).
-    It begins the next round from y. Clients so compute while models are on their way.
-    """
-    return {name: z[name] + (value.to(z[name].device) - own[name].to(z[name].device)) for name, value in x.items()}
-
-
-@functools.lru_cache(maxsize=8)  # every client asks in every round, and a model would be built for it
-def _batchnorm_names(config: Config) -> tuple[str, ...]:
-    return tuple(batchnorm_buffers(initial_model(config)))
-
-
-def _correction(
-    config: Config, message: Message, received: Sections, memory: Mapping[str, Tensor]
-) -> dict[str, Tensor]:
-    """SCAFFOLD's c - c_k at the start of a round; empty with other rules."""
-    if config.local_rule != "scaffold-inferred":
-        return correction_of(*_controls(config, received.extras, memory))
-    if not memory:
-        return {name: torch.zeros_like(value) for name, value in received.parameters.items()}
-    rates = math.fsum(run_plan(config).rates(_round(message) - 1))
-    return inferred_correction(under_prefix(CORRECTION, memory), under_prefix(SENT, memory), received.parameters, rates)
-
-
-def _controls(config: Config, extras: Mapping[str, Tensor], memory: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
-    """SCAFFOLD's c and c_k at the start of a round; empty with other rules."""
-    c = under_prefix(CONTROL, extras)
-    return c, control_variate(config, c, under_prefix(CONTROL, memory))
 
 
 def _declined(message: Message, reason: str) -> Message:
     return Message(RecordDict({DECLINED: ConfigRecord({"reason": reason})}), reply_to=message)
 
 
-def _memory(config: Config, message: Message, context: Context) -> dict[str, Tensor]:
+def _memory(layers: Layers, message: Message, context: Context) -> dict[str, Tensor]:
     """What this client kept after the last round in which its update was averaged; raises MemoryLost."""
-    return tensors_of(memory_after(context, _memory_round(message, context))) if keeps_memory(config) else {}
+    return tensors_of(memory_after(context, _memory_round(message, context))) if layers.keeps_memory else {}
 
 
-def _without_model(memory: ArrayRecord) -> ArrayRecord:
+def _sendable(memory: ArrayRecord) -> ArrayRecord:
     """A memory as it is sent for a checkpoint: without the model, which the server has."""
-    return tensor_record({name: value for name, value in tensors_of(memory).items() if not name.startswith(MODEL)})
+    return tensor_record(without_model(tensors_of(memory)))
 
 
 def _worker(context: Context) -> int:
@@ -270,6 +219,16 @@ def _round(message: Message) -> int:
 def _memory_round(message: Message, context: Context) -> int:
     """After which round this client starts: the last in which its update was averaged."""
     return message.content.config_records["config"][MEMORY_ROUNDS][_worker(context)]  # type: ignore[index,return-value]
+
+
+@functools.lru_cache(maxsize=8)  # every client asks in every round
+def _layers(config: Config) -> Layers:
+    return layers_of(config)
+
+
+@functools.lru_cache(maxsize=8)  # a model is built for it
+def _batchnorm(config: Config) -> Mapping[str, str]:
+    return batchnorm_buffers(cpu_model(config))
 
 
 def _config(message: Message, context: Context) -> Config:

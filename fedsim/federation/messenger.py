@@ -11,7 +11,8 @@ from flwr.serverapp import Grid
 
 from fedsim.errors import RunFailed
 from fedsim.federation.flower_internals import actor_died
-from strategies import payload_bytes, printable
+from strategies.screening import printable
+from strategies.tensor_array import payload_bytes
 
 ANSWER_SECONDS = 120  # how long a node may take to answer a question; Flower starts a process for it
 POLL_SECONDS = 0.1  # between polls for replies

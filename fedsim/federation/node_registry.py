@@ -17,7 +17,7 @@ from fedsim.federation.messenger import ANSWER_SECONDS, POLL_SECONDS, Messenger
 from fedsim.federation.protocol import shared
 from fedsim.inputs import check_own_data, differing
 from fedsim.own_code import own_code
-from strategies import printable
+from strategies.screening import printable
 
 SHA256_DIGITS = 64
 JOIN_SECONDS = 120  # how long nodes may take to connect: a SuperLink takes a killed one for connected for a minute

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import psutil
 import torch
+from torch import Tensor
 
-from fedsim.config import Config
+from fedsim.config import Config, kebab
 from fedsim.device import one_thread
 from fedsim.errors import UserError
-from fedsim.federation.compress import zero_extras, zero_memory
+from fedsim.federation.shapes import zeros_of
 from fedsim.models import initial_model
+from fedsim.training.methods import KEY_OF, layers_of
 
 GIB = 2**30
 
@@ -19,14 +23,12 @@ def check_memory(config: Config, verbose: bool = True) -> None:
     needed, free = needed_bytes(config), free_bytes(config.device)
     what = f"the optimizer states and updates of {config.clients} clients"
     if needed > free:
-        other = (
-            ", or --momentum-at-sync reset or average"
-            if config.momentum_at_sync == "keep"
-            else " or a smaller --fraction"
-        )
+        zero = zeros_of(config, initial_model(config))
+        keep = [kebab(KEY_OF[name]) for name, layer in layers_of(config) if layer.keeps(zero)]
+        other = "".join(f", another --{key}" for key in keep)
         raise UserError(
             f"clients = {config.clients}: {what} need {needed / GIB:.1f} GiB of memory, but {free / GIB:.1f} GiB are "
-            f"free: give fewer clients{other}"
+            f"free: give fewer clients{other} or a smaller --fraction"
         )
     if verbose and needed > GIB:
         print(f"memory: {what} take up to {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free", flush=True)
@@ -36,15 +38,20 @@ def check_memory(config: Config, verbose: bool = True) -> None:
 def needed_bytes(config: Config) -> int:
     """The bytes of all states and updates that exist at once, without models in training and the data set.
 
-    Each client keeps one memory (`zero_memory`), with compression down the model too; a checkpoint of all memories is a
-    buffer that is copied as it grows. An update in flight holds the weights and, unless it is reset, a new state.
+    Each client keeps one memory, with compression down the model too; a checkpoint of all memories is a buffer that is
+    copied as it grows. An update in flight holds the weights, what layers send, and the next memory.
     """
     model = initial_model(config)
-    weights: int = sum(value.nbytes for value in model.state_dict().values())
-    memory = sum(value.nbytes for value in zero_memory(config, model).values())
-    update = weights + memory + sum(value.nbytes for value in zero_extras(config, model).values())
-    model_kept = weights if config.compress_down != "none" else 0
+    layers, zero = layers_of(config), zeros_of(config, model)
+    weights = _bytes(model.state_dict())
+    memory = _bytes(layers.zero_memory(zero))
+    update = weights + memory + sum(map(_bytes, layers.initial(zero).values()))
+    model_kept = weights if layers.wire.down else 0
     return config.clients * (3 * memory + model_kept) + config.clients_per_round * update
+
+
+def _bytes(tensors: Mapping[str, Tensor]) -> int:
+    return sum(tensor.nbytes for tensor in tensors.values())
 
 
 def free_bytes(device: str) -> int:

@@ -12,17 +12,20 @@ from torch import nn
 from fedsim.config import Config
 from fedsim.data.partition import shard_sizes
 from fedsim.errors import RunFailed
-from fedsim.federation.compress import zero_extras
 from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
-from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, needs_all_memories, shared
+from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, shared
+from fedsim.federation.shapes import zeros_of
 from fedsim.locks import GLOBAL_GENERATORS
 from fedsim.records import Row
+from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import RunPlan, run_plan
-from strategies import LocalSGD, buffers_of, join, payload_bytes, sections, tensor_record
 from strategies.errors import StrategyFailed
-from strategies.local_sgd import State
-from strategies.screening import Request, not_finite
+from strategies.local_sgd import LocalSGD, Request
+from strategies.method import State
+from strategies.screening import not_finite
+from strategies.sections import buffers_of, join, sections
+from strategies.tensor_array import payload_bytes, tensor_record
 
 
 @dataclass(frozen=True)
@@ -32,7 +35,7 @@ class Progress:
     round: int
     arrays: ArrayRecord
     last_aggregated_round: list[int]  # for each worker; 0: it starts without memory
-    server_state: State = field(default_factory=dict)
+    state: dict[str, State] = field(default_factory=dict)  # the server's of each layer
     update_bytes_up: int = 0  # of the updates averaged
     update_bytes_down: int = 0  # of the global arrays sent in the rounds averaged
     losses: list[tuple[float, float]] = field(default_factory=list)  # (mean, images) of each round since the last row
@@ -62,9 +65,10 @@ class TooFewClients(Exception):
 
 def initial_progress(config: Config, model: nn.Module) -> Progress:
     """The progress of a run that starts with the weights of `model`."""
-    state = {name: value.clone() for name, value in model.state_dict().items()}
-    arrays = join(sections(state, buffers_of(model), zero_extras(config, model)))
-    return Progress(0, tensor_record(arrays), [0] * config.clients)
+    weights = {name: value.clone() for name, value in model.state_dict().items()}
+    arrays = join(sections(weights, buffers_of(model), {}))
+    state = layers_of(config).initial(zeros_of(config, model))
+    return Progress(0, tensor_record(arrays), [0] * config.clients, state)
 
 
 def train_round(
@@ -83,11 +87,11 @@ def train_round(
     round_ = progress.round + 1
     nodes = registry.refresh()
     keys = ConfigRecord({**shared(config), MEMORY_ROUNDS: progress.last_aggregated_round, SEND_MEMORY: with_memories})
-    request = strategy.request(round_, progress.arrays, keys, nodes, progress.server_state, progress.holders)
+    request = strategy.request(round_, progress.arrays, keys, nodes, progress.state, progress.holders)
     replies = messenger.exchange(request.messages, config.round_timeout or math.inf)
     try:
         with GLOBAL_GENERATORS:  # a strategy of Flower's may draw from them
-            result = strategy.aggregate(round_, request, replies, progress.server_state)
+            result = strategy.aggregate(round_, request, replies, progress.state)
     except FloatingPointError as error:
         raise RunFailed(f"{error}: give a smaller lr") from error
     except StrategyFailed as error:
@@ -101,7 +105,7 @@ def train_round(
         all_refused = all_answered and len(result.left_out) == len(request.workers)
         diverged = all_refused and all(map(not_finite, result.left_out.values()))
         raise TooFewClients(reason, bool(lost), all_refused, diverged)
-    if lost and needs_all_memories(config):
+    if lost and strategy.layers.needs_all_memories(config.clients_per_round == config.clients):
         raise TooFewClients(f"round {round_}: {format_reasons(result.left_out)}", True)
     failures = count_failures(progress.failures, request, replies)
     for worker, reason in result.left_out.items():
@@ -119,7 +123,7 @@ def train_round(
         round=round_,
         arrays=result.arrays,
         last_aggregated_round=[aggregated_in.get(k, last) for k, last in enumerate(progress.last_aggregated_round)],
-        server_state=result.state,
+        state=result.state,
         update_bytes_up=progress.update_bytes_up + bytes_up,
         update_bytes_down=progress.update_bytes_down + bytes_down,
         losses=[*progress.losses, _loss(config, round_, result.averaged)],

@@ -17,11 +17,11 @@ from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_partition, images_left_out
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
-from fedsim.federation.checkpoint import collect_memories, resume, save
+from fedsim.federation.checkpoint import collect_memories, save
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
-from fedsim.federation.protocol import fewest_updates
+from fedsim.federation.recovery import Recovery
 from fedsim.federation.round import (
     Progress,
     TooFewClients,
@@ -32,14 +32,16 @@ from fedsim.federation.round import (
 )
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import check_model, initial_model
-from fedsim.records import Run, config_of_run, print_row, read_rows, run_folder
+from fedsim.records import TESTED_MODEL, Run, config_of_run, print_row, read_rows, run_folder
 from fedsim.training.batchnorm import calibration_crops, reestimate
+from fedsim.training.methods import fewest_updates, layers_of
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
-from strategies import split, tensors_of
+from strategies.layers import Layers
+from strategies.sections import split
+from strategies.tensor_array import tensors_of
 
 app = ServerApp()
-MAX_ATTEMPTS = 3  # the second sees nodes that have reconnected; if these lost their memory, the third restores it
 
 
 @app.main()
@@ -78,40 +80,28 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     registry = NodeRegistry(messenger, config, run.own_data)
     strategy = build_strategy(config, plan, model, registry.images)
     registry.wait_for(config.min_clients or config.clients)
-    progress = resume(run, messenger, registry.nodes, initial, plan.rounds)
+    recovery = Recovery(run, messenger, registry, initial, plan.rounds, fewest_updates(config))
+    progress = recovery.resume()
 
-    saved = furthest = progress.round
-    failures, lost = 0, False  # since a round came further than all before it
     while progress.round < plan.last_round:
-        # A round that clients lost their memory in is saved: if they do so again, those before it are not repeated
-        saves = is_saved(config, plan, progress.round + 1) or (lost and progress.round == furthest)
+        saves = is_saved(config, plan, progress.round + 1) or recovery.saves_next(progress)
 
         # Train a round
         try:
             progress, sent = train_round(messenger, config, strategy, registry, progress, with_memories=saves)
-            if saves:
-                memories = collect_memories(messenger, config, registry.nodes, progress, sent, model)
+            memories = collect_memories(messenger, config, registry.nodes, progress, sent, model) if saves else {}
         except TooFewClients as failure:
-            failures, lost = failures + 1, lost or failure.memory_lost
-            of_checkpoint = failure.all_refused and not failure.memory_lost and progress.round == saved > 0
-            if failure.diverged and not of_checkpoint:  # as it would again
-                raise RunFailed(f"{failure}: a lower --lr may help") from failure
-            if failures == MAX_ATTEMPTS:
-                if of_checkpoint:
-                    run.put_checkpoint_aside()
-                how = f"resume from the checkpoint with --resume {run.folder.name}"
-                raise RunFailed(f"{failure}; tried {MAX_ATTEMPTS} times; {how}") from failure
-            progress = recover(failure, config, plan, run, messenger, registry, progress, initial)
+            progress = recovery.after(failure, progress)
             continue
-        if progress.round > furthest:
-            furthest, failures, lost = progress.round, 0, False
+        recovery.trained(progress)
 
         # Evaluate and record
         ends = progress.round == plan.rounds
         if ends or completes(config, plan, progress.round, 1):
             tested: tuple[float | None, float | None] = None, None
             if ends or completes(config, plan, progress.round, config.evaluate_every):
-                tested = evaluate(loaded(config, model, progress, data.train), data.test, config.precision)
+                as_tested = loaded(config, model, progress, data.train, strategy.layers)
+                tested = evaluate(as_tested, data.test, config.precision)
             row = row_of(plan, progress, messenger)
             run.log_row(row | dict(zip(("test_loss", "test_accuracy"), tested, strict=True)))
             progress = recorded(progress)
@@ -119,33 +109,12 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         # Save a checkpoint
         if saves:
             save(run, config, messenger, progress, memories)
-            saved = progress.round
+            recovery.saved(progress)
 
     run.save_model(loaded(config, model, progress, data.train).state_dict())
+    if config.test_model != "none":
+        run.save_model(loaded(config, model, progress, data.train, strategy.layers).state_dict(), TESTED_MODEL)
     run.write_summary(plan.last_round == plan.rounds, sum(p.numel() for p in model.parameters()), config.device)
-
-
-def recover(
-    failure: TooFewClients,
-    config: Config,
-    plan: RunPlan,
-    run: Run,
-    messenger: Messenger,
-    registry: NodeRegistry,
-    progress: Progress,
-    initial: Progress,
-) -> Progress:
-    """Where to train on from after a failed round, once nodes had time to reconnect.
-
-    The round is repeated; where clients have lost their memory, all go back to the last checkpoint, as a resumed run
-    does.
-    """
-    print(f"{failure}; trying again", flush=True)
-    try:
-        registry.wait_for(fewest_updates(config))
-    except UserError as error:  # not the user's: the nodes were there when the run began
-        raise RunFailed(str(error)) from error
-    return resume(run, messenger, registry.nodes, initial, plan.rounds) if failure.memory_lost else progress
 
 
 def completes(config: Config, plan: RunPlan, round_: int, every: int) -> bool:
@@ -158,11 +127,18 @@ def is_saved(config: Config, plan: RunPlan, round_: int) -> bool:
     return completes(config, plan, round_, config.checkpoint_every) or round_ == plan.last_round
 
 
-def loaded(config: Config, model: nn.Module, progress: Progress, images: Images) -> nn.Module:
-    """`model` with the global weights and buffers of `progress`, or statistics re-estimated on training `images`."""
+def loaded(
+    config: Config, model: nn.Module, progress: Progress, images: Images, layers: Layers | None = None
+) -> nn.Module:
+    """`model` with the global weights of `progress` or, with `layers`, what these test in their place.
+
+    Its buffers are the global ones, or statistics re-estimated on training `images`.
+    """
     parameters, buffers, _ = split(tensors_of(progress.arrays))
+    if layers:
+        parameters = layers.model_for_test(parameters, progress.state)
     model.load_state_dict({**parameters, **buffers})
-    if config.batchnorm_at_sync == "re-estimated":
+    if layers_of(config).reestimates:
         reestimate(model, images, calibration_crops(config, images), config.precision)
     return model
 

@@ -19,7 +19,7 @@ from fedsim.data.images import Images
 from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.optim import is_capturable, load_optimizer_state, optimizer_state, set_lr
 from fedsim.registry import is_function
-from fedsim.training.local_rule import LocalRule
+from fedsim.training.gradient_terms import GradientTerms
 from fedsim.training.step import StepInputs, take_step
 
 WARM_UP = 3  # steps before a capture, in which CUDA's libraries choose their kernels
@@ -42,9 +42,9 @@ class CapturedSteps:
         precision: str,
         replicas: int = 1,
         capture: bool = False,
-        rule: LocalRule | None = None,
+        terms: GradientTerms | None = None,
     ) -> None:
-        self._model, self._optimizer, self._images, self._rule = model, optimizer, images, rule
+        self._model, self._optimizer, self._images, self._terms = model, optimizer, images, terms
         self._batch_size, self._precision, self._replicas = batch_size, precision, replicas
         self._device, self._dtype = images.labels.device, next(model.parameters()).dtype
         steps = -(-samples // batch_size)
@@ -99,7 +99,7 @@ class CapturedSteps:
         labels = self._images.labels.index_select(0, index)
         self._step_keys.begin_step(self._keys.index_select(0, self._step).squeeze(0))
         self._lr.copy_(self._rates.index_select(0, self._step).squeeze(0))
-        losses = take_step(self._model, self._optimizer, crops, labels, self._precision, self._replicas, self._rule)
+        losses = take_step(self._model, self._optimizer, crops, labels, self._precision, self._replicas, self._terms)
         self._losses.index_copy_(0, self._step, losses.view(1, -1).to(self._dtype))
         self._step.add_(1)
 

@@ -22,7 +22,8 @@ from fedsim.device import prepare
 from fedsim.errors import UserError
 from fedsim.models import builder_of, initial_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
-from fedsim.training.local_rule import LocalRule, build_rule
+from fedsim.training.gradient_terms import GradientTerms, gradient_terms
+from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
 from fedsim.training.step import StepInputs, step_inputs
 from fedsim.training.step_fn import StepFn, make_step_fn
@@ -30,37 +31,37 @@ from fedsim.training.step_fn import StepFn, make_step_fn
 
 @dataclass(frozen=True)
 class RoundStart:
-    """Where a worker begins `round`; `correction` is SCAFFOLD's, of each parameter."""
+    """Where a worker begins `round`; `constant` is added to the gradient of each parameter, where methods have one."""
 
     worker: int
     round: int
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
-    correction: dict[str, Tensor] = field(default_factory=dict)
+    constant: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class RoundEnd:
     """Where it ends: weights and state of its own, the mean training loss and the samples seen.
 
-    The loss may be a scalar tensor on a GPU, which has not been waited for. `gradients`: with SCAFFOLD the mean
-    gradient of each parameter.
+    The loss may be a scalar tensor on a GPU, which has not been waited for. `mean_gradient`: of each parameter, where
+    methods ask for it.
     """
 
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
     loss: float | Tensor
     samples: int
-    gradients: dict[str, Tensor] = field(default_factory=dict)
+    mean_gradient: dict[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass
 class Replica:
-    """A model, its optimizer and local rule, lent to one client at a time."""
+    """A model, its optimizer and the terms of its gradients, lent to one client at a time."""
 
     model: nn.Module
     optimizer: Optimizer
-    rule: LocalRule | None
+    terms: GradientTerms | None
     run_steps: StepFn
 
 
@@ -74,11 +75,11 @@ def take_round(config: Config, start: RoundStart) -> RoundEnd:
     values = replica.model.state_dict()
     fill(values.values(), (start.weights[name] for name in values))
     load_optimizer_state(named, replica.optimizer, start.state)
-    if replica.rule:
-        replica.rule.begin(start.correction)
+    if replica.terms:
+        replica.terms.begin(start.constant)
     loss = replica.run_steps(round_inputs(config, start))
     steps = run_plan(config).steps_of(start.round, len(held_images(config, start.worker)))
-    gradients = replica.rule.end(steps) if replica.rule else {}
+    gradients = replica.terms.end(steps) if replica.terms else {}
     state = optimizer_state(named, replica.optimizer)
     return RoundEnd(copies([values])[0], state, loss, samples_of(config, start), gradients)
 
@@ -141,7 +142,7 @@ def _build_replica(config: Config) -> Replica:
     prepare(config)
     model = initial_model(config)
     named = dict(model.named_parameters())
-    optimizer, rule = build_optimizer(config, named), build_rule(config, named)
+    optimizer, terms = build_optimizer(config, named), gradient_terms(named, layers_of(config).terms)
     samples = run_plan(config).max_steps * config.batch_size
-    run_steps = make_step_fn(config, model, optimizer, local_images(config), samples, rule)
-    return Replica(model, optimizer, rule, run_steps)
+    run_steps = make_step_fn(config, model, optimizer, local_images(config), samples, terms)
+    return Replica(model, optimizer, terms, run_steps)

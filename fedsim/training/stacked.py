@@ -26,8 +26,9 @@ from fedsim.models import build_model, builder_of, initial_model
 from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.training.cuda_graph import CapturedSteps, capturable
+from fedsim.training.gradient_terms import gradient_terms
 from fedsim.training.local_round import RoundEnd, RoundStart, held_images, round_inputs, samples_of, take_round
-from fedsim.training.local_rule import build_rule
+from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
 from fedsim.training.step import StepInputs
 
@@ -49,15 +50,15 @@ class StackedReplicas:
             for replica in range(replicas)
         ]
         self._optimizer = self._sgdm() if config.optimizer == "sgdm" else self._optimizer_of_parts()
-        self._rule = build_rule(config, dict(self._model.named_parameters()))
+        self._terms = gradient_terms(dict(self._model.named_parameters()), layers_of(config).terms)
         samples = run_plan(config).max_steps * config.batch_size
         self._drawn: dict[tuple[int, int], StepInputs] = {}  # for (worker, round), while the GPU trained the one before
-        keys = (samples, config.batch_size, config.precision, replicas, capturable(config), self._rule)
+        keys = (samples, config.batch_size, config.precision, replicas, capturable(config), self._terms)
         self._steps = CapturedSteps(self._model, self._optimizer, load_dataset(config).train, *keys)
 
     def take_rounds(self, starts: Sequence[RoundStart]) -> list[RoundEnd]:
         """The local steps of K workers, which are in the same round."""
-        config, names = self._config, list(starts[0].weights)
+        names = list(starts[0].weights)
         tensors = [{**parts, **buffers} for parts, buffers in zip(self._parts, self._buffers, strict=True)]
         given = {
             of_replica[name]: start.weights[name]
@@ -66,21 +67,21 @@ class StackedReplicas:
         }
         fill(given.keys(), given.values())  # a scalar, which all share, once
         load_optimizer_state(_named(self._parts), self._optimizer, _named([start.state for start in starts]))
-        if self._rule:
-            corrections = [start.correction for start in starts]
-            self._rule.begin({name: torch.cat([of[name] for of in corrections]) for name in corrections[0]})
+        if self._terms:
+            constants = [start.constant for start in starts]
+            self._terms.begin({name: torch.cat([of[name] for of in constants]) for name in constants[0]})
         losses = self._steps.run(self._inputs(starts))
         weights = copies([{name: of[name] for name in names} for of in tensors])
-        if config.batchnorm_at_sync == "local" or config.delay:
-            # Each worker has counters of its own, which the network shares: those of the last one
-            for name in (name for name in names if tensors[0][name].ndim == 0):
-                counted = weights[-1][name] - starts[-1].weights[name].to(weights[-1][name].device)
-                for of, start in zip(weights, starts, strict=True):
-                    of[name] = start.weights[name].to(counted.device) + counted
+        for name in filter(lambda name: tensors[0][name].ndim == 0, names):
+            own = [start.weights[name].to(weights[-1][name].device) for start in starts]
+            if any(value is not own[0] for value in own):  # counters, which the network shares: those of the last one
+                counted = weights[-1][name] - own[-1]
+                for of, value in zip(weights, own, strict=True):
+                    of[name] = value + counted
         states = [optimizer_state(parts, self._optimizer) for parts in self._parts]
         gradients = self._gradients(starts[0])
         self._draw_ahead(starts)
-        samples = samples_of(config, starts[0])
+        samples = samples_of(self._config, starts[0])
         return [
             RoundEnd(after, state, loss, samples, means)
             for after, state, loss, means in zip(weights, states, losses.tolist(), gradients, strict=True)  # waits
@@ -99,9 +100,9 @@ class StackedReplicas:
         }
 
     def _gradients(self, start: RoundStart) -> list[dict[str, Tensor]]:
-        """Each replica's mean gradients of the round, where the local rule has them."""
+        """Each replica's mean gradients of the round, where methods ask for them."""
         steps = run_plan(self._config).steps_of(start.round, len(held_images(self._config, start.worker)))
-        stacked = self._rule.end(steps) if self._rule else {}
+        stacked = self._terms.end(steps) if self._terms else {}
         parts = {name: _split(value, len(self._parts)) for name, value in stacked.items()}
         return [{name: of[replica].clone() for name, of in parts.items()} for replica in range(len(self._parts))]
 

@@ -19,7 +19,7 @@ from fedsim.errors import RunFailed
 from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.optim import set_lr
 from fedsim.rng import random_words, step_keys
-from fedsim.training.local_rule import LocalRule
+from fedsim.training.gradient_terms import GradientTerms
 
 TEST_BATCH = 250  # images on a CPU; larger ones outgrow a core's cache
 GPU_TEST_BATCH = 2500  # smaller ones leave a GPU waiting for their launches
@@ -61,7 +61,7 @@ def run_steps(
     images: Images,
     batch_size: int,
     precision: str,
-    rule: LocalRule | None,
+    terms: GradientTerms | None,
     inputs: StepInputs,
 ) -> float:
     """Run one optimizer step for each batch of `inputs`; returns the mean training loss over all samples.
@@ -79,7 +79,7 @@ def run_steps(
         crops = images.augmented(crops, [augment_key])
         step_keys.begin_step(key)
         set_lr(optimizer, lr)
-        losses.append(take_step(model, optimizer, crops.to(parameter.dtype), labels, precision, rule=rule))
+        losses.append(take_step(model, optimizer, crops.to(parameter.dtype), labels, precision, terms=terms))
         sizes.append(len(labels))
     sums = torch.stack(losses).double().cpu() * torch.tensor(sizes)
     return float(sums.sum()) / sum(sizes)
@@ -92,7 +92,7 @@ def take_step(
     labels: Tensor,
     precision: str,
     replicas: int = 1,
-    rule: LocalRule | None = None,
+    terms: GradientTerms | None = None,
 ) -> Tensor:
     """One optimizer step on a batch; returns its mean loss before the step, without synchronizing.
 
@@ -107,8 +107,8 @@ def take_step(
             each = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
             losses = each.view(replicas, -1).mean(1)
     losses.sum().backward()  # type: ignore[no-untyped-call]
-    if rule:
-        rule.correct_gradients()
+    if terms:
+        terms.add()
     optimizer.step()
     return losses.detach()
 

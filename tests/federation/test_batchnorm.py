@@ -93,8 +93,11 @@ def test_resumed_or_rolled_back_it_is_the_same_run_bitwise(small: Config, run: E
     ("keys", "message"),
     [
         ({"batchnorm_images": 100}, "batchnorm-images is not used by batchnorm-at-sync = average: leave it out, or gi"),
-        ({"batchnorm_at_sync": "pooled", "mean": "median"}, "give --batchnorm-at-sync average or re-estimated"),
-        ({"batchnorm_at_sync": "local", "mean": "clipped"}, "batchnorm-at-sync = local trusts the statistics of ever"),
+        ({"batchnorm_at_sync": "pooled", "mean": "median"}, "give --mean exact, or --batchnorm-at-sync average"),
+        (
+            {"batchnorm_at_sync": "local", "mean": "clipped"},
+            "mean = clipped: batchnorm-at-sync = local needs the exact mean of",
+        ),
     ],
 )
 def test_what_makes_no_sense_is_refused(run: Execute, tmp_path: Path, keys: dict[str, Any], message: str) -> None:

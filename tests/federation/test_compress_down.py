@@ -20,9 +20,10 @@ from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run, read_rows
+from fedsim.registry import CODECS
 from fedsim.training.local_round import RoundEnd, RoundStart, take_round
-from strategies.compression import CODECS, HELD
-from strategies.local_sgd import BROADCAST, LocalSGD
+from strategies.local_sgd import LocalSGD
+from strategies.wire import HELD, WIRE
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.test_compress import SIZES
 from tests.federation.test_failures import UPDATE, Fault, fail, faulty, forget, nothing, once, refused, run_with
@@ -37,7 +38,7 @@ def checkpoint_of(run: Run) -> dict[str, Any]:
     return checkpoint
 
 
-@pytest.mark.parametrize("codec", CODECS[1:])
+@pytest.mark.parametrize("codec", list(CODECS))
 def test_server_and_clients_hold_the_same_model_bitwise(
     small: Config, monkeypatch: pytest.MonkeyPatch, codec: str
 ) -> None:
@@ -54,10 +55,10 @@ def test_server_and_clients_hold_the_same_model_bitwise(
     run = Run(config, "localsgd")
     with Pickled(client_app.app, config) as grid:
         train_localsgd(grid, config, run)
-    state = checkpoint_of(run)["server_state"]
+    state = checkpoint_of(run)["state"]
     assert sorted(begun) == [(round_, worker) for round_ in (1, 2, 3) for worker in (0, 1)]
     for worker in (0, 1):
-        assert_same_bits(begun[3, worker], {name: state[f"{BROADCAST}{HELD}{name}"] for name in begun[3, worker]})
+        assert_same_bits(begun[3, worker], {name: state[WIRE][HELD + name] for name in begun[3, worker]})
     assert_same_bits(begun[2, 0], begun[2, 1])
     moved = sum(float((begun[3, 0][name] - begun[2, 0][name]).abs().sum()) for name in begun[2, 0])
     assert moved > 0
@@ -89,9 +90,7 @@ def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Exec
     parts = run(name="parts", **keys)
     assert_same_bits(final_model(parts), final_model(whole))
     assert rows_of(parts) == rows_of(whole)
-    assert_same_bits(
-        *({n: v for n, v in checkpoint_of(one)["server_state"].items() if BROADCAST in n} for one in (parts, whole))
-    )
+    assert_same_bits(*(checkpoint_of(one)["state"][WIRE] for one in (parts, whole)))
     assert read_rows(parts.folder)[-1]["overhead_bytes_down"] > 0
 
     config = resolve(small.changed({"name": "pickled", **keys}), "localsgd")
@@ -186,7 +185,7 @@ def test_the_bytes_of_the_rows_are_those_of_all_messages(
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"compress_down": "qsgd", "compress_levels": 5}, "compress-levels = 5: with compress-down = qsgd what the"),
+        ({"compress_down": "qsgd", "compress_levels": 5}, "compress-down = qsgd: levels = 5: what messages"),
         ({"compress_down": "int8", "compress_ratio": 0.1}, "compress-ratio is not used by compress = none: leave it "),
         ({"compress_down": "int8", "error_feedback": False}, "error-feedback is not used by compress = none"),
     ],

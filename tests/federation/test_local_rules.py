@@ -1,4 +1,4 @@
-"""Local rules and PyTorch's optimizers within a run; the rules by themselves: tests/training/test_local_rule.py."""
+"""Local rules and PyTorch's optimizers within a run; the rules by themselves: tests/strategies/test_local_rules.py."""
 
 from __future__ import annotations
 
@@ -143,24 +143,36 @@ def test_a_client_that_lost_its_control_variate_begins_anew_or_all_go_back(small
     [
         ({"prox_mu": 0.1}, "prox-mu is not used by local-rule = none: leave it out, or give fedprox"),
         ({"local_rule": "scaffold", "prox_mu": 0.1}, "prox-mu is not used by local-rule = scaffold"),
-        ({"local_rule": "scaffold", "mean": "median"}, "mean = median does not keep the sum of SCAFFOLD's corrections"),
+        (
+            {"local_rule": "scaffold", "mean": "median"},
+            "mean = median: local-rule = scaffold needs the exact mean of what",
+        ),
         (
             {"local_rule": "scaffold", "strategy": "flwr.serverapp.strategy:FedMedian"},
-            "strategy = flwr.serverapp.strategy:FedMedian does not keep the sum of SCAFFOLD's",
+            "strategy = flwr.serverapp.strategy:FedMedian: local-rule = scaffold needs the exact mean of",
         ),
         (
             {"local_rule": "scaffold", "client_weights": "shard-size", "fraction": 0.5},
-            "client-weights = shard-size of a sample does not keep the sum of SCAFFOLD's corrections at zero",
+            "client-weights = shard-size: local-rule = scaffold needs clients that count the same ",
         ),
         (
             {"local_rule": "scaffold", "local_epochs": 1, "local_steps": 10, "fraction": 0.5},
-            "local-epochs = 1 of a sample does not keep the sum of SCAFFOLD's corrections at zero: give --local-steps",
+            "local-epochs = 1: local-rule = scaffold needs clients that count the same .*: give --local-epochs 0",
         ),
-        ({"local_rule": "scaffold-inferred"}, "momentum = 0.9: local-rule = scaffold-inferred needs momentum = 0.0: "),
+        ({"local_rule": "scaffold-inferred"}, "momentum = 0.9: local-rule = scaffold-inferred needs SGD without "),
         (
             {"local_rule": "scaffold-inferred", "momentum": 0.0, "weight_decay": 0.0, "min_clients": 1},
-            "min-clients = 1: local-rule = scaffold-inferred needs min-clients = 0: give that, or",
+            "min-clients = 1: local-rule = scaffold-inferred needs the updates of all clients: give --min-clients 0",
         ),
+        (
+            "momentum-at-sync = keep: local-rule = fednova needs SGD .* give --momentum-at-sync r",
+        ),
+        (
+            "outer = diloco: local-rule = feddyn needs the mean of all models",
+        ),
+        ({"local_rule": "fedprox:mu=x"}, "local-rule = fedprox:mu=x: fedprox: mu = x must be a number"),
+        ({"local_rule": "fedprox+scaffold"}, r"local-rule = 'fedprox\+scaffold' is unknown: it must be one of none, "),
+        ({"compress": "int8+topk"}, r"compress = int8\+topk: a chain is topk or randomk, then a codec of each value"),
         (
             {"optimizer": "lamb", "momentum": 0.5},
             "momentum is not used by optimizer = lamb: leave it out, or give sgdm",

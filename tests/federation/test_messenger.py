@@ -16,7 +16,7 @@ from fedsim.federation.flower_internals import set_message_id
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.server_app import train_localsgd
 from fedsim.records import Run, read_rows
-from strategies import payload_bytes, tensors_of
+from strategies.tensor_array import payload_bytes, tensors_of
 from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model
 
 

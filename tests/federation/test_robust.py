@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import pytest
 import torch
 from flwr.app import ArrayRecord, Context, Message
 
-from fedsim.config import FIELDS, Config
+from fedsim.config import Config
 from fedsim.errors import RunFailed, UserError
-from strategies.robust import Mean
 from tests.conftest import SMALL_BATCHNORM, Execute, final_model, rows_of
 from tests.federation.test_failures import answer, place, run_with
-
-
-def test_the_key_knows_the_names_of_the_strategies() -> None:
-    assert get_args(FIELDS["mean"].annotation) == get_args(Mean)
 
 
 def hostile(message: Message, context: Context) -> Message:
@@ -34,12 +29,16 @@ def hostile(message: Message, context: Context) -> Message:
 @pytest.mark.parametrize("mean", ["trimmed", "median", "clipped"])
 @pytest.mark.parametrize("keys", [{"model": SMALL_BATCHNORM, "momentum-at-sync": "average"}, {"compress": "fp16"}])
 def test_one_hostile_client_does_not_move_the_model_far(small: Config, mean: str, keys: dict[str, Any]) -> None:
-    config = small.changed({"synthetic-images": 256, "rounds": 3, **keys})
+    config = small.changed({"rounds": 3, **keys})
     robust = run_with(hostile, config.changed({"name": "robust", "mean": mean}))
     assert all(float(value.abs().max()) < 100 for value in final_model(robust).values())
     assert all(row["left_out"] == {} for row in rows_of(robust))
-    exact = final_model(run_with(hostile, config.changed({"name": "exact", "rounds": 1})))
-    assert float(exact["fc3.weight"].abs().max()) > 1e4
+    exact = config.changed({"name": "exact", "rounds": 1})
+    if "compress" in keys:
+        assert float(final_model(run_with(hostile, exact))["fc3.weight"].abs().max()) > 1e4
+    else:  # it moves the exact mean so far that the model cannot be tested
+        with pytest.raises(RunFailed, match="the loss of the model in a test is nan"):
+            run_with(hostile, exact)
 
 
 @pytest.mark.parametrize("mean", ["trimmed", "median", "clipped"])
@@ -61,13 +60,16 @@ def test_a_trim_that_is_told_to_be_enough_is(run: Execute) -> None:
     ("keys", "message"),
     [
         ({"trim": 0.1}, "trim is not used by mean = exact: leave it out, or give trimmed"),
-        ({"mean": "trimmed", "trim": 0.2}, "trim = 0.2 of 4 clients is none: give 0.25 or more"),
-        ({"mean": "trimmed", "trim": 0.1, "clients": 3}, "trim = 0.1 of 3 clients is none: give 0.334 or more"),
-        ({"mean": "trimmed", "clients": 2}, "mean = trimmed needs 3 clients in a round, not 2: give --mean exact"),
-        ({"mean": "median", "clients": 2}, "mean = median needs 3 clients in a round, not 2: give --mean exact"),
-        ({"mean": "clipped", "clients": 1}, "mean = clipped needs 3 clients in a round, not 1: give --mean exact"),
+        ({"mean": "trimmed", "trim": 0.2}, "mean = trimmed: trim = 0.2 of 4 clients is none: give 0.25 or more"),
+        (
+            {"mean": "trimmed", "trim": 0.1, "clients": 3},
+            "mean = trimmed: trim = 0.1 of 3 clients is none: give 0.334 ",
+        ),
+        ({"mean": "trimmed", "clients": 2}, "mean = trimmed: it needs 3 clients in a round, not 2: give exact"),
+        ({"mean": "median", "clients": 2}, "mean = median: it needs 3 clients in a round, not 2: give exact"),
+        ({"mean": "clipped", "clients": 1}, "mean = clipped: it needs 3 clients in a round, not 1: give exact"),
         ({"mean": "median", "compress": "topk"}, "mean = median of updates of compress = topk, most of whose values"),
-        ({"mean": "median", "batchnorm_at_sync": "first-worker"}, "give --batchnorm-at-sync average"),
+        ({"mean": "median", "batchnorm_at_sync": "first-worker"}, "or --batchnorm-at-sync average"),
     ],
 )
 def test_what_makes_no_sense_is_refused(run: Execute, tmp_path: Path, keys: dict[str, Any], message: str) -> None:

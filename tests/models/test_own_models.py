@@ -234,7 +234,7 @@ def test_a_node_without_the_models_module_says_what_to_install(small: Config) ->
             patch.setitem(sys.modules, OWN, None)
             return client_app.app(message, context)
 
-    message = f"a node cannot take part: .*model = {OWN}:mlp: no module {OWN} on this machine: install it, or put"
+    message = f"Left out: it cannot take part: .*model = {OWN}:mlp: no module {OWN} on this machine: install it, or put"
     with InProcessGrid(client, config) as grid, pytest.raises(UserError, match=message):  # type: ignore[arg-type]
         train_localsgd(grid, config, Run(config, "localsgd"))
 
@@ -248,7 +248,7 @@ def test_the_check_of_a_model_draws_nothing_from_the_global_generator(small: Con
 def test_the_check_of_a_model_does_not_see_what_another_thread_draws(
     small: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    drawing, over = threading.Event(), threading.Event()
+    checking, drawing, over = threading.Event(), threading.Event(), threading.Event()
 
     def drawn_meanwhile(classes: int) -> nn.Module:
         drawing.set()
@@ -257,12 +257,15 @@ def test_the_check_of_a_model_does_not_see_what_another_thread_draws(
 
     class Checked(LeNet5):
         def forward(self, x: Tensor) -> Tensor:
-            pool.submit(build_model, f"{__name__}:meanwhile", 10, 0)
-            drawing.wait(0.3)  # in vain: the other one waits for this check
+            if checking.is_set() and self.training:
+                pool.submit(build_model, f"{__name__}:meanwhile", 10, 0)
+                drawing.wait(0.3)  # in vain: the other one waits for this check
             return super().forward(x)
 
     monkeypatch.setattr(sys.modules[__name__], "meanwhile", drawn_meanwhile, raising=False)
     register(monkeypatch, "lenet5", Checked)
+    initial_model(resolve(small, "localsgd"))  # its layout is tried once, by forward passes
+    checking.set()
     with ThreadPoolExecutor() as pool:
         try:
             check_model(small)

@@ -6,11 +6,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from strategies.batchnorm import merge, pooled_variance
+from strategies.batchnorm import BATCHNORM, pooled_variance
 from strategies.mean import mean
+from strategies.method import ServerRound, Update
 from tests.conftest import assert_same_bits
 
-BATCHNORM = {"running_mean": "running_mean", "running_var": "running_var", "num_batches_tracked": "num_batches_tracked"}
+NAMES = {"running_mean": "running_mean", "running_var": "running_var", "num_batches_tracked": "num_batches_tracked"}
 
 
 def buffers(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -22,8 +23,14 @@ def buffers(seed: int, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
     }
 
 
-def merged(how: str, workers: list[dict[str, Tensor]], weights: list[float]) -> dict[str, Tensor]:
-    return merge(mean(workers, weights), workers, weights, how, BATCHNORM)
+def merged(
+    how: str, workers: list[dict[str, Tensor]], weights: list[float], names: dict[str, str] = NAMES
+) -> dict[str, Tensor]:
+    """The global buffers after a round of workers with such buffers."""
+    updates = {worker: Update(1, {}, each, {}, {}) for worker, each in enumerate(workers)}
+    r = ServerRound(1, True, {}, {}, batchnorm=names, updates=updates, weights=weights, buffers=mean(workers, weights))
+    BATCHNORM[how]().update(r, {}, {})
+    return r.buffers
 
 
 def test_the_pooled_variance_by_hand() -> None:

@@ -8,12 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from strategies.compression import CODECS, Codec, PowerSGD, broadcast, decode, encode, make_codec, receive
+from fedsim.registry import CODECS, kinds_of
+from strategies.arguments import by_name
+from strategies.compression import Chain, Codec, PowerSGD, RandomK, TopK
+from strategies.wire import broadcast, decode, encode, receive
 from tests.conftest import NEEDS_GPU, assert_same_bits
 
 SHAPES = {"conv.weight": (6, 3, 5, 5), "fc.weight": (20, 31), "fc.bias": (31,), "scalar": ()}
 COUNT = sum(math.prod(shape) for shape in SHAPES.values())
-NAMES = [name for name in CODECS if name != "none"]
+NAMES = list(CODECS)
 
 
 def update(seed: int) -> dict[str, Tensor]:
@@ -22,8 +25,7 @@ def update(seed: int) -> dict[str, Tensor]:
 
 
 def codec_of(name: str, **keys: float) -> Codec:
-    codec = make_codec(name, **keys)  # type: ignore[arg-type]
-    assert codec is not None
+    codec: Codec = by_name(kinds_of(CODECS), name, **keys)
     return codec
 
 
@@ -207,3 +209,29 @@ def test_a_broadcast_sends_later_what_it_leaves_out(name: str) -> None:
         assert all(torch.equal(value, state[f"held/{n}"]) for n, value in held.items())
     left = sum(float((held[n] - after[n]).norm()) for n in SHAPES)
     assert left < 0.25 * sum(float((x[n] - after[n]).norm()) for n in SHAPES)
+
+
+@pytest.mark.parametrize("second", ["fp16", "bf16", "int8", "int4", "sign", "qsgd"])
+def test_a_chain_is_the_second_codec_on_what_the_first_selects(second: str) -> None:
+    for first in (TopK(0.2), RandomK(0.2)):
+        values = {"w": torch.randn(10, 20, generator=torch.Generator().manual_seed(0))}
+        chain = Chain(first, codec_of(second))
+        arrived = sent(chain, values)["w"].flatten()
+        alone = sent(first, values)["w"].flatten()
+        assert bool((arrived[alone == 0] == 0).all())
+        selected = alone[alone != 0]
+        error_of_chain = (arrived[alone != 0] - selected).norm()
+        assert error_of_chain < selected.norm()
+        if second in ("fp16", "bf16", "int8", "int4"):  # each value by itself, and the largest, whatever the order
+            assert torch.equal(arrived[alone != 0], sent(codec_of(second), {"w": selected})["w"])
+    with pytest.raises(ValueError, match="a chain is topk or randomk, then a codec of each value"):
+        Chain(codec_of("int8"), TopK())
+
+
+def test_with_feedback_a_random_chain_loses_nothing_over_several_tensors() -> None:
+    """Both ends draw the same places of each tensor, although the second codec draws only when it encodes."""
+    chain = Chain(RandomK(0.3), codec_of("qsgd"))
+    message, memory = encode(chain, update(0), {}, 5)
+    arrived = decode(chain, message, update(0), 5)
+    for name, value in update(0).items():
+        torch.testing.assert_close(arrived[name] + memory[f"residual/{name}"], value)

@@ -14,13 +14,16 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from torch import Tensor
 
 from fedsim.federation.flower_internals import let_messages_be_made, set_message_id
-from strategies import LocalSGD, split, tensor_record, tensors_of
 from strategies.by_name import strategy_factory
 from strategies.errors import StrategyFailed
 from strategies.flower_strategy import FlowerStrategy, check_state
-from strategies.local_sgd import State
+from strategies.layers import Layers
+from strategies.local_sgd import LocalSGD
+from strategies.method import Method, ServerRound, State, Tensors
 from strategies.object_state import NotPlain, set_state, state_of
 from strategies.outer import outer_step
+from strategies.sections import split
+from strategies.tensor_array import tensor_record, tensors_of
 
 OF_FLOWER, OF_USER = "flwr.serverapp.strategy:", "tests.strategies.user_strategies:"
 NODES = {102: 0, 101: 1, 103: 2}  # node -> worker
@@ -61,7 +64,7 @@ def run(strategy: LocalSGD, dtype: torch.dtype = torch.float64, orders: int = 0)
 
 
 def of_flower(name: str, **arguments: Any) -> LocalSGD:
-    return FlowerStrategy(strategy_factory(name, **arguments), workers=NODES)
+    return LocalSGD(workers=NODES, layers=Layers({"outer": FlowerStrategy(strategy_factory(name, **arguments))}))
 
 
 @pytest.mark.parametrize(
@@ -88,7 +91,7 @@ def test_an_outer_optimizer_is_flowers_strategy(
     rounding: float,
 ) -> None:
     theirs = run(of_flower(OF_FLOWER + flower, **arguments), dtype)
-    ours = run(LocalSGD(workers=NODES, outer=outer_step(outer, **outer_arguments)), dtype)
+    ours = run(LocalSGD(workers=NODES, layers=Layers({"outer": outer_step(outer, **outer_arguments)})), dtype)
     for name, value in ours.items():
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=rounding)
         assert torch.equal(theirs[name], value) or not name.startswith("buffers/")
@@ -98,13 +101,13 @@ def test_flowers_fedadam_corrects_by_one_round_too_many() -> None:
     """Its factor in round t is Kingma's of t + 1, which makes the first step 0.742 eta long instead of eta."""
     eta, betas = 0.1, (0.9, 0.99)
 
-    class OffByOne(LocalSGD):
-        def server_step(self, x: Any, mean: Any, state: State, round_: int) -> tuple[dict[str, Tensor], State]:
-            lr = eta * (1 - betas[1] ** (round_ + 1)) ** 0.5 / (1 - betas[0] ** (round_ + 1))
-            return outer_step("fedadam", lr=lr)(x, mean, state, 0.0)
+    class OffByOne(Method):
+        def update(self, r: ServerRound, state: State, mean: Tensors) -> State:
+            lr = eta * (1 - betas[1] ** (r.round + 1)) ** 0.5 / (1 - betas[0] ** (r.round + 1))
+            return outer_step("fedadam", lr=lr).update(r, state, mean)
 
     theirs = split(run(of_flower(OF_FLOWER + "FedAdam", eta=eta))).parameters
-    for name, value in split(run(OffByOne(workers=NODES))).parameters.items():
+    for name, value in split(run(LocalSGD(workers=NODES, layers=Layers({"outer": OffByOne()})))).parameters.items():
         torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-14)
 
     one = {"x": torch.zeros(3, dtype=torch.float64)}

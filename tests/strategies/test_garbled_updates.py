@@ -11,11 +11,12 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from torch import Tensor
 
 from fedsim.federation.flower_internals import become_server
-from strategies import LocalSGD, tensors_of
-from strategies.compression import CODECS, encode, make_codec
-from strategies.local_sgd import Aggregate
+from strategies.layers import Layers
+from strategies.local_sgd import Aggregate, LocalSGD
+from strategies.tensor_array import tensors_of
+from strategies.wire import Wire, encode
+from tests.strategies.test_compression import NAMES, codec_of
 
-NAMES = CODECS[1:]
 X = {"fc": torch.ones(12, 20), "bias": torch.ones(3), "scale": torch.tensor(2.0)}
 Arrays = dict[str, np.ndarray]
 
@@ -27,8 +28,7 @@ def server() -> None:
 
 def encoded(name: str) -> Arrays:
     """The message of an honest update of 1 to all values but one."""
-    codec = make_codec(name, ratio=0.2, rank=2)
-    assert codec is not None
+    codec = codec_of(name, ratio=0.2, rank=2)
     update = {key: torch.full_like(value, 0.5) for key, value in X.items()}
     update["fc"][0, 0] = -1.0
     return {key: value.numpy() for key, value in encode(codec, update, {}, 7)[0].items()}
@@ -36,7 +36,8 @@ def encoded(name: str) -> Arrays:
 
 def aggregated(name: str, second: Arrays | ArrayRecord) -> Aggregate:
     """The outcome of a round of two workers, of whom the first is honest and the second sends `second`."""
-    strategy = LocalSGD(codec=make_codec(name, ratio=0.2, rank=2), codec_seed=lambda round_, worker: 7)
+    codec = codec_of(name, ratio=0.2, rank=2)
+    strategy = LocalSGD(layers=Layers(wire=Wire(codec, seed=lambda round_, worker: 7)))
     x = record({key: value.numpy() for key, value in X.items()})
     request = strategy.request(1, x, ConfigRecord(), {2: 0, 3: 1})
     replies = []

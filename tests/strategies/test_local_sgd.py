@@ -19,10 +19,13 @@ from torch import nn
 from fedsim.config import Config
 from fedsim.federation.flower_internals import set_message_id
 from fedsim.federation.in_process import InProcessGrid
-from strategies import DECLINED, LocalSGD, batchnorm_buffers
+from strategies.batchnorm import FirstWorker, batchnorm_buffers
+from strategies.domain import LIMIT, NOT_NEGATIVE, Domain
+from strategies.layers import Layers
+from strategies.local_sgd import LocalSGD
 from strategies.mean import CPU_BLOCK, weighted_mean
 from strategies.outer import outer_step
-from strategies.screening import LIMIT, NOT_NEGATIVE, Domain
+from strategies.screening import DECLINED
 
 BN = nn.Sequential(OrderedDict(bn=nn.BatchNorm1d(3)))
 Arrays = dict[str, np.ndarray]
@@ -142,7 +145,7 @@ def test_the_mean_by_hand(grid: InProcessGrid) -> None:
 
 
 def test_worker_0_gives_its_batchnorm_statistics_where_asked(grid: InProcessGrid) -> None:
-    strategy, messages = begin(grid, 3, batchnorm_at_sync="first-worker")
+    strategy, messages = begin(grid, 3, layers=Layers({"batchnorm": FirstWorker()}))
     arrays, _ = strategy.aggregate_train(1, [reply(m, update(w)) for w, m in enumerate(messages)][::-1])
     mean = numpy_of(arrays)
     assert np.array_equal(mean["buffers/bn.running_mean"], update(0)["buffers/bn.running_mean"])
@@ -285,11 +288,11 @@ def test_what_a_client_says_becomes_one_short_printable_line(
 
 
 def test_a_server_state_out_of_the_domain_fails(grid: InProcessGrid) -> None:
-    strategy = LocalSGD(outer=outer_step("fedadam"))
+    strategy = LocalSGD(layers=Layers({"outer": outer_step("fedadam")}))
     x = ArrayRecord(_record({"x": np.zeros(1)}))
     request = strategy.request(1, x, ConfigRecord(), {2: 0, 3: 1})
     far = [reply(message, {"x": np.full(1, 1e14)}) for message in request.messages]
-    with pytest.raises(FloatingPointError, match="round 1: the server's state of x/v is above 1e15"):
+    with pytest.raises(FloatingPointError, match="round 1: the server's state of outer/x/v is above 1e15"):
         strategy.aggregate(1, request, far, {})
 
 

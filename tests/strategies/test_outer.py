@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from strategies.errors import StrategyFailed
-from strategies.outer import OUTER, State, outer_step
+from strategies.method import State
+from strategies.outer import OUTER, outer_step
 
 LR = 0.05
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.powerSGD_hook import PowerSGDState, powerSGD_hook
 
-from strategies.compression import PowerSGD, decode, encode
+from strategies.compression import PowerSGD
+from strategies.wire import decode, encode
 
 
 def test_powersgd_of_one_worker_is_torchs() -> None:

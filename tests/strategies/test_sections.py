@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from strategies import batchnorm_buffers, buffers_of, join, sections, split
-from strategies.batchnorm import merge
-from strategies.mean import mean as mean_of
+from strategies.batchnorm import batchnorm_buffers
+from strategies.sections import buffers_of, join, sections, split
 from tests.conftest import assert_same_bits
+from tests.strategies.test_batchnorm import merged
 
 
 class Meter(nn.Module):
@@ -52,8 +52,9 @@ def test_only_batchnorms_buffers_are_merged_as_asked(how: str, mean: float) -> N
         return {**means, "1.num_batches_tracked": torch.tensor(count)}
 
     workers = [buffers(1.0, 7), buffers(5.0, 9)]
-    merged = merge(mean_of(workers, [0.5, 0.5]), workers, [0.5, 0.5], how, batchnorm_buffers(MODEL))
-    assert merged["1.running_mean"].tolist() == [mean, mean]
-    assert merged["2.running_mean"].tolist() == [3.0, 3.0]
-    count = merged["1.num_batches_tracked"]
+    batchnorm = {name: entry for name, entry in batchnorm_buffers(MODEL).items() if name in workers[0]}
+    after = merged(how, workers, [0.5, 0.5], batchnorm)
+    assert after["1.running_mean"].tolist() == [mean, mean]
+    assert after["2.running_mean"].tolist() == [3.0, 3.0]
+    count = after["1.num_batches_tracked"]
     assert (count.dtype, int(count)) == (torch.int64, 9 if how == "average" else 7)

@@ -9,8 +9,7 @@ import pytest
 import torch
 from flwr.app import Array, ArrayRecord
 
-from strategies import TensorArray, tensor_record, tensors_of
-from strategies.tensor_array import tensor_of
+from strategies.tensor_array import TensorArray, tensor_of, tensor_record, tensors_of
 
 TENSORS = {
     "matrix": torch.arange(6.0).view(2, 3).T,

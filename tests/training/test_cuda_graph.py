@@ -17,8 +17,10 @@ from fedsim.models import build_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.rng import generator
 from fedsim.training.cuda_graph import CapturedSteps
-from fedsim.training.local_rule import build_rule
+from fedsim.training.gradient_terms import gradient_terms
+from fedsim.training.methods import layers_of
 from fedsim.training.step import run_steps, step_inputs
+from tests.conftest import SMALL_BATCHNORM
 
 SAMPLES, BATCH = 10, 4  # the last batch is smaller
 OPTIMIZERS: list[dict[str, Any]] = [
@@ -48,16 +50,16 @@ def rounds(
     images = load_dataset(config).train
     model = build_model(config.model, config.synthetic_classes, 0, config.device, config.precision)
     named = dict(model.named_parameters())
-    optimizer, rule = build_optimizer(config, named), build_rule(config, named)
-    simple = partial(run_steps, model, optimizer, images, BATCH, config.precision, rule)
+    optimizer, terms = build_optimizer(config, named), gradient_terms(named, layers_of(config).terms)
+    simple = partial(run_steps, model, optimizer, images, BATCH, config.precision, terms)
     if static:
-        steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture, rule=rule)
+        steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture, terms=terms)
         if not capture:
             steps.warm_up()
     losses, correction = [], {name: p.detach() / 100 for name, p in named.items()}
     for round in range(3):
-        if rule:
-            rule.begin(correction)
+        if terms:
+            terms.begin(correction)
         if round == 2:
             load_optimizer_state(named, optimizer, {})
         samples, rates = SAMPLES, [2**-7, 2**-6 / 2**round, 3 * 2**-7]  # exact in float32, as captured steps read them
@@ -68,7 +70,7 @@ def rounds(
         with steps_in():
             loss = steps.run([inputs]) if static else simple(inputs)
         losses.append(float(loss))
-        correction = rule.end(len(rates)) if rule else {}
+        correction = terms.end(len(rates)) if terms else {}
     return {"losses": torch.tensor(losses), **model.state_dict(), **optimizer_state(named, optimizer)}
 
 
@@ -83,8 +85,8 @@ def assert_close(one: dict[str, Tensor], other: dict[str, Tensor], within: float
     ("model", "precision", "keys"),
     [
         *(("lenet5", "fp64", keys) for keys in OPTIMIZERS),
-        ("lenet-bn", "fp32", OPTIMIZERS[0]),
-        ("lenet-bn", "bf16", OPTIMIZERS[0]),
+        (SMALL_BATCHNORM, "fp32", OPTIMIZERS[0]),
+        (SMALL_BATCHNORM, "bf16", OPTIMIZERS[0]),
     ],
 )
 def test_captured_steps_are_run_steps(small: Config, model: str, precision: str, keys: dict[str, Any]) -> None:
@@ -106,7 +108,7 @@ def test_another_momentum_would_be_seen(small: Config) -> None:
 @pytest.mark.parametrize("keys", OPTIMIZERS)
 def test_warming_up_leaves_no_mark_but_the_zeros_of_a_new_state(small: Config, keys: dict[str, Any]) -> None:
     config = small.changed(keys)
-    model = build_model("lenet-bn", 10, 0)
+    model = build_model(SMALL_BATCHNORM, 10, 0)
     named = dict(model.named_parameters())
     optimizer = build_optimizer(config, named)
     before = {name: value.clone() for name, value in model.state_dict().items()}

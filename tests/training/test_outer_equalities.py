@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.optim import SGD
 
-from strategies.local_sgd import State
 from strategies.mean import mean
+from strategies.method import State
 from strategies.outer import outer_step
 from tests.training.test_equalities import ROUNDS, WORKERS, Batch, data, network
 
