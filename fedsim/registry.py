@@ -26,6 +26,7 @@ LOCAL_RULES = {
     "fedprox": "strategies.fedprox:FedProx",
     "scaffold": "strategies.scaffold:Scaffold",
     "scaffold-inferred": "strategies.scaffold:ScaffoldInferred",
+    "feddyn": "strategies.feddyn:FedDyn",
 }
 OUTER_STEPS: dict[str, str] = {}  # besides the optimizers of `strategies.outer`
 MEANS = {

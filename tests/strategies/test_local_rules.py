@@ -116,3 +116,10 @@ def test_scaffold_finds_it_with_a_sample_of_the_clients_and_without_those_left_o
     every, _ = trained(100, rule, lambda round_, worker: round_ < 30 and bool(absent[round_ - 1, worker]))
     assert every[25] > 1e-4
     assert every[-1] < OPTIMUM_WITHIN
+
+
+def test_feddyn_finds_the_optimum_also_with_a_sample_of_the_clients() -> None:
+    every, _ = trained(300, {"local-rule": "feddyn:alpha=1"})
+    assert every[-1] < OPTIMUM_WITHIN
+    sampled, _ = trained(1500, {"local-rule": "feddyn:alpha=1", "fraction": 2 / 3})
+    assert sampled[-1] < OPTIMUM_WITHIN
