@@ -27,6 +27,7 @@ LOCAL_RULES = {
     "scaffold": "strategies.scaffold:Scaffold",
     "scaffold-inferred": "strategies.scaffold:ScaffoldInferred",
     "feddyn": "strategies.feddyn:FedDyn",
+    "fednova": "strategies.fednova:FedNova",
 }
 OUTER_STEPS: dict[str, str] = {}  # besides the optimizers of `strategies.outer`
 MEANS = {

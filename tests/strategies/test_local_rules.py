@@ -123,3 +123,12 @@ def test_feddyn_finds_the_optimum_also_with_a_sample_of_the_clients() -> None:
     assert every[-1] < OPTIMUM_WITHIN
     sampled, _ = trained(1500, {"local-rule": "feddyn:alpha=1", "fraction": 2 / 3})
     assert sampled[-1] < OPTIMUM_WITHIN
+
+
+def test_fednova_comes_nearer_where_workers_take_unequal_steps() -> None:
+    """Of workers that take 1, 4 and 12 small steps, the average is that of other losses."""
+    unequal: dict[str, Any] = {"steps": lambda worker: (1, 4, 12)[worker], "lr": 0.005}
+    plain, nova = (trained(600, {"local-rule": rule}, **unequal)[0][-1] for rule in ("none", "fednova"))
+    assert nova < plain / 5
+    even = [trained(20, {"local-rule": rule})[0] for rule in ("none", "fednova")]
+    torch.testing.assert_close(*even, rtol=0, atol=1e-13)
