@@ -29,7 +29,7 @@ LOCAL_RULES = {
     "feddyn": "strategies.feddyn:FedDyn",
     "fednova": "strategies.fednova:FedNova",
 }
-OUTER_STEPS: dict[str, str] = {}  # besides the optimizers of `strategies.outer`
+OUTER_STEPS = {"fedexp": "strategies.fedexp:FedExP"}  # besides the optimizers of `strategies.outer`
 MEANS = {
     "exact": "strategies.mean:Exact",
     "trimmed": "strategies.robust:Trimmed",
