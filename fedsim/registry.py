@@ -36,7 +36,7 @@ MEANS = {
     "median": "strategies.robust:Median",
     "clipped": "strategies.robust:Clipped",
 }
-TEST_MODELS: dict[str, str] = {}
+TEST_MODELS = {"ema": "strategies.ema:Ema"}
 CODECS = {
     "fp16": "strategies.compression:Fp16",
     "bf16": "strategies.compression:Bf16",
