@@ -99,9 +99,15 @@ RULES: list[Choice] = [
     {},
     {"local-rule": "fedprox", "prox-mu": 0.5},
     {"local-rule": "scaffold"},
+    {"local-rule": "feddyn:alpha=0.1"},
+    {"local-rule": "fednova", "momentum-at-sync": "reset"},
     {"local-rule": "scaffold-inferred", "momentum": 0.0, "weight-decay": 0.0, "nesterov": False},
 ]
-MOMENTUM: list[Choice] = [{}, {"momentum-at-sync": "reset"}, {"momentum-at-sync": "average"}]
+NOT_WITH = {  # the beginning of a rule -> keys that it is nearly always refused with
+    "feddyn": "mean|trim|delay|outer|compress",
+    "fednova": "mean|trim|delay|optimizer|nesterov|trust|lars|lamb|beta",
+}
+MOMENTUM: list[Choice] = [{}, {}, {"momentum-at-sync": "reset"}, {"momentum-at-sync": "average"}]
 BATCHNORM: list[Choice] = [
     {},
     {"batchnorm-at-sync": "first-worker"},
@@ -183,6 +189,11 @@ BEYOND_THE_REFERENCE: list[Choice] = [
     {"compress": "int8", "compress-down": "topk"},
     {"compress": "topk", "compress-down": "sign"},
     {"compress": "sign", "compress-down": "int4"},
+    {"compress": "topk:ratio=0.1+int8"},
+    {"compress": "randomk:ratio=0.3+qsgd:levels=40"},
+    {"outer": "fedexp"},
+    {"outer": "slowmo:momentum=0.6"},
+    {"test-model": "ema:decay=0.5"},
     {"outer": "yogi", "outer-args": "lr=0.01"},
     {"outer": "adamw", "outer-args": "lr=0.01, amsgrad=true"},
     {"outer": "asgd", "outer-args": ""},
@@ -253,6 +264,9 @@ def combinations(draw: st.DrawFn) -> Choice:
     keys |= {"compress": codec, "compress-down": draw(st.sampled_from(CODECS if codec == "none" else ["none"]))}
     for _ in range(draw(st.sampled_from([0, 0, 0, 0, 1, 1, 2]))):
         keys |= draw(st.sampled_from(BEYOND_THE_REFERENCE))
+    for rule, others in NOT_WITH.items():
+        if keys.get("local-rule", "").startswith(rule) and draw(st.integers(0, 9)):
+            keys = {name: value for name, value in keys.items() if not re.match(others, name)}
     if keys.get("mean") != "trimmed":
         keys.pop("trim", None)
     if "strategy" in keys:  # it takes their places

@@ -59,6 +59,11 @@ def test_one_client_is_centralized_training_bitwise(run: Execute, rule: str, key
         {"local-rule": "scaffold", "fraction": 0.5, "optimizer": "adamw", "lr": 0.001, "compress": "topk"},
         {"local-rule": "fedprox", "momentum-at-sync": "average", "optimizer": "adafactor", "lr": 0.001},
         {"local-rule": "scaffold-inferred", **PLAIN_SGD, "schedule": "cosine"},
+        {"local-rule": "feddyn:alpha=0.1", "momentum-at-sync": "reset"},
+        {
+            **{"local-rule": "fednova", "momentum-at-sync": "reset", "outer": "fedexp", "fraction": 0.5, "lr": 0.01},
+            **{"test-model": "ema:decay=0.5", "compress": "topk:ratio=0.1+int8"},
+        },
     ],
 )
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, keys: dict[str, Any]) -> None:
@@ -165,14 +170,18 @@ def test_a_client_that_lost_its_control_variate_begins_anew_or_all_go_back(small
             "min-clients = 1: local-rule = scaffold-inferred needs the updates of all clients: give --min-clients 0",
         ),
         (
+            {"local_rule": "fednova"},
             "momentum-at-sync = keep: local-rule = fednova needs SGD .* give --momentum-at-sync r",
         ),
         (
+            {"local_rule": "feddyn", "outer": "diloco"},
             "outer = diloco: local-rule = feddyn needs the mean of all models",
         ),
         ({"local_rule": "fedprox:mu=x"}, "local-rule = fedprox:mu=x: fedprox: mu = x must be a number"),
+        ({"local_rule": "feddyn:alpha=0"}, "local-rule = feddyn:alpha=0: feddyn: alpha = 0 must be greater than 0"),
         ({"local_rule": "fedprox+scaffold"}, r"local-rule = 'fedprox\+scaffold' is unknown: it must be one of none, "),
         ({"compress": "int8+topk"}, r"compress = int8\+topk: a chain is topk or randomk, then a codec of each value"),
+        ({"test_model": "ema:decay=1"}, "test-model = ema:decay=1: ema: decay = 1 must be at least 0 and less than 1"),
         (
             {"optimizer": "lamb", "momentum": 0.5},
             "momentum is not used by optimizer = lamb: leave it out, or give sgdm",
