@@ -352,7 +352,8 @@ def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, node: s
 
 @pytest.mark.slow
 def test_flwr_run_on_an_existing_cluster_is_the_run_in_this_process_bitwise(tmp_path: Path) -> None:
-    keys = ["localsgd", *GRID[1:], "--clients", "3", "--rounds", "4"]
+    without_epochs = [word for word, before in zip(GRID[1:], GRID, strict=False) if "--epochs" not in (word, before)]
+    keys = ["localsgd", *without_epochs, "--clients", "3", "--rounds", "4"]
     here(tmp_path, *keys, "--name", "here")
     seen: set[int] = set()
     over = threading.Event()

@@ -66,7 +66,9 @@ TINY = {
 
 
 def as_flags(keys: Mapping[str, Any]) -> tuple[str, ...]:
-    return tuple(f"--no-{name}" if value is False else f"--{name}={value}" for name, value in keys.items())
+    """The flags of `keys`, which have a number of rounds in place of the epochs."""
+    given = {name: value for name, value in keys.items() if name != "epochs"}
+    return tuple(f"--no-{name}" if value is False else f"--{name}={value}" for name, value in given.items())
 
 
 def run_py(folder: Path, *arguments: str, **env: str) -> Done:
