@@ -143,26 +143,32 @@ class Sign(Codec):
 
 
 @dataclass(frozen=True)
-class TopK(Codec):
-    """The `ratio` of the values that is largest by magnitude, at least one, and their indices."""
+class Selection(Codec):
+    """A `ratio` of the values, at least one, as they are; all others decode to zero."""
 
     selects = True
     ratio: float = 0.01
 
     def __post_init__(self) -> None:
-        _check("topk: ratio", self.ratio, 0 < self.ratio <= 1, "greater than 0 and at most 1")
+        name = type(self).__name__.lower()
+        _check(f"{name}: ratio", self.ratio, 0 < self.ratio <= 1, "greater than 0 and at most 1")
 
     @property
     def sparse(self) -> bool:
         return self.ratio < 1
 
+    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
+        return _scattered(parts["values"], self.places(parts, like, generator), like)
+
+
+@dataclass(frozen=True)
+class TopK(Selection):
+    """Those that are largest by magnitude, and their indices."""
+
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
         flat = x.flatten()
         places = flat.abs().topk(_count(x, self.ratio)).indices.sort().values
         return {"values": flat[places], "places": places.to(torch.int32)}
-
-    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
-        return _scattered(parts["values"], self.places(parts, like, generator), like)
 
     def places(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
         return parts["places"].to(torch.int64)
@@ -175,24 +181,11 @@ class TopK(Codec):
 
 
 @dataclass(frozen=True)
-class RandomK(Codec):
-    """A random `ratio` of the values, at least one; not scaled up, since error feedback returns what is left out."""
-
-    selects = True
-    ratio: float = 0.01
-
-    def __post_init__(self) -> None:
-        _check("randomk: ratio", self.ratio, 0 < self.ratio <= 1, "greater than 0 and at most 1")
-
-    @property
-    def sparse(self) -> bool:
-        return self.ratio < 1
+class RandomK(Selection):
+    """Random ones, whose indices both sides draw; not scaled up, since error feedback returns what is left out."""
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
         return {"values": x.flatten()[self.places({}, x, generator)]}
-
-    def decode(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
-        return _scattered(parts["values"], self.places(parts, like, generator), like)
 
     def places(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
         return torch.randperm(like.numel(), generator=generator)[: _count(like, self.ratio)].to(like.device)
