@@ -35,14 +35,6 @@ def by_name(kinds: Mapping[str, type], text: str, **given: Any) -> Any:
     return kind(**arguments)
 
 
-def text_of(kinds: Mapping[str, type], method: Any) -> str:
-    """The text that names a method: its name, then the arguments that differ from their defaults, in their order."""
-    name = next(name for name, kind in kinds.items() if kind is type(method))
-    fields = [field for field in dataclasses.fields(method) if getattr(method, field.name) != field.default]
-    pairs = [f"{field.name.replace('_', '-')}={_written(getattr(method, field.name))}" for field in fields]
-    return f"{name}:{','.join(pairs)}" if pairs else name
-
-
 def _types(kind: type) -> dict[str, Any]:
     """The arguments of a method and their types, in their order."""
     hints = get_type_hints(kind)
@@ -62,18 +54,6 @@ def _read(what: str, text: str, kind: Any) -> Any:
     except ValueError:
         noun = {int: "a whole number", float: "a number"}[kind]
         raise ValueError(f"{what} = {text} must be {noun}") from None
-
-
-def _written(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    return (
-        "/".join(map(_written, value))
-        if isinstance(value, tuple)
-        else f"{value:g}"
-        if isinstance(value, float)
-        else str(value)
-    )
 
 
 def _nearest(name: str, names: Collection[str]) -> str:

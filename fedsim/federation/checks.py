@@ -17,6 +17,7 @@ from fedsim.optim import check_optimizer
 from fedsim.training.methods import KEY_OF, flower_strategy_of, layers_of, mean_of
 from strategies.batchnorm import batchnorm_buffers
 from strategies.errors import StrategyFailed
+from strategies.flower_strategy import check_state
 from strategies.screening import wrong_values
 
 USED_BY: dict[str, dict[str, Sequence[str]]] = {  # field -> another one -> its values with which that is used
@@ -113,8 +114,8 @@ def check_mean(config: Config) -> None:
         raise UserError(f"{_chosen(config, 'mean')}: {problem}")
     if mean.of_each_value and codec and codec.sparse:
         raise UserError(
-            f"{_chosen(config, 'mean')} of updates of {_chosen(config, 'compress')}, most of whose values are 0, would "
-            "be 0: give --mean clipped or exact, or another --compress"
+            f"{_chosen(config, 'mean')} of updates of {_chosen(config, 'compress')} would be 0, as most values of these "
+            "are: give --mean clipped or exact, or another --compress"
         )
 
 
@@ -137,8 +138,6 @@ def try_flower_strategy(config: Config) -> None:
     make = flower_strategy_of(config)
     let_messages_be_made()
     parameters: dict[str, Tensor] = dict(cpu_model(config).named_parameters())
-    from strategies.flower_strategy import check_state
-
     try:
         with GLOBAL_GENERATORS:
             check_state(make, parameters, config.clients_per_round, config.seed)

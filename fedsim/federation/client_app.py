@@ -47,7 +47,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 def train_together(take_rounds: TakeRounds, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    """`train` for a group of clients of one process, whose local steps `take_rounds` takes."""
+    """`train` for a group of clients of one process; `take_rounds` takes their local steps."""
     config = _config(messages[0], contexts[0])
     rounds: list[Begun | None] = []
     for message, context in zip(messages, contexts, strict=True):

@@ -57,7 +57,7 @@ TOOLS = ("flwr", "flower-superlink")
 START_SECONDS = 60
 OUTCOME_SECONDS = 20
 ANSWER_SECONDS = 180  # of a SuperLink, also on a machine with much else to do
-SOCKETS = Path("/proc/net/tcp")  # where Linux tells whose a connection is
+SOCKETS = Path("/proc/net/tcp")  # where Linux lists connections with their users
 SUBMIT_SECONDS = 300
 SILENCE_SECONDS = 60  # of a run's log, after which the run is looked for; then twice as long each time
 MOST_SILENCE_SECONDS = 600
@@ -121,7 +121,7 @@ def superlink(folder: Path) -> Iterator[dict[str, str]]:
 
 
 def _superlink_command() -> list[str]:
-    """The command of a SuperLink that serves this user alone, where the kernel tells whose a connection is."""
+    """The command of a SuperLink that serves this user alone, where the kernel lists the users of connections."""
     if SOCKETS.exists():
         return [sys.executable, "-P", str(Path(__file__).with_name("private_superlink.py"))]
     print(

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from strategies.arguments import by_name, text_of
+from strategies.arguments import by_name
 
 
 @dataclass(frozen=True)
@@ -37,13 +37,8 @@ KINDS = {"step": Step, "no-step": Nothing}
         ("no_step", Nothing()),
     ],
 )
-def test_its_text_is_read_and_written(text: str, method: object) -> None:
+def test_its_text_is_read(text: str, method: object) -> None:
     assert by_name(KINDS, text) == method
-    assert by_name(KINDS, text_of(KINDS, method)) == method
-
-
-def test_one_text_names_it_whatever_was_written() -> None:
-    assert text_of(KINDS, by_name(KINDS, "step:rounds=4,lr=0.1,weight_decay=0.50")) == "step:rounds=4,weight-decay=0.5"
 
 
 def test_arguments_given_besides_are_used_where_the_text_has_none() -> None:
