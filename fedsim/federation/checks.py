@@ -114,8 +114,8 @@ def check_mean(config: Config) -> None:
         raise UserError(f"{_chosen(config, 'mean')}: {problem}")
     if mean.of_each_value and codec and codec.sparse:
         raise UserError(
-            f"{_chosen(config, 'mean')} of updates of {_chosen(config, 'compress')} would be 0, as most values of these "
-            "are: give --mean clipped or exact, or another --compress"
+            f"{_chosen(config, 'mean')} of updates of {_chosen(config, 'compress')} would be 0, as most values of "
+            "these are: give --mean clipped or exact, or another --compress"
         )
 
 
