@@ -14,7 +14,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedsim.config import Config
-from fedsim.device import is_out_of_memory, pool_size, thread_pool
+from fedsim.device import pool_size, thread_pool
 from fedsim.federation.client_app import train_together
 from fedsim.federation.client_state import forget_others
 from fedsim.federation.flower_internals import CLIENT_FAILED, FlowerRun, become_server, set_message_id
@@ -132,13 +132,11 @@ def stacked_trainers(config: Config, by_products: bool = False) -> list[Handler]
 def _handled(handle: Handler, group: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
     """The replies to the messages of `group`, or an error reply to each where their handler raised.
 
-    It runs in a thread of the pool, where no signal is handled: what exits is a client. A lack of memory ends the run.
+    It runs in a thread of the pool, where no signal is handled: what exits is a client.
     """
     try:
         return handle(group, contexts)
     except (Exception, SystemExit) as error:
-        if is_out_of_memory(error):
-            raise
         return [_failed(error, message) for message in group]
 
 

@@ -34,6 +34,7 @@ from fedsim.federation.strategy import build_strategy
 from fedsim.models import check_model, initial_model
 from fedsim.records import TESTED_MODEL, Run, config_of_run, print_row, read_rows, run_folder
 from fedsim.training.batchnorm import calibration_crops, reestimate
+from fedsim.training.failures import failing_in_one_line
 from fedsim.training.methods import fewest_updates, layers_of
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
@@ -48,7 +49,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run LocalSGD as the run-config says."""
     log_errors_in_one_line()
-    config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
+    serve(resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd"), grid)
+
+
+@failing_in_one_line
+def serve(config: Config, grid: Grid) -> None:
+    """Start or resume the run of `config` (resolved)."""
     check_of_run(config)
     check_augment(config)
     check_model(config)

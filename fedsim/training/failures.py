@@ -18,6 +18,7 @@ from fedsim.registry import describe, is_function
 
 P = ParamSpec("P")
 R = TypeVar("R")
+OUT_OF_MEMORY = "out of memory"  # how that failure begins
 NOT_OWN = tuple(str(Path(module.__file__ or "").parent) for module in (fedsim, os))  # fedsim's folder, and Python's
 
 
@@ -41,13 +42,18 @@ def _told(error: BaseException, config: Config) -> str:
     if isinstance(error, UserError | RunFailed | OSError) or interruption(error):
         return ""
     if is_out_of_memory(error):
-        return (
-            f"out of memory: batch-size = {config.batch_size} and model = {config.model} on {config.device}: give a "
-            "smaller --batch-size or model, or on a CPU more --threads, so that fewer clients train at a time"
-        )
+        return memory_lacks(config)
     own = [f"{key} = {value}" for key in ("model", "augment") if is_function(value := getattr(config, key))]
     place = place_of(error) or _place(error, lambda file: "torch/nn/modules" in file)
     return f"{', '.join(own)} fails in training ({describe(error)}, {place})" if own and place else ""
+
+
+def memory_lacks(config: Config) -> str:
+    """What memory that is not there is told as."""
+    return (
+        f"{OUT_OF_MEMORY}: batch-size = {config.batch_size} and model = {config.model} on {config.device}: give a "
+        "smaller --batch-size or model, or on a CPU more --threads, so that fewer clients train at a time"
+    )
 
 
 def place_of(error: BaseException) -> str:
