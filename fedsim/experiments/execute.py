@@ -6,25 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedsim.config import Config, Engine, Mode, engine_named
-from fedsim.data.augment import check_augment
-from fedsim.data.datasets import absolute_data_dir, load_dataset
-from fedsim.data.local_folder import check_of_run
-from fedsim.data.partition import check_partition, check_shards
+from fedsim.data.datasets import absolute_data_dir
 from fedsim.device import resolve
 from fedsim.experiments.study import configure
-from fedsim.federation.checks import check_strategy
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.flwr_run import check_tools, run_with_flwr
 from fedsim.federation.in_process import InProcessGrid, stacked_trainers
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.resources import check_memory
-from fedsim.federation.server_app import train_localsgd
-from fedsim.models import check_model, check_one_image
-from fedsim.optim import check_optimizer
+from fedsim.federation.server_app import check_localsgd, train_localsgd
+from fedsim.models import check_model
 from fedsim.records import OnRow, Run, config_of_run, run_folder
-from fedsim.training.centralized import train_centralized, whole_epochs
+from fedsim.training.centralized import check_centralized, train_centralized
 from fedsim.training.failures import failing_in_one_line
-from fedsim.training.run_plan import run_plan
 from fedsim.training.stacked import check_stackable, why_not
 
 
@@ -73,8 +67,10 @@ def execute_checked(
     config: Config, mode: Mode, engine: Engine, on_row: OnRow | None, rerun: bool, patience: float = 0.0
 ) -> Run:
     """`execute` for a run that `check` has accepted."""
-    if mode == "localsgd" and engine != "flower" and (rerun or not run_folder(config, mode).exists()):
-        check_memory(config, verbose=False)
+    in_process = mode == "localsgd" and engine != "flower"
+    is_new = rerun or not run_folder(config, mode).exists()
+    if in_process and is_new:
+        check_memory(config)
     run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)
     if not rerun and is_done(run):  # nothing is written: the disk may be read-only
         return run
@@ -88,7 +84,9 @@ def execute_checked(
         if mode == "centralized":
             train_centralized(config, run)
             return run
-        if engine != "flower":
+        if in_process:
+            if not is_new:  # a finished one needs none
+                check_memory(config)
             trainers = stacked_trainers(config) if engine == "stacked" else []
             with InProcessGrid(client_app, config, trainers) as grid:
                 train_localsgd(grid, config, run)
@@ -111,22 +109,10 @@ def is_done(run: Run) -> bool:
 @failing_in_one_line
 def check(config: Config, mode: Mode, engine: Engine) -> None:
     """Raise UserError if a run of `config` (resolved) by `engine` cannot begin: its data, model or keys do not fit."""
-    check_of_run(config)
-    check_optimizer(config)
-    images = len(load_dataset(config).train)
-    check_augment(config)
-    check_model(config)
     if mode == "centralized":
-        check_shards(config, images, 1)
-        if images % config.batch_size == 1:
-            check_one_image(
-                config, f"batch-size = {config.batch_size} leaves one of {images} images for the last batch"
-            )
-        whole_epochs(config)
+        check_centralized(config)
     else:
-        check_partition(config)
-        run_plan(config)
-        check_strategy(config)
+        check_localsgd(config)
         if engine == "stacked" and config.clients_per_round > 1:
             check_stackable(config)
         if engine == "flower":

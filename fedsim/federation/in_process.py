@@ -19,7 +19,6 @@ from fedsim.federation.client_app import train_together
 from fedsim.federation.client_state import forget_others
 from fedsim.federation.flower_internals import CLIENT_FAILED, FlowerRun, become_server, set_message_id
 from fedsim.federation.protocol import MEMORY_ROUNDS
-from fedsim.federation.resources import check_memory
 from fedsim.registry import describe
 from fedsim.training.failures import place_of
 from fedsim.training.stacked import StackedWorkers
@@ -33,12 +32,10 @@ class InProcessGrid(Grid):
 
     A group is one message, handled by `client_app`. Where `trainers` are given, the train messages of a round are
     divided among these instead, in the order of workers and as evenly as possible.
-    A client's `Context`, and what it keeps in ``context.state``, lives as long as the grid. Raises UserError where the
-    clients need more memory than is free.
+    A client's `Context`, and what it keeps in ``context.state``, lives as long as the grid.
     """
 
     def __init__(self, client_app: ClientApp, config: Config, trainers: Sequence[Handler] = ()) -> None:
-        check_memory(config)
         self._client_app = client_app
         self._trainers = trainers
         self._run = FlowerRun.create_empty(run_id=1)

@@ -18,6 +18,7 @@ from fedsim.data.partition import check_partition, images_left_out
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.federation.checkpoint import collect_memories, save
+from fedsim.federation.checks import check_strategy
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
@@ -55,9 +56,7 @@ def main(grid: Grid, context: Context) -> None:
 @failing_in_one_line
 def serve(config: Config, grid: Grid) -> None:
     """Start or resume the run of `config` (resolved)."""
-    check_of_run(config)
-    check_augment(config)
-    check_model(config)
+    check_localsgd(config)
     is_new = not run_folder(config, "localsgd").exists()
     run = open_run(config, "localsgd", print_row, "flower")
     print(f"run folder: {run.folder}", flush=True)
@@ -72,11 +71,21 @@ def serve(config: Config, grid: Grid) -> None:
         raise
 
 
+def check_localsgd(config: Config) -> None:
+    """Raise UserError where `config` (resolved) cannot be trained: its data, model or keys do not fit."""
+    check_of_run(config)
+    load_dataset(config)
+    check_augment(config)
+    check_model(config)
+    check_partition(config)
+    run_plan(config)
+    check_strategy(config)
+
+
 def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
-    """Train the rounds of `config` (resolved) that follow the run's checkpoint, if it has one."""
+    """Train the rounds of `config` (resolved and checked) that follow the run's checkpoint, if it has one."""
     prepare(config)
     data = load_dataset(config)
-    check_partition(config)
     if left_out := images_left_out(config):
         print(left_out, flush=True)
     plan = run_plan(config)

@@ -9,7 +9,6 @@ from torch import nn
 from fedsim.config import Config
 from fedsim.data.datasets import training_images
 from fedsim.data.partition import shard_sizes
-from fedsim.federation.checks import check_strategy
 from fedsim.federation.protocol import MEMORY
 from fedsim.federation.shapes import domains, zeros_of
 from fedsim.training.methods import fewest_updates, layers_of, mean_of
@@ -22,12 +21,11 @@ from strategies.sections import Sections, join
 def build_strategy(
     config: Config, plan: RunPlan, model: nn.Module, images: Mapping[int, int] | None = None
 ) -> LocalSGD:
-    """The strategy of `config` for the arrays of `model`.
+    """The strategy of `config` (checked) for the arrays of `model`.
 
     `images`: how many each worker holds, where it weighs by them (by default as many as its shard). They are read when
     an update is screened.
     """
-    check_strategy(config)
     shards = shard_sizes(config)
     layers = layers_of(config, server=True)
     zero = zeros_of(config, model)
