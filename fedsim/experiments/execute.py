@@ -29,7 +29,6 @@ def configured_run(
     return resolve_run(config_of_run(configure(mode, keys, preset)), mode, engine_named(engine))
 
 
-@failing_in_one_line
 def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -> tuple[Config, Engine]:
     """`config` with its actual device and threads, and the engine that trains its clients.
 
@@ -39,8 +38,9 @@ def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -
     resolved = resolve(config, mode, here)
     takes_turns = engine == "local" and resolved.device.startswith("cuda") and resolved.clients_per_round > 1
     if mode == "localsgd" and takes_turns:
-        check_model(resolved)
-        engine = "local" if why_not(resolved) else "stacked"
+        with failing_in_one_line(resolved):
+            check_model(resolved)
+            engine = "local" if why_not(resolved) else "stacked"
     return resolved, engine
 
 
@@ -62,35 +62,35 @@ def execute(
     return execute_checked(config, mode, engine, on_row, rerun, patience)
 
 
-@failing_in_one_line
 def execute_checked(
     config: Config, mode: Mode, engine: Engine, on_row: OnRow | None, rerun: bool, patience: float = 0.0
 ) -> Run:
     """`execute` for a run that `check` has accepted."""
     in_process = mode == "localsgd" and engine != "flower"
     is_new = rerun or not run_folder(config, mode).exists()
-    if in_process and is_new:
-        check_memory(config)
-    run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)
-    if not rerun and is_done(run):  # nothing is written: the disk may be read-only
-        return run
-    with run.lock(patience):
-        if rerun:
-            run.reset()
-        if is_done(run):
+    with failing_in_one_line(config):
+        if in_process and is_new:
+            check_memory(config)
+        run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)
+        if not rerun and is_done(run):  # nothing is written: the disk may be read-only
             return run
-        if engine == "flower":  # which resumes it in another process
-            run.check_inputs()
-        if mode == "centralized":
-            train_centralized(config, run)
-            return run
-        if in_process:
-            if not is_new:  # a finished one needs none
-                check_memory(config)
-            trainers = stacked_trainers(config) if engine == "stacked" else []
-            with InProcessGrid(client_app, config, trainers) as grid:
-                train_localsgd(grid, config, run)
-            return run
+        with run.lock(patience):
+            if rerun:
+                run.reset()
+            if is_done(run):
+                return run
+            if engine == "flower":  # which resumes it in another process
+                run.check_inputs()
+            if mode == "centralized":
+                train_centralized(config, run)
+                return run
+            if in_process:
+                if not is_new:  # a finished one needs none
+                    check_memory(config)
+                trainers = stacked_trainers(config) if engine == "stacked" else []
+                with InProcessGrid(client_app, config, trainers) as grid:
+                    train_localsgd(grid, config, run)
+                return run
     # The server app locks the run itself, and works in another folder
     paths = {"results-dir": str(run.folder.parent), "data-dir": absolute_data_dir(config)}
     run_with_flwr(config.changed({"name": run.folder.name, **paths}))
@@ -106,14 +106,14 @@ def is_done(run: Run) -> bool:
     return False
 
 
-@failing_in_one_line
 def check(config: Config, mode: Mode, engine: Engine) -> None:
     """Raise UserError if a run of `config` (resolved) by `engine` cannot begin: its data, model or keys do not fit."""
-    if mode == "centralized":
-        check_centralized(config)
-    else:
-        check_localsgd(config)
-        if engine == "stacked" and config.clients_per_round > 1:
-            check_stackable(config)
-        if engine == "flower":
-            check_tools()
+    with failing_in_one_line(config):
+        if mode == "centralized":
+            check_centralized(config)
+        else:
+            check_localsgd(config)
+            if engine == "stacked" and config.clients_per_round > 1:
+                check_stackable(config)
+            if engine == "flower":
+                check_tools()

@@ -44,42 +44,35 @@ TakeRounds = Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """J local steps from the global arrays; replies with the arrays, the loss and the samples seen."""
-    (reply,) = train_together(_one_by_one, [message], [context])
+    (reply,) = train_together(None, [message], [context])
     return reply
 
 
-def train_together(take_rounds: TakeRounds, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    """`train` for a group of clients of one process; `take_rounds` takes their local steps.
+def train_together(
+    take_rounds: TakeRounds | None, messages: Sequence[Message], contexts: Sequence[Context]
+) -> list[Message]:
+    """`train` for a group of clients of one process; `take_rounds` takes their local steps, by default one by one.
 
     Where memory lacks, the replies are errors that say so.
     """
     config = _config(messages[0], contexts[0])
+    rounds: list[Begun | None] = []
     try:
-        return _train(config, take_rounds, messages, contexts)
+        for message, context in zip(messages, contexts, strict=True):
+            try:
+                rounds.append(_begin(config, message, context))
+            except MemoryLost:  # the server decides what becomes of the round
+                rounds.append(None)
+        own = [begun for begun in rounds if begun]
+        starts = [begun.start for begun in own]
+        ends = take_rounds(config, starts) if take_rounds and own else [take_round(config, start) for start in starts]
+        replies = iter(_replies(config, own, ends))
+        return [
+            next(replies) if begun else _declined(message, MEMORY_LOST)
+            for begun, message in zip(rounds, messages, strict=True)
+        ]
     except Exception as error:
         return [_memory_lacks(error, config, message) for message in messages]
-
-
-def _train(
-    config: Config, take_rounds: TakeRounds, messages: Sequence[Message], contexts: Sequence[Context]
-) -> list[Message]:
-    rounds: list[Begun | None] = []
-    for message, context in zip(messages, contexts, strict=True):
-        try:
-            rounds.append(_begin(config, message, context))
-        except MemoryLost:  # the server decides what becomes of the round
-            rounds.append(None)
-    own = [begun for begun in rounds if begun]
-    ends = take_rounds(config, [begun.start for begun in own]) if own else []
-    replies = iter(_replies(config, own, ends))
-    return [
-        next(replies) if begun else _declined(message, MEMORY_LOST)
-        for begun, message in zip(rounds, messages, strict=True)
-    ]
-
-
-def _one_by_one(config: Config, starts: Sequence[RoundStart]) -> list[RoundEnd]:
-    return [take_round(config, start) for start in starts]
 
 
 @app.query("partition")

@@ -7,6 +7,7 @@ import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
@@ -23,6 +24,7 @@ from fedsim.registry import describe
 from fedsim.training.failures import place_of
 from fedsim.training.stacked import StackedWorkers
 
+Handled = Future[list[Message]]  # the replies to a group
 Handler = Callable[[Sequence[Message], Sequence[Context]], list[Message]]  # of the messages of a group
 SERVER_ID = 1  # Flower's node id of the server
 
@@ -84,10 +86,8 @@ class InProcessGrid(Grid):
         trains = bool(messages) and messages[0].metadata.message_type == MessageType.TRAIN
         if trains:
             self._free_memories(messages[0])
-        work = self._divided(messages) if trains and self._trainers else [(self._alone, [each]) for each in messages]
-        begun = [self._pool.submit(_handled, handle, group, self._contexts_of(group)) for handle, group in work]
-        for future, (_, group) in zip(begun, work, strict=True):
-            for message, reply in zip(group, future.result(), strict=True):
+        for group, handled in self._divided(messages) if trains and self._trainers else self._one_by_one(messages):
+            for message, reply in zip(group, _replies(group, handled), strict=True):
                 self._replies[message.metadata.message_id] = reply
         return [message.metadata.message_id for message in messages]
 
@@ -98,16 +98,23 @@ class InProcessGrid(Grid):
         """The replies to `messages`. `timeout` has no effect: nothing here can be lost on the way."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _divided(self, messages: Sequence[Message]) -> list[tuple[Handler, list[Message]]]:
-        """Each trainer that has something to do, and its share of `messages`."""
+    def _one_by_one(self, messages: Sequence[Message]) -> list[tuple[Sequence[Message], Handled]]:
+        """Each of `messages` as a group that a thread handles."""
+        pairs = [([message], self._contexts_of([message])) for message in messages]
+        # `list` calls the client, in the thread
+        return [(group, self._pool.submit(list, map(self._client_app, group, contexts))) for group, contexts in pairs]
+
+    def _divided(self, messages: Sequence[Message]) -> list[tuple[Sequence[Message], Handled]]:
+        """The share of `messages` of each trainer that has something to do, as a group that a thread handles."""
         in_order = sorted(messages, key=lambda message: message.metadata.dst_node_id)
         parts = len(self._trainers)
         ends = [len(in_order) * part // parts for part in range(parts + 1)]
         shares = [in_order[begin:end] for begin, end in itertools.pairwise(ends)]
-        return [(train, share) for train, share in zip(self._trainers, shares, strict=True) if share]
-
-    def _alone(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-        return [self._client_app(*pair) for pair in zip(messages, contexts, strict=True)]
+        return [
+            (share, self._pool.submit(train, share, self._contexts_of(share)))
+            for train, share in zip(self._trainers, shares, strict=True)
+            if share
+        ]
 
     def _contexts_of(self, messages: Sequence[Message]) -> list[Context]:
         return [self._contexts[message.metadata.dst_node_id] for message in messages]
@@ -126,15 +133,15 @@ def stacked_trainers(config: Config, by_products: bool = False) -> list[Handler]
     return [functools.partial(train_together, StackedWorkers(by_products).take_rounds) for _ in range(groups)]
 
 
-def _handled(handle: Handler, group: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+def _replies(group: Sequence[Message], handled: Handled) -> list[Message]:
     """The replies to the messages of `group`, or an error reply to each where their handler raised.
 
-    It runs in a thread of the pool, where no signal is handled: what exits is a client.
+    In a thread of the pool no signal is handled: what exits there is a client.
     """
-    try:
-        return handle(group, contexts)
-    except (Exception, SystemExit) as error:
+    error = handled.exception()
+    if isinstance(error, Exception | SystemExit):
         return [_failed(error, message) for message in group]
+    return handled.result()
 
 
 def _failed(error: BaseException, message: Message) -> Message:

@@ -50,10 +50,11 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run LocalSGD as the run-config says."""
     log_errors_in_one_line()
-    serve(resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd"), grid)
+    config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
+    with failing_in_one_line(config):
+        serve(config, grid)
 
 
-@failing_in_one_line
 def serve(config: Config, grid: Grid) -> None:
     """Start or resume the run of `config` (resolved)."""
     check_localsgd(config)

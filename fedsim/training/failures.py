@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
 
 import fedsim
 from fedsim.config import Config
@@ -16,25 +15,19 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.interrupts import interruption
 from fedsim.registry import describe, is_function
 
-P = ParamSpec("P")
-R = TypeVar("R")
 OUT_OF_MEMORY = "out of memory"  # how that failure begins
 NOT_OWN = tuple(str(Path(module.__file__ or "").parent) for module in (fedsim, os))  # fedsim's folder, and Python's
 
 
-def failing_in_one_line(function: Callable[Concatenate[Config, P], R]) -> Callable[Concatenate[Config, P], R]:
-    """Decorator of a function of a configuration: what is no fault of fedsim is RunFailed, with the remedy."""
-
-    @functools.wraps(function)
-    def called(config: Config, /, *arguments: P.args, **keywords: P.kwargs) -> R:
-        try:
-            return function(config, *arguments, **keywords)
-        except (Exception, SystemExit) as error:
-            if told := _told(error, config):
-                raise RunFailed(told) from error
-            raise
-
-    return called
+@contextlib.contextmanager
+def failing_in_one_line(config: Config) -> Iterator[None]:
+    """Context manager, in which a run of `config` is: what is no fault of fedsim is RunFailed, with the remedy."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if told := _told(error, config):
+            raise RunFailed(told) from error
+        raise
 
 
 def _told(error: BaseException, config: Config) -> str:

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import sys
+import threading
+import traceback
 from collections import Counter
 from pathlib import Path
 from types import FrameType
@@ -30,6 +33,9 @@ from fedsim.models import check_model
 from fedsim.models.lenet import LeNet5
 from fedsim.optim import check_optimizer
 from fedsim.records import read_summary
+from fedsim.training import step
+from fedsim.training.step import take_step
+from tests.commands import ROOT
 from tests.conftest import SMALL_BATCHNORM, Call, Execute, assert_same_bits, final_model, register, rows_of
 
 BN_AND_DROPOUT: dict[str, Any] = {"model": SMALL_BATCHNORM, "synthetic-images": 128, "batch-size": 16, "momentum": 0.9}
@@ -114,6 +120,28 @@ def test_each_check_of_a_run_is_made_once(call: Call, small: Config, by: str, re
     finally:
         sys.setprofile(None)
     assert made == dict.fromkeys(names.values(), 1)
+
+
+def test_from_the_command_line_to_a_step_a_run_passes_the_functions_that_the_design_lists(
+    call: Call, small: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Besides the list: `invoke`, which imports torch, and where the thread is begun and waited for."""
+    stacks: list[list[traceback.FrameSummary]] = []
+
+    def recorded(*arguments: Any, **keywords: Any) -> Any:
+        waiting, own = sys._current_frames()[threading.main_thread().ident or 0], sys._getframe(1)
+        stacks.append([*traceback.extract_stack(waiting), *traceback.extract_stack(own)])
+        return take_step(*arguments, **keywords)
+
+    monkeypatch.setattr(step, "take_step", recorded)
+    keys = {name: value for name, value in small.as_keys().items() if value != Config().as_keys()[name]}
+    assert call("localsgd", *(f"--{name}={value}" for name, value in keys.items()), "--stop-after-rounds=1")[0] == 0
+    passed = [frame for frame in stacks[0] if frame.filename.startswith(str(ROOT / "fedsim"))]
+    names = [frame.name for frame in passed if frame.name not in ("invoke", "_one_by_one", "_replies", "<listcomp>")]
+    listed = (ROOT / "docs" / "design.md").read_text().split("run.py localsgd\n")[1].split("```")[0]
+    assert [*names, "take_step"] == [
+        name for line in listed.splitlines() for name in re.findall(r"\w+", line[36:].split("  ")[0])
+    ]
 
 
 def test_models_are_tried_on_one_thread(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:
