@@ -14,7 +14,7 @@ from fedsim.federation.shapes import domains, zeros_of
 from fedsim.training.methods import fewest_updates, layers_of, mean_of
 from fedsim.training.run_plan import RunPlan
 from strategies.domain import NOT_NEGATIVE, Domain
-from strategies.local_sgd import LocalSGD
+from strategies.local_sgd import LocalSGD, Seen, Usable
 from strategies.sections import Sections, join
 
 
@@ -42,13 +42,13 @@ def build_strategy(
         seed=config.seed,
         population=config.clients,
         fraction_train=config.fraction,
-        min_updates=fewest_updates(config),
-        examples=planned,
-        metrics={"train-loss": NOT_NEGATIVE},  # a cross-entropy
-        domains=lambda round_: domains(names, zero.batchnorm, layers, plan.first_step(round_ + 1)),
-        other_records=[MEMORY],
-        batchnorm=zero.batchnorm,
+        usable=Usable(
+            least=fewest_updates(config),
+            examples=planned,
+            metrics={"train-loss": NOT_NEGATIVE},  # a cross-entropy
+            domains=lambda round_: domains(names, zero.batchnorm, layers, plan.first_step(round_ + 1)),
+            other_records=[MEMORY],
+        ),
         layers=layers,
-        mean=mean_of(config),
-        lr=lambda round_: plan.rates(round_)[-1],
+        seen=Seen(mean_of(config), zero.batchnorm, lambda round_: plan.rates(round_)[-1]),
     )
