@@ -30,6 +30,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any, BinaryIO, TypeGuard
 
+import torch
 from pydantic import Field
 from torch import Tensor
 
@@ -43,7 +44,8 @@ from fedsim.checkpoint_file import (
     seal,
     serialize,
 )
-from fedsim.config import BUDGET, Config, Mode, complete_record
+from fedsim.config import BUDGET, CORES, Config, Mode, complete_record
+from fedsim.device import pool_size
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.files import atomic_write, open_file, open_to_append, read_file
 from fedsim.inputs import Inputs, check_inputs, check_own_data, inputs_of, warn_of_versions
@@ -65,7 +67,11 @@ HEADER = {  # of a checkpoint: what each entry is
     **dict.fromkeys(("round", "rows_bytes"), kind_of(Count)),
     **{"seconds": kind_of(Annotated[Finite, Field(ge=0)]), "stacked": kind_of(bool), "rows_sha256": kind_of(str)},
 }
-OPTIONAL = {"own_data": kind_of(dict[str, dict[str, str]]), "code_changed_after": kind_of(list[Count])}
+OPTIONAL = {
+    "own_data": kind_of(dict[str, dict[str, str]]),
+    "code_changed_after": kind_of(list[Count]),
+    "groups": kind_of(Count),
+}
 COSTS = ("epoch", "round", "steps_done", "syncs", *TRAFFIC, "updates_left_out")
 RENAMED_COLUMNS = {"local_steps": "steps_done"}  # former name in rows and summaries -> the present one
 DIGEST = 6  # characters, at the end of a default name
@@ -161,6 +167,7 @@ class Run:
             if checkpoint["stacked"] != (self._engine == "stacked"):
                 other = "stacked" if checkpoint["stacked"] else "local"
                 raise UserError(f"name = {self.folder.name}: it was trained by another engine: give --engine {other}")
+            self._warn_of_groups(checkpoint)
             self._take_inputs(checkpoint)
             self._lengthen()
             if refused:
@@ -205,6 +212,7 @@ class Run:
             "config": self._identity,
             "seconds": self.seconds,
             "stacked": self._engine == "stacked",
+            **self._groups(),
             "rows_bytes": self._rows.size,
             "rows_sha256": rows_sha256,
             **self._recorded_inputs(),
@@ -247,6 +255,7 @@ class Run:
             **_outcome(_each_row(self.folder)),
             "parameters": parameters,
             **({"engine": self._engine} if self._engine else {}),
+            **self._groups(),
             **provenance(device),
             **self._recorded_inputs(),
         }
@@ -285,6 +294,24 @@ class Run:
         self._code_changed_after = checkpoint.get("code_changed_after", []) + [checkpoint["round"]] * changed
         for worker, digests in checkpoint.get("own_data", {}).items():
             check_own_data(worker, digests, self.own_data.setdefault(worker, digests))
+
+    def _groups(self) -> dict[str, int]:
+        """How many stacked networks train the clients of a round, on which the last bits depend."""
+        if self._engine != "stacked":
+            return {}
+        threads = pool_size(torch.device(self._config.device), self._config.threads)
+        return {"groups": min(threads, self._config.clients_per_round)}
+
+    def _warn_of_groups(self, checkpoint: Mapping[str, Any]) -> None:
+        """Warn on one line where the clients were stacked in another number of groups so far."""
+        for name, now in self._groups().items():
+            if (before := checkpoint.get(name, now)) != now:  # checkpoints of older versions do not tell
+                print(
+                    f"warning: name = {self.folder.name}: engine = stacked trained the clients in {before} groups so "
+                    f"far, one for each core, and does in {now} here: the last bits will differ from those of an "
+                    f"uninterrupted run: set {CORES} as before, if they must not",
+                    file=sys.stderr,
+                )
 
     def _lengthen(self) -> None:
         """Make the folder's shorter run, if it holds one, an unfinished one of this configuration.

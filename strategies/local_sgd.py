@@ -13,6 +13,7 @@ import logging
 import math
 import random
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -54,6 +55,35 @@ class Aggregate(NamedTuple):
     left_out: dict[int, str]  # the other sampled workers -> reason
 
 
+@dataclass(frozen=True)
+class Usable:
+    """Which updates may be averaged, and how many a round needs: with fewer than `least` it has no average.
+
+    A usable one weighs what `examples(round, worker)` allows and reports each of `metrics`, a value in its domain; the
+    values of its arrays are in their `domains(round)` (see `strategies.screening.Rules`); `other_records` may come with
+    it.
+    """
+
+    least: int = 1
+    examples: Callable[[int, int], Domain] = lambda round_, worker: NOT_NEGATIVE
+    metrics: Mapping[str, Domain] = field(default_factory=dict)
+    domains: Callable[[int], Mapping[str, Domain]] = lambda round_: {}
+    other_records: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Seen:
+    """What the layers see of the workers: the `mean` of what these send, and the learning rates.
+
+    `batchnorm` names the buffers of BatchNorm layers (see `batchnorm_buffers`), and `lr(round)` is the workers'
+    learning rate at the end of a round.
+    """
+
+    mean: Mean = field(default_factory=Exact)
+    batchnorm: Mapping[str, str] = field(default_factory=dict)
+    lr: Callable[[int], float] = lambda round_: 1.0
+
+
 class LocalSGD(FedAvg):
     """Average the arrays of all workers, weighted by ``num-examples``.
 
@@ -63,13 +93,8 @@ class LocalSGD(FedAvg):
     number of workers that are sampled from, including those whose node is not connected (default: as many as
     `workers`).
 
-    Fewer usable updates than `min_updates` give no average. A usable one weighs what `examples(round, worker)` allows
-    and reports each of `metrics`, a value in its domain; the values of its arrays are in their `domains(round)` (see
-    `strategies.screening.Rules`); `other_records` may come with it.
-
-    `layers` are the methods of the run, and `mean` is what they see of the workers. `batchnorm` names the buffers of
-    BatchNorm layers (see `batchnorm_buffers`), and `lr(round)` is the workers' learning rate at the end of a round.
-    Other arguments are FedAvg's.
+    The updates that are `usable` are averaged. `layers` are the methods of the run, and `seen` is what they see of the
+    workers. Other arguments are FedAvg's.
     """
 
     def __init__(
@@ -77,36 +102,26 @@ class LocalSGD(FedAvg):
         workers: Mapping[int, int] | None = None,
         seed: int = 0,
         population: int = 0,
-        min_updates: int = 1,
-        examples: Callable[[int, int], Domain] = lambda round_, worker: NOT_NEGATIVE,
-        metrics: Mapping[str, Domain] | None = None,
-        domains: Callable[[int], Mapping[str, Domain]] = lambda round_: {},
-        other_records: Sequence[str] = (),
+        usable: Usable | None = None,
         layers: Layers | None = None,
-        mean: Mean | None = None,
-        batchnorm: Mapping[str, str] | None = None,
-        lr: Callable[[int], float] = lambda round_: 1.0,
+        seen: Seen | None = None,
         **fedavg: Any,
     ) -> None:
         super().__init__(**fedavg)
         self.workers = dict(workers or {})
         self.seed = seed
         self.population = population
-        self.min_updates = min_updates
-        self.examples = examples
-        self.domains = domains
+        self.usable = usable or Usable()
         self.layers = layers or Layers()
-        self.mean = mean or Exact()
-        self.batchnorm = dict(batchnorm or {})
-        self.lr = lr
+        self.seen = seen or Seen()
         statistics = self.layers.statistics() or Statistics.statistics
-        of_buffers = {BUFFERS + name: statistics[entry] for name, entry in self.batchnorm.items()}
+        of_buffers = {BUFFERS + name: statistics[entry] for name, entry in self.seen.batchnorm.items()}
         self.rules = Rules(
             self.arrayrecord_key,
             self.weighted_by_key,
-            metrics=metrics or {},
+            metrics=self.usable.metrics,
             domains=of_buffers,
-            other_records=other_records,
+            other_records=self.usable.other_records,
         )
 
     def request(
@@ -156,7 +171,7 @@ class LocalSGD(FedAvg):
 
     def _round(self, round_: int, x: Tensors) -> ServerRound:
         everyone = self.fraction_train >= 1 or self._sample_size(self.population) == self.population > 0
-        return ServerRound(round_, everyone, x, x, self.lr(round_), self.batchnorm)
+        return ServerRound(round_, everyone, x, x, self.seen.lr(round_), self.seen.batchnorm)
 
     def _sample_size(self, workers: int) -> int:
         return max(1, round(self.fraction_train * workers))
@@ -176,11 +191,11 @@ class LocalSGD(FedAvg):
         Raises FloatingPointError where these are not finite, or outside their domains: no further round can then be
         trained.
         """
-        domains = {**self.rules.domains, **self.domains(round_)}
+        domains = {**self.rules.domains, **self.usable.domains(round_)}
         screened, left_out = self._screened(round_, request, replies, domains)
         for worker, reason in left_out.items():
             log.warning("round %s: worker %s is left out of the average: %s", round_, worker, reason)
-        if len(screened) < self.min_updates:
+        if len(screened) < self.usable.least:
             return Aggregate(None, MetricRecord(), state, {}, left_out)
 
         averaged = sorted(screened)
@@ -197,7 +212,7 @@ class LocalSGD(FedAvg):
             weights=weights,
             share=len(averaged) / (self.population or len(self.workers) or len(averaged)),
         )
-        state = update(self.layers, self.mean, r, sent, state) | ({WIRE: sent.wire} if sent.wire else {})
+        state = update(self.layers, self.seen.mean, r, sent, state) | ({WIRE: sent.wire} if sent.wire else {})
         arrays = join(Sections(r.next_x, r.buffers, {}))
 
         remembered = {
@@ -214,7 +229,8 @@ class LocalSGD(FedAvg):
     ) -> tuple[dict[int, Screened], dict[int, str]]:
         """The usable updates, decoded, and why each other sampled worker has none."""
         sent = request.sent
-        rules = dataclasses.replace(self.rules, examples=functools.partial(self.examples, round_), domains=domains)
+        examples = functools.partial(self.usable.examples, round_)
+        rules = dataclasses.replace(self.rules, examples=examples, domains=domains)
         updates, left_out = screen(replies, request.messages, request.workers, self._like(round_, sent), rules)
         left_out |= dict.fromkeys(request.away, "its node is not connected")
         if self.layers.wire.up:

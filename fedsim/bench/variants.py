@@ -22,6 +22,7 @@ from fedsim.federation.flwr_run import run_with_flwr
 from fedsim.federation.in_process import Handler, InProcessGrid, stacked_trainers
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
+from fedsim.federation.resources import check_memory
 from fedsim.federation.round import initial_progress, train_round
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import initial_model
@@ -58,6 +59,7 @@ def rounds_in_process(
 ) -> list[float]:
     """LocalSGD with some `keys` changed, without tests and checkpoints; `trainers` makes those of the grid."""
     config = config.changed(keys)
+    check_memory(config)
     model = initial_model(config)
     with InProcessGrid(client_app, config, trainers(config)) as grid:
         strategy = build_strategy(config, run_plan(config), model)

@@ -6,25 +6,19 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedsim.config import Config, Engine, Mode, engine_named
-from fedsim.data.augment import check_augment
-from fedsim.data.datasets import absolute_data_dir, load_dataset
-from fedsim.data.local_folder import check_of_run
-from fedsim.data.partition import check_partition, check_shards
+from fedsim.data.datasets import absolute_data_dir
 from fedsim.device import resolve
 from fedsim.experiments.study import configure
-from fedsim.federation.checks import check_strategy
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.flwr_run import check_tools, run_with_flwr
 from fedsim.federation.in_process import InProcessGrid, stacked_trainers
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.resources import check_memory
-from fedsim.federation.server_app import train_localsgd
-from fedsim.models import check_model, check_one_image
-from fedsim.optim import check_optimizer
+from fedsim.federation.server_app import check_localsgd, train_localsgd
+from fedsim.models import check_model
 from fedsim.records import OnRow, Run, config_of_run, run_folder
-from fedsim.training.centralized import train_centralized, whole_epochs
+from fedsim.training.centralized import check_centralized, train_centralized
 from fedsim.training.failures import failing_in_one_line
-from fedsim.training.run_plan import run_plan
 from fedsim.training.stacked import check_stackable, why_not
 
 
@@ -35,7 +29,6 @@ def configured_run(
     return resolve_run(config_of_run(configure(mode, keys, preset)), mode, engine_named(engine))
 
 
-@failing_in_one_line
 def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -> tuple[Config, Engine]:
     """`config` with its actual device and threads, and the engine that trains its clients.
 
@@ -45,8 +38,9 @@ def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -
     resolved = resolve(config, mode, here)
     takes_turns = engine == "local" and resolved.device.startswith("cuda") and resolved.clients_per_round > 1
     if mode == "localsgd" and takes_turns:
-        check_model(resolved)
-        engine = "local" if why_not(resolved) else "stacked"
+        with failing_in_one_line(resolved):
+            check_model(resolved)
+            engine = "local" if why_not(resolved) else "stacked"
     return resolved, engine
 
 
@@ -68,31 +62,35 @@ def execute(
     return execute_checked(config, mode, engine, on_row, rerun, patience)
 
 
-@failing_in_one_line
 def execute_checked(
     config: Config, mode: Mode, engine: Engine, on_row: OnRow | None, rerun: bool, patience: float = 0.0
 ) -> Run:
     """`execute` for a run that `check` has accepted."""
-    if mode == "localsgd" and engine != "flower" and (rerun or not run_folder(config, mode).exists()):
-        check_memory(config, verbose=False)
-    run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)
-    if not rerun and is_done(run):  # nothing is written: the disk may be read-only
-        return run
-    with run.lock(patience):
-        if rerun:
-            run.reset()
-        if is_done(run):
+    in_process = mode == "localsgd" and engine != "flower"
+    is_new = rerun or not run_folder(config, mode).exists()
+    with failing_in_one_line(config):
+        if in_process and is_new:
+            check_memory(config)
+        run = open_run(config, mode, on_row, "" if mode == "centralized" else engine)
+        if not rerun and is_done(run):  # nothing is written: the disk may be read-only
             return run
-        if engine == "flower":  # which resumes it in another process
-            run.check_inputs()
-        if mode == "centralized":
-            train_centralized(config, run)
-            return run
-        if engine != "flower":
-            trainers = stacked_trainers(config) if engine == "stacked" else []
-            with InProcessGrid(client_app, config, trainers) as grid:
-                train_localsgd(grid, config, run)
-            return run
+        with run.lock(patience):
+            if rerun:
+                run.reset()
+            if is_done(run):
+                return run
+            if engine == "flower":  # which resumes it in another process
+                run.check_inputs()
+            if mode == "centralized":
+                train_centralized(config, run)
+                return run
+            if in_process:
+                if not is_new:  # a finished one needs none
+                    check_memory(config)
+                trainers = stacked_trainers(config) if engine == "stacked" else []
+                with InProcessGrid(client_app, config, trainers) as grid:
+                    train_localsgd(grid, config, run)
+                return run
     # The server app locks the run itself, and works in another folder
     paths = {"results-dir": str(run.folder.parent), "data-dir": absolute_data_dir(config)}
     run_with_flwr(config.changed({"name": run.folder.name, **paths}))
@@ -108,26 +106,14 @@ def is_done(run: Run) -> bool:
     return False
 
 
-@failing_in_one_line
 def check(config: Config, mode: Mode, engine: Engine) -> None:
     """Raise UserError if a run of `config` (resolved) by `engine` cannot begin: its data, model or keys do not fit."""
-    check_of_run(config)
-    check_optimizer(config)
-    images = len(load_dataset(config).train)
-    check_augment(config)
-    check_model(config)
-    if mode == "centralized":
-        check_shards(config, images, 1)
-        if images % config.batch_size == 1:
-            check_one_image(
-                config, f"batch-size = {config.batch_size} leaves one of {images} images for the last batch"
-            )
-        whole_epochs(config)
-    else:
-        check_partition(config)
-        run_plan(config)
-        check_strategy(config)
-        if engine == "stacked" and config.clients_per_round > 1:
-            check_stackable(config)
-        if engine == "flower":
-            check_tools()
+    with failing_in_one_line(config):
+        if mode == "centralized":
+            check_centralized(config)
+        else:
+            check_localsgd(config)
+            if engine == "stacked" and config.clients_per_round > 1:
+                check_stackable(config)
+            if engine == "flower":
+                check_tools()

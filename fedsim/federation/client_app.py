@@ -11,18 +11,20 @@ import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
-from flwr.app import ArrayRecord, ConfigRecord, Context, Message, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
 from fedsim.config import Config, Value, own_keys
 from fedsim.data.local_folder import check_named, check_of_run, digests_of_node, verify_images
-from fedsim.device import resolve
+from fedsim.device import is_out_of_memory, resolve
 from fedsim.errors import UserError
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
+from fedsim.federation.flower_internals import CLIENT_FAILED
 from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, SHARED
 from fedsim.models import cpu_model
 from fedsim.own_code import own_code
+from fedsim.training.failures import memory_lacks
 from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_round
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
@@ -42,30 +44,35 @@ TakeRounds = Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """J local steps from the global arrays; replies with the arrays, the loss and the samples seen."""
-    (reply,) = train_together(_one_by_one, [message], [context])
+    (reply,) = train_together(None, [message], [context])
     return reply
 
 
-def train_together(take_rounds: TakeRounds, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-    """`train` for a group of clients of one process; `take_rounds` takes their local steps."""
+def train_together(
+    take_rounds: TakeRounds | None, messages: Sequence[Message], contexts: Sequence[Context]
+) -> list[Message]:
+    """`train` for a group of clients of one process; `take_rounds` takes their local steps, by default one by one.
+
+    Where memory lacks, the replies are errors that say so.
+    """
     config = _config(messages[0], contexts[0])
     rounds: list[Begun | None] = []
-    for message, context in zip(messages, contexts, strict=True):
-        try:
-            rounds.append(_begin(config, message, context))
-        except MemoryLost:  # the server decides what becomes of the round
-            rounds.append(None)
-    own = [begun for begun in rounds if begun]
-    ends = take_rounds(config, [begun.start for begun in own]) if own else []
-    replies = iter(_replies(config, own, ends))
-    return [
-        next(replies) if begun else _declined(message, MEMORY_LOST)
-        for begun, message in zip(rounds, messages, strict=True)
-    ]
-
-
-def _one_by_one(config: Config, starts: Sequence[RoundStart]) -> list[RoundEnd]:
-    return [take_round(config, start) for start in starts]
+    try:
+        for message, context in zip(messages, contexts, strict=True):
+            try:
+                rounds.append(_begin(config, message, context))
+            except MemoryLost:  # the server decides what becomes of the round
+                rounds.append(None)
+        own = [begun for begun in rounds if begun]
+        starts = [begun.start for begun in own]
+        ends = take_rounds(config, starts) if take_rounds and own else [take_round(config, start) for start in starts]
+        replies = iter(_replies(config, own, ends))
+        return [
+            next(replies) if begun else _declined(message, MEMORY_LOST)
+            for begun, message in zip(rounds, messages, strict=True)
+        ]
+    except Exception as error:
+        return [_memory_lacks(error, config, message) for message in messages]
 
 
 @app.query("partition")
@@ -77,6 +84,13 @@ def partition(message: Message, context: Context) -> Message:
     Fails where it cannot run as the run's keys and its own say.
     """
     config = _config(message, context)
+    try:
+        return _partition(config, message, context)
+    except Exception as error:
+        return _memory_lacks(error, config, message)
+
+
+def _partition(config: Config, message: Message, context: Context) -> Message:
     verify_images(config)
     check_machine(config)
     inputs = {"data": ConfigRecord({**digests_of_node(config)}), "code": ConfigRecord({**own_code(config, True)})}
@@ -192,6 +206,13 @@ def _reply(config: Config, layers: Layers, begun: Begun, end: RoundEnd, ended: E
         if message.content.config_records["config"][SEND_MEMORY]:
             content[MEMORY] = _sendable(record)
     return Message(content, reply_to=message)
+
+
+def _memory_lacks(error: Exception, config: Config, message: Message) -> Message:
+    """The error reply of a client for which `error` says that memory lacks; raises any other `error`."""
+    if not is_out_of_memory(error):
+        raise error
+    return Message(Error(CLIENT_FAILED, memory_lacks(config)), reply_to=message)
 
 
 def _declined(message: Message, reason: str) -> Message:

@@ -16,9 +16,18 @@ from flwr.serverapp import Grid
 from flwr.supercore.run import Run as FlowerRun
 from flwr.supercore.task_identity import TaskIdentity
 
-__all__ = ["CLIENT_FAILED", "FlowerRun", "actor_died", "become_server", "let_messages_be_made", "set_message_id"]
+__all__ = [
+    "CLIENT_FAILED",
+    "FlowerRun",
+    "actor_died",
+    "become_server",
+    "let_messages_be_made",
+    "set_message_id",
+    "simulates",
+]
 
 CLIENT_FAILED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
+SIMULATIONS = ("InMemoryGrid", "InProcessGrid")  # Flower's, on Ray, and fedsim's
 
 
 def become_server(run_id: int, node_id: int) -> None:
@@ -39,12 +48,20 @@ def set_message_id(message: Message, id_: str) -> None:
     message.metadata.__dict__["_message_id"] = id_
 
 
-def actor_died(grid: Grid, reply: Message) -> bool:
-    """Whether `reply`, an error, says that a Ray actor of Flower's simulation has died.
+def simulates(grid: Grid) -> bool:
+    """Whether the clients of `grid` are the user's own, so that their errors are believed.
+
+    In a deployment a client may write anything into its error.
+    """
+    return any(base.__name__ in SIMULATIONS for base in type(grid).__mro__)
+
+
+def actor_died(reply: Message) -> bool:
+    """Whether `reply`, an error in a simulation, says that a Ray actor of Flower's simulation has died.
 
     Flower gives a dead actor back to its pool, where it fails at every message that it is given from then on, whichever
-    client's. In a deployment a client may write anything into its error: only the simulation's own grid is believed.
+    client's.
     """
     reason = reply.error.reason or ""
     of_ray = re.match(r"<class 'ray\.exceptions\.(?!RayTaskError)", reason)  # that one: the client raised
-    return bool(of_ray) and reply.error.code == ErrorCode.UNKNOWN and type(grid).__name__ == "InMemoryGrid"
+    return bool(of_ray) and reply.error.code == ErrorCode.UNKNOWN

@@ -7,6 +7,7 @@ import itertools
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
 
 import torch
 from flwr.app import ConfigRecord, Context, Error, Message, MessageType, RecordDict
@@ -14,16 +15,16 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid
 
 from fedsim.config import Config
-from fedsim.device import is_out_of_memory, pool_size, thread_pool
+from fedsim.device import pool_size, thread_pool
 from fedsim.federation.client_app import train_together
 from fedsim.federation.client_state import forget_others
 from fedsim.federation.flower_internals import CLIENT_FAILED, FlowerRun, become_server, set_message_id
 from fedsim.federation.protocol import MEMORY_ROUNDS
-from fedsim.federation.resources import check_memory
 from fedsim.registry import describe
 from fedsim.training.failures import place_of
 from fedsim.training.stacked import StackedWorkers
 
+Handled = Future[list[Message]]  # the replies to a group
 Handler = Callable[[Sequence[Message], Sequence[Context]], list[Message]]  # of the messages of a group
 SERVER_ID = 1  # Flower's node id of the server
 
@@ -33,12 +34,10 @@ class InProcessGrid(Grid):
 
     A group is one message, handled by `client_app`. Where `trainers` are given, the train messages of a round are
     divided among these instead, in the order of workers and as evenly as possible.
-    A client's `Context`, and what it keeps in ``context.state``, lives as long as the grid. Raises UserError where the
-    clients need more memory than is free.
+    A client's `Context`, and what it keeps in ``context.state``, lives as long as the grid.
     """
 
     def __init__(self, client_app: ClientApp, config: Config, trainers: Sequence[Handler] = ()) -> None:
-        check_memory(config)
         self._client_app = client_app
         self._trainers = trainers
         self._run = FlowerRun.create_empty(run_id=1)
@@ -87,10 +86,8 @@ class InProcessGrid(Grid):
         trains = bool(messages) and messages[0].metadata.message_type == MessageType.TRAIN
         if trains:
             self._free_memories(messages[0])
-        work = self._divided(messages) if trains and self._trainers else [(self._alone, [each]) for each in messages]
-        begun = [self._pool.submit(_handled, handle, group, self._contexts_of(group)) for handle, group in work]
-        for future, (_, group) in zip(begun, work, strict=True):
-            for message, reply in zip(group, future.result(), strict=True):
+        for group, handled in self._divided(messages) if trains and self._trainers else self._one_by_one(messages):
+            for message, reply in zip(group, _replies(group, handled), strict=True):
                 self._replies[message.metadata.message_id] = reply
         return [message.metadata.message_id for message in messages]
 
@@ -101,16 +98,23 @@ class InProcessGrid(Grid):
         """The replies to `messages`. `timeout` has no effect: nothing here can be lost on the way."""
         return self.pull_messages(self.push_messages(messages))
 
-    def _divided(self, messages: Sequence[Message]) -> list[tuple[Handler, list[Message]]]:
-        """Each trainer that has something to do, and its share of `messages`."""
+    def _one_by_one(self, messages: Sequence[Message]) -> list[tuple[Sequence[Message], Handled]]:
+        """Each of `messages` as a group that a thread handles."""
+        pairs = [([message], self._contexts_of([message])) for message in messages]
+        # `list` calls the client, in the thread
+        return [(group, self._pool.submit(list, map(self._client_app, group, contexts))) for group, contexts in pairs]
+
+    def _divided(self, messages: Sequence[Message]) -> list[tuple[Sequence[Message], Handled]]:
+        """The share of `messages` of each trainer that has something to do, as a group that a thread handles."""
         in_order = sorted(messages, key=lambda message: message.metadata.dst_node_id)
         parts = len(self._trainers)
         ends = [len(in_order) * part // parts for part in range(parts + 1)]
         shares = [in_order[begin:end] for begin, end in itertools.pairwise(ends)]
-        return [(train, share) for train, share in zip(self._trainers, shares, strict=True) if share]
-
-    def _alone(self, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
-        return [self._client_app(*pair) for pair in zip(messages, contexts, strict=True)]
+        return [
+            (share, self._pool.submit(train, share, self._contexts_of(share)))
+            for train, share in zip(self._trainers, shares, strict=True)
+            if share
+        ]
 
     def _contexts_of(self, messages: Sequence[Message]) -> list[Context]:
         return [self._contexts[message.metadata.dst_node_id] for message in messages]
@@ -129,17 +133,15 @@ def stacked_trainers(config: Config, by_products: bool = False) -> list[Handler]
     return [functools.partial(train_together, StackedWorkers(by_products).take_rounds) for _ in range(groups)]
 
 
-def _handled(handle: Handler, group: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
+def _replies(group: Sequence[Message], handled: Handled) -> list[Message]:
     """The replies to the messages of `group`, or an error reply to each where their handler raised.
 
-    It runs in a thread of the pool, where no signal is handled: what exits is a client. A lack of memory ends the run.
+    In a thread of the pool no signal is handled: what exits there is a client.
     """
-    try:
-        return handle(group, contexts)
-    except (Exception, SystemExit) as error:
-        if is_out_of_memory(error):
-            raise
+    error = handled.exception()
+    if isinstance(error, Exception | SystemExit):
         return [_failed(error, message) for message in group]
+    return handled.result()
 
 
 def _failed(error: BaseException, message: Message) -> Message:

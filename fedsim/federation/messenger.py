@@ -10,7 +10,8 @@ from flwr.app import Message, RecordDict
 from flwr.serverapp import Grid
 
 from fedsim.errors import RunFailed
-from fedsim.federation.flower_internals import actor_died
+from fedsim.federation.flower_internals import CLIENT_FAILED, actor_died, simulates
+from fedsim.training.failures import OUT_OF_MEMORY
 from strategies.screening import printable
 from strategies.tensor_array import payload_bytes
 
@@ -31,11 +32,16 @@ class Messenger:
         self._unanswered: set[str] = set()  # ids of messages that were not waited for any longer
 
     def receive(self, ids: Iterable[str]) -> list[Message]:
-        """The replies that have come by now to the messages with these ids; raises RunFailed if a Ray actor died."""
+        """The replies that have come by now to the messages with these ids.
+
+        Raises RunFailed where a client of a simulation lacks memory, or its Ray actor died.
+        """
         wanted = set(ids)
         replies = list(self.grid.pull_messages(wanted)) if wanted else []
-        for reply in replies:
-            if reply.has_error() and actor_died(self.grid, reply):
+        for reply in replies if simulates(self.grid) else ():
+            if lacks_memory(reply):
+                raise RunFailed(reply.error.reason)
+            if reply.has_error() and actor_died(reply):
                 raise RunFailed(
                     f"a Ray actor, which trains clients, has died ({printable(reply.error.reason)}); is there enough "
                     "memory? The same command resumes the run from its checkpoint"
@@ -71,6 +77,12 @@ class Messenger:
         )
         # That a node is gone is reported by the SuperLink, in its own name
         return {reply.metadata.src_node_id: reply for reply in replies if reply.metadata.src_node_id in contents}
+
+
+def lacks_memory(reply: Message) -> bool:
+    """Whether `reply` is the error of a client that has too little memory."""
+    failed = reply.has_error() and reply.error.code == CLIENT_FAILED
+    return failed and (reply.error.reason or "").startswith(OUT_OF_MEMORY)
 
 
 def payload(message: Message) -> int:

@@ -214,12 +214,13 @@ class NodeRegistry:
     def _is_complete(self, connected: set[int], late: bool) -> bool:
         """Whether `wait_for` need not wait: no other node is to be expected, or it is `late` and none may still answer.
 
-        A federation has as many nodes as all of them say, or else as there are clients.
+        A federation has as many nodes as all of them say, if they are several, or else as there are clients.
         """
         if late:
             return not self._still_in_first_attempt()
         sizes = {self._sizes.get(node) for node in connected}
-        expected = (sizes.pop() if len(sizes) == 1 else None) or self._clients
+        agreed = sizes.pop() if len(sizes) == 1 and len(connected) > 1 else None
+        expected = agreed or self._clients
         decided = self.nodes.keys() | self._refused.keys() | self._waiting.keys()
         return len(connected) >= expected and connected <= decided
 

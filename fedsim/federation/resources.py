@@ -18,8 +18,8 @@ from fedsim.training.methods import KEY_OF, layers_of
 GIB = 2**30
 
 
-def check_memory(config: Config, verbose: bool = True) -> None:
-    """Print what the clients of `config` need where that is much (`tell`); raise UserError where it is not there."""
+def check_memory(config: Config) -> None:
+    """Print what the clients of `config` need where that is much; raise UserError where it is not there."""
     needed, free = needed_bytes(config), free_bytes(config.device)
     what = f"the optimizer states and updates of {config.clients} clients"
     if needed > free:
@@ -30,7 +30,7 @@ def check_memory(config: Config, verbose: bool = True) -> None:
             f"clients = {config.clients}: {what} need {needed / GIB:.1f} GiB of memory, but {free / GIB:.1f} GiB are "
             f"free: give fewer clients{other} or a smaller --fraction"
         )
-    if verbose and needed > GIB:
+    if needed > GIB:
         print(f"memory: {what} take up to {needed / GIB:.1f} GiB of {free / GIB:.1f} GiB free", flush=True)
 
 

@@ -18,6 +18,7 @@ from fedsim.data.partition import check_partition, images_left_out
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.federation.checkpoint import collect_memories, save
+from fedsim.federation.checks import check_strategy
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
@@ -34,6 +35,7 @@ from fedsim.federation.strategy import build_strategy
 from fedsim.models import check_model, initial_model
 from fedsim.records import TESTED_MODEL, Run, config_of_run, print_row, read_rows, run_folder
 from fedsim.training.batchnorm import calibration_crops, reestimate
+from fedsim.training.failures import failing_in_one_line
 from fedsim.training.methods import fewest_updates, layers_of
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
@@ -49,9 +51,13 @@ def main(grid: Grid, context: Context) -> None:
     """Run LocalSGD as the run-config says."""
     log_errors_in_one_line()
     config = resolve(config_of_run(Config().changed(dict(context.run_config))), "localsgd")
-    check_of_run(config)
-    check_augment(config)
-    check_model(config)
+    with failing_in_one_line(config):
+        serve(config, grid)
+
+
+def serve(config: Config, grid: Grid) -> None:
+    """Start or resume the run of `config` (resolved)."""
+    check_localsgd(config)
     is_new = not run_folder(config, "localsgd").exists()
     run = open_run(config, "localsgd", print_row, "flower")
     print(f"run folder: {run.folder}", flush=True)
@@ -66,11 +72,21 @@ def main(grid: Grid, context: Context) -> None:
         raise
 
 
+def check_localsgd(config: Config) -> None:
+    """Raise UserError where `config` (resolved) cannot be trained: its data, model or keys do not fit."""
+    check_of_run(config)
+    load_dataset(config)
+    check_augment(config)
+    check_model(config)
+    check_partition(config)
+    run_plan(config)
+    check_strategy(config)
+
+
 def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
-    """Train the rounds of `config` (resolved) that follow the run's checkpoint, if it has one."""
+    """Train the rounds of `config` (resolved and checked) that follow the run's checkpoint, if it has one."""
     prepare(config)
     data = load_dataset(config)
-    check_partition(config)
     if left_out := images_left_out(config):
         print(left_out, flush=True)
     plan = run_plan(config)

@@ -9,25 +9,23 @@ from torch import nn
 from fedsim.config import Config
 from fedsim.data.datasets import training_images
 from fedsim.data.partition import shard_sizes
-from fedsim.federation.checks import check_strategy
 from fedsim.federation.protocol import MEMORY
 from fedsim.federation.shapes import domains, zeros_of
 from fedsim.training.methods import fewest_updates, layers_of, mean_of
 from fedsim.training.run_plan import RunPlan
 from strategies.domain import NOT_NEGATIVE, Domain
-from strategies.local_sgd import LocalSGD
+from strategies.local_sgd import LocalSGD, Seen, Usable
 from strategies.sections import Sections, join
 
 
 def build_strategy(
     config: Config, plan: RunPlan, model: nn.Module, images: Mapping[int, int] | None = None
 ) -> LocalSGD:
-    """The strategy of `config` for the arrays of `model`.
+    """The strategy of `config` (checked) for the arrays of `model`.
 
     `images`: how many each worker holds, where it weighs by them (by default as many as its shard). They are read when
     an update is screened.
     """
-    check_strategy(config)
     shards = shard_sizes(config)
     layers = layers_of(config, server=True)
     zero = zeros_of(config, model)
@@ -44,13 +42,13 @@ def build_strategy(
         seed=config.seed,
         population=config.clients,
         fraction_train=config.fraction,
-        min_updates=fewest_updates(config),
-        examples=planned,
-        metrics={"train-loss": NOT_NEGATIVE},  # a cross-entropy
-        domains=lambda round_: domains(names, zero.batchnorm, layers, plan.first_step(round_ + 1)),
-        other_records=[MEMORY],
-        batchnorm=zero.batchnorm,
+        usable=Usable(
+            least=fewest_updates(config),
+            examples=planned,
+            metrics={"train-loss": NOT_NEGATIVE},  # a cross-entropy
+            domains=lambda round_: domains(names, zero.batchnorm, layers, plan.first_step(round_ + 1)),
+            other_records=[MEMORY],
+        ),
         layers=layers,
-        mean=mean_of(config),
-        lr=lambda round_: plan.rates(round_)[-1],
+        seen=Seen(mean_of(config), zero.batchnorm, lambda round_: plan.rates(round_)[-1]),
     )

@@ -6,12 +6,14 @@ import math
 from fractions import Fraction
 
 from fedsim.config import Config
+from fedsim.data.augment import check_augment
 from fedsim.data.datasets import load_dataset
+from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards, sample_order, shard
 from fedsim.device import prepare
 from fedsim.errors import RunFailed, UserError
-from fedsim.models import initial_model
-from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state, zero_state
+from fedsim.models import check_model, check_one_image, initial_model
+from fedsim.optim import build_optimizer, check_optimizer, load_optimizer_state, optimizer_state, zero_state
 from fedsim.optim.lr_schedule import schedule_of
 from fedsim.records import TRAFFIC, Run
 from fedsim.training.step import evaluate, step_inputs
@@ -25,14 +27,26 @@ NO_COMMUNICATION = {
 }  # in the rows of one machine
 
 
+def check_centralized(config: Config) -> None:
+    """Raise UserError where `config` (resolved) cannot be trained: its data, model or keys do not fit."""
+    check_of_run(config)
+    check_optimizer(config)
+    images = len(load_dataset(config).train)
+    check_augment(config)
+    check_model(config)
+    check_shards(config, images, 1)
+    if images % config.batch_size == 1:
+        check_one_image(config, f"batch-size = {config.batch_size} leaves one of {images} images for the last batch")
+    whole_epochs(config)
+
+
 def train_centralized(config: Config, run: Run) -> None:
-    """Train for ``config.epochs`` (resolved configuration), from the run's checkpoint if it has one.
+    """Train for ``config.epochs`` (`config` is resolved and checked), from the run's checkpoint if it has one.
 
     The only worker of LocalSGD takes the same steps, bit for bit, where the batch size divides the training images.
     """
     prepare(config)
     data = load_dataset(config)
-    check_shards(config, len(data.train), 1)
     model = initial_model(config)
     named = dict(model.named_parameters())
     optimizer = build_optimizer(config, named)

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import os
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Concatenate, ParamSpec, TypeVar
 
 import fedsim
 from fedsim.config import Config
@@ -16,24 +15,19 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.interrupts import interruption
 from fedsim.registry import describe, is_function
 
-P = ParamSpec("P")
-R = TypeVar("R")
+OUT_OF_MEMORY = "out of memory"  # how that failure begins
 NOT_OWN = tuple(str(Path(module.__file__ or "").parent) for module in (fedsim, os))  # fedsim's folder, and Python's
 
 
-def failing_in_one_line(function: Callable[Concatenate[Config, P], R]) -> Callable[Concatenate[Config, P], R]:
-    """Decorator of a function of a configuration: what is no fault of fedsim is RunFailed, with the remedy."""
-
-    @functools.wraps(function)
-    def called(config: Config, /, *arguments: P.args, **keywords: P.kwargs) -> R:
-        try:
-            return function(config, *arguments, **keywords)
-        except (Exception, SystemExit) as error:
-            if told := _told(error, config):
-                raise RunFailed(told) from error
-            raise
-
-    return called
+@contextlib.contextmanager
+def failing_in_one_line(config: Config) -> Iterator[None]:
+    """Context manager, in which a run of `config` is: what is no fault of fedsim is RunFailed, with the remedy."""
+    try:
+        yield
+    except (Exception, SystemExit) as error:
+        if told := _told(error, config):
+            raise RunFailed(told) from error
+        raise
 
 
 def _told(error: BaseException, config: Config) -> str:
@@ -41,13 +35,18 @@ def _told(error: BaseException, config: Config) -> str:
     if isinstance(error, UserError | RunFailed | OSError) or interruption(error):
         return ""
     if is_out_of_memory(error):
-        return (
-            f"out of memory: batch-size = {config.batch_size} and model = {config.model} on {config.device}: give a "
-            "smaller --batch-size or model, or on a CPU more --threads, so that fewer clients train at a time"
-        )
+        return memory_lacks(config)
     own = [f"{key} = {value}" for key in ("model", "augment") if is_function(value := getattr(config, key))]
     place = place_of(error) or _place(error, lambda file: "torch/nn/modules" in file)
     return f"{', '.join(own)} fails in training ({describe(error)}, {place})" if own and place else ""
+
+
+def memory_lacks(config: Config) -> str:
+    """What memory that is not there is told as."""
+    return (
+        f"{OUT_OF_MEMORY}: batch-size = {config.batch_size} and model = {config.model} on {config.device}: give a "
+        "smaller --batch-size or model, or on a CPU more --threads, so that fewer clients train at a time"
+    )
 
 
 def place_of(error: BaseException) -> str:

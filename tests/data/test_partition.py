@@ -270,7 +270,7 @@ def test_a_client_weighs_the_images_that_the_server_planned(small: Config) -> No
     for weights, planned in (("equal", 2 * 16), ("shard-size", 128)):
         config = small.changed({"client-weights": weights})
         strategy = build_strategy(config, run_plan(config), initial_model(config))
-        assert strategy.examples(1, 3) == (planned, planned)
+        assert strategy.usable.examples(1, 3) == (planned, planned)
 
 
 @NEEDS_FLWR_DATASETS

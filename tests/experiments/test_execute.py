@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import inspect
 import json
+import re
+import sys
+import threading
+import traceback
+from collections import Counter
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -11,16 +18,25 @@ import torch
 from flwr.app import Context, RecordDict
 from torch import Tensor
 
+import fedsim
 from fedsim import device as pool
 from fedsim.config import Config
+from fedsim.data.partition import check_partition
 from fedsim.device import resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import check, execute, resolve_run
 from fedsim.federation import client_app, server_app
+from fedsim.federation.checks import check_strategy
 from fedsim.federation.in_process import InProcessGrid
+from fedsim.federation.resources import check_memory
+from fedsim.models import check_model
 from fedsim.models.lenet import LeNet5
+from fedsim.optim import check_optimizer
 from fedsim.records import read_summary
-from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model, register, rows_of
+from fedsim.training import step
+from fedsim.training.step import take_step
+from tests.commands import ROOT
+from tests.conftest import SMALL_BATCHNORM, Call, Execute, assert_same_bits, final_model, register, rows_of
 
 BN_AND_DROPOUT: dict[str, Any] = {"model": SMALL_BATCHNORM, "synthetic-images": 128, "batch-size": 16, "momentum": 0.9}
 
@@ -77,6 +93,55 @@ def test_on_a_gpu_the_clients_of_a_round_are_stacked_where_they_can_be(
     config = small.changed({"device": "cuda", "threads": 0, **keys})
     resolved, chosen = resolve_run(config, "localsgd", "local", here=False)
     assert (resolved.threads, chosen) == (1, engine)
+
+
+CHECKS = (check_model, check_strategy, check_partition, check_memory, check_optimizer)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("by", ["command line", "Python"])
+def test_each_check_of_a_run_is_made_once(call: Call, small: Config, by: str, resumed: bool) -> None:
+    names = {inspect.unwrap(check).__code__: check.__name__ for check in CHECKS}
+    made: Counter[str] = Counter()
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code in names:
+            made[names[frame.f_code]] += 1
+
+    keys = {name: value for name, value in small.as_keys().items() if value != Config().as_keys()[name]}
+    if resumed:
+        execute(resolve(small.changed({"stop-after-rounds": 1}), "localsgd"), "localsgd")
+    sys.setprofile(count)
+    try:
+        if by == "Python":
+            fedsim.localsgd(**{name.replace("-", "_"): value for name, value in keys.items()})
+        else:
+            assert call("localsgd", *(f"--{name}={value}" for name, value in keys.items()))[0] == 0
+    finally:
+        sys.setprofile(None)
+    assert made == dict.fromkeys(names.values(), 1)
+
+
+def test_from_the_command_line_to_a_step_a_run_passes_the_functions_that_the_design_lists(
+    call: Call, small: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Besides the list: `invoke`, which imports torch, and where the thread is begun and waited for."""
+    stacks: list[list[traceback.FrameSummary]] = []
+
+    def recorded(*arguments: Any, **keywords: Any) -> Any:
+        waiting, own = sys._current_frames()[threading.main_thread().ident or 0], sys._getframe(1)
+        stacks.append([*traceback.extract_stack(waiting), *traceback.extract_stack(own)])
+        return take_step(*arguments, **keywords)
+
+    monkeypatch.setattr(step, "take_step", recorded)
+    keys = {name: value for name, value in small.as_keys().items() if value != Config().as_keys()[name]}
+    assert call("localsgd", *(f"--{name}={value}" for name, value in keys.items()), "--stop-after-rounds=1")[0] == 0
+    passed = [frame for frame in stacks[0] if frame.filename.startswith(str(ROOT / "fedsim"))]
+    names = [frame.name for frame in passed if frame.name not in ("invoke", "_one_by_one", "_replies", "<listcomp>")]
+    listed = (ROOT / "docs" / "design.md").read_text().split("run.py localsgd\n")[1].split("```")[0]
+    assert [*names, "take_step"] == [
+        name for line in listed.splitlines() for name in re.findall(r"\w+", line[36:].split("  ")[0])
+    ]
 
 
 def test_models_are_tried_on_one_thread(small: Config, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -585,6 +585,21 @@ def test_clients_that_train_together_fail_as_one_that_fails(small: Config) -> No
         train_localsgd(grid, config, Run(config, "localsgd"))
 
 
+@pytest.mark.parametrize(("model", "rows"), [("Huge", 0), ("HugeInEval", 2)])
+def test_the_server_app_ends_in_one_line_where_memory_lacks(
+    small: Config, monkeypatch: pytest.MonkeyPatch, model: str, rows: int
+) -> None:
+    """In a client, and in a test of the server's after round 3."""
+    monkeypatch.setattr(server_app, "log_errors_in_one_line", lambda: None)
+    config = small.changed({"model": f"tests.own_code:{model}", "name": "huge", "rounds": 4, "evaluate-every": 3})
+    with (
+        InProcessGrid(client_app.app, resolve(config, "localsgd")) as grid,
+        pytest.raises(RunFailed, match=f"^out of memory: batch-size = 4 and model = tests.own_code:{model} on cpu"),
+    ):
+        server_app.main(grid, Context(1, 1, {}, RecordDict(), dict(config.as_keys())))
+    assert len(read_rows(Path(config.results_dir) / "huge")) == rows
+
+
 def test_one_of_those_that_train_together_that_lost_its_momentum_is_left_out(small: Config) -> None:
     config = resolve(small.changed({"name": "together", "rounds": 4}), "localsgd")
     workers = StackedWorkers()

@@ -235,6 +235,20 @@ def test_a_run_whose_processes_have_other_data_is_refused(tmp_path: Path) -> Non
     assert "Traceback" not in refused.stdout + refused.stderr
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("model", ["Huge", "HugeInEval"])
+def test_memory_that_is_not_there_is_told_in_a_line(tmp_path: Path, model: str) -> None:
+    """That of a client on Ray, and that of the server app."""
+    shutil.copy(ROOT / "tests" / "own_code.py", tmp_path / "my_code.py")
+    path = os.pathsep.join([".", os.environ.get("PYTHONPATH", "")])
+    keys = ("--model", f"my_code:{model}", "--clients", "2", "--threads", "2", "--rounds", "1", "--engine", "flower")
+    done = run_py(tmp_path, *keys, PYTHONPATH=path)
+    assert done.returncode == 1
+    assert done.stdout.count("out of memory") == 1
+    assert f"error: out of memory: batch-size = 16 and model = my_code:{model} on cpu: give a smaller" in done.stdout
+    assert "Traceback" not in done.stdout + done.stderr
+
+
 @pytest.mark.parametrize(
     ("error", "logged"),
     [

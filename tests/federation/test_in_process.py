@@ -11,13 +11,13 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedsim.config import CORES, Config
+from fedsim.config import CORES, Config, Engine
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
 from fedsim.federation.in_process import InProcessGrid, stacked_trainers
 from fedsim.federation.server_app import train_localsgd
-from fedsim.records import Run
+from fedsim.records import Run, read_summary
 from fedsim.training.local_round import RoundEnd, RoundStart, take_round
 from fedsim.training.stacked import StackedWorkers
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
@@ -99,6 +99,30 @@ def test_stacked_in_groups_is_resumed_bitwise(small: Config, monkeypatch: pytest
     parts = execute(config.changed({"name": "parts"}), "localsgd", "stacked")
     assert_same_bits(final_model(parts), final_model(whole))
     assert rows_of(parts) == rows_of(whole)
+
+
+@pytest.mark.parametrize("engine", ["stacked", "local"])
+def test_a_stacked_run_that_is_resumed_in_other_groups_warns_in_a_line(
+    small: Config, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], engine: Engine
+) -> None:
+    """Its groups are recorded: one for each core, as far as there are clients. No other engine depends on them."""
+    config = resolve(small.changed({**FIVE, "name": "parts", "rounds": 5}), "localsgd")
+    warnings = []
+    for rounds, cores in ((1, "2"), (2, "2"), (3, "8"), (4, "5"), (5, "2")):
+        monkeypatch.setenv(CORES, cores)
+        run = execute(config.changed({"stop-after-rounds": rounds}), "localsgd", engine)
+        warnings.append(capsys.readouterr().err)
+        groups = min(int(cores), 5) if engine == "stacked" else None
+        checkpoint = torch.load(run.folder / "checkpoint.pt", weights_only=True)
+        assert checkpoint.get("groups") == (read_summary(run.folder) or {}).get("groups") == groups
+    warned = [2, 4] if engine == "stacked" else []
+    assert [round for round, warning in enumerate(warnings) if warning] == warned
+    if engine == "stacked":
+        assert warnings[2] == (
+            "warning: name = parts: engine = stacked trained the clients in 2 groups so far, one for each core, and "
+            "does in 5 here: the last bits will differ from those of an uninterrupted run: set FEDSIM_CORES as before, "
+            "if they must not\n"
+        )
 
 
 def test_a_group_that_fails_is_left_out_and_the_others_are_averaged(small: Config) -> None:

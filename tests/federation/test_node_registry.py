@@ -182,6 +182,39 @@ def test_others_that_may_still_join_are_waited_for(network: Network, small: Conf
     assert clock.now < 1062
 
 
+@pytest.mark.parametrize("others", [3, 1])
+def test_a_lone_node_that_says_there_is_no_other_is_refused_alone(
+    network: Network, small: Config, clock: SimpleNamespace, capsys: pytest.CaptureFixture[str], others: int
+) -> None:
+    """The others still have their time to join; where too few do, its reason is in the error."""
+    late = [network._contexts.pop(node) for node in (2, 3, 4, 5)][:others]
+    network.join(50, partition_id=0, num_partitions=1)
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+        if late and clock.now > 1060:
+            context = late.pop()
+            network._contexts[context.node_id] = context
+
+    clock.sleep = sleep
+    registry = NodeRegistry(Messenger(network), small)
+    reason = (
+        "its federation has 1 nodes, not clients = 4: make them equal, by -c clients=N, or in a simulation by "
+        "--federation-config num-supernodes=4"
+    )
+    if others == 3:
+        registry.wait_for(3)
+        assert registry.nodes == {2: 0, 3: 1, 4: 2}
+        assert clock.now < 1062
+    else:
+        with pytest.raises(UserError) as caught:
+            registry.wait_for(3)
+        assert str(caught.value) == (
+            f"clients = 4, but only 1 nodes can take part, and 3 must. Left out: {reason} (node 50)"
+        )
+    assert capsys.readouterr().out == f"node 50 is left out: {reason}\n"
+
+
 def test_the_reason_of_each_is_in_the_error_once(network: Network, small: Config, clock: SimpleNamespace) -> None:
     """At once where no other node can be expected: all say the same number, and are as many."""
     network._contexts.clear()

@@ -22,7 +22,7 @@ from fedsim.federation.in_process import InProcessGrid
 from strategies.batchnorm import FirstWorker, batchnorm_buffers
 from strategies.domain import LIMIT, NOT_NEGATIVE, Domain
 from strategies.layers import Layers
-from strategies.local_sgd import LocalSGD
+from strategies.local_sgd import LocalSGD, Seen, Usable
 from strategies.mean import CPU_BLOCK, weighted_mean
 from strategies.outer import outer_step
 from strategies.screening import DECLINED
@@ -57,7 +57,7 @@ def update(worker: int) -> Arrays:
 def begin(grid: InProcessGrid, clients: int, **arguments: Any) -> tuple[LocalSGD, list[Message]]:
     """A strategy whose nodes 2, 3, ... hold the workers clients - 1, ..., 0, and its messages."""
     workers = {node: clients + 1 - node for node in range(2, clients + 2)}
-    strategy = LocalSGD(workers=workers, batchnorm=batchnorm_buffers(BN), **arguments)
+    strategy = LocalSGD(workers=workers, seen=Seen(batchnorm=batchnorm_buffers(BN)), **arguments)
     return strategy, list(strategy.configure_train(1, ArrayRecord(_record(SENT)), ConfigRecord(), grid))
 
 
@@ -347,7 +347,7 @@ def test_records_beside_those_asked_for_leave_a_client_out(grid: InProcessGrid) 
 
 @pytest.mark.parametrize("value", [float("nan"), "low", None])
 def test_a_metric_asked_for_must_be_a_finite_number(grid: InProcessGrid, value: Any) -> None:
-    strategy, messages = begin(grid, 2, metrics={"train-loss": NOT_NEGATIVE})
+    strategy, messages = begin(grid, 2, usable=Usable(metrics={"train-loss": NOT_NEGATIVE}))
     bad = reply(messages[0], update(0))
     record = bad.content.metric_records["metrics"]
     del record["train-loss"]
@@ -360,7 +360,7 @@ def test_a_metric_asked_for_must_be_a_finite_number(grid: InProcessGrid, value: 
 
 
 def test_more_examples_than_there_can_be_leave_a_client_out(grid: InProcessGrid) -> None:
-    strategy, messages = begin(grid, 2, examples=lambda round_, worker: Domain(0, 64))
+    strategy, messages = begin(grid, 2, usable=Usable(examples=lambda round_, worker: Domain(0, 64)))
     strategy.aggregate_train(1, [reply(messages[0], update(0)), reply(messages[1], update(1), **{"num-examples": 65})])
     assert left_out(strategy) == {1: "num-examples is 65"}
 
@@ -405,7 +405,7 @@ def test_who_is_away_moves_no_other_worker_of_a_sample(grid: InProcessGrid) -> N
 
 
 def test_fewer_updates_than_asked_for_are_no_average(grid: InProcessGrid) -> None:
-    strategy, messages = begin(grid, 3, min_updates=3)
+    strategy, messages = begin(grid, 3, usable=Usable(least=3))
     assert strategy.aggregate_train(1, [reply(m, update(0)) for m in messages[:2]]) == (None, None)
     assert (averaged(strategy), left_out(strategy)) == ([], {2: "it did not answer"})
     arrays, _ = strategy.aggregate_train(1, [reply(m, update(0)) for m in messages])
