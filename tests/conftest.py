@@ -138,9 +138,13 @@ def cache() -> Iterator[Path]:
 
 @pytest.fixture(scope="module", autouse=True)
 def freed_memory_is_returned() -> Iterator[None]:
-    """After each file: within a run fedsim keeps it (`fedsim.device.keep_freed_memory`)."""
+    """After each file: within a run fedsim keeps it (`fedsim.device.keep_freed_memory`).
+
+    What is left, such as modules, stays: a later collection would look through it for half a second.
+    """
     yield
     gc.collect()
+    gc.freeze()
     with contextlib.suppress(OSError, AttributeError):  # another system, or another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
