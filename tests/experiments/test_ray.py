@@ -111,14 +111,16 @@ def test_a_grid_on_a_ray_of_its_own_leaves_nothing_behind(tmp_path: Path) -> Non
 
 def test_the_environment_is_as_it_was_after_a_ray_of_ones_own() -> None:
     """For a cluster that is joined then."""
+    from ray._private import ray_constants
+
     from fedsim.experiments import ray_sweep
 
     before = dict(os.environ)
     with ray_sweep._private():
         assert os.environ["RAY_AUTH_MODE"] == "token"
-        assert not ray_sweep.ray_constants.ENABLE_RAY_CLUSTER
+        assert not ray_constants.ENABLE_RAY_CLUSTER
     assert dict(os.environ) == before
-    assert ray_sweep.ray_constants.ENABLE_RAY_CLUSTER
+    assert ray_constants.ENABLE_RAY_CLUSTER
 
 
 @pytest.mark.slow
