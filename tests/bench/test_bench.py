@@ -69,10 +69,13 @@ def test_every_variant_times_its_rounds(variant: str, tmp_path: Path) -> None:
 def test_a_variant_that_fails_is_named_and_has_no_other_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    failing: list[Sequence[str]] = []
+
     def measured(command: Sequence[str], *arguments: Any) -> int:
         """The turn that fails takes place in this process, which has imported torch."""
         if "own_code:fails" not in command[-1]:
             return run_measured(command, *arguments)
+        failing.append(command)
         run_task(json.loads(command[-1]))
         return 1
 
@@ -81,6 +84,7 @@ def test_a_variant_that_fails_is_named_and_has_no_other_turn(
     fails = turns(config.changed({"model": "tests.own_code:fails"}), "in-process")
     timings, failed = measure([*fails, *turns(config, "centralized"), *fails], rounds=1, limit=LIMIT)
     assert [(timing.variant, len(timing.seconds)) for timing in timings] == [("centralized", 1)]
+    assert len(failing) == 1
     assert min(timings[0].seconds) > 0
     assert 2**26 < timings[0].peak_bytes < 2**31
     (line,) = failed
