@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import functools
 import gc
 import importlib.util
 import json
@@ -16,9 +17,10 @@ from typing import Any
 
 import pytest
 import torch
+import typer.main
 from torch import Tensor, nn
 
-from fedsim import cli
+from fedsim import cli, provenance
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import data_folder
 from fedsim.device import resolve
@@ -136,11 +138,33 @@ def cache() -> Iterator[Path]:
         yield Path(folder)
 
 
+@pytest.fixture(scope="session", autouse=True)
+def writing_a_run_takes_no_wait() -> Iterator[None]:
+    """What only a power cut would show is left out, and git and the packages are asked for their versions once."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda file: None)
+        for name in ("versions", "_commit"):
+            patch.setattr(provenance, name, functools.cache(getattr(provenance, name)))
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def the_command_line_is_made_once() -> Iterator[None]:
+    """Typer makes it anew for each call, which takes longer than most of them."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
+        yield
+
+
 @pytest.fixture(scope="module", autouse=True)
 def freed_memory_is_returned() -> Iterator[None]:
-    """After each file: within a run fedsim keeps it (`fedsim.device.keep_freed_memory`)."""
+    """After each file: within a run fedsim keeps it (`fedsim.device.keep_freed_memory`).
+
+    What is left, such as modules, stays: a later collection would look through it for half a second.
+    """
     yield
     gc.collect()
+    gc.freeze()
     with contextlib.suppress(OSError, AttributeError):  # another system, or another C library
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import inspect
 import json
 import os
 import re
@@ -20,9 +21,10 @@ from fedsim.__main__ import main as run_main
 from fedsim.config import FIELDS, Mode, has_key, kebab
 from fedsim.errors import RunFailed
 from fedsim.experiments import execute
-from fedsim.experiments.study import read_study
+from fedsim.experiments.study import read_study, study_names
 from fedsim.provenance import program
 from fedsim.records import print_row
+from tests.commands import run
 from tests.conftest import Call, write_run
 
 ROOT = Path(__file__).parents[1]
@@ -300,7 +302,13 @@ def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None
     assert "Mine" in (tmp_path / "report" / "index.html").read_text()
     assert call("time-to-accuracy", "--bandwidth", "100Mbit", "--latency", "20ms", "--target", "0.01")[0] == 0
     assert (tmp_path / "report" / "time-to-accuracy-mine.csv").exists()
-    assert "kj-small" in call("study")[1]
+
+
+def test_the_names_of_studies_are_complete_in_a_pipe(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "40")
+    code, out, _ = call("study")
+    listed = [line.partition(": ")[0] for line in out.splitlines() if not line.startswith((" ", "Hours"))]
+    assert (code, listed) == (0, study_names())
 
 
 def test_a_file_is_a_preset_and_a_dry_run_writes_nothing(call: Call, tmp_path: Path) -> None:
@@ -404,7 +412,8 @@ def test_a_shell_completes_commands_keys_and_choices(words: str, completed: str)
 
 def test_the_completion_that_is_shown_is_of_the_installed_command(call: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Also by ``python run.py``, whose name no shell could complete."""
-    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")
+    monkeypatch.setenv("_TYPER_COMPLETE_TEST_DISABLE_SHELL_DETECTION", "1")  # read when the command line is made
+    monkeypatch.setattr(typer.main, "get_command", inspect.unwrap(typer.main.get_command))
     code, out, _ = call("--show-completion", "bash")
     assert (code, "_FEDSIM_COMPLETE=complete_bash" in out, "RUN" in out) == (0, True, False)
 
@@ -568,7 +577,6 @@ def test_the_real_command_runs_and_records_itself(tmp_path: Path) -> None:
     imported = {line.split("|")[-1].strip() for line in done.stderr.splitlines()}
     assert {"torch._C", "flwr"} <= imported
     assert not imported & NOT_FOR_A_RUN
-    del command[1:3]
-    bad = subprocess.run([*command, "--lr", "0"], cwd=tmp_path, capture_output=True, text=True)
+    bad = run(tmp_path, *command[4:], "--lr", "0")
     assert (bad.returncode, bad.stderr.count("\n")) == (2, 1)
     assert "Traceback" not in bad.stderr

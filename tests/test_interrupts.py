@@ -141,7 +141,7 @@ def commands_of_children(pid: int) -> list[str]:
 def test_a_process_of_the_bench_is_ended() -> None:
     with forked(endless_turn) as process:
         process.wait_for(lambda: "fedsim.bench.turn" in commands_of_children(process.pid))
-        time.sleep(1)
+        time.sleep(0.3)
         assert interrupt(process, signal.SIGHUP, "interrupted")
 
 

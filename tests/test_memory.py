@@ -18,9 +18,9 @@ def faults(blocks, times):
     return resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before
 
 def measure():
-    faults(1, 20)
-    faults(2, 20)
-    print(faults(2, 10))
+    faults(1, 5)
+    faults(2, 5)
+    print(faults(2, 5))
 
 def measure_in_both():
     measure()

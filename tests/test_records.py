@@ -97,10 +97,10 @@ def test_who_has_patience_waits_for_another_process(run: Execute) -> None:
     first = run(name="busy", stop_after_rounds=1)
     with contextlib.ExitStack() as holding:
         holding.enter_context(first.lock())
-        threading.Timer(1.5, holding.close).start()
+        threading.Timer(0.5, holding.close).start()
         with first.lock(patience=60):
             pass
-    with first.lock(), pytest.raises(UserError, match="another process is running it"), first.lock(patience=1):
+    with first.lock(), pytest.raises(UserError, match="another process is running it"), first.lock(patience=0.2):
         pass
 
 

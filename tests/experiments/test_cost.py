@@ -18,8 +18,7 @@ from fedsim.experiments.cost import (
     plan_lines,
     traffic,
 )
-from fedsim.experiments.study import Cell, study_names
-from tests.commands import run as run_command
+from fedsim.experiments.study import Cell
 from tests.conftest import SMALL_BATCHNORM, Execute, rows_of, write_run
 
 
@@ -112,10 +111,3 @@ def test_a_plan_says_what_is_left_to_run_and_writes_nothing(run: Execute, small:
     with pytest.raises(UserError, match="holds a run of another configuration"):
         list(plan_lines([cells[0]._replace(config=cells[0].config.changed({"lr": 0.5}))], Pace(tmp_path)))
     assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_the_names_of_studies_are_complete_in_a_pipe(tmp_path: Path) -> None:
-    done = run_command(tmp_path, "study", COLUMNS="40")
-    assert done.returncode == 0, done.stderr
-    listed = [line.partition(": ")[0] for line in done.stdout.splitlines() if not line.startswith((" ", "Hours"))]
-    assert listed == study_names()

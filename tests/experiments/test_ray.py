@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import os
 import shutil
 import signal
@@ -12,7 +11,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -59,10 +58,19 @@ def assert_same_grid(one: Path, other: Path) -> None:
             assert_same_bits(final_model(one / name), final_model(other / name))
 
 
-def test_a_grid_on_ray_is_the_grid_one_by_one_and_leaves_nothing_behind(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def other_checkout(folder: Path) -> Path:
+    """A copy of fedsim in the new `folder`, of another version; returns its run.py."""
+    checkout = copy_app(folder)
+    (checkout / "run.py").write_text((ROOT / "run.py").read_text())
+    module = checkout / "fedsim" / "__init__.py"
+    module.write_text(module.read_text().replace('__version__ = "', '__version__ = "of-another-checkout-'))
+    return checkout / "run.py"
+
+
+def test_a_grid_on_ray_is_the_grid_one_by_one_and_the_cluster_stays(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], node: str
 ) -> None:
-    """Two cells fail and are named, and one was finished before."""
+    """By the code of who asks. Two cells fail and are named, and one was finished before."""
     keys = [*GRID, "--lr", "0.01,1e30"]
     with pytest.raises(SystemExit) as ended:
         here(tmp_path, *keys, "--name", "alone")
@@ -72,7 +80,10 @@ def test_a_grid_on_ray_is_the_grid_one_by_one_and_leaves_nothing_behind(
     alone, ray = tmp_path / "results" / "alone", tmp_path / "results" / "ray"
     shutil.copytree(alone / "k2-j2-lr0.01-seed2025", ray / "k2-j2-lr0.01-seed2025")
     before = {path: path.stat().st_mtime_ns for path in ray.rglob("[!.]*.*")}
-    done = run(tmp_path, *keys, "--name", "ray", "--ray", STARTED_BY=str(tmp_path))
+    program = other_checkout(tmp_path / "other")
+    command = [*keys, "--name", "ray", "--ray", node]
+    with executed(tmp_path, *command, program=program, PYTHONPATH=str(program.parent)) as process:
+        done = process.wait()
     assert done.returncode == 1
     assert done.stderr == failed.replace("alone/", "ray/") + "\n"
     assert "too few usable updates: worker 0: " in done.stdout
@@ -80,43 +91,36 @@ def test_a_grid_on_ray_is_the_grid_one_by_one_and_leaves_nothing_behind(
     (cell,) = ray.glob("k1-*-lr0.01-*")
     assert {path.name for path in cell.iterdir()} - {"checkpoint-before.pt"} == FILES
     ours, theirs = (read_summary(folder / cell.name) or {} for folder in (ray, alone))
-    assert ours["command"].endswith("--name ray --ray")
-    differ = {"command": 0, "seconds": 0, "sha256": 0}  # the rows hold their seconds
+    assert ours["command"].endswith(f"--name ray --ray {node}")
+    assert ours["versions"]["fedsim"].startswith("of-another-checkout-")
+    differ = {"command": 0, "seconds": 0, "sha256": 0, "versions": 0, "commit": 0}  # the rows hold their seconds
     assert {**ours, **differ} == {**theirs, **differ}
     assert (ray / "grid.csv").exists()
     assert {path: path.stat().st_mtime_ns for path in before} == before  # the finished one was skipped
-    assert started_by(str(tmp_path)) == []  # Ray is gone
+    assert answers(node)
 
 
-OWN_RAY = """
-import contextlib, os, psutil, ray, subprocess, sys
-from pathlib import Path
-from fedsim.experiments.ray_sweep import OnRay
-
-before = dict(os.environ)
-with OnRay("threads", "local").started([]):
-    listening = set()
-    for process in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.Error):
-            listening |= {each.laddr.ip for each in process.net_connections("tcp") if each.status == "LISTEN"}
-    print(*sorted(listening))
-    check = [str(Path(sys.executable).with_name("ray")), "health-check"]
-    check += ["--address", ray.get_runtime_context().gcs_address]
-    for changed in ({}, {"RAY_AUTH_TOKEN": "0" * 64}):
-        done = subprocess.run(check, env=os.environ | changed, capture_output=True, text=True, timeout=120)
-        print(done.returncode, "authenti" in done.stderr)
-print(*(name for name in os.environ.keys() - before.keys() if "AUTH" in name or "CLUSTER" in name))
-"""
+@pytest.mark.slow
+def test_a_grid_on_a_ray_of_its_own_leaves_nothing_behind(tmp_path: Path) -> None:
+    here(tmp_path, *GRID, "--name", "alone")
+    done = run(tmp_path, *GRID, "--name", "ray", "--ray", STARTED_BY=str(tmp_path))
+    assert (done.returncode, done.stderr) == (0, "")
+    assert_same_grid(tmp_path / "results" / "alone", tmp_path / "results" / "ray")
+    assert started_by(str(tmp_path)) == []
 
 
-def test_a_ray_of_ones_own_is_on_the_loopback_interface_and_asks_for_its_token() -> None:
-    """It ends with the environment as it was, for a cluster that is joined then."""
-    done = subprocess.run([sys.executable, "-c", OWN_RAY], capture_output=True, text=True, timeout=300)
-    listening, *checks, left = done.stdout.splitlines()
-    assert set(listening.split()) <= {"127.0.0.1", "::ffff:127.0.0.1"}
-    assert listening
-    assert checks == ["0 False", "1 True"]
-    assert left == ""
+def test_the_environment_is_as_it_was_after_a_ray_of_ones_own() -> None:
+    """For a cluster that is joined then."""
+    from ray._private import ray_constants
+
+    from fedsim.experiments import ray_sweep
+
+    before = dict(os.environ)
+    with ray_sweep._private():
+        assert os.environ["RAY_AUTH_MODE"] == "token"
+        assert not ray_constants.ENABLE_RAY_CLUSTER
+    assert dict(os.environ) == before
+    assert ray_constants.ENABLE_RAY_CLUSTER
 
 
 @pytest.mark.slow
@@ -171,13 +175,30 @@ def test_cells_that_no_node_has_room_for_are_one_line(tmp_path: Path, node: str)
     assert not (tmp_path / "results").exists()
 
 
-def test_a_grid_on_ray_that_is_asked_to_end_leaves_nothing_behind(tmp_path: Path) -> None:
+def test_a_ray_of_ones_own_is_private_and_leaves_nothing_behind_when_asked_to_end(tmp_path: Path) -> None:
+    """It listens on the loopback interface alone, and asks for its token."""
     keys = [*GRID, "--clients", "1", "--epochs", "10000", "--name", "long", "--ray"]
     with started(tmp_path, *keys, STARTED_BY=str(tmp_path), FEDSIM_CORES="1") as process:
         process.wait_for(lambda: any(read_rows(folder) for folder in (tmp_path / "results" / "long").glob("k*")))
+        processes = psutil.Process(process.pid).children(recursive=True)
+        assert {"127.0.0.1"} <= listening(processes) <= {"127.0.0.1", "::ffff:127.0.0.1"}
+        (raylet,) = (each for each in processes if each.name() == "raylet")
+        (address,) = (word.partition("=")[2] for word in raylet.cmdline() if word.startswith("--gcs-address="))
+        own = raylet.environ()
+        assert answers(address, own)
+        assert not answers(address, own | {"RAY_AUTH_TOKEN": "0" * 64})
         process.send_signal(signal.SIGTERM)
         assert process.wait(60).returncode == 143
     assert started_by(str(tmp_path)) == []
+
+
+def listening(processes: list[psutil.Process]) -> set[str]:
+    """The addresses at which they accept connections."""
+    found = set()
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found |= {each.laddr.ip for each in process.net_connections("tcp") if each.status == "LISTEN"}
+    return found
 
 
 @pytest.mark.parametrize(
@@ -235,8 +256,9 @@ def cluster() -> Iterator[Nodes]:
 @pytest.fixture(scope="module")
 def node() -> Iterator[str]:
     """The address of the cluster of the tests that leave it as it is."""
-    with cluster_of_one() as (address, _):
+    with cluster_of_one() as (address, head):
         yield address
+        kill_node(head)  # it takes seconds to end by itself
 
 
 @contextlib.contextmanager
@@ -255,9 +277,9 @@ def has_raylet(node: psutil.Process) -> bool:
     return any("raylet" in process.name() for process in node.children(recursive=True))
 
 
-def answers(address: str) -> bool:
+def answers(address: str, env: Mapping[str, str] = os.environ) -> bool:
     command = [str(Path(sys.executable).with_name("ray")), "health-check", "--address", address]
-    return subprocess.run(command, capture_output=True, timeout=100).returncode == 0
+    return subprocess.run(command, env=env, capture_output=True, timeout=100).returncode == 0
 
 
 def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
@@ -319,28 +341,17 @@ def test_a_cell_whose_process_is_killed_goes_on_from_its_checkpoint(tmp_path: Pa
     assert_same_grid(tmp_path / "results" / "undisturbed", tmp_path / "results" / "killed")
 
 
-def test_cells_run_the_code_of_who_asks_and_the_cluster_stays(tmp_path: Path, node: str) -> None:
-    checkout = copy_app(tmp_path / "other")
-    (checkout / "run.py").write_text((ROOT / "run.py").read_text())
-    module = checkout / "fedsim" / "__init__.py"
-    module.write_text(module.read_text().replace('__version__ = "', '__version__ = "of-another-checkout-'))
-    keys = [*GRID, "--clients", "2", "--name", "other", "--ray", node]
-    with executed(tmp_path, *keys, program=checkout / "run.py", PYTHONPATH=str(checkout)) as process:
-        done = process.wait()
-    assert done.returncode == 0, done.stderr
-    for summary in (tmp_path / "results" / "other").glob("k*/summary.json"):
-        assert json.loads(summary.read_text())["versions"]["fedsim"].startswith("of-another-checkout-")
-    assert answers(node)
-
-
-def test_a_node_with_other_code_refuses_a_cell(small: Config) -> None:
+def test_a_node_with_other_code_or_another_folder_refuses_a_cell(small: Config) -> None:
     from fedsim.experiments import ray_sweep as ray_cells
 
     run_cell: Any = ray_cells._run_cell  # Ray's wrapper of the function
     with pytest.raises(UserError, match=r"the fedsim in .* differs from this command's: use the same commit on both"):
         run_cell._function(Cell((), "localsgd", small), "local", "", 1.0, "other")
+    with pytest.raises(UserError, match="is another folder: give one that all nodes share"):
+        run_cell._function(Cell((), "localsgd", small), "local", "", 1.0, ray_cells.CODE)
 
 
+@pytest.mark.slow
 def test_results_that_the_nodes_do_not_share_are_refused(tmp_path: Path, node: str) -> None:
     (tmp_path / "driver").mkdir()
     keys = [*GRID, "--results-dir", "/proc/self/cwd/mine", "--ray", node]

@@ -61,8 +61,9 @@ def cells_of(name: str) -> dict[tuple[Value, ...], int]:
     ],
 )
 def test_a_study_has_its_cells_each_with_every_seed_and_a_name_of_its_own(name: str, cells: int, seeds: int) -> None:
-    assert sorted(set(cells_of(name).values())) == [seeds]
-    assert len(cells_of(name)) == cells
+    counts = cells_of(name)
+    assert set(counts.values()) == {seeds}
+    assert len(counts) == cells
     names = [cell.config.name for cell in read_study(name).cells()]
     assert len(set(names)) == len(names) == cells * seeds
     assert {cell.config.seed for cell in read_study(name).cells([7])} == {7}
@@ -140,9 +141,11 @@ def test_a_study_in_bf16_is_the_one_kept_beside_the_runs_in_results(name: str) -
 def test_every_study_that_leaves_its_precision_open_can_be_run_in_bf16() -> None:
     for study in map(read_study, study_names()):
         if "precision" not in study.grid:
-            cells = study.in_precision("bf16").cells()
+            cells = study.in_precision("bf16").cells([1])
             assert [cell.config.precision for cell in cells] == ["bf16"] * len(cells)
-            assert [cell.config.changed({"precision": "fp32"}) for cell in cells] == [c.config for c in study.cells()]
+            assert [cell.config.changed({"precision": "fp32"}) for cell in cells] == [
+                c.config for c in study.cells([1])
+            ]
 
 
 @pytest.mark.parametrize(
@@ -316,7 +319,7 @@ FAULTS = st.dictionaries(
 )
 
 
-@settings(deadline=None, derandomize=True, max_examples=300, suppress_health_check=list(HealthCheck))
+@settings(deadline=None, derandomize=True, max_examples=150, suppress_health_check=list(HealthCheck))
 @given(STUDIES, FAULTS)
 def test_any_toml_is_a_study_or_one_line(fuzzed: Path, entries: dict[str, Any], faults: dict[str, Any]) -> None:
     path = fuzzed / "mine.toml"

@@ -195,8 +195,9 @@ def names(processes: Iterable[psutil.Process]) -> list[str]:
     return found
 
 
-def test_processes_end_with_the_block_that_started_them(tmp_path: Path) -> None:
+def test_processes_end_with_the_block_that_started_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that ignore SIGTERM, that began a session, and that outlived their parent."""
+    monkeypatch.setattr("fedsim.processes.STOP_SECONDS", 0.5)
     began = [sys.executable, "-c", IGNORES, OUTLIVES]
     with (tmp_path / "log").open("wb") as log, running(began, os.environ, log) as (_, mark):
         while "sleep" not in names(marked(mark)):
@@ -341,8 +342,7 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.Mo
 
     The run that it is compared with is by the default engine.
 
-    A federation of another size than `clients` fails, not waits; so does a run that no process begins. Requests of
-    another user are refused.
+    A run that no process begins fails, not waits. Requests of another user are refused.
     With a strategy of the user's: the server's process finds the module by PYTHONPATH, and the clients do not need it.
     """
     modules = tmp_path / "modules"
@@ -357,15 +357,6 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.Mo
     with superlink(tmp_path) as env:
         app = copy_app(tmp_path / "app")
         command = [str(Path(sys.executable).with_name("flwr")), "run", ".", "fedsim", "--stream", "-c", overrides]
-        wrong = [*command, "--federation-config", federation(config.changed({"clients": 5}))]
-        refused = subprocess.run(wrong, cwd=app, env=env, capture_output=True, text=True, timeout=200)
-        line = (
-            "error: clients = 2, but only 0 nodes can take part, and 2 must. Left out: its federation has 5 nodes, not "
-            "clients = 2: make them equal, by -c clients=N, or in a simulation by --federation-config num-supernodes=2"
-        )
-        assert line in refused.stdout
-        assert "Traceback" not in refused.stdout
-        assert not (tmp_path / "plain").exists()
         execute(config.changed({"name": "plain", "stop-after-rounds": 1}), "localsgd")
         right = [*command, "--federation-config", federation(config)]
         subprocess.run(right, cwd=app, env=env, capture_output=True, text=True, timeout=200, check=True)
@@ -376,10 +367,30 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.Mo
         mark = {name: value for name, value in env.items() if name.startswith("FEDSIM_STARTED_")}
         (executor,) = (each for each in marked(mark) if "flower-superexec" in " ".join(each.cmdline()))
         executor.kill()
-        monkeypatch.setattr(flwr_run, "SILENCE_SECONDS", 5)
+        monkeypatch.setattr(flwr_run, "SILENCE_SECONDS", 1)
         monkeypatch.chdir(app)
         with pytest.raises(RunFailed, match="flower-superexec, which begins runs, did not begin this one"):
             flwr_run._stream(right, env)
     assert (tmp_path / "plain" / "summary.json").exists()
     assert rows_of(tmp_path / "plain") == rows_of(here.folder)
     assert_same_bits(final_model(tmp_path / "plain"), final_model(here.folder))
+
+
+@pytest.mark.slow
+def test_a_federation_of_another_size_than_clients_is_refused(tmp_path: Path) -> None:
+    """By the server app, which does not wait."""
+    keys = {**TINY, "results-dir": str(tmp_path), "name": "refused"}
+    config = resolve(Config().changed({**keys, "clients": 5}), "localsgd")
+    overrides = " ".join(f"{name}={json.dumps(value)}" for name, value in keys.items())
+    with superlink(tmp_path) as env:
+        command = [str(Path(sys.executable).with_name("flwr")), "run", ".", "fedsim", "--stream", "-c", overrides]
+        command += ["--federation-config", federation(config)]
+        app = copy_app(tmp_path / "app")
+        refused = subprocess.run(command, cwd=app, env=env, capture_output=True, text=True, timeout=200)
+    line = (
+        "error: clients = 2, but only 0 nodes can take part, and 2 must. Left out: its federation has 5 nodes, not "
+        "clients = 2: make them equal, by -c clients=N, or in a simulation by --federation-config num-supernodes=2"
+    )
+    assert line in refused.stdout
+    assert "Traceback" not in refused.stdout
+    assert not (tmp_path / "refused").exists()
