@@ -1,6 +1,6 @@
 """fedsim's command line: ``python run.py --help``."""
 
-from fedsim.interrupts import exit_on_signals
+from fedsim.system.interrupts import exit_on_signals
 
 if __name__ == "__main__":
     with exit_on_signals():

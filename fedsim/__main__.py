@@ -1,6 +1,6 @@
 """``python -m fedsim``: the same as ``python run.py``."""
 
-from fedsim.interrupts import exit_on_signals
+from fedsim.system.interrupts import exit_on_signals
 
 
 def main() -> None:

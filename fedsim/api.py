@@ -24,7 +24,8 @@ import torch
 from rich.console import Console
 from torch import Tensor
 
-from fedsim.config import FIELDS, Mode, about, engine_named, has_key, kebab, typed, unknown
+from fedsim.config import FIELDS, Mode, engine_named, has_key, typed
+from fedsim.config.messages import about, unknown
 from fedsim.errors import UserError
 from fedsim.experiments.execute import configured_run, execute
 from fedsim.experiments.progress import each, is_live, live_line
@@ -32,7 +33,9 @@ from fedsim.experiments.study import Study, grid_study, read_study, select
 from fedsim.experiments.sweep import OneByOne, fail_if_any
 from fedsim.experiments.track import check_tracker, tracker
 from fedsim.experiments.tune import run_tuned_studies
-from fedsim.records import CONFIG, MODEL, Row, read_config, read_summary, run_folder, verified_rows, verify_model
+from fedsim.runs.folder import CONFIG, MODEL, read_config, run_folder
+from fedsim.runs.records import Row, read_summary, verified_rows, verify_model
+from strategies.arguments import kebab
 
 if TYPE_CHECKING:  # slow to import, so a run begins first
     import pandas as pd
@@ -238,7 +241,7 @@ def as_keys(mode: Mode, keys: Mapping[str, Any]) -> dict[str, Any]:
         if name in FIELDS and not has_key(mode, name):
             raise UserError(f"{name} is a key of localsgd alone: leave it out")
         if name.replace("-", "_") not in FIELDS:
-            raise unknown(kebab(name))
+            raise unknown(kebab(name), FIELDS)
     return {kebab(name): _plain(name, value) for name, value in keys.items()}
 
 
@@ -286,7 +289,7 @@ def _run(
     folder = run_folder(config, mode)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_threads_kept())
-        functions = [stack.enter_context(tracker(track, folder)), *([on_row] if on_row else [])]
+        functions = [stack.enter_context(tracker(track, folder, config, mode)), *([on_row] if on_row else [])]
         console = Console(stderr=True)
         if progress and is_live(console) and chosen != "flower":
             functions.append(stack.enter_context(live_line(config, mode, console)))

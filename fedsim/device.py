@@ -11,12 +11,25 @@ from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
 
-from fedsim.config import Config, Mode, cpu_count
+from fedsim.config import Config, Mode
+from fedsim.config.messages import shown
+from fedsim.config.types import MAX_THREADS
 from fedsim.errors import UserError
+from strategies.arguments import split_name
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4  # of glibc's malloc.h
 BYTES_PER_IMAGE = 12_000  # peak memory per training image while the synthetic set is made, test images included
 THREAD_HEAP = 2**26  # bytes, the maximal heap of a thread in glibc
+CORES = "FEDSIM_CORES"  # in the environment of a process that has been given a share of its machine
+
+
+def cpu_count() -> int:
+    """The cores that this process may use; raises UserError where its environment gives no number of them."""
+    if given := os.environ.get(CORES):
+        if not given.isdecimal() or not 1 <= int(given[:60]) <= MAX_THREADS:
+            raise UserError(f"{CORES} = {shown(given)} in the environment: give a number of cores, or leave it out")
+        return int(given)
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def resolve(config: Config, mode: Mode, here: bool = True) -> Config:
@@ -32,8 +45,8 @@ def resolve(config: Config, mode: Mode, here: bool = True) -> Config:
         raise UserError(f"device = {device} is not on this machine: give --device cpu or one that is")
     if config.precision == "tf32" and kind != "cuda":
         raise UserError(f"precision = tf32 needs a CUDA device, not {device}: give --precision fp32")
-    if here and config.dataset == "synthetic":
-        _check_memory(config.synthetic_images)
+    if here and split_name(config.dataset)[0] == "synthetic":
+        _check_memory(config.choice("dataset").arguments["images"])
     # Two clients with a thread each are faster than one client with two threads; with a GPU, a thread only launches
     alone = mode == "centralized" or config.clients == 1
     threads = config.threads or (cpu_count() if alone and kind == "cpu" else 1)
@@ -44,7 +57,7 @@ def _check_memory(images: int) -> None:
     needed, present = images * BYTES_PER_IMAGE, os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     if needed > present:
         raise UserError(
-            f"synthetic-images = {images} needs {needed / 1e9:,.0f} GB of memory, and this machine has "
+            f"dataset: synthetic images = {images} needs {needed / 1e9:,.0f} GB of memory, and this machine has "
             f"{present / 1e9:,.0f} GB: give fewer"
         )
 

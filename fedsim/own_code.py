@@ -17,25 +17,28 @@ import sys
 from collections.abc import Hashable, Iterator
 from pathlib import Path
 
-from fedsim.config import Config
-from fedsim.locks import READING
-from fedsim.provenance import PACKAGES
-from fedsim.registry import function_of, is_function
+from fedsim.config import CHOSEN, Config
+from fedsim.registry import function_of, is_own
+from fedsim.system.locks import READING
+from fedsim.system.provenance import PACKAGES
+from strategies.arguments import CHAIN, kebab, split_name
 
-OF_THE_SERVER = ("strategy",)  # the clients do not run the code of these keys
+OF_THE_SERVER = ("outer", "mean", "test_model")  # the clients do not run the code of these fields
 RECORDED = {"fedsim", "strategies", *(package.replace("-", "_") for package in PACKAGES)}  # by their versions
 INSTALLED = ("site-packages", "dist-packages")
 
 
 def own_code(config: Config, of_client: bool = False) -> dict[str, str]:
     """The SHA-256 of each file, by its path in its folder; `of_client`: of the code alone that clients run."""
-    named = {
-        key: value
-        for key, value in config.identity("localsgd").items()
-        if isinstance(value, str) and is_function(value) and not (of_client and key in OF_THE_SERVER)
-    }
+    named = [
+        (kebab(field), split_name(part)[0])
+        for field in CHOSEN
+        if not (of_client and field in OF_THE_SERVER)
+        for part in CHAIN.split(getattr(config, field))
+        if is_own(part)
+    ]
     files: dict[str, str] = {}
-    for key, value in named.items():
+    for key, value in named:
         function = function_of(key, value)
         files |= _digests(value.partition(":")[0], function if isinstance(function, Hashable) else None)
     return dict(sorted(files.items()))

@@ -8,11 +8,12 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from strategies.arguments import at_least, at_most
 from strategies.domain import ANY, LIMIT, NOT_NEGATIVE, Domain
 from strategies.mean import weighted_mean
 from strategies.method import Method, ServerRound, State, Tensors, WorkerRound, Zeros
@@ -93,9 +94,13 @@ class Pooled(Statistics):
 
 @dataclass(frozen=True)
 class ReEstimated(Statistics):
-    """The mean; before a test they are estimated anew on training images."""
+    """The mean; before a test they are estimated again, on so many training `images`, drawn by the seed."""
 
-    reestimates = True
+    images: Annotated[int, at_least(2), at_most(10**9)] = 12_800
+
+    @property
+    def reestimates_on(self) -> int:
+        return self.images
 
 
 BATCHNORM: dict[str, type[Statistics]] = {

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 import importlib
 import inspect
 import logging
 import pkgutil
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, TypeGuard
 
 from flwr.serverapp.strategy import Strategy
+
+from strategies.arguments import nearest
 
 CURRENT_API = "flwr.serverapp.strategy"
 # Attributes that the run sets, on strategies that have them: fedsim itself samples the workers
@@ -25,21 +26,11 @@ OF_THE_RUN = {
     "weighted_by_key": "num-examples",
     "train_loss_key": "train-loss",
 }
-NOT_USED = ("fraction_evaluate", "min_evaluate_nodes", "train_metrics_aggr_fn", "evaluate_metrics_aggr_fn")
 
 
 def strategy_factory(name: str, **arguments: Any) -> Callable[[], Strategy]:
     """A function that makes the strategy `name` with `arguments`; raises ValueError with one line on what is wrong."""
     strategy_class = _class_of(name)
-    parameters = inspect.signature(strategy_class).parameters
-    known = [p.name for p in parameters.values() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)]
-    takes_any = any(p.kind == p.VAR_KEYWORD for p in parameters.values())
-    for argument in arguments:
-        if argument in OF_THE_RUN or argument in NOT_USED:
-            raise ValueError(f"its argument {argument} is set by the run: leave it out")
-        if argument not in known and not takes_any:
-            own = [name for name in known if name not in OF_THE_RUN and name not in NOT_USED]
-            raise ValueError(f"it has no argument {argument}{_nearest(argument, own)}: {_listed(own)}")
 
     def make() -> Strategy:
         with quiet():
@@ -53,7 +44,7 @@ def strategy_factory(name: str, **arguments: Any) -> Callable[[], Strategy]:
         make()
     except Exception as error:  # an argument that it refuses, or lacks
         why = f"{type(error).__name__}: {first_line(error)}"
-        raise ValueError(f"it cannot be made ({why}): give other strategy-args") from error
+        raise ValueError(f"it cannot be made ({why}): give other arguments") from error
     return make
 
 
@@ -81,7 +72,7 @@ def _class_of(name: str) -> type[Strategy]:
     if not _is_strategy(found):
         what = f"{module_name} has no {class_name}" if found is None else f"it is not a strategy of {CURRENT_API}"
         raise ValueError(
-            what + _nearest(class_name, [key for key, value in vars(module).items() if _is_strategy(value)])
+            what + nearest(class_name, [key for key, value in vars(module).items() if _is_strategy(value)])
         )
     if found.start is not Strategy.start:
         raise ValueError("it overrides the method start, but fedsim runs the rounds: leave it out")
@@ -100,17 +91,8 @@ def _module_of(name: str) -> Any:
             raise ValueError(f"{name} needs the module {error.name}: install it where the server runs") from error
         parent, _, last = error.name.rpartition(".")  # the parent has been imported
         beside = [module.name for module in pkgutil.iter_modules(getattr(sys.modules.get(parent), "__path__", None))]
-        hint = _nearest(last, beside)
+        hint = nearest(last, beside)
         where = "install it where the server runs, or put its folder on PYTHONPATH there"
         raise ValueError(f"there is no module {error.name}{hint}: {where}") from error
     except Exception as error:
         raise ValueError(f"{name} cannot be imported ({type(error).__name__}: {first_line(error)})") from error
-
-
-def _nearest(name: str, names: Collection[str]) -> str:
-    near = difflib.get_close_matches(name, names, n=1)
-    return f" (did you mean {near[0]}?)" if near else ""
-
-
-def _listed(names: Collection[str]) -> str:
-    return f"it must be one of {', '.join(names)}" if names else "it takes none"

@@ -21,11 +21,13 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import ClassVar
+from typing import Annotated, ClassVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from strategies.arguments import above, at_least, at_most, check_fields
 
 Parts = dict[str, Tensor]  # what one tensor is encoded as
 BUCKET = 128  # values of qsgd that share a norm
@@ -39,6 +41,9 @@ class Codec:
 
     remembers: ClassVar[bool] = False  # whether encoding starts from the last message, see `warm_start`
     selects: ClassVar[bool] = False  # whether it sends some of the values as they are, at `places`
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def sparse(self) -> bool:
@@ -147,11 +152,7 @@ class Selection(Codec):
     """A `ratio` of the values, at least one, as they are; all others decode to zero."""
 
     selects = True
-    ratio: float = 0.01
-
-    def __post_init__(self) -> None:
-        name = type(self).__name__.lower()
-        _check(f"{name}: ratio", self.ratio, 0 < self.ratio <= 1, "greater than 0 and at most 1")
+    ratio: Annotated[float, above(0), at_most(1)] = 0.01
 
     @property
     def sparse(self) -> bool:
@@ -195,10 +196,7 @@ class RandomK(Selection):
 class QSGD(Codec):
     """Stochastic rounding to `levels` levels of each bucket's norm, which is unbiased."""
 
-    levels: int = 7
-
-    def __post_init__(self) -> None:
-        _check("qsgd: levels", self.levels, 1 <= self.levels <= 127, "at least 1 and at most 127")
+    levels: Annotated[int, at_least(1), at_most(127)] = 7
 
     @property
     def grows(self) -> str:
@@ -225,10 +223,7 @@ class PowerSGD(Codec):
     """Two factors of a matrix (in a convolution, a row for each output channel) where they are smaller than it."""
 
     remembers = True
-    rank: int = 4
-
-    def __post_init__(self) -> None:
-        _check("powersgd: rank", self.rank, 1 <= self.rank <= 10**4, "at least 1 and at most 10,000")
+    rank: Annotated[int, at_least(1), at_most(10**4)] = 4
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
         if not self._pays(x):
@@ -271,7 +266,8 @@ class Chain(Codec):
     def __post_init__(self) -> None:
         if not self.first.selects or self.second.selects or self.second.remembers:
             raise ValueError(
-                "a chain is topk or randomk, then a codec of each value: fp16, bf16, int8, int4, sign or qsgd"
+                "a chain is topk or randomk, then a codec of each value: fp16, bf16, int8, int4, sign, qsgd, or your "
+                "own, which is given the values as a vector"
             )
 
     @property
@@ -310,12 +306,6 @@ def _next(generator: torch.Generator) -> torch.Generator:
 def _scattered(values: Tensor, places: Tensor, like: Tensor) -> Tensor:
     """A tensor shaped like `like` with `values` at `places`, and zeros elsewhere."""
     return torch.zeros_like(like).flatten().index_copy_(0, places, values).view(like.shape)
-
-
-def _check(what: str, value: float, valid: bool, limits: str) -> None:
-    """Raise ValueError unless an argument is within its limits."""
-    if not valid:
-        raise ValueError(f"{what} = {value:g} must be {limits}")
 
 
 def _count(x: Tensor, ratio: float) -> int:

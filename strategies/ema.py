@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from strategies.arguments import at_least, below
 from strategies.method import Method, ServerRound, State, Tensors
 
 
@@ -11,11 +13,7 @@ from strategies.method import Method, ServerRound, State, Tensors
 class Ema(Method):
     """After each round a <- decay a + (1 - decay) x, as `torch.optim.swa_utils.get_ema_avg_fn`; it begins as x."""
 
-    decay: float = 0.99
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.decay < 1:
-            raise ValueError(f"ema: decay = {self.decay:g} must be at least 0 and less than 1")
+    decay: Annotated[float, at_least(0), below(1)] = 0.99
 
     def update(self, r: ServerRound, state: State, mean: Tensors) -> State:
         if not state:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from strategies.arguments import above
 from strategies.method import Method, ServerRound, State, Tensors, WorkerRound, Zeros, minus, zeros_like
 
 
@@ -15,13 +17,9 @@ class FedDyn(Method):
     all h_k, and the next x is the mean of the y_k minus h / alpha.
     """
 
-    alpha: float = 0.01
+    alpha: Annotated[float, above(0)] = 0.01
     constant = True
     needs = ("mean-is-next", "equal-shares", "no-delay")
-
-    def __post_init__(self) -> None:
-        if not self.alpha > 0:
-            raise ValueError(f"feddyn: alpha = {self.alpha:g} must be greater than 0")
 
     @property
     def pull(self) -> float:

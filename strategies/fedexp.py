@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
+from strategies.arguments import at_least
 from strategies.mean import weighted_means
 from strategies.method import Method, ServerRound, State, Tensors, minus
 
@@ -20,12 +22,8 @@ class FedExP(Method):
     The paper tests the mean of the last two x; here x itself is tested.
     """
 
-    eps: float = 1e-3
+    eps: Annotated[float, at_least(0)] = 1e-3
     needs = ("exact-mean",)
-
-    def __post_init__(self) -> None:
-        if not self.eps >= 0:
-            raise ValueError(f"fedexp: eps = {self.eps:g} must be at least 0")
 
     def update(self, r: ServerRound, state: State, mean: Tensors) -> State:
         moves = [r.moved(worker) for worker in r.updates]

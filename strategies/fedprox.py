@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Annotated
 
+from strategies.arguments import at_least
 from strategies.method import Method
 
 
@@ -11,7 +13,7 @@ from strategies.method import Method
 class FedProx(Method):
     """The gradient of mu / 2 ||y - x||^2 is added to that of the loss: it pulls y towards x, where the round began."""
 
-    mu: float = 0.01
+    mu: Annotated[float, at_least(0)] = 0.01
 
     @property
     def pull(self) -> float:

@@ -45,6 +45,8 @@ class FlowerStrategy(Method):
     Their state must be in their attributes alone, see `check_state`. What they draw depends on `seed` and the round.
     """
 
+    needs = ("plain-models", "mean-of-all")
+    replaces_mean = True
     make: MakeStrategy
     seed: int = 0
 
@@ -154,7 +156,7 @@ def _check(messages: Sequence[Message], arrays: ArrayRecord, workers: Iterable[i
 def _like(x: Tensors, made: ArrayRecord | None, replies: int) -> dict[str, Tensor]:
     """The tensors of `made`, which must have the names and shapes of `x`, with its dtypes and on its device."""
     if made is None:
-        raise StrategyFailed(f"made no model of {replies} updates: give --min-clients, or other strategy-args")
+        raise StrategyFailed(f"made no model of {replies} updates: give --min-clients, or the strategy other arguments")
     tensors = tensors_of(made)
     if tensors.keys() != x.keys():
         raise StrategyFailed(f"made other arrays than it was sent: {min(tensors.keys() ^ x.keys())}")

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from strategies.domain import Domain
-from strategies.method import Method, ServerRound, State, Tensors, Terms, WorkerRound, Zeros
+from strategies.method import Method, ServerRound, State, Tensors, Terms, WorkerRound, Zeros, zeros_like
 from strategies.sections import beside, under_prefix
 from strategies.wire import WIRE, Wire
 
@@ -24,7 +24,7 @@ NAMES = ("test-model", "outer", "local-rule", "delay", "momentum", "batchnorm") 
 
 @dataclass(frozen=True)
 class Layers:
-    """The layers of a run by their names, which are those of `NAMES`, and the wire.
+    """The layers of a run by their names, those of `NAMES` or others with a place among these, and the wire.
 
     What a layer sends, keeps and remembers stands under its name: ``NAME/TENSOR`` in messages and in a worker's memory.
     """
@@ -33,12 +33,16 @@ class Layers:
     wire: Wire = field(default_factory=Wire)
 
     def __post_init__(self) -> None:
-        if unknown := self.by_name.keys() - set(NAMES):
-            raise ValueError(f"{min(unknown)} is no place of a layer: it must be one of {', '.join(NAMES)}")
+        for name in self.by_name:
+            if self._place(name) not in NAMES:
+                raise ValueError(f"{name} has the place {self._place(name)}: it must be one of {', '.join(NAMES)}")
 
     def __iter__(self) -> Iterator[tuple[str, Method]]:
-        """From the model to the wire."""
-        return iter([(name, self.by_name[name]) for name in NAMES if name in self.by_name])
+        """From the model to the wire; of two in one place, the first one given is nearer to the model."""
+        return iter(sorted(self.by_name.items(), key=lambda item: NAMES.index(self._place(item[0]))))
+
+    def _place(self, name: str) -> str:
+        return name if name in NAMES else self.by_name[name].place
 
     @property
     def terms(self) -> Terms:
@@ -56,9 +60,9 @@ class Layers:
         return self.wire.keeps_memory or any(type(layer).keeps is not Method.keeps for _, layer in self)
 
     @property
-    def reestimates(self) -> bool:
-        """Whether BatchNorm's statistics are estimated anew before a test."""
-        return any(layer.reestimates for _, layer in self)
+    def reestimates_on(self) -> int:
+        """On how many training images BatchNorm's statistics are estimated again before a test; 0: they are not."""
+        return max([0, *(layer.reestimates_on for _, layer in self)])
 
     def needs_all_memories(self, everyone: bool) -> bool:
         """Whether a run must go back to its checkpoint where a worker has lost its memory."""
@@ -97,6 +101,8 @@ class Layers:
         memory = beside(r.begun, memory)
         for name, layer in reversed(list(self)):
             layer.begin(r, _under(name, memory), _under(name, received))
+        if self.terms.constant and not r.constant:
+            r.constant = zeros_like(r.begun)
 
     def end(
         self, r: WorkerRound, memory: Mapping[str, Tensor], received: Mapping[str, Tensor]

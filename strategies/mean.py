@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
+
+from strategies.arguments import check_fields
 
 Tensors = dict[str, Tensor]
 CPU_BLOCK = 2**15  # values averaged at a time: their float64 sums stay in a core's cache, which is twice as fast
@@ -17,6 +20,14 @@ class Mean:
     """What is made of the tensors that the workers of a round send."""
 
     exact, weighted, of_each_value = False, True, False  # of_each_value: each by itself, not of whole updates
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def by_shards(self) -> bool:
+        """Whether an update counts in proportion to the number of images that its worker holds."""
+        return False
 
     @property
     def fewest(self) -> int:
@@ -36,7 +47,18 @@ class Mean:
 
 
 @dataclass(frozen=True)
-class Exact(Mean):
+class Weighted(Mean):
+    """A mean in which an update counts as any other (with local epochs, by its images), or in proportion to a shard."""
+
+    weights: Literal["equal", "shard-size"] = "equal"
+
+    @property
+    def by_shards(self) -> bool:
+        return self.weights == "shard-size"
+
+
+@dataclass(frozen=True)
+class Exact(Weighted):
     """The weighted mean, and of integers (counters) the largest."""
 
     exact = True

@@ -18,6 +18,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from strategies.arguments import check_fields
 from strategies.domain import Domain
 
 Tensors = dict[str, Tensor]
@@ -124,14 +125,23 @@ class Method:
     mean_gradient: ClassVar[bool] = False  # whether `end` reads the mean gradient, see `Terms`
     needs: ClassVar[tuple[str, ...]] = ()  # properties of the run that it needs, see `fedsim.federation.checks`
     reads_message: ClassVar[bool] = False  # whether `begin` reads what the server has sent
+    replaces_mean: ClassVar[bool] = False  # whether `update` makes the next parameters of the updates themselves
     begins_early: ClassVar[bool] = False  # whether workers begin a round before that arrives
     statistics: ClassVar[Mapping[str, Domain]] = {}  # of BatchNorm's statistics those that have one, by their entry
-    reestimates: ClassVar[bool] = False  # whether BatchNorm's statistics are estimated anew before a test
+    place: ClassVar[str] = "local-rule"  # of one's own in `strategies.layers.NAMES`
+
+    def __post_init__(self) -> None:
+        check_fields(self)
 
     @property
     def pull(self) -> float:
         """See `Terms`."""
         return 0.0
+
+    @property
+    def reestimates_on(self) -> int:
+        """On how many training images BatchNorm's statistics are estimated again before a test; 0: they are not."""
+        return 0
 
     def initial(self, zero: Zeros) -> State:
         """The server's state before the first round; {} where the first `update` makes it."""

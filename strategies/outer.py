@@ -1,13 +1,7 @@
 """Outer optimizers: what the server does with the mean of the workers' models.
 
 With x the model that a round began from and ȳ the mean of what the workers sent, Δ = x - ȳ is the pseudo-gradient
-(Reddi et al. 2021). Any `torch.optim` optimizer can step on it:
-
-    fedavgm     SGD with momentum (Hsu et al. 2019)
-    slowmo      SGD with momentum on Δ / lr, its rate in units of the workers' lr (Wang et al. 2020)
-    diloco      SGD, lr 0.7, Nesterov momentum 0.9 (Douillard et al. 2023)
-    fedadam, fedyogi    adaptive (Reddi et al. 2021), without bias correction unless it is asked for
-    fedadagrad  Adagrad (the same)
+(Reddi et al. 2021). The methods in `SENTENCES`, and any `torch.optim` optimizer, can step on it.
 
 It is a layer of the server alone, whose state is the optimizer's, a flat dict of tensors and numbers.
 """
@@ -15,14 +9,15 @@ It is a layer of the server alone, whose state is the optimizer's, a flat dict o
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 from torch import Tensor
 from torch.optim import Optimizer
 
+from strategies.arguments import arguments_of
 from strategies.errors import StrategyFailed
 from strategies.fedopt import FedAdam, FedYogi
 from strategies.method import Method, ServerRound, State, Tensors
@@ -46,6 +41,14 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "fedadam": ("fedadam", {"lr": 0.1, **ADAPTIVE}),
     "fedyogi": ("fedyogi", {"lr": 0.01, **ADAPTIVE}),
     "fedadagrad": ("adagrad", {"lr": 0.1, "eps": 1e-3}),
+}
+SENTENCES = {
+    "fedavgm": "SGD with momentum (Hsu et al. 2019).",
+    "slowmo": "SGD with momentum on Δ / lr, its rate in units of the workers' lr (Wang et al. 2020).",
+    "diloco": "SGD with Nesterov momentum (Douillard et al. 2023).",
+    "fedadam": "Adam (Reddi et al. 2021), without bias correction unless it is asked for.",
+    "fedyogi": "Yogi (Reddi et al. 2021), without bias correction unless it is asked for.",
+    "fedadagrad": "Adagrad (Reddi et al. 2021).",
 }
 OUTER = ("none", *PRESETS, *sorted({*OPTIMIZERS, "yogi"} - PRESETS.keys()))  # the names that `outer_step` knows
 
@@ -98,40 +101,56 @@ class OuterStep(Method):
 def outer_step(name: str, **arguments: Any) -> OuterStep:
     """The outer step `name`, one of `OUTER`, with `arguments` over its defaults; raises ValueError for wrong ones."""
     if name not in OUTER:
-        raise ValueError(f"outer = {name} is unknown: it must be one of {', '.join(OUTER)}")
+        raise ValueError(f"{name} is unknown: it must be one of {', '.join(OUTER)}")
     if name == "none":
         if arguments:
-            raise ValueError(f"outer = none takes no arguments, but {', '.join(arguments)} was given")
+            raise ValueError(f"none takes no arguments, but {', '.join(arguments)} was given")
         return OuterStep()
     base, defaults = PRESETS.get(name, (name, {"lr": 1.0}))
-    optimizer = _optimizer_class(base)
-    parameters = inspect.signature(optimizer).parameters
-    known = [argument for argument in parameters if argument not in OF_THE_IMPLEMENTATION]
+    known = arguments_of(STEPS[name])
     for argument, value in arguments.items():
         if argument not in known:
-            raise ValueError(f"outer = {name} has no argument {argument}: it must be one of {', '.join(known)}")
-        usual = parameters[argument].default
-        if isinstance(usual, tuple) and not (isinstance(value, tuple) and len(value) == len(usual)):
-            several = ":".join(map(str, usual))
-            raise ValueError(f"outer = {name}: {argument} = {value} must be {len(usual)} numbers, such as {several}")
-    step = OuterStep(optimizer, {**defaults, **arguments}, per_lr=name == "slowmo")
+            raise ValueError(f"{name} has no argument {argument}: it must be one of {', '.join(known)}")
+        known[argument].checked(value)
+    step = OuterStep(_optimizer_class(base), {**defaults, **arguments}, per_lr=name == "slowmo")
     zero = {"": torch.zeros(1)}
     try:
         after, _ = step(zero, zero, {}, 1.0)
     except Exception as error:  # an argument that the optimizer refuses, or fails on
-        raise ValueError(f"outer = {name}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
     if not after[""].isfinite():
-        raise ValueError(f"outer = {name} divides zero by zero where no worker has moved: give an eps above 0")
+        raise ValueError(f"{name} divides zero by zero where no worker has moved: give an eps above 0")
     return step
 
 
 def _optimizer_class(name: str) -> type[Optimizer]:
     if name == "yogi":
-        import torch_optimizer  # only here: every client process imports this module
+        import torch_optimizer
 
         yogi: type[Optimizer] = torch_optimizer.Yogi
         return yogi
     return OPTIMIZERS[name]
+
+
+def _step_of(name: str) -> Callable[..., OuterStep]:
+    """`outer_step` of this name, with the arguments of its optimizer and the defaults of the method."""
+    base, defaults = PRESETS.get(name, (name, {"lr": 1.0}))
+    optimizer = _optimizer_class(base)
+    hints = get_type_hints(optimizer.__init__)
+
+    def step(**arguments: Any) -> OuterStep:
+        return outer_step(name, **arguments)
+
+    step.__name__ = name
+    step.__doc__ = SENTENCES.get(name, f"A step of `{optimizer.__module__.partition('.')[0]}`'s {optimizer.__name__}.")
+    step.__signature__ = inspect.Signature(  # type: ignore[attr-defined]
+        [
+            each.replace(default=defaults.get(each.name, each.default), annotation=hints.get(each.name, Any))
+            for each in inspect.signature(optimizer).parameters.values()
+            if each.name not in OF_THE_IMPLEMENTATION
+        ]
+    )
+    return step
 
 
 def _state_of(optimizer: Optimizer, parameters: Mapping[str, Tensor]) -> State:
@@ -150,3 +169,6 @@ def _load(optimizer: Optimizer, parameters: Mapping[str, Tensor], state: State) 
         if isinstance(value, Tensor):
             value = value.cpu().clone() if entry == "step" else value.clone()
         optimizer.state[parameters[name]][entry] = value
+
+
+STEPS: Mapping[str, Callable[..., OuterStep]] = {name: _step_of(name) for name in OUTER if name != "none"}

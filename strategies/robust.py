@@ -17,11 +17,13 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from typing import Annotated
 
 import torch
 from torch import Tensor
 
-from strategies.mean import Mean, mean
+from strategies.arguments import at_least, below
+from strategies.mean import Mean, Weighted, mean
 from strategies.method import Tensors
 
 
@@ -30,11 +32,7 @@ class Trimmed(Mean):
     """Each value's unweighted mean without the floor(`trim` * K) largest and smallest."""
 
     weighted, of_each_value = False, True
-    trim: float = 0.25
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.trim < 0.5:
-            raise ValueError(f"trimmed: trim = {self.trim:g} must be at least 0 and less than 0.5")
+    trim: Annotated[float, at_least(0), below(0.5)] = 0.25
 
     def problem(self, workers: int) -> str:
         least = math.ceil(1000 / workers) / 1000
@@ -64,7 +62,7 @@ class Median(Mean):
 
 
 @dataclass(frozen=True)
-class Clipped(Mean):
+class Clipped(Weighted):
     """The weighted mean of models whose distance from `x` is cut to the median distance."""
 
     @property

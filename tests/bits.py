@@ -36,49 +36,50 @@ FAULTS = "FEDSIM_BITS_FAULTS"  # see bits_client.py
 Outcome = dict[str, Any]  # PART/NAME -> a value as text
 PARTS = "model,rows,summary,checkpoint"
 TINY = (
-    "dataset=synthetic synthetic-images=96 crop-size=12 crop-padding=0 model=bits_client:network batch-size=4 lr=0.02 "
+    "dataset=synthetic:images=96 augment=crop:size=12,padding=0+mirror model=bits_client:network batch-size=4 lr=0.02 "
     "threads=1 device=cpu checkpoint-every=2 "
 )
 LOCALSGD, CENTRALIZED = TINY + "clients=6 local-steps=2 rounds=5 ", TINY + "epochs=3 "
 COMBINED = """
 local-rule=scaffold momentum-at-sync=reset outer=slowmo compress-down=powersgd
-local-rule=fedprox prox-mu=0.5 mean=trimmed trim=0.34 compress=fp16
+local-rule=fedprox:mu=0.5 mean=trimmed:trim=0.34 compress=fp16
 local-rule=scaffold-inferred momentum=0 weight-decay=0 outer=fedavgm
 optimizer=lars batchnorm-at-sync=first-worker compress=sign
 optimizer=lamb lr=0.001 mean=clipped compress=int4
-outer=fedyogi batchnorm-at-sync=local compress=randomk compress-ratio=0.3
-optimizer=adam momentum-at-sync=average batchnorm-at-sync=pooled compress=topk compress-ratio=0.1
+outer=fedyogi batchnorm-at-sync=local compress=randomk:ratio=0.3
+optimizer=adam momentum-at-sync=average batchnorm-at-sync=pooled compress=topk:ratio=0.1
 """
 METHODS = """
-clients=6; clients=1; momentum=0; delay=1; compress=qsgd compress-levels=40; compress=powersgd compress-rank=1
+clients=6; clients=1; momentum=0; layer=delay; compress=qsgd:levels=40; compress=powersgd:rank=1
 local-rule=scaffold-inferred momentum=0 weight-decay=0; min-clients=6 local-rule=scaffold
-delay=1 local-rule=fedprox outer=slowmo compress=topk compress-ratio=0.1
-optimizer-backend=torch-optimizer optimizer=lars; lars-lr-in-momentum=true optimizer=lars
-lars-adapt-undecayed=true decay-biases-and-norms=false optimizer=lars; lamb-bias-correction=step-size optimizer=lamb
-lamb-adapt-undecayed=false decay-biases-and-norms=false optimizer=lamb; lamb-bias-correction=moments optimizer=lamb
-optimizer-args=betas=0.8:0.9 optimizer=adamw momentum-at-sync=average; mean=trimmed trim=0.34
-batchnorm-at-sync=re-estimated batchnorm-images=20; compress-down=sign compress=topk compress-ratio=0.1
-compress=topk compress-ratio=0.1; compress-down=topk compress-ratio=0.1; compress=randomk compress-ratio=0.3
-compress-down=randomk compress-ratio=0.3; error-feedback=false compress=topk compress-ratio=0.1
-outer-args=lr=0.5,momentum=0.5,nesterov=true outer=sgd; local-epochs=1 partition=linear small-shards=true
-local-steps-schedule=post-local switch-epoch=0.5 record-by=epoch rounds=6
-local-steps-schedule=qsr qsr-alpha=0.05 record-by=epoch rounds=6
-local-steps-schedule=linear local-steps-max=3 record-by=epoch rounds=0 epochs=3
-local-steps-schedule=doubling local-steps-max=4 record-by=epoch rounds=0 epochs=4
-local-steps-schedule=table local-steps-table=0.5:3,1:1 record-by=epoch rounds=6
-schedule=multistep milestones=1,2; schedule-unit=epoch schedule=cosine warmup-epochs=1
-lr-scaling=sqrt lr-scaling-batch=8; small-shards=true clients=40; validation=8 evaluate-every=2
-partition=dirichlet partition-args=alpha=5,min_partition_size=1 small-shards=true
-partition=inner-dirichlet partition-args=alpha=1,partition_sizes=16:16:16:16:16:16
-partition=pathological partition-args=num_classes_per_partition=4 small-shards=true
-partition=shard partition-args=num_shards_per_partition=2,shard_size=8
-partition=size partition-args=partition_sizes=8:8:20:20:20:20
-partition=square small-shards=true client-weights=shard-size
-norm=gn model=resnet20 clients=2 rounds=3; model=lenet5 crop-size=0 clients=2 rounds=3
-model=lenet-bn crop-size=0 clients=2 rounds=3; model=vit-tiny crop-size=0 clients=2 rounds=3
-model=resnet18 crop-size=8 clients=2 rounds=3; model=resnet18-v2 crop-size=8 clients=2 rounds=3
-strategy=flwr.serverapp.strategy:FedAdam; strategy=flwr.serverapp.strategy:FedMedian
-strategy=flwr.serverapp.strategy:FedYogi; strategy=flwr.serverapp.strategy:Krum
+layer=delay local-rule=fedprox outer=slowmo compress=topk:ratio=0.1
+optimizer=lars:backend=torch-optimizer; optimizer=lars:lr-in-momentum=true
+optimizer=lars:adapt-undecayed=true decay-biases-and-norms=false; optimizer=lamb:bias-correction=step-size
+optimizer=lamb:adapt-undecayed=false decay-biases-and-norms=false; optimizer=lamb:bias-correction=moments
+optimizer=adamw:betas=0.8/0.9 momentum-at-sync=average; mean=trimmed:trim=0.34
+batchnorm-at-sync=re-estimated:images=20; compress-down=sign compress=topk:ratio=0.1
+compress=topk:ratio=0.1; compress-down=topk:ratio=0.1; compress=randomk:ratio=0.3
+compress-down=randomk:ratio=0.3; error-feedback=false compress=topk:ratio=0.1
+outer=sgd:lr=0.5,momentum=0.5,nesterov=true; local-epochs=1 partition=linear:small-shards=true
+local-steps-schedule=post-local:switch-epoch=0.5 record-by=epoch rounds=6
+local-steps-schedule=qsr:alpha=0.05 record-by=epoch rounds=6
+local-steps-schedule=linear:max=3 record-by=epoch rounds=0 epochs=3
+local-steps-schedule=doubling:max=4 record-by=epoch rounds=0 epochs=4
+local-steps-schedule=table:epochs=0.5/1,steps=3/1 record-by=epoch rounds=6
+schedule=multistep:milestones=1/2; schedule-unit=epoch schedule=cosine warmup-epochs=1
+lr-scaling=sqrt:batch=8; partition=iid:small-shards=true clients=40; validation=8 evaluate-every=2
+partition=dirichlet:alpha=5,min-partition-size=1,small-shards=true
+partition=inner-dirichlet:alpha=1,partition-sizes=16/16/16/16/16/16
+partition=pathological:num-classes-per-partition=4,small-shards=true
+partition=shard:num-shards-per-partition=2,shard-size=8
+partition=size:partition-sizes=8/8/20/20/20/20
+mean=exact:weights=shard-size partition=square:small-shards=true
+model=resnet20:norm=gn clients=2 rounds=3; augment=crop+mirror model=lenet5 clients=2 rounds=3
+augment=crop+mirror model=lenet-bn clients=2 rounds=3; augment=crop+mirror model=vit-tiny clients=2 rounds=3
+augment=crop:size=8+mirror model=resnet18 clients=2 rounds=3
+augment=crop:size=8+mirror model=resnet18-v2 clients=2 rounds=3
+outer=flwr.serverapp.strategy:FedAdam; outer=flwr.serverapp.strategy:FedMedian
+outer=flwr.serverapp.strategy:FedYogi; outer=flwr.serverapp.strategy:Krum
 """
 NAMED = {  # methods that have their defaults
     "local-rule": "fedprox scaffold",
@@ -118,14 +119,16 @@ def cases(quick: bool, pattern: str) -> Iterator[Case]:
 
     combined = COMBINED.strip().splitlines()
     every = [*choices(), *entries(METHODS), *combined]
-    known = {name.replace("_", "-") for name in inspect.signature(fedsim.centralized).parameters}
+    known = set(inspect.signature(fedsim.centralized).parameters)
     of_quick = (("local", "all"), ("stacked", "whole"), ("centralized", "cut"))
     for engine, scenario in itertools.product(("local", "stacked", "centralized", "flower"), SCENARIOS):
         for number, method in enumerate(combined if engine == "flower" else every):
             case = Case(engine, scenario, method)
             usual = scenario == list(SCENARIOS)[number % 6] if engine == "flower" else scenario != "all"
             chosen = re.search(pattern, "/".join(case)) if pattern else case[:2] in of_quick if quick else usual
-            exists = engine != "centralized" or (scenario in ("whole", "cut") and keys_of(method).keys() <= known)
+            exists = engine != "centralized" or (
+                scenario in ("whole", "cut") and spelled(keys_of(method)).keys() <= known
+            )
             if chosen and exists:
                 yield case
 
@@ -146,7 +149,9 @@ def choices() -> Iterator[str]:
     yield from named
     explained = [*named, *(method.split()[0] for method in entries(METHODS))]
     for field, info in Config.model_fields.items():
-        for value in (True, False) if info.annotation is bool else get_args(info.annotation):
+        seams = [each.seam.names for each in info.metadata if hasattr(each, "seam")]
+        names = seams[0] if seams else get_args(info.annotation)
+        for value in (True, False) if info.annotation is bool else names:
             choice = f"{field.replace('_', '-')}={str(value).lower()}"
             if value != info.default and choice not in explained:
                 yield choice

@@ -25,7 +25,7 @@ from typing import IO, Any, NamedTuple
 import pytest
 
 from fedsim import cli
-from fedsim.interrupts import SIGNALS
+from fedsim.system.interrupts import SIGNALS
 
 ROOT = Path(__file__).parents[1]
 SECONDS = 300.0  # in which a command must have ended

@@ -20,18 +20,18 @@ import torch
 import typer.main
 from torch import Tensor, nn
 
-from fedsim import cli, provenance
+from fedsim import cli
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import data_folder
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
 from fedsim.experiments.study import LARGE_BATCH, read_study
-from fedsim.records import Run
 from fedsim.registry import MODELS
+from fedsim.runs.run import Run
+from fedsim.system import provenance
 
 SMALL: dict[str, Any] = {
-    "dataset": "synthetic",
-    "synthetic-images": 128,
+    "dataset": "synthetic:images=128",
     "model": "lenet5",
     "batch-size": 4,
     "clients": 4,
@@ -46,41 +46,34 @@ SMALL_BATCHNORM = "tests.own_code:small_batchnorm"
 # What people compare: a ResNet-18 with GroupNorm, uneven shards, an optimizer on the server, compressed updates
 RESNET: dict[str, Any] = {
     **SMALL,
-    "synthetic-images": 512,
-    "model": "resnet18",
-    "norm": "gn",
-    "crop-size": 8,
+    "dataset.images": 512,
+    "model": "resnet18:norm=gn",
+    "augment.size": 8,
+    "partition": "dirichlet:alpha=0.5",
+    "mean.weights": "shard-size",
+    "outer": "fedadam:lr=0.01",
+    "compress": "int8",
     "batch-size": 4,
     "rounds": 3,
     "fraction": 0.5,
-    "partition": "dirichlet",
-    "partition-args": "alpha=0.5",
-    "client-weights": "shard-size",
-    "outer": "fedadam",
-    "outer-args": "lr=0.01",
-    "compress": "int8",
     "momentum-at-sync": "reset",
     "error-feedback": False,
 }
 
 # Every other method, for the tests that compare engines: three rounds of a model with BatchNorm each
 METHODS: dict[str, dict[str, Any]] = {
-    "fedprox-trimmed-fp16": {"local-rule": "fedprox", "mean": "trimmed", "trim": 0.34, "compress": "fp16"},
+    "fedprox-trimmed-fp16": {"local-rule": "fedprox", "mean": "trimmed:trim=0.34", "compress": "fp16"},
     "scaffold-inferred": {"local-rule": "scaffold-inferred", "momentum": 0.0, "weight-decay": 0.0},
-    "post-local-median": {"local-steps-schedule": "post-local", "switch-epoch": 0.2, "mean": "median"},
-    "qsr-qsgd-re-estimated": {"local-steps-schedule": "qsr", "qsr-alpha": 0.03, "compress": "qsgd"},
+    "post-local-median": {"local-steps-schedule": "post-local:switch-epoch=0.2", "mean": "median"},
+    "qsr-qsgd-re-estimated": {"local-steps-schedule": "qsr:alpha=0.03", "compress": "qsgd"},
     "fedyogi-randomk-local": {"outer": "fedyogi", "compress": "randomk", "batchnorm-at-sync": "local"},
     "lars-sign-first-worker": {"optimizer": "lars", "compress": "sign", "batchnorm-at-sync": "first-worker"},
     "lamb-clipped-int4": {"optimizer": "lamb", "lr": 0.001, "mean": "clipped", "compress": "int4"},
     "diloco-bf16-pooled": {"outer": "diloco", "compress": "bf16", "batchnorm-at-sync": "pooled"},
     "fedadagrad-powersgd": {"outer": "fedadagrad", "compress": "powersgd", "momentum-at-sync": "average"},
-    "flowers-fedadam": {"strategy": "flwr.serverapp.strategy:FedAdam", "strategy-args": "eta=0.01"},
+    "flowers-fedadam": {"outer": "flwr.serverapp.strategy:FedAdam:eta=0.01"},
 }
-METHODS["qsr-qsgd-re-estimated"] |= {
-    "batchnorm-at-sync": "re-estimated",
-    "batchnorm-images": 100,
-    "schedule": "constant",
-}
+METHODS["qsr-qsgd-re-estimated"] |= {"batchnorm-at-sync": "re-estimated:images=100", "schedule": "constant"}
 for method in METHODS.values():
     by = "epoch" if "local-steps-schedule" in method else "round"
     method |= {"model": "lenet-bn", "rounds": 3, "record-by": by}
@@ -216,7 +209,7 @@ def real_data(monkeypatch: pytest.MonkeyPatch) -> str:
 def register(monkeypatch: pytest.MonkeyPatch, name: str, build: Callable[[int], nn.Module]) -> None:
     """Let `name` be a model of the registry for a test."""
     monkeypatch.setattr("tests.conftest.registered", build, raising=False)
-    monkeypatch.setitem(MODELS, name, "tests.conftest:registered")
+    monkeypatch.setitem(MODELS.places, name, "tests.conftest:registered")
 
 
 def final_model(run: Run | Path) -> dict[str, Tensor]:
@@ -276,7 +269,7 @@ def write_run(
         "versions": {"torch": "1"},
     }
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps(config.record(mode)))
+    (folder / "config.json").write_text(json.dumps(config.record(mode, own=False)))
     (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     if finished:
         (folder / "summary.json").write_text(json.dumps(summary))

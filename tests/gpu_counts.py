@@ -9,6 +9,7 @@ from typing import Any
 
 from fedsim.bench.variants import METHODS
 from fedsim.config import Config
+from fedsim.data.datasets import facts_of
 from fedsim.federation.client_app import app
 from fedsim.federation.in_process import InProcessGrid, stacked_trainers
 from fedsim.federation.messenger import Messenger
@@ -19,14 +20,14 @@ from fedsim.models import build_model
 from fedsim.training.run_plan import run_plan
 from tests.emulated_gpu import EmulatedGpu
 
-PAPER = Config().changed({"dataset": "synthetic", "synthetic-classes": 100, "synthetic-images": 256, "threads": 1})
+PAPER = Config().changed({"dataset": "synthetic:classes=100,images=256", "threads": 1})
 
 
 def round_counts(config: Config, by_products: bool = False) -> Counter[str]:
     """What the second round of `config` takes on the emulated GPU, all clients at once, and the kernels of a step."""
     config = config.changed({"device": "cuda"})
     with EmulatedGpu() as gpu, InProcessGrid(app, config, stacked_trainers(config, by_products)) as grid:
-        model = build_model(config.model, config.synthetic_classes, config.seed, config.device, config.precision)
+        model = build_model(config.model, facts_of(config).classes, config.seed, config.device, config.precision)
         strategy = build_strategy(config, run_plan(config), model)
         messenger, progress = Messenger(grid), initial_progress(config, model)
         registry = NodeRegistry(messenger, config)

@@ -31,8 +31,8 @@ def noisy_vit(classes: int) -> nn.Module:
     return VisionTransformer(32, 8, 1, 2, 8, 16, attention_dropout=0.1, num_classes=classes)  # type: ignore[no-any-return]
 
 
-def not_with_batchnorm(classes: int, norm: str) -> nn.Module:
-    """It fails where it is not told of ``norm = gn``."""
+def not_with_batchnorm(classes: int, norm: str = "gn") -> nn.Module:
+    """It fails where it is told of another norm than ``gn``."""
     assert norm == "gn"
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, classes))
 

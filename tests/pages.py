@@ -28,6 +28,7 @@ asked() {  # have a command run with this folder and this PYTHONPATH, and print 
 }
 fedsim() { asked fedsim "$@"; }
 python() { asked python "$@"; }
+torchrun() { "$PYTHON" -m torch.distributed.run "$@"; }
 """
 
 
@@ -50,7 +51,7 @@ def run_page(name: str, folder: Path) -> str:
         else:
             script += f"cat > {file} <<'END'\n{code}END\n" if file else code
     with tempfile.TemporaryDirectory() as talk, serving(Path(talk)):
-        environment = {**os.environ, "PYTHONPATH": "", "TALK": talk}
+        environment = {**os.environ, "PYTHONPATH": "", "TALK": talk, "PYTHON": sys.executable}
         done = subprocess.run(
             ["bash", "-c", script],
             cwd=folder,

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import bisect
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from fedsim.config import Config, arguments_of
+from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
 from fedsim.data.partition import shard_of, shard_sizes
 from fedsim.models import cpu_model, initial_model
@@ -19,8 +19,9 @@ from fedsim.optim import build_optimizer
 from fedsim.training.batchnorm import BATCH as CALIBRATION_BATCH
 from fedsim.training.batchnorm import calibration_crops
 from fedsim.training.local_round import RoundStart, round_inputs
-from fedsim.training.methods import seed_of
+from fedsim.training.methods import layers_of, seed_of
 from fedsim.training.run_plan import run_plan
+from strategies.arguments import split_name
 from strategies.local_sgd import LocalSGD
 from tests.oracle import (
     Combine,
@@ -54,30 +55,31 @@ OUTER: dict[str, tuple[Callable[..., Outer], dict[str, Any]]] = {  # with the de
 }
 ARGUMENTS = ("lr", "momentum", "nesterov", "betas", "eps", "bias_correction")
 
-CODECS: dict[str, Callable[[Config, Tensor, torch.Generator], Tensor]] = {
-    "fp16": lambda config, x, draws: x.clamp(-65504, 65504).half().double(),
-    "bf16": lambda config, x, draws: x.bfloat16().double(),
-    "int8": lambda config, x, draws: uniform(x, 127),
-    "int4": lambda config, x, draws: uniform(x, 7),
-    "sign": lambda config, x, draws: sign(x),
-    "topk": lambda config, x, draws: topk(x, config.compress_ratio),
-    "randomk": lambda config, x, draws: random_k(x, config.compress_ratio, draws),
-    "qsgd": lambda config, x, draws: qsgd(x, config.compress_levels, draws),
+CODECS: dict[str, Callable[[Mapping[str, Any], Tensor, torch.Generator], Tensor]] = {
+    "fp16": lambda arguments, x, draws: x.clamp(-65504, 65504).half().double(),
+    "bf16": lambda arguments, x, draws: x.bfloat16().double(),
+    "int8": lambda arguments, x, draws: uniform(x, 127),
+    "int4": lambda arguments, x, draws: uniform(x, 7),
+    "sign": lambda arguments, x, draws: sign(x),
+    "topk": lambda arguments, x, draws: topk(x, arguments["ratio"]),
+    "randomk": lambda arguments, x, draws: random_k(x, arguments["ratio"], draws),
+    "qsgd": lambda arguments, x, draws: qsgd(x, arguments["levels"], draws),
 }
 
 
-def compress_of(config: Config, codec: str) -> Compress | None:
+def compress_of(config: Config, field: str) -> Compress | None:
     """What arrives of an update; None where it is sent as it is."""
-    if codec == "none":
+    if not config.choices(field):
         return None
-    plan, rank = run_plan(config), config.compress_rank
+    choice = config.choice(field)
+    plan, codec, rank = run_plan(config), choice.name, choice.arguments.get("rank", 0)
     rights: dict[tuple[int | None, str], Tensor] = {}  # PowerSGD's, by worker and parameter
 
     def compress(update: Tensors, worker: int | None, step: int) -> Tensors:
         round_ = bisect.bisect_right(plan.starts, step)
         draws = torch.Generator().manual_seed(seed_of(config)(round_, worker))
         if codec != "powersgd":
-            return {name: CODECS[codec](config, value, draws) for name, value in update.items()}
+            return {name: CODECS[codec](choice.arguments, value, draws) for name, value in update.items()}
         arrived = dict(update)
         for name, value in update.items():
             rows, columns = len(value), value[0].numel()
@@ -101,27 +103,27 @@ MEANS: dict[str, Callable[[float], Combine | None]] = {
 def covers(config: Config) -> bool:
     """Whether the reference knows every part of a run of `config` (resolved): then `reference` is its model."""
     # A codec that follows another one meets ties, which rounding errors of 1e-16 break in one way or the other
-    both = config.compress, config.compress_down
-    no_ties = "none" in both or both == ("topk", "topk")
+    both = tuple("+".join(choice.name for choice in config.choices(field)) for field in ("compress", "compress_down"))
+    codecs = [*config.choices("compress"), *config.choices("compress_down")]
+    outer = config.choices("outer")
+    no_ties = "" in both or both == ("topk", "topk")
     has_buffers = any(True for _ in cpu_model(config).buffers())
     has_extras = config.momentum_at_sync == "average" or config.local_rule == "scaffold"
     # An inferred mean of gradients is weighted by the rates of the steps
     one_rate = config.schedule == "constant" and config.warmup_epochs == 0
     return (
-        config.local_rule in ("none", "fedprox", "scaffold", "scaffold-inferred")
+        split_name(config.local_rule)[0] in ("none", "fedprox", "scaffold", "scaffold-inferred")
         and (config.local_rule != "scaffold-inferred" or one_rate)
-        and all(text in CODECS or text in ("none", "powersgd") for text in (config.compress, config.compress_down))
+        and all(name in CODECS or name in ("", "powersgd") for name in both)
         # It takes as many steps with every worker
         and (not config.local_epochs or len(set(shard_sizes(config))) == 1)
         and config.precision == "fp64"
-        and config.strategy == "localsgd"
         # The reference clips parameters alone
-        and (config.mean != "clipped" or not (has_buffers or has_extras))
+        and (split_name(config.mean)[0] != "clipped" or not (has_buffers or has_extras))
         # The factors of a matrix of lower rank are not determined
-        and ("powersgd" not in both or config.batch_size >= config.compress_rank)
+        and config.batch_size >= max([0, *(choice.arguments.get("rank", 0) for choice in codecs)])
         and no_ties
-        and config.outer in {"none", *OUTER}
-        and arguments_of(config.outer_args).keys() <= set(ARGUMENTS)
+        and all(choice.name in OUTER and choice.given.keys() <= set(ARGUMENTS) for choice in outer)
     )
 
 
@@ -150,8 +152,12 @@ def reference(config: Config) -> dict[str, Tensor]:
             layer.register_forward_pre_hook(use_keys)
     everyone = list(range(config.clients))
     sampling = LocalSGD(fraction_train=config.fraction, seed=config.seed)
-    make_outer, defaults = OUTER.get(config.outer, (None, {}))
-    keep = {"momentum_at_sync": config.momentum_at_sync, "batchnorm_at_sync": config.batchnorm_at_sync}
+    of_outer, mean = config.choices("outer"), config.choice("mean")
+    make_outer, defaults = OUTER[of_outer[0].name] if of_outer else (None, {})
+    keep = {
+        "momentum_at_sync": config.momentum_at_sync,
+        "batchnorm_at_sync": split_name(config.batchnorm_at_sync)[0],
+    }
     local_sgd(
         model,
         lambda replica: build_optimizer(config, dict(replica.named_parameters())),
@@ -160,19 +166,21 @@ def reference(config: Config) -> dict[str, Tensor]:
         config.clients,
         [plan.steps(round_) for round_ in range(1, plan.rounds + 1)],
         sample=lambda round_: sampling.sample(round_, everyone),
-        weights=None if config.client_weights == "equal" else [len(shard_of(config, worker)) for worker in everyone],
-        combine=MEANS[config.mean](config.trim),
-        clip=config.mean == "clipped",
-        compress=compress_of(config, config.compress),
-        compress_down=compress_of(config, config.compress_down),
+        weights=None
+        if mean.arguments.get("weights", "equal") == "equal"
+        else [len(shard_of(config, worker)) for worker in everyone],
+        combine=MEANS[mean.name](mean.arguments.get("trim", 0.0)),
+        clip=mean.name == "clipped",
+        compress=compress_of(config, "compress"),
+        compress_down=compress_of(config, "compress_down"),
         error_feedback=config.error_feedback,
-        outer=make_outer(**{**defaults, **arguments_of(config.outer_args)}) if make_outer else None,
-        prox_mu=config.prox_mu if config.local_rule == "fedprox" else 0.0,
+        outer=make_outer(**{**defaults, **of_outer[0].given}) if make_outer else None,
+        prox_mu=layers_of(config).terms.pull,
         scaffold=config.local_rule in ("scaffold", "scaffold-inferred"),
-        delay=bool(config.delay),
+        delay=config.layer == "delay",
         **keep,  # type: ignore[arg-type]
     )
-    if config.batchnorm_at_sync == "re-estimated":
-        crops = torch.split(calibration_crops(config, images), CALIBRATION_BATCH, dim=1)
+    if count := layers_of(config).reestimates_on:
+        crops = torch.split(calibration_crops(config, images, count), CALIBRATION_BATCH, dim=1)
         reestimate(model, (images.crop(*batch).double() for batch in crops))
     return model.state_dict()

@@ -24,8 +24,7 @@ from fedsim.models.lenet import LeNet5
 from tests.conftest import assert_same_bits, write_run
 
 TINY: dict[str, Any] = {
-    "dataset": "synthetic",
-    "synthetic_images": 256,
+    "dataset": "synthetic:images=256",
     "model": "lenet5",
     "batch_size": 16,
     "epochs": 1,
@@ -63,7 +62,7 @@ def test_calls_in_several_threads_have_the_bits_of_calls_alone(tmp_path: Path) -
         {"engine": "local", "model": "lenet5"},
         {"engine": "stacked", "model": "lenet5", "optimizer": "lars"},
         {"engine": "stacked", "model": "tests.own_code:small_batchnorm"},
-        {"engine": "local", "model": "tests.own_code:mlp", "strategy": "flwr.serverapp.strategy:FedAdam"},
+        {"engine": "local", "model": "tests.own_code:mlp", "outer": "flwr.serverapp.strategy:FedAdam"},
     ]
 
     def call(name: str, number: int) -> Any:
@@ -187,7 +186,7 @@ def test_a_function_is_named_where_every_process_can_import_it() -> None:
         ({"epochs": 2.5, "rounds": 3}, "epochs = 2.5 is not used with rounds = 3: leave one of them out"),
         ({"clients": 0}, "clients = 0 is out of range"),
         ({"clients": "two"}, "clients = 'two' is not a whole number"),
-        ({"track": "wandb"}, "track = 'wandb' is unknown: it must be one of tensorboard"),
+        ({"track": "wandb"}, "track = wandb is unknown: it must be one of tensorboard, or package.module:"),
         ({"preset": "none"}, "unknown preset none"),
         ({"preset": Path("none.toml")}, "none.toml cannot be read"),
         ({"lr": np.array([0.1, 0.2])}, "lr = array([0.1, 0.2]) is not a number"),

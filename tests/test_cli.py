@@ -16,20 +16,22 @@ from typing import Any
 import pytest
 import typer
 
-from fedsim import __version__, cli
+from fedsim import __version__
 from fedsim.__main__ import main as run_main
-from fedsim.config import FIELDS, Mode, has_key, kebab
+from fedsim.cli import commands
+from fedsim.config import FIELDS, Mode, has_key
 from fedsim.errors import RunFailed
 from fedsim.experiments import execute
 from fedsim.experiments.study import read_study, study_names
-from fedsim.provenance import program
-from fedsim.records import print_row
+from fedsim.runs.shown import print_row
+from fedsim.system.provenance import program
+from strategies.arguments import kebab
 from tests.commands import run
 from tests.conftest import Call, write_run
 
 ROOT = Path(__file__).parents[1]
 TINY = (
-    "--dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 16 --clients 2 --local-steps 2 "
+    "--dataset synthetic:images=256 --model lenet5 --batch-size 16 --clients 2 --local-steps 2 "
     "--rounds 3 --device cpu --threads 1"
 ).split()
 
@@ -48,11 +50,11 @@ HERE = {"device": "cpu", "threads": 1}
         ("localsgd --clients 0", "clients = 0 is out of range: it must be at least 1"),
         ("localsgd --clients two", "clients = 'two' is not a whole number"),
         ("localsgd --lr -1", "lr = -1 is out of range: it must be greater than 0"),
-        ("localsgd --dataset imagenet", "dataset = 'imagenet' is unknown: it must be one of cifar100, synthetic"),
+        ("localsgd --dataset imagenet", "dataset = imagenet is unknown: it must be one of cifar100, cifar10"),
         ("localsgd --model lenet", "did you mean lenet5?"),
-        ("localsgd --model lenet6", "model = 'lenet6' is unknown: it must be one of lenet-bn, lenet5"),
-        ("localsgd --optimizer lbfgs", "optimizer = 'lbfgs' is unknown: it must be one of sgdm, lars, lamb"),
-        ("localsgd --strategy fedprox", "strategy = 'fedprox' is neither localsgd nor module:Class, e.g. flwr"),
+        ("localsgd --model lenet6", "model = lenet6 is unknown: it must be one of lenet-bn, lenet5"),
+        ("localsgd --optimizer lbfgs", "optimizer = lbfgs is unknown: it must be one of sgdm, lars, lamb"),
+        ("localsgd --strategy fedprox", "--strategy is written --outer module:Class now"),
         ("localsgd --engine ray", "engine = 'ray' is unknown: it must be one of local, stacked, flower"),
         ("localsgd --preset table3", "unknown preset table3: it must be one of batchnorm, demo, fedopt"),
         ("localsgd --preset table1", "preset = table1 is for mode centralized, not localsgd: give it to centralized"),
@@ -104,20 +106,20 @@ HERE = {"device": "cpu", "threads": 1}
             "schedule-unit is not used by a constant rate: leave it out, or give --schedule",
         ),
         (
-            "centralized --dataset synthetic --optimizer lars --lars-adapt-undecayed",
-            "lars-adapt-undecayed = true is not used where every parameter is decayed: leave it out, or give --no-",
+            "centralized --dataset synthetic --optimizer lars:adapt-undecayed=true",
+            "adapt-undecayed = true is not used where every parameter is decayed: leave it out, or give --no-",
         ),
         (
-            "centralized --dataset synthetic --optimizer lamb --no-lamb-adapt-undecayed",
-            "lamb-adapt-undecayed = false is not used where every parameter is decayed",
+            "centralized --dataset synthetic --optimizer lamb:adapt-undecayed=false",
+            "adapt-undecayed = false is not used where every parameter is decayed",
         ),
         (
-            "localsgd --dataset synthetic --outer fedadam --outer-args eps=0",
-            "outer-args = eps=0: outer = fedadam divides zero by zero where no worker has moved: give an eps above 0",
+            "localsgd --dataset synthetic --outer fedadam:eps=0",
+            "outer = fedadam:eps=0: fedadam divides zero by zero where no worker has moved: give an eps above 0",
         ),
         (
-            "localsgd --dataset synthetic --optimizer adam --optimizer-args eps=0",
-            "optimizer-args = eps=0: adam divides zero by zero where a gradient is zero: give an eps above 0",
+            "localsgd --dataset synthetic --optimizer adam:eps=0",
+            "optimizer = adam:eps=0 divides zero by zero where a gradient is zero: give an eps above 0",
         ),
         ("study a/b", "unknown study a/b: it must be one of batchnorm, demo, fedopt"),
         ("study table1 --seeds 1,x", "seeds = '1,x' is not a list of whole numbers"),
@@ -137,12 +139,12 @@ HERE = {"device": "cpu", "threads": 1}
         ("centralized --preset {folder}/mine.toml", "mine.toml is for mode localsgd, not centralized"),
         ("localsgd --dataset synthetic --clients 9000 --dry-run", "clients = 9000 is more than the 8000"),
         ("study kj-small --dry-run --cells k9", "cells = 'k9' matches no cell of kj-small"),
-        ("localsgd --dataset synthetic --track wandb", "track = 'wandb' is unknown: it must be one of tensorboard"),
+        ("localsgd --dataset synthetic --track wandb", "track = wandb is unknown: it must be one of tensorboard"),
         (
             "localsgd --dataset synthetic --track tensorboard --engine flower",
             "track = tensorboard with engine = flower",
         ),
-        ("localsgd --dataset synthetic --track wandb --dry-run", "track = 'wandb' is unknown"),
+        ("localsgd --dataset synthetic --track wandb --dry-run", "track = wandb is unknown"),
         ("localsgd --dataset synthetic --engine ray --dry-run", "engine = 'ray' is unknown"),
         (
             "localsgd --dataset synthetic --local-epochs 1 --partition linear --engine stacked --dry-run",
@@ -158,15 +160,15 @@ HERE = {"device": "cpu", "threads": 1}
         ),
         ("study demo --results-dir {folder}/file --dry-run", "results-dir = {folder}/file cannot be written"),
         ("grid --dataset synthetic --track tensorboard --engine flower", "track = tensorboard with engine = flower"),
-        ("grid --dataset synthetic --track wandb --ray", "track = 'wandb' is unknown"),
-        ("grid --dataset synthetic --nesterov yes", "nesterov = 'yes' is not true or false"),
-        ("grid --dataset synthetic --nesterov true,x", "nesterov = 'x' is not true or false"),
+        ("grid --dataset synthetic --track wandb --ray", "track = wandb is unknown"),
+        ("grid --dataset synthetic --error-feedback yes", "error-feedback = 'yes' is not true or false"),
+        ("grid --dataset synthetic --error-feedback true,x", "error-feedback = 'x' is not true or false"),
         (
-            "grid --dataset synthetic --nesterov true,true",
-            "nesterov = [True, True] has True twice: leave one of them out",
+            "grid --dataset synthetic --error-feedback true,true",
+            "error-feedback = [True, True] has True twice: leave one of them out",
         ),
-        ("grid --dataset synthetic --no-nesterov true", "Got unexpected extra argument (true)"),
-        ("localsgd --dataset synthetic --nesterov true,false", "Got unexpected extra argument (true,false)"),
+        ("grid --dataset synthetic --no-error-feedback true", "Got unexpected extra argument (true)"),
+        ("localsgd --dataset synthetic --error-feedback true,false", "Got unexpected extra argument (true,false)"),
         ("grid --dataset synthetic --lr 0.1,x", "lr = 'x' is not a number"),
         ("grid --dataset synthetic --lr 0.1,0.1", "lr = [0.1, 0.1] has 0.1 twice: leave one of them out"),
         ("grid --dataset synthetic --checkpoint-every 1,2", "grid checkpoint-every: results of mode localsgd do not"),
@@ -210,7 +212,7 @@ HERE = {"device": "cpu", "threads": 1}
         ("deploy --nodes 2 --ca {folder}/damaged", "ca = {folder}/damaged holds no ca.crt with its ca.key"),
         ("deploy --nodes 2 --ca damaged --insecure", "ca: there are no certificates to sign with --insecure"),
         ("localsgd --dataset synthetic --device mps", "device = 'mps' is out of range"),
-        ("localsgd --dataset synthetic --synthetic-images 100000000", "synthetic-images = 100000000 needs 1,200 GB of"),
+        ("localsgd --dataset synthetic:images=100000000", "dataset: synthetic images = 100000000 needs 1,200 GB of"),
         ("localsgd --threads 100000", "threads = 100000 is out of range: it must be at least 0 and at most 1,024"),
         (
             "localsgd --dataset synthetic --results-dir ~nosuch",
@@ -247,7 +249,7 @@ def test_a_number_of_cores_in_the_environment_that_is_none_is_one_line(
     call: Call, monkeypatch: pytest.MonkeyPatch, cores: str
 ) -> None:
     monkeypatch.setenv("FEDSIM_CORES", cores)
-    code, out, err = call(*"centralized --dataset synthetic --synthetic-images 64 --epochs 1 --device cpu".split())
+    code, out, err = call(*"centralized --dataset synthetic:images=64 --epochs 1 --device cpu".split())
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"error: FEDSIM_CORES = {repr(cores)[:50]}")
     assert err.endswith(" in the environment: give a number of cores, or leave it out\n")
@@ -290,7 +292,7 @@ def test_stop_after_says_how_to_resume(call: Call) -> None:
 
 
 def test_a_study_is_run_reported_and_planned(call: Call, tmp_path: Path) -> None:
-    keys = {"dataset": "synthetic", "model": "lenet5", "synthetic-images": 128, "batch-size": 16, "epochs": 1.0}
+    keys = {"dataset": "synthetic:images=128", "model": "lenet5", "batch-size": 16, "epochs": 1.0}
     lines = [f"{name} = {json.dumps(value)}" for name, value in keys.items()]
     head = ['title = "Mine"', 'mode = "localsgd"', "[grid]", "local-steps = [1, 2]", "seed = [1]", "[set]"]
     (tmp_path / "mine.toml").write_text("\n".join([*head, *lines]))
@@ -345,11 +347,14 @@ def test_a_file_is_a_preset_and_a_dry_run_writes_nothing(call: Call, tmp_path: P
 
 
 def test_any_key_of_a_grid_may_be_a_list(call: Call, tmp_path: Path) -> None:
-    keys = "grid --lr 0.01,0.1 --optimizer sgdm,lars --milestones 1,2 --schedule multistep --clients 1 --local-steps 8"
+    keys = "grid --lr 0.01,0.1 --optimizer sgdm,lars:trust=0.01,nesterov=true --schedule multistep:milestones=1/2 "
+    keys += "--clients 1 --local-steps 8"
     code, out, err = call(*keys.split(), *TINY[:-10], "--device", "cpu", "--dry-run")
     assert (code, err) == (0, "")
     assert [line.split()[0] for line in out.splitlines()[1:-1]] == [
-        f"k1-j8-{optimizer}-{lr}-seed2025" for optimizer in ("sgdm", "lars") for lr in ("lr0.01", "lr0.1")
+        f"k1-j8-{optimizer}-{lr}-seed2025"
+        for optimizer in ("sgdm", "lars-trust=0.01,nesterov=true")
+        for lr in ("lr0.01", "lr0.1")
     ]
 
 
@@ -376,12 +381,12 @@ def test_a_grid_of_local_epochs_crosses_no_local_steps(call: Call, tmp_path: Pat
     ("switches", "values"),
     [
         (
-            "--nesterov true,false --error-feedback false,true --compress int8",
+            "--decay-biases-and-norms true,false --error-feedback false,true --compress int8",
             [(False, False), (False, True), (True, False), (True, True)],
         ),
-        ("--nesterov --no-error-feedback --compress int8", [(True, False)]),
-        ("--no-nesterov", [(False, True)]),
-        ("--nesterov=true", [(True, True)]),
+        ("--decay-biases-and-norms --no-error-feedback --compress int8", [(True, False)]),
+        ("--no-decay-biases-and-norms", [(False, True)]),
+        ("--decay-biases-and-norms=true", [(True, True)]),
     ],
 )
 def test_switches_of_a_grid_may_be_lists(call: Call, tmp_path: Path, switches: str, values: list[Any]) -> None:
@@ -389,7 +394,7 @@ def test_switches_of_a_grid_may_be_lists(call: Call, tmp_path: Path, switches: s
     code, _, err = call("grid", *keys, "--clients", "1", "--local-steps", "8", *switches.split())
     assert (code, err) == (0, "")
     configs = [json.loads(path.read_text()) for path in tmp_path.glob("results/switches/*/config.json")]
-    crossed = [(config["nesterov"], config["error-feedback"]) for config in configs]
+    crossed = [(config["decay-biases-and-norms"], config["error-feedback"]) for config in configs]
     assert sorted(crossed) == values
 
 
@@ -442,7 +447,7 @@ def test_a_tracker_has_the_rows(call: Call, tmp_path: Path) -> None:
 
 
 def test_shards_are_written_for_nodes(call: Call, tmp_path: Path) -> None:
-    code, out, _ = call(*"export-shards --dataset synthetic --synthetic-images 70 --clients 3 -o shards/".split())
+    code, out, _ = call(*"export-shards --dataset synthetic:images=70 --clients 3 -o shards/".split())
     assert (code, out) == (0, "3 shards in shards\n")
     assert sorted(str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*.npy")) == [
         f"shards/{worker}/{name}.npy" for worker in range(3) for name in ("images", "labels")
@@ -450,7 +455,7 @@ def test_shards_are_written_for_nodes(call: Call, tmp_path: Path) -> None:
 
 
 def test_a_failed_run_is_one_line_and_exit_code_1(call: Call) -> None:
-    arguments = "centralized --dataset synthetic --model lenet5 --synthetic-images 512 --device cpu --lr 1e9"
+    arguments = "centralized --dataset synthetic:images=512 --model lenet5 --device cpu --lr 1e9"
     code, _, err = call(*arguments.split())
     assert (code, err.count("\n")) == (1, 1)
     assert "is nan: a lower --lr may help" in err
@@ -459,7 +464,7 @@ def test_a_failed_run_is_one_line_and_exit_code_1(call: Call) -> None:
 GRIDS_OTHERS = (("grid", "seed"), ("grid", "resume"))  # it has --seeds, and resumes its cells without a key
 
 
-@pytest.mark.parametrize("command", ["", *typer.main.get_group(cli.cli).commands])
+@pytest.mark.parametrize("command", ["", *typer.main.get_group(commands.cli).commands])
 def test_help_cuts_nothing_in_80_columns(call: Call, monkeypatch: pytest.MonkeyPatch, command: str) -> None:
     """Each flag stands on a line with all that follows it, and each key's help is there to its end."""
     monkeypatch.setenv("COLUMNS", "80")
@@ -467,7 +472,7 @@ def test_help_cuts_nothing_in_80_columns(call: Call, monkeypatch: pytest.MonkeyP
     assert code == 0
     assert max(map(len, out.splitlines())) <= 80
     words = "".join(out.split())
-    for parameter in typer.main.get_group(cli.cli).commands[command].params if command else []:
+    for parameter in typer.main.get_group(commands.cli).commands[command].params if command else []:
         assert all(flag in words for flag in [*parameter.opts, *parameter.secondary_opts])
         assert "".join((getattr(parameter, "help", None) or "").split()) in words
     assert "…" not in out
@@ -486,7 +491,7 @@ def test_every_key_is_a_flag_with_its_default_in_the_help(call: Call) -> None:
                 default = {"": "empty", True: "true", False: "false"}.get(field.default, field.default)
                 assert f"(default:{default})" in "".join(out.split())
         assert out.index("Keys used most:") < out.index("Options:") < out.index("Data:") < out.index("The run:")
-        assert out.index("Schedule and budget:") < out.index("--milestones") < out.index("--checkpoint-every")
+        assert out.index("Schedule and budget:") < out.index("--warmup-epochs") < out.index("--checkpoint-every")
 
 
 def test_help_and_version_come_without_torch() -> None:

@@ -32,14 +32,17 @@ from flwr.app import Message
 from hypothesis import HealthCheck, Phase, given, note, settings
 from hypothesis import strategies as st
 
-from fedsim.config import CORES, FIELDS, Config, Engine, kebab
+from fedsim.config import FIELDS, Config, Engine
+from fedsim.device import CORES
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute, resolve_run
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.in_process import stacked_trainers
 from fedsim.federation.server_app import train_localsgd
-from fedsim.records import Run, read_rows
+from fedsim.runs.records import read_rows
+from fedsim.runs.run import Run
 from fedsim.training.run_plan import run_plan
+from strategies.arguments import kebab
 from tests.conftest import assert_same_bits, final_model, rows_of
 from tests.federation.test_compress_down import Counting
 from tests.federation.test_messenger import Pickled
@@ -57,10 +60,9 @@ drawn = settings(
 )
 
 SMALL: dict[str, Any] = {
-    "dataset": "synthetic",
-    "synthetic-images": 48,
-    "crop-size": 12,
-    "crop-padding": 0,
+    "dataset": "synthetic:images=48",
+    "augment.size": 12,
+    "augment.padding": 0,
     "model": "tests.own_code:batchnorm",
     "threads": 1,
     "device": "cpu",
@@ -73,39 +75,39 @@ MODELS: list[Choice] = [{}, {}, {"model": "tests.own_code:narrow"}]
 OPTIMIZERS: list[Choice] = [
     {},
     {"momentum": 0.0},
-    {"nesterov": True, "decay-biases-and-norms": False},
-    {"optimizer": "lars", "trust-coefficient": 0.05, "nesterov": True},
+    {"optimizer.nesterov": True, "decay-biases-and-norms": False},
+    {"optimizer": "lars:nesterov=true,trust=0.05"},
     {
-        **{"optimizer": "lars", "trust-coefficient": 0.05, "lars-lr-in-momentum": True},
-        **{"lars-adapt-undecayed": True, "decay-biases-and-norms": False},
+        **{"optimizer": "lars:trust=0.05,lr-in-momentum=true"},
+        **{"optimizer.adapt-undecayed": True, "decay-biases-and-norms": False},
     },
-    {"optimizer": "lars", "trust-coefficient": 0.05, "optimizer-backend": "torch-optimizer"},
-    {"optimizer": "lamb", "lamb-bias-correction": "moments", "decay-biases-and-norms": False},
-    {"optimizer": "lamb", "lamb-bias-correction": "step-size", "beta1": 0.8, "lamb-clamp": 0.0},
-    {"optimizer": "lamb", "optimizer-backend": "torch-optimizer"},
-    {"optimizer": "adamw", "optimizer-args": "betas=0.8:0.9", "weight-decay": 0.01},
-    {"optimizer": "adam", "optimizer-args": "amsgrad=true, eps=1e-4"},
+    {"optimizer": "lars:backend=torch-optimizer,trust=0.05"},
+    {"optimizer": "lamb:bias-correction=moments", "decay-biases-and-norms": False},
+    {"optimizer": "lamb:betas=0.8/0.999,bias-correction=step-size,clamp=0"},
+    {"optimizer": "lamb:backend=torch-optimizer"},
+    {"optimizer": "adamw:betas=0.8/0.9", "weight-decay": 0.01},
+    {"optimizer": "adam:amsgrad=true,eps=1e-4"},
     {"optimizer": "adafactor"},
-    {"optimizer": "adagrad", "optimizer-args": "lr_decay=0.1"},
+    {"optimizer": "adagrad:lr-decay=0.1"},
     {"optimizer": "adadelta", "lr": 1.0},
-    {"optimizer": "adamax", "optimizer-args": "eps=1e-4"},  # a smaller one blows rounding errors up
-    {"optimizer": "nadam", "optimizer-args": "eps=1e-4"},
-    {"optimizer": "radam", "optimizer-args": "eps=1e-4"},
-    {"optimizer": "rmsprop", "optimizer-args": "centered=true, momentum=0.5, eps=1e-3"},
-    {"optimizer": "sgd", "optimizer-args": "momentum=0.5, nesterov=true"},
+    {"optimizer": "adamax:eps=1e-4"},  # a smaller one blows rounding errors up
+    {"optimizer": "nadam:eps=1e-4"},
+    {"optimizer": "radam:eps=1e-4"},
+    {"optimizer": "rmsprop:centered=true,momentum=0.5,eps=1e-3"},
+    {"optimizer": "sgd:momentum=0.5,nesterov=true"},
 ]
 RULES: list[Choice] = [
     {},
     {},
-    {"local-rule": "fedprox", "prox-mu": 0.5},
+    {"local-rule": "fedprox:mu=0.5"},
     {"local-rule": "scaffold"},
     {"local-rule": "feddyn:alpha=0.1"},
     {"local-rule": "fednova", "momentum-at-sync": "reset"},
-    {"local-rule": "scaffold-inferred", "momentum": 0.0, "weight-decay": 0.0, "nesterov": False},
+    {"local-rule": "scaffold-inferred", "optimizer.nesterov": False, "momentum": 0.0, "weight-decay": 0.0},
 ]
 NOT_WITH = {  # the beginning of a rule -> keys that it is nearly always refused with
-    "feddyn": "mean|trim|delay|outer|compress",
-    "fednova": "mean|trim|delay|optimizer|nesterov|trust|lars|lamb|beta",
+    "feddyn": "mean|layer|outer|compress",
+    "fednova": "mean|layer|optimizer",
 }
 MOMENTUM: list[Choice] = [{}, {}, {"momentum-at-sync": "reset"}, {"momentum-at-sync": "average"}]
 BATCHNORM: list[Choice] = [
@@ -113,30 +115,30 @@ BATCHNORM: list[Choice] = [
     {"batchnorm-at-sync": "first-worker"},
     {"batchnorm-at-sync": "pooled"},
     {"batchnorm-at-sync": "local"},
-    {"batchnorm-at-sync": "re-estimated", "batchnorm-images": 20},
+    {"batchnorm-at-sync": "re-estimated:images=20"},
 ]
 CODECS = ["none", "none", "none", "fp16", "bf16", "int8", "int4", "sign", "topk", "randomk", "qsgd", "powersgd"]
 OF_CODEC: dict[str, list[Choice]] = {
-    "topk": [{"compress-ratio": 0.1}, {"compress-ratio": 1.0}, {}],
-    "randomk": [{"compress-ratio": 0.3}],
-    "qsgd": [{}, {"compress-levels": 40}, {"compress-levels": 3}],
-    "powersgd": [{"compress-rank": 1}, {"compress-rank": 2}, {}],
+    "topk": [{"ratio": 0.1}, {"ratio": 1.0}, {}],
+    "randomk": [{"ratio": 0.3}],
+    "qsgd": [{}, {"levels": 40}, {"levels": 3}],
+    "powersgd": [{"rank": 1}, {"rank": 2}, {}],
 }
 OUTER: list[Choice] = [
     {},
     {},
     {},
     {"outer": "fedavgm"},
-    {"outer": "slowmo", "outer-args": "momentum=0.6"},
+    {"outer": "slowmo:momentum=0.6"},
     {"outer": "diloco"},
-    {"outer": "fedadam", "outer-args": "lr=0.01, eps=0.01, bias_correction=true"},
-    {"outer": "fedyogi", "outer-args": "betas=0.5:0.9"},
+    {"outer": "fedadam:lr=0.01,eps=0.01,bias-correction=true"},
+    {"outer": "fedyogi:betas=0.5/0.9"},
     {"outer": "fedadagrad"},
-    {"outer": "sgd", "outer-args": "lr=0.5, momentum=0.5"},
+    {"outer": "sgd:lr=0.5,momentum=0.5"},
 ]
 MEANS: list[Choice] = [
     *[{}] * 6,
-    {"mean": "trimmed", "trim": 0.4},
+    {"mean": "trimmed:trim=0.4"},
     {"mean": "trimmed"},
     {"mean": "median"},
     {"mean": "clipped"},
@@ -153,33 +155,28 @@ LENGTHS: list[Choice] = [
     {"rounds": 3, "shuffle-every": "round"},
     {"rounds": 2, "record-by": "epoch"},
     {"rounds": 3, "evaluate-every": 2},
-    {"local-steps-schedule": "post-local", "switch-epoch": 0.5, "record-by": "epoch", "rounds": 4},
-    {"local-steps-schedule": "qsr", "qsr-alpha": 0.1, "record-by": "epoch", "rounds": 3},
-    {"local-steps-schedule": "linear", "local-steps-max": 3, "record-by": "epoch", "epochs": 1.5},
-    {"local-steps-schedule": "doubling", "local-steps-max": 4, "record-by": "epoch", "epochs": 1.5},
-    {"local-steps-schedule": "table", "local-steps-table": "0.5:3,1:1", "record-by": "epoch", "rounds": 4},
+    {"local-steps-schedule": "post-local:switch-epoch=0.5", "record-by": "epoch", "rounds": 4},
+    {"local-steps-schedule": "qsr:alpha=0.1", "record-by": "epoch", "rounds": 3},
+    {"local-steps-schedule": "linear:max=3", "record-by": "epoch", "epochs": 1.5},
+    {"local-steps-schedule": "doubling:max=4", "record-by": "epoch", "epochs": 1.5},
+    {"local-steps-schedule": "table:epochs=0.5/1,steps=3/1", "record-by": "epoch", "rounds": 4},
     {"local-epochs": 1, "rounds": 2},
 ]
-DELAYS: list[Choice] = [*[{}] * 9, {"delay": 1}]
+DELAYS: list[Choice] = [*[{}] * 9, {"layer": "delay"}]
 RATES: list[Choice] = [
     {},
     {"schedule": "cosine"},
     {"schedule": "cosine", "schedule-unit": "epoch", "warmup-epochs": 0.5},
-    {"schedule": "multistep", "milestones": "0.5,1", "gamma": 0.5},
-    {"warmup-epochs": 1.0, "lr-scaling-batch": 8, "lr-scaling": "sqrt"},
+    {"schedule": "multistep:milestones=0.5/1,gamma=0.5"},
+    {"warmup-epochs": 1.0, "lr-scaling": "sqrt:batch=8"},
 ]
-SHARDS: list[Choice] = [{}, {}, {}, {"client-weights": "shard-size", "clients": 5}]
+SHARDS: list[Choice] = [{}, {}, {}, {"mean.weights": "shard-size", "clients": 5}]
 if importlib.util.find_spec("flwr_datasets"):
     SHARDS += [
-        {
-            "partition": "dirichlet",
-            "partition-args": "alpha=5, min_partition_size=1",
-            "small-shards": True,
-            "client-weights": "shard-size",
-        },
-        {"partition": "linear", "small-shards": True},
-        {"partition": "shard", "partition-args": "num_shards_per_partition=2, shard_size=4", "small-shards": True},
-        {"partition": "square", "small-shards": True, "client-weights": "shard-size"},
+        {"partition": "dirichlet:alpha=5,min-partition-size=1,small-shards=true", "mean.weights": "shard-size"},
+        {"partition": "linear:small-shards=true"},
+        {"partition": "shard:num-shards-per-partition=2,shard-size=4,small-shards=true"},
+        {"partition": "square:small-shards=true", "mean.weights": "shard-size"},
     ]
 OF_FLOWER = "flwr.serverapp.strategy:"
 BEYOND_THE_REFERENCE: list[Choice] = [
@@ -194,56 +191,56 @@ BEYOND_THE_REFERENCE: list[Choice] = [
     {"outer": "fedexp"},
     {"outer": "slowmo:momentum=0.6"},
     {"test-model": "ema:decay=0.5"},
-    {"outer": "yogi", "outer-args": "lr=0.01"},
-    {"outer": "adamw", "outer-args": "lr=0.01, amsgrad=true"},
-    {"outer": "asgd", "outer-args": ""},
-    {"strategy": OF_FLOWER + "FedAdam", "strategy-args": "eta=0.01"},
-    {"strategy": OF_FLOWER + "FedMedian"},
-    {"strategy": OF_FLOWER + "FedTrimmedAvg"},
-    {"strategy": OF_FLOWER + "FedAvgM", "strategy-args": "server_momentum=0.5"},
-    {"strategy": OF_FLOWER + "FedYogi"},
-    {"strategy": OF_FLOWER + "FedAdagrad"},
-    {"strategy": OF_FLOWER + "Krum"},
-    {"strategy": OF_FLOWER + "MultiKrum"},
-    {"strategy": OF_FLOWER + "Bulyan"},
-    {"strategy": OF_FLOWER + "QFedAvg", "strategy-args": "client_learning_rate=0.1"},
-    {"strategy": "tests.strategies.user_strategies:OwnGenerator"},
+    {"outer": "yogi:lr=0.01"},
+    {"outer": "adamw:lr=0.01,amsgrad=true"},
+    {"outer": "asgd"},
+    {"outer": OF_FLOWER + "FedAdam:eta=0.01"},
+    {"outer": OF_FLOWER + "FedMedian"},
+    {"outer": OF_FLOWER + "FedTrimmedAvg"},
+    {"outer": OF_FLOWER + "FedAvgM:server_momentum=0.5"},
+    {"outer": OF_FLOWER + "FedYogi"},
+    {"outer": OF_FLOWER + "FedAdagrad"},
+    {"outer": OF_FLOWER + "Krum"},
+    {"outer": OF_FLOWER + "MultiKrum"},
+    {"outer": OF_FLOWER + "Bulyan"},
+    {"outer": OF_FLOWER + "QFedAvg:client_learning_rate=0.1"},
+    {"outer": "tests.strategies.user_strategies:OwnGenerator"},
 ]
 STRAY: list[Choice] = [
-    {"strategy": OF_FLOWER + "FedProx"},
-    {"model": "lenet5", "crop-size": 16},
-    {"augment": "none", "crop-padding": 4},
-    {"augment": "tests.own_code:erase", "crop-padding": 4},
-    {"model": "resnet20", "norm": "gn"},
-    {"dataset": "tests.own_code:load", "crop-size": 10},
+    {"outer": OF_FLOWER + "FedProx"},
+    {"model": "lenet5", "augment.size": 16},
+    {"augment": "none"},
+    {"augment": "tests.own_code:erase"},
+    {"model": "resnet20:norm=gn"},
+    {"dataset": "tests.own_code:load", "augment.size": 10},
     {"batch-size": 13},
     {"lr-scaling": "sqrt"},
-    {"gamma": 0.3},
-    {"local-steps-schedule": "qsr", "qsr-alpha": 0.1, "record-by": "round"},
+    {"schedule.gamma": 0.3},
+    {"local-steps-schedule": "qsr:alpha=0.1", "record-by": "round"},
     {"partition": "pachinko"},
-    {"compress-levels": 9},
-    {"compress-ratio": 0.2},
+    {"compress.levels": 9},
+    {"compress.ratio": 0.2},
     {"error-feedback": False},
-    {"outer-args": "lr=0.5"},
-    {"prox-mu": 0.1},
-    {"trim": 0.3},
-    {"batchnorm-images": 30},
-    {"optimizer-args": "eps=1e-3"},
+    {"outer.lr": "0.5"},
+    {"local-rule.mu": 0.1},
+    {"mean.trim": 0.3},
+    {"batchnorm-at-sync.images": 30},
+    {"optimizer.eps": "1e-3"},
     {"momentum": 0.5},
-    {"nesterov": True},
-    {"beta1": 0.5},
-    {"trust-coefficient": 0.1},
-    {"lamb-clamp": 1.0},
-    {"optimizer-backend": "torch-optimizer"},
-    {"local-steps-max": 5},
-    {"milestones": "1"},
-    {"partition-args": "alpha=2"},
-    {"strategy-args": "eta=1"},
-    {"client-weights": "shard-size"},
+    {"optimizer.nesterov": True},
+    {"optimizer.betas": "0.5/0.999"},
+    {"optimizer.trust": 0.1},
+    {"optimizer.clamp": 1.0},
+    {"optimizer.backend": "torch-optimizer"},
+    {"local-steps-schedule.max": 5},
+    {"schedule.milestones": "1"},
+    {"partition.alpha": "2"},
+    {"outer.eta": "1"},
+    {"mean.weights": "shard-size"},
     {"min-clients": 4},
     {"fraction": 0.1},
     {"validation": 8},
-    {"norm": "gn"},
+    {"model.norm": "gn"},
     {"record-by": "epoch"},
     {"precision": "tf32"},
     {"round-timeout": 5.0},
@@ -267,13 +264,12 @@ def combinations(draw: st.DrawFn) -> Choice:
     for rule, others in NOT_WITH.items():
         if keys.get("local-rule", "").startswith(rule) and draw(st.integers(0, 9)):
             keys = {name: value for name, value in keys.items() if not re.match(others, name)}
-    if keys.get("mean") != "trimmed":
-        keys.pop("trim", None)
-    if "strategy" in keys:  # it takes their places
-        keys = {name: value for name, value in keys.items() if not re.match("compress|mean|trim|outer", name)}
+    if OF_FLOWER in keys.get("outer", ""):  # it takes their places
+        keys = {name: value for name, value in keys.items() if not re.match("compress|mean", name)}
         keys |= {"local-rule": "none"} if draw(st.booleans()) else {}
     for key in ("compress", "compress-down"):
-        keys |= draw(st.sampled_from(OF_CODEC.get(keys.get(key, "none"), [{}])))
+        of_codec = draw(st.sampled_from(OF_CODEC.get(keys.get(key, "none"), [{}])))
+        keys |= {f"{key}.{argument}": value for argument, value in of_codec.items()}
     if keys.get("compress", "none") != "none" and draw(st.booleans()):
         keys["error-feedback"] = False
     return keys | draw(st.sampled_from([{}] * 6 * len(STRAY) + STRAY))
@@ -353,3 +349,31 @@ def test_any_combination_is_refused_in_a_line_or_keeps_its_promises(monkeypatch:
     accepted = seen["run"] + seen["equal to the reference"]
     assert seen["equal to the reference"] >= accepted / 3
     assert accepted >= seen["refused"]
+
+
+@pytest.mark.slow
+def test_any_combination_that_is_accepted_has_the_same_bits_on_ray(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each takes a Ray of its own: FEDSIM_COMBINATIONS=300 tries 30."""
+    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1]))
+    monkeypatch.setenv(CORES, "2")
+    seen: collections.Counter[str] = collections.Counter()
+
+    @settings(drawn, max_examples=MANY // 10 or 8)
+    @given(combinations())
+    def each(keys: Choice) -> None:
+        with tempfile.TemporaryDirectory(prefix="fedsim-") as folder:
+            try:
+                asked = Config().changed({**SMALL, **keys, "results-dir": folder})
+                config, _ = resolve_run(asked, "localsgd", "local")
+                here = execute(config.changed({"name": "here"}), "localsgd")
+            except UserError:
+                seen["refused"] += 1
+                return
+            there = execute(config.changed({"name": "there"}), "localsgd", "flower")
+            assert_same_bits(final_model(there), final_model(here))
+            assert rows_of(there) == rows_of(here)
+            seen["the same"] += 1
+
+    each()
+    print(dict(seen))
+    assert seen["the same"]

@@ -15,19 +15,16 @@ from fedsim.experiments.execute import execute
 from tests.conftest import SMALL
 
 ROOT = Path(__file__).parents[1]
-RUN = (
-    "--dataset synthetic --synthetic-images 64 --model lenet5 --batch-size 16 --clients 1 --local-steps 2 --epochs 1 "
-    "--device cpu"
-)
+RUN = "--dataset synthetic:images=64 --model lenet5 --batch-size 16 --clients 1 --local-steps 2 --epochs 1 --device cpu"
 STUDY = """
 title = "Tiny"
 mode = "localsgd"
 grid = {clients = [1]}
-set = {dataset = "synthetic", synthetic-images = 64, model = "lenet5", batch-size = 16, epochs = 1.0}
+set = {dataset = "synthetic:images=64", model = "lenet5", batch-size = 16, epochs = 1.0}
 """
 COMMANDS = [
     f"localsgd {RUN}",
-    "centralized --dataset synthetic --synthetic-images 64 --model lenet5 --batch-size 16 --epochs 1 --device cpu",
+    "centralized --dataset synthetic:images=64 --model lenet5 --batch-size 16 --epochs 1 --device cpu",
     f"grid {RUN}",
     "study tiny.toml --device cpu",
     "demo",
@@ -35,7 +32,7 @@ COMMANDS = [
     "time-to-accuracy finished --bandwidth 1Mbit --latency 1ms --target 0.001 -o new/times",
     "bench --device cpu -o new/bench.json",
     "deploy --nodes 2 -o new/federation",
-    "export-shards --dataset synthetic --synthetic-images 64 --clients 2 -o new/shards",
+    "export-shards --dataset synthetic:images=64 --clients 2 -o new/shards",
 ]
 # In one process, which imports torch once: RLIMIT_FSIZE lets files be made, but not be written to
 SCRIPT = """

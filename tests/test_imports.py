@@ -12,14 +12,14 @@ import fedsim
 
 ROOT = Path(fedsim.__file__).parent
 LAYERS = (
-    ("errors", "locks", "files", "private_ray", "processes", "rng", "reference", "copies", "provenance"),
-    ("interrupts", "checkpoint_file", "rows_file"),
-    ("registry",),
-    ("config", "torch_import"),
-    ("device", "flags", "own_code"),
+    ("errors",),
+    ("system", "rng", "reference"),
+    ("registry", "spellings"),
+    ("config",),
+    ("device", "own_code"),
     ("data", "optim"),
-    ("models", "inputs"),
-    ("records",),
+    ("models",),
+    ("runs",),
     ("training",),
     ("federation",),
     ("experiments",),
@@ -29,30 +29,8 @@ LAYERS = (
 )
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 WITHOUT_FLOWER = (
-    "errors",
-    "locks",
-    "interrupts",
-    "private_ray",
-    "processes",
-    "rng",
-    "reference",
-    "registry",
-    "checkpoint_file",
-    "files",
-    "rows_file",
-    "copies",
-    "provenance",
-    "config",
-    "torch_import",
-    "device",
-    "own_code",
-    "data",
-    "optim",
-    "models",
-    "inputs",
-    "records",
-    "training",
-    "report",
+    *("errors", "system", "rng", "reference", "registry", "spellings", "config", "device", "own_code", "data", "optim"),
+    *("models", "runs", "training", "report"),
 )
 OF_FLOWER = ("local_sgd", "screening", "tensor_array", "flower_strategy", "by_name", "object_state")  # in strategies/
 OF_REPORTS = ("pandas", "matplotlib", "fedsim.report")
@@ -93,8 +71,9 @@ def test_deploy_imports_errors_alone() -> None:
 def test_only_the_federation_imports_flower(part: str) -> None:
     for file in files_of(part):
         imported = {name.partition(".")[0] for name in imports_of(file)}
-        allowed = {"strategies"} if part == "training" else set()
-        assert not imported & {"flwr", "ray", "strategies"} - allowed, file
+        assert not imported & {"flwr", "ray"}, file
+        of_flower = {f"strategies.{name}" for name in OF_FLOWER}
+        assert not imports_of(file, in_functions=False) & of_flower, file
 
 
 def test_methods_import_torch_alone() -> None:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
-from fedsim.checkpoint_file import seal, serialize
 from fedsim.config import Config, Mode
 from fedsim.data import datasets
 from fedsim.data.datasets import digests_of, load_dataset
@@ -26,7 +25,9 @@ from fedsim.federation import client_app, server_app
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import shared
 from fedsim.own_code import own_code
-from fedsim.records import Run, read_summary
+from fedsim.runs.checkpoint_file import seal, serialize
+from fedsim.runs.records import read_summary
+from fedsim.runs.run import Run
 from tests.conftest import Execute, assert_same_bits, final_model
 from tests.own_code import arrays
 
@@ -189,7 +190,7 @@ def test_a_node_says_which_data_and_code_it_has(small: Config, tmp_path: Path, m
     write(tmp_path / "mine.npz")
     (tmp_path / "node").mkdir()
     write(tmp_path / "node" / "mine.npz", train_labels=arrays()["train_labels"][::-1])
-    keys = {"dataset": "mine.npz", "data-dir": str(tmp_path), "model": "my_net:build", "strategy": "no.such:Strategy"}
+    keys = {"dataset": "mine.npz", "model": "my_net:build", "outer": "no.such:Strategy", "data-dir": str(tmp_path)}
     config = small.changed({**keys, "batch-size": 8})
     own, other = (answered(config, **{"data-dir": str(place)}) for place in (tmp_path, tmp_path / "node"))
     assert dict(own.config_records["data"]) == digests_of(config)
@@ -217,7 +218,7 @@ def test_digests_are_of_values_and_shapes_whatever_border_and_split(small: Confi
     config = small.changed({"dataset": str(tmp_path / "mine.npz"), "batch-size": 8})
     digests = digests_of(config)
     assert len(set(digests.values())) == 4
-    for keys in ({"crop-padding": 0}, {"validation": 8}, {"crop-size": 8}):
+    for keys in ({"augment.padding": 0}, {"validation": 8}, {"augment.size": 8}):
         assert digests_of(config.changed(keys)) == digests
     held = arrays()
     write(tmp_path / "mine.npz", **{name: held[name].swapaxes(1, 2) for name in ("train_images", "test_images")})
@@ -271,4 +272,4 @@ def test_the_files_of_code_are_those_that_it_imports(tmp_path: Path, monkeypatch
     monkeypatch.setitem(sys.modules, "of_another_name", importlib.util.module_from_spec(spec))
     spec.loader.exec_module(sys.modules["of_another_name"])
     assert list(own_code(Config(model="of_another_name:build"))) == ["other.py"]
-    assert own_code(Config(model="torchvision.models:resnet18", strategy="flwr.serverapp.strategy:FedAdam")) == {}
+    assert own_code(Config(model="torchvision.models:resnet18", outer="flwr.serverapp.strategy:FedAdam")) == {}

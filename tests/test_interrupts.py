@@ -17,13 +17,13 @@ import pytest
 
 from fedsim.bench.turn import take_turn
 from fedsim.config import Config
-from fedsim.interrupts import SIGNALS, exit_on_signals
-from fedsim.records import read_rows
+from fedsim.runs.records import read_rows
+from fedsim.system.interrupts import SIGNALS, exit_on_signals
 from tests.commands import Command, default_signals, executed, forked, here, started
 from tests.conftest import assert_same_bits, final_model, rows_of
 
 ROOT = Path(__file__).parents[1]
-DATA = "--dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 16 --device cpu --threads 1"
+DATA = "--dataset synthetic:images=256 --model lenet5 --batch-size 16 --device cpu --threads 1"
 RUN = f"--clients 2 --rounds 100000 --schedule cosine --checkpoint-every 7 {DATA} --name run"
 RUNS = {
     "localsgd": f"localsgd --local-steps 2 {RUN}",
@@ -124,7 +124,7 @@ def test_with_rerun_the_line_says_to_leave_it_out(tmp_path: Path) -> None:
 
 
 def endless_turn() -> None:
-    keys = {"dataset": "synthetic", "synthetic-images": 256, "model": "lenet5", "batch-size": 16, "device": "cpu"}
+    keys = {"dataset": "synthetic:images=256", "model": "lenet5", "batch-size": 16, "device": "cpu"}
     with exit_on_signals():
         take_turn("in-process", Config().changed({**keys, "clients": 2, "threads": 1}), 10**9, 10**9)
 
@@ -147,13 +147,14 @@ def test_a_process_of_the_bench_is_ended() -> None:
 
 def test_signals_ignored_from_the_start_stay_ignored(tmp_path: Path) -> None:
     """As under nohup."""
-    code = "import signal, os; from fedsim.interrupts import raise_on_signals; raise_on_signals(); "
+    code = "import signal, os; from fedsim.system.interrupts import raise_on_signals; raise_on_signals(); "
     script = f"trap '' HUP; {sys.executable} -c '{code} os.kill(os.getpid(), signal.SIGHUP); print(1)'"
     assert subprocess.run(["sh", "-c", script], capture_output=True, text=True, cwd=ROOT).stdout == "1\n"
 
 
 def test_a_signal_ends_a_process_with_its_code_where_standard_output_is_closed() -> None:
-    code = "import os; from fedsim.interrupts import exit_on_signals\nwith exit_on_signals(): os.kill(os.getpid(), 15)"
+    code = "import os; from fedsim.system.interrupts import exit_on_signals\n"
+    code += "with exit_on_signals(): os.kill(os.getpid(), 15)"
     script = f'exec {sys.executable} -c "$0" >&-'
     done = subprocess.run(["sh", "-c", script, code], stderr=subprocess.PIPE, text=True, preexec_fn=default_signals)
     assert (done.returncode, done.stderr) == (143, "interrupted\n")
@@ -177,7 +178,7 @@ def test_a_run_whose_output_nobody_reads_any_more_ends_with_a_line(
 
 SWALLOWED = """
 import gc, os, signal, sys, time, weakref
-from fedsim.interrupts import exit_on_signals
+from fedsim.system.interrupts import exit_on_signals
 
 class Held:
     def __del__(self):
@@ -191,7 +192,7 @@ with exit_on_signals():
 """
 ORPHAN = """
 import os, signal, subprocess, time
-from fedsim.interrupts import exit_on_signals
+from fedsim.system.interrupts import exit_on_signals
 
 with exit_on_signals():
     subprocess.run(["sh", "-c", "setsid sleep 600 >/dev/null 2>&1 & echo $!"])
@@ -200,8 +201,8 @@ with exit_on_signals():
 """
 HELD = """
 import os, signal
-from fedsim import torch_import
-from fedsim.interrupts import exit_on_signals
+from fedsim.system import torch_import
+from fedsim.system.interrupts import exit_on_signals
 
 def import_slowly(name):
     os.kill(os.getpid(), signal.SIGTERM)
@@ -214,7 +215,7 @@ with exit_on_signals():
 """
 CLEANUP = """
 import os, signal, time
-from fedsim.interrupts import exit_on_signals
+from fedsim.system.interrupts import exit_on_signals
 
 with exit_on_signals():
     try:

@@ -6,8 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.config import FIELDS, choices
-from fedsim.registry import DATASETS, MODELS
+from fedsim.registry import DATASETS, MODELS, PARTITIONS
 from tests.conftest import NEEDS_FLWR_DATASETS, assert_same_bits, final_model
 from tests.pages import read_page, run_page
 
@@ -25,5 +24,5 @@ def test_every_example_of_the_page_runs(tmp_path: Path) -> None:
 
 def test_the_page_names_every_model_data_set_and_partition() -> None:
     page = read_page("models-and-data.md")
-    for name in (*MODELS, *DATASETS, *choices(FIELDS["partition"])):
+    for name in (*MODELS.names, *DATASETS.names, *PARTITIONS.names):
         assert f"`{name}`" in page, name

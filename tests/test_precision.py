@@ -33,7 +33,9 @@ def test_tf32_without_a_gpu_is_refused() -> None:
 def test_precisions_train_alike_and_keep_float32_parameters(run: Execute) -> None:
     losses = {}
     for precision in ("fp64", "fp32", "bf16"):
-        result = run(name=precision, precision=precision, model="tests.own_code:batchnorm", crop_size=12, epochs=1.0)
+        result = run(
+            name=precision, precision=precision, model="tests.own_code:batchnorm", **{"augment.size": 12}, epochs=1.0
+        )
         losses[precision] = rows_of(result)[-1]["test_loss"]
         expected = torch.float64 if precision == "fp64" else torch.float32
         assert final_model(result)["0.weight"].dtype == expected

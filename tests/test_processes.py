@@ -6,8 +6,8 @@ import threading
 import psutil
 import pytest
 
-from fedsim import processes
-from fedsim.processes import end_marked, marked, new_mark
+from fedsim.system import processes
+from fedsim.system.processes import end_marked, marked, new_mark
 
 
 def test_a_process_without_an_environment_is_looked_at_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 import typer
 from torch import Tensor, nn
 
-from fedsim.cli import cli
+from fedsim.cli.commands import cli
 from fedsim.reference import local_sgd, mean
 
 ROOT = Path(__file__).parents[1]

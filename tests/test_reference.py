@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 import fedsim.reference as simple
-from fedsim.config import CORES, Config, Engine
-from fedsim.device import resolve
+from fedsim.config import Config, Engine
+from fedsim.device import CORES, resolve
 from fedsim.experiments.execute import execute
 from tests import oracle
 from tests.conftest import assert_same_bits, final_model
@@ -26,13 +26,19 @@ SHAPE: dict[str, Any] = {
     "local-steps": 3,
     "rounds": 3,
     "batch-size": 8,
-    "synthetic-images": 120,
-    "crop-size": 12,
+    "dataset.images": 120,
+    "augment": "crop:size=12+mirror",
     "precision": "fp64",
     "lr": 0.05,
 }
 ENGINES: tuple[Engine, ...] = ("local", "stacked")
-OF_THE_PAPER = {"crop-size": 0, "clients": 2, "local-steps": 2, "rounds": 2, "batch-size": 4}  # on whole images
+OF_THE_PAPER = {
+    "clients": 2,
+    "local-steps": 2,
+    "rounds": 2,
+    "batch-size": 4,
+    "augment": "crop+mirror",
+}  # on whole images
 PLAIN, BATCHNORM = "tests.own_code:plain", "tests.own_code:batchnorm"
 
 
@@ -42,47 +48,32 @@ PLAIN, BATCHNORM = "tests.own_code:plain", "tests.own_code:batchnorm"
         {**OF_THE_PAPER, "model": "lenet-bn"},
         {"momentum-at-sync": "keep"},
         {"momentum-at-sync": "reset", "shuffle-every": "round"},
-        {"momentum-at-sync": "average", "nesterov": True},
+        {"momentum-at-sync": "average", "optimizer.nesterov": True},
         {"batchnorm-at-sync": "local", "schedule": "cosine"},
-        {"batchnorm-at-sync": "pooled", "compress-down": "topk", "compress-ratio": 0.1},
-        {"batchnorm-at-sync": "re-estimated", "batchnorm-images": 100},
-        {
-            "optimizer": "lars",
-            "decay-biases-and-norms": False,
-            "trust-coefficient": 0.05,
-            "momentum-at-sync": "average",
-        },
+        {"batchnorm-at-sync": "pooled", "compress-down": "topk:ratio=0.1"},
+        {"batchnorm-at-sync": "re-estimated:images=100"},
+        {"optimizer": "lars:trust=0.05", "decay-biases-and-norms": False, "momentum-at-sync": "average"},
         {**OF_THE_PAPER, "model": "lenet5", "optimizer": "lamb"},
-        {"model": PLAIN, "augment": "tests.own_code:erase", "normalize": "none"},
-        {"model": PLAIN, "local-steps-schedule": "table", "local-steps-table": "0.5:1,0.7:4", "record-by": "epoch"},
-        {"model": PLAIN, "compress": "topk", "compress-ratio": 0.1, "outer": "slowmo"},
-        {"model": PLAIN, "compress": "topk", "compress-ratio": 0.29, "error-feedback": False},
-        {"model": PLAIN, "compress": "randomk", "compress-ratio": 0.1, "fraction": 0.67},
+        {"model": PLAIN, "augment": "center:size=12+tests.own_code:erase", "normalize": "none"},
+        {"model": PLAIN, "local-steps-schedule": "table:epochs=0.5/0.7,steps=1/4", "record-by": "epoch"},
+        {"model": PLAIN, "compress": "topk:ratio=0.1", "outer": "slowmo"},
+        {"model": PLAIN, "compress": "topk:ratio=0.29", "error-feedback": False},
+        {"model": PLAIN, "compress": "randomk:ratio=0.1", "fraction": 0.67},
         {"model": PLAIN, "compress": "qsgd", "momentum-at-sync": "average"},
-        {"model": PLAIN, "compress": "powersgd", "compress-rank": 2},
-        {"model": PLAIN, "compress-down": "powersgd", "compress-rank": 2},
+        {"model": PLAIN, "compress": "powersgd:rank=2"},
+        {"model": PLAIN, "compress-down": "powersgd:rank=2"},
         {"model": PLAIN, "compress-down": "qsgd"},
         {"model": PLAIN, "mean": "clipped", "compress": "qsgd", "outer": "fedavgm"},
-        {
-            "model": PLAIN,
-            "compress": "topk",
-            "compress-down": "topk",
-            "compress-ratio": 0.1,
-            "outer": "slowmo",
-        },
+        {"model": PLAIN, "compress": "topk:ratio=0.1", "compress-down": "topk:ratio=0.1", "outer": "slowmo"},
         {"model": PLAIN, "outer": "slowmo", "schedule": "cosine", "momentum-at-sync": "reset"},
-        {"model": PLAIN, "local-rule": "fedprox", "prox-mu": 0.5, "optimizer": "lars", "trust-coefficient": 0.05},
-        {"model": PLAIN, "local-rule": "scaffold", "nesterov": True},
+        {"model": PLAIN, "local-rule": "fedprox:mu=0.5", "optimizer": "lars:trust=0.05"},
+        {"model": PLAIN, "local-rule": "scaffold", "optimizer.nesterov": True},
         {"model": PLAIN, "local-rule": "scaffold-inferred", "momentum": 0.0, "weight-decay": 0.0},
-        {"delay": 1, "nesterov": True, "outer": "slowmo", "local-rule": "fedprox", "prox-mu": 0.5},
-        {"local-epochs": 1, "local-steps": 10, "model": PLAIN, "synthetic-images": 126, "local-rule": "scaffold"},
-        {"delay": 1, "model": PLAIN, "compress": "topk", "compress-ratio": 0.1, "momentum-at-sync": "reset"},
-        {"model": PLAIN, "local-rule": "scaffold", "optimizer": "adamw", "optimizer-args": "betas=0.8:0.9"},
-        {
-            "outer": "fedadam",
-            "outer-args": "lr=0.01, eps=0.01, bias_correction=true",
-            "batchnorm-at-sync": "first-worker",
-        },
+        {"layer": "delay", "optimizer.nesterov": True, "outer": "slowmo", "local-rule": "fedprox:mu=0.5"},
+        {"local-epochs": 1, "local-steps": 10, "model": PLAIN, "dataset.images": 126, "local-rule": "scaffold"},
+        {"layer": "delay", "compress": "topk:ratio=0.1", "model": PLAIN, "momentum-at-sync": "reset"},
+        {"model": PLAIN, "local-rule": "scaffold", "optimizer": "adamw:betas=0.8/0.9"},
+        {"outer": "fedadam:lr=0.01,eps=0.01,bias-correction=true", "batchnorm-at-sync": "first-worker"},
     ],
 )
 def test_the_engines_are_the_reference(small: Config, monkeypatch: pytest.MonkeyPatch, keys: dict[str, Any]) -> None:

@@ -33,7 +33,7 @@ def train(message: Message, context: Context) -> Message:
     sent.pop("server-round")
     config = Config().changed(sent)
     classes, images = _data(config)
-    model = build_model(config.model, classes, config.seed, norm=config.norm)
+    model = build_model(config.model, classes, config.seed)
     model.load_state_dict(message.content.array_records["arrays"].to_torch_state_dict())
     client = PlainClient(config, model, images, int(context.node_config["partition-id"]))
     losses = list(client.local_steps())

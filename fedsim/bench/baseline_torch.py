@@ -61,7 +61,7 @@ class PlainClient:
             config.lr,
             config.momentum,
             weight_decay=config.weight_decay,
-            nesterov=config.nesterov,
+            nesterov=config.choice("optimizer").arguments["nesterov"],
         )
         self.loader = DataLoader(Subset(images, own.tolist()), config.batch_size, shuffle=True)
 
@@ -81,7 +81,7 @@ def plain_rounds(config: Config, rounds: int) -> list[float]:
     torch.set_num_threads(config.threads)
     data = load_dataset(config)
     images = PilImages(data.train.pixels(), data.train.labels.cpu())
-    model = build_model(config.model, data.classes, config.seed, norm=config.norm)
+    model = build_model(config.model, data.classes, config.seed)
     clients = [PlainClient(config, copy.deepcopy(model), images, k) for k in range(config.clients)]
     seconds = []
     for _ in range(rounds + 1):

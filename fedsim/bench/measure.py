@@ -29,16 +29,17 @@ from rich.console import Console, RenderableType
 from fedsim.bench.tables import growth_table, large_table, rounds_table
 from fedsim.bench.turn import Timing, take_turn
 from fedsim.bench.variants import ON_CPU, ON_GPU, THREADED, VARIANTS
-from fedsim.config import Config, cpu_count
+from fedsim.config import Config
+from fedsim.data.datasets import training_images
 from fedsim.data.partition import check_shards
-from fedsim.device import resolve
+from fedsim.device import cpu_count, resolve
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.cost import flop_per_image
 from fedsim.experiments.study import read_study
 from fedsim.federation.flwr_run import CHECKOUT
-from fedsim.files import atomic_write
 from fedsim.models import check_model
-from fedsim.provenance import provenance
+from fedsim.system.files import atomic_write
+from fedsim.system.provenance import provenance
 
 START_LIMIT = 600  # seconds
 Turn = tuple[str, Config]  # a variant, and the configuration that it is timed in
@@ -85,13 +86,13 @@ def checked_config(keys: Mapping[str, Any], clients: Sequence[int], variants: Se
     for name in variants:
         if name not in VARIANTS:
             raise UserError(f"variants = {name!r} is unknown: it must be one of {', '.join(VARIANTS)}")
-    images = {"dataset": "synthetic", "synthetic-classes": 100, "synthetic-images": 50_000}
+    images = {"dataset": "synthetic:classes=100,images=50000"}
     config = resolve(Config().changed({**keys, **images, "rounds": rounds + 1}), "localsgd")  # one to warm up
     check_model(config)
     if config.local_epochs:
         raise UserError(f"local-epochs = {config.local_epochs}: a round that is timed has J local steps: leave it out")
     for k in clients:
-        check_shards(config.changed({"clients": k}), config.synthetic_images, k)
+        check_shards(config.changed({"clients": k}), training_images(config), k)
     return config
 
 

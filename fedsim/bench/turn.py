@@ -21,7 +21,7 @@ from fedsim.bench.variants import VARIANTS
 from fedsim.config import Config
 from fedsim.errors import RunFailed
 from fedsim.federation.flwr_run import CHECKOUT, environment
-from fedsim.processes import cleanup, marked, running
+from fedsim.system.processes import cleanup, marked, running
 
 SAMPLE_SECONDS = 0.5
 LOG_LINES = 50  # of a turn that fails

@@ -27,7 +27,8 @@ from fedsim.federation.round import initial_progress, train_round
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import initial_model
 from fedsim.optim import build_optimizer
-from fedsim.records import read_rows, run_folder
+from fedsim.runs.folder import run_folder
+from fedsim.runs.records import read_rows
 from fedsim.training.run_plan import run_plan
 from fedsim.training.step import run_steps, step_inputs
 from fedsim.training.step_fn import make_step_fn
@@ -89,8 +90,8 @@ METHODS: dict[str, dict[str, Any]] = {  # to be compared with plain LocalSGD, wh
     "scaffold": {"local-rule": "scaffold"},
     "scaffold-inferred": {"local-rule": "scaffold-inferred", "momentum": 0.0, "weight-decay": 0.0},
     "int8": {"compress": "int8"},
-    "topk": {"compress": "topk", "compress-ratio": 0.01},
-    "powersgd": {"compress": "powersgd", "compress-rank": 4},
+    "topk": {"compress": "topk:ratio=0.01"},
+    "powersgd": {"compress": "powersgd:rank=4"},
 }
 STACKED = partial(rounds_in_process, trainers=stacked_trainers)
 VARIANTS: dict[str, tuple[Rounds, str]] = {

@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.errors import UserError
-from fedsim.locks import READING
+from fedsim.system.locks import READING
 
 FORMAT = 3  # of the cached arrays; those in another format are not used
 CHECKSUMS = "crc32.json"  # of the array files in the same folder

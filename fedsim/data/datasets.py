@@ -8,25 +8,35 @@ import os
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from fedsim.config import Config, check_used
+from fedsim.config import Config
+from fedsim.data.augment import CUTS, ORDERS
 from fedsim.data.cache import Arrays, cached, discard_damaged, user_cache
-from fedsim.data.images import RANDOM_CROPS, Augmentation, Border, Images, ImageShape, Moments, bordered
+from fedsim.data.images import BLACK, Augmentation, Border, Images, ImageShape, Moments, bordered
 from fedsim.data.official import CIFAR10, OFFICIAL, Facts, read_official
 from fedsim.data.own_arrays import NAMES, arrays_of, moments_of_images, read_npz
 from fedsim.errors import UserError
-from fedsim.locks import READING
-from fedsim.registry import is_function
+from fedsim.registry import is_own
 from fedsim.rng import generator
+from fedsim.system.locks import READING
+from strategies.arguments import at_least, at_most, split_name
 
 SPLITS = ("train", "test")
 Split = tuple[NDArray[np.uint8], NDArray[np.int64]]  # (N, H, W, C) images and (N,) labels
 STORED = ("train-words", "train-labels", "test-words", "test-labels", "sha256")  # of a data set in the cache
 SYNTHETIC = (32, 32, 3), ((0.5,) * 3, (0.21,) * 3)  # shape of its images, and their moments
+
+
+@dataclass(frozen=True)
+class Synthetic:
+    """Images of coarse patterns, one for each of the `classes`, with noise; the test set is a quarter of `images`."""
+
+    classes: Annotated[int, at_least(2), at_most(1000)] = 10
+    images: Annotated[int, at_least(1), at_most(10**8)] = 8000
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,7 @@ def training_images(config: Config) -> int:
 
 def recorded_images(config: Config) -> int:
     """`training_images` of a run, by its record: raises UserError for a function, as what a record names is not run."""
-    if is_function(config.dataset):
+    if is_own(config.dataset):
         raise UserError(f"dataset = {config.dataset} is not called for a record")
     return training_images(config)
 
@@ -91,31 +101,44 @@ def image_shape(config: Config) -> ImageShape:
     """The shape of a model's input; raises UserError where crops of this kind cannot be cut."""
     height, width, channels = facts_of(config).shape
     _check_crops(config, min(height, width))
-    return channels, config.crop_size or height, config.crop_size or width
+    size = augmentation_of(config).crop_size
+    return channels, size or height, size or width
 
 
 def _check_crops(config: Config, side: int) -> None:
-    """Raise UserError where a key of crops has no effect on images of this smaller side, or does not fit them."""
-    padding, crop = config.crop_padding, config.crop_size
-    if crop > (most := side + 2 * padding):
-        raise UserError(
-            f"crop-size = {crop} is more than the {most} pixels of an image of {config.dataset} with its border: "
-            "give less, or a larger --crop-padding"
-        )
-    if crop <= side:  # only crops that move reach into the border
-        check_used(config, "augment", {"crop_padding": RANDOM_CROPS, "crop_padding_mode": RANDOM_CROPS})
-    if config.crop_padding_mode == "reflect" and not 0 < padding < side:
-        raise UserError(
-            f"crop-padding-mode = reflect needs a border narrower than the {side} pixels of an image, and not "
-            f"crop-padding = {padding}: give 1 to {side - 1}"
-        )
-    if config.augment == "crop" and padding == 0 and crop == 0:
-        raise UserError("augment = crop: with crop-padding = 0 a crop is the whole image: give more, or --augment none")
+    """Raise UserError where crops do not fit images of this smaller side, or an argument has no effect on them."""
+    for choice in config.choices("augment"):
+        if choice.name not in CUTS:
+            continue
+        what, size = f"augment = {config.augment}", choice.arguments["size"]
+        padding, mode = choice.arguments["padding"], choice.arguments["mode"]
+        if size > (most := side + 2 * padding):
+            raise UserError(
+                f"{what}: size = {size} is more than the {most} pixels of an image of {config.dataset} with its "
+                "border: give less, or a larger padding"
+            )
+        if choice.name == "center" and size <= side and choice.given.keys() - {"size"}:
+            raise UserError(f"{what}: a crop in the middle does not reach into the border: leave out padding and mode")
+        if mode == "reflect" and not 0 < padding < side:
+            raise UserError(
+                f"{what}: mode = reflect needs a border narrower than the {side} pixels of an image, and not padding = "
+                f"{padding}: give 1 to {side - 1}"
+            )
+        if config.augment == str(choice) and choice.name == "crop" and padding == 0 and size == 0:
+            raise UserError(f"{what}: a crop without a border is the whole image: give more padding, or none")
 
 
 def augmentation_of(config: Config) -> Augmentation:
-    """How batches are made of the images of `config`."""
-    return Augmentation(config.augment, config.crop_size, Border(config.crop_padding, config.crop_padding_mode))
+    """How batches are made of the images of `config`; raises UserError where the parts do not go together."""
+    choices = config.choices("augment")
+    names = [choice.name for choice in choices]
+    built_in = [name for name in names if not is_own(name)]
+    own = "+".join(str(choice) for choice in choices if is_own(choice.name))
+    if built_in not in ORDERS or names[: len(built_in)] != built_in:
+        raise UserError(f"augment = {config.augment}: give crop or center, then mirror, then functions of your own")
+    cut = next((choice.make() for choice in choices if choice.name in CUTS), None)
+    border = Border(cut.padding, cut.mode) if cut else BLACK
+    return Augmentation("crop" in names, "mirror" in names, own, cut.size if cut else 0, border)
 
 
 def moments_of(config: Config) -> Moments:
@@ -135,8 +158,9 @@ def moments_of(config: Config) -> Moments:
 
 def facts_of(config: Config) -> Facts:
     """Classes, images, shape and moments of the data set of `config`; data is read only for a user's own set."""
-    if config.dataset == "synthetic":
-        return Facts(config.synthetic_classes, config.synthetic_images, *SYNTHETIC)
+    if is_synthetic(config.dataset):
+        made: Synthetic = config.choice("dataset").make()
+        return Facts(made.classes, made.images, *SYNTHETIC)
     if official := OFFICIAL.get(config.dataset):
         return official
     with READING:
@@ -151,6 +175,11 @@ def _own_facts(dataset: str, folder: str, border: Border) -> Facts:
     mean, deviation = (tuple(map(float, row)) for row in arrays["moments"])
     height, width = height - 2 * border.padding, width - 2 * border.padding
     return Facts(classes, count, (height, width, len(mean)), (mean, deviation))
+
+
+def is_synthetic(dataset: str) -> bool:
+    """Whether a text of the key dataset is that of the synthetic set."""
+    return split_name(dataset)[0] == "synthetic"
 
 
 def data_folder(config: Config) -> Path:
@@ -174,7 +203,7 @@ def absolute_data_dir(config: Config) -> str:
 
 def _folder(config: Config) -> str:
     """The data folder; "" for a data set without files."""
-    return "" if config.dataset == "synthetic" or is_function(config.dataset) else str(data_folder(config))
+    return "" if is_synthetic(config.dataset) or is_own(config.dataset) else str(data_folder(config))
 
 
 def files_of(dataset: str, folder: str) -> list[Path]:
@@ -196,7 +225,7 @@ def verify_data(config: Config) -> None:
     Decoded images in the cache are checked (0.4 s); damaged ones are removed and decoded again. A function of the
     user's is called again. Raises UserError if it gives other data, or if a file has changed since it was read.
     """
-    if is_function(config.dataset):
+    if is_own(config.dataset):
         _check_repeatable(config.dataset, augmentation_of(config).border)
     elif folder := _folder(config):
         for file in files_of(config.dataset, folder) if config.dataset.endswith(".npz") else ():
@@ -245,7 +274,7 @@ def _hold_out(key: tuple[Any, ...], count: int, seed: int) -> Dataset:
 
 @functools.lru_cache(maxsize=2)
 def _whole(dataset: str, folder: str, facts: Facts, device: str, how: Augmentation) -> Dataset:
-    if dataset == "synthetic":
+    if is_synthetic(dataset):
         arrays = _synthetic_arrays(facts.classes, facts.images, how.border)
     else:
         arrays = _arrays(dataset, folder, how.border)
@@ -258,7 +287,7 @@ def _whole(dataset: str, folder: str, facts: Facts, device: str, how: Augmentati
 
 def _arrays(dataset: str, folder: str, border: Border) -> Arrays:
     """The arrays `STORED` of a data set, and the moments of a user's own; those of files are cached."""
-    if is_function(dataset):
+    if is_own(dataset):
         return _of_function(dataset, border)
     files = files_of(dataset, folder)
     if dataset in OFFICIAL:

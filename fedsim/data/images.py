@@ -7,6 +7,7 @@ border of other pixels. The random crops of a batch are then one gather of words
 from __future__ import annotations
 
 import copy
+import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
@@ -16,13 +17,13 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedsim.registry import function_of, is_function
+from fedsim.registry import AUGMENTATIONS
+from strategies.arguments import Choice
 
 ImageShape = tuple[int, int, int]  # channels, height and width of the crop of an image that a model gets
 CIFAR_IMAGE: ImageShape = (3, 32, 32)
 Corners = tuple[int, int]  # the number of rows, and of columns, at which a crop may begin
 Moments = tuple[tuple[float, ...], tuple[float, ...]]  # mean and standard deviation of each channel, of pixel / 255
-RANDOM_CROPS = ("crop+mirror", "crop")  # values of the key augment that cut at random
 
 
 class Border(NamedTuple):
@@ -42,9 +43,11 @@ BLACK = Border()
 
 @dataclass(frozen=True)
 class Augmentation:
-    """How a batch is made of images: the keys augment and crop-size, and the border that crops reach into."""
+    """How a batch is made of images, and the border that crops reach into."""
 
-    augment: str = "crop+mirror"
+    random_crop: bool = True
+    mirror: bool = True
+    own: str = ""  # the choice of functions of one's own, which change the crops
     crop_size: int = 0  # the side of a square; 0: as large as the image
     border: Border = BLACK
 
@@ -114,24 +117,29 @@ class Images:
     def sample(self, index: NDArray[np.int64], words: NDArray[np.uint64]) -> Tensor:
         """(4, N) int64 on the CPU: the arguments of `crop` for training on the N images `index`, by N random words."""
         drawn = sample_crops(index, words, self.corners)
-        if self._how.augment not in RANDOM_CROPS:
+        if not self._how.random_crop:
             drawn[1:3] = torch.tensor(self._middle)[:, None]
-        if self._how.augment != "crop+mirror":
+        if not self._how.mirror:
             drawn[3] = 0
         return drawn
 
     def augmented(self, crops: Tensor, keys: Sequence[int]) -> Tensor:
-        """`crops` as the user's own function changes them, if the key augment names one.
+        """`crops` as the user's own functions change them, if the key augment names any.
 
-        It gets those of each replica, normalised, and a generator on the CPU that is seeded by the replica's key.
+        Each gets those of each replica, normalised, and a generator on the CPU that is seeded by the replica's key.
         """
-        if not is_function(self._how.augment):
+        if not self._how.own:
             return crops
-        own = function_of("augment", self._how.augment)  # here: who only reads labels imports no code of the user's
-        of_replicas = [part.contiguous(memory_format=torch.channels_last) for part in crops.chunk(len(keys), dim=1)]
+        parts = [part.contiguous(memory_format=torch.channels_last) for part in crops.chunk(len(keys), dim=1)]
         with torch.no_grad():
-            parts = [own(p, torch.Generator().manual_seed(k)) for p, k in zip(of_replicas, keys, strict=True)]
+            for own in self._own:
+                parts = [own.make(p, torch.Generator().manual_seed(k)) for p, k in zip(parts, keys, strict=True)]
         return torch.cat(parts, dim=1)
+
+    @functools.cached_property
+    def _own(self) -> list[Choice]:
+        """Imported when they are used: who only reads labels needs no code of the user's."""
+        return AUGMENTATIONS.read(self._how.own)
 
     def subset(self, index: NDArray[np.int64]) -> Images:
         """A copy of the images `index`, in that order."""

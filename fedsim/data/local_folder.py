@@ -26,6 +26,7 @@ from fedsim.data.datasets import (
     digest,
     digests_of,
     facts_of,
+    is_synthetic,
     load_dataset,
     moments_of,
     verify_data,
@@ -34,8 +35,9 @@ from fedsim.data.images import Images, bordered
 from fedsim.data.official import OFFICIAL
 from fedsim.data.own_arrays import problem_of
 from fedsim.data.partition import check_partition, shard_of
+from fedsim.data.uneven import partition_of
 from fedsim.errors import UserError
-from fedsim.locks import READING
+from fedsim.system.locks import READING
 
 IMAGES, LABELS = "images.npy", "labels.npy"
 
@@ -118,7 +120,7 @@ def check_named(config: Config) -> None:
     folder = data_folder(config)
     official = OFFICIAL.get(config.dataset)
     present = os.path.exists(folder / (official.folder if official else config.dataset))
-    if own_images(config) is None and not (present and config.dataset != "synthetic"):
+    if own_images(config) is None and not (present and not is_synthetic(config.dataset)):
         also = f", or {official.folder}/" if official else ""
         wanted = f"{IMAGES} and {LABELS}{also}"
         raise UserError(f"data-dir = {folder} of the node config holds no images: it must hold {wanted}")
@@ -136,7 +138,7 @@ def _problem(pixels: NDArray[Any], labels: NDArray[Any], config: Config) -> str:
     """What is wrong with a node's own images, or ""."""
     if problem := problem_of(pixels, labels, IMAGES, LABELS, facts_of(config).shape):
         return problem
-    if len(labels) < (1 if config.small_shards else config.batch_size):
+    if len(labels) < (1 if partition_of(config).small_shards else config.batch_size):
         return f"batch-size = {config.batch_size} is more than its {len(labels)} images: give a smaller batch-size"
     if labels.min() < 0 or labels.max() >= facts_of(config).classes:
         last = facts_of(config).classes - 1

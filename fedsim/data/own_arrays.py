@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from fedsim.data.cache import Arrays
 from fedsim.data.images import Border, Moments, bordered_bytes
 from fedsim.errors import UserError
-from fedsim.locks import GLOBAL_GENERATORS
-from fedsim.registry import describe, function_of
+from fedsim.registry import DATASETS, describe
+from fedsim.system.locks import GLOBAL_GENERATORS
 
 MAX_CLASSES = 100_000  # more are a mistake, and the last layer would not fit in memory
 MAX_CHANNELS = 16  # of images 1 or 3 pixels high: with more, their channels come first
@@ -71,10 +71,13 @@ def _check_memory(file: Path, sizes: Mapping[str, tuple[tuple[int, ...], int]], 
 
 def arrays_of(spec: str) -> Arrays:
     """The four arrays that the function `spec` returns, checked."""
-    function = function_of("dataset", spec)
+    try:
+        [choice] = DATASETS.read(spec)
+    except ValueError as error:
+        raise UserError(f"dataset = {spec}: {error}") from error
     try:
         with GLOBAL_GENERATORS:  # it may draw from them
-            arrays = function()
+            arrays = choice.make()
     except UserError:
         raise
     except Exception as error:  # the function may raise anything

@@ -9,19 +9,10 @@ from numpy.typing import NDArray
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import training_images
-from fedsim.data.uneven import uneven_shards
+from fedsim.data.uneven import partition_of, partition_seed, uneven_shards
 from fedsim.errors import UserError
 from fedsim.rng import generator
-
-HOLD_ALL = (
-    "iid",
-    "dirichlet",
-    "linear",
-    "square",
-    "exponential",
-    "continuous",
-    "natural-id",
-)  # they leave no image out
+from strategies.arguments import split_name
 
 
 def shard(images: int, workers: int, worker: int, seed: int) -> NDArray[np.int64]:
@@ -36,16 +27,21 @@ def _shuffled(images: int, seed: int) -> NDArray[np.int64]:
     return generator(seed, 0, 0, "shard").permutation(images)
 
 
+def is_iid(config: Config) -> bool:
+    """Whether the shards of `config` are even, and so known without the labels."""
+    return split_name(config.partition)[0] == "iid"
+
+
 def shard_of(config: Config, worker: int) -> NDArray[np.int64]:
     """The images that a worker of `config` (resolved) trains on, by the key `partition`."""
-    if config.partition == "iid":
-        return shard(training_images(config), config.clients, worker, config.seed)
+    if is_iid(config):
+        return shard(training_images(config), config.clients, worker, partition_seed(partition_of(config), config))
     return uneven_shards(config)[worker]
 
 
 def shard_sizes(config: Config) -> list[int]:
     """The number of images of each worker of `config`, resolved or not."""
-    if config.partition == "iid":
+    if is_iid(config):
         each, more = divmod(training_images(config), config.clients)
         return [each + 1] * more + [each] * (config.clients - more)
     if config.device == "auto":
@@ -56,11 +52,8 @@ def shard_sizes(config: Config) -> list[int]:
 def images_held(config: Config) -> int:
     """The training images that the clients of `config` (resolved or not) hold together; an epoch counts these."""
     images = training_images(config)
-    if config.partition in HOLD_ALL:
-        return images
-    if config.partition == "pachinko":  # known without the labels
-        return config.clients * (images // config.clients)
-    return sum(shard_sizes(config))
+    held = partition_of(config).held(images, config.clients)
+    return sum(shard_sizes(config)) if held is None else held
 
 
 def images_of_epoch(config: Config, mode: Mode) -> int:
@@ -78,9 +71,7 @@ def images_left_out(config: Config) -> str:
 
 def check_partition(config: Config) -> None:
     """Raise UserError if a client of `config` (resolved) would hold no images, or fewer than a batch."""
-    if config.partition == "iid":
-        if config.partition_args:
-            raise UserError("partition-args is not used by partition = iid: leave it out, or give another partition")
+    if is_iid(config):
         check_shards(config, training_images(config), config.clients)
         return
     if config.clients > (images := training_images(config)):
@@ -90,12 +81,12 @@ def check_partition(config: Config) -> None:
     if sizes[least] == 0:
         raise UserError(
             f"partition = {config.partition} leaves client {least} without images: "
-            "give other partition-args, another seed or fewer clients"
+            "give it other arguments, another seed or fewer clients"
         )
-    if config.batch_size > sizes[least] and not config.small_shards:
+    if config.batch_size > sizes[least] and not partition_of(config).small_shards:
         raise UserError(
             f"batch-size = {config.batch_size} is more than the {sizes[least]} images of client {least}: "
-            "give a smaller batch-size, other partition-args, or --small-shards"
+            "give a smaller batch-size, or the partition other arguments or small-shards=true"
         )
 
 
@@ -103,7 +94,7 @@ def check_shards(config: Config, images: int, workers: int) -> None:
     """Raise UserError if the even shards of `images` among `workers` would be smaller than a batch."""
     if workers > images:
         raise UserError(f"clients = {workers} is more than the {images} training images: give fewer clients")
-    if config.batch_size > images // workers and not config.small_shards:
+    if config.batch_size > images // workers and not partition_of(config).small_shards:
         raise UserError(
             f"batch-size = {config.batch_size} is more than a shard of {images // workers} images: "
             "give a smaller batch-size or fewer clients"

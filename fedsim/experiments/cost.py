@@ -20,7 +20,8 @@ from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.round import initial_progress
 from fedsim.models import cpu_model, initial_model
-from fedsim.records import CONFIG, read_config, read_summary
+from fedsim.runs.folder import CONFIG, read_config
+from fedsim.runs.records import read_summary
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan

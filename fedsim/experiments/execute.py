@@ -16,7 +16,8 @@ from fedsim.federation.lengthen import open_run
 from fedsim.federation.resources import check_memory
 from fedsim.federation.server_app import check_localsgd, train_localsgd
 from fedsim.models import check_model
-from fedsim.records import OnRow, Run, config_of_run, run_folder
+from fedsim.runs.folder import config_of_run, run_folder
+from fedsim.runs.run import OnRow, Run
 from fedsim.training.centralized import check_centralized, train_centralized
 from fedsim.training.failures import failing_in_one_line
 from fedsim.training.stacked import check_stackable, why_not

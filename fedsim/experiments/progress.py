@@ -13,7 +13,9 @@ from rich.table import Column
 
 from fedsim.config import Config, Mode
 from fedsim.data.partition import images_of_epoch
-from fedsim.records import OnRow, Row, loss_text, print_row
+from fedsim.runs.records import Row
+from fedsim.runs.run import OnRow
+from fedsim.runs.shown import loss_text, print_row
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.run_plan import run_plan
 

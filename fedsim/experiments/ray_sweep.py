@@ -31,16 +31,18 @@ from rich.progress import Progress
 
 import fedsim
 import strategies
-from fedsim.config import CORES, Config, Engine, cpu_count
+from fedsim.config import Config, Engine
+from fedsim.device import CORES, cpu_count
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.execute import execute, is_done, resolve_run
 from fedsim.experiments.study import Cell
 from fedsim.experiments.sweep import Failure, Outcome
 from fedsim.experiments.track import check_tracker, tracker
 from fedsim.federation.lengthen import open_run
-from fedsim.private_ray import private_ray
-from fedsim.provenance import origin
-from fedsim.records import CONFIG, read_summary
+from fedsim.runs.folder import CONFIG
+from fedsim.runs.records import read_summary
+from fedsim.system.private_ray import private_ray
+from fedsim.system.provenance import origin
 
 CODE_FOLDERS = [str(Path(package.__file__).parent) for package in (fedsim, strategies) if package.__file__]
 CODE = hashlib.sha256(  # read at import: the files may change while the command runs
@@ -188,7 +190,7 @@ def _run_cell(cell: Cell, engine: Engine, track: str, cpus: float, code: str) ->
     try:
         config, engine = resolve_run(config, mode, engine)
         check_tracker(track, engine)  # it may be missing on this node
-        with tracker(track, cell.folder) as on_row:
+        with tracker(track, cell.folder, cell.config, cell.mode) as on_row:
             execute(config, mode, engine, on_row, patience=LOCK_SECONDS)
     except (RunFailed, UserError) as error:
         return error

@@ -42,10 +42,12 @@ from typing import Annotated, Any, NamedTuple
 import tomli_w
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from fedsim.config import KINDS, Config, Mode, Value, current_names, typed
+from fedsim.config import Config, Mode, Value, typed
+from fedsim.config.messages import KINDS
 from fedsim.errors import UserError
-from fedsim.records import default_name, run_folder
+from fedsim.runs.folder import default_name, run_folder
 from fedsim.training.run_plan import run_plan
+from strategies.arguments import kebab, split_name
 
 FOLDER = Path(__file__).parents[1] / "studies"
 STORED = "study.toml"  # the study that was run, in the folder of its runs
@@ -150,7 +152,7 @@ class Study(BaseModel):
         given = Config().changed({**self.settings, **keys}).as_keys()
         settings = dict(self.settings)
         for case in self.cases:
-            if all(given[name] in values for name, values in case.when.items()):
+            if all(given[name] in values or _name(given[name]) in values for name, values in case.when.items()):
                 settings |= case.settings
         return Config().changed(_override(settings, keys))
 
@@ -188,7 +190,7 @@ class Study(BaseModel):
                 f"compare = {self.compare!r} is not a table of the paper: it must be one of {', '.join(tables)}"
             )
         for name in self.grid:
-            if name not in Config().identity(self.mode):
+            if name.partition(".")[0] not in Config().identity(self.mode):
                 raise UserError(f"grid {name}: results of mode {self.mode} do not depend on it: leave it out")
         if self.twins and (self.mode, self.axes) != ("localsgd", ("clients", "local-steps")):
             raise UserError("twins = true needs mode localsgd and a grid of clients and local-steps, in this order")
@@ -203,24 +205,33 @@ class Study(BaseModel):
         for name in tune.grid:
             if name in self.grid:
                 raise UserError(f"tune grid {name}: it is a key of the study's own grid: leave it out of one of them")
-            if name in NOT_TUNED or name not in Config().identity(self.mode):
+            if name in NOT_TUNED or name.partition(".")[0] not in Config().identity(self.mode):
                 raise UserError(f"tune grid {name}: it cannot be chosen by accuracy: leave it out")
         for config in (cell.config for cell in cells):
             if config.validation:
                 raise UserError("tune: the study sets validation itself: leave it out, or tune")
-            if config.local_steps_table and tune.budget < 1:
-                raise UserError(f"tune budget = {tune.budget}: local-steps-table needs the whole budget: give 1")
 
 
 def _override(settings: Mapping[str, Any], keys: Mapping[str, Any]) -> dict[str, Any]:
     """`settings` overridden by `keys`; a budget in epochs also replaces one in rounds."""
     kept = {name: value for name, value in settings.items() if name != "rounds" or "epochs" not in keys}
+    for name in [name for name in kept if "." in name]:  # the argument of a choice that `keys` give with it
+        key, _, argument = name.partition(".")
+        if argument in {kebab(pair.partition("=")[0]) for pair in split_name(str(keys.get(key, "")))[1].split(",")}:
+            del kept[name]
     return {**kept, **keys}
+
+
+def _name(value: Value) -> Value:
+    """The name of a choice, without its arguments."""
+    return split_name(value)[0] if isinstance(value, str) else value
 
 
 def _part(name: str, value: Value) -> str:
     """The part of a cell's name for one axis, for instance k4."""
-    return value if isinstance(value, str) else f"{SHORT_NAMES.get(name, name)}{value}"
+    return (
+        value.replace("/", "_").replace(":", "-") if isinstance(value, str) else f"{SHORT_NAMES.get(name, name)}{value}"
+    )
 
 
 def _baselines(cells: Sequence[Cell]) -> list[Cell]:
@@ -324,17 +335,10 @@ def read_study(name: str) -> Study:
                 raise UserError(f"{entry} is a key of runs: write it below [set], and title and mode above that")
             raise UserError(f"unknown entry {entry}: it must be one of {', '.join(known)}")
         if path.name == STORED:
-            return _study({**_with_current_names(entries), "name": path.absolute().parent.name})
+            return _study({**entries, "name": path.absolute().parent.name})
         return _study({**entries, "name": typed("name", path.stem)})
     except (UserError, OverflowError) as error:
         raise UserError(" ".join(f"{path.name}: {error}".split())) from error
-
-
-def _with_current_names(entry: Any) -> Any:
-    """An entry of a stored study, in which keys renamed since have their current names."""
-    if isinstance(entry, dict):
-        return current_names({name: _with_current_names(value) for name, value in entry.items()})
-    return [_with_current_names(each) for each in entry] if isinstance(entry, list) else entry
 
 
 def _study(entries: Mapping[str, Any]) -> Study:

@@ -24,8 +24,10 @@ from fedsim.experiments.progress import each, ends_after, status
 from fedsim.experiments.study import STORED, Cell, Study
 from fedsim.experiments.track import tracker
 from fedsim.federation.lengthen import open_run
-from fedsim.files import atomic_write, read_file
-from fedsim.records import OnRow, read_summary, writable
+from fedsim.runs.folder import writable
+from fedsim.runs.records import read_summary
+from fedsim.runs.run import OnRow
+from fedsim.system.files import atomic_write, read_file
 
 if TYPE_CHECKING:
     from fedsim.experiments.ray_sweep import OnRay
@@ -58,7 +60,7 @@ class OneByOne:
             failure: Failure = None
             try:
                 config, engine = resolve_run(cell.config, cell.mode, self.engine)
-                with tracker(self.track, cell.folder) as track:
+                with tracker(self.track, cell.folder, config, cell.mode) as track:
                     shown = _advance(progress, task, images_of_epoch(config, cell.mode), epochs)
                     execute(config, cell.mode, engine, each(shown, track), rerun, patience)
             except (RunFailed, UserError) as error:

@@ -34,8 +34,11 @@ from fedsim.experiments.sweep import (
     run_cells,
     run_studies,
 )
-from fedsim.files import atomic_write
-from fedsim.records import CONFIG, read_rows, read_summary, writable
+from fedsim.optim.lr_schedule import shape_of
+from fedsim.runs.folder import CONFIG, writable
+from fedsim.runs.records import read_rows, read_summary
+from fedsim.system.files import atomic_write
+from fedsim.training.local_steps import local_steps_schedule
 
 STAGES = (0.25, 0.5)  # parts of a trial, after which hopeless ones are stopped
 
@@ -146,7 +149,7 @@ def trials_of(study: Study, cells: Sequence[Cell]) -> list[Trial]:
         if cell.name not in first:
             continue
         machine = {key: first[cell.name].config.as_keys()[key] for key in ("data-dir", "device", "threads")}
-        keys = [name for name in tune.grid if has_key(cell.mode, name.replace("-", "_"))]
+        keys = [name for name in tune.grid if has_key(cell.mode, name.partition(".")[0].replace("-", "_"))]
         for values in itertools.product(*(tune.grid[name] for name in keys)):
             own = dict(zip(keys, values, strict=True))
             part = "-".join(f"{key}{value}" for key, value in own.items())
@@ -162,9 +165,11 @@ def _shortened(cell: Cell, budget: float) -> dict[str, Any]:
     epochs = max(1, round(budget * config.epochs)) if cell.mode == "centralized" else budget * config.epochs
     part = epochs / config.epochs
     rounds = max(1, round(budget * config.rounds)) if config.rounds else 0
-    milestones = ",".join(f"{part * float(epoch):g}" for epoch in config.milestones.split(",") if epoch)
-    keys = {"warmup-epochs": part * config.warmup_epochs, "milestones": milestones}
-    return {"epochs": epochs, "rounds": rounds, "switch-epoch": part * config.switch_epoch, **keys}
+    schedules = {
+        "schedule": shape_of(config).of_part(part),
+        "local-steps-schedule": local_steps_schedule(config).of_part(part),
+    }
+    return {"epochs": epochs, "rounds": rounds, "warmup-epochs": part * config.warmup_epochs, **schedules}
 
 
 def _up_to(part: float, cell: Cell) -> Cell:

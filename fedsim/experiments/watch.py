@@ -19,8 +19,9 @@ from fedsim.data.partition import images_of_epoch
 from fedsim.errors import UserError
 from fedsim.experiments.progress import ends_after, status
 from fedsim.experiments.study import STORED, read_study
-from fedsim.files import open_file
-from fedsim.records import CONFIG, ROWS, SUMMARY, Row, is_locked, read_config, read_summary
+from fedsim.runs.folder import CONFIG, ROWS, SUMMARY, is_locked, read_config
+from fedsim.runs.records import Row, read_summary
+from fedsim.system.files import open_file
 
 EVERY_SECONDS = 2.0
 QUIET_SECONDS = 60.0  # without a change

@@ -11,14 +11,15 @@ from flwr.app import ArrayRecord, ConfigRecord, RecordDict
 from pydantic import Field
 from torch import Tensor, nn
 
-from fedsim.checkpoint_file import Count, Finite, Open, kind_of
 from fedsim.config import Config
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import Nodes
 from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS
 from fedsim.federation.round import Progress, TooFewClients
 from fedsim.federation.shapes import domains, zeros_of
-from fedsim.records import Run, read_rows
+from fedsim.runs.checkpoint_file import Count, Finite, Open, kind_of
+from fedsim.runs.records import read_rows
+from fedsim.runs.run import Run
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
 from strategies.screening import tensors_like, wrong_values

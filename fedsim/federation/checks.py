@@ -7,81 +7,87 @@ from typing import Any
 
 from torch import Tensor
 
-from fedsim.config import FIELDS, Config, check_used, kebab
+from fedsim.config import FIELDS, Config
 from fedsim.device import one_thread
 from fedsim.errors import UserError
 from fedsim.federation.flower_internals import let_messages_be_made
-from fedsim.locks import GLOBAL_GENERATORS
+from fedsim.federation.own_methods import try_own_methods
 from fedsim.models import cpu_model
 from fedsim.optim import check_optimizer
-from fedsim.training.methods import KEY_OF, flower_strategy_of, layers_of, mean_of
+from fedsim.system.locks import GLOBAL_GENERATORS
+from fedsim.training.methods import field_of, layers_of, mean_of
+from strategies.arguments import kebab
 from strategies.batchnorm import batchnorm_buffers
 from strategies.errors import StrategyFailed
-from strategies.flower_strategy import check_state
+from strategies.flower_strategy import FlowerStrategy, check_state
+from strategies.layers import Layers
 from strategies.screening import wrong_values
 
-USED_BY: dict[str, dict[str, Sequence[str]]] = {  # field -> another one -> its values with which that is used
-    "local_rule": {"prox_mu": ["fedprox"]},
-    "mean": {"trim": ["trimmed"], "client_weights": ["exact", "clipped"]},
-    "batchnorm_at_sync": {"batchnorm_images": ["re-estimated"]},
-    "strategy": {key: ["localsgd"] for key in ("compress", "compress_down", "mean", "outer", "outer_args")},
-}
-CODEC_ARGUMENTS = {"compress_ratio": ("topk", "randomk"), "compress_levels": ("qsgd",), "compress_rank": ("powersgd",)}
+EXACT = ("exact", "exact:weights=shard-size")
 
 
-def properties(config: Config) -> Mapping[str, tuple[str, Mapping[str, Sequence[Any]]]]:
+def properties(config: Config, layers: Layers) -> Mapping[str, tuple[str, Mapping[str, Sequence[Any]]]]:
     """What a layer may need: name -> (what it says, field -> the values with which a run has it)."""
-    of_sample = (
-        {"client_weights": ("equal",), "local_epochs": (0,)} if config.clients_per_round < config.clients else {}
-    )
-    of_a_round = {"optimizer": ("sgdm",), "nesterov": (False,)}
+    sampled = config.clients_per_round < config.clients
+    unweighted = [config.mean] if not mean_of(config).by_shards else [config.mean.partition(":")[0]]
+    of_sample = {"mean": unweighted, "local_epochs": (0,)} if sampled else {}
+    of_a_round: dict[str, Sequence[Any]] = {"optimizer": ("sgdm",)}
     if config.momentum:
         of_a_round["momentum_at_sync"] = ("reset",)
-    exact = {"mean": ("exact",), "strategy": ("localsgd",)}
+    exact: dict[str, Sequence[Any]] = {"mean": EXACT}
+    if any(layer.replaces_mean for _, layer in layers):
+        exact["outer"] = ("none",)
+    late = {"layer": ("none",)} if any(layer.begins_early for _, layer in layers) else {}
     whole = {"outer": ("none",), "compress": ("none",), "compress_down": ("none",)}
     plain = {"optimizer": ("sgdm",), "momentum": (0.0,), "weight_decay": (0.0,)}
     return {
         "plain-sgd": ("SGD without momentum and weight decay", plain),
         "sgd-of-a-round": ("SGD with momentum that is reset in each round", of_a_round),
-        "no-delay": ("models that arrive in their round", {"delay": (0,)}),
+        "no-delay": ("models that arrive in their round", late),
         "equal-steps": ("as many local steps of each client", {"local_epochs": (0,)}),
         "all-clients": ("all clients in each round", {"fraction": (1.0,)}),
         "all-updates": ("the updates of all clients", {"fraction": (1.0,), "min_clients": (0, config.clients)}),
         "mean-is-next": ("the mean of all models as the next one", {**exact, **whole}),
+        "mean-of-all": ("the exact mean of what clients send", {"mean": EXACT}),
         "exact-mean": ("the exact mean of what clients send", exact),
         "equal-shares": ("clients that count the same whoever else is sampled", of_sample),
         "whole-models": ("models as they are, not their changes", {"compress_down": ("none",)}),
+        "plain-models": ("models as they are, not their changes", {"compress": ("none",), "compress_down": ("none",)}),
     }
 
 
 def check_strategy(config: Config) -> None:
     """Raise UserError where the keys of the strategy, or those of the clients' steps, do not go together."""
     check_optimizer(config)
-    for choice, used_by in USED_BY.items():
-        check_used(config, choice, used_by)
     check_codecs(config)
     check_layers(config)
     check_mean(config)
     check_batchnorm(config)
     check_initial_values(config)
-    if config.strategy != "localsgd":
-        try_flower_strategy(config)
-    elif config.strategy_args:
-        raise UserError(f"strategy-args is not used by strategy = {config.strategy}: leave it out")
+    try_own_methods(config)
+    for _, layer in layers_of(config, server=True):
+        if isinstance(layer, FlowerStrategy):
+            try_flower_strategy(config, layer)
 
 
 def check_layers(config: Config) -> None:
     """Raise UserError where a layer needs what the run does not have."""
-    layers = {KEY_OF[name]: layer for name, layer in layers_of(config, server=True)}
-    known = properties(config)
-    for key, layer in layers.items():
+    every = layers_of(config, server=True)
+    layers = [(field_of(name), layer) for name, layer in every]
+    known = properties(config, every)
+    for key, layer in layers:
+        if unknown := set(layer.needs) - known.keys():
+            raise UserError(
+                f"{_chosen(config, key)} needs {min(unknown)}, which no run says of itself: its class may need "
+                f"{', '.join(known)}"
+            )
         for what, values_of in (known[needed] for needed in layer.needs):
             for field, values in values_of.items():
                 if (value := getattr(config, field)) not in values:
                     usual = f"--{kebab(field)} {str(values[0]).lower()}, or --{kebab(key)} {FIELDS[key].default}"
                     raise UserError(f"{kebab(field)} = {value}: {_chosen(config, key)} needs {what}: give {usual}")
-    early = [_chosen(config, key) for key, layer in layers.items() if layer.begins_early]
-    for key, layer in layers.items() if early else ():
+    early = [_chosen(config, key) for key, layer in layers if layer.begins_early]
+    for key, layer in layers if early else ():
         if layer.reads_message:
             raise UserError(
                 f"{_chosen(config, key)} does not go with {early[0]}, with which every client begins a round before "
@@ -94,10 +100,7 @@ def _chosen(config: Config, field: str) -> str:
 
 
 def check_codecs(config: Config) -> None:
-    """Raise UserError where a key is given that no codec of `config` uses, or what messages leave out would grow."""
-    for name, codecs in CODEC_ARGUMENTS.items():
-        using = [key for key in ("compress", "compress_down") if getattr(config, key) in codecs]
-        check_used(config, using[0] if using else "compress", {name: codecs})
+    """Raise UserError where error feedback has no use, or what messages leave out would grow."""
     wire = layers_of(config).wire
     if wire.up is None and not wire.feedback:
         raise UserError("error-feedback is not used by compress = none: leave it out, or give a codec")
@@ -121,7 +124,7 @@ def check_mean(config: Config) -> None:
 
 def check_batchnorm(config: Config) -> None:
     """Raise UserError where there is a rule for BatchNorm's statistics, but no BatchNorm."""
-    field = KEY_OF["batchnorm"]
+    field = field_of("batchnorm")
     if getattr(config, field) != FIELDS[field].default and not batchnorm_buffers(cpu_model(config)):
         raise UserError(f"{_chosen(config, field)}: the model has no BatchNorm: give --batchnorm-at-sync average")
 
@@ -133,13 +136,12 @@ def check_initial_values(config: Config) -> None:
 
 
 @one_thread()
-def try_flower_strategy(config: Config) -> None:
+def try_flower_strategy(config: Config, layer: FlowerStrategy) -> None:
     """Raise UserError where the strategy of `config` fails on made-up updates, or keeps what cannot be saved."""
-    make = flower_strategy_of(config)
     let_messages_be_made()
     parameters: dict[str, Tensor] = dict(cpu_model(config).named_parameters())
     try:
         with GLOBAL_GENERATORS:
-            check_state(make, parameters, config.clients_per_round, config.seed)
+            check_state(layer.make, parameters, config.clients_per_round, config.seed)
     except StrategyFailed as error:
-        raise UserError(f"strategy = {config.strategy}: a trial on made-up updates failed: {error}") from error
+        raise UserError(f"outer = {config.outer}: a trial on made-up updates failed: {error}") from error

@@ -26,7 +26,7 @@ from fedsim.models import cpu_model
 from fedsim.own_code import own_code
 from fedsim.training.failures import memory_lacks
 from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_round
-from fedsim.training.methods import layers_of
+from fedsim.training.methods import layers_of, mean_of
 from fedsim.training.run_plan import run_plan
 from strategies.batchnorm import batchnorm_buffers
 from strategies.layers import Layers
@@ -100,7 +100,7 @@ def _partition(config: Config, message: Message, context: Context) -> Message:
         if type(value) is not int:
             raise UserError(f"{name} = {value} in the node config: give a whole number")
         held[name] = value
-    if config.client_weights == "shard-size" and 0 <= _worker(context) < config.clients:
+    if mean_of(config).by_shards and 0 <= _worker(context) < config.clients:
         held["images"] = len(held_images(config, _worker(context)))
     return Message(RecordDict({"partition": held, **inputs}), reply_to=message)
 
@@ -195,7 +195,7 @@ def _reply(config: Config, layers: Layers, begun: Begun, end: RoundEnd, ended: E
     own = under_prefix(f"{WIRE}/", begun.memory)
     parameters, of_wire = layers.wire.reply(r.round, r.worker, r.begun, ended.sent.parameters, own)
     kept = {**ended.kept, **with_prefix(f"{WIRE}/", of_wire)}
-    weight = end.samples if config.client_weights == "equal" else len(held_images(config, r.worker))
+    weight = len(held_images(config, r.worker)) if mean_of(config).by_shards else end.samples
     metrics = MetricRecord({"num-examples": weight, "train-loss": float(end.loss)})
     content = RecordDict(
         {"arrays": tensor_record(join(ended.sent._replace(parameters=parameters))), "metrics": metrics}

@@ -29,11 +29,12 @@ import tomli_w
 import torch
 
 from fedsim import __version__
-from fedsim.config import Config, cpu_count
+from fedsim.config import Config
+from fedsim.device import cpu_count
 from fedsim.errors import RunFailed, UserError
-from fedsim.private_ray import private_ray
-from fedsim.processes import cleanup, running
-from fedsim.provenance import origin
+from fedsim.system.private_ray import private_ray
+from fedsim.system.processes import cleanup, running
+from fedsim.system.provenance import origin
 
 CHECKOUT = Path(__file__).resolve().parents[2]  # or where the two packages are installed
 PACKAGES = ("fedsim", "strategies")

@@ -4,7 +4,10 @@ from __future__ import annotations
 
 from fedsim.config import Config, Mode
 from fedsim.errors import UserError
-from fedsim.records import CONFIG, LENGTH, OnRow, Run, differences, read_config, read_summary, run_folder
+from fedsim.optim.lr_schedule import shape_of
+from fedsim.runs.folder import CONFIG, LENGTH, differences, read_config, run_folder
+from fedsim.runs.records import read_summary
+from fedsim.runs.run import OnRow, Run
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.round_starts import RoundStarts
 from fedsim.training.run_plan import run_plan
@@ -40,8 +43,10 @@ def _why_not(shorter: Config, longer: Config, mode: Mode, trained_by: str, engin
     if engine and (trained_by == "stacked") != (engine == "stacked"):
         other = "stacked" if trained_by == "stacked" else "local"  # threads in earlier versions
         return f"it was trained by another engine: give --engine {other}, or another --name"
-    if longer.schedule == "cosine":
-        return "with schedule = cosine its rates depend on its length: give another --name to run a longer one"
+    if shape_of(longer).needs_length:
+        return (
+            f"with schedule = {longer.schedule} its rates depend on its length: give another --name to run a longer one"
+        )
     before, after = _starts(shorter, mode), _starts(longer, mode)
     if after.equal_rounds == before.equal_rounds:
         keys = " and ".join(f"{name} = {shorter.as_keys()[name]}" for name in LENGTH if name in longer.identity(mode))

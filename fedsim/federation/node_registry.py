@@ -15,8 +15,9 @@ from fedsim.errors import UserError
 from fedsim.federation.flower_internals import CLIENT_FAILED
 from fedsim.federation.messenger import ANSWER_SECONDS, POLL_SECONDS, Messenger
 from fedsim.federation.protocol import shared
-from fedsim.inputs import check_own_data, differing
 from fedsim.own_code import own_code
+from fedsim.runs.inputs import check_own_data, differing
+from fedsim.training.methods import mean_of
 from strategies.screening import printable
 
 SHA256_DIGITS = 64
@@ -64,7 +65,7 @@ class NodeRegistry:
         self._dataset = config.dataset
         self._data, self._code = digests_of(config), own_code(config, of_client=True)
         self.images: dict[int, int] = {}
-        self._weighs_images = config.client_weights == "shard-size"
+        self._weighs_images = mean_of(config).by_shards
         self._messenger, self._clients = messenger, config.clients
         self._content = RecordDict({"config": ConfigRecord({**shared(config)})})
         self._questions: dict[int, _Question] = {}

@@ -7,7 +7,7 @@ from fedsim.federation.checkpoint import resume
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.round import Progress, TooFewClients
-from fedsim.records import Run
+from fedsim.runs.run import Run
 
 MAX_ATTEMPTS = 3  # the second sees nodes that have reconnected; if these lost their memory, the third restores it
 

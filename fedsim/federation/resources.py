@@ -8,12 +8,13 @@ import psutil
 import torch
 from torch import Tensor
 
-from fedsim.config import Config, kebab
+from fedsim.config import Config
 from fedsim.device import one_thread
 from fedsim.errors import UserError
 from fedsim.federation.shapes import zeros_of
 from fedsim.models import initial_model
-from fedsim.training.methods import KEY_OF, layers_of
+from fedsim.training.methods import field_of, layers_of
+from strategies.arguments import kebab
 
 GIB = 2**30
 
@@ -24,7 +25,7 @@ def check_memory(config: Config) -> None:
     what = f"the optimizer states and updates of {config.clients} clients"
     if needed > free:
         zero = zeros_of(config, initial_model(config))
-        keep = [kebab(KEY_OF[name]) for name, layer in layers_of(config) if layer.keeps(zero)]
+        keep = [kebab(field_of(name)) for name, layer in layers_of(config) if layer.keeps(zero)]
         other = "".join(f", another --{key}" for key in keep)
         raise UserError(
             f"clients = {config.clients}: {what} need {needed / GIB:.1f} GiB of memory, but {free / GIB:.1f} GiB are "

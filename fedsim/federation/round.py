@@ -16,8 +16,8 @@ from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, shared
 from fedsim.federation.shapes import zeros_of
-from fedsim.locks import GLOBAL_GENERATORS
-from fedsim.records import Row
+from fedsim.runs.records import Row
+from fedsim.system.locks import GLOBAL_GENERATORS
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import RunPlan, run_plan
 from strategies.errors import StrategyFailed
@@ -95,7 +95,7 @@ def train_round(
     except FloatingPointError as error:
         raise RunFailed(f"{error}: give a smaller lr") from error
     except StrategyFailed as error:
-        raise RunFailed(f"strategy = {config.strategy}: {error}") from error
+        raise RunFailed(f"outer = {config.outer}: {error}") from error
 
     lost = [worker for worker, reason in result.left_out.items() if reason == MEMORY_LOST]
     if result.arrays is None:

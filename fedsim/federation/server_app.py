@@ -11,7 +11,7 @@ from torch import nn
 
 from fedsim.config import Config
 from fedsim.data.augment import check_augment
-from fedsim.data.datasets import load_dataset
+from fedsim.data.datasets import image_shape, load_dataset
 from fedsim.data.images import Images
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_partition, images_left_out
@@ -33,7 +33,10 @@ from fedsim.federation.round import (
 )
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import check_model, initial_model
-from fedsim.records import TESTED_MODEL, Run, config_of_run, print_row, read_rows, run_folder
+from fedsim.runs.folder import TESTED_MODEL, config_of_run, run_folder
+from fedsim.runs.records import read_rows
+from fedsim.runs.run import Run
+from fedsim.runs.shown import print_row
 from fedsim.training.batchnorm import calibration_crops, reestimate
 from fedsim.training.failures import failing_in_one_line
 from fedsim.training.methods import fewest_updates, layers_of
@@ -76,7 +79,7 @@ def check_localsgd(config: Config) -> None:
     """Raise UserError where `config` (resolved) cannot be trained: its data, model or keys do not fit."""
     check_of_run(config)
     load_dataset(config)
-    check_augment(config)
+    check_augment(config, image_shape(config))
     check_model(config)
     check_partition(config)
     run_plan(config)
@@ -154,8 +157,8 @@ def loaded(
     if layers:
         parameters = layers.model_for_test(parameters, progress.state)
     model.load_state_dict({**parameters, **buffers})
-    if layers_of(config).reestimates:
-        reestimate(model, images, calibration_crops(config, images), config.precision)
+    if count := layers_of(config).reestimates_on:
+        reestimate(model, images, calibration_crops(config, images, count), config.precision)
     return model
 
 

@@ -26,13 +26,13 @@ def build_strategy(
     `images`: how many each worker holds, where it weighs by them (by default as many as its shard). They are read when
     an update is screened.
     """
-    shards = shard_sizes(config)
+    shards, mean = shard_sizes(config), mean_of(config)
     layers = layers_of(config, server=True)
     zero = zeros_of(config, model)
     names = join(Sections(zero.parameters, zero.buffers, layers.messages(zero))).keys()
 
     def planned(round_: int, worker: int) -> Domain:
-        if config.client_weights == "equal":
+        if not mean.by_shards:
             trained = len(plan.samples(round_, shards[worker]))
             return Domain(trained, trained)
         held = shards[worker] if images is None else images[worker]
@@ -50,5 +50,5 @@ def build_strategy(
             other_records=[MEMORY],
         ),
         layers=layers,
-        seen=Seen(mean_of(config), zero.batchnorm, lambda round_: plan.rates(round_)[-1]),
+        seen=Seen(mean, zero.batchnorm, lambda round_: plan.rates(round_)[-1]),
     )

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import functools
-import inspect
 from collections.abc import Callable
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -16,17 +14,18 @@ from fedsim.data.datasets import facts_of, image_shape
 from fedsim.data.images import CIFAR_IMAGE, ImageShape
 from fedsim.device import one_thread, parameter_dtype
 from fedsim.errors import UserError
-from fedsim.locks import GLOBAL_GENERATORS
 from fedsim.models.dropout import StepKeys, set_dropout_keys, use_counter_based_dropout
 from fedsim.models.layout import Layout, images_like, layout_of, set_layout
-from fedsim.registry import MODELS, failures_of, function_of
+from fedsim.registry import MODELS, failures_of
 from fedsim.rng import generator
+from fedsim.system.locks import GLOBAL_GENERATORS
+from strategies.arguments import Choice
 
 
 def initial_model(config: Config) -> nn.Module:
     """The model of `config` (resolved) with which a run begins."""
     what = (config.model, facts_of(config).classes, config.seed, config.device, config.precision)
-    return build_model(*what, image_shape(config), config.norm)
+    return build_model(*what, image_shape(config))
 
 
 def cpu_model(config: Config) -> nn.Module:
@@ -117,7 +116,6 @@ def build_model(
     device: torch.device | str = "cpu",
     precision: str = "fp32",
     image: ImageShape = CIFAR_IMAGE,
-    norm: str = "bn",
 ) -> nn.Module:
     """The model with PyTorch's default initialisation from `seed`, on `device`, in its layout (`fedsim.models.layout`).
 
@@ -126,18 +124,15 @@ def build_model(
     """
     with GLOBAL_GENERATORS, torch.random.fork_rng(devices=[]):  # nn.Module's initialisation uses no other
         torch.manual_seed(int(generator(seed, 0, 0, "init").integers(2**63)))
-        model = _network(name, classes, image, norm)
-        layout = _layout(builder_of(name), name, classes, image, norm)
+        model = _network(name, classes, image)
+        layout = _layout(builder_of(name), name, classes, image)
     return set_layout(model.to(device, parameter_dtype(precision)), layout)
 
 
-def _network(name: str, classes: int, image: ImageShape, norm: str) -> nn.Module:
-    build = builder_of(name)
-    keywords = _accepted(build, {"image": image, "norm": norm})
-    if "norm" not in keywords and norm != "bn":
-        raise UserError(f"norm is not used by model = {name}: leave it out")
+def _network(name: str, classes: int, image: ImageShape) -> nn.Module:
+    choice = _choice(name)
     with failures_of(f"model = {name} cannot be built for {classes} classes and images of {_by(image)}"):
-        model = build(classes, **keywords)
+        model = choice.make(classes, image=image)
     if not isinstance(model, nn.Module):
         raise UserError(f"model = {name} returns {type(model).__name__}: it must return an nn.Module")
     use_counter_based_dropout(model)
@@ -166,23 +161,21 @@ def _check_tensors(name: str, model: nn.Module) -> None:
 
 
 @functools.lru_cache(maxsize=8)  # as long as the process: the forward passes of a large model take seconds
-def _layout(builder: Callable[..., nn.Module], name: str, classes: int, image: ImageShape, norm: str) -> Layout:
+def _layout(builder: Callable[..., nn.Module], name: str, classes: int, image: ImageShape) -> Layout:
     """The layout of the model `name`, which `builder` makes; fedsim's own are not tried."""
     if builder.__module__.startswith(f"{__name__}."):
         return "channels-last"
     with one_thread():
-        return layout_of(_network(name, classes, image, norm), image)
+        return layout_of(_network(name, classes, image), image)
 
 
 def builder_of(name: str) -> Callable[..., nn.Module]:
     """The function that builds a model; raises UserError where it cannot be imported."""
-    return function_of("model", MODELS.get(name, name))
+    return _choice(name).kind
 
 
-def _accepted(build: Callable[..., Any], keywords: dict[str, Any]) -> dict[str, Any]:
-    """Those of `keywords` that `build` has parameters for."""
+def _choice(name: str) -> Choice:
     try:
-        parameters = inspect.signature(build).parameters
-    except ValueError:  # of a function in C
-        return {}
-    return {name: value for name, value in keywords.items() if name in parameters}
+        return MODELS.read(name)[0]
+    except ValueError as error:
+        raise UserError(f"model = {name}: {error}") from error

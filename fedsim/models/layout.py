@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fedsim.device import is_out_of_memory
-from fedsim.interrupts import interruption
+from fedsim.system.interrupts import interruption
 
 Layout = Literal["channels-last", "contiguous"]
 

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Literal
 
 from torch import Tensor, nn
 
 from fedsim.data.images import ImageShape
 
 Norm = Callable[[int], nn.Module]  # channels -> the layer
+NormName = Literal["bn", "gn"]
 NORMS: dict[str, Norm] = {
     "bn": nn.BatchNorm2d,
     # 32 groups as Wu and He 2018, or groups of two channels where there are fewer than 64
@@ -64,7 +66,7 @@ class CifarResNet(nn.Module):
         return self.fc(x.mean((2, 3)))  # type: ignore[no-any-return]
 
 
-def resnet20(classes: int, image: ImageShape, norm: str) -> nn.Module:
+def resnet20(classes: int, image: ImageShape, norm: NormName = "bn") -> nn.Module:
     """ResNet-20; 278,324 parameters with 100 classes."""
     return CifarResNet(3, classes, image, NORMS[norm])
 
@@ -87,7 +89,7 @@ class PreActivationBlock(nn.Module):
         return y + self.shortcut(x)  # type: ignore[no-any-return]
 
 
-def resnet18(classes: int, image: ImageShape, norm: str) -> nn.Module:
+def resnet18(classes: int, image: ImageShape, norm: NormName = "bn") -> nn.Module:
     """torchvision's ResNet-18 with the stem for small images: a 3x3 convolution with stride 1, no max-pooling.
 
     (B, C, H, W) images of any size -> (B, classes) logits; 11,220,132 parameters with 100 classes.
@@ -101,7 +103,7 @@ def resnet18(classes: int, image: ImageShape, norm: str) -> nn.Module:
     return model
 
 
-def resnet18_v2(classes: int, image: ImageShape, norm: str) -> nn.Module:
+def resnet18_v2(classes: int, image: ImageShape, norm: NormName = "bn") -> nn.Module:
     """The pre-activation ResNet-18 that Reddi et al. 2021 train on images of 24 x 24 pixels.
 
     It begins with a 7x7 convolution and max-pooling, of stride 2 both, so that it takes a sixteenth of the operations

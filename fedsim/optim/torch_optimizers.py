@@ -17,12 +17,8 @@ from typing import Any
 
 import torch
 
-Groups = list[dict[str, Any]]
 CLASSES = ("Adadelta", "Adafactor", "Adagrad", "Adam", "Adamax", "AdamW", "NAdam", "RAdam", "RMSprop", "SGD")
-OWN_KEYS = ("lr", "weight_decay")  # arguments that have keys of their own
-OF_THE_IMPLEMENTATION = ("params", "foreach", "fused", "capturable", "differentiable")  # not of the method
 NEW_STATE = {"mu_product": 1.0}  # of NAdam; every other entry of a state starts at zero
-NOT_ZERO = ("initial_accumulator_value", "dampening")  # of Adagrad and SGD: with them a new state is not all zero
 
 
 class Optimizer(torch.optim.Optimizer):
@@ -43,38 +39,18 @@ TORCH_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
 }
 
 
-def torch_optimizer(name: str, groups: Groups, lr: float, arguments: dict[str, Any]) -> Optimizer:
-    """The optimizer `name` over `groups`, in its fastest form that supports a tensor as the learning rate."""
-    kind = TORCH_OPTIMIZERS[name]
+def form_of(kind: Callable[..., Any], device: str) -> dict[str, bool]:
+    """The switches for the fastest form of an optimizer of PyTorch's that supports a tensor as the learning rate."""
+    if kind not in TORCH_OPTIMIZERS.values():
+        return {}
     forms = inspect.signature(kind).parameters
-    if groups[0]["params"][0].device.type == "cpu":
-        form = {"fused": True} if "fused" in forms else {}
-    elif can_be_captured(name):
-        form = {switch: True for switch in ("fused", "capturable") if switch in forms}
-    else:
-        form = {"foreach": False}
-    return kind(groups, lr=lr, **form, **arguments)
+    if device == "cpu":
+        return {"fused": True} if "fused" in forms else {}
+    if can_be_captured(kind):
+        return {switch: True for switch in ("fused", "capturable") if switch in forms}
+    return {"foreach": False}
 
 
-def can_be_captured(name: str) -> bool:
-    """Whether a step of the optimizer `name` can be part of a CUDA graph."""
-    return name == "sgd" or "capturable" in inspect.signature(TORCH_OPTIMIZERS[name]).parameters
-
-
-def check_arguments(name: str, arguments: dict[str, Any]) -> None:
-    """Raise ValueError where the optimizer `name` does not take the arguments, or does not step with them."""
-    refused = (*OWN_KEYS, *OF_THE_IMPLEMENTATION, *NOT_ZERO)
-    known = [argument for argument in inspect.signature(TORCH_OPTIMIZERS[name]).parameters if argument not in refused]
-    for argument in arguments:
-        if argument in OWN_KEYS:
-            raise ValueError(f"{argument} has a key of its own: give --{argument.replace('_', '-')}")
-        if argument not in known:
-            raise ValueError(f"{name} has no argument {argument}: it must be one of {', '.join(known)}")
-    parameter = torch.zeros(1)
-    parameter.grad = torch.zeros(1)
-    try:
-        torch_optimizer(name, [{"params": [parameter]}], 0.1, arguments).step()
-    except Exception as error:  # an argument that the optimizer refuses, or fails on
-        raise ValueError(f"{name}: {str(error).splitlines()[0]}") from error
-    if not parameter.isfinite():
-        raise ValueError(f"{name} divides zero by zero where a gradient is zero: give an eps above 0")
+def can_be_captured(kind: Callable[..., Any]) -> bool:
+    """Whether a step of an optimizer of PyTorch's can be part of a CUDA graph."""
+    return kind is TORCH_OPTIMIZERS["sgd"] or "capturable" in inspect.signature(kind).parameters

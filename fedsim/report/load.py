@@ -13,57 +13,22 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pandas as pd
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import Field, TypeAdapter, ValidationError
 
-from fedsim.config import Config, Mode, Value, complete_record, current_names
+from fedsim.config import ARGUMENTS, Config, Mode, Value
 from fedsim.errors import UserError
-from fedsim.records import CONFIG, MACHINE, ROWS, SUMMARY, TRAFFIC, current_columns, current_row, sha256_of_summary
+from fedsim.registry import names_own
+from fedsim.runs.columns import LARGEST, Accuracy, Columns, Costs, Count
+from fedsim.runs.folder import CONFIG, MACHINE, ROWS, SUMMARY, check_version, complete_record
+from fedsim.runs.records import TRAFFIC, sha256_of_summary
 
-LARGEST = 2**53  # integers up to this are exact as floats
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
-Quantity = Annotated[float, Field(ge=0, le=LARGEST)]
-Accuracy = Annotated[float, Field(ge=0, le=1)]
 Integer = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
-KEYS = TypeAdapter(dict[str, bool | Integer | Annotated[float, Field(allow_inf_nan=False)] | str])
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+KEYS = TypeAdapter(dict[str, bool | Integer | Finite | str | dict[str, Any]])
 REQUIRED_KEYS = ("mode", "seed", "optimizer", "batch-size")
 SHOWN_LINES = 5  # line numbers in one warning
 
 T = TypeVar("T")
-
-
-class Costs(BaseModel):
-    """The costs of a run so far; None if not recorded. Bytes are those of all workers together."""
-
-    model_config = ConfigDict(strict=True, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _current(cls, record: Any) -> Any:
-        """A record of any version with the names of now."""
-        return current_columns(record) if isinstance(record, dict) else record
-
-    syncs: Count | None = None
-    bytes_up: Quantity | None = None
-    bytes_down: Quantity | None = None
-    overhead_bytes_up: Quantity | None = None
-    overhead_bytes_down: Quantity | None = None
-    seconds: Quantity | None = None
-    updates_left_out: Count | None = None
-
-
-class Row(Costs):
-    """A line of metrics.jsonl. Accuracies are fractions."""
-
-    round: Count
-    epoch: Quantity
-    steps_done: Count  # local steps of each client
-    test_accuracy: Accuracy | None
-
-    @model_validator(mode="before")
-    @classmethod
-    def _current(cls, record: Any) -> Any:
-        """A row of any version as rows are now."""
-        return current_row(record) if isinstance(record, dict) else record
 
 
 class Summary(Costs):
@@ -72,15 +37,12 @@ class Summary(Costs):
     finished: bool
     best_test_accuracy: Accuracy | None
     final_test_accuracy: Accuracy | None
-    round: Count | None = None
-    epoch: Quantity | None = None
-    steps_done: Count | None = None
     parameters: Count | None = None
     device: str | None = None
     commit: str | None = None
     command: str | None = None
-    versions: dict[str, str] = {}
-    sha256: dict[str, str] = {}  # of the files that it was written with, by name
+    versions: dict[str, str] = Field(default_factory=dict)
+    sha256: dict[str, str] = Field(default_factory=dict)  # of the files that it was written with, by name
 
 
 class Records(NamedTuple):
@@ -119,7 +81,7 @@ def read_records(root: Path) -> Records:
         keys = {name: value for name, value in config.items() if name not in MACHINE}
         run = {"folder": path.parent, "run": printable(path.parent.name), "identity": identity}
         runs.append({**keys, **_outcome(summary, own), **run})
-    columns = ["run", *Row.model_fields]
+    columns = ["run", *Columns.model_fields]
     types = {**dict.fromkeys(columns, float), "run": int, "round": int}
     return Records(pd.DataFrame(runs, dtype=object), pd.DataFrame(rows, columns=columns).astype(types), warnings)
 
@@ -138,13 +100,14 @@ def _typed(column: pd.Series) -> pd.Series:
 
 def parse_config(content: bytes) -> dict[str, Value]:
     """A run's mode and keys; keys that are newer than the run have their defaults."""
-    held: dict[str, Any] = current_names(KEYS.validate_json(content, strict=True))
+    held: dict[str, Any] = KEYS.validate_json(content, strict=True)
     missing = [name for name in REQUIRED_KEYS if name not in held]
     if missing:
         raise UserError(f"{missing[0]} is missing")
     if held["mode"] not in ("centralized", "localsgd"):
         raise UserError(f"mode = {held['mode']!r} is not centralized or localsgd")
     mode: Mode = held["mode"]
+    check_version(held)
     known = Config().identity(mode)
     checked = Config().changed({name: value for name, value in held.items() if name in known})
     return complete_record({**held, **checked.identity(mode)})
@@ -158,9 +121,11 @@ def parse_summary(content: bytes) -> Summary:
     return summary
 
 
-def cell_identity(config: Mapping[str, Value]) -> dict[str, Value]:
+def cell_identity(config: Mapping[str, Any]) -> dict[str, Any]:
     """The part of a run's configuration, with its mode, that all runs of its cell share: not the seed and machine."""
-    return {name: value for name, value in config.items() if name not in ("seed", *MACHINE)}
+    shared = {name: value for name, value in config.items() if name not in ("seed", *MACHINE)}
+    of_built_in = {key: given for key, given in config.get(ARGUMENTS, {}).items() if not names_own(config[key])}
+    return {**shared, ARGUMENTS: of_built_in}  # to know those of the user's own, it would have to be imported
 
 
 def printable(text: object) -> str:
@@ -168,16 +133,16 @@ def printable(text: object) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
 
-def _outcome(summary: Summary | None, rows: list[Row]) -> dict[str, Any]:
+def _outcome(summary: Summary | None, rows: list[Columns]) -> dict[str, Any]:
     """Accuracies, costs and origin of a run: from its summary if it is finished, else from its rows."""
     tested = [row.test_accuracy for row in rows if row.test_accuracy is not None]
     so_far = {"best_test_accuracy": max(tested, default=None), "final_test_accuracy": tested[-1] if tested else None}
-    last = rows[-1].model_dump(exclude={"test_accuracy"}) if rows else {}
+    last = rows[-1].model_dump(include=set(Costs.model_fields)) if rows else {}
     summarized = summary.model_dump(exclude_none=True) if summary else {"finished": False}
     if summarized["finished"]:
         so_far = dict.fromkeys(so_far)
     else:
-        summarized = {name: value for name, value in summarized.items() if name not in {*Row.model_fields, *so_far}}
+        summarized = {name: value for name, value in summarized.items() if name not in {*Columns.model_fields, *so_far}}
     traffic = {name: last[name] for name in TRAFFIC if last.get(name) is not None}  # an older summary's is another
     return {**dict.fromkeys(Summary.model_fields), **last, **so_far, **summarized, **traffic}
 
@@ -196,13 +161,13 @@ def _read(path: Path, parse: Callable[[bytes], T], warnings: list[str]) -> T | N
         return None
 
 
-def _parse_rows(path: Path, content: bytes, warnings: list[str]) -> list[Row]:
+def _parse_rows(path: Path, content: bytes, warnings: list[str]) -> list[Columns]:
     """The rows sorted by round; the last one of a repeated round."""
-    rows: dict[int, Row] = {}
+    rows: dict[int, Columns] = {}
     damaged: list[str] = []
     for number, line in enumerate(content.splitlines(), 1):
         try:
-            row = Row.model_validate_json(line)
+            row = Columns.model_validate_json(line)
             rows[row.round] = row
         except ValidationError:
             damaged.append(str(number))

@@ -20,16 +20,19 @@ With K workers per round, a sync of messages of m bytes per worker takes, by the
 from __future__ import annotations
 
 import re
-from typing import Literal, NamedTuple
+from collections.abc import Mapping
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pandas as pd
 
 from fedsim.errors import UserError
+from fedsim.registry import is_own
+from strategies.arguments import split_name
 
 Link = Literal["worker", "server", "all-reduce"]
 BYTES_PER_PARAMETER = 4  # float32
-SUMMED_ON_THE_WAY = {"compress": ("none", "fp16", "bf16"), "mean": ("exact",), "strategy": ("localsgd",)}
+SUMMED_ON_THE_WAY = {"compress": ("none", "fp16", "bf16"), "mean": ("exact",)}  # by their names
 BITS = {"bit": 1, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9, "B": 8, "kB": 8e3, "MB": 8e6, "GB": 8e9}
 SECONDS = {"us": 1e-6, "ms": 1e-3, "s": 1.0}
 
@@ -43,6 +46,12 @@ class Network(NamedTuple):
     latency: float
     link: Link = "worker"
     upload: float = 0.0
+
+
+def is_summed(config: Mapping[str, Any]) -> bool:
+    """Whether the updates of a run can be summed on their way; those of an outer step of one's own are not known to."""
+    named = all(split_name(str(config.get(key, names[0])))[0] in names for key, names in SUMMED_ON_THE_WAY.items())
+    return named and not is_own(str(config.get("outer", "none")))
 
 
 def add_traffic(records: pd.DataFrame) -> pd.DataFrame:

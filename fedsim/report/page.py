@@ -17,7 +17,6 @@ from jinja2 import Environment, FileSystemLoader, select_autoescape
 from rich.console import Console
 
 from fedsim.errors import RunFailed, UserError
-from fedsim.provenance import program
 from fedsim.report.answers import answers
 from fedsim.report.drawing import Plot
 from fedsim.report.figures import plot_accuracy, plots_of
@@ -32,6 +31,7 @@ from fedsim.report.tables import (
     runs_frame,
     terminal_table,
 )
+from fedsim.system.provenance import program
 
 TITLE = "fedsim: results of the runs"
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EFBIG)

@@ -14,6 +14,7 @@ from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
 from fedsim.data.partition import check_partition, shard_of
 from fedsim.errors import UserError
+from strategies.arguments import split_name
 
 FORMATS = (".png", ".pdf", ".svg")
 
@@ -26,7 +27,8 @@ def show_partition(config: Config, out: str, console: Console) -> None:
     counts = class_counts(config)
     console.print(table(counts))
     held, images = int(counts.sum()), len(load_dataset(config).train)
-    console.print(f"{config.partition}: {config.clients} clients hold {held:,} of {images:,} training images")
+    name, _ = split_name(config.partition)
+    console.print(f"{name}: {config.clients} clients hold {held:,} of {images:,} training images")
     if out:
         figure(counts).savefig(out, dpi=150)
         console.print(f"drawn in {out}")

@@ -15,9 +15,11 @@ import pandas as pd
 from fedsim.config import BUDGET, Config, Value
 from fedsim.errors import UserError
 from fedsim.experiments.study import FOLDER, LARGE_BATCH, STORED, Study, read_study, study_names
-from fedsim.records import CONFIG, differences
-from fedsim.report.load import Costs, Records, cell_identity, printable, read_records
-from fedsim.report.network import SUMMED_ON_THE_WAY, add_traffic
+from fedsim.report.load import Records, cell_identity, printable, read_records
+from fedsim.report.network import add_traffic, is_summed
+from fedsim.runs.columns import Costs
+from fedsim.runs.folder import CONFIG, differences
+from strategies.arguments import split_name
 
 MOST_AXES = 3  # runs that differ in more keys are listed by name
 LONGEST_NAME = 150  # bytes of a table's name, a prefix of its file names
@@ -118,7 +120,7 @@ def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records) ->
     study = _study_of(folder, records.warnings)
     if study is None:
         return [_inferred_table(name, printable(folder.resolve().name), folder, runs, records)]
-    configs = {cell.coords: cell_identity(cell.config.record(cell.mode)) for cell in study.cells()}
+    configs = {cell.coords: cell_identity(cell.config.record(cell.mode, own=False)) for cell in study.cells()}
     positions = {_without_budget(config): i for i, config in enumerate(configs.values())}
     found = runs["identity"].map(lambda identity: positions.get(_without_budget(json.loads(identity))))
     described, others = runs[found.notna()].assign(cell=found.dropna().astype(int)), runs[found.isna()]
@@ -209,7 +211,7 @@ def _cell(axes: tuple[str, ...], coords: tuple[Value, ...], config: dict[str, An
         "clients": clients,
         "workers": workers,
         "baseline": baseline,
-        "summed": all(config.get(name, known[0]) in known for name, known in SUMMED_ON_THE_WAY.items()),
+        "summed": is_summed(config),
         "paper": paper_value(compare, config),
     }
 
@@ -218,7 +220,7 @@ def paper_value(table: str, config: Mapping[str, Value]) -> PaperValue | None:
     """The value for a cell's configuration in the paper's `table`, from ``studies/paper.csv``, if it has one."""
     with (FOLDER / "paper.csv").open() as file:
         for row in csv.DictReader(file):
-            matches = all(row[name] in ("", str(config.get(name))) for name in PAPER_KEYS)
+            matches = all(row[name] in ("", split_name(str(config.get(name)))[0]) for name in PAPER_KEYS)
             if row["table"] == table and matches:
                 return PaperValue(float(row["best"]), float(row["final"]) if row["final"] else None, row["note"])
     return None

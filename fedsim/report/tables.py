@@ -10,6 +10,7 @@ import pandas as pd
 from rich.table import Table
 from rich.text import Text
 
+from fedsim.config import ARGUMENTS
 from fedsim.report.result_table import NOTHING, SYMBOLS, ResultTable
 from fedsim.report.tuning import tuning_notes
 
@@ -158,7 +159,7 @@ def protocol(table: ResultTable, tuned: bool) -> str:
 
 def learning_rates(table: ResultTable) -> str:
     """The learning rates, where the study did not tune them."""
-    keys = ("lr", "lr-scaling", "lr-scaling-batch", "schedule")
+    keys = ("lr", "lr-scaling", "schedule")
     configs = table.cells["config"].loc[sorted(table.runs["cell"].unique())]
     held = {key: sorted({config[key] for config in configs if key in config}) for key in keys}
     shown = ", ".join(f"{key} = {' or '.join(map(str, values))}" for key, values in held.items() if values)
@@ -209,7 +210,7 @@ def runs_frame(table: ResultTable) -> pd.DataFrame:
         best_test_accuracy=runs["best_test_accuracy"].where(finished),
     )
     keys = sorted({name for config in table.cells["config"] for name in config} & set(runs.columns))
-    shown = {*CSV_COLUMNS, "local-steps", "batch-size"}
+    shown = {*CSV_COLUMNS, "local-steps", "batch-size", ARGUMENTS}  # the key of a choice shows its arguments
     varying = [name for name in keys if name not in shown and runs[name].dropna().astype(str).nunique() > 1]
     return frame[[*CSV_COLUMNS[:7], *varying, *CSV_COLUMNS[7:]]]
 

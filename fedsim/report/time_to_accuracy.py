@@ -69,7 +69,7 @@ def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
     rows = table.rows.sort_values(["run", "round"])
     cells = table.cells.loc[sorted(rows["cell"][rows["test_accuracy"].notna()].unique())]
     _check_link(cells, plan.network)
-    cells = cells.assign(late=cells["config"].map(lambda config: config.get("delay") == 1))
+    cells = cells.assign(late=cells["config"].map(lambda config: "delay" in str(config.get("layer")).split("+")))
     images = images_per_step(cells)
     steps = images * seconds_per_image(table) if plan.compute is None else pd.Series(plan.compute, cells.index)
     rows = rows.assign(

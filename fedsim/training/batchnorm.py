@@ -17,12 +17,12 @@ STATISTICS = ("running_mean", "running_var")
 BATCH = 128  # images; the same for every K, since the variance within a batch depends on its size
 
 
-def calibration_crops(config: Config, images: Images) -> Tensor:
-    """(4, N) `Images.crop`'s arguments for ``batchnorm-images`` of the training `images`, in whole batches.
+def calibration_crops(config: Config, images: Images, count: int) -> Tensor:
+    """(4, N) `Images.crop`'s arguments for `count` of the training `images`, or all of fewer, in whole batches.
 
     Augmented as in training, and a function of the seed alone: the same at every test, whatever K and J.
     """
-    count = min(config.batchnorm_images, len(images))
+    count = min(count, len(images))
     count -= count % BATCH if count > BATCH else 0
     chosen = generator(config.seed, 0, 0, "batchnorm").permutation(len(images))[:count]
     words = random_words(step_keys(config.seed, 0, 0, 1, "batchnorm"), count)

@@ -7,7 +7,7 @@ from fractions import Fraction
 
 from fedsim.config import Config
 from fedsim.data.augment import check_augment
-from fedsim.data.datasets import load_dataset
+from fedsim.data.datasets import image_shape, load_dataset
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards, sample_order, shard
 from fedsim.device import prepare
@@ -15,7 +15,8 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.models import check_model, check_one_image, initial_model
 from fedsim.optim import build_optimizer, check_optimizer, load_optimizer_state, optimizer_state, zero_state
 from fedsim.optim.lr_schedule import schedule_of
-from fedsim.records import TRAFFIC, Run
+from fedsim.runs.records import TRAFFIC
+from fedsim.runs.run import Run
 from fedsim.training.step import evaluate, step_inputs
 from fedsim.training.step_fn import make_step_fn
 
@@ -32,7 +33,7 @@ def check_centralized(config: Config) -> None:
     check_of_run(config)
     check_optimizer(config)
     images = len(load_dataset(config).train)
-    check_augment(config)
+    check_augment(config, image_shape(config))
     check_model(config)
     check_shards(config, images, 1)
     if images % config.batch_size == 1:

@@ -15,10 +15,10 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
+from fedsim.data.datasets import augmentation_of
 from fedsim.data.images import Images
 from fedsim.models.dropout import StepKeys, set_dropout_keys
 from fedsim.optim import is_capturable, load_optimizer_state, optimizer_state, set_lr
-from fedsim.registry import is_function
 from fedsim.training.gradient_terms import GradientTerms
 from fedsim.training.step import StepInputs, take_step
 
@@ -130,4 +130,4 @@ class CapturedSteps:
 
 def capturable(config: Config) -> bool:
     """Whether a step of `config` can be a CUDA graph; a replay would leave out a user's own augmentation."""
-    return is_capturable(config) and config.device.startswith("cuda") and not is_function(config.augment)
+    return is_capturable(config) and config.device.startswith("cuda") and not augmentation_of(config).own

@@ -9,14 +9,17 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import fedsim
-from fedsim.config import Config
+import strategies
+from fedsim.config import CHOSEN, Config
 from fedsim.device import is_out_of_memory
 from fedsim.errors import RunFailed, UserError
-from fedsim.interrupts import interruption
-from fedsim.registry import describe, is_function
+from fedsim.registry import describe, names_own
+from fedsim.system.interrupts import interruption
+from strategies.arguments import kebab
 
 OUT_OF_MEMORY = "out of memory"  # how that failure begins
-NOT_OWN = tuple(str(Path(module.__file__ or "").parent) for module in (fedsim, os))  # fedsim's folder, and Python's
+# The folders of fedsim and Python
+NOT_OWN = tuple(str(Path(module.__file__ or "").parent) for module in (fedsim, strategies, os))
 
 
 @contextlib.contextmanager
@@ -36,7 +39,7 @@ def _told(error: BaseException, config: Config) -> str:
         return ""
     if is_out_of_memory(error):
         return memory_lacks(config)
-    own = [f"{key} = {value}" for key in ("model", "augment") if is_function(value := getattr(config, key))]
+    own = [f"{kebab(key)} = {value}" for key in CHOSEN if names_own(value := getattr(config, key))]
     place = place_of(error) or _place(error, lambda file: "torch/nn/modules" in file)
     return f"{', '.join(own)} fails in training ({describe(error)}, {place})" if own and place else ""
 

@@ -11,17 +11,17 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.copies import copies, fill
 from fedsim.data.augment import check_augment
-from fedsim.data.datasets import load_dataset
+from fedsim.data.datasets import image_shape, load_dataset
 from fedsim.data.images import Images
 from fedsim.data.local_folder import own_images
-from fedsim.data.partition import HOLD_ALL, sample_order, shard_of
-from fedsim.data.uneven import uneven_shards
+from fedsim.data.partition import is_iid, sample_order, shard_of
+from fedsim.data.uneven import partition_of, uneven_shards
 from fedsim.device import prepare
 from fedsim.errors import UserError
 from fedsim.models import builder_of, initial_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
+from fedsim.system.copies import copies, fill
 from fedsim.training.gradient_terms import GradientTerms, gradient_terms
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
@@ -92,19 +92,19 @@ def local_images(config: Config) -> Images:
 def check_machine(config: Config) -> None:
     """Raise UserError where this machine lacks what a worker needs: code of the user's, flwr-datasets, its shard."""
     builder_of(config.model)
-    check_augment(config)
+    check_augment(config, image_shape(config))
     own = own_images(config) is not None
     if own and config.local_epochs:
         raise UserError(
             f"local-epochs = {config.local_epochs}: on a node with images of its own the length of a round is not "
             "known to the others: give local-steps"
         )
-    if own and config.partition not in (*HOLD_ALL, "pachinko"):
+    if own and partition_of(config).held(0, config.clients) is None:
         raise UserError(
             f"partition = {config.partition}: on a node with images of its own it is not known how many images the "
             "others hold, which an epoch counts: give --partition iid"
         )
-    if config.partition != "iid" and not own:
+    if not is_iid(config) and not own:
         uneven_shards(config)
 
 

@@ -1,12 +1,5 @@
 """J as a function of training progress: at which local step each round begins.
 
-    constant     J in every round (Stich 2019)
-    post-local   1 until an epoch, the first decay of the rate, then J (Lin et al. 2020)
-    qsr          the quadratic synchronization rule, max(J, floor((alpha / rate)^2)); J during warm-up (Gu et al. 2024)
-    linear       from J to a largest J, in proportion to the steps taken
-    doubling     J, 2J, 4J, ... up to a largest J, each for an equal share of the steps
-    table        from given epochs on, given numbers of steps; J before the first
-
 Every rule is evaluated where a round begins, with the rate at that step. The last round ends with the run.
 """
 
@@ -14,18 +7,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from typing import Annotated, NamedTuple, Self
 
-from fedsim.config import FIELDS, Config, check_used, kebab, table_of
+from fedsim.config import FIELDS, Config
+from fedsim.config.types import MAX_LOCAL_STEPS
 from fedsim.errors import UserError
-
-USED_BY = {  # key -> the schedules that use it
-    "local_steps_max": ("linear", "doubling"),
-    "qsr_alpha": ("qsr",),
-    "switch_epoch": ("post-local",),
-    "local_steps_table": ("table",),
-}
+from fedsim.optim.lr_schedule import shape_of
+from fedsim.registry import failures_of, is_own
+from strategies.arguments import above, at_least, at_most, check_fields, kebab
 
 
 @dataclass(frozen=True)
@@ -42,95 +33,197 @@ class LocalSteps:
         return self.steps_at(step)
 
 
+class Outline(NamedTuple):
+    """What a schedule of J knows of a run."""
+
+    local_steps: int  # the key of this name
+    steps_per_epoch: Fraction
+    total: int  # local steps of the run
+    rate: Callable[[int], float]  # the learning rate of a local step
+    warmup_steps: int
+    first_decay: float  # the epoch at which the learning rate falls first; 0: none in particular
+
+    def step_at(self, epoch: float) -> int:
+        """The first local step at or after an epoch, read as the decimal number that it was given as."""
+        return math.ceil(Fraction(str(epoch)) * self.steps_per_epoch)
+
+
+@dataclass(frozen=True)
+class LocalStepsSchedule:
+    """How J changes during a run; one's own is a frozen dataclass that extends it."""
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+
+    @property
+    def needs_length(self) -> bool:
+        """Whether the rule depends on the number of steps of the run, which a budget in rounds does not give."""
+        return False
+
+    @property
+    def uses_rate(self) -> bool:
+        """Whether the rule depends on the learning rate."""
+        return False
+
+    def of_part(self, part: float) -> Self:
+        """The schedule for a run of this part of the budget."""
+        return self
+
+    def problem(self, local_steps: int, first_decay: float) -> str:
+        """Why it does not go with J at the start, or with the schedule of the rate; empty if it does."""
+        return ""
+
+    def rule(self, run: Outline) -> LocalSteps:
+        """J of a round by the local step at which it begins."""
+        raise NotImplementedError
+
+
+@dataclass(frozen=True)
+class ConstantSteps(LocalStepsSchedule):
+    """J (Stich 2019)."""
+
+    def rule(self, run: Outline) -> LocalSteps:
+        return LocalSteps(lambda step: run.local_steps)
+
+
+@dataclass(frozen=True)
+class PostLocal(LocalStepsSchedule):
+    """One step a round until an epoch (0: the first decay of the rate), then J (Lin et al. 2020)."""
+
+    switch_epoch: Annotated[float, at_least(0), at_most(10**6)] = 0.0
+
+    def problem(self, local_steps: int, first_decay: float) -> str:
+        return "" if self.switch_epoch or first_decay else "switch-epoch = 0 needs schedule = multistep: give an epoch"
+
+    def of_part(self, part: float) -> Self:
+        return replace(self, switch_epoch=part * self.switch_epoch)
+
+    def rule(self, run: Outline) -> LocalSteps:
+        switch_step = run.step_at(self.switch_epoch or run.first_decay)
+        return LocalSteps(lambda step: 1 if step < switch_step else run.local_steps)
+
+
+@dataclass(frozen=True)
+class Qsr(LocalStepsSchedule):
+    """The quadratic synchronization rule, max(J, floor((alpha / rate)^2)); J during warm-up (Gu et al. 2024)."""
+
+    uses_rate = True
+    alpha: Annotated[float, above(0)]
+
+    def rule(self, run: Outline) -> LocalSteps:
+        def steps(step: int) -> int:
+            if step < run.warmup_steps:
+                return run.local_steps
+            if run.rate(step) == 0:
+                return 2**62  # the rest of the run
+            ratio = Fraction(str(self.alpha)) / Fraction(
+                f"{run.rate(step):.12g}"
+            )  # in decimal: 0.3 / (0.1 * 0.1) is 30
+            return max(run.local_steps, min(math.floor(ratio**2), 2**62))
+
+        return LocalSteps(steps, [run.warmup_steps])
+
+
+@dataclass(frozen=True)
+class _UpTo(LocalStepsSchedule):
+    max: Annotated[int, at_least(1), at_most(MAX_LOCAL_STEPS)]
+    needs_length = True
+
+    def problem(self, local_steps: int, first_decay: float) -> str:
+        return f"max is less than local-steps = {local_steps}: give more" if self.max < local_steps else ""
+
+
+@dataclass(frozen=True)
+class LinearSteps(_UpTo):
+    """From J at the start of the run to `max` at its end, in proportion to the steps taken."""
+
+    def rule(self, run: Outline) -> LocalSteps:
+        first, more = run.local_steps, self.max - run.local_steps
+        return LocalSteps(lambda step: first + more * step // run.total)
+
+
+@dataclass(frozen=True)
+class Doubling(_UpTo):
+    """J, 2 J, 4 J, ... as long as that is at most `max`, each for an equal share of the steps."""
+
+    def rule(self, run: Outline) -> LocalSteps:
+        levels = int(math.log2(self.max // run.local_steps)) + 1
+        return LocalSteps(lambda step: run.local_steps * 2 ** (levels * step // run.total))
+
+
+@dataclass(frozen=True)
+class Table(LocalStepsSchedule):
+    """From each of the ascending `epochs` on the `steps` in its place; J before the first."""
+
+    epochs: Annotated[tuple[float, ...], above(0)]
+    steps: Annotated[tuple[int, ...], at_least(1), at_most(MAX_LOCAL_STEPS)]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if list(self.epochs) != sorted(set(self.epochs)) or len(self.epochs) != len(self.steps):
+            raise ValueError("epochs must be ascending, with as many steps, for instance table:epochs=10/50,steps=1/16")
+
+    def of_part(self, part: float) -> Self:
+        return replace(self, epochs=tuple(part * epoch for epoch in self.epochs))
+
+    def rule(self, run: Outline) -> LocalSteps:
+        starts = [(run.step_at(epoch), j) for epoch, j in zip(self.epochs, self.steps, strict=True)]
+
+        def steps(step: int) -> int:
+            reached = [j for start, j in starts if step >= start]
+            return reached[-1] if reached else run.local_steps
+
+        return LocalSteps(steps, [start for start, _ in starts])
+
+
+SCHEDULES: dict[str, type[LocalStepsSchedule]] = {
+    "constant": ConstantSteps,
+    "post-local": PostLocal,
+    "qsr": Qsr,
+    "linear": LinearSteps,
+    "doubling": Doubling,
+    "table": Table,
+}
+
+
+def local_steps_schedule(config: Config) -> LocalStepsSchedule:
+    """The schedule of J of `config`; raises UserError where it cannot be made."""
+    schedule: LocalStepsSchedule = config.made("local_steps_schedule")
+    return schedule
+
+
 def local_steps_of(config: Config, steps_per_epoch: Fraction, total: int, rate: Callable[[int], float]) -> LocalSteps:
     """The rule of `config` for a run of `total` steps with the learning rate `rate`."""
-    least, largest = config.local_steps, config.local_steps_max
-    match config.local_steps_schedule:
-        case "post-local":
-            return post_local(least, _step_at(_switch_epoch(config), steps_per_epoch))
-        case "qsr":
-            return qsr(least, config.qsr_alpha, rate, _step_at(config.warmup_epochs, steps_per_epoch))
-        case "linear":
-            return linear(least, largest, total)
-        case "doubling":
-            return doubling(least, largest, total)
-        case _:  # a constant J needs no rule
-            return table(least, table_of(config.local_steps_table), steps_per_epoch)
+    run = Outline(config.local_steps, steps_per_epoch, total, rate, 0, shape_of(config).first_decay)
+    run = run._replace(warmup_steps=run.step_at(config.warmup_epochs))
+    if not is_own(config.local_steps_schedule):
+        return local_steps_schedule(config).rule(run)
+    what = f"local-steps-schedule = {config.local_steps_schedule}"
+    with failures_of(f"{what} fails"):
+        rule = local_steps_schedule(config).rule(run)
+
+    def steps(step: int) -> int:
+        with failures_of(f"{what} fails"):
+            found = rule(step)
+        if type(found) is not int or found < 1:
+            raise UserError(f"{what} gives J = {found} at step {step}: it must be a whole number from 1 on")
+        return found
+
+    return LocalSteps(steps, rule.changes)
 
 
 def check_local_steps(config: Config) -> None:
-    """Raise UserError where the schedule of J lacks a key, or a key is given that it does not use."""
-    schedule = config.local_steps_schedule
-    check_used(config, "local_steps_schedule", USED_BY)
+    """Raise UserError where the schedule of J does not go with other keys."""
+    schedule, shape = local_steps_schedule(config), shape_of(config)
+    what = f"local-steps-schedule = {config.local_steps_schedule}"
     for name in ("local_steps", "local_steps_schedule") if config.local_epochs else ():
         if (value := getattr(config, name)) != FIELDS[name].default:
             raise UserError(
                 f"{kebab(name)} = {value} is not used with local-epochs = {config.local_epochs}: leave one of them out"
             )
-    if schedule in USED_BY["local_steps_max"] and config.local_steps_max < config.local_steps:
-        raise UserError(
-            f"local-steps-max = {config.local_steps_max} is less than local-steps = {config.local_steps}: give more"
-        )
-    if schedule == "qsr" and not config.qsr_alpha:
-        raise UserError("qsr-alpha = 0: local-steps-schedule = qsr needs it, for instance --qsr-alpha 0.02")
-    if schedule == "table" and not config.local_steps_table:
-        raise UserError("local-steps-table is empty: local-steps-schedule = table needs it, for instance 10:1,50:16")
-    if schedule == "post-local" and not _switch_epoch(config):
-        raise UserError("switch-epoch = 0: local-steps-schedule = post-local needs it, or schedule = multistep")
-    if schedule != "constant" and config.record_by == "round":
-        raise UserError(f"local-steps-schedule = {schedule} makes rounds of unequal length: give --record-by epoch")
-    needs_total = schedule in ("linear", "doubling") or (schedule == "qsr" and config.schedule == "cosine")
-    if config.rounds and needs_total:
-        raise UserError(f"rounds = {config.rounds}: local-steps-schedule = {schedule} needs the budget in --epochs")
-
-
-def _step_at(epoch: float, steps_per_epoch: Fraction) -> int:
-    """The first local step at or after an epoch, read as the decimal number that it was given as."""
-    return math.ceil(Fraction(str(epoch)) * steps_per_epoch)
-
-
-def _switch_epoch(config: Config) -> float:
-    first = config.milestones.split(",")[0] if config.schedule == "multistep" else ""
-    return config.switch_epoch or float(first or 0)
-
-
-def post_local(local_steps: int, switch_step: int) -> LocalSteps:
-    """One step a round before `switch_step`, then `local_steps`; no round crosses the switch."""
-    return LocalSteps(lambda step: 1 if step < switch_step else local_steps)
-
-
-def qsr(local_steps: int, alpha: float, rate: Callable[[int], float], warmup_steps: int) -> LocalSteps:
-    """Gu et al. 2024, "A Quadratic Synchronization Rule for Distributed Deep Learning"."""
-
-    def steps(step: int) -> int:
-        if step < warmup_steps:
-            return local_steps
-        if rate(step) == 0:
-            return 2**62  # the rest of the run
-        ratio = Fraction(str(alpha)) / Fraction(f"{rate(step):.12g}")  # in decimal: 0.3 / (0.1 * 0.1) is 30
-        return max(local_steps, min(math.floor(ratio**2), 2**62))
-
-    return LocalSteps(steps, [warmup_steps])
-
-
-def linear(local_steps: int, largest: int, total: int) -> LocalSteps:
-    """From `local_steps` at the start of the `total` steps of the run to `largest` at their end."""
-    return LocalSteps(lambda step: local_steps + (largest - local_steps) * step // total)
-
-
-def doubling(local_steps: int, largest: int, total: int) -> LocalSteps:
-    """`local_steps` times 1, 2, 4, ... as long as that is at most `largest`, each for an equal share of `total`."""
-    levels = int(math.log2(largest // local_steps)) + 1
-    return LocalSteps(lambda step: local_steps * 2 ** (levels * step // total))
-
-
-def table(local_steps: int, epochs: Sequence[tuple[float, int]], steps_per_epoch: Fraction) -> LocalSteps:
-    """`epochs`: pairs, ascending, of an epoch and the steps of each round that begins at or after it."""
-
-    starts = [(_step_at(epoch, steps_per_epoch), j) for epoch, j in epochs]
-
-    def steps(step: int) -> int:
-        reached = [j for start, j in starts if step >= start]
-        return reached[-1] if reached else local_steps
-
-    return LocalSteps(steps, [start for start, _ in starts])
+    if problem := schedule.problem(config.local_steps, shape.first_decay):
+        raise UserError(f"{what}: {problem}")
+    if config.local_steps_schedule != "constant" and config.record_by == "round":
+        raise UserError(f"{what} makes rounds of unequal length: give --record-by epoch")
+    if config.rounds and (schedule.needs_length or (schedule.uses_rate and shape.needs_length)):
+        raise UserError(f"rounds = {config.rounds}: {what} needs the budget in --epochs")

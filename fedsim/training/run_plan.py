@@ -13,7 +13,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 
-from fedsim.config import MAX_LOCAL_STEPS, Config
+from fedsim.config import Config
+from fedsim.config.types import MAX_LOCAL_STEPS
 from fedsim.data.partition import images_held, shard_sizes
 from fedsim.errors import UserError
 from fedsim.optim.lr_schedule import Schedule, schedule_of
@@ -121,7 +122,7 @@ def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int],
         starts = RoundStarts(rounds_of_number(rule, config.rounds))
         if starts.most_steps > MAX_LOCAL_STEPS:
             raise UserError(
-                f"qsr-alpha = {config.qsr_alpha}: some J is more than {MAX_LOCAL_STEPS:,}: give a smaller one"
+                f"local-steps-schedule = {config.local_steps_schedule}: some J is more than {MAX_LOCAL_STEPS:,}"
             )
         return starts
     total = _steps_of(steps_per_epoch, config.epochs)

@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.copies import copies, fill
 from fedsim.data.datasets import facts_of, image_shape, load_dataset
 from fedsim.data.images import ImageShape
 from fedsim.data.partition import shard_sizes
@@ -25,6 +24,7 @@ from fedsim.errors import UserError
 from fedsim.models import build_model, builder_of, initial_model
 from fedsim.models.stack import CannotStack, check_stack, stack
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
+from fedsim.system.copies import copies, fill
 from fedsim.training.cuda_graph import CapturedSteps, capturable
 from fedsim.training.gradient_terms import gradient_terms
 from fedsim.training.local_round import RoundEnd, RoundStart, held_images, round_inputs, samples_of, take_round
@@ -135,16 +135,14 @@ def why_not(config: Config, by_products: bool = False) -> str:
     if config.local_epochs and len(set(shard_sizes(config))) > 1:
         return f"local-epochs = {config.local_epochs}: clients that hold more images take more steps than others"
     builder = builder_of(config.model)
-    problem = _why_not(builder, config.model, facts_of(config).classes, image_shape(config), config.norm, by_products)
+    problem = _why_not(builder, config.model, facts_of(config).classes, image_shape(config), by_products)
     return f"model {config.model}: {problem}" if problem else ""
 
 
 @functools.lru_cache(maxsize=8)  # a large model takes seconds
-def _why_not(
-    builder: Callable[..., nn.Module], name: str, classes: int, image: ImageShape, norm: str, by_products: bool
-) -> str:
+def _why_not(builder: Callable[..., nn.Module], name: str, classes: int, image: ImageShape, by_products: bool) -> str:
     try:
-        check_stack(lambda: build_model(name, classes, 0, "cpu", "fp64", image, norm), image, by_products)
+        check_stack(lambda: build_model(name, classes, 0, "cpu", "fp64", image), image, by_products)
     except CannotStack as error:
         return str(error)
     return ""

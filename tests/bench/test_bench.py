@@ -33,9 +33,7 @@ from tests.federation.test_flwr_run import started_by
 from tests.pages import read_page
 
 LIMIT = 300.0  # seconds, for what takes a few
-TINY = Config(
-    dataset="synthetic", synthetic_images=256, model="lenet5", batch_size=8, local_steps=2, device="cpu", threads=1
-)
+TINY = Config(dataset="synthetic:images=256", model="lenet5", batch_size=8, local_steps=2, device="cpu", threads=1)
 
 
 def turns(config: Config, *names: str) -> list[tuple[str, Config]]:
@@ -212,7 +210,7 @@ def test_measurements_are_written_before_their_table_is_made(tmp_path: Path, mon
 def test_the_turn_that_the_first_hour_profiles_is_one(tmp_path: Path) -> None:
     (written,) = re.findall(r"fedsim\.bench\.turn '(.*?)'", read_page("gpu-first-hour.md"), re.DOTALL)
     task = json.loads(written)
-    small = {"device": "cpu", "model": "lenet5", "batch-size": 2, "local-steps": 1, "synthetic-images": 256}
+    small = {"device": "cpu", "model": "lenet5", "dataset.images": 256, "batch-size": 2, "local-steps": 1}
     run_task({**task, "rounds": 1, "result": str(tmp_path / "turn.json"), "keys": {**task["keys"], **small}})
     (second,) = json.loads((tmp_path / "turn.json").read_text())["seconds"]
     assert second > 0
@@ -266,5 +264,7 @@ def test_the_plain_loop_sees_the_same_images() -> None:
 
 
 def test_the_plain_loop_has_the_normalization_of_the_others() -> None:
-    config = TINY.changed({"model": "tests.own_code:not_with_batchnorm", "norm": "gn", "nesterov": True, "clients": 2})
+    config = TINY.changed(
+        {"model": "tests.own_code:not_with_batchnorm", "optimizer": "sgdm:nesterov=true", "clients": 2}
+    )
     assert len(plain_rounds(config, rounds=1)) == 1

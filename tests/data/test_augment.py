@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fedsim.config import Config
-from fedsim.data.datasets import load_dataset
+from fedsim.data.datasets import augmentation_of, load_dataset
 from fedsim.data.images import Augmentation, Border, Images, sample_crops
 from fedsim.device import resolve
 from fedsim.errors import UserError
@@ -31,7 +31,8 @@ def images_of(how: Augmentation) -> Images:
 def test_what_each_value_draws() -> None:
     index, words = np.arange(20), random_words(step_keys(1, 0, 0, 1, "augment"), 20)[0]
     usual, crop, none, own = (
-        images_of(Augmentation(augment)) for augment in ("crop+mirror", "crop", "none", f"{OWN}:erase")
+        images_of(augmentation_of(Config(augment=augment)))
+        for augment in ("crop+mirror", "crop", "none", f"{OWN}:erase")
     )
     both = sample_crops(index, words, usual.corners)
     assert torch.equal(usual.sample(index, words), both)
@@ -40,7 +41,7 @@ def test_what_each_value_draws() -> None:
     plain = none.plain(0, 20)[0]
     for images in (none, own):
         assert torch.equal(images.crop(*images.sample(index, words)), plain)
-    cut = images_of(Augmentation("none", crop_size=8))
+    cut = images_of(augmentation_of(Config(augment="center:size=8")))
     assert torch.equal(cut.crop(*cut.sample(index, words)), plain[:, :, 1:9, 2:10])
 
 
@@ -92,9 +93,9 @@ def test_an_own_augmentation_belongs_to_seed_worker_and_local_step(small: Config
     [
         (
             {"augment": "flip"},
-            "augment = 'flip' is unknown: it must be one of crop+mirror, crop, none, or package.module",
+            "augment = flip is unknown: it must be one of none, crop, center, mirror",
         ),
-        ({"augment": f"{OWN}:gone"}, "augment = tests.own_code:gone: tests.own_code has no function gone"),
+        ({"augment": f"{OWN}:gone"}, "augment = tests.own_code:gone: tests.own_code has no function or class gone"),
         (
             {"augment": f"{OWN}:coin"},
             "coin gives other images on another call: let it draw from the generator it is giv",
@@ -112,23 +113,18 @@ def test_an_own_augmentation_belongs_to_seed_worker_and_local_step(small: Config
             "augment = tests.own_code:listed returns list: it must return a tensor like the",
         ),
         ({"augment": f"{OWN}:of_images_alone"}, "augment = tests.own_code:of_images_alone fails with TypeError: "),
+        ({"augment": "center:size=24,padding=2"}, "a crop in the middle does not reach into the border: leave out"),
+        ({"augment": f"{OWN}:erase:mode=reflect"}, "tests.own_code:erase has no argument mode: it takes none"),
+        ({"augment": "mirror+crop"}, "augment = mirror+crop: give crop or center, then mirror, then functions of your"),
         (
-            {"augment": "none", "crop-padding": 2},
-            "crop-padding is not used by augment = none: leave it out, or give crop",
+            {"augment": "crop:padding=0"},
+            "augment = crop:padding=0: a crop without a border is the whole image: give",
         ),
         (
-            {"augment": f"{OWN}:erase", "crop-padding-mode": "reflect"},
-            "crop-padding-mode is not used by augment = tests.own_code:erase: leave it out, or give crop+mirror or cro",
-        ),
-        (
-            {"augment": "crop", "crop-padding": 0},
-            "augment = crop: with crop-padding = 0 a crop is the whole image: give",
-        ),
-        (
-            {"crop-padding-mode": "reflect", "crop-padding": 32},
+            {"augment.padding": 32, "augment.mode": "reflect"},
             "needs a border narrower than the 32 pixels of an image",
         ),
-        ({"crop-padding-mode": "reflect", "crop-padding": 0}, "and not crop-padding = 0: give 1 to 31"),
+        ({"augment.padding": 0, "augment.mode": "reflect"}, "and not padding = 0: give 1 to 31"),
     ],
 )
 def test_what_has_no_effect_or_does_not_fit_is_refused_in_a_line(

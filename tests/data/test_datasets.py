@@ -118,7 +118,7 @@ def test_workers_draw_apart() -> None:
 
 
 def test_synthetic_images_are_the_same_every_time_and_balanced() -> None:
-    config = Config(dataset="synthetic", synthetic_classes=7, synthetic_images=70, device="cpu")
+    config = Config(dataset="synthetic:classes=7,images=70", device="cpu")
     first = load_dataset(config)
     load_dataset.__globals__["_whole"].cache_clear()
     again = load_dataset(config)
@@ -185,7 +185,7 @@ def test_a_damaged_copy_of_the_real_data_is_found_out(real_data: str, tmp_path: 
 
 
 def test_a_validation_split_is_seeded_disjoint_covering_and_out_of_training() -> None:
-    config = Config(dataset="synthetic", synthetic_images=60, device="cpu")
+    config = Config(dataset="synthetic:images=60", device="cpu")
     whole = load_dataset(config).train.plain(0, 60)[0]
     split = load_dataset(config.changed({"validation": 20}))
     again = load_dataset(config.changed({"validation": 20}))
@@ -201,4 +201,4 @@ def test_a_validation_split_is_seeded_disjoint_covering_and_out_of_training() ->
 
 def test_a_validation_split_that_leaves_nothing_is_refused() -> None:
     with pytest.raises(UserError, match="validation = 60 leaves none of the 60 training images"):
-        load_dataset(Config(dataset="synthetic", synthetic_images=60, validation=60, device="cpu"))
+        load_dataset(Config(dataset="synthetic:images=60", validation=60, device="cpu"))

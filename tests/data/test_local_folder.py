@@ -21,7 +21,8 @@ from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import shared
 from fedsim.federation.server_app import train_localsgd
 from fedsim.models import build_model
-from fedsim.records import Run, read_summary
+from fedsim.runs.records import read_summary
+from fedsim.runs.run import Run
 from tests.conftest import SMALL_BATCHNORM, assert_same_bits, final_model, rows_of
 
 
@@ -132,8 +133,8 @@ BAD: list[tuple[str, Any, Any, str]] = [
     ("float labels", GOOD, CLASSES / 1, "labels.npy holds float64 [20], not integers [N]"),
     ("one-hot", GOOD, np.eye(20, 10, dtype=int), "labels.npy holds int64 [20, 10], not integers [N]"),
     ("lengths", GOOD, CLASSES[1:], "images.npy holds 20 images and labels.npy 19 labels: make them equal"),
-    ("class", GOOD, CLASSES + 10, "labels.npy runs from 10 to 10: the classes of synthetic are 0 to 9"),
-    ("negative", GOOD, CLASSES - 1, "labels.npy runs from -1 to -1: the classes of synthetic are 0 to 9"),
+    ("class", GOOD, CLASSES + 10, "labels.npy runs from 10 to 10: the classes of synthetic:"),
+    ("negative", GOOD, CLASSES - 1, "labels.npy runs from -1 to -1: the classes of synthetic:"),
     ("few", GOOD[:3], CLASSES[:3], "batch-size = 4 is more than its 3 images: give a smaller batch-size"),
     ("none", GOOD[:0], CLASSES[:0], "batch-size = 4 is more than its 0 images: give a smaller batch-size"),
     ("objects", np.array([None] * 20), CLASSES, "images.npy cannot be read as an array"),

@@ -147,7 +147,7 @@ def test_a_file_and_a_function_give_the_same_run(run: Execute, tmp_path: Path) -
 def test_facts_and_moments_of_ones_own_images(tmp_path: Path) -> None:
     held = arrays(shape=(9, 7, 5))
     np.savez_compressed(tmp_path / "mine.npz", **held)  # type: ignore[arg-type]
-    config = config_of("mine.npz", tmp_path, **{"crop-padding": 0, "validation": 16})
+    config = config_of("mine.npz", tmp_path, **{"augment.padding": 0, "validation": 16})
     facts = facts_of(config)
     assert (facts.classes, facts.images, facts.shape) == (3, 96, (9, 7, 5))
     assert training_images(config) == 80
@@ -298,12 +298,12 @@ def test_crops_of_any_size_are_those_of_torchvision(channels: int, crop: int, pa
 
 
 def test_a_crop_larger_than_the_image_and_its_border_is_refused(small: Config) -> None:
-    with pytest.raises(UserError, match=r"crop-size = 37 is more than the 36 pixels of an image .*--crop-padding"):
-        execute(small.changed({"crop-size": 37, "crop-padding": 2}), "localsgd")
+    with pytest.raises(UserError, match=r"size = 37 is more than the 36 pixels of an image .* a larger padding"):
+        execute(small.changed({"augment.size": 37, "augment.padding": 2}), "localsgd")
 
 
 def test_a_nodes_own_images_have_the_shape_and_the_crops_of_the_run(small: Config, tmp_path: Path) -> None:
-    keys = {"dataset": f"{OWN}:load", "clients": 2, "batch-size": 8, "crop-size": 8, "crop-padding": 1}
+    keys = {"dataset": f"{OWN}:load", "clients": 2, "batch-size": 8, "augment.size": 8, "augment.padding": 1}
     config = small.changed(keys)
     write_shards(config, tmp_path / "shards")
     own = own_images(config.changed({"data-dir": str(tmp_path / "shards" / "1")}))

@@ -17,7 +17,8 @@ from fedsim.data.datasets import load_dataset
 from fedsim.data.local_folder import write_shards
 from fedsim.data.official import coarse_labels
 from fedsim.data.pachinko import pachinko
-from fedsim.data.partition import HOLD_ALL, check_partition, images_held, shard_of
+from fedsim.data.partition import check_partition, images_held, shard_of
+from fedsim.data.uneven import partition_of
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.cost import cost
@@ -30,7 +31,7 @@ from fedsim.training.local_round import RoundStart, check_machine, take_round
 from fedsim.training.run_plan import run_plan
 from tests.conftest import NEEDS_FLWR_DATASETS, Call, Execute, assert_same_bits, final_model, rows_of
 
-DIRICHLET = {"partition": "dirichlet", "partition-args": "alpha=0.5"}
+DIRICHLET = {"partition": "dirichlet:alpha=0.5"}
 
 
 def shards(config: Config) -> list[list[int]]:
@@ -40,7 +41,7 @@ def shards(config: Config) -> list[list[int]]:
 @pytest.fixture
 def small(small: Config) -> Config:
     """With enough images for uneven shards."""
-    return small.changed({"synthetic-images": 512, "batch-size": 16})
+    return small.changed({"dataset.images": 512, "batch-size": 16})
 
 
 @NEEDS_FLWR_DATASETS
@@ -48,11 +49,11 @@ def small(small: Config) -> Config:
     ("partition", "arguments", "sizes"),
     [
         ("dirichlet", "alpha=0.5", None),
-        ("dirichlet", "alpha=1:2:3:4, self_balancing=true", None),
-        ("inner-dirichlet", "partition_sizes=100:200:100:112, alpha=0.3", [100, 200, 100, 112]),
+        ("dirichlet", "alpha=1/2/3/4, self_balancing=true", None),
+        ("inner-dirichlet", "partition_sizes=100/200/100/112, alpha=0.3", [100, 200, 100, 112]),
         ("pathological", "num_classes_per_partition=5", None),
         ("shard", "num_shards_per_partition=2", [128] * 4),
-        ("size", "partition_sizes=12:100:200:200", [12, 100, 200, 200]),
+        ("size", "partition_sizes=12/100/200/200", [12, 100, 200, 200]),
         ("linear", "", [51, 102, 153, 206]),
         ("square", "", None),
         ("exponential", "", None),
@@ -64,11 +65,11 @@ def small(small: Config) -> Config:
 def test_partitions_are_disjoint_and_seeded(
     small: Config, partition: str, arguments: str, sizes: list[int] | None
 ) -> None:
-    config = small.changed({"partition": partition, "partition-args": arguments})
+    config = small.changed({"partition": f"{partition}:{arguments}" if arguments else partition})
     of_clients = shards(config)
     everything = np.concatenate(of_clients)
     assert len(set(everything.tolist())) == len(everything) == images_held(config) > 250
-    assert len(everything) == 512 or partition not in HOLD_ALL
+    assert len(everything) == 512 or partition_of(config).held(512, 4) is None
     if sizes:
         assert list(map(len, of_clients)) == sizes
     assert shards(config.changed({"seed": 1})) != of_clients
@@ -80,7 +81,7 @@ def test_partitions_are_disjoint_and_seeded(
 def test_clients_by_class_and_by_groups_of_classes(small: Config, capsys: pytest.CaptureFixture[str]) -> None:
     counts = class_counts(small.changed({"partition": "natural-id", "clients": 10}))
     assert np.array_equal(counts, np.diag(counts.diagonal()))
-    keys = {"partition": "grouped-natural-id", "partition-args": "group_size=3, mode=allow-bigger", "clients": 3}
+    keys = {"partition": "grouped-natural-id:group-size=3,mode=allow-bigger", "clients": 3}
     counts = class_counts(small.changed(keys))
     assert sorted((counts > 0).sum(1)) == [3, 3, 4]
     assert set((counts > 0).sum(0)) == {1}  # a class is with one client
@@ -90,7 +91,7 @@ def test_clients_by_class_and_by_groups_of_classes(small: Config, capsys: pytest
 
 @NEEDS_FLWR_DATASETS
 def test_clients_by_superclass_on_the_real_cifar100(real_data: str) -> None:
-    keys = {"partition": "natural-id", "partition-args": "partition_by=coarse_label", "clients": 20, "device": "cpu"}
+    keys = {"partition": "natural-id:partition-by=coarse_label", "clients": 20, "device": "cpu"}
     counts = class_counts(Config().changed({**keys, "data-dir": real_data}))
     superclasses = coarse_labels(Path(real_data))
     assert [set(superclasses[row > 0]) for row in counts] == [{number} for number in range(20)]
@@ -100,7 +101,7 @@ def test_clients_by_superclass_on_the_real_cifar100(real_data: str) -> None:
 @NEEDS_FLWR_DATASETS
 def test_dirichlet_is_the_draw_of_the_papers(small: Config) -> None:
     """Hsu et al. 2019: of each class in turn, a share of every client by one draw."""
-    config = small.changed({**DIRICHLET, "partition-args": "alpha=0.5, shuffle=false"})
+    config = small.changed({**DIRICHLET, "partition.alpha": "0.5", "partition.shuffle": "false"})
     labels = load_dataset(config).train.labels.numpy()
     order = generator(config.seed, 0, 0, "shard").permutation(len(labels))
     rng = np.random.default_rng(config.seed)
@@ -143,20 +144,12 @@ def test_pachinko_on_the_real_cifar100(real_data: str) -> None:
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"partition-args": "alpha=1"}, "partition-args is not used by partition = iid: leave it out"),
+        ({"partition": "iid:alpha=1"}, "iid has no argument alpha: it must be one of seed, small-shards"),
         ({"partition": "pachinko"}, "partition = pachinko needs superclasses, which cifar100 alone has"),
         ({"partition": "pachinko", "clients": 600}, "clients = 600 is more than the 512 training images"),
-        (
-            {"partition": "distribution"},
-            "partition = 'distribution' takes a matrix of shares, which partition-args cannot",
-        ),
-        ({"partition": "id-to-size-fnc"}, "partition = 'id-to-size-fnc' takes a function: give linear, square, exp"),
-        ({"partition": "vertical-even"}, "partition = 'vertical-even' divides the columns of a table, not images"),
-        (
-            {"partition": "size", "partition-args": "partition_sizes=a b"},
-            "must be names with numbers, words, true or f",
-        ),
-        ({"client-weights": "shard-size", "mean": "median"}, "client-weights is not used by mean = median: leave it"),
+        ({"partition": "vertical-even"}, "partition = vertical-even is unknown: it must be one of iid, dirichlet"),
+        ({"partition": "size:partition-sizes=ab"}, "partition-sizes = ab must be one or several whole numbers"),
+        ({"mean": "median:weights=shard-size"}, "median has no argument weights: it takes none"),
     ],
 )
 def test_a_partition_that_cannot_be_is_told_in_a_line(small: Config, keys: dict[str, Any], message: str) -> None:
@@ -167,25 +160,35 @@ def test_a_partition_that_cannot_be_is_told_in_a_line(small: Config, keys: dict[
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"partition": "dirichlet"}, "partition = dirichlet needs alpha: give --partition-args alpha=0.3"),
-        ({"partition": "linear", "partition-args": "alpha=1"}, "partition = linear does not know alpha: it takes none"),
         (
-            {**DIRICHLET, "partition-args": "alpha=1, partition_by=image"},
-            "partition-args = alpha=1, partition_by=image: partition_by = image: synthetic has label",
+            {"partition": "dirichlet"},
+            "partition = dirichlet needs alpha: give dirichlet:alpha=..., one or",
+        ),
+        ({"partition": "linear:alpha=1"}, "linear has no argument alpha: it must be one of seed, small-shards"),
+        (
+            {"partition": "dirichlet:alpha=1,partition-by=image"},
+            "dirichlet: partition-by = image must be one of label, coarse_label",
+        ),
+        (
+            {"partition": "natural-id:partition-by=coarse_label"},
+            "partition = natural-id:partition-by=coarse_label goes by superclasses, which cifar100 alone has",
         ),
         ({"partition": "natural-id"}, "partition = natural-id makes 10 clients, not 4: make them equal"),
-        ({**DIRICHLET, "partition-args": "alpha=-1"}, "partition = dirichlet fails (ValueError: Alpha values should"),
         (
-            {"partition": "size", "partition-args": "partition_sizes=512"},
-            "partition = size makes 1 clients, not 4: make them equal",
+            {"partition": "dirichlet:alpha=-1"},
+            "dirichlet: alpha = -1 must be one or several numbers with a / between",
         ),
         (
-            {**DIRICHLET, "partition-args": "alpha=0.01, min_partition_size=0", "seed": 3, "clients": 8},
-            "leaves client 1 without images: give other partition-args, another seed or fewer clients",
+            {"partition": "size:partition-sizes=512"},
+            "partition = size:partition-sizes=512 makes 1 clients, not 4: make them equal",
         ),
         (
-            {"partition": "size", "partition-args": "partition_sizes=12:100:200:200"},
-            "batch-size = 16 is more than the 12 images of client 0: give a smaller batch-size, other partition-",
+            {**DIRICHLET, "partition.alpha": "0.01", "partition.min-partition-size": "0", "seed": 3, "clients": 8},
+            "leaves client 1 without images: give it other arguments, another seed or fewer clients",
+        ),
+        (
+            {"partition": "size:partition-sizes=12/100/200/200"},
+            "batch-size = 16 is more than the 12 images of client 0: give a smaller batch-size, or the partition",
         ),
     ],
 )
@@ -194,9 +197,9 @@ def test_arguments_that_do_not_fit_are_told_in_a_line(small: Config, keys: dict[
 
 
 def test_arguments_of_pachinko_are_checked_before_the_data_is_read(call: Call) -> None:
-    code, _, err = call(*"partition --dataset cifar100 --partition pachinko --partition-args gamma=1".split())
+    code, _, err = call(*"partition --dataset cifar100 --partition pachinko:gamma=1".split())
     assert code == 2
-    assert err == "error: partition-args = gamma=1: pachinko takes alpha and beta, numbers greater than 0\n"
+    assert err.startswith("error: partition = pachinko:gamma=1: pachinko has no argument gamma")
 
 
 def refused(small: Config, keys: dict[str, Any], message: str) -> None:
@@ -237,30 +240,35 @@ def cache_folders() -> list[Path]:
 def test_an_epoch_counts_the_images_that_clients_hold(
     small: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    keys = {"partition": "size", "partition-args": "partition_sizes=96:96:96:96"}
+    keys = {"partition": "size:partition-sizes=96/96/96/96"}
     config = resolve(small.changed({**keys, "local-steps": 3}), "localsgd")
     run = execute(config, "localsgd")
-    line = "partition = size: clients hold 384 of 512 training images; an epoch counts these\n"
+    line = (
+        "partition = size:partition-sizes=96/96/96/96: clients hold 384 of 512 training images; an epoch counts these\n"
+    )
     assert capsys.readouterr().out == line
     last = rows_of(run)[-1]
     assert (last["round"], last["epoch"]) == (4, 2.0)  # 2 epochs of 384 images in rounds of 4 * 3 * 16
     assert cost(config, "localsgd").images == 4 * 4 * 3 * 16
     node = config.changed({"data-dir": str(tmp_path / "shards" / "0")})
     write_shards(config, tmp_path / "shards")
-    with pytest.raises(UserError, match="partition = size: on a node with images of its own it is not known how many"):
+    with pytest.raises(
+        UserError,
+        match="96/96/96/96: on a node with images of its own it is not known how many",
+    ):
         check_machine(node)
-    check_machine(node.changed({"partition": "iid", "partition-args": ""}))
+    check_machine(node.changed({"partition": "iid"}))
 
 
 @NEEDS_FLWR_DATASETS
 def test_clients_draw_batches_from_their_own_shards_and_weigh_by_them(small: Config) -> None:
     """One round by hand: each client's steps, and the mean weighted by the sizes of the shards or equally."""
-    keys = {"partition": "size", "partition-args": "partition_sizes=12:300:200", "clients": 3, "small-shards": True}
+    keys = {"partition": "size:partition-sizes=12/300/200,small-shards=true", "clients": 3}
     config = resolve(small.changed({**keys, "rounds": 1, "precision": "fp64"}), "localsgd")
     begin = initial_model(config).state_dict()
     ends = [take_round(config, RoundStart(worker, 1, begin, {})).weights for worker in range(3)]
     for weights, by in (("shard-size", [12 / 512, 300 / 512, 200 / 512]), ("equal", [1 / 3] * 3)):
-        run = execute(config.changed({"client-weights": weights, "name": weights}), "localsgd")
+        run = execute(config.changed({"mean.weights": weights, "name": weights}), "localsgd")
         for name, value in final_model(run).items():
             expected = sum(share * end[name] for share, end in zip(by, ends, strict=True))
             torch.testing.assert_close(value, expected, rtol=0, atol=1e-14)
@@ -268,7 +276,7 @@ def test_clients_draw_batches_from_their_own_shards_and_weigh_by_them(small: Con
 
 def test_a_client_weighs_the_images_that_the_server_planned(small: Config) -> None:
     for weights, planned in (("equal", 2 * 16), ("shard-size", 128)):
-        config = small.changed({"client-weights": weights})
+        config = small.changed({"mean.weights": weights})
         strategy = build_strategy(config, run_plan(config), initial_model(config))
         assert strategy.usable.examples(1, 3) == (planned, planned)
 
@@ -276,13 +284,13 @@ def test_a_client_weighs_the_images_that_the_server_planned(small: Config) -> No
 @NEEDS_FLWR_DATASETS
 def test_an_uneven_run_resumes_and_nodes_with_their_own_folders_hold_the_same(run: Execute, tmp_path: Path) -> None:
     keys: dict[str, Any] = {name.replace("-", "_"): value for name, value in DIRICHLET.items()}
-    keys |= {"client_weights": "shard-size", "rounds": 4, "batch_size": 8}
+    keys |= {"mean": "exact:weights=shard-size", "rounds": 4, "batch_size": 8}
     whole = run(**keys, name="whole")
     run(**keys, name="cut", stop_after_rounds=2)
     cut = run(**keys, name="cut")
     assert_same_bits(final_model(whole), final_model(cut))
     assert rows_of(whole) == rows_of(cut)
-    synthetic: dict[str, Any] = {"dataset": "synthetic", "synthetic-images": 512, "device": "cpu", "batch-size": 8}
+    synthetic: dict[str, Any] = {"dataset": "synthetic:images=512", "device": "cpu", "batch-size": 8}
     config = Config().changed({**DIRICHLET, **synthetic})
     write_shards(config, tmp_path / "shards")
     sizes = [len(np.load(tmp_path / "shards" / str(worker) / "labels.npy")) for worker in range(4)]
@@ -291,7 +299,7 @@ def test_an_uneven_run_resumes_and_nodes_with_their_own_folders_hold_the_same(ru
 
 @NEEDS_FLWR_DATASETS
 def test_the_partition_is_shown_and_drawn(small: Config, tmp_path: Path, call: Call) -> None:
-    command = "partition --dataset synthetic --synthetic-images 512 --partition linear --clients 4 -o partition.svg"
+    command = "partition --dataset synthetic:images=512 --partition linear --clients 4 -o partition.svg"
     code, out, err = call(*command.split())
     assert (code, err) == (0, "")
     lines = [line.split() for line in out.splitlines()]

@@ -61,8 +61,6 @@ def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
     for name, seconds in (("one", 10.0), ("other", 40.0), ("third", 20.0)):  # 1 epoch of 50,000 images
         write_run(tmp_path / name, lenet5, "centralized", [0.1], seconds=seconds)
     write_run(tmp_path / "on-a-gpu", lenet5.changed({"device": "cuda:1"}), "centralized", [0.1], seconds=25.0)
-    older = tmp_path / "third" / "config.json"
-    older.write_text(older.read_text().replace('"lr-scaling-batch"', '"reference-batch"'))
     write_run(tmp_path / "short", lenet5, "centralized", [0.1], seconds=1.0)
     write_run(tmp_path / "unfinished", lenet5, "centralized", [0.1], finished=False, seconds=10.0)
     for name, text in (("damaged", "{"), ("foreign", "[]"), ("empty", "{}")):
@@ -81,7 +79,7 @@ def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "keys",
     [
-        {"momentum-at-sync": "average", "model": SMALL_BATCHNORM, "synthetic-images": 128},
+        {"momentum-at-sync": "average", "model": SMALL_BATCHNORM, "dataset.images": 128},
         {"compress": "topk", "fraction": 0.5},
         {"compress": "powersgd", "precision": "fp64"},
         {"compress": "int4", "momentum-at-sync": "reset", "local-steps": 4},

@@ -32,13 +32,13 @@ from fedsim.federation.resources import check_memory
 from fedsim.models import check_model
 from fedsim.models.lenet import LeNet5
 from fedsim.optim import check_optimizer
-from fedsim.records import read_summary
+from fedsim.runs.records import read_summary
 from fedsim.training import step
 from fedsim.training.step import take_step
 from tests.commands import ROOT
 from tests.conftest import SMALL_BATCHNORM, Call, Execute, assert_same_bits, final_model, register, rows_of
 
-BN_AND_DROPOUT: dict[str, Any] = {"model": SMALL_BATCHNORM, "synthetic-images": 128, "batch-size": 16, "momentum": 0.9}
+BN_AND_DROPOUT: dict[str, Any] = {"model": SMALL_BATCHNORM, "dataset.images": 128, "batch-size": 16, "momentum": 0.9}
 
 
 @pytest.mark.parametrize("optimizer", ["sgdm", "lars", "lamb"])
@@ -52,7 +52,7 @@ def test_one_client_is_centralized_training_bitwise(run: Execute, optimizer: str
         "decay-biases-and-norms": False,
     }
     if optimizer == "lars":
-        keys["trust-coefficient"] = 0.1
+        keys["optimizer"] = "lars:trust=0.1"
     local = run("localsgd", clients=1, local_steps=8, name="local", **keys)
     central = run("centralized", name="central", **keys)
     assert_same_bits(final_model(local), final_model(central))
@@ -83,7 +83,7 @@ def test_one_client_is_not_stacked(run: Execute, small: Config) -> None:
         ({"device": "cpu"}, "local"),
         ({"fraction": 0.25}, "local"),
         ({"model": "vit-tiny"}, "local"),
-        ({"local-steps": 10, "local-epochs": 1, "synthetic-images": 50}, "local"),
+        ({"local-steps": 10, "local-epochs": 1, "dataset.images": 50}, "local"),
     ],
 )
 def test_on_a_gpu_the_clients_of_a_round_are_stacked_where_they_can_be(
@@ -274,7 +274,7 @@ def test_averaged_momentum_travels_with_the_model(run: Execute) -> None:
 
 
 def test_learning_happens(run: Execute) -> None:
-    keys = {"synthetic-images": 1000, "batch-size": 16, "lr": 0.05, "epochs": 9.0, "evaluate-every": 1000}
+    keys = {"dataset.images": 1000, "batch-size": 16, "lr": 0.05, "epochs": 9.0, "evaluate-every": 1000}
     assert rows_of(run(name="local", **keys))[-1]["test_accuracy"] > 0.6  # 10 classes, chance is 0.1
     central = run("centralized", name="central", **{**keys, "batch-size": 64})
     assert rows_of(central)[-1]["test_accuracy"] > 0.6

@@ -11,17 +11,16 @@ from pathlib import Path
 
 import pytest
 
-from fedsim.cli import cli
+from fedsim.cli.commands import cli
+from fedsim.cli.flags import integers
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.study import grid_study, read_study
-from fedsim.flags import integers
-from fedsim.records import read_rows
 from fedsim.report.load import read_records
 from fedsim.report.result_table import read_tables
+from fedsim.runs.records import read_rows
 
 SMALL = (
-    "grid --dataset synthetic --synthetic-images 64 --model lenet5 --batch-size 4 --epochs 2 --device cpu "
-    "--threads 1 --name grid"
+    "grid --dataset synthetic:images=64 --model lenet5 --batch-size 4 --epochs 2 --device cpu --threads 1 --name grid"
 )
 CELLS = "--clients 1,2 --local-steps 2,4 --seeds 1,2"
 Grid = Callable[..., str]
@@ -113,7 +112,7 @@ def test_a_grid_is_kept_as_a_study_that_runs_it_again(grid: Grid, tmp_path: Path
     for cell in study.cells():
         config = cell.config
         assert (config.rounds, config.epochs, config.momentum, config.shuffle_every) == (0, 2.0, 0.5, "round")
-        assert (config.dataset, config.batch_size, config.threads) == ("synthetic", 4, 0)
+        assert (config.dataset, config.batch_size, config.threads) == ("synthetic:images=64", 4, 0)
 
 
 def test_a_cell_that_fails_is_named_and_the_others_run(grid: Grid, tmp_path: Path) -> None:

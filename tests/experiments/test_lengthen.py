@@ -15,7 +15,8 @@ from fedsim.experiments.execute import execute
 from fedsim.federation import client_app, server_app
 from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.lengthen import open_run
-from fedsim.records import config_of_run, read_summary
+from fedsim.runs.folder import config_of_run
+from fedsim.runs.records import read_summary
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
 
@@ -28,7 +29,7 @@ def as_server_app(config: Config) -> None:
 @pytest.mark.parametrize(
     ("mode", "keys", "shorter", "longer"),
     [
-        ("localsgd", {"schedule": "multistep", "milestones": "1"}, {"epochs": 1.0}, {"epochs": 2.0}),
+        ("localsgd", {"schedule": "multistep:milestones=1"}, {"epochs": 1.0}, {"epochs": 2.0}),
         ("localsgd", {"evaluate-every": 3, "momentum-at-sync": "average"}, {"rounds": 3}, {"rounds": 7}),
         ("centralized", {"warmup-epochs": 1.0}, {"epochs": 1.0}, {"epochs": 2.0}),
     ],
@@ -79,10 +80,10 @@ def test_a_lengthened_run_that_is_stopped_resumes(run: Execute) -> None:
         ),
         (
             "localsgd",
-            {"local-steps-schedule": "linear", "local-steps-max": 4, "record-by": "epoch"},
+            {"local-steps-schedule": "linear:max=4", "record-by": "epoch"},
             {"epochs": 1.0},
             {"epochs": 2.0},
-            "J of its rounds depends on its length (linear): give another --name",
+            "J of its rounds depends on its length (linear:max=4): give another --name",
         ),
         (
             "localsgd",

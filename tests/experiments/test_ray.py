@@ -21,12 +21,13 @@ import torch
 import typer
 
 import fedsim
-from fedsim import cli
-from fedsim.config import CORES, Config, cpu_count
+from fedsim.cli import commands
+from fedsim.config import Config
+from fedsim.device import CORES, cpu_count
 from fedsim.errors import UserError
 from fedsim.experiments.study import Cell
 from fedsim.federation.flwr_run import copy_app, free_port
-from fedsim.records import read_rows, read_summary
+from fedsim.runs.records import read_rows, read_summary
 from tests.commands import ROOT, executed, here, run, started
 from tests.conftest import assert_same_bits, final_model, rows_of
 from tests.experiments.test_tune import TUNED
@@ -34,7 +35,7 @@ from tests.federation.processes import end
 from tests.federation.test_flwr_run import started_by
 
 GRID = (
-    "grid --dataset synthetic --synthetic-images 256 --model lenet5 --batch-size 16 --clients 1,2 --local-steps 2 "
+    "grid --dataset synthetic:images=256 --model lenet5 --batch-size 16 --clients 1,2 --local-steps 2 "
     "--epochs 2 --device cpu --threads 1"
 ).split()
 FILES = {"config.json", "metrics.jsonl", "summary.json", "checkpoint.pt", "model.pt", ".lock"}
@@ -213,7 +214,7 @@ def listening(processes: list[psutil.Process]) -> set[str]:
     ],
 )
 def test_the_address_of_ray_may_be_left_out(arguments: str, address: str | None) -> None:
-    command: Any = typer.main.get_command(cli.cli)
+    command: Any = typer.main.get_command(commands.cli)
     assert command.commands["grid"].make_context("grid", arguments.split()).params["ray"] == address
 
 

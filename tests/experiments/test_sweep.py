@@ -19,12 +19,14 @@ import pytest
 from rich.console import Console
 
 import fedsim
-from fedsim.cli import cli
+from fedsim.cli.commands import cli
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.study import read_study
 from fedsim.experiments.sweep import OneByOne, run_studies
-from fedsim.records import Run, read_config, read_rows, read_summary
 from fedsim.report.result_table import ResultTable, read_tables
+from fedsim.runs.folder import read_config
+from fedsim.runs.records import read_rows, read_summary
+from fedsim.runs.run import Run
 
 TINY = """title = "Tiny"
 mode = "localsgd"
@@ -34,8 +36,7 @@ clients = [1, 2]
 local-steps = [2]
 seed = [1, 2]
 [set]
-dataset = "synthetic"
-synthetic-images = 128
+dataset = "synthetic:images=128"
 model = "lenet5"
 batch-size = 16
 epochs = 2.0

@@ -15,9 +15,10 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.study import Study, read_study
 from fedsim.experiments.sweep import OneByOne
 from fedsim.experiments.tune import at_end, run_tuned_studies, trials_of, with_stored_choice
-from fedsim.records import read_config, read_rows, read_summary
 from fedsim.report.result_table import read_tables
 from fedsim.report.tables import notes
+from fedsim.runs.folder import read_config
+from fedsim.runs.records import read_rows, read_summary
 
 TUNED = """title = "Tuned"
 mode = "localsgd"
@@ -27,9 +28,7 @@ clients = [1, 2]
 local-steps = [2]
 seed = [1]
 [set]
-dataset = "synthetic"
-synthetic-images = 576
-synthetic-classes = 2
+dataset = "synthetic:classes=2,images=576"
 model = "lenet5"
 batch-size = 8
 epochs = 5.0
@@ -184,7 +183,7 @@ def test_a_number_at_the_end_of_its_list_is_known(path: Path) -> None:
 
 
 def test_a_budget_in_rounds_is_cut_too_and_other_keys_are_crossed(path: Path) -> None:
-    text = TUNED.replace("epochs = 5.0", 'rounds = 144\nschedule = "multistep"\nmilestones = "2.5,4"')
+    text = TUNED.replace("epochs = 5.0", 'rounds = 144\nschedule = "multistep:milestones=2.5/4"')
     path.write_text(text.replace("lr = [1e-9, 0.05, 1e9]", 'lr = [0.1], outer = ["none", "slowmo"]'))
     study = read_study(str(path))
     found = {trial.cell.config.name: trial.cell.config for trial in trials_of(study, study.cells())}
@@ -194,7 +193,7 @@ def test_a_budget_in_rounds_is_cut_too_and_other_keys_are_crossed(path: Path) ->
         "k2-twin-lr0.1",  # outer is no key of one machine
     }
     config = found["k2-j2-lr0.1-outerslowmo"]
-    assert (config.rounds, config.milestones, config.outer) == (115, "2,3.2", "slowmo")
+    assert (config.rounds, config.schedule, config.outer) == (115, "multistep:milestones=2/3.2", "slowmo")
 
 
 @pytest.mark.parametrize(

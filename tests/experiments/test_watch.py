@@ -62,7 +62,7 @@ def test_the_line_of_a_run_fits_80_columns_and_a_pipe_has_rows_alone() -> None:
 
 def test_all_runs_of_a_study_are_shown_from_their_records(tmp_path: Path) -> None:
     folder = tmp_path / "results" / "mine"
-    config = Config(dataset="synthetic", synthetic_images=8000, clients=2, epochs=4.0)
+    config = Config(dataset="synthetic:images=8000", clients=2, epochs=4.0)
     row = {name: ROW[name] for name in ("train_loss", "lr", "tested_on")}
     for name, finished in (("k2-j1-seed1", True), ("k2-j8-seed1", False)):
         run = write_run(folder / name, config, "localsgd", [0.1, 0.2], finished, seconds=20.0)
@@ -122,7 +122,7 @@ def test_a_run_is_shown_without_its_data_set(tmp_path: Path) -> None:
 
 def test_what_a_record_names_is_not_imported(tmp_path: Path) -> None:
     """Neither by ``watch`` nor where the pace of finished runs is read."""
-    config = Config(dataset="tests.exits:load", model="tests.exits:build", strategy="tests.exits:Strategy")
+    config = Config(dataset="tests.exits:load", model="tests.exits:build", outer="tests.exits:Strategy")
     write_shown(tmp_path / "one", config, finished=False)
     write_run(tmp_path / "two", config, "localsgd", [0.5], seconds=20.0)
     assert watched(tmp_path).splitlines()[1:] == [

@@ -9,7 +9,7 @@ from fedsim.config import Config
 from fedsim.device import resolve
 from fedsim.federation import client_app
 from fedsim.federation.server_app import train_localsgd
-from fedsim.records import Run
+from fedsim.runs.run import Run
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.test_messenger import Pickled
 

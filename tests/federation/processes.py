@@ -18,7 +18,7 @@ import psutil
 
 from fedsim.deploy.files import Federation, deploy
 from fedsim.federation.flwr_run import wait_until_healthy
-from fedsim.processes import end_marked, new_mark
+from fedsim.system.processes import end_marked, new_mark
 
 BIN = str(Path(sys.executable).parent)
 JOINED = "SuperNode ID"  # a node's log says it when the SuperLink has accepted it

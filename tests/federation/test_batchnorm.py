@@ -9,19 +9,19 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fedsim.config import FIELDS, Config, choices
+from fedsim.config import Config
 from fedsim.errors import UserError
-from fedsim.records import Run
-from fedsim.registry import MODELS
+from fedsim.registry import BATCHNORM, MODELS
+from fedsim.runs.run import Run
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.test_failures import forget, once, run_with
 
-RULES = choices(FIELDS["batchnorm_at_sync"])
+RULES = BATCHNORM.names
 
 
 @pytest.fixture(autouse=True)
 def tiny(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(MODELS, "lenet-bn", f"{__name__}:tiny_network")
+    monkeypatch.setitem(MODELS.places, "lenet-bn", f"{__name__}:tiny_network")
 
 
 def tiny_network(classes: int) -> nn.Module:
@@ -92,7 +92,10 @@ def test_resumed_or_rolled_back_it_is_the_same_run_bitwise(small: Config, run: E
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"batchnorm_images": 100}, "batchnorm-images is not used by batchnorm-at-sync = average: leave it out, or gi"),
+        (
+            {"batchnorm_at_sync": "average:images=100"},
+            "average has no argument images: it takes none",
+        ),
         ({"batchnorm_at_sync": "pooled", "mean": "median"}, "give --mean exact, or --batchnorm-at-sync average"),
         (
             {"batchnorm_at_sync": "local", "mean": "clipped"},

@@ -23,7 +23,7 @@ from fedsim.device import resolve
 from fedsim.experiments.execute import execute
 from fedsim.federation.flwr_run import copy_app
 from fedsim.federation.protocol import MEMORY_LOST
-from fedsim.records import read_rows
+from fedsim.runs.records import read_rows
 from tests.conftest import SMALL, assert_same_bits, final_model, rows_of
 from tests.federation.processes import BIN, Running, Started, end, running
 

@@ -14,7 +14,7 @@ from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.federation import client_app
 from fedsim.federation.protocol import MEMORY_LOST
-from fedsim.records import read_rows
+from fedsim.runs.records import read_rows
 from fedsim.training.local_round import RoundEnd, RoundStart, take_round
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
@@ -27,7 +27,7 @@ SIZES = [torch.Size(shape).numel() for shape in SHAPES]
 def test_where_every_value_is_sent_it_is_no_compression_to_rounding(run: Execute) -> None:
     plain = final_model(run(name="plain", rounds=3))
     for codec in ("topk", "randomk"):
-        whole = final_model(run(name=codec, rounds=3, compress=codec, compress_ratio=1))
+        whole = final_model(run(name=codec, rounds=3, compress=codec, **{"compress.ratio": 1}))
         for name, value in whole.items():
             torch.testing.assert_close(value, plain[name], rtol=0, atol=1e-6)
 
@@ -121,14 +121,14 @@ def test_a_scale_that_overflows_and_weights_that_are_infinite_are_left_out(
     ("keys", "message"),
     [
         (
-            {"compress_ratio": 0.1},
-            "compress-ratio is not used by compress = none: leave it out, or give topk or randomk",
+            {"compress.ratio": 0.1},
+            "compress.ratio = 0.1: none has no argument ratio",
         ),
-        ({"compress": "int8", "compress_levels": 3}, "compress-levels is not used by compress = int8"),
-        ({"compress": "topk", "compress_rank": 3}, "compress-rank is not used by compress = topk"),
+        ({"compress": "int8:levels=5"}, "int8 has no argument levels: it takes none"),
+        ({"compress": "topk+randomk"}, "a chain is topk or randomk, then a codec of each value"),
         (
-            {"compress": "qsgd", "compress_levels": 5},
-            "compress = qsgd: levels = 5: what messages leave out would grow: give 6 or more, or --no-error-feedback",
+            {"compress": "qsgd:levels=5"},
+            "levels = 5: what messages leave out would grow: give 6 or more, or --no-error-feedback",
         ),
         ({"error_feedback": False}, "error-feedback is not used by compress = none"),
     ],

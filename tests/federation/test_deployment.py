@@ -17,7 +17,7 @@ import pytest
 import fedsim
 from fedsim.deploy.files import Federation, deploy
 from fedsim.federation.flwr_run import copy_app, free_port
-from fedsim.records import read_rows
+from fedsim.runs.records import read_rows
 from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, SMALL, assert_same_bits, final_model, rows_of
 from tests.federation.processes import BIN, JOINED, Running, client_environment, running, started
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +24,9 @@ from fedsim.federation.in_process import InProcessGrid
 from fedsim.federation.protocol import MEMORY, MEMORY_LOST
 from fedsim.federation.resources import check_memory
 from fedsim.federation.server_app import train_localsgd
-from fedsim.records import Run, outcome_line, read_rows, read_summary
-from fedsim.training import methods
+from fedsim.runs.records import read_rows, read_summary
+from fedsim.runs.run import Run
+from fedsim.runs.shown import outcome_line
 from fedsim.training.stacked import StackedWorkers
 from strategies.method import Method, ServerRound, State, Tensors
 from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model, rows_of
@@ -183,7 +185,7 @@ def test_a_client_that_loses_its_momentum_twice_a_round_costs_three_times_the_ro
     run: Execute, small: Config
 ) -> None:
     """Not all rounds since the last checkpoint, each time."""
-    keys = {"rounds": 15, "synthetic-images": 128, "min-clients": 4}
+    keys = {"rounds": 15, "dataset.images": 128, "min-clients": 4}
     whole = run(name="whole", **keys)
     lost, trained = Counter[int](), Counter[int]()
 
@@ -434,7 +436,7 @@ def test_a_server_step_out_of_the_domain_ends_the_run_as_failed(small: Config) -
         return reply
 
     with pytest.raises(RunFailed, match=r"round 1: the average of fc3\.bias is above 1e15"):
-        run_with(far, small.changed({"name": "far", "outer": "sgd", "outer-args": "lr=100"}))
+        run_with(far, small.changed({"name": "far", "outer": "sgd:lr=100"}))
 
 
 def test_a_negative_variance_never_reaches_the_model(small: Config) -> None:
@@ -479,7 +481,7 @@ def test_values_outside_their_domains_never_reach_the_model(small: Config, run: 
         "rounds": 9,
         "checkpoint-every": 1,
     }
-    keys |= {"synthetic-images": 64, "batch-size": 4, "evaluate-every": 9}
+    keys |= {"dataset.images": 64, "batch-size": 4, "evaluate-every": 9}
     run_with(fault, small.changed({"name": "domains", "stop-after-rounds": len(tampered), **keys}))
     rows = rows_of(run(name="domains", **keys))
     reasons = [{"1": f"{name} is {what}"} for name, _, what in tampered]
@@ -515,7 +517,7 @@ def test_a_run_whose_checkpoints_both_lead_to_no_update_starts_again(small: Conf
         return reply
 
     keys = {"optimizer": "adam", "momentum-at-sync": "average", "rounds": 5, "checkpoint-every": 1, "local-steps": 1}
-    keys |= {"model": SMALL_BATCHNORM, "synthetic-images": 32, "batch-size": 4, "optimizer-args": "eps=1.0"}
+    keys |= {"model": SMALL_BATCHNORM, "dataset.images": 32, "optimizer.eps": "1.0", "batch-size": 4}
     keys |= {"evaluate-every": 5}  # a test would end it before the checkpoint of round 3
     with pytest.raises(RunFailed, match=r"^round 4: too few usable updates"):
         run_with(fault, small.changed({"name": "back", **keys}))
@@ -545,6 +547,7 @@ def test_the_order_of_replies_changes_nothing_that_is_written(small: Config) -> 
     assert_same_bits(final_model(one), final_model(other))
 
 
+@dataclass(frozen=True)
 class OuterMomentum(Method):
     """Outer SGD with momentum on the pseudo-gradient, as FedAvgM does."""
 
@@ -556,13 +559,11 @@ class OuterMomentum(Method):
         return {"rounds": r.round, **{f"velocity/{name}": value for name, value in velocity.items()}}
 
 
-def test_the_servers_state_is_resumed_and_rolled_back_bitwise(
-    small: Config, run: Execute, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    keys: dict[str, Any] = {"model": SMALL_BATCHNORM, "synthetic-images": 64, "batch-size": 2, "rounds": 6}
+def test_the_servers_state_is_resumed_and_rolled_back_bitwise(small: Config, run: Execute) -> None:
+    keys: dict[str, Any] = {"model": SMALL_BATCHNORM, "dataset.images": 64, "batch-size": 2, "rounds": 6}
     keys |= {"min-clients": 4, "checkpoint-every": 2, "evaluate-every": 6}
     plain = run(name="plain", **keys)
-    monkeypatch.setattr(methods, "outer_of", lambda config: OuterMomentum())
+    keys["outer"] = f"{__name__}:OuterMomentum"
     whole = run(name="whole", **keys)
     assert not torch.equal(final_model(whole)["fc1.weight"], final_model(plain)["fc1.weight"])
     run(name="parts", stop_after_rounds=3, **keys)

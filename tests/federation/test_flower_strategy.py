@@ -17,7 +17,7 @@ from tests.federation.test_failures import answer, forget, once, place, run_with
 OF_FLOWER, OF_USER = "flwr.serverapp.strategy:", "tests.strategies.user_strategies:"
 KEYS: dict[str, Any] = {
     "model": SMALL_BATCHNORM,
-    "synthetic_images": 64,
+    "dataset.images": 64,
     "batch_size": 2,
     "rounds": 4,
     "evaluate_every": 4,
@@ -35,7 +35,12 @@ def test_cut_and_resumed_or_rolled_back_it_is_the_same_run_bitwise(
     run: Execute, small: Config, strategy: str, arguments: str
 ) -> None:
     """With BatchNorm, of which Flower's FedAdam would make NaN, and optimizer states that are averaged or kept."""
-    keys = {**KEYS, "strategy": strategy, "strategy_args": arguments, "min_clients": 4, "checkpoint_every": 2}
+    keys = {
+        **KEYS,
+        "outer": f"{strategy}:{arguments}" if arguments else strategy,
+        "min_clients": 4,
+        "checkpoint_every": 2,
+    }
     whole = run(name="whole", **keys)
     run(name="parts", stop_after_rounds=1, **keys)
     kebab = {name.replace("_", "-"): value for name, value in keys.items()}
@@ -48,7 +53,7 @@ def test_cut_and_resumed_or_rolled_back_it_is_the_same_run_bitwise(
 
 def test_a_users_slowmo_is_ours(run: Execute) -> None:
     keys = {**KEYS, "model": "lenet5", "precision": "fp64", "fraction": 0.5, "momentum_at_sync": "average"}
-    theirs = final_model(run(name="theirs", strategy=OF_USER + "SlowMo", **keys))
+    theirs = final_model(run(name="theirs", outer=OF_USER + "SlowMo", **keys))
     ours = final_model(run(name="ours", outer="slowmo", **keys))
     plain = final_model(run(name="plain", **keys))
     for name, value in ours.items():
@@ -67,7 +72,7 @@ def test_a_hostile_update_does_not_reach_the_strategy(small: Config) -> None:
             reply.content["arrays"] = ArrayRecord(arrays)
         return reply
 
-    result = run_with(infinite, small.changed({"rounds": 2, "strategy": OF_FLOWER + "FedYogi"}))
+    result = run_with(infinite, small.changed({"rounds": 2, "outer": OF_FLOWER + "FedYogi"}))
     assert [sorted(row["left_out"]) for row in rows_of(result)] == [["1", "2", "3"]] * 2
     assert all(value.isfinite().all() for value in final_model(result).values())
 
@@ -83,29 +88,30 @@ def test_a_hostile_update_does_not_reach_the_strategy(small: Config) -> None:
     ],
 )
 def test_one_that_fails_later_ends_the_run_in_one_line(run: Execute, strategy: str, words: str) -> None:
-    with pytest.raises(RunFailed, match=f"^strategy = {OF_USER}{strategy}: {words}") as caught:
-        run(strategy=OF_USER + strategy)
+    with pytest.raises(RunFailed, match=f"^outer = {OF_USER}{strategy}: {words}") as caught:
+        run(outer=OF_USER + strategy)
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"strategy": "fedavg"}, "strategy = 'fedavg' is neither localsgd nor module:Class, e.g. flwr.serverapp"),
-        ({"strategy": OF_FLOWER + "FedAdm"}, "has no FedAdm .did you mean FedAdam"),
+        ({"outer": "fedavg"}, "outer = fedavg is unknown: it must be one of none, fedavgm"),
+        ({"outer": OF_FLOWER + "FedAdm"}, "has no function or class FedAdm"),
         (
-            {"strategy": OF_FLOWER + "FedProx"},
+            {"outer": OF_FLOWER + "FedProx"},
             "a trial on made-up updates failed: round 1: it sets proximal-mu for the clients",
         ),
         (
-            {"strategy": OF_USER + "Wrapper"},
+            {"outer": OF_USER + "Wrapper"},
             "a trial on made-up updates failed: round 1: it cannot be saved: its attribute inner holds a FedAdam",
         ),
-        ({"strategy": OF_FLOWER + "FedAdam", "strategy_args": "etta=1"}, "strategy-args = etta=1: it has no argument"),
-        ({"strategy": OF_FLOWER + "FedAdam", "compress": "fp16"}, "compress is not used by strategy = flwr"),
-        ({"strategy": OF_FLOWER + "FedAdam", "outer": "slowmo"}, "outer is not used by strategy = flwr"),
-        ({"strategy": OF_FLOWER + "FedAdam", "mean": "median"}, "mean is not used by strategy = flwr"),
-        ({"strategy_args": "eta=1"}, "strategy-args is not used by strategy = localsgd: leave it out"),
+        ({"outer": OF_FLOWER + "FedAdam:etta=1"}, "has no argument etta .did you mean eta..: it must be one of eta"),
+        (
+            {"outer": OF_FLOWER + "FedAdam", "compress": "fp16"},
+            "compress = fp16: outer = flwr.* needs models as they are",
+        ),
+        ({"outer": OF_FLOWER + "FedAdam", "mean": "median"}, "mean = median: outer = flwr.* needs the exact mean"),
     ],
 )
 def test_what_does_not_go_together_is_refused_before_anything_is_written(

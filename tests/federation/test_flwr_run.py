@@ -37,30 +37,47 @@ from fedsim.federation import flwr_run
 from fedsim.federation.flwr_run import PACKAGES, TOOLS, check_tools, copy_app, federation, superlink
 from fedsim.federation.private_superlink import for_own_user
 from fedsim.federation.server_app import log_errors_in_one_line
-from fedsim.processes import cleanup, marked, running
-from fedsim.records import read_rows
+from fedsim.runs.records import read_rows
+from fedsim.system.processes import cleanup, marked, running
 from tests.commands import ROOT, Done, run, started
 from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, Call, assert_same_bits, final_model, rows_of
 from tests.own_code import larger
 
 SMALL = (
-    "localsgd --dataset synthetic --synthetic-images 512 --model lenet-bn --batch-size 16 --clients 3 --local-steps 2 "
+    "localsgd --dataset synthetic:images=512 --model lenet-bn --batch-size 16 --clients 3 --local-steps 2 "
     "--rounds 3 --schedule cosine --device cpu --threads 1"
 ).split()
 COMPRESSED_DOWN = (
-    *("--compress-down", "powersgd", "--fraction", "0.5", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
+    *("--compress-down", "powersgd", "--fraction", "0.5", "--outer", "slowmo:momentum=0.6"),
     *("--local-rule", "scaffold", "--optimizer", "adamw"),
 )
 OWN_CODE = (
-    *("--momentum-at-sync", "average", "--validation", "64", "--compress", "topk", "--mean", "clipped"),
-    *("--model", "my_code:Views", "--dataset", "figures.npz", "--augment", "my_code:erase", "--partition", "dirichlet"),
-    *("--partition-args", "alpha=0.9", "--client-weights", "shard-size"),
+    *(
+        "--momentum-at-sync",
+        "average",
+        "--validation",
+        "64",
+        "--compress",
+        "topk",
+        "--mean",
+        "clipped:weights=shard-size",
+    ),
+    *(
+        "--model",
+        "my_code:Views",
+        "--dataset",
+        "figures.npz",
+        "--augment",
+        "my_code:erase",
+        "--partition",
+        "dirichlet:alpha=0.9",
+    ),
     *("--local-steps", "10", "--local-epochs", "1", "--clients", "4", "--fraction", "0.75"),
-    *("--compress-down", "powersgd", "--outer", "slowmo", "--outer-args", "momentum=0.6"),
+    *("--compress-down", "powersgd", "--outer", "slowmo:momentum=0.6"),
 )
 
 TINY = {
-    **{"dataset": "synthetic", "synthetic-images": 256, "model": "lenet5", "batch-size": 16, "device": "cpu"},
+    **{"dataset": "synthetic:images=256", "model": "lenet5", "batch-size": 16, "device": "cpu"},
     **{"threads": 2, "clients": 2, "local-steps": 2, "rounds": 2},  # of two cores: one Ray actor
 }
 
@@ -168,7 +185,8 @@ def test_a_run_that_is_ended_leaves_no_process_and_no_file(
         time.sleep(seconds)
         process.send_signal(number)
         time.sleep(0.3)
-        process.send_signal(number)
+        with contextlib.suppress(ProcessLookupError):  # it has ended meanwhile
+            process.send_signal(number)
         done = process.wait(100)
     assert done.returncode == 128 + number, done
     assert started_by(str(tmp_path)) == []
@@ -197,7 +215,7 @@ def names(processes: Iterable[psutil.Process]) -> list[str]:
 
 def test_processes_end_with_the_block_that_started_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Those that ignore SIGTERM, that began a session, and that outlived their parent."""
-    monkeypatch.setattr("fedsim.processes.STOP_SECONDS", 0.5)
+    monkeypatch.setattr("fedsim.system.processes.STOP_SECONDS", 0.5)
     began = [sys.executable, "-c", IGNORES, OUTLIVES]
     with (tmp_path / "log").open("wb") as log, running(began, os.environ, log) as (_, mark):
         while "sleep" not in names(marked(mark)):
@@ -350,7 +368,7 @@ def test_flwr_run_as_flowers_users_run_it(tmp_path: Path, monkeypatch: pytest.Mo
     shutil.copy(ROOT / "tests" / "strategies" / "user_strategies.py", modules / "own_strategies.py")
     monkeypatch.syspath_prepend(modules)
     monkeypatch.setenv("PYTHONPATH", str(modules))
-    keys = {**TINY, "strategy": "own_strategies:SlowMo", "results-dir": str(tmp_path)}
+    keys = {**TINY, "outer": "own_strategies:SlowMo", "results-dir": str(tmp_path)}
     here = fedsim.localsgd(**{name.replace("-", "_"): value for name, value in keys.items()}, name="here")
     config = resolve(Config().changed(keys), "localsgd")
     overrides = " ".join(f"{name}={json.dumps(value)}" for name, value in {**keys, "name": "plain"}.items())

@@ -11,22 +11,23 @@ import pytest
 import torch
 from flwr.app import Context, Message
 
-from fedsim.config import CORES, Config, Engine
-from fedsim.device import resolve
+from fedsim.config import Config, Engine
+from fedsim.device import CORES, resolve
 from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
 from fedsim.federation.in_process import InProcessGrid, stacked_trainers
 from fedsim.federation.server_app import train_localsgd
-from fedsim.records import Run, read_summary
+from fedsim.runs.records import read_summary
+from fedsim.runs.run import Run
 from fedsim.training.local_round import RoundEnd, RoundStart, take_round
 from fedsim.training.stacked import StackedWorkers
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
 FIVE: dict[str, Any] = {
     "clients": 5,
-    "synthetic-images": 160,
+    "dataset.images": 160,
     "model": "tests.own_code:batchnorm",
-    "crop-size": 12,
+    "augment.size": 12,
     "batch-size": 4,
     "rounds": 3,
     "lr": 0.05,
@@ -73,8 +74,8 @@ def test_there_is_a_group_for_each_thread_of_the_pool(
     "keys",
     [
         {"batchnorm-at-sync": "local", "local-rule": "scaffold", "fraction": 0.8},
-        {"optimizer": "lars", "trust-coefficient": 0.05, "momentum-at-sync": "average"},
-        {"optimizer": "lamb", "lr": 0.001, "delay": 1},
+        {"optimizer": "lars:trust=0.05", "momentum-at-sync": "average"},
+        {"optimizer": "lamb", "layer": "delay", "lr": 0.001},
     ],
 )
 def test_stacked_in_groups_of_any_size_is_one_by_one(

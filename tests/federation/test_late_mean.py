@@ -42,8 +42,8 @@ def test_two_workers_on_quadratics_by_hand() -> None:
 
 @pytest.mark.parametrize("keys", [{"clients": 1}, {"clients": 1, "local_steps": 1, "batchnorm_at_sync": "local"}])
 def test_of_one_client_it_is_the_plain_run_bitwise(run: Execute, keys: dict[str, Any]) -> None:
-    keys = {"epochs": 1.0, "model": SMALL_BATCHNORM, "synthetic_images": 128, **keys}
-    plain, late = run(name="plain", **keys), run(name="late", delay=1, **keys)
+    keys = {"epochs": 1.0, "model": SMALL_BATCHNORM, "dataset.images": 128, **keys}
+    plain, late = run(name="plain", **keys), run(name="late", layer="delay", **keys)
     assert_same_bits(final_model(late), final_model(plain))
     assert rows_of(late) == rows_of(plain)
 
@@ -53,7 +53,7 @@ def test_of_identical_clients_it_is_the_plain_run_bitwise(run: Execute, monkeypa
         return take_round(config, RoundStart(0, start.round, start.weights, start.state))
 
     monkeypatch.setattr(client_app, "take_round", of_worker_0)
-    plain, late = run(name="plain", clients=3), run(name="late", clients=3, delay=1)
+    plain, late = run(name="plain", clients=3), run(name="late", clients=3, layer="delay")
     assert_same_bits(final_model(late), final_model(plain))
 
 
@@ -69,8 +69,8 @@ def test_a_client_begins_where_it_ended_and_moves_by_what_it_missed(
         return end
 
     monkeypatch.setattr(client_app, "take_round", observed)
-    shape = {"clients": 2, "model": SMALL_BATCHNORM, "synthetic_images": 64, "batch_size": 4, "local_steps": 1}
-    keys = {"precision": "fp64", "lr": 0.1, "delay": 1, **shape}
+    shape = {"clients": 2, "model": SMALL_BATCHNORM, "dataset.images": 64, "batch_size": 4, "local_steps": 1}
+    keys = {"precision": "fp64", "lr": 0.1, "layer": "delay", **shape}
     models = [final_model(run(name=str(rounds), rounds=rounds, **keys)) for rounds in (1, 2, 3)]
     for name in models[0]:
         if "num_batches" in name or "running" in name:  # they continue from the client's own
@@ -87,14 +87,14 @@ def test_a_client_begins_where_it_ended_and_moves_by_what_it_missed(
 
 @pytest.mark.parametrize("keys", [{}, {"compress": "topk", "outer": "slowmo", "momentum-at-sync": "reset"}])
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, keys: dict[str, Any]) -> None:
-    keys = {"delay": 1, "rounds": 5, "checkpoint-every": 2, **keys}
+    keys = {"layer": "delay", "rounds": 5, "checkpoint-every": 2, **keys}
     whole = resumed_and_pickled(small, run, keys).whole
-    in_time = final_model(run(name="in-time", **{**keys, "delay": 0}))
+    in_time = final_model(run(name="in-time", **{**keys, "layer": "none"}))
     assert not torch.equal(in_time["fc3.weight"], final_model(whole)["fc3.weight"])
 
 
 def test_a_client_that_lost_its_model_begins_from_the_one_sent_or_all_go_back(small: Config, run: Execute) -> None:
-    keys = {"delay": 1, "momentum-at-sync": "reset", "checkpoint-every": 2}
+    keys = {"layer": "delay", "momentum-at-sync": "reset", "checkpoint-every": 2}
     whole = run(name="whole", **keys)
     back = run_with(once(6, 2, forget), small.changed({**keys, "name": "back", "min-clients": 4}))
     assert_same_bits(final_model(back), final_model(whole))
@@ -108,19 +108,22 @@ def test_a_client_that_lost_its_model_begins_from_the_one_sent_or_all_go_back(sm
     [
         (
             {"fraction": 0.5},
-            "fraction = 0.5: delay = 1 needs all clients in each round: give --fraction 1.0, or --delay 0",
+            "fraction = 0.5: layer = delay needs all clients in each round: give --fraction 1.0, or --layer none",
         ),
         (
             {"local_rule": "scaffold"},
-            "local-rule = scaffold does not go with delay = 1, with which every client begins",
+            "local-rule = scaffold does not go with layer = delay, with which every client begins",
         ),
-        ({"momentum_at_sync": "average"}, "momentum-at-sync = average does not go with delay = 1, with which every"),
-        ({"compress_down": "int8"}, "compress-down = int8: delay = 1 needs models as they are"),
+        (
+            {"momentum_at_sync": "average"},
+            "momentum-at-sync = average does not go with layer = delay, with",
+        ),
+        ({"compress_down": "int8"}, "compress-down = int8: layer = delay needs models as they are"),
     ],
 )
 def test_what_clients_need_before_a_round_is_refused(
     run: Execute, tmp_path: Path, keys: dict[str, Any], message: str
 ) -> None:
     with pytest.raises(UserError, match=message):
-        run(delay=1, **keys)
+        run(layer="delay", **keys)
     assert not list(tmp_path.iterdir())

@@ -21,7 +21,8 @@ from fedsim.federation.round import initial_progress
 from fedsim.federation.server_app import train_localsgd
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import initial_model
-from fedsim.records import Run, read_rows
+from fedsim.runs.records import read_rows
+from fedsim.runs.run import Run
 from fedsim.training.run_plan import run_plan
 from strategies.tensor_array import payload_bytes, tensors_of
 from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model

@@ -271,7 +271,7 @@ def test_a_node_that_is_started_again_with_another_shard_leaves_the_first(
 
 
 def test_a_node_that_waits_for_a_shard_changes_nobodys_weight(network: Network, small: Config) -> None:
-    registry = NodeRegistry(Messenger(network), small.changed({"client-weights": "shard-size"}))
+    registry = NodeRegistry(Messenger(network), small.changed({"mean.weights": "shard-size"}))
     for node in range(2, 6):
         network.join(node, partition_id=node - 2, num_partitions=4, images=node)
     registry.wait_for(4)
@@ -286,8 +286,8 @@ def test_a_node_that_waits_for_a_shard_changes_nobodys_weight(network: Network, 
 OTHER_DATA = [
     (
         {"data": {"train_labels": "0" * 64}},
-        "the node with partition-id 1 has other train_labels of dataset = synthetic than the server: give it the same; "
-        "a function must draw with a seed",
+        "the node with partition-id 1 has other train_labels of dataset = synthetic:images=128 than the server: give "
+        "it the same; a function must draw with a seed",
     ),
     (
         {"code": {"net.py": "0" * 64}},
@@ -329,7 +329,7 @@ def test_a_node_with_other_data_or_code_is_refused(
 
 
 def test_a_node_that_is_refused_changes_nobodys_weight(network: Network, small: Config) -> None:
-    registry = NodeRegistry(Messenger(network), small.changed({"client-weights": "shard-size"}))
+    registry = NodeRegistry(Messenger(network), small.changed({"mean.weights": "shard-size"}))
     for node in range(2, 6):
         network.join(node, partition_id=node - 2, num_partitions=4, images=node)
     registry.wait_for(4)

@@ -53,17 +53,17 @@ def test_too_few_updates_are_not_averaged(small: Config, mean: str) -> None:
 
 
 def test_a_trim_that_is_told_to_be_enough_is(run: Execute) -> None:
-    run(mean="trimmed", trim=0.334, clients=3, rounds=1)
+    run(mean="trimmed:trim=0.334", clients=3, rounds=1)
 
 
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"trim": 0.1}, "trim is not used by mean = exact: leave it out, or give trimmed"),
-        ({"mean": "trimmed", "trim": 0.2}, "mean = trimmed: trim = 0.2 of 4 clients is none: give 0.25 or more"),
+        ({"mean.trim": 0.1}, "mean.trim = 0.1: exact has no argument trim"),
+        ({"mean": "trimmed:trim=0.2"}, "mean = trimmed:trim=0.2: trim = 0.2 of 4 clients is none: give 0.25 or more"),
         (
-            {"mean": "trimmed", "trim": 0.1, "clients": 3},
-            "mean = trimmed: trim = 0.1 of 3 clients is none: give 0.334 ",
+            {"mean": "trimmed:trim=0.1", "clients": 3},
+            "mean = trimmed:trim=0.1: trim = 0.1 of 3 clients is none: give 0.334 ",
         ),
         ({"mean": "trimmed", "clients": 2}, "mean = trimmed: it needs 3 clients in a round, not 2: give exact"),
         ({"mean": "median", "clients": 2}, "mean = median: it needs 3 clients in a round, not 2: give exact"),

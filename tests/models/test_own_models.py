@@ -25,13 +25,13 @@ from fedsim.models import build_model, check_model, initial_model
 from fedsim.models.layout import layout_of
 from fedsim.models.lenet import LeNet5
 from fedsim.models.resnet import NORMS
-from fedsim.records import Run
+from fedsim.runs.run import Run
 from tests.conftest import Call, Execute, assert_same_bits, final_model, register, rows_of
 from tests.own_code import Tutorial, Views
 
 OWN = "tests.own_code"
-FEW: dict[str, Any] = {"synthetic_images": 64, "batch_size": 4}
-TINY = "--dataset synthetic --synthetic-images 32 --batch-size 4 --device cpu --threads 1 --epochs 1".split()
+FEW: dict[str, Any] = {"dataset": "synthetic:images=64", "batch_size": 4}
+TINY = "--dataset synthetic:images=32 --batch-size 4 --device cpu --threads 1 --epochs 1".split()
 
 
 @pytest.mark.parametrize(
@@ -39,13 +39,13 @@ TINY = "--dataset synthetic --synthetic-images 32 --batch-size 4 --device cpu --
     [
         {"model": f"{OWN}:vit"},
         {"model": f"{OWN}:mlp"},
-        {"model": "resnet20", "norm": "gn"},
+        {"model": "resnet20:norm=gn"},
         {"model": f"{OWN}:Views", "dataset": f"{OWN}:load"},
     ],
 )
 def test_one_client_is_centralized_training_and_resumes_bitwise(run: Execute, keys: dict[str, Any]) -> None:
     """Also with dropout of torch's in a model of one's own."""
-    keys = {**keys, **FEW, "synthetic_images": 16, "clients": 1}
+    keys = {**FEW, "dataset": "synthetic:images=16", **keys, "clients": 1}
     alone = run("centralized", **keys, name="alone")
     one = run(**keys, local_steps=2, record_by="epoch", name="one")
     assert_same_bits(final_model(alone), final_model(one))
@@ -60,9 +60,9 @@ def test_models_take_grey_and_oblong_images(model: str) -> None:
     assert logits.shape == (2, 5)
 
 
-def test_the_key_norm_replaces_every_batchnorm() -> None:
+def test_the_argument_norm_replaces_every_batchnorm() -> None:
     for name in ("resnet20", "resnet18"):
-        model = build_model(name, 10, 0, norm="gn")
+        model = build_model(f"{name}:norm=gn", 10, 0)
         kinds = [type(module).__name__ for module in model.modules()]
         assert "BatchNorm2d" not in kinds
         assert kinds.count("GroupNorm") > 15
@@ -73,13 +73,16 @@ def test_the_key_norm_replaces_every_batchnorm() -> None:
     ("keys", "message"),
     [
         ({"model": "no.such:build"}, "model = no.such:build: no module no on this machine: install it, or put its fol"),
-        ({"model": f"{OWN}:nothing"}, f"model = {OWN}:nothing: {OWN} has no function nothing"),
-        ({"model": f"{OWN}:not_a_function"}, f"{OWN} has no function not_a_function"),
+        ({"model": f"{OWN}:nothing"}, f"model = {OWN}:nothing: {OWN} has no function or class nothing"),
+        ({"model": f"{OWN}:not_a_function"}, f"{OWN} has no function or class not_a_function"),
         ({"model": "__main__:build"}, "model = __main__:build: it cannot be imported by name: define it in a file"),
         ({"model": f"{OWN}:Masked"}, f"model = {OWN}:Masked: mask is above 1e15 before training: in a mask, -1e9 does"),
         ({"model": f"{OWN}:none"}, f"model = {OWN}:none returns NoneType: it must return an nn.Module"),
         ({"model": f"{OWN}:fails"}, "cannot be built for 10 classes and images of 3 x 32 x 32 (RuntimeError: no weig"),
-        ({"model": f"{OWN}:ten_classes"}, "on the images of synthetic: it gives 7 logits per image, but the data has"),
+        (
+            {"model": f"{OWN}:ten_classes"},
+            "synthetic:images=128: it gives 7 logits per image, but the data has",
+        ),
         ({"model": f"{OWN}:Frozen"}, "fc.weight, fc.bias gets no gradient: every parameter must. Frozen param"),
         ({"model": f"{OWN}:Tuple"}, "it gives tuple, not a tensor of 2 x 10 logits for two of them"),
         ({"model": f"{OWN}:Tied"}, "tests.own_code:Tied: other.weight is a parameter of another layer too: copy it"),
@@ -100,13 +103,18 @@ def test_the_key_norm_replaces_every_batchnorm() -> None:
         ({"model": f"{OWN}:Empty"}, f"model = {OWN}:Empty: extra has no values: leave it out of the model"),
         ({"model": f"{OWN}:NoParameters"}, f"model = {OWN}:NoParameters has no parameters to train: give one with a"),
         ({"model": f"{OWN}:Sparse"}, "embedding.weight gets a sparse gradient, which no optimizer here takes: give nn"),
-        ({"model": f"{OWN}:ExitsAtOnce"}, "does not take the images of synthetic, 3 x 32 x 32 (SystemExit: 3)"),
-        ({"model": f"{OWN}:ExitsInEval"}, "does not take the images of synthetic, 3 x 32 x 32, in eval mode (SystemE"),
         (
-            {"model": "vit-tiny", "crop-size": 26},
+            {"model": f"{OWN}:ExitsAtOnce"},
+            "the images of synthetic:images=128, 3 x 32 x 32 (SystemExit: 3)",
+        ),
+        (
+            {"model": f"{OWN}:ExitsInEval"},
+            "the images of synthetic:images=128, 3 x 32 x 32, in eval mode (SystemE",
+        ),
+        (
+            {"model": "vit-tiny", "augment.size": 26},
             "for 10 classes and images of 3 x 26 x 26 (AssertionError: Inp",
         ),
-        ({"norm": "gn"}, "norm is not used by model = lenet5: leave it out"),
     ],
 )
 def test_a_model_that_cannot_be_trained_is_told_in_a_line(small: Config, keys: dict[str, Any], message: str) -> None:
@@ -126,7 +134,7 @@ def test_a_model_that_cannot_be_trained_is_told_in_a_line(small: Config, keys: d
         ("centralized", {}, "batch-size = 1: model"),
         (
             "centralized",
-            {"synthetic-images": 65, "batch-size": 4},
+            {"dataset.images": 65, "batch-size": 4},
             "batch-size = 4 leaves one of 65 images for the last batch: model",
         ),
     ],
@@ -143,7 +151,7 @@ def test_batchnorm_of_single_values_is_refused_a_batch_of_one_image(
 @pytest.mark.parametrize("engine", ["local", "stacked"])
 @pytest.mark.parametrize("model", ["Constant", "Item", "Pretrained", "WeightNorm", "SpectralNorm"])
 def test_models_that_a_plain_build_can_make_are_trained(small: Config, model: str, engine: Engine) -> None:
-    keys = {"model": f"{OWN}:{model}", "synthetic-images": 64, "batch-size": 4, "rounds": 2}
+    keys = {"model": f"{OWN}:{model}", "dataset.images": 64, "batch-size": 4, "rounds": 2}
     config, chosen = resolve_run(small.changed(keys), "localsgd", engine)
     if engine == "stacked" and model not in ("Item", "Pretrained"):
         with pytest.raises(UserError, match=rf"model {OWN}:{model}: cannot stack .*: give --engine local"):

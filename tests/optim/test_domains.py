@@ -1,13 +1,12 @@
 from __future__ import annotations
 
-from typing import get_args
-
 import pytest
 import torch
 
-from fedsim.config import Config, Optimizer
+from fedsim.config import Config
 from fedsim.optim import build_optimizer, optimizer_state
 from fedsim.optim.domains import SIGNED, UNSIGNED, state_range
+from fedsim.registry import OPTIMIZERS
 
 STEPS = 5
 KNOWN = {*SIGNED, *UNSIGNED, "step", "mu_product"}
@@ -16,10 +15,10 @@ KNOWN = {*SIGNED, *UNSIGNED, "step", "mu_product"}
 @pytest.mark.parametrize(
     "keys",
     [
-        *({"optimizer": name} for name in get_args(Optimizer)),
-        *({"optimizer": name, "optimizer-backend": "torch-optimizer"} for name in ("lars", "lamb")),
-        {"optimizer": "adam", "optimizer-args": "amsgrad=true"},
-        {"optimizer": "rmsprop", "optimizer-args": "centered=true, momentum=0.9"},
+        *({"optimizer": name} for name in OPTIMIZERS.places),
+        *({"optimizer": f"{name}:backend=torch-optimizer"} for name in ("lars", "lamb")),
+        {"optimizer": "adam:amsgrad=true"},
+        {"optimizer": "rmsprop:centered=true,momentum=0.9"},
     ],
 )
 def test_the_domain_of_every_entry_is_known_and_kept(keys: dict[str, str]) -> None:

@@ -12,9 +12,9 @@ from fedsim.optim.lr_schedule import schedule_of
 def test_the_papers_lars_at_1024_takes_the_rates_that_its_code_printed() -> None:
     config = Config(
         lr=0.01,
-        lr_scaling_batch=128,
-        batch_size=1024,
+        lr_scaling="linear:batch=128",
         schedule="cosine",
+        batch_size=1024,
         schedule_unit="epoch",
         warmup_epochs=5.0,
     )
@@ -27,7 +27,7 @@ def test_the_papers_lars_at_1024_takes_the_rates_that_its_code_printed() -> None
 
 
 def test_multistep_by_epochs_in_either_unit() -> None:
-    config = Config(lr=1.0, schedule="multistep", milestones="2,3", gamma=0.1)
+    config = Config(lr=1.0, schedule="multistep:milestones=2/3,gamma=0.1")
     for unit in ("step", "epoch"):
         lr = schedule_of(config.changed({"schedule-unit": unit}), Fraction(4), 5)
         assert [lr(step) for step in (0, 7, 8, 11, 12, 19)] == pytest.approx([1, 1, 0.1, 0.1, 0.01, 0.01])
@@ -43,7 +43,7 @@ def test_warm_up_and_cosine_by_steps() -> None:
 
 
 def test_a_fractional_epoch_of_steps_is_counted_exactly() -> None:
-    lr = schedule_of(Config(lr=1.0, schedule="multistep", milestones="3"), Fraction(50_000, 12 * 64), 10)
+    lr = schedule_of(Config(lr=1.0, schedule="multistep:milestones=3"), Fraction(50_000, 12 * 64), 10)
     first_decayed = next(step for step in range(1000) if lr(step) < 1)
     assert first_decayed == -(-3 * 50_000 // (12 * 64))
 
@@ -57,6 +57,6 @@ def test_constant_without_warm_up_is_constant() -> None:
 def test_the_rate_follows_the_batch_of_all_workers(
     scaling: Literal["linear", "sqrt"], workers: int, peak: float
 ) -> None:
-    config = Config(lr=0.1, lr_scaling_batch=32, batch_size=64, lr_scaling=scaling)
+    config = Config(lr=0.1, lr_scaling=f"{scaling}:batch=32", batch_size=64)
     assert schedule_of(config, Fraction(7), 3, workers)(0) == pytest.approx(peak)
-    assert schedule_of(config.changed({"lr-scaling-batch": 0}), Fraction(7), 3, workers)(0) == 0.1
+    assert schedule_of(config.changed({"lr-scaling": "none"}), Fraction(7), 3, workers)(0) == 0.1

@@ -17,15 +17,15 @@ from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS
 
 EVERY: list[dict[str, Any]] = [
     {"optimizer": "sgdm"},
-    {"optimizer": "sgdm", "nesterov": True},
+    {"optimizer": "sgdm:nesterov=true"},
     {"optimizer": "lars", "decay-biases-and-norms": False},
     {"optimizer": "lamb", "decay-biases-and-norms": False},
-    {"optimizer": "lars", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
-    {"optimizer": "lamb", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
+    {"optimizer": "lars:backend=torch-optimizer", "decay-biases-and-norms": False},
+    {"optimizer": "lamb:backend=torch-optimizer", "decay-biases-and-norms": False},
     *({"optimizer": name} for name in TORCH_OPTIMIZERS if name != "sgd"),
-    {"optimizer": "sgd", "optimizer-args": "momentum=0.9, nesterov=true"},
-    {"optimizer": "adam", "optimizer-args": "amsgrad=true", "decay-biases-and-norms": False},
-    {"optimizer": "rmsprop", "optimizer-args": "momentum=0.9, centered=true"},
+    {"optimizer": "sgd:momentum=0.9,nesterov=true"},
+    {"optimizer": "adam:amsgrad=true", "decay-biases-and-norms": False},
+    {"optimizer": "rmsprop:momentum=0.9,centered=true"},
 ]
 
 
@@ -104,23 +104,21 @@ def test_fused_sgdm_is_momentum_as_it_is_written() -> None:
 )
 def test_lars_and_lamb_take_our_keys(backend: Any, lars_class: type, lamb_class: type) -> None:
     model = build_model("lenet5", 10, 0)
-    config = Config(optimizer="lars", trust_coefficient=0.05, nesterov=True, optimizer_backend=backend)
+    config = Config(optimizer=f"lars:trust=0.05,nesterov=true,backend={backend}")
     lars = build_optimizer(config, named(model))
     assert type(lars) is lars_class
     assert (lars.param_groups[0]["trust_coefficient"], lars.param_groups[0]["nesterov"]) == (0.05, True)
-    lamb = build_optimizer(Config(optimizer="lamb", beta1=0.8, beta2=0.9, optimizer_backend=backend), named(model))
+    lamb = build_optimizer(Config(optimizer=f"lamb:betas=0.8/0.9,backend={backend}"), named(model))
     assert type(lamb) is lamb_class
     assert (lamb.param_groups[0]["betas"], lamb.param_groups[0]["eps"]) == ((0.8, 0.9), 1e-6)
 
 
-@pytest.mark.parametrize("optimizer", ["lars", "lamb"])
+@pytest.mark.parametrize("optimizer", ["lars:trust=0.1", "lamb:clamp=10"])
 def test_both_backends_train_alike(optimizer: Any) -> None:
     weights = []
     for backend in ("fedsim", "torch-optimizer"):
         model = build_model("lenet5", 10, 0)
-        config = Config(
-            optimizer=optimizer, optimizer_backend=backend, decay_biases_and_norms=False, trust_coefficient=0.1
-        )
+        config = Config(optimizer=f"{optimizer},backend={backend}", decay_biases_and_norms=False)
         take(model, build_optimizer(config, named(model)), range(10))
         weights.append(torch.cat([p.detach().flatten() for p in model.parameters()]))
     torch.testing.assert_close(*weights, rtol=0, atol=1e-6)
@@ -128,10 +126,12 @@ def test_both_backends_train_alike(optimizer: Any) -> None:
 
 def test_the_papers_switches_reach_fedsims_optimizers() -> None:
     model = build_model("lenet5", 10, 0)
-    (group,) = build_optimizer(Config(optimizer="lars", lars_lr_in_momentum=True), named(model)).param_groups
+    (group,) = build_optimizer(Config(optimizer="lars:lr-in-momentum=true"), named(model)).param_groups
     assert (group["lr_in_momentum"], group["adapt_undecayed"]) == (True, False)
-    keys = {"lamb-bias-correction": "moments", "lamb-clamp": 0.0, "lamb-adapt-undecayed": False}
-    (group,) = build_optimizer(Config(optimizer="lamb").changed(keys), named(model)).param_groups
+    config = Config(
+        optimizer="lamb:bias-correction=moments,clamp=0,adapt-undecayed=false", decay_biases_and_norms=False
+    )
+    group, _ = build_optimizer(config, named(model)).param_groups
     assert (group["bias_correction"], group["clamp_value"], group["adapt_undecayed"]) == ("moments", None, False)
 
 

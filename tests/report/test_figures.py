@@ -104,9 +104,7 @@ def test_every_figure_is_whole_and_a_png_and_its_numbers(table: ResultTable) -> 
 
 def test_many_cells_with_long_names_are_not_cut(tmp_path: Path) -> None:
     for number in range(9):
-        config = Config(
-            optimizer="sgdm", momentum=number / 10, lr=0.1, epochs=number + 1.0, weight_decay=number, gamma=2
-        )
+        config = Config(optimizer="sgdm", momentum=number / 10, lr=0.1, epochs=number + 1.0, weight_decay=number)
         name = f"a-rather-long-name-of-a-run-number-{number}"
         write_run(tmp_path / "some" / name, config.changed({"warmup-epochs": number / 7}), "localsgd", [0.1, 0.5])
     for epochs in (1.0, 2.0):  # a key with the name of a curve's axis

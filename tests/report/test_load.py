@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 
 from fedsim.config import Config
 from fedsim.errors import UserError
-from fedsim.records import read_rows, read_summary, sha256_of_summary
 from fedsim.report.answers import answers
 from fedsim.report.figures import BYTES, mean_curves
 from fedsim.report.load import read_records
@@ -22,6 +21,7 @@ from fedsim.report.network import Network
 from fedsim.report.result_table import read_tables
 from fedsim.report.tables import accuracy_table, cost_table, csv_text, notes, provenance, runs_frame
 from fedsim.report.time_to_accuracy import Plan, time_table, times_to_target
+from fedsim.runs.records import read_rows, read_summary, sha256_of_summary
 from tests.conftest import TIMES, write_run
 
 RESULTS = Path(__file__).parents[2] / "results"

@@ -8,15 +8,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from fedsim.registry import CODECS, kinds_of
-from strategies.arguments import by_name
+from fedsim.registry import CODECS
+from strategies.arguments import arguments_of
 from strategies.compression import Chain, Codec, PowerSGD, RandomK, TopK
 from strategies.wire import broadcast, decode, encode, receive
 from tests.conftest import NEEDS_GPU, assert_same_bits
 
 SHAPES = {"conv.weight": (6, 3, 5, 5), "fc.weight": (20, 31), "fc.bias": (31,), "scalar": ()}
 COUNT = sum(math.prod(shape) for shape in SHAPES.values())
-NAMES = list(CODECS)
+NAMES = list(CODECS.places)
 
 
 def update(seed: int) -> dict[str, Tensor]:
@@ -25,7 +25,9 @@ def update(seed: int) -> dict[str, Tensor]:
 
 
 def codec_of(name: str, **keys: float) -> Codec:
-    codec: Codec = by_name(kinds_of(CODECS), name, **keys)
+    own = {key: value for key, value in keys.items() if key in arguments_of(CODECS.kind(name))}
+    text = f"{name}:{','.join(f'{key}={value}' for key, value in own.items())}" if own else name
+    codec: Codec = CODECS.read(text)[0].make()
     return codec
 
 

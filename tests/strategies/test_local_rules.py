@@ -101,7 +101,7 @@ def test_scaffold_finds_the_optimum_beside_which_local_steps_settle() -> None:
     assert off < 1e-14  # c is the mean of all c_k after each round
     inferred, _ = trained(80, {"local-rule": "scaffold-inferred", "momentum": 0.0, "weight-decay": 0.0})
     torch.testing.assert_close(inferred, distances, rtol=0, atol=1e-14)
-    proximal, _ = trained(80, {"local-rule": "fedprox", "prox-mu": 5.0})
+    proximal, _ = trained(80, {"local-rule": "fedprox:mu=5"})
     assert OPTIMUM_WITHIN < proximal[-1] < plain[-1]  # FedProx comes nearer
 
 

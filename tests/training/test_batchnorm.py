@@ -17,7 +17,7 @@ from tests.conftest import assert_same_bits
 @pytest.fixture
 def small(small: Config) -> Config:
     """With enough images for four batches."""
-    return small.changed({"synthetic-images": 4 * BATCH})
+    return small.changed({"dataset.images": 4 * BATCH})
 
 
 def network(dropout: float = 0.0) -> nn.Sequential:
@@ -28,7 +28,7 @@ def network(dropout: float = 0.0) -> nn.Sequential:
 
 def test_it_is_update_bn_of_the_same_batches(small: Config) -> None:
     images, model, expected = load_dataset(small).train, network(), network()
-    crops = calibration_crops(small.changed({"batchnorm-images": 3 * BATCH + 5}), images)
+    crops = calibration_crops(small, images, 3 * BATCH + 5)
     batches = [images.crop(*part).double() for part in torch.split(crops, BATCH, dim=1)]
     assert [len(batch) for batch in batches] == [BATCH] * 3
     reestimate(model, images, crops, "fp64")
@@ -44,7 +44,7 @@ def test_dropout_and_cores_change_nothing(small: Config, monkeypatch: pytest.Mon
     for cores, dropout in ((1, 0.0), (4, 0.0), (4, 0.5)):
         monkeypatch.setattr(device, "cpu_count", lambda cores=cores: cores)
         model = network(dropout).float().train()
-        reestimate(model, images, calibration_crops(small, images))
+        reestimate(model, images, calibration_crops(small, images, 12_800))
         states.append(model.state_dict())
     assert_same_bits(states[0], states[1])
     assert_same_bits(states[0], states[2])
@@ -52,10 +52,10 @@ def test_dropout_and_cores_change_nothing(small: Config, monkeypatch: pytest.Mon
 
 def test_the_images_are_a_function_of_the_seed_and_not_of_the_workers(small: Config) -> None:
     images = load_dataset(small).train
-    crops = calibration_crops(small, images)
+    crops = calibration_crops(small, images, 12_800)
     for other in ({"clients": 2}, {"local-steps": 1}, {"batch-size": 8}, {"threads": 2}):
-        assert torch.equal(calibration_crops(small.changed(other), images), crops)
-    assert not torch.equal(calibration_crops(small.changed({"seed": 1}), images), crops)
+        assert torch.equal(calibration_crops(small.changed(other), images, 12_800), crops)
+    assert not torch.equal(calibration_crops(small.changed({"seed": 1}), images, 12_800), crops)
     assert sorted(crops[0].tolist()) == list(range(512))
     assert len(set(crops[1].tolist())) == 9  # augmented as in training
-    assert calibration_crops(small.changed({"batchnorm-images": 100}), images).shape == (4, 100)
+    assert calibration_crops(small, images, 100).shape == (4, 100)

@@ -23,13 +23,13 @@ from torchvision.models.resnet import BasicBlock, ResNet
 
 from fedsim.bench.variants import METHODS
 from fedsim.config import Config
-from fedsim.copies import on_host
 from fedsim.data.datasets import load_dataset
 from fedsim.experiments.execute import execute
 from fedsim.models import build_model
 from fedsim.models.dropout import Dropout
 from fedsim.optim import load_optimizer_state
 from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS, can_be_captured
+from fedsim.system.copies import on_host
 from fedsim.training import cuda_graph, local_round, stacked, step
 from fedsim.training.batchnorm import calibration_crops, reestimate
 from fedsim.training.cuda_graph import CapturedSteps
@@ -81,7 +81,7 @@ def memory(entry: str) -> int:
 @pytest.fixture
 def tiny(small: Config) -> Config:
     """A rate that float32 holds exactly: captured steps read theirs as such."""
-    return small.changed({"synthetic-images": 64, "batch-size": 4, "lr": 2**-6})
+    return small.changed({"dataset.images": 64, "batch-size": 4, "lr": 2**-6})
 
 
 def resnet(classes: int) -> ResNet:
@@ -94,7 +94,9 @@ def resnet(classes: int) -> ResNet:
 
 def named(config: Config, model: str) -> Config:
     """`config` with a model of the registry, or with `resnet`."""
-    return config.changed({"model": f"{__name__}:resnet", "crop-size": 16} if model == "resnet" else {"model": model})
+    return config.changed(
+        {"model": f"{__name__}:resnet", "augment.size": 16} if model == "resnet" else {"model": model}
+    )
 
 
 def captured(config: Config) -> dict[str, Tensor]:
@@ -119,11 +121,11 @@ def captured(config: Config) -> dict[str, Tensor]:
 def test_a_captured_step_is_the_simple_step(tiny: Config, model: str, precision: str, keys: dict[str, Any]) -> None:
     """Bit for bit, but where LARS multiplies by the rate in another order."""
     config = named(tiny, model).changed({"precision": precision, **keys})
-    another_order = config.optimizer == "lars" and not config.lars_lr_in_momentum
+    another_order = config.optimizer.startswith("lars") and "lr-in-momentum" not in config.optimizer
     assert_close(captured(config), rounds(config, static=False), 1e-5 if another_order else 0)
 
 
-@pytest.mark.parametrize("name", [name for name in TORCH_OPTIMIZERS if can_be_captured(name)])
+@pytest.mark.parametrize("name", [name for name, kind in TORCH_OPTIMIZERS.items() if can_be_captured(kind)])
 def test_a_captured_step_of_torchs_optimizers_is_the_simple_step(tiny: Config, name: str) -> None:
     config = tiny.changed({"optimizer": name, "precision": "fp64"})
     with EmulatedGpu():  # where they have the same form
@@ -183,7 +185,8 @@ def assert_same_ends(config: Config, way: str, within: float, but: Sequence[str]
     ],
 )
 def test_all_workers_at_once_are_one_by_one(tiny: Config, way: str, model: str, precision: str, optimizer: str) -> None:
-    shape = {"precision": precision, "optimizer": optimizer, "trust-coefficient": 0.05, "batch-size": 2}
+    text = f"{optimizer}:trust=0.05" if optimizer == "lars" else optimizer
+    shape = {"precision": precision, "optimizer": text, "batch-size": 2}
     config = named(tiny, model).changed(shape)
     within = {"fp64": 1e-12, "fp32": 1e-4, "bf16": 0}[precision]
     assert_same_ends(config, way, within, NOISE_OF_LAMB if optimizer == "lamb" and model == "lenet-bn" else ())
@@ -197,16 +200,16 @@ def test_all_workers_at_once_are_one_by_one(tiny: Config, way: str, model: str, 
         (
             "localsgd",
             "stacked",
-            {"model": "tests.own_code:batchnorm", "augment": "tests.own_code:erase", "crop-size": 12},
+            {"model": "tests.own_code:batchnorm", "augment": "center:size=12+tests.own_code:erase"},
         ),
-        ("localsgd", "stacked", {"outer": "fedadam", "outer-args": "lr=0.01", "compress": "int8"}),
+        ("localsgd", "stacked", {"outer": "fedadam:lr=0.01", "compress": "int8"}),
         ("localsgd", "stacked", {"outer": "slowmo", "momentum-at-sync": "average", "local-rule": "scaffold"}),
     ],
 )
 def test_a_run_on_the_gpu_is_the_run_on_the_cpu_and_is_resumed_bitwise(
     tiny: Config, mode: Any, engine: Any, keys: dict[str, Any]
 ) -> None:
-    shape = {"precision": "fp64", "synthetic-images": 24, "clients": 3, "epochs": 2.0, "evaluate-every": 4}
+    shape = {"precision": "fp64", "dataset.images": 24, "clients": 3, "epochs": 2.0, "evaluate-every": 4}
     config = tiny.changed({**shape, **keys})
     on_cpu = execute(config.changed({"name": "cpu"}), mode)
     with EmulatedGpu():
@@ -342,7 +345,7 @@ def test_statistics_are_reestimated_in_this_thread(tiny: Config) -> None:
         config = tiny.changed({"precision": "fp64", "device": "cuda", "model": "lenet-bn"})
         model, images = build_model("lenet-bn", 10, 0, "cuda", "fp64"), load_dataset(config).train
         with gpu.counting() as counts:
-            reestimate(model, images, calibration_crops(config, images), "fp64")
+            reestimate(model, images, calibration_crops(config, images, 12_800), "fp64")
         assert counts["launches"] > 50  # of other threads none would be counted
 
 
@@ -490,7 +493,7 @@ def test_a_fault_in_captured_steps_is_caught(
 
 @functools.cache
 def simple_rounds(precision: str) -> dict[str, Tensor]:
-    shape = {"model": SMALL_BATCHNORM, "synthetic-images": 64, "precision": precision}
+    shape = {"model": SMALL_BATCHNORM, "dataset.images": 64, "precision": precision}
     return rounds(Config().changed({**SMALL, **shape}), static=False)
 
 

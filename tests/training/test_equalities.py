@@ -103,8 +103,8 @@ def distance(keys: dict[str, Any], batchnorm: bool = False, local_steps: int = 1
         {"weight-decay": 0.1},
         {"momentum": 0.9, "weight-decay": 0.1},
         {"momentum": 0.9, "weight-decay": 0.1, "momentum-at-sync": "average"},
-        {"momentum": 0.9, "nesterov": True},
-        {"momentum": 0.9, "nesterov": True, "momentum-at-sync": "average"},
+        {"momentum": 0.9, "optimizer.nesterov": True},
+        {"momentum": 0.9, "optimizer.nesterov": True, "momentum-at-sync": "average"},
     ],
 )
 def test_one_local_step_is_the_large_batch_step(keys: dict[str, Any]) -> None:
@@ -116,7 +116,7 @@ def test_one_local_step_is_the_large_batch_step(keys: dict[str, Any]) -> None:
     [
         ({"momentum": 0.9, "momentum-at-sync": "reset"}, False),
         ({"momentum": 0.9}, True),
-        ({"optimizer": "lars", "weight-decay": 0.1, "trust-coefficient": 0.1}, False),
+        ({"optimizer": "lars:trust=0.1", "weight-decay": 0.1}, False),
         ({"optimizer": "lamb", "lr": 0.01}, False),
     ],
 )

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from fedsim.config import Config
+from fedsim.data.datasets import facts_of
 from fedsim.device import prepare
 from fedsim.experiments.execute import execute
 from fedsim.models import build_model
@@ -24,7 +25,7 @@ pytestmark = [pytest.mark.gpu, NEEDS_GPU]
 
 @pytest.fixture
 def on_gpu(small: Config) -> Config:
-    config = small.changed({"device": "cuda", "model": "lenet-bn", "synthetic-images": 256})
+    config = small.changed({"device": "cuda", "model": "lenet-bn", "dataset.images": 256})
     prepare(config)
     return config
 
@@ -51,7 +52,7 @@ def test_all_at_once_is_one_by_one(on_gpu: Config, way: str, keys: dict[str, Any
 @pytest.mark.parametrize("precision", ["fp32", "tf32", "bf16"])
 def test_steps_wait_for_nothing(on_gpu: Config, precision: str) -> None:
     config = on_gpu.changed({"precision": precision})
-    start = RoundStart(0, 1, build_model(config.model, config.synthetic_classes, 0, config.device).state_dict(), {})
+    start = RoundStart(0, 1, build_model(config.model, facts_of(config).classes, 0, config.device).state_dict(), {})
     local_round.take_round(config, start)
     torch.cuda.synchronize()
     try:
@@ -88,8 +89,8 @@ def test_one_client_is_centralized_training(on_gpu: Config, optimizer: str) -> N
 @pytest.mark.parametrize("codec", ["topk", "powersgd"])
 def test_the_servers_and_the_clients_memories_are_resumed_bitwise(on_gpu: Config, engine: Any, codec: str) -> None:
     """Outer Adam, residuals, and rounds of several lengths."""
-    rounds = {"local-steps-schedule": "doubling", "local-steps-max": 4, "record-by": "epoch", "epochs": 4.0}
-    config = on_gpu.changed({"outer": "fedadam", "outer-args": "lr=0.01", "compress": codec, **rounds})
+    rounds = {"local-steps-schedule": "doubling:max=4", "record-by": "epoch", "epochs": 4.0}
+    config = on_gpu.changed({"outer": "fedadam:lr=0.01", "compress": codec, **rounds})
     whole = execute(config.changed({"name": "whole"}), "localsgd", engine)
     execute(config.changed({"name": "parts", "stop-after-epochs": 2.0}), "localsgd", engine)
     parts = execute(config.changed({"name": "parts"}), "localsgd", engine)

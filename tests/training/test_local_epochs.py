@@ -26,7 +26,7 @@ UNEVEN = {
     "local-steps": 10,
     "local-epochs": 2,
     "clients": 3,
-    "synthetic-images": 50,
+    "dataset.images": 50,
     "batch-size": 4,
 }  # 17, 17 and 16 images
 
@@ -71,7 +71,7 @@ def test_clients_are_weighted_by_their_images(small: Config, run: Execute, monke
 
 def test_one_client_is_centralized_training_epoch_by_epoch_bitwise(run: Execute) -> None:
     """Also where the last batch of an epoch is a smaller one."""
-    keys = {"local_steps": 10, "synthetic_images": 100, "epochs": 3.0, "schedule": "cosine", "warmup_epochs": 1.0}
+    keys = {"local_steps": 10, "dataset.images": 100, "schedule": "cosine", "epochs": 3.0, "warmup_epochs": 1.0}
     alone = run(name="alone", clients=1, local_epochs=1, **keys)
     central = run("centralized", name="central", **keys)
     assert_same_bits(final_model(alone), final_model(central))
@@ -85,7 +85,7 @@ def test_one_client_is_centralized_training_epoch_by_epoch_bitwise(run: Execute)
 def test_of_even_shards_that_batches_divide_it_is_that_many_local_steps_bitwise(
     small: Config, run: Execute, epochs: int
 ) -> None:
-    keys = {"synthetic_images": 64, "epochs": 4.0, "schedule": "cosine", "fraction": 0.5}
+    keys = {"dataset.images": 64, "schedule": "cosine", "epochs": 4.0, "fraction": 0.5}
     steps = run(name="steps", local_steps=4 * epochs, **keys)
     passes = run(name="epochs", local_epochs=epochs, local_steps=10, **keys)
     assert_same_bits(final_model(passes), final_model(steps))
@@ -110,7 +110,7 @@ def test_the_cost_counts_images_not_whole_batches(small: Config) -> None:
 
 def test_clients_of_unequal_shards_are_not_stacked(small: Config) -> None:
     config = resolve(small.changed(UNEVEN), "localsgd")
-    check_stackable(config.changed({"synthetic-images": 48}))
+    check_stackable(config.changed({"dataset.images": 48}))
     with pytest.raises(UserError, match="local-epochs = 2: clients that hold more images take"):
         execute(config, "localsgd", "stacked")
 
@@ -128,8 +128,8 @@ def test_a_node_with_images_of_its_own_is_refused(small: Config, tmp_path: Path)
     [
         ({"local_steps": 4}, "local-steps = 4 is not used with local-epochs = 1: leave one of them out"),
         (
-            {"local_steps_schedule": "linear", "local_steps_max": 20, "record_by": "epoch"},
-            "local-steps-schedule = linear is not used with local-epochs = 1",
+            {"local_steps_schedule": "linear:max=20", "record_by": "epoch"},
+            "local-steps-schedule = linear:max=20 is not used with local-epochs = 1",
         ),
     ],
 )

@@ -4,28 +4,38 @@ import itertools
 import random
 from collections.abc import Iterator
 from fractions import Fraction
+from typing import Any
 
 import pytest
 
 from fedsim.config import Config
 from fedsim.optim.lr_schedule import Schedule, schedule_of
 from fedsim.training.local_steps import (
+    Doubling,
+    LinearSteps,
     LocalSteps,
-    doubling,
-    linear,
+    LocalStepsSchedule,
+    Outline,
+    PostLocal,
+    Qsr,
+    Table,
     local_steps_of,
-    post_local,
-    qsr,
-    table,
 )
 from fedsim.training.round_starts import RoundStarts, rounds_of_number, rounds_of_steps
 
+
+def rule(schedule: LocalStepsSchedule, least: int, of_epoch: Fraction = Fraction(10), **run: Any) -> LocalSteps:
+    """The rule of a run of 100 steps at a constant rate without warm-up, except for what `run` says."""
+    usual = Outline(least, of_epoch, 100, lambda step: 0.1, 0, 0.0)
+    return schedule.rule(usual._replace(**run))
+
+
 RULES: dict[str, LocalSteps] = {
-    "post-local": post_local(7, 25),
-    "qsr": qsr(4, 0.05, lambda step: 0.02 * (1 - step / 100), warmup_steps=10),
-    "linear": linear(2, 20, total=100),
-    "doubling": doubling(3, 13, total=100),
-    "table": table(2, [(1.5, 1), (5, 16)], Fraction(10)),
+    "post-local": rule(PostLocal(2.5), 7),
+    "qsr": rule(Qsr(0.05), 4, rate=lambda step: 0.02 * (1 - step / 100), warmup_steps=10),
+    "linear": rule(LinearSteps(20), 2),
+    "doubling": rule(Doubling(13), 3),
+    "table": rule(Table((1.5, 5.0), (1, 16)), 2),
 }
 
 
@@ -67,18 +77,20 @@ def test_qsr_follows_the_rate_from_the_end_of_the_warm_up_on() -> None:
 
 
 def test_at_a_rate_of_zero_qsr_runs_to_the_end() -> None:
-    assert lengths(qsr(4, 0.05, lambda step: 0.0 if step >= 8 else 1.0, 0)) == [4, 4, 92]
+    assert lengths(rule(Qsr(0.05), 4, rate=lambda step: 0.0 if step >= 8 else 1.0)) == [4, 4, 92]
 
 
 def test_an_epoch_and_a_rate_are_the_decimal_numbers_that_were_given() -> None:
     """The float 0.1 is a little above a tenth, and 0.3 / 0.1 a little below 3."""
-    config = Config(local_steps=7, schedule="multistep", milestones="0.1", local_steps_schedule="post-local")
+    config = Config(local_steps=7, schedule="multistep:milestones=0.1", local_steps_schedule="post-local")
     assert lengths(local_steps_of(config, Fraction(10), 100, lambda step: 0.1))[:2] == [1, 7]
-    assert lengths(qsr(2, 0.3, lambda step: 0.1, 0))[0] == 9
-    assert lengths(qsr(2, 0.3, lambda step: 0.1 * 0.1, 0), 1000)[0] == 900  # 0.1 * 0.1 is a little above a hundredth
-    assert lengths(qsr(2, 0.3, lambda step: 0.1 * 3, 0), 1000)[0] == 2
-    assert lengths(table(2, [(0.07, 5)], Fraction(100)), 12) == [2] * 4 + [4]  # 0.07 * 100 is a little above 7
-    assert lengths(table(7, [(0.07, 5)], Fraction(100)), 12) == [7, 5]
+    assert lengths(rule(Qsr(0.3), 2, rate=lambda step: 0.1))[0] == 9
+    assert (
+        lengths(rule(Qsr(0.3), 2, rate=lambda step: 0.1 * 0.1), 1000)[0] == 900
+    )  # 0.1 * 0.1 is a little above a hundredth
+    assert lengths(rule(Qsr(0.3), 2, rate=lambda step: 0.1 * 3), 1000)[0] == 2
+    assert lengths(rule(Table((0.07,), (5,)), 2, Fraction(100)), 12) == [2] * 4 + [4]  # 0.07 * 100 is a little above 7
+    assert lengths(rule(Table((0.07,), (5,)), 7, Fraction(100)), 12) == [7, 5]
 
 
 def drawn(random: random.Random) -> tuple[LocalSteps, int]:
@@ -91,15 +103,18 @@ def drawn(random: random.Random) -> tuple[LocalSteps, int]:
         for name, keys in {
             "constant": {},
             "cosine": {"warmup_epochs": random.choice([0.0, 3.5]), "schedule_unit": random.choice(["epoch", "step"])},
-            "multistep": {"milestones": ",".join(map(str, epochs)), "gamma": random.choice([0.1, 0.7, 2.0])},
+            f"multistep:milestones={'/'.join(map(str, epochs))},gamma={random.choice([0.1, 0.7, 2.0])}": {},
         }.items()
     }
     rules = [
-        post_local(least, random.randrange(total)),
-        linear(least, most, total),
-        doubling(least, most, total),
-        table(least, [(epoch, random.randrange(1, 12)) for epoch in epochs], of_epoch),
-        *(qsr(least, random.uniform(0.001, 0.2), rate, random.choice([0, 40])) for rate in rates.values()),
+        rule(PostLocal(random.uniform(0.01, float(total / of_epoch))), least, of_epoch),
+        rule(LinearSteps(most), least, of_epoch, total=total),
+        rule(Doubling(most), least, of_epoch, total=total),
+        rule(Table(tuple(map(float, epochs)), tuple(random.randrange(1, 12) for _ in epochs)), least, of_epoch),
+        *(
+            rule(Qsr(random.uniform(0.001, 0.2)), least, rate=rate, warmup_steps=random.choice([0, 40]))
+            for rate in rates.values()
+        ),
     ]
     return random.choice(rules), total
 
@@ -107,9 +122,9 @@ def drawn(random: random.Random) -> tuple[LocalSteps, int]:
 @pytest.mark.parametrize("seed", range(200))
 def test_runs_of_equal_rounds_are_the_rounds_one_by_one(seed: int) -> None:
     """Also looked up from the end and in slices, and for a run of so many rounds; no two runs in a row are equal."""
-    rule, total = drawn(random.Random(seed))
-    expected = [*itertools.takewhile(lambda start: start < total, one_by_one(rule)), total]
-    found = RoundStarts(rounds_of_steps(rule, total))
+    drawn_rule, total = drawn(random.Random(seed))
+    expected = [*itertools.takewhile(lambda start: start < total, one_by_one(drawn_rule)), total]
+    found = RoundStarts(rounds_of_steps(drawn_rule, total))
     assert list(found) == expected
     assert [found[-1 - index] for index in range(len(expected))] == expected[::-1]
     assert found[1:-1:2] == expected[1:-1:2]
@@ -118,8 +133,8 @@ def test_runs_of_equal_rounds_are_the_rounds_one_by_one(seed: int) -> None:
     with pytest.raises(IndexError):
         found[len(expected)]
     number = len(expected) // 2 + 1
-    starts = RoundStarts(rounds_of_number(rule, number))
-    assert list(starts) == [*itertools.islice(one_by_one(rule), number + 1)]
+    starts = RoundStarts(rounds_of_number(drawn_rule, number))
+    assert list(starts) == [*itertools.islice(one_by_one(drawn_rule), number + 1)]
 
 
 @pytest.mark.parametrize("seed", range(50))

@@ -20,11 +20,11 @@ from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.test_failures import answer, place, run_with
 
 SCHEDULES: dict[str, dict[str, Any]] = {  # 32 steps of 1 client, or 8 of 4, in each of the two epochs of `small`
-    "post-local": {"switch-epoch": 0.6},
-    "qsr": {"qsr-alpha": 0.02, "schedule": "cosine", "warmup-epochs": 0.5},
-    "linear": {"local-steps-max": 9},
-    "doubling": {"local-steps-max": 8},
-    "table": {"local-steps-table": "0.5:1,1.2:5"},
+    "post-local": {"local-steps-schedule.switch-epoch": 0.6},
+    "qsr": {"local-steps-schedule.alpha": 0.02, "schedule": "cosine", "warmup-epochs": 0.5},
+    "linear": {"local-steps-schedule.max": 9},
+    "doubling": {"local-steps-schedule.max": 8},
+    "table": {"local-steps-schedule": "table:epochs=0.5/1.2,steps=1/5"},
 }
 
 
@@ -55,7 +55,7 @@ def test_alone_a_client_is_centralized_training_at_every_number_of_local_steps(
     small: Config, steps: int, threads: int
 ) -> None:
     """Also where a last, shorter round ends the 48 steps, and with the threads that each has by default."""
-    small = small.changed({"synthetic-images": 96, "schedule": "cosine", "threads": threads})
+    small = small.changed({"dataset.images": 96, "schedule": "cosine", "threads": threads})
     central = execute(resolve(small.changed({"name": "central"}), "centralized"), "centralized")
     keys = {"name": "alone", "clients": 1, "local-steps": steps}
     alone = execute(resolve(small.changed(keys), "localsgd"), "localsgd")
@@ -101,7 +101,7 @@ def test_the_training_loss_is_the_mean_over_the_images_trained(run: Execute, mon
     """Whatever the clients weigh in the mean, and also over rounds of different J."""
     keys = {name.replace("-", "_"): value for name, value in keys_of("doubling").items()}
     equal = run(name="equal", **keys)
-    by_size = run(name="by-size", client_weights="shard-size", **keys)
+    by_size = run(name="by-size", **{"mean.weights": "shard-size"}, **keys)
     assert_same_bits(final_model(by_size), final_model(equal))
     assert rows_of(by_size) == rows_of(equal)
 
@@ -112,26 +112,30 @@ def test_the_training_loss_is_the_mean_over_the_images_trained(run: Execute, mon
         return ends[-1]
 
     monkeypatch.setattr(client_app, "take_round", observed)
-    uneven = run(name="uneven", client_weights="shard-size", synthetic_images=18, epochs=1.0, **keys)  # 5, 5, 4, 4
+    uneven = run(
+        name="uneven", **{"mean.weights": "shard-size"}, **{"dataset.images": 18}, epochs=1.0, **keys
+    )  # 5, 5, 4, 4
     expected = sum(end.loss * end.samples for end in ends) / sum(end.samples for end in ends)
     assert rows_of(uneven)[-1]["train_loss"] == pytest.approx(expected, rel=1e-6)
 
 
 def test_post_local_switches_at_the_first_milestone_unless_told_otherwise(small: Config) -> None:
-    keys = {"local-steps-schedule": "post-local", "record-by": "epoch", "schedule": "multistep", "milestones": "0.75,1"}
+    keys = {"local-steps-schedule": "post-local", "schedule": "multistep:milestones=0.75/1", "record-by": "epoch"}
     plan = run_plan(small.changed(keys))
     assert lengths(plan) == [1] * 6 + [2] * 5
     rates = [plan.rates(round_) for round_ in range(1, plan.rounds + 1)]
     first = next(round_ for round_, of in enumerate(rates, 1) if of[0] < rates[0][0])
     assert plan.steps(first - 1) == 1
     assert plan.steps(first) == 2
-    assert lengths(run_plan(small.changed({**keys, "switch-epoch": 0.25}))) == [1] * 2 + [2] * 7
+    assert lengths(run_plan(small.changed({**keys, "local-steps-schedule.switch-epoch": 0.25}))) == [1] * 2 + [2] * 7
 
 
 def test_qsr_follows_the_scaled_rate_of_the_run(small: Config) -> None:
-    config = small.changed({**keys_of("qsr"), "epochs": 6.0, "lr-scaling-batch": 8, "qsr-alpha": 0.04})
+    config = small.changed(
+        {**keys_of("qsr"), "epochs": 6.0, "lr-scaling": "linear:batch=8", "local-steps-schedule.alpha": 0.04}
+    )
     plan = run_plan(config)
-    assert plan.rates(4) != run_plan(config.changed({"lr-scaling-batch": 0})).rates(4)
+    assert plan.rates(4) != run_plan(config.changed({"lr-scaling": "none"})).rates(4)
     for round_, (start, end) in enumerate(itertools.pairwise(plan.starts), 1):
         rule = 2 if start < 4 else max(2, int((0.04 / plan.lr(start)) ** 2))
         assert end - start == (rule if round_ < plan.rounds else min(rule, 48 - start))
@@ -143,23 +147,32 @@ def test_qsr_follows_the_scaled_rate_of_the_run(small: Config) -> None:
     [
         (
             {**keys_of("linear"), "record-by": "round"},
-            "schedule = linear makes rounds of unequal length: give --record-by",
+            "schedule = linear:max=9 makes rounds of unequal length: give --record-by",
         ),
-        ({**keys_of("linear"), "local-steps-max": 1}, "local-steps-max = 1 is less than local-steps = 2: give more"),
-        ({**keys_of("qsr"), "qsr-alpha": 0.0}, "qsr-alpha = 0: local-steps-schedule = qsr needs it"),
-        ({**keys_of("table"), "local-steps-table": ""}, "local-steps-table is empty: "),
-        ({**keys_of("post-local"), "switch-epoch": 0.0}, "switch-epoch = 0: .* needs it, or schedule = multistep"),
+        (
+            {**keys_of("linear"), "local-steps-schedule.max": 1},
+            "local-steps-schedule = linear:max=1: max is less than local-steps = 2: give more",
+        ),
+        ({"local-steps-schedule": "qsr"}, "local-steps-schedule = qsr needs alpha: give qsr:alpha=..."),
+        ({"local-steps-schedule": "table"}, "local-steps-schedule = table needs epochs: give table:epochs=..."),
+        ({"local-steps-schedule": "post-local"}, "switch-epoch = 0 needs schedule = multistep"),
         (
             {**keys_of("qsr"), "schedule": "constant", "rounds": 4, "lr": 1e-300},
-            "qsr-alpha = 0.02: some J is more than 1,000,000: give a smaller one",
+            "local-steps-schedule = qsr:alpha=0.02: some J is more than 1,000,000",
         ),
-        ({"qsr-alpha": 0.1}, "qsr-alpha is not used by local-steps-schedule = constant: leave it out, or give qsr"),
-        ({**keys_of("qsr"), "local-steps-max": 4}, "leave it out, or give linear or doubling"),
+        (
+            {"local-steps-schedule.alpha": 0.1},
+            "constant has no argument alpha",
+        ),
+        ({**keys_of("qsr"), "local-steps-schedule.max": 4}, "has no argument max"),
         (
             {**keys_of("doubling"), "rounds": 4},
-            "rounds = 4: local-steps-schedule = doubling needs the budget in --epochs",
+            "rounds = 4: local-steps-schedule = doubling:max=8 needs the budget in --epochs",
         ),
-        ({**keys_of("qsr"), "rounds": 4}, "rounds = 4: local-steps-schedule = qsr needs the budget in --epochs"),
+        (
+            {**keys_of("qsr"), "rounds": 4},
+            "local-steps-schedule = qsr:alpha=0.02 needs the budget in --epochs",
+        ),
     ],
 )
 def test_what_a_schedule_lacks_or_does_not_use_is_refused(
@@ -171,11 +184,16 @@ def test_what_a_schedule_lacks_or_does_not_use_is_refused(
 
 
 @pytest.mark.parametrize(
-    "text", ["10", "10:1:2", "10:0", "0:3", "5:1,5:2", "nan:1", "true:1", "10:1.5", "10:1,", "a:b", "9" * 4000 + ":1"]
+    "text",
+    [
+        *("epochs=10", "epochs=10,steps=0", "epochs=0,steps=3", "epochs=5/5,steps=1/2", "epochs=nan,steps=1"),
+        *("epochs=true,steps=1", "epochs=10,steps=1.5", "epochs=10,steps=1/2", "epochs=a,steps=b", "steps=1"),
+        f"epochs={'9' * 4000},steps=1",
+    ],
 )
 def test_a_text_that_is_no_table_is_refused(text: str) -> None:
-    with pytest.raises(UserError, match=r"local-steps-table = .* must be ascending epochs with their J"):
-        Config().changed({"local-steps-table": text})
+    with pytest.raises(UserError, match=r"^local-steps-schedule = table:"):
+        Config().changed({"local-steps-schedule": f"table:{text}"}).made("local_steps_schedule")
 
 
 def test_a_client_that_claims_more_samples_than_its_round_has_is_left_out(

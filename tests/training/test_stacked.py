@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from fedsim.config import Config
+from fedsim.data.datasets import facts_of
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.models import build_model
@@ -23,14 +24,14 @@ from tests.conftest import register
 
 WAYS = {"groups": False, "products": True}  # whether by products
 OPTIMIZERS: list[dict[str, Any]] = [
-    {"optimizer": "sgdm", "nesterov": True, "decay-biases-and-norms": False},
-    {"optimizer": "lars", "decay-biases-and-norms": False, "trust-coefficient": 0.05},
+    {"optimizer": "sgdm:nesterov=true", "decay-biases-and-norms": False},
+    {"optimizer": "lars:trust=0.05", "decay-biases-and-norms": False},
     {"optimizer": "lamb", "decay-biases-and-norms": False},
 ]
 OTHER_OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "sgdm", "momentum": 0.0},
-    {"optimizer": "lars", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
-    {"optimizer": "lamb", "decay-biases-and-norms": False, "optimizer-backend": "torch-optimizer"},
+    {"optimizer": "lars:backend=torch-optimizer", "decay-biases-and-norms": False},
+    {"optimizer": "lamb:backend=torch-optimizer", "decay-biases-and-norms": False},
     {"optimizer": "adamw", "decay-biases-and-norms": False},
     {"optimizer": "nadam", "lr": 0.001},
     {"optimizer": "adafactor"},
@@ -39,7 +40,7 @@ OTHER_OPTIMIZERS: list[dict[str, Any]] = [
 
 def begin(config: Config, worker: int, round: int = 1) -> RoundStart:
     """Every worker from weights of its own, so that a mix-up would show."""
-    model = build_model(config.model, config.synthetic_classes, worker, precision=config.precision)
+    model = build_model(config.model, facts_of(config).classes, worker, precision=config.precision)
     return RoundStart(worker, round, model.state_dict(), {})
 
 
@@ -90,12 +91,12 @@ def test_all_at_once_is_one_by_one(small: Config, way: str, model: str, keys: di
     assert_same_rounds(config, WAYS[way], NOISE_OF_LAMB if (config.optimizer, model) == ("lamb", "lenet-bn") else ())
 
 
-NARROW = {"precision": "fp64", "batch-size": 2, "local-steps": 2, "lr": 0.01, "synthetic-images": 260}
+NARROW = {"precision": "fp64", "batch-size": 2, "local-steps": 2, "lr": 0.01, "dataset.images": 260}
 
 
 @pytest.mark.parametrize("model", ["resnet20", pytest.param("resnet18", marks=pytest.mark.slow)])
 def test_a_resnet_at_once_is_one_by_one(small: Config, model: str) -> None:
-    keys = {**NARROW, "model": model, "optimizer": "lars", "trust-coefficient": 0.05, "crop-size": 16}
+    keys = {**NARROW, "model": model, "optimizer": "lars:trust=0.05", "augment.size": 16}
     assert_same_rounds(resolve(small.changed(keys), "localsgd"), workers=(1, 0), rounds=1)
 
 
@@ -108,7 +109,7 @@ def test_a_resnet_needs_no_code_of_its_own(small: Config, monkeypatch: pytest.Mo
         return nn.Sequential(nn.Dropout(0.2), model)
 
     register(monkeypatch, "lenet5", resnet)
-    config = resolve(small.changed({**NARROW, "optimizer": "lamb", "crop-size": 16}), "localsgd")
+    config = resolve(small.changed({**NARROW, "optimizer": "lamb", "augment.size": 16}), "localsgd")
     assert_same_rounds(config, workers=(1, 0), rounds=1)
 
 

@@ -14,7 +14,7 @@ from fedsim.models import build_model
 from fedsim.optim import build_optimizer
 from fedsim.training.step import evaluate, run_steps, step_inputs
 
-CONFIG = Config(dataset="synthetic", synthetic_images=1200, device="cpu", lr=0.1, momentum=0.0, weight_decay=0.0)
+CONFIG = Config(dataset="synthetic:images=1200", device="cpu", lr=0.1, momentum=0.0, weight_decay=0.0)
 
 
 def test_steps_are_gradient_descent_and_the_loss_is_the_mean_over_samples() -> None:

@@ -81,7 +81,7 @@ def exit_on_signals() -> Iterator[None]:
 
     It does not wait for threads that still compute.
     """
-    from fedsim.processes import end_marked, new_mark  # with psutil, which the clients of Flower do not need
+    from fedsim.system.processes import end_marked, new_mark  # with psutil, which the clients of Flower do not need
 
     raise_on_signals()
     os.environ.update(mark := new_mark())

@@ -11,7 +11,7 @@ import torch
 from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
 from torch import Tensor
 
-from fedsim.copies import on_host
+from fedsim.system.copies import on_host
 
 SEAL = b"fedsim checkpoint, SHA-256: "
 

@@ -15,19 +15,29 @@ import typer
 from rich.console import Console
 
 from fedsim import __version__
+from fedsim.cli.flags import (
+    Command,
+    CommandGroup,
+    GridCommand,
+    RayCommand,
+    TorchCommand,
+    given,
+    integers,
+    keys_of,
+    several,
+)
 from fedsim.config import Config, Engine, Mode, engine_named, typed
 from fedsim.errors import RunFailed, UserError
-from fedsim.flags import Command, CommandGroup, GridCommand, RayCommand, TorchCommand, given, integers, keys_of, several
-from fedsim.interrupts import Interrupted, interruption
+from fedsim.spellings import now
+from fedsim.system.interrupts import Interrupted, interruption
 
 if TYPE_CHECKING:  # these import torch, which takes seconds; --help must not wait for it
     from fedsim.experiments.study import Cell, Study
     from fedsim.experiments.sweep import Runner
-    from fedsim.records import Row
+    from fedsim.runs.records import Row
 
 SHARD_KEYS = (  # on which alone the images of the clients depend
-    *("dataset", "data-dir", "synthetic-classes", "synthetic-images", "validation", "clients", "seed"),
-    *("partition", "partition-args"),
+    *("dataset", "data-dir", "validation", "clients", "seed", "partition"),
 )
 
 GRID_STEPS = "10,20,30"  # the J of a grid
@@ -82,6 +92,10 @@ def _errors_in_one_line() -> Iterator[None]:
     except click.exceptions.NoArgsIsHelpError as error:
         print(error.message)
         sys.exit(2)
+    except click.NoSuchOption as error:
+        option = error.option_name
+        written_now = now(option.removeprefix("--").removeprefix("no-"))
+        _fail(f"{option} is written {written_now} now" if written_now else error.format_message(), 2)
     except click.UsageError as error:
         _fail(error.format_message(), 2)
     except (UserError, RunFailed) as error:
@@ -89,7 +103,7 @@ def _errors_in_one_line() -> Iterator[None]:
     except OSError as error:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except MemoryError:
-        _fail("out of memory: give a smaller --batch-size, --local-steps or --synthetic-images", 1)
+        _fail("out of memory: give a smaller --batch-size, --local-steps or data set", 1)
 
 
 def _resumes(arguments: list[str]) -> bool:
@@ -133,7 +147,7 @@ PRESET = typer.Option(
     metavar="NAME",
 )
 DRY_RUN = typer.Option(False, "--dry-run", help="list the runs and what they would cost; write nothing")
-TRACK = typer.Option("", "--track", help="also send the rows to: tensorboard", metavar="NAME")
+TRACK = typer.Option("", "--track", help="also send the rows to: tensorboard, or package.module:Class", metavar="NAME")
 RERUN = typer.Option(False, "--rerun", help="start over, even if a run is finished or was interrupted")
 ENGINE = typer.Option(
     "local",
@@ -245,9 +259,7 @@ def demo(results_dir: str = RESULTS_DIR, rerun: bool = RERUN) -> None:
 
 
 @cli.command(cls=TorchCommand)
-@keys_of(
-    "localsgd", without=("clients", "dataset", "synthetic-images", "synthetic-classes", "results-dir", "name", "resume")
-)
+@keys_of("localsgd", without=("clients", "dataset", "results-dir", "name", "resume"))
 def bench(
     clients: str = typer.Option("1,4,12,64", "--clients", help="the K to measure, with commas", metavar="LIST"),
     variants: str = typer.Option(
@@ -323,7 +335,7 @@ def _run_studies(
     """Run the cells that `cells_of` selects of each study, then show the tables; with `save_as`, also save them."""
     from fedsim.experiments.sweep import PLAIN, check_writable, fail_if_any
     from fedsim.experiments.tune import run_tuned_studies, with_stored_choice
-    from fedsim.provenance import program
+    from fedsim.system.provenance import program
 
     console, results = _console(), _results(results_dir)
     if dry_run:
@@ -398,7 +410,9 @@ def partition(
     from fedsim.experiments.study import configure
     from fedsim.report.partition import show_partition
 
-    show_partition(configure("localsgd", {**given(keys), "device": "cpu", "small-shards": True}), out, _console())
+    show_partition(
+        configure("localsgd", {**given(keys), "device": "cpu", "partition.small-shards": True}), out, _console()
+    )
 
 
 @cli.command(cls=TorchCommand)
@@ -411,6 +425,23 @@ def report(
     from fedsim.report.page import build_report
 
     build_report(results, out, figure, _console())
+
+
+@cli.command("list", cls=TorchCommand)
+def list_choices(key: str = typer.Argument("", help="a key, for instance compress", metavar="[KEY]")) -> None:
+    """Show what a key may choose, with the arguments of each name, their ranges and defaults; or all such keys."""
+    from fedsim.cli.listing import listed
+
+    print(*listed(key), sep="\n")
+
+
+@cli.command(cls=TorchCommand)
+def migrate(results: str = RESULTS) -> None:
+    """Rewrite a folder of results of an earlier version, whose keys are written otherwise now; no number changes."""
+    from fedsim.experiments.migrate import migrate
+
+    changed = migrate(_results(results))
+    print(*changed, f"{len(changed)} files and folders were changed", sep="\n")
 
 
 @cli.command(cls=Command)
@@ -451,10 +482,10 @@ def time_to_accuracy(
     seconds per training image, tests included, times the images of a worker's step. A figure shows the time at
     bandwidths from 1 Mbit/s to 100 Gbit/s, and the fastest cells.
     """
-    from fedsim.provenance import program
     from fedsim.report.network import Link, Network, duration, rate
     from fedsim.report.stragglers import stragglers
     from fedsim.report.time_to_accuracy import Plan, time_to_accuracy
+    from fedsim.system.provenance import program
 
     if link not in get_args(Link):
         raise UserError(f"link = {link!r} is unknown: it must be one of {', '.join(get_args(Link))}")
@@ -520,7 +551,7 @@ def _print_cost(config: Config, mode: Mode, engine: Engine, track: str) -> None:
     """Print what a run would cost."""
     from fedsim.experiments.cost import Pace, plan_lines
     from fedsim.experiments.study import Cell
-    from fedsim.records import run_folder
+    from fedsim.runs.folder import run_folder
 
     _check_run(config, mode, engine, track)
     folder = run_folder(config, mode)
@@ -533,7 +564,7 @@ def _check_run(config: Config, mode: Mode, engine: Engine, track: str) -> None:
     from fedsim.experiments.sweep import check_writable
     from fedsim.experiments.track import check_tracker
     from fedsim.federation.lengthen import open_run
-    from fedsim.records import CONFIG, run_folder
+    from fedsim.runs.folder import CONFIG, run_folder
 
     check_tracker(track, engine)
     check(config, mode, engine)
@@ -548,7 +579,9 @@ def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterato
     """Context manager: check a run, print its folder, then its result; yields what shows and tracks a row."""
     from fedsim.experiments.progress import each, shown_rows
     from fedsim.experiments.track import tracker
-    from fedsim.records import outcome_line, print_row, read_summary, run_folder
+    from fedsim.runs.folder import run_folder
+    from fedsim.runs.records import read_summary
+    from fedsim.runs.shown import outcome_line, print_row
 
     _check_run(config, mode, engine, track)  # before the first line
     folder = run_folder(config, mode)
@@ -557,7 +590,7 @@ def _reported(config: Config, mode: Mode, engine: Engine, track: str) -> Iterato
     print(f"{mode} on {config.device}{by}{rounding} in {folder}", flush=True)
     # The engine flower prints its own log
     shown = contextlib.nullcontext(print_row) if engine == "flower" else shown_rows(config, mode, _console())
-    with tracker(track, folder) as track_row, shown as show:
+    with tracker(track, folder, config, mode) as track_row, shown as show:
         yield each(show, track_row)
     summary = read_summary(folder)
     if summary is None or not summary["finished"]:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from fedsim.errors import RunFailed
-from fedsim.files import atomic_write, open_file, open_to_append
+from fedsim.system.files import atomic_write, open_file, open_to_append
 
 Seen = tuple[int, int, int, int]
 

@@ -14,7 +14,7 @@ from fedsim.config import Config
 from fedsim.data.datasets import digests_of
 from fedsim.errors import UserError
 from fedsim.own_code import own_code
-from fedsim.provenance import versions
+from fedsim.system.provenance import versions
 
 Inputs = dict[str, dict[str, str]]
 SHOWN = 4  # names in a message

@@ -51,7 +51,7 @@ def program() -> str:
 
 def _commit() -> str:
     """The checkout's commit, with + where files differ from it; empty outside a checkout."""
-    checkout = Path(__file__).parents[1]
+    checkout = Path(__file__).parents[2]
     if not (checkout / ".git").exists():  # installed, perhaps inside another project's checkout
         return ""
     git = ["git", "-C", str(checkout), "describe", "--always", "--abbrev=40", "--dirty=+", "--exclude=*"]

@@ -12,9 +12,11 @@ import click
 import typer
 from typer.core import TyperCommand, TyperGroup
 
-from fedsim.config import FIELDS, Mode, about, has_key, kebab, suggestions, typed
+from fedsim.config import FIELDS, Mode, has_key, typed
+from fedsim.config.messages import about, suggestions
 from fedsim.errors import UserError
-from fedsim.torch_import import import_torch
+from fedsim.system.torch_import import import_torch
+from strategies.arguments import kebab
 
 MOST_USED = "dataset model optimizer lr batch-size epochs clients local-steps seed device results-dir name".split()
 FIRST = "Keys used most"
@@ -154,11 +156,14 @@ def integers(name: str, listed: str) -> list[int]:
 
 
 def several(name: str, value: Any) -> list[Any]:
-    """The values of the key `name` in a text with commas; empty if there is no comma or the key accepts the text."""
-    if not isinstance(value, str) or "," not in value:
-        return []
-    try:
-        typed(name, value)
-    except UserError:
-        return [typed(name, part.strip()) for part in value.split(",")]
-    return []
+    """The values of the key `name` in a text with commas; empty if there is only one.
+
+    ``argument=value`` after a comma belongs to the choice before it: ``none,slowmo:lr=1,momentum=0.6`` are two.
+    """
+    parts: list[str] = []
+    for part in value.split(",") if isinstance(value, str) else []:
+        if parts and "=" in part and ":" not in part.partition("=")[0]:
+            parts[-1] += f",{part}"
+        else:
+            parts.append(part)
+    return [typed(name, part.strip()) for part in parts] if len(parts) > 1 else []

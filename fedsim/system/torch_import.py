@@ -6,7 +6,7 @@ import gc
 import sys
 from importlib import import_module
 
-from fedsim.interrupts import signals_held
+from fedsim.system.interrupts import signals_held
 
 
 def import_torch() -> None:

@@ -1,0 +1,80 @@
+"""The columns of metrics.jsonl, declared once: summaries, reports, data frames and trackers ask them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+LARGEST = 2**53  # integers up to this are exact as floats
+Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Quantity = Annotated[float, Field(ge=0, le=LARGEST)]
+Accuracy = Annotated[float, Field(ge=0, le=1)]
+# Marks in the metadata of a column
+TRACKED = "trackers such as TensorBoard draw it"
+SENT = "bytes that were sent"
+RENAMED = {"local_steps": "steps_done"}  # former name in rows and summaries -> the present one
+
+
+class Costs(BaseModel):
+    """What a run has cost so far, which a summary has of its last row; None if not recorded.
+
+    Bytes are those of all workers together.
+    """
+
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    epoch: Annotated[Quantity | None, TRACKED] = None
+    round: Count | None = None
+    steps_done: Count | None = None  # local steps of each client
+    syncs: Count | None = None
+    bytes_up: Annotated[Quantity | None, TRACKED, SENT] = None
+    bytes_down: Annotated[Quantity | None, TRACKED, SENT] = None
+    overhead_bytes_up: Annotated[Quantity | None, SENT] = None
+    overhead_bytes_down: Annotated[Quantity | None, SENT] = None
+    updates_left_out: Count | None = None
+    seconds: Annotated[Quantity | None, TRACKED] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current(cls, record: Any) -> Any:
+        """A record of any version with the names of now."""
+        return current_columns(record) if isinstance(record, dict) else record
+
+
+class Columns(Costs):
+    """A line of metrics.jsonl. Accuracies are fractions."""
+
+    round: Count
+    epoch: Annotated[Quantity, TRACKED]
+    steps_done: Count
+    test_accuracy: Annotated[Accuracy | None, TRACKED]
+    test_loss: Annotated[float | None, TRACKED] = None
+    train_loss: Annotated[float | None, TRACKED] = None
+    lr: Annotated[float | None, TRACKED] = None
+
+    @model_validator(mode="before")
+    @classmethod
+    def _current(cls, record: Any) -> Any:
+        """A row of any version as rows are now."""
+        return current_row(record) if isinstance(record, dict) else record
+
+
+def names_with(mark: str) -> tuple[str, ...]:
+    """The names of the columns with this mark."""
+    return tuple(name for name, field in Columns.model_fields.items() if mark in field.metadata)
+
+
+def current_row(row: Mapping[str, Any]) -> dict[str, Any]:
+    """`row`, a line of metrics.jsonl of any version, as rows are now; the version is left out."""
+    for way in ("up", "down") if "version" not in row else ():
+        whole, overhead = row.get(f"bytes_{way}"), row.get(f"overhead_bytes_{way}")
+        if isinstance(whole, int | float) and isinstance(overhead, int | float):
+            row = {**row, f"bytes_{way}": whole - overhead}  # they held the overhead too
+    return current_columns({name: value for name, value in row.items() if name != "version"})
+
+
+def current_columns(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A row or summary, also of an older run, with the names of now."""
+    return {RENAMED.get(name, name): value for name, value in record.items()}
