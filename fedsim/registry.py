@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
 from typing import Any
 
 from fedsim.errors import UserError
@@ -15,6 +15,7 @@ from strategies.arguments import CHAIN, Choice, arguments_of, kebab, nearest, re
 
 FUNCTION = "function"
 MOST_NAMES, FIRST_NAMES = 14, 8  # in an error
+NEAR = 0.8  # a name of one's own that is so like one of ours is taken for a slip
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,13 @@ class Seam:
             )
             raise ValueError(f"{name} is unknown: it must be one of {', '.join(shown)}{other}{near}")
         kind: Callable[..., Any] = own_code_at(name)
-        bases = [] if self.own == FUNCTION else self.own.split()
-        if bases and not (isinstance(kind, type) and issubclass(kind, tuple(map(imported, bases)))):
+        if self.own == FUNCTION:
+            return kind
+        bases = self.own.split()
+        if not (isinstance(kind, type) and issubclass(kind, tuple(map(imported, bases)))):
             raise ValueError(f"{name} is no subclass of {' or '.join(base.replace(':', '.') for base in bases)}")
-        ours = tuple(imported(base) for base in bases if base.startswith(("strategies", "fedsim")))
-        parameters = vars(kind).get("__dataclass_params__")
-        if isinstance(kind, type) and issubclass(kind, ours) and not (parameters and parameters.frozen):
-            raise ValueError(f"{name} is no frozen dataclass: write @dataclass(frozen=True) above it")
+        ours = [imported(base) for base in bases if base.startswith(("strategies", "fedsim"))]
+        _check_class(name, kind, [base for base in ours if issubclass(kind, base)])
         return kind
 
     def name_of(self, kind: type) -> str:
@@ -262,6 +263,18 @@ CODECS = Seam(
     none=True,
 )
 TRACKERS = Seam({"tensorboard": "fedsim.experiments.track:TensorBoard"}, FUNCTION, leading=2)
+
+
+def _check_class(name: str, kind: type, bases: Sequence[type]) -> None:
+    """Raise ValueError where one's own class is no frozen dataclass, or misspells an attribute of one of `bases`."""
+    parameters = vars(kind).get("__dataclass_params__")
+    if bases and not (parameters and parameters.frozen):
+        raise ValueError(f"{name} is no frozen dataclass: write @dataclass(frozen=True) above it")
+    known = {attribute for base in bases for attribute in dir(base)}
+    own = {attribute for attribute in vars(kind) if not attribute.startswith("_")}
+    for attribute in sorted(own - known - {each.name for each in fields(kind)} if bases else ()):
+        if near := nearest(attribute, known, NEAR):
+            raise ValueError(f"{name} has {attribute}, which nothing calls{near}: correct it, or begin it with _")
 
 
 def imported(place: str) -> Any:

@@ -284,7 +284,7 @@ def kebab(name: str) -> str:
     return name.replace("_", "-")
 
 
-def nearest(name: str, names: Collection[str]) -> str:
-    """A hint at the one of `names` that is most like `name`; empty if none is."""
-    near = difflib.get_close_matches(name, names, n=1)
+def nearest(name: str, names: Collection[str], cutoff: float = 0.6) -> str:
+    """A hint at the one of `names` that is most like `name`; empty if the similarity of none is `cutoff`."""
+    near = difflib.get_close_matches(name, names, n=1, cutoff=cutoff)
     return f" (did you mean {near[0]}?)" if near else ""

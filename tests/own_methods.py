@@ -128,6 +128,14 @@ class Lines:
 
 
 @dataclass(frozen=True)
+class Misspelt(Method):
+    """Its hook has another name."""
+
+    def begins(self, r: WorkerRound, own: Tensors, received: Tensors) -> None:
+        r.start = {}
+
+
+@dataclass(frozen=True)
 class Forgets(Drift):
     """It does not keep what it declares."""
 

@@ -63,6 +63,7 @@ def test_own_code_stands_where_a_name_may_and_resumes_bitwise(small: Config, key
         ({"layer": f"{OWN}Nothing"}, "tests.own_methods has no function or class Nothing"),
         ({"layer": "tests.no_methods:Drift"}, "no module tests.no_methods on this machine: install it, or put"),
         ({"layer": f"{OWN}NotFrozen"}, "is no frozen dataclass: write @dataclass(frozen=True) above it"),
+        ({"layer": f"{OWN}Misspelt"}, "has begins, which nothing calls (did you mean begin?): correct it, or begin it"),
         ({"layer": f"{OWN}Drift:strength"}, "Drift: strength has no value: give strength=..."),
         ({"outer": f"{OWN}Drift"}, "its begin runs on a worker, where outer has no part: give it as --layer"),
         ({"compress": f"{OWN}Shorter"}, " in a tensor like the one encoded as [1]"),
