@@ -170,7 +170,7 @@ def growth(config: Config) -> list[Turn]:
 def start_up(device: str) -> float:
     """Seconds of ``run.py localsgd`` with one round of one small step: nearly all of it is start-up."""
     with tempfile.TemporaryDirectory() as folder:
-        keys = "--dataset synthetic --synthetic-images 64 --model lenet5 --clients 1 --local-steps 1 --rounds 1".split()
+        keys = "--dataset synthetic:images=64 --model lenet5 --clients 1 --local-steps 1 --rounds 1".split()
         command = [sys.executable, str(CHECKOUT / "run.py"), "localsgd", *keys]
         began = time.perf_counter()
         command += ["--device", device, "--results-dir", folder]

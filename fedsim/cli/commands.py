@@ -231,8 +231,8 @@ def grid(
 ) -> None:
     """Run every cell of a K/J grid, then show its table and write it as CSV and PNG.
 
-    Any other key may have several values too, as in --lr 0.01,0.1 or --nesterov true,false: the grid then has a cell
-    for each combination of values.
+    Any other key may have several values too, as in --lr 0.01,0.1 or --error-feedback true,false: the grid then
+    has a cell for each combination of values.
     """
     from fedsim.experiments.study import configure, grid_study
 

@@ -197,7 +197,6 @@ def test_measurements_are_written_before_their_table_is_made(tmp_path: Path, mon
     def fails(*arguments: Any, **options: Any) -> Any:
         raise ZeroDivisionError("in the table")
 
-    monkeypatch.setattr("fedsim.bench.measure.start_up", lambda device: 1.0)
     monkeypatch.setattr("fedsim.bench.measure.take_turn", lambda name, config, *_: Timing(name, config, [2.0], 1))
     monkeypatch.setattr("fedsim.bench.measure.rounds_table", fails)
     output = tmp_path / "bench.json"
