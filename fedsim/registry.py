@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import importlib
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -118,7 +118,8 @@ class Seam:
         if not (isinstance(kind, type) and issubclass(kind, tuple(map(imported, bases)))):
             raise ValueError(f"{name} is no subclass of {' or '.join(base.replace(':', '.') for base in bases)}")
         ours = [imported(base) for base in bases if base.startswith(("strategies", "fedsim"))]
-        _check_class(name, kind, [base for base in ours if issubclass(kind, base)])
+        if issubclass(kind, tuple(ours)):
+            _check_class(name, kind)
         return kind
 
     def name_of(self, kind: type) -> str:
@@ -265,14 +266,14 @@ CODECS = Seam(
 TRACKERS = Seam({"tensorboard": "fedsim.experiments.track:TensorBoard"}, FUNCTION, leading=2)
 
 
-def _check_class(name: str, kind: type, bases: Sequence[type]) -> None:
-    """Raise ValueError where one's own class is no frozen dataclass, or misspells an attribute of one of `bases`."""
+def _check_class(name: str, kind: type) -> None:
+    """Raise ValueError where one's own class is no frozen dataclass, or misspells an attribute of what it extends."""
     parameters = vars(kind).get("__dataclass_params__")
-    if bases and not (parameters and parameters.frozen):
+    if not (parameters and parameters.frozen):
         raise ValueError(f"{name} is no frozen dataclass: write @dataclass(frozen=True) above it")
-    known = {attribute for base in bases for attribute in dir(base)}
+    known = {attribute for parent in kind.__bases__ for attribute in dir(parent)}
     own = {attribute for attribute in vars(kind) if not attribute.startswith("_")}
-    for attribute in sorted(own - known - {each.name for each in fields(kind)} if bases else ()):
+    for attribute in sorted(own - known - {each.name for each in fields(kind)}):
         if near := nearest(attribute, known, NEAR):
             raise ValueError(f"{name} has {attribute}, which nothing calls{near}: correct it, or begin it with _")
 

@@ -437,7 +437,7 @@ def list_choices(key: str = typer.Argument("", help="a key, for instance compres
 
 @cli.command(cls=TorchCommand)
 def migrate(results: str = RESULTS) -> None:
-    """Rewrite a folder of results of an earlier version, whose keys are written otherwise now; no number changes."""
+    """Rewrite the keys in a folder of results of an earlier version; no number changes."""
     from fedsim.experiments.migrate import migrate
 
     changed = migrate(_results(results))

@@ -76,7 +76,7 @@ class RayCommand(TorchCommand):
 
 
 class GridCommand(RayCommand):
-    """A grid, whose switches accept a list, as in --error-feedback true,false, or no value: --error-feedback."""
+    """A grid. Its switches take a list, as in --error-feedback true,false, or no value: --error-feedback."""
 
     def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
         given: list[str] = []
