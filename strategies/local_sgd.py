@@ -24,6 +24,7 @@ from torch import Tensor
 from strategies.averaging import Sent, send, update
 from strategies.batchnorm import Statistics
 from strategies.domain import NOT_NEGATIVE, Domain
+from strategies.drift import drift
 from strategies.layers import Layers
 from strategies.mean import Exact, Mean
 from strategies.method import ServerRound, State, Tensors, Update
@@ -73,15 +74,16 @@ class Usable:
 
 @dataclass(frozen=True)
 class Seen:
-    """What the layers see of the workers: the `mean` of what these send, and the learning rates.
+    """What is seen of the workers: the `mean` of what these send, and the learning rates.
 
     `batchnorm` names the buffers of BatchNorm layers (see `batchnorm_buffers`), and `lr(round)` is the workers'
-    learning rate at the end of a round.
+    learning rate at the end of a round. `drift(round)`: whether its metrics tell the drift of the updates.
     """
 
     mean: Mean = field(default_factory=Exact)
     batchnorm: Mapping[str, str] = field(default_factory=dict)
     lr: Callable[[int], float] = lambda round_: 1.0
+    drift: Callable[[int], bool] = lambda round_: False
 
 
 class LocalSGD(FedAvg):
@@ -222,6 +224,8 @@ class LocalSGD(FedAvg):
             if wrong:
                 raise FloatingPointError(f"round {round_}: the {what} of {wrong.removeprefix(EXTRAS)}")
         metrics = mean_metrics(used, weights, self.weighted_by_key)
+        if self.seen.drift(round_):
+            metrics.update(drift(r))
         return Aggregate(tensor_record(arrays), metrics, state, {k: screened[k].metrics for k in averaged}, left_out)
 
     def _screened(

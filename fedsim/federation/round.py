@@ -16,16 +16,20 @@ from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, shared
 from fedsim.federation.shapes import zeros_of
+from fedsim.runs.columns import OF_UPDATES, names_with
 from fedsim.runs.records import Row
 from fedsim.system.locks import GLOBAL_GENERATORS
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import RunPlan, run_plan
+from strategies.arguments import kebab
 from strategies.errors import StrategyFailed
 from strategies.local_sgd import LocalSGD, Request
 from strategies.method import State
 from strategies.screening import not_finite
 from strategies.sections import buffers_of, join, sections
 from strategies.tensor_array import payload_bytes, tensor_record
+
+DRIFT = names_with(OF_UPDATES)
 
 
 @dataclass(frozen=True)
@@ -78,8 +82,10 @@ def train_round(
     registry: NodeRegistry,
     progress: Progress,
     with_memories: bool = False,
-) -> tuple[Progress, dict[int, ArrayRecord]]:
-    """The progress after one more round and, `with_memories`, what each worker averaged keeps after it.
+) -> tuple[Progress, dict[int, ArrayRecord], Row]:
+    """The progress after one more round, what each worker averaged keeps after it, and the drift of the updates.
+
+    The second is empty but `with_memories`, and the third has no numbers where the round is not tested.
 
     Raises TooFewClients where too few send a usable update, RunFailed where their average is not finite, the strategy
     fails, or a client has failed too often.
@@ -131,7 +137,8 @@ def train_round(
         updates_left_out=progress.updates_left_out + len(result.left_out),
         failures=failures,
     )
-    return progress, _sent_by(result.averaged, MEMORY, request, replies)
+    drift = {name: result.metrics.get(kebab(name)) for name in DRIFT}
+    return progress, _sent_by(result.averaged, MEMORY, request, replies), drift
 
 
 def row_of(plan: RunPlan, progress: Progress, messenger: Messenger) -> Row:

@@ -107,7 +107,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
 
         # Train a round
         try:
-            progress, sent = train_round(messenger, config, strategy, registry, progress, with_memories=saves)
+            progress, sent, drift = train_round(messenger, config, strategy, registry, progress, with_memories=saves)
             memories = collect_memories(messenger, config, registry.nodes, progress, sent, model) if saves else {}
         except TooFewClients as failure:
             progress = recovery.after(failure, progress)
@@ -115,13 +115,12 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
         recovery.trained(progress)
 
         # Evaluate and record
-        ends = progress.round == plan.rounds
-        if ends or completes(config, plan, progress.round, 1):
+        if progress.round == plan.rounds or plan.completes(progress.round, 1):
             tested: tuple[float | None, float | None] = None, None
-            if ends or completes(config, plan, progress.round, config.evaluate_every):
+            if plan.is_tested(progress.round):
                 as_tested = loaded(config, model, progress, data.train, strategy.layers)
                 tested = evaluate(as_tested, data.test, config.precision)
-            row = row_of(plan, progress, messenger)
+            row = row_of(plan, progress, messenger) | drift
             run.log_row(row | dict(zip(("test_loss", "test_accuracy"), tested, strict=True)))
             progress = recorded(progress)
 
@@ -136,14 +135,9 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     run.write_summary(plan.last_round == plan.rounds, sum(p.numel() for p in model.parameters()), config.device)
 
 
-def completes(config: Config, plan: RunPlan, round_: int, every: int) -> bool:
-    """Whether a round completes another `every` rounds or, with ``record-by`` = epoch, epochs."""
-    return round_ % every == 0 if config.record_by == "round" else plan.completes_epochs(round_, every)
-
-
 def is_saved(config: Config, plan: RunPlan, round_: int) -> bool:
     """Whether a checkpoint is made after a round."""
-    return completes(config, plan, round_, config.checkpoint_every) or round_ == plan.last_round
+    return plan.completes(round_, config.checkpoint_every) or round_ == plan.last_round
 
 
 def loaded(

@@ -50,5 +50,5 @@ def build_strategy(
             other_records=[MEMORY],
         ),
         layers=layers,
-        seen=Seen(mean, zero.batchnorm, lambda round_: plan.rates(round_)[-1]),
+        seen=Seen(mean, zero.batchnorm, lambda round_: plan.rates(round_)[-1], plan.is_tested),
     )

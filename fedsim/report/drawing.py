@@ -58,13 +58,13 @@ class Plot:
         return file.getvalue()
 
 
-def panels_of(count: int, across: int, width: float = 0.0) -> tuple[Figure, list[Axes]]:
+def panels_of(count: int, across: int, width: float = 0.0, sharey: bool = True) -> tuple[Figure, list[Axes]]:
     """A figure with `count` panels, at most `across` side by side, and at least `width` inches wide."""
     columns = max(min(count, across), 1)
     down = max(-(-count // columns), 1)
     room = max(WIDTHS[columns], width) if across > 1 else PHONE
     figure = Figure(figsize=(room, (3.4 if across > 1 else 2.9) * down), layout="constrained")
-    panels = list(figure.subplots(down, columns, sharey=True, squeeze=False).flatten())
+    panels = list(figure.subplots(down, columns, sharey=sharey, squeeze=False).flatten())
     for panel in panels[count:]:
         panel.remove()
     for panel in panels[:count]:

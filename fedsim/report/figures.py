@@ -20,6 +20,7 @@ from fedsim.report.drawing import (
     row_styles,
     series_style,
 )
+from fedsim.report.drift import plot_drift
 from fedsim.report.result_table import ResultTable
 from fedsim.report.tables import statistics, summarize
 
@@ -51,6 +52,8 @@ def plots_of(table: ResultTable) -> dict[str, Callable[[], Plot]]:
         if table.with_traffic:
             makers[f"{table.name}-syncs"] = lambda: plot_curves(table, SYNCS)
             makers[f"{table.name}-bytes"] = lambda: plot_curves(table, BYTES)
+    if table.rows["update_norm"].notna().any():
+        makers[f"{table.name}-drift"] = lambda: plot_drift(table)
     if not finished.empty and len(table.cells) > 1:
         makers[f"{table.name}-accuracy"] = lambda: plot_accuracy(table)
     return makers

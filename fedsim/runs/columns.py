@@ -14,6 +14,7 @@ Accuracy = Annotated[float, Field(ge=0, le=1)]
 # Marks in the metadata of a column
 TRACKED = "trackers such as TensorBoard draw it"
 SENT = "bytes that were sent"
+OF_UPDATES = "of the updates of the last round, how far and how alike the workers have moved (see strategies.drift)"
 RENAMED = {"local_steps": "steps_done"}  # former name in rows and summaries -> the present one
 
 
@@ -53,6 +54,9 @@ class Columns(Costs):
     test_loss: Annotated[float | None, TRACKED] = None
     train_loss: Annotated[float | None, TRACKED] = None
     lr: Annotated[float | None, TRACKED] = None
+    update_norm: Annotated[Quantity | None, TRACKED, OF_UPDATES] = None
+    update_cosine: Annotated[float | None, TRACKED, OF_UPDATES] = None
+    update_spread: Annotated[Quantity | None, TRACKED, OF_UPDATES] = None
 
     @model_validator(mode="before")
     @classmethod

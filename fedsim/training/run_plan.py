@@ -35,6 +35,8 @@ class RunPlan:
     steps_per_epoch: Fraction
     lr: Schedule
     local_epochs: int = 0  # passes of a worker over its own images in a round; 0: as many steps as every other
+    record_by: str = "round"  # unit of rows, tests and checkpoints
+    evaluate_every: int = 1  # such units
 
     @property
     def rounds(self) -> int:
@@ -72,9 +74,15 @@ class RunPlan:
         """The epochs that are done after a round (0: before the first)."""
         return self.first_step(round_ + 1) / self.steps_per_epoch
 
-    def completes_epochs(self, round_: int, every: int) -> bool:
-        """Whether the end of a round completes another `every` epochs."""
+    def completes(self, round_: int, every: int) -> bool:
+        """Whether the end of a round completes another `every` rounds or, recorded by epoch, epochs."""
+        if self.record_by == "round":
+            return round_ % every == 0
         return self.epoch(round_ - 1) // every < self.epoch(round_) // every
+
+    def is_tested(self, round_: int) -> bool:
+        """Whether the model is tested after a round."""
+        return round_ == self.rounds or self.completes(round_, self.evaluate_every)
 
 
 @functools.lru_cache(maxsize=8)  # every client asks in every round, and there may be a million rounds
@@ -107,7 +115,8 @@ def run_plan(config: Config) -> RunPlan:
     if config.stop_after_epochs:
         stops.append(max(1, bisect.bisect_left(starts, _steps_of(steps_per_epoch, config.stop_after_epochs))))
     lr = schedule(starts[-1])
-    return RunPlan(starts, min(stops), config.batch_size, steps_per_epoch, lr, config.local_epochs)
+    recorded = (config.record_by, config.evaluate_every)
+    return RunPlan(starts, min(stops), config.batch_size, steps_per_epoch, lr, config.local_epochs, *recorded)
 
 
 def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int], Schedule]) -> RoundStarts:

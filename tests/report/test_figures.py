@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -146,3 +147,23 @@ def test_rows_stand_in_the_order_of_the_study_whichever_cells_are_finished(tmp_p
     assert [row[0].text for row in accuracy_table(table, "final").rows] == ["batch = 256", "batch = 512"]
     (legend,) = plot_curves(table, EPOCHS).draw(2).legends
     assert [text.get_text() for text in legend.get_texts()] == ["batch = 256", "batch = 512"]
+
+
+def test_drift_is_a_mean_over_the_seeds_and_has_a_panel_for_each_measure(study: Path) -> None:
+    """A cell without numbers, of one client or of an older version, has no line."""
+    (before,), _ = read_tables(study)
+    assert "mine-drift" not in plots_of(before)
+    for seed in (1, 2):
+        path = study / f"k2-j8-seed{seed}" / "metrics.jsonl"
+        rows = [json.loads(line) | {"update_norm": 2.0 * seed, "update_spread": 0.5} for line in path.read_text().splitlines()]
+        rows[0]["update_cosine"] = 0.25 * seed
+        path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (table,), _ = read_tables(study)
+    plot = plots_of(table)["mine-drift"]()
+    first, *others = list(csv.DictReader(io.StringIO(csv_text(plot.numbers))))
+    assert first == {
+        **{"clients": "2", "local-steps": "8", "epochs": "1", "update_norm": "3"},
+        **{"update_cosine": "0.375", "update_spread": "0.5", "runs": "2"},
+    }
+    assert [row["update_cosine"] for row in others] == [""] * len(others)
+    assert [len(panel.lines) for panel in plot.figure.axes] == [1, 1, 1]
