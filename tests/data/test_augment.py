@@ -19,6 +19,7 @@ from fedsim.experiments.execute import execute
 from fedsim.rng import random_words, step_keys
 from fedsim.training.local_round import RoundStart, check_machine, round_inputs
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.federation.equal_runs import stopped_and_resumed
 
 OWN = "tests.own_code"
 PIXELS = np.random.default_rng(0).integers(0, 256, (20, 10, 12, 3), dtype=np.uint8)
@@ -78,9 +79,7 @@ def test_an_own_augmentation_belongs_to_seed_worker_and_local_step(small: Config
     assert_same_bits(final_model(alone), final_model(central))
     plain = run(name="plain", clients=1, local_steps=8, **{**keys, "augment": "none"})
     assert not torch.equal(final_model(plain)["2.weight"], final_model(alone)["2.weight"])
-    whole = run(name="whole", **keys)
-    run(name="parts", stop_after_rounds=3, **keys)
-    assert_same_bits(final_model(run(name="parts", **keys)), final_model(whole))
+    stopped_and_resumed(run, keys)
     config = resolve(small.changed(keys), "localsgd")
     drawn = [
         round_inputs(config, RoundStart(worker, round_, {}, {})).augment_keys for worker, round_ in ((0, 1), (1, 1))

@@ -29,7 +29,8 @@ from fedsim.report.partition import class_counts, show_partition
 from fedsim.rng import generator
 from fedsim.training.local_round import RoundStart, check_machine, take_round
 from fedsim.training.run_plan import run_plan
-from tests.conftest import NEEDS_FLWR_DATASETS, Call, Execute, assert_same_bits, final_model, rows_of
+from tests.conftest import NEEDS_FLWR_DATASETS, Call, Execute, final_model, rows_of
+from tests.federation.equal_runs import stopped_and_resumed
 
 DIRICHLET = {"partition": "dirichlet:alpha=0.5"}
 
@@ -283,13 +284,8 @@ def test_a_client_weighs_the_images_that_the_server_planned(small: Config) -> No
 
 @NEEDS_FLWR_DATASETS
 def test_an_uneven_run_resumes_and_nodes_with_their_own_folders_hold_the_same(run: Execute, tmp_path: Path) -> None:
-    keys: dict[str, Any] = {name.replace("-", "_"): value for name, value in DIRICHLET.items()}
-    keys |= {"mean": "exact:weights=shard-size", "rounds": 4, "batch_size": 8}
-    whole = run(**keys, name="whole")
-    run(**keys, name="cut", stop_after_rounds=2)
-    cut = run(**keys, name="cut")
-    assert_same_bits(final_model(whole), final_model(cut))
-    assert rows_of(whole) == rows_of(cut)
+    keys = {**DIRICHLET, "mean": "exact:weights=shard-size", "rounds": 4, "batch-size": 8}
+    stopped_and_resumed(run, keys)
     synthetic: dict[str, Any] = {"dataset": "synthetic:images=512", "device": "cpu", "batch-size": 8}
     config = Config().changed({**DIRICHLET, **synthetic})
     write_shards(config, tmp_path / "shards")

@@ -24,16 +24,20 @@ class EqualRuns(NamedTuple):
 
 def resumed_and_pickled(small: Config, run: Execute, keys: Mapping[str, Any]) -> EqualRuns:
     """Run `small` with `keys` (kebab-case) in the three ways, the parts cut after three rounds, and compare them."""
-    changes = {name.replace("-", "_"): value for name, value in keys.items()}
-    whole = run(name="whole", **changes)
-    run(name="parts", stop_after_rounds=3, **changes)
-    parts = run(name="parts", **changes)
-    assert_same_bits(final_model(parts), final_model(whole))
-    assert rows_of(parts) == rows_of(whole)
-
+    whole, parts = stopped_and_resumed(run, keys)
     config = resolve(small.changed({"name": "pickled", **keys}), "localsgd")
     pickled = Run(config, "localsgd")
     with Pickled(client_app.app, config) as grid:
         train_localsgd(grid, config, pickled)
     assert_same_bits(final_model(pickled), final_model(whole))
     return EqualRuns(whole, parts, pickled)
+
+
+def stopped_and_resumed(run: Execute, keys: Mapping[str, Any], **stop: float) -> tuple[Run, Run]:
+    """Run `small` with `keys` whole and in two parts, the first of three rounds or as `stop` says; compare the two."""
+    whole = run(name="whole", **keys)
+    run(name="parts", **{**keys, **(stop or {"stop-after-rounds": 3})})
+    parts = run(name="parts", **keys)
+    assert_same_bits(final_model(parts), final_model(whole))
+    assert rows_of(parts) == rows_of(whole)
+    return whole, parts

@@ -14,6 +14,7 @@ from fedsim.errors import UserError
 from fedsim.registry import BATCHNORM, MODELS
 from fedsim.runs.run import Run
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.federation.equal_runs import stopped_and_resumed
 from tests.federation.test_failures import forget, once, run_with
 
 RULES = BATCHNORM.names
@@ -74,11 +75,7 @@ def test_where_all_take_part_local_statistics_are_the_first_workers(run: Execute
 def test_resumed_or_rolled_back_it_is_the_same_run_bitwise(small: Config, run: Execute, rule: str) -> None:
     keys: dict[str, Any] = {"model": "lenet-bn", "batchnorm-at-sync": rule, "momentum-at-sync": "reset"}
     keys |= {"rounds": 6, "fraction": 0.5, "checkpoint-every": 2, "precision": "fp64"}
-    whole = run(name="whole", **keys)
-    run(name="parts", stop_after_rounds=3, **keys)
-    parts = run(name="parts", **keys)
-    assert_same_bits(final_model(parts), final_model(whole))
-    assert rows_of(parts) == rows_of(whole)
+    stopped_and_resumed(run, keys)
     if rule == "local":
         keys |= {"fraction": 1.0, "min-clients": 4}
         whole = run(name="all", **keys)

@@ -26,6 +26,7 @@ from fedsim.training.local_round import RoundEnd, RoundStart, take_round
 from strategies.local_sgd import LocalSGD
 from strategies.wire import HELD, WIRE
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
+from tests.federation.equal_runs import resumed_and_pickled
 from tests.federation.test_compress import SIZES
 from tests.federation.test_failures import UPDATE, Fault, fail, faulty, forget, nothing, once, refused, run_with
 from tests.federation.test_messenger import Pickled
@@ -86,19 +87,9 @@ def test_where_every_value_is_sent_it_is_no_compression_to_rounding(run: Execute
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, keys: dict[str, Any]) -> None:
     """Rows too, bytes included: a model that is handed back on resume counts as overhead."""
     keys = {"rounds": 6, "checkpoint-every": 2, **keys}
-    whole = run(name="whole", **keys)
-    run(name="parts", stop_after_rounds=3, **keys)
-    parts = run(name="parts", **keys)
-    assert_same_bits(final_model(parts), final_model(whole))
-    assert rows_of(parts) == rows_of(whole)
+    whole, parts, pickled = resumed_and_pickled(small, run, keys)
     assert_same_bits(*(checkpoint_of(one)["state"][WIRE] for one in (parts, whole)))
     assert read_rows(parts.folder)[-1]["overhead_bytes_down"] > 0
-
-    config = resolve(small.changed({"name": "pickled", **keys}), "localsgd")
-    pickled = Run(config, "localsgd")
-    with Pickled(client_app.app, config) as grid:
-        train_localsgd(grid, config, pickled)
-    assert_same_bits(final_model(pickled), final_model(whole))
     assert [row["bytes_down"] for row in read_rows(pickled.folder)] == [
         row["bytes_down"] for row in read_rows(whole.folder)
     ]

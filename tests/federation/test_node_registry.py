@@ -79,6 +79,16 @@ def registry(network: Network, small: Config) -> NodeRegistry:
 
 
 @pytest.fixture
+def weighted(network: Network, small: Config) -> NodeRegistry:
+    """The registry of a run whose mean counts images; each node has as many as its id says."""
+    registry = NodeRegistry(Messenger(network), small.changed({"mean.weights": "shard-size"}))
+    for node in range(2, 6):
+        network.join(node, partition_id=node - 2, num_partitions=4, images=node)
+    registry.wait_for(4)
+    return registry
+
+
+@pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     """The registry's time, which passes when a test or its waiting says so."""
     clock = SimpleNamespace(now=1000.0)
@@ -86,6 +96,21 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> SimpleNamespace:
     clock.sleep = lambda seconds: setattr(clock, "now", clock.now + seconds)
     monkeypatch.setattr(node_registry, "time", clock)
     return clock
+
+
+@pytest.fixture
+def late(network: Network, clock: SimpleNamespace) -> list[Context]:
+    """The nodes in it join one after the other, a minute after the start."""
+    late: list[Context] = []
+
+    def sleep(seconds: float) -> None:
+        clock.now += seconds
+        if late and clock.now > 1060:
+            context = late.pop()
+            network._contexts[context.node_id] = context
+
+    clock.sleep = sleep
+    return late
 
 
 @pytest.mark.parametrize("partition_id", [99, -1, 4, 2**62, 1.0, [1]])
@@ -165,17 +190,11 @@ def test_a_node_that_was_left_out_is_asked_again_when_it_is_back(network: Networ
     assert registry.refresh() == {2: 0, 50: 1, 4: 2, 5: 3}
 
 
-def test_others_that_may_still_join_are_waited_for(network: Network, small: Config, clock: SimpleNamespace) -> None:
-    late = [network._contexts.pop(node) for node in (3, 4, 5)]
+def test_others_that_may_still_join_are_waited_for(
+    network: Network, small: Config, clock: SimpleNamespace, late: list[Context]
+) -> None:
+    late += [network._contexts.pop(node) for node in (3, 4, 5)]
     network.join(50, partition_id=4, num_partitions=4)
-
-    def sleep(seconds: float) -> None:
-        clock.now += seconds
-        if late and clock.now > 1060:
-            context = late.pop()
-            network._contexts[context.node_id] = context
-
-    clock.sleep = sleep
     registry = NodeRegistry(Messenger(network), small)
     registry.wait_for(3)
     assert registry.nodes == {2: 0, 4: 2, 5: 3}
@@ -184,19 +203,16 @@ def test_others_that_may_still_join_are_waited_for(network: Network, small: Conf
 
 @pytest.mark.parametrize("others", [3, 1])
 def test_a_lone_node_that_says_there_is_no_other_is_refused_alone(
-    network: Network, small: Config, clock: SimpleNamespace, capsys: pytest.CaptureFixture[str], others: int
+    network: Network,
+    small: Config,
+    clock: SimpleNamespace,
+    late: list[Context],
+    capsys: pytest.CaptureFixture[str],
+    others: int,
 ) -> None:
     """The others still have their time to join; where too few do, its reason is in the error."""
-    late = [network._contexts.pop(node) for node in (2, 3, 4, 5)][:others]
+    late += [network._contexts.pop(node) for node in (2, 3, 4, 5)][:others]
     network.join(50, partition_id=0, num_partitions=1)
-
-    def sleep(seconds: float) -> None:
-        clock.now += seconds
-        if late and clock.now > 1060:
-            context = late.pop()
-            network._contexts[context.node_id] = context
-
-    clock.sleep = sleep
     registry = NodeRegistry(Messenger(network), small)
     reason = (
         "its federation has 1 nodes, not clients = 4: make them equal, by -c clients=N, or in a simulation by "
@@ -270,17 +286,13 @@ def test_a_node_that_is_started_again_with_another_shard_leaves_the_first(
     assert registry.refresh() == {2: 0, 50: 1, 4: 2, 5: 3}
 
 
-def test_a_node_that_waits_for_a_shard_changes_nobodys_weight(network: Network, small: Config) -> None:
-    registry = NodeRegistry(Messenger(network), small.changed({"mean.weights": "shard-size"}))
-    for node in range(2, 6):
-        network.join(node, partition_id=node - 2, num_partitions=4, images=node)
-    registry.wait_for(4)
+def test_a_node_that_waits_for_a_shard_changes_nobodys_weight(network: Network, weighted: NodeRegistry) -> None:
     network.join(9, partition_id=1, num_partitions=4, images=500)
-    registry.refresh()
-    assert registry.images == {0: 2, 1: 3, 2: 4, 3: 5}
+    weighted.refresh()
+    assert weighted.images == {0: 2, 1: 3, 2: 4, 3: 5}
     del network._contexts[3]
-    registry.refresh()
-    assert registry.images == {0: 2, 1: 500, 2: 4, 3: 5}
+    weighted.refresh()
+    assert weighted.images == {0: 2, 1: 500, 2: 4, 3: 5}
 
 
 OTHER_DATA = [
@@ -328,15 +340,11 @@ def test_a_node_with_other_data_or_code_is_refused(
             another_run.wait_for(4)
 
 
-def test_a_node_that_is_refused_changes_nobodys_weight(network: Network, small: Config) -> None:
-    registry = NodeRegistry(Messenger(network), small.changed({"mean.weights": "shard-size"}))
-    for node in range(2, 6):
-        network.join(node, partition_id=node - 2, num_partitions=4, images=node)
-    registry.wait_for(4)
+def test_a_node_that_is_refused_changes_nobodys_weight(network: Network, weighted: NodeRegistry) -> None:
     network.data = {"data": ConfigRecord({"images.npy": "0" * 64, "labels.npy": "1" * 64})}
     network.join(9, partition_id=1, num_partitions=4, images=500)
-    assert 9 not in registry.refresh()
-    assert registry.images == {0: 2, 1: 3, 2: 4, 3: 5}
+    assert 9 not in weighted.refresh()
+    assert weighted.images == {0: 2, 1: 3, 2: 4, 3: 5}
 
 
 def test_nodes_that_never_answer_hold_up_nothing_and_are_asked_ever_more_seldom(

@@ -12,6 +12,7 @@ from fedsim.errors import UserError
 from fedsim.registry import OUTER_STEPS
 from strategies.outer import OUTER
 from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model, rows_of
+from tests.federation.equal_runs import stopped_and_resumed
 
 
 def test_the_key_knows_the_names_of_the_strategies() -> None:
@@ -35,11 +36,7 @@ def test_at_its_identity_a_run_is_the_plain_one_bitwise(run: Execute, outer: str
     ],
 )
 def test_a_run_that_is_stopped_and_resumed_is_never_stopped_bitwise(run: Execute, keys: dict[str, object]) -> None:
-    whole = run(name="whole", **keys)
-    run(name="parts", stop_after_rounds=3, **keys)
-    parts = run(name="parts", **keys)
-    assert_same_bits(final_model(parts), final_model(whole))
-    assert rows_of(parts) == rows_of(whole)
+    whole, _ = stopped_and_resumed(run, keys)
     state = torch.load(whole.folder / "checkpoint.pt", weights_only=True)["state"]["outer"]
     assert state["fc3.bias/momentum_buffer" if keys["outer"] == "slowmo" else "fc3.bias/v"].any()
     plain = run(name="plain", **{name: value for name, value in keys.items() if not name.startswith("outer")})

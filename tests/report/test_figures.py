@@ -29,12 +29,6 @@ from fedsim.report.tables import accuracy_table, csv_text
 from tests.conftest import write_run
 
 
-@pytest.fixture
-def table(study: Path) -> ResultTable:
-    (found,), _ = read_tables(study)
-    return found
-
-
 def curve(table: ResultTable, axis: XAxis, *coords: int | str) -> pd.DataFrame:
     points = mean_curves(table, axis)
     return points[points["cell"] == list(table.cells["coords"]).index(coords)]

@@ -3,8 +3,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import pytest
-
 from fedsim.config import Config
 from fedsim.experiments.study import read_study
 from fedsim.report.result_table import ResultTable, read_tables
@@ -21,12 +19,6 @@ from fedsim.report.tables import (
     runs_frame,
 )
 from tests.conftest import write_run
-
-
-@pytest.fixture
-def table(study: Path) -> ResultTable:
-    (found,), _ = read_tables(study)
-    return found
 
 
 def lines(text: TextTable) -> dict[str, list[Entry]]:

@@ -23,12 +23,6 @@ NONE = Stragglers()
 PLAN = Plan(0.42, NETWORK, compute=0.1)
 
 
-@pytest.fixture
-def table(study: Path) -> ResultTable:
-    (found,), _ = read_tables(study)
-    return found
-
-
 def seconds(
     table: ResultTable, network: Network = NETWORK, compute: float | None = 0.1, stragglers: Stragglers = NONE
 ) -> dict[object, float]:

@@ -83,7 +83,7 @@ def trained(
             arrays, state = result.arrays or arrays, result.state
             distances.append((tensors_of(arrays)["x"] - optimum).abs().max())
             c = state.get("local-rule", {}).get("x")
-            if c is not None and not result.left_out:
+            if c is not None:
                 mean = torch.stack([own.get("local-rule/x", torch.zeros_like(c)) for own in kept]).mean(0)
                 off = max(off, float((c - mean).abs().max()))
     return torch.stack(distances), off
@@ -121,8 +121,11 @@ def test_scaffold_finds_it_with_a_sample_of_the_clients_and_without_those_left_o
 def test_feddyn_finds_the_optimum_also_with_a_sample_of_the_clients() -> None:
     every, _ = trained(150, {"local-rule": "feddyn:alpha=1"})
     assert every[-1] < OPTIMUM_WITHIN
-    sampled, _ = trained(200, {"local-rule": "feddyn:alpha=1", "fraction": 2 / 3})
+    sampled, off = trained(
+        200, {"local-rule": "feddyn:alpha=1", "fraction": 2 / 3}, lambda round_, worker: (round_, worker) == (3, 1)
+    )
     assert sampled[-1] < OPTIMUM_WITHIN
+    assert off < 1e-14  # h is the mean of all h_k after each round, also of those that were not sampled or left out
 
 
 def test_fednova_comes_nearer_where_workers_take_unequal_steps() -> None:
