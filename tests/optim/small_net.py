@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils._python_dispatch import TorchDispatchMode
 
-STEPS = 100
+STEPS = 40
 GROUPINGS = ("all", "matrices", "none")
 Rate = Callable[[int], float]  # step -> learning rate
 

@@ -29,7 +29,7 @@ NOT_NEEDED = {"torchvision", "torch_optimizer", "torch._dynamo", "sympy", "matpl
 
 
 def test_a_round_in_a_new_process_loads_only_what_it_needs() -> None:
-    command = [sys.executable, "-c", ROUND, "synthetic", "sgdm", "lars", "lamb", "adamw", "nadam"]
+    command = [sys.executable, "-c", ROUND, "synthetic:images=64", "sgdm", "lars", "lamb", "adamw", "nadam"]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert "torch" in done.stdout.split()
