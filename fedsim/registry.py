@@ -176,7 +176,7 @@ PARTITIONS = Seam(
     "fedsim.data.uneven:Partition",
 )
 OPTIMIZERS = Seam(
-    dict.fromkeys(("sgdm", "lars", "lamb"), "fedsim.optim.named:OPTIMIZERS")
+    dict.fromkeys(("sgdm", "lars", "lamb", "muon"), "fedsim.optim.named:OPTIMIZERS")
     | dict.fromkeys(
         ("adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "nadam", "radam", "rmsprop", "sgd"),
         "fedsim.optim.torch_optimizers:TORCH_OPTIMIZERS",

@@ -95,6 +95,7 @@ OPTIMIZERS: list[Choice] = [
     {"optimizer": "radam:eps=1e-4"},
     {"optimizer": "rmsprop:centered=true,momentum=0.5,eps=1e-3"},
     {"optimizer": "sgd:momentum=0.5,nesterov=true"},
+    {"optimizer": "muon:other=rmsprop", "decay-biases-and-norms": False},
 ]
 RULES: list[Choice] = [
     {},

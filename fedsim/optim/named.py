@@ -1,4 +1,4 @@
-"""SGD with momentum, LARS and LAMB, by their names."""
+"""SGD with momentum, LARS, LAMB and Muon, by their names."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 
 from fedsim.optim.lamb import LAMB
 from fedsim.optim.lars import LARS
+from fedsim.optim.muon import Muon
 from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS
 from strategies.arguments import OF_THE_RUN, above, at_least, below
 
@@ -84,7 +85,25 @@ def lamb(
     )
 
 
-OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgdm": sgdm, "lars": lars, "lamb": lamb}
+def muon(
+    groups: Groups,
+    lr: Given,
+    momentum: Decay = 0.95,
+    nesterov: bool = True,
+    adjust_lr: Literal["original", "match-rms-adamw", "spectral-unclamped"] = "original",
+    other: Literal["adamw", "adam", "nadam", "radam", "rmsprop", "sgd"] = "adamw",
+    other_lr: Annotated[float, above(0)] = 1.0,
+) -> Optimizer:
+    """Muon (Jordan et al. 2024) for matrices and convolutions, and another optimizer for all other parameters.
+
+    `adjust_lr` scales the rate of a matrix by its shape, as in `torch.optim.Muon`; the rate of the `other` optimizer,
+    which has PyTorch's defaults, is `other_lr` times that of Muon.
+    """
+    of_muon = {"momentum": momentum, "nesterov": nesterov, "adjust_lr_fn": adjust_lr.replace("-", "_")}
+    return Muon(groups, lr, other, other_lr, of_muon)
+
+
+OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {"sgdm": sgdm, "lars": lars, "lamb": lamb, "muon": muon}
 
 
 def _check_nesterov(nesterov: bool, momentum: float) -> None:

@@ -1,8 +1,8 @@
 """The optimizers of `torch.optim` by name, as the optimizer of local steps.
 
-Left out are those that cannot train every model here (LBFGS needs a closure, SparseAdam sparse gradients, Muon only
-matrices), Rprop, which reads its learning rate only once and so ignores the schedule, and ASGD, whose result is an
-average beside the parameters that it trains.
+Left out are those that cannot train every model here (LBFGS needs a closure, SparseAdam sparse gradients; Muon needs
+matrices, see `fedsim.optim.muon`), Rprop, which reads its learning rate only once and so ignores the schedule, and
+ASGD, whose result is an average beside the parameters that it trains.
 
 Decorators of some methods of torch's `Optimizer` import torch's compiler, which fedsim does not use, at the first call.
 That takes a second in every new process, and on a node each message is a new process. The classes here have the methods
@@ -28,14 +28,14 @@ class Optimizer(torch.optim.Optimizer):
     zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
 
 
-def _without_compiler(kind: type[torch.optim.Optimizer]) -> type[Optimizer]:
+def without_compiler(kind: type[torch.optim.Optimizer]) -> type[Optimizer]:
     """A subclass of a `torch.optim` optimizer without the import of the compiler."""
     step = torch.no_grad()(inspect.unwrap(kind.step))
     return type(kind.__name__, (Optimizer, kind), {"step": step, "__doc__": f"`torch.optim.{kind.__name__}`."})
 
 
 TORCH_OPTIMIZERS: dict[str, Callable[..., Optimizer]] = {
-    name.lower(): _without_compiler(getattr(torch.optim, name)) for name in CLASSES
+    name.lower(): without_compiler(getattr(torch.optim, name)) for name in CLASSES
 }
 
 

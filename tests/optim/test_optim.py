@@ -20,6 +20,7 @@ EVERY: list[dict[str, Any]] = [
     {"optimizer": "sgdm:nesterov=true"},
     {"optimizer": "lars", "decay-biases-and-norms": False},
     {"optimizer": "lamb", "decay-biases-and-norms": False},
+    {"optimizer": "muon", "decay-biases-and-norms": False},
     {"optimizer": "lars:backend=torch-optimizer", "decay-biases-and-norms": False},
     {"optimizer": "lamb:backend=torch-optimizer", "decay-biases-and-norms": False},
     *({"optimizer": name} for name in TORCH_OPTIMIZERS if name != "sgd"),

@@ -35,6 +35,7 @@ OTHER_OPTIMIZERS: list[dict[str, Any]] = [
     {"optimizer": "adamw", "decay-biases-and-norms": False},
     {"optimizer": "nadam", "lr": 0.001},
     {"optimizer": "adafactor"},
+    {"optimizer": "muon"},
 ]
 
 
