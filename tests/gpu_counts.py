@@ -25,7 +25,7 @@ PAPER = Config().changed({"dataset": "synthetic:classes=100,images=256", "thread
 
 def round_counts(config: Config, by_products: bool = False) -> Counter[str]:
     """What the second round of `config` takes on the emulated GPU, all clients at once, and the kernels of a step."""
-    config = config.changed({"device": "cuda"})
+    config = config.changed({"device": "cuda", "evaluate-every": 10**6})
     with EmulatedGpu() as gpu, InProcessGrid(app, config, stacked_trainers(config, by_products)) as grid:
         model = build_model(config.model, facts_of(config).classes, config.seed, config.device, config.precision)
         strategy = build_strategy(config, run_plan(config), model)
@@ -33,7 +33,7 @@ def round_counts(config: Config, by_products: bool = False) -> Counter[str]:
         registry = NodeRegistry(messenger, config)
         registry.wait_for(config.clients)
         with gpu.counting() as first:
-            progress, _ = train_round(messenger, config, strategy, registry, progress)
+            progress, *_ = train_round(messenger, config, strategy, registry, progress)
         with gpu.counting() as counts:
             train_round(messenger, config, strategy, registry, progress)
     counts["captured"] = first["captured"]

@@ -59,7 +59,7 @@ def rounds_in_process(
     config: Config, rounds: int, trainers: Callable[[Config], Sequence[Handler]] = lambda config: (), **keys: Any
 ) -> list[float]:
     """LocalSGD with some `keys` changed, without tests and checkpoints; `trainers` makes those of the grid."""
-    config = config.changed(keys)
+    config = config.changed({**keys, "evaluate-every": 10**6})
     check_memory(config)
     model = initial_model(config)
     with InProcessGrid(client_app, config, trainers(config)) as grid:
@@ -70,7 +70,7 @@ def rounds_in_process(
 
         def one_round() -> None:
             nonlocal progress
-            progress, _ = train_round(messenger, config, strategy, registry, progress)
+            progress, *_ = train_round(messenger, config, strategy, registry, progress)
 
         return timed(one_round, rounds, config.device)
 

@@ -149,7 +149,8 @@ def test_drift_is_a_mean_over_the_seeds_and_has_a_panel_for_each_measure(study: 
     assert "mine-drift" not in plots_of(before)
     for seed in (1, 2):
         path = study / f"k2-j8-seed{seed}" / "metrics.jsonl"
-        rows = [json.loads(line) | {"update_norm": 2.0 * seed, "update_spread": 0.5} for line in path.read_text().splitlines()]
+        drift = {"update_norm": 2.0 * seed, "update_spread": 0.5}
+        rows = [json.loads(line) | drift for line in path.read_text().splitlines()]
         rows[0]["update_cosine"] = 0.25 * seed
         path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     (table,), _ = read_tables(study)
