@@ -6,11 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS, Optimizer, form_of, without_compiler
 
-TORCHS_MUON = without_compiler(torch.optim.Muon)
+TORCHS_MUON: Callable[..., Optimizer] = without_compiler(torch.optim.Muon)
 Group = dict[str, Any]
 
 
