@@ -15,32 +15,43 @@ from __future__ import annotations
 import contextlib
 import inspect
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
 from torch import Tensor
 
-from fedsim.config import FIELDS, Mode, engine_named, has_key, typed
+from fedsim.config import FIELDS, Engine, has_key
 from fedsim.config.messages import about, unknown
+from fedsim.config.options import (
+    CentralizedOptions,
+    GridOptions,
+    LocalSGDOptions,
+    Options,
+    StudyOptions,
+    SweepOptions,
+)
 from fedsim.errors import UserError
 from fedsim.experiments.execute import configured_run, execute
 from fedsim.experiments.progress import each, is_live, live_line
-from fedsim.experiments.study import Study, grid_study, read_study, select
-from fedsim.experiments.sweep import OneByOne, fail_if_any
+from fedsim.experiments.study import Cell, Study, grid_study, read_study, select
+from fedsim.experiments.sweep import fail_if_any, runner_of
 from fedsim.experiments.track import check_tracker, tracker
 from fedsim.experiments.tune import run_tuned_studies
 from fedsim.runs.folder import CONFIG, MODEL, read_config, run_folder
-from fedsim.runs.records import Row, read_summary, verified_rows, verify_model
+from fedsim.runs.records import read_summary, verified_rows, verify_model
+from fedsim.runs.run import OnRow
 from strategies.arguments import kebab
 
 if TYPE_CHECKING:  # slow to import, so a run begins first
     import pandas as pd
 
     from fedsim.report.load import Records
+
+Chosen = TypeVar("Chosen", bound=Options)
 
 
 @dataclass(frozen=True, init=False)
@@ -135,114 +146,91 @@ class StudyResult:
         return Result(self.folder / name)
 
 
-def _with_keys(mode: Mode) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Decorator: add the keys of `mode` to a function's signature and docstring, for help and completion."""
-    names = [name for name in FIELDS if has_key(mode, name)]
+def _documented(options: type[Options]) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Decorator: add `options` and their keys to a function's signature and docstring, for help and completion."""
+    parts = {"Options": options.in_python(), "Keys": options.keys_in_python()}
 
     def documented(function: Callable[..., Any]) -> Callable[..., Any]:
         own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
-        keys = [inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=FIELDS[name].default) for name in names]
-        lines = [f"    {name} = {FIELDS[name].default!r}: {about(FIELDS[name])}" for name in names]
-        function.__signature__ = inspect.Signature([*own, *keys])  # type: ignore[attr-defined]
-        function.__doc__ = "\n".join([inspect.cleandoc(function.__doc__ or ""), "", "Keys:", *lines])
+        lines = [inspect.cleandoc(function.__doc__ or "")]
+        for title, fields in parts.items():
+            lines += ["", f"{title}:"]
+            for name, field in fields.items():
+                own.append(inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=field.default))
+                lines.append(f"    {name} = {field.default!r}: {about(field)}")
+        function.__signature__ = inspect.Signature(own)  # type: ignore[attr-defined]
+        function.__doc__ = "\n".join(lines)
         return function
 
     return documented
 
 
-@_with_keys("localsgd")
-def localsgd(
-    *,
-    preset: str | Path = "",
-    engine: str = "local",
-    rerun: bool = False,
-    on_row: Callable[[Row], None] | None = None,
-    progress: bool = True,
-    track: str = "",
-    **keys: Any,
-) -> Result:
+@_documented(LocalSGDOptions)
+def localsgd(*, on_row: OnRow | None = None, progress: bool = True, **arguments: Any) -> Result:
     """Train by LocalSGD: K clients, J local steps per round, then one average.
 
-    `preset`: a study, by its name or as a TOML file; keys override its settings. `engine`: local, stacked or
-    flower. `rerun`: start over. `on_row`: is called with each row, a dict, by every engine but flower. `progress`: show
-    the progress on a line, in a terminal or notebook. `track`: also send the rows to this tracker, ``tensorboard``.
-    `model` and `dataset` may be functions that can be imported by name.
+    `on_row`: is called with each row, a dict, by every engine but flower. `progress`: show the progress on a line, in a
+    terminal or notebook. `model` and `dataset` may be functions that can be imported by name.
     """
-    return _run("localsgd", keys, preset, engine, rerun, on_row, progress, track)
+    options, keys = _parted(LocalSGDOptions, arguments)
+    return _run(options, keys, options.engine, on_row, progress)
 
 
-@_with_keys("centralized")
-def centralized(
-    *,
-    preset: str | Path = "",
-    rerun: bool = False,
-    on_row: Callable[[Row], None] | None = None,
-    progress: bool = True,
-    track: str = "",
-    **keys: Any,
-) -> Result:
+@_documented(CentralizedOptions)
+def centralized(*, on_row: OnRow | None = None, progress: bool = True, **arguments: Any) -> Result:
     """Train on one machine that has all images: the large-batch baselines. Arguments as in `localsgd`."""
-    return _run("centralized", keys, preset, "local", rerun, on_row, progress, track)
+    options, keys = _parted(CentralizedOptions, arguments)
+    return _run(options, keys, "local", on_row, progress)
 
 
-def grid(
-    *,
-    results_dir: str | Path = "results",
-    preset: str | Path = "",
-    engine: str = "local",
-    rerun: bool = False,
-    progress: bool = True,
-    **keys: Any,
-) -> StudyResult:
+@_documented(GridOptions)
+def grid(*, progress: bool = True, **arguments: Any) -> StudyResult:
     """Run LocalSGD for each combination of the keys that are lists: ``grid(clients=[4, 12], lr=[0.01, 0.1])``.
 
     An array of NumPy or torch is a list too.
     """
-    for name in ("on_row", "track"):
-        if name in keys:
-            raise UserError(f"{name} is an argument of localsgd and centralized: leave it out, the result has the rows")
-    crossed = {name: value for name, value in keys.items() if _is_list(value)}
+    if "on_row" in arguments:
+        raise UserError("on_row is an argument of localsgd and centralized: leave it out, the result has the rows")
+    crossed = {name: arguments.pop(name) for name in [*arguments] if _is_list(arguments[name])}
     lists = {kebab(name): [_plain(name, each) for each in value] for name, value in crossed.items()}
-    own = as_keys("localsgd", {name: value for name, value in keys.items() if name not in crossed})
-    found = grid_study(lists, own, str(preset))
-    return _run_study(found, lambda study: study.cells(keys=own), results_dir, engine, rerun, progress)
+    options, keys = _parted(GridOptions, arguments)
+    found = grid_study(lists, keys, options.preset)
+    return _run_study(found, lambda study: study.cells(keys=keys), options, progress)
 
 
-def study(
-    name: str | Path,
-    *,
-    seeds: Sequence[int] = (),
-    cells: Sequence[str] = (),
-    results_dir: str | Path = "results",
-    data_dir: str | Path | None = None,
-    device: str | None = None,
-    threads: int | None = None,
-    accept_changed_code: bool | None = None,
-    engine: str = "local",
-    rerun: bool = False,
-    progress: bool = True,
-) -> StudyResult:
+@_documented(StudyOptions)
+def study(name: str | Path, *, progress: bool = True, **arguments: Any) -> StudyResult:
     """Run the study `name`, one of fedsim's or a TOML file: all cells, or those that match `cells`, with `seeds`.
 
-    `data_dir`, `device`, `threads` and `accept_changed_code` override what the study sets.
+    The keys override what the study sets.
     """
-    own = {"data_dir": data_dir, "device": device, "threads": threads, "accept_changed_code": accept_changed_code}
-    keys = as_keys("localsgd", {key: value for key, value in own.items() if value is not None})
+    options, keys = _parted(StudyOptions, arguments)
+    found = read_study(str(name))
+    if options.precision:
+        found = found.in_precision(options.precision)
 
-    def cells_of(study: Study) -> Any:
-        return select(study, study.cells([_plain("seed", seed) for seed in seeds], keys), cells)
+    def cells_of(study: Study) -> list[Cell]:
+        return select(study, study.cells(options.seeds, keys), options.cells)
 
-    return _run_study(read_study(str(name)), cells_of, results_dir, engine, rerun, progress)
+    return _run_study(found, cells_of, options, progress)
 
 
-def as_keys(mode: Mode, keys: Mapping[str, Any]) -> dict[str, Any]:
-    """Keyword arguments as keys in kebab-case; raises UserError for one that `mode` does not have."""
-    for name in keys:
-        if name in FIELDS and not has_key(mode, name):
+def _parted(options: type[Chosen], arguments: Mapping[str, Any]) -> tuple[Chosen, dict[str, Any]]:
+    """The options among the `arguments`, and the others as keys; raises UserError for what is neither."""
+    own = {name: _plain(name, arguments[name]) for name in options.in_python() if name in arguments}
+    others = {name: value for name, value in arguments.items() if name not in own}
+    return options.of(own), as_keys(options, others)
+
+
+def as_keys(options: type[Options], arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Keyword arguments as keys in kebab-case; raises UserError for one that is no key of this function."""
+    known = options.keys_in_python()
+    for name in arguments:
+        if name in FIELDS and not has_key(options.keys.mode, name):
             raise UserError(f"{name} is a key of localsgd alone: leave it out")
-        if name.replace("-", "_") not in FIELDS:
-            raise unknown(kebab(name), FIELDS)
-    return {kebab(name): _plain(name, value) for name, value in keys.items()}
+        if name.replace("-", "_") not in known:
+            raise unknown(kebab(name), known)
+    return {kebab(name): _plain(name, value) for name, value in arguments.items()}
 
 
 def _plain(name: str, value: Any) -> Any:
@@ -273,41 +261,30 @@ def _importable(name: str, function: Any) -> str:
 
 
 def _run(
-    mode: Mode,
-    keys: Mapping[str, Any],
-    preset: str | Path,
-    engine: str,
-    rerun: bool,
-    on_row: Callable[[Row], None] | None,
-    progress: bool,
-    track: str,
+    options: CentralizedOptions, keys: Mapping[str, Any], engine: Engine, on_row: OnRow | None, progress: bool
 ) -> Result:
-    config, chosen = configured_run(mode, as_keys(mode, keys), str(preset), engine)
-    check_tracker(track, chosen)
+    mode = options.keys.mode
+    config, chosen = configured_run(mode, keys, options.preset, engine)
+    check_tracker(options.track, chosen)
     if on_row and chosen == "flower":
         raise UserError("on_row with engine = flower: its rows are written by another process: leave one out")
     folder = run_folder(config, mode)
     with contextlib.ExitStack() as stack:
         stack.enter_context(_threads_kept())
-        functions = [stack.enter_context(tracker(track, folder, config, mode)), *([on_row] if on_row else [])]
+        functions = [stack.enter_context(tracker(options.track, folder, config, mode)), *([on_row] if on_row else [])]
         console = Console(stderr=True)
         if progress and is_live(console) and chosen != "flower":
             functions.append(stack.enter_context(live_line(config, mode, console)))
-        return Result(execute(config, mode, chosen, each(*functions), rerun).folder)
+        return Result(execute(config, mode, chosen, each(*functions), options.rerun).folder)
 
 
 def _run_study(
-    found: Study,
-    cells_of: Callable[[Study], Any],
-    results_dir: str | Path,
-    engine: str,
-    rerun: bool,
-    progress: bool,
+    found: Study, cells_of: Callable[[Study], list[Cell]], options: SweepOptions, progress: bool
 ) -> StudyResult:
-    results = Path(typed("results-dir", str(results_dir))).expanduser().absolute()
+    results = Path(options.results_dir).expanduser().absolute()
     console = Console(stderr=True, markup=False, emoji=False, quiet=not progress)
     with _threads_kept():
-        failed, cells = run_tuned_studies([found], cells_of, results, OneByOne(engine_named(engine)), rerun, console)
+        failed, cells = run_tuned_studies([found], cells_of, results, runner_of(options), options.rerun, console)
     fail_if_any(failed, cells)
     return StudyResult(results / found.name)
 

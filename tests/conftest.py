@@ -17,7 +17,6 @@ from typing import Any
 
 import pytest
 import torch
-import typer.main
 from torch import Tensor, nn
 
 from fedsim import cli
@@ -138,14 +137,6 @@ def writing_a_run_takes_no_wait() -> Iterator[None]:
         patch.setattr(os, "fsync", lambda file: None)
         for name in ("versions", "_commit"):
             patch.setattr(provenance, name, functools.cache(getattr(provenance, name)))
-        yield
-
-
-@pytest.fixture(scope="session", autouse=True)
-def the_command_line_is_made_once() -> Iterator[None]:
-    """Typer makes it anew for each call, which takes longer than most of them."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(typer.main, "get_command", functools.cache(typer.main.get_command))
         yield
 
 

@@ -17,6 +17,7 @@ import torch
 import fedsim
 from fedsim.api import as_keys
 from fedsim.config import FIELDS, Config
+from fedsim.config.options import GridOptions, LocalSGDOptions, StudyOptions
 from fedsim.errors import UserError
 from fedsim.experiments.study import read_study
 from fedsim.experiments.tune import trials_of
@@ -143,6 +144,14 @@ def test_the_signature_has_every_key_with_its_default_and_its_help() -> None:
     assert {name: parameters[name].default for name in FIELDS} == {n: field.default for n, field in FIELDS.items()}
     assert all(f"    {name} = " in (fedsim.localsgd.__doc__ or "") for name in FIELDS)
     assert "clients" not in inspect.signature(fedsim.centralized).parameters
+    for function, options in (
+        (fedsim.localsgd, LocalSGDOptions),
+        (fedsim.grid, GridOptions),
+        (fedsim.study, StudyOptions),
+    ):
+        assert set(options.in_python()) <= set(inspect.signature(function).parameters)
+        assert all(f"    {name} = " in (function.__doc__ or "") for name in options.in_python())
+    assert "dry_run" not in inspect.signature(fedsim.study).parameters
 
 
 def blocks(page: str, language: str) -> list[str]:
@@ -170,12 +179,12 @@ def build(classes: int) -> torch.nn.Module:
 
 
 def test_a_function_is_named_where_every_process_can_import_it() -> None:
-    assert as_keys("localsgd", {"model": build}) == {"model": "tests.test_api:build"}
+    assert as_keys(LocalSGDOptions, {"model": build}) == {"model": "tests.test_api:build"}
     for function in (lambda classes: build(classes), type("Here", (), {"__module__": "__main__"})):
         with pytest.raises(
             UserError, match=r"^model = .*it cannot be imported by name: define it at the top of a file"
         ):
-            as_keys("localsgd", {"model": function})
+            as_keys(LocalSGDOptions, {"model": function})
 
 
 @pytest.mark.parametrize(
@@ -206,5 +215,7 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, keys: dict[str
     assert not (tmp_path / "new").exists()
     with pytest.raises(fedsim.UserError, match="clients is a key of localsgd alone: leave it out"):
         fedsim.centralized(clients=3)
+    with pytest.raises(fedsim.UserError, match="unknown key lr: "):
+        fedsim.study("demo", lr=0.1)
     with pytest.raises(fedsim.UserError, match="on_row is an argument of localsgd and centralized: leave it out"):
         fedsim.grid(clients=[1, 2], on_row=lambda row: None)

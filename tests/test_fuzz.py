@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import typer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from fedsim.cli import commands
+from fedsim.cli import main
+from fedsim.cli.commands import cli
 from fedsim.config import FIELDS, Config, typed
 from fedsim.errors import UserError
 from strategies.arguments import kebab
@@ -74,7 +74,7 @@ def test_any_keys_give_a_configuration_or_one_line(keys: dict[str, Any]) -> None
     assert all(typed(name, value) == value for name, value in config.as_keys().items())
 
 
-COMMANDS = typer.main.get_group(commands.cli).commands
+COMMANDS = cli.commands
 NO_DATA = ["--dataset", "cifar100", "--data-dir", "damaged"]  # the last of a flag wins: no training begins
 ENDING = {
     "centralized": NO_DATA,
@@ -121,7 +121,7 @@ def test_any_flags_give_one_line_and_an_exit_code(tmp_path_factory: pytest.TempP
         patch.setattr(sys, "argv", ["run.py", *given])
         with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
             try:
-                commands.main()
+                main()
             except SystemExit as end:
                 code = int(end.code or 0)
     assert code in (0, 1, 2)

@@ -30,6 +30,7 @@ from fedsim.bench.tables import growth_table, large_table, rounds_table
 from fedsim.bench.turn import Timing, take_turn
 from fedsim.bench.variants import ON_CPU, ON_GPU, THREADED, VARIANTS
 from fedsim.config import Config
+from fedsim.config.options import BenchOptions
 from fedsim.data.datasets import training_images
 from fedsim.data.partition import check_shards
 from fedsim.device import cpu_count, resolve
@@ -45,68 +46,57 @@ START_LIMIT = 600  # seconds
 Turn = tuple[str, Config]  # a variant, and the configuration that it is timed in
 
 
-def run_bench(
-    keys: Mapping[str, Any],
-    clients: Sequence[int],
-    variants: Sequence[str],
-    rounds: int,
-    passes: int,
-    limit: float,
-    grow: bool,
-    out: str,
-    console: Console,
-) -> None:
-    """Measure `variants` (empty: those for the device), print the tables, and write the file `out`.
+def run_bench(keys: Mapping[str, Any], options: BenchOptions, console: Console) -> None:
+    """Measure the variants (none given: those for the device), print the tables, and write the file.
 
-    The file is written before each table is printed, so that an error there loses no measurement. Each of `passes`
-    times `rounds` rounds of every variant; a turn is ended after `limit` seconds. Raises UserError before anything is
-    measured, and RunFailed at the end if a turn failed.
+    The file is written before each table is printed, so that an error there loses no measurement. Raises UserError
+    before anything is measured, and RunFailed at the end if a turn failed.
     """
-    config = checked_config(keys, clients, variants, rounds)
-    check_output(Path(out))
+    config, out = checked_config(keys, options), Path(options.out)
+    check_output(out)
     starting = start_up(config.device)
     console.print(f"a run starts in {starting:.1f} s")
     facts = {"flop_per_image": flop_per_image(config), "start_up_seconds": starting}
     timings: list[Timing] = []
     failed: list[str] = []
-    for turns, table_of in comparisons(config, clients, variants, passes, grow):
-        found, errors = measure(turns, rounds, limit)
+    for turns, table_of in comparisons(config, options):
+        found, errors = measure(turns, options.timed, options.time_limit)
         timings += found
         failed += errors
-        write_timings(Path(out), timings, config.device, **facts)
+        write_timings(out, timings, config.device, **facts)
         if found:
             console.print(table_of(found))
-    console.print(out, soft_wrap=True, highlight=False)
+    console.print(str(out), soft_wrap=True, highlight=False)
     if failed:
         raise RunFailed(f"these failed, the others are in {out}: {'; '.join(failed)}")
 
 
-def checked_config(keys: Mapping[str, Any], clients: Sequence[int], variants: Sequence[str], rounds: int) -> Config:
+def checked_config(keys: Mapping[str, Any], options: BenchOptions) -> Config:
     """The configuration with `keys`, on synthetic images; raises UserError if a variant or a K cannot be measured."""
-    for name in variants:
+    for name in options.variants:
         if name not in VARIANTS:
             raise UserError(f"variants = {name!r} is unknown: it must be one of {', '.join(VARIANTS)}")
     images = {"dataset": "synthetic:classes=100,images=50000"}
-    config = resolve(Config().changed({**keys, **images, "rounds": rounds + 1}), "localsgd")  # one to warm up
+    config = resolve(Config().changed({**keys, **images, "rounds": options.timed + 1}), "localsgd")  # one to warm up
     check_model(config)
     if config.local_epochs:
         raise UserError(f"local-epochs = {config.local_epochs}: a round that is timed has J local steps: leave it out")
-    for k in clients:
+    for k in options.clients:
         check_shards(config.changed({"clients": k}), training_images(config), k)
     return config
 
 
 def comparisons(
-    config: Config, clients: Sequence[int], variants: Sequence[str], passes: int, grow: bool
+    config: Config, options: BenchOptions
 ) -> Iterator[tuple[list[Turn], Callable[[list[Timing]], RenderableType]]]:
     """The turns of each table, and the function that makes the table of their timings."""
     on_gpu = config.device.startswith("cuda")
-    chosen = list(dict.fromkeys(variants)) or (ON_GPU if on_gpu else ON_CPU)
-    turns = [(name, at(config, k, name)) for _, k, name in itertools.product(range(passes), clients, chosen)]
-    yield turns, rounds_table
+    chosen = list(dict.fromkeys(options.variants)) or (ON_GPU if on_gpu else ON_CPU)
+    passes = itertools.product(range(options.passes), options.clients, chosen)
+    yield [(name, at(config, k, name)) for _, k, name in passes], rounds_table
     if on_gpu:
         yield large_batches(config), large_table
-    if grow:
+    if options.grow:
         yield growth(config), growth_table
 
 

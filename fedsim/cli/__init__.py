@@ -1,5 +1,5 @@
 """The command line."""
 
-from fedsim.cli.commands import main
+from fedsim.cli.main import main
 
 __all__ = ["main"]

@@ -1,25 +1,25 @@
-"""Configuration keys as flags of the command line, and its help, which groups them into sections."""
+"""Commands made of their declarations: options and configuration keys as flags, and a help with sections."""
 
 from __future__ import annotations
 
 import inspect
-import itertools
 import re
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Optional
+from collections.abc import Callable, Sequence
+from typing import Any, get_args, get_origin
 
 import click
-import typer
-from typer.core import TyperCommand, TyperGroup
+from pydantic.fields import FieldInfo
 
-from fedsim.config import FIELDS, Mode, has_key, typed
+from fedsim.config import FIELDS, typed
 from fedsim.config.messages import about, suggestions
-from fedsim.errors import UserError
+from fedsim.config.options import LIST, POSITIONAL, Flags, Keys, Options
 from fedsim.system.torch_import import import_torch
 from strategies.arguments import kebab
 
-MOST_USED = "dataset model optimizer lr batch-size epochs clients local-steps seed device results-dir name".split()
+MOST_USED = "dataset model optimizer lr batch_size epochs clients local_steps seed device results_dir name".split()
 FIRST = "Keys used most"
+ARGUMENTS = "Arguments"
+OWN = "Options"
 PANELS = {  # the first key of each, in the order of config.py -> the title of its section of the help
     "dataset": "Data",
     "model": "Model and optimizer",
@@ -27,12 +27,10 @@ PANELS = {  # the first key of each, in the order of config.py -> the title of i
     "clients": "LocalSGD",
     "seed": "The run",
 }
-ALL = tuple(map(kebab, FIELDS))
-SWITCHES = {kebab(name) for name, field in FIELDS.items() if field.annotation is bool}
-KINDS: dict[Any, str | None] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
+KINDS: dict[Any, str] = {int: "INTEGER", float: "NUMBER", str: "TEXT"}
 
 
-class CommandGroup(TyperGroup):
+class CommandGroup(click.Group):
     """All commands; the help shows the first paragraph of each, not truncated."""
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
@@ -40,119 +38,130 @@ class CommandGroup(TyperGroup):
         with formatter.section("Commands"):
             formatter.write_dl([(name, " ".join(text.split())) for name, text in first.items()])
 
+    def of(self, options: type[Options], name: str = "", torch: bool = True) -> Callable[[Callable[..., None]], None]:
+        """Decorator: the command of these `options`, named for its function, which gets them as an object.
 
-class Command(TyperCommand):
-    """A command whose help has a section for each ``rich_help_panel`` of its options."""
+        Where the options have keys, it also gets a dict of those that were given, in kebab-case. With `torch`, that is
+        imported before.
+        """
+        flags = options.key_flags()
 
-    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
-        sections: dict[str, list[tuple[str, str]]] = {}
-        for parameter in self.get_params(ctx):
-            if record := parameter.get_help_record(ctx):
-                flags, meaning = record[0], record[1].replace(r"\[", "[")  # typer escapes brackets for rich
-                title = getattr(parameter, "rich_help_panel", None) or "Options"
-                sections.setdefault(title, []).append((flags, meaning))
-        for title, records in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+        def add(function: Callable[..., None]) -> None:
+            def callback(**values: Any) -> None:
+                if torch:
+                    import_torch()
+                given = {key: value for key, value in values.items() if value is not None}
+                own = options.of({key: given[key] for key in options.model_fields if key in given})
+                keys = {kebab(key): given[key] for key in flags if key in given}
+                function(own, *([keys] if flags else []))
 
+            command = Command(name or kebab(function.__name__), options, callback, inspect.getdoc(function) or "")
+            self.add_command(command)
 
-class TorchCommand(Command):
-    """A command that needs torch, which is imported before it is invoked."""
-
-    def invoke(self, ctx: click.Context) -> Any:
-        import_torch()
-        return super().invoke(ctx)
+        return add
 
 
-class RayCommand(TorchCommand):
-    """A command with --ray, whose ADDRESS may be left out."""
+class Command(click.Command):
+    """The command of `options`; its help has a section for each part of them."""
 
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        if "--ray" in args:
+    def __init__(self, name: str, options: type[Options], callback: Callable[..., None], about_it: str) -> None:
+        sections = _sections(options)
+        self.sections = {each.name: title for title, own in sections.items() for each in own}
+        super().__init__(
+            name, help=about_it, callback=callback, params=[each for own in sections.values() for each in own]
+        )
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        """The ADDRESS of --ray may be left out, and --no-NAME of a key that may have several values is one of them."""
+        listed = {each.opts[0] for each in self.params if each.metavar == "[LIST]"}
+        args = [f"--{word.removeprefix('--no-')}=false" if word in listed else word for word in args]
+        if "ray" in self.sections and "--ray" in args:
             after = args.index("--ray") + 1
             if after == len(args) or not re.fullmatch("auto|local|[^-].*:.*", args[after]):
                 args = [*args[:after], "", *args[after:]]
         return super().parse_args(ctx, args)
 
-
-class GridCommand(RayCommand):
-    """A grid. Its switches take a list, as in --error-feedback true,false, or no value: --error-feedback."""
-
-    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
-        given: list[str] = []
-        for word, after in itertools.zip_longest(args, args[1:], fillvalue="-"):
-            if word.startswith("--no-") and word[5:] in SWITCHES:
-                given += [f"--{word[5:]}", "false"]
-            else:
-                given += [word, "true"] if word[2:] in SWITCHES and after.startswith("-") else [word]
-        return super().parse_args(ctx, given)
+    def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
+        sections: dict[str, list[tuple[str, str]]] = {}
+        for parameter in self.get_params(ctx):
+            if record := parameter.get_help_record(ctx):
+                sections.setdefault(self.sections.get(parameter.name, OWN), []).append(record)
+        for title, records in sections.items():
+            with formatter.section(title):
+                formatter.write_dl(records)
 
 
-def keys_of(
-    mode: Mode, without: Sequence[str] = (), only: Sequence[str] = ALL, lists: bool = False
-) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Decorator: replace the parameter ``**keys`` of a command by a flag for each key of `mode`; see `given`.
+class Argument(click.Argument):
+    """A word without a flag, with its help."""
 
-    Keys in `without`, and those not in `only`, get no flag. `lists` (for a `GridCommand`): boolean keys accept lists.
-    """
+    def __init__(self, name: str, meaning: str, **settings: Any) -> None:
+        super().__init__([name], **settings)
+        self.meaning = meaning
 
-    def with_flags(command: Callable[..., None]) -> Callable[..., None]:
-        signature = inspect.signature(command, eval_str=True).parameters.values()
-        own = [p.replace(kind=p.KEYWORD_ONLY) for p in signature if p.kind is not p.VAR_KEYWORD]
-        first, others, panel = list[inspect.Parameter](), list[inspect.Parameter](), ""
-        for name in FIELDS:
-            panel = PANELS.get(name, panel)
-            if not has_key(mode, name) or kebab(name) in without or kebab(name) not in only:
-                continue
-            if kebab(name) in MOST_USED:
-                first.append(_flag(name, FIRST, lists))
-            else:
-                others.append(_flag(name, panel, lists))
-        parameters = first + own + others
-        command.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
-        command.__annotations__ = {p.name: p.annotation for p in parameters}
-        return command
-
-    return with_flags
+    def get_help_record(self, ctx: click.Context) -> tuple[str, str]:
+        return self.make_metavar(ctx), self.meaning
 
 
-def given(keys: Mapping[str, Any]) -> dict[str, Any]:
-    """The flags that the user gave, by their keys in kebab-case."""
-    return {kebab(name): value for name, value in keys.items() if value is not None}
+def _sections(options: type[Options]) -> dict[str, list[click.Parameter]]:
+    """The title of each section of the help, and its parameters: arguments, keys used most, options, other keys."""
+    sections: dict[str, list[click.Parameter]] = {ARGUMENTS: [], FIRST: [], OWN: []}
+    for name, field in options.model_fields.items():
+        if POSITIONAL in field.metadata:
+            sections[ARGUMENTS].append(_argument(name, field))
+        else:
+            sections[OWN] += _option(name, field)
+    title, keys, few = "", options.keys, options.keys.only is not None
+    for name in FIELDS:
+        title = PANELS.get(name, title)
+        if name in options.key_flags():
+            own = sections.setdefault("Keys" if few else FIRST if name in MOST_USED else title, [])
+            own += _key(name, FIELDS[name], keys)
+    return {title: own for title, own in sections.items() if own}
 
 
-def _flag(name: str, panel: str, lists: bool) -> inspect.Parameter:
-    """The option of a key. Its value is None if it is not given, otherwise text that `Config` parses and checks."""
-    field, key = FIELDS[name], kebab(name)
+def _argument(name: str, field: FieldInfo) -> Argument:
+    default = f" (default: {field.default})" if field.default else ""
+    many = get_origin(field.annotation) is tuple
+    return Argument(name, f"{about(field)}{default}", required=False, nargs=-1 if many else 1, default=None)
+
+
+def _option(name: str, field: FieldInfo) -> list[click.Parameter]:
+    """The flags of an option; one that is on by default also has --no-NAME."""
+    flag, meaning = f"--{kebab(name)}", about(field)
+    if field.annotation is bool:
+        flags = f"{flag}/--no-{kebab(name)}" if field.default else flag
+        return [click.Option([name, flags], is_flag=True, default=None, help=meaning)]
+    marks = next((each for each in field.metadata if isinstance(each, Flags)), Flags())
+    listed = LIST in field.metadata
+    default = ",".join(map(str, field.default)) if listed and field.default else field.default
+    shown = f"{meaning} (default: {default})" if default and not field.is_required() else meaning
+    value = marks.value or ("LIST" if listed else _kind(field))
+    return [click.Option([name, flag, *marks.others], help=shown, metavar=value, required=field.is_required())]
+
+
+def _kind(field: FieldInfo) -> str:
+    """What stands for the value of a flag in its help."""
+    (kind, *_) = get_args(field.annotation) or (field.annotation,)  # of `float | None`
+    return KINDS.get(kind, "NAME")
+
+
+def _key(name: str, field: FieldInfo, keys: Keys) -> list[click.Parameter]:
+    """The flags of a key. Their value is None if they are not given, otherwise text that `Config` parses and checks."""
+    flag, off = f"--{kebab(name)}", f"--no-{kebab(name)}"
     switch = field.annotation is bool
-    flags, metavar = [f"--{key}"], KINDS.get(field.annotation, "NAME")
-    if switch:
-        flags, metavar = ([f"--no-{key}", f"--{key}"], "[LIST]") if lists else ([f"--{key}/--no-{key}"], None)
     default = "empty" if field.default == "" else str(field.default).lower() if switch else field.default
-    option = typer.Option(
-        None,
-        *flags,
-        help=f"{about(field)} (default: {default})",
-        metavar=metavar,
-        show_default=False,
-        rich_help_panel=panel,
-        autocompletion=_completion(suggestions(field)),
-    )
-    annotation: Any = Optional[bool if switch and not lists else str]
-    return inspect.Parameter(name, inspect.Parameter.KEYWORD_ONLY, default=option, annotation=annotation)
+    settings: dict[str, Any] = {"help": f"{about(field)} (default: {keys.default or default})", "default": None}
+    if not switch:
+        names = suggestions(field)
+        return [click.Option([name, flag], metavar=_kind(field), shell_complete=_completion(names), **settings)]
+    if not keys.lists:
+        return [click.Option([name, f"{flag}/{off}"], **settings)]
+    return [click.Option([name, off, flag], is_flag=False, flag_value="true", metavar="[LIST]", **settings)]
 
 
-def _completion(names: Sequence[str]) -> Callable[[str], list[str]]:
+def _completion(names: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
     """Shell completion of a value: those of `names` that start with the text typed so far."""
-    return lambda incomplete: [name for name in names if name.startswith(incomplete)]
-
-
-def integers(name: str, listed: str) -> list[int]:
-    """The whole numbers in a text with commas, sorted, without duplicates."""
-    try:
-        return sorted({int(part) for part in listed.split(",")})
-    except ValueError:
-        raise UserError(f"{name} = {listed!r} is not a list of whole numbers: for instance --{name} 4,12") from None
+    return lambda ctx, parameter, incomplete: [name for name in names if name.startswith(incomplete)]
 
 
 def several(name: str, value: Any) -> list[Any]:

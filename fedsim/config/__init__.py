@@ -11,7 +11,7 @@ import difflib
 import functools
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, cast, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
@@ -284,15 +284,6 @@ def seam_of(key: str, shown: str = "") -> Seam:
         if isinstance(each, From):
             return each.seam
     raise UserError(f"{shown or key}: {key} has no arguments: give {key} itself")
-
-
-def engine_named(name: str) -> Engine:
-    """`name` if it is an engine's; raises UserError."""
-    if name in get_args(Engine):
-        return cast(Engine, name)
-    if name in ("auto", "threads"):
-        raise UserError(f"engine = {name} is called local now: give --engine local, or leave it out")
-    raise UserError(f"engine = {name!r} is unknown: it must be one of {', '.join(get_args(Engine))}")
 
 
 def has_key(mode: Mode, name: str) -> bool:

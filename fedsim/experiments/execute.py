@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from fedsim.config import Config, Engine, Mode, engine_named
+from fedsim.config import Config, Engine, Mode
 from fedsim.data.datasets import absolute_data_dir
 from fedsim.device import resolve
 from fedsim.experiments.study import configure
@@ -24,10 +24,10 @@ from fedsim.training.stacked import check_stackable, why_not
 
 
 def configured_run(
-    mode: Mode, keys: Mapping[str, Any], preset: str = "", engine: str = "local"
+    mode: Mode, keys: Mapping[str, Any], preset: str = "", engine: Engine = "local"
 ) -> tuple[Config, Engine]:
     """The configuration and the engine of the run that `keys` (kebab-case), over those of `preset`, ask for."""
-    return resolve_run(config_of_run(configure(mode, keys, preset)), mode, engine_named(engine))
+    return resolve_run(config_of_run(configure(mode, keys, preset)), mode, engine)
 
 
 def resolve_run(config: Config, mode: Mode, engine: Engine, here: bool = True) -> tuple[Config, Engine]:

@@ -17,12 +17,13 @@ from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 
 from fedsim.config import Engine
+from fedsim.config.options import SweepOptions
 from fedsim.data.partition import images_of_epoch
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.experiments.execute import check, execute, resolve_run
 from fedsim.experiments.progress import each, ends_after, status
 from fedsim.experiments.study import STORED, Cell, Study
-from fedsim.experiments.track import tracker
+from fedsim.experiments.track import check_tracker, tracker
 from fedsim.federation.lengthen import open_run
 from fedsim.runs.folder import writable
 from fedsim.runs.records import read_summary
@@ -71,6 +72,28 @@ class OneByOne:
 
 
 Runner: TypeAlias = "OneByOne | OnRay"
+
+
+def runner_of(options: SweepOptions) -> Runner:
+    """The runner of the cells: Ray if that is asked for, otherwise this process, one cell after the other."""
+    cpus, gpus = options.cpus_per_cell, options.gpus_per_cell
+    check_tracker(options.track, options.engine)
+    if options.ray is None:
+        for flag, share in (("cpus-per-cell", cpus), ("gpus-per-cell", gpus)):
+            if share is not None:
+                raise UserError(f"{flag} = {share} is a share of a Ray node: give --ray too")
+        return OneByOne(options.engine, options.track)
+    if options.engine == "flower":
+        raise UserError("engine = flower with --ray: clients would wait for the cores of their cell: leave one out")
+    if cpus is not None and not (cpus > 0 and (cpus < 1 or cpus.is_integer())):
+        raise UserError(
+            f"cpus-per-cell = {cpus} is not a number of cores: give 1, 2, ... or less than 1, for instance 0.5"
+        )
+    if gpus is not None and not 0 < gpus <= 1:
+        raise UserError(f"gpus-per-cell = {gpus} is not a share of a GPU: give above 0 and at most 1, e.g. 0.25")
+    from fedsim.experiments.ray_sweep import OnRay
+
+    return OnRay(options.engine, options.ray, cpus, gpus, options.track)
 
 
 def run_studies(

@@ -21,16 +21,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
 
+from fedsim.config.options import Link
 from fedsim.errors import UserError
 from fedsim.registry import is_own
 from strategies.arguments import split_name
 
-Link = Literal["worker", "server", "all-reduce"]
 BYTES_PER_PARAMETER = 4  # float32
 SUMMED_ON_THE_WAY = {"compress": ("none", "fp16", "bf16"), "mean": ("exact",)}  # by their names
 BITS = {"bit": 1, "kbit": 1e3, "Mbit": 1e6, "Gbit": 1e9, "B": 8, "kB": 8e3, "MB": 8e6, "GB": 8e9}

@@ -12,13 +12,14 @@ import numpy as np
 import pandas as pd
 from rich.console import Console
 
+from fedsim.config.options import TimeOptions
 from fedsim.errors import UserError
 from fedsim.report.bandwidths import plot_bandwidths
 from fedsim.report.load import printable
-from fedsim.report.network import Network, network_seconds
+from fedsim.report.network import Network, duration, network_seconds, rate
 from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings, write_csv
 from fedsim.report.result_table import NOTHING, ResultTable, read_tables
-from fedsim.report.stragglers import Stragglers, computed_steps
+from fedsim.report.stragglers import Stragglers, computed_steps, stragglers
 from fedsim.report.tables import COSTS, Cost, Entry, TextTable, number, percent, rich_table
 
 PARTS = ["computing", "waiting", "transfer"]  # of the seconds of a run
@@ -36,6 +37,15 @@ class Plan(NamedTuple):
     network: Network
     compute: float | None = None
     stragglers: Stragglers = Stragglers()
+
+
+def plan_of(options: TimeOptions) -> Plan:
+    """The plan that the options ask for; raises UserError."""
+    upload = rate("upload", options.upload) if options.upload else 0.0
+    latency = duration("latency", options.latency, zero=True)
+    network = Network(rate("bandwidth", options.bandwidth), latency, options.link, upload)
+    step = duration("compute", options.compute) if options.compute else None
+    return Plan(options.target, network, step, stragglers(options.jitter, options.slow))
 
 
 def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Console) -> None:

@@ -26,6 +26,7 @@ from fedsim.bench.turn import Timing, run_measured
 from fedsim.bench.turn import main as run_task
 from fedsim.bench.variants import METHODS, ON_CPU, VARIANTS
 from fedsim.config import Config
+from fedsim.config.options import BenchOptions
 from fedsim.data.datasets import load_dataset
 from fedsim.device import resolve
 from fedsim.experiments.cost import flop_per_image
@@ -200,8 +201,11 @@ def test_measurements_are_written_before_their_table_is_made(tmp_path: Path, mon
     monkeypatch.setattr("fedsim.bench.measure.take_turn", lambda name, config, *_: Timing(name, config, [2.0], 1))
     monkeypatch.setattr("fedsim.bench.measure.rounds_table", fails)
     output = tmp_path / "bench.json"
+    options = BenchOptions(
+        clients=(2,), variants=("centralized",), timed=1, passes=3, time_limit=LIMIT, grow=False, out=str(output)
+    )
     with pytest.raises(ZeroDivisionError, match="in the table"):
-        run_bench(TINY.as_keys(), [2], ["centralized"], 1, 3, LIMIT, False, str(output), Console(file=io.StringIO()))
+        run_bench(TINY.as_keys(), options, Console(file=io.StringIO()))
     (timing,) = json.loads(output.read_text())["timings"]
     assert timing["seconds"] == [2.0] * 3  # of its turns, joined
 

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from fedsim.cli.commands import cli
-from fedsim.cli.flags import integers
+from fedsim.config.options import GridOptions
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.study import grid_study, read_study
 from fedsim.report.load import read_records
@@ -133,9 +133,9 @@ def test_the_default_name_is_made_from_what_all_cells_share() -> None:
 
 @pytest.mark.parametrize("listed", ["", "4,", "a", "1.5"])
 def test_lists_are_whole_numbers(listed: str) -> None:
-    assert integers("clients", "12,4,4") == [4, 12]
+    assert GridOptions.of({"clients": "12,4,4"}).clients == (4, 12)
     with pytest.raises(UserError, match="for instance --clients 4,12"):
-        integers("clients", listed)
+        GridOptions.of({"clients": listed})
 
 
 def test_the_demo_needs_no_data() -> None:

@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import psutil
 import pytest
 import torch
-import typer
 
 import fedsim
 from fedsim.cli import commands
@@ -214,8 +213,7 @@ def listening(processes: list[psutil.Process]) -> set[str]:
     ],
 )
 def test_the_address_of_ray_may_be_left_out(arguments: str, address: str | None) -> None:
-    command: Any = typer.main.get_command(commands.cli)
-    assert command.commands["grid"].make_context("grid", arguments.split()).params["ray"] == address
+    assert commands.cli.commands["grid"].make_context("grid", arguments.split()).params["ray"] == address
 
 
 def test_a_process_with_a_share_of_the_cores_uses_no_more(monkeypatch: pytest.MonkeyPatch) -> None:

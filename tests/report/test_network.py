@@ -5,8 +5,9 @@ from typing import get_args
 import pandas as pd
 import pytest
 
+from fedsim.config.options import Link
 from fedsim.errors import UserError
-from fedsim.report.network import Link, Network, add_traffic, duration, network_seconds, rate
+from fedsim.report.network import Network, add_traffic, duration, network_seconds, rate
 
 # 20 syncs, 4 workers with 3 MB up and 1 MB down together
 TRAFFIC = {"network_syncs": 20, "network_up": 3e6, "network_down": 1e6, "workers": 4}
