@@ -217,7 +217,11 @@ def study(name: str | Path, *, progress: bool = True, **arguments: Any) -> Study
 
 def _parted(options: type[Chosen], arguments: Mapping[str, Any]) -> tuple[Chosen, dict[str, Any]]:
     """The options among the `arguments`, and the others as keys; raises UserError for what is neither."""
-    own = {name: _plain(name, arguments[name]) for name in options.in_python() if name in arguments}
+    own = {
+        name: [_plain(name, each) for each in value] if _is_list(value) else _plain(name, value)
+        for name, value in arguments.items()
+        if name in options.in_python()
+    }
     others = {name: value for name, value in arguments.items() if name not in own}
     return options.of(own), as_keys(options, others)
 
