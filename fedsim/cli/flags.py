@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import os
 import re
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, get_args, get_origin
 
@@ -37,6 +39,14 @@ class CommandGroup(click.Group):
         first = {name: (command.help or "").split("\n\n")[0] for name, command in self.commands.items()}
         with formatter.section("Commands"):
             formatter.write_dl([(name, " ".join(text.split())) for name, text in first.items()])
+
+    def invoke(self, ctx: click.Context) -> Any:
+        """Invoke a command. A closed pipe ends it: click would close standard error too."""
+        try:
+            return super().invoke(ctx)
+        except BrokenPipeError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be flushed
+            sys.exit(1)
 
     def of(self, options: type[Options], name: str = "", torch: bool = True) -> Callable[[Callable[..., None]], None]:
         """Decorator: the command of these `options`, named for its function, which gets them as an object.

@@ -42,7 +42,7 @@ def _saying_how_to_resume() -> Iterator[None]:
         if _resumes(sys.argv[1:]):
             interrupted.add_note(how)
         raise
-    except SystemExit as ended:  # by click, where nobody reads what is printed any more
+    except SystemExit as ended:  # by `CommandGroup`, where nobody reads what is printed any more
         if isinstance(ended.__context__, BrokenPipeError) and _resumes(sys.argv[1:]):
             print(f"error: standard output was closed by whoever read it: {how}", file=sys.stderr)
         raise
