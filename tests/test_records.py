@@ -666,7 +666,10 @@ def test_names_tell_configurations_apart_but_not_machines() -> None:
 
 
 def test_a_package_inside_another_projects_checkout_has_no_commit(tmp_path: Path) -> None:
-    shutil.copytree(Path(fedsim.__file__).parent, tmp_path / "lib" / "fedsim")
+    package = Path(fedsim.__file__).parent
+    shutil.copytree(package / "system", tmp_path / "lib" / "fedsim" / "system")
+    for file in package.glob("*.py"):
+        shutil.copy(file, tmp_path / "lib" / "fedsim")
     subprocess.run(["git", "init", "-q"], cwd=tmp_path, check=True)
     subprocess.run(["git", "add", "."], cwd=tmp_path, check=True)
     identity = ["-c", "user.name=a", "-c", "user.email=a@b"]

@@ -163,12 +163,14 @@ def test_models_are_tried_on_one_thread(small: Config, monkeypatch: pytest.Monke
     assert (used, after) == ({1}, 3)
 
 
-@pytest.mark.parametrize("momentum_at_sync", ["keep", "reset", "average"])
-@pytest.mark.parametrize("optimizer", ["sgdm", "lamb"])
+@pytest.mark.parametrize(
+    ("momentum_at_sync", "optimizer"), [("keep", "sgdm"), ("reset", "sgdm"), ("average", "sgdm"), ("keep", "lamb")]
+)
 def test_stopped_and_resumed_is_never_stopped_bitwise(run: Execute, momentum_at_sync: str, optimizer: str) -> None:
     keys = {"momentum-at-sync": momentum_at_sync, "optimizer": optimizer, "schedule": "cosine", "evaluate-every": 3}
+    keys["rounds"] = 6
     whole = run(name="whole", **keys)
-    for stop in (1, 4, 7):
+    for stop in (1, 4):
         part = run(name="parts", stop_after_rounds=stop, **keys)
         assert (len(rows_of(part)), part.finished) == (stop, False)
     part = run(name="parts", **keys)
@@ -274,10 +276,8 @@ def test_averaged_momentum_travels_with_the_model(run: Execute) -> None:
 
 
 def test_learning_happens(run: Execute) -> None:
-    keys = {"dataset.images": 1000, "batch-size": 16, "lr": 0.05, "epochs": 9.0, "evaluate-every": 1000}
-    assert rows_of(run(name="local", **keys))[-1]["test_accuracy"] > 0.6  # 10 classes, chance is 0.1
-    central = run("centralized", name="central", **{**keys, "batch-size": 64})
-    assert rows_of(central)[-1]["test_accuracy"] > 0.6
+    keys = {"dataset": "synthetic:classes=2,images=256", "batch-size": 8, "lr": 0.05, "epochs": 6.0}
+    assert rows_of(run(**keys, evaluate_every=1000))[-1]["test_accuracy"] > 0.8  # chance is 0.5
 
 
 def test_a_finished_run_is_left_alone_unless_asked(run: Execute) -> None:

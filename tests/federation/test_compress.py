@@ -32,11 +32,11 @@ def test_where_every_value_is_sent_it_is_no_compression_to_rounding(run: Execute
             torch.testing.assert_close(value, plain[name], rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("codec", ["topk", "powersgd", "qsgd", "bf16"])
+@pytest.mark.parametrize("codec", ["topk", "powersgd"])
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, codec: str) -> None:
     """With its residuals and warm starts, whether or not they are a client's only memory."""
-    keys = {"rounds": 6, "compress": codec, "checkpoint-every": 2}
-    if codec in ("topk", "bf16"):
+    keys = {"rounds": 5, "compress": codec, "checkpoint-every": 2}
+    if codec == "topk":
         keys["momentum-at-sync"] = "reset"
     whole, _, pickled = resumed_and_pickled(small, run, keys)
     assert [row["bytes_up"] for row in read_rows(pickled.folder)] == [

@@ -47,8 +47,14 @@ class Page(HTMLParser):
         self.text += data
 
 
-def test_the_page_needs_no_other_file_and_markdown_holds_the_same(study: Path, tmp_path: Path) -> None:
-    report(study.parent, tmp_path / "report")
+@pytest.mark.usefixtures("study")
+def test_the_page_needs_no_other_file_and_each_figure_has_its_files_and_a_command_that_remakes_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And Markdown holds the same."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["/usr/local/bin/fedsim"])
+    report("results", "report")
     text = (tmp_path / "report" / "index.html").read_text()
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     page = Page(text)
@@ -62,15 +68,8 @@ def test_the_page_needs_no_other_file_and_markdown_holds_the_same(study: Path, t
     assert "\n- commit: abc\n" in text
     assert "\n![Final accuracy on test images." in text
 
-
-def test_every_figure_has_its_files_and_a_command_that_remakes_it(
-    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["/usr/local/bin/fedsim"])
-    report("results", "report")
-    page = (tmp_path / "report" / "index.html").read_text()
-    commands = re.findall(r"<code>fedsim (report results -o report --figure \S+)</code>", page)
+    page_text = (tmp_path / "report" / "index.html").read_text()
+    commands = re.findall(r"<code>fedsim (report results -o report --figure \S+)</code>", page_text)
     assert len(commands) == 5
     for command in (commands[0], commands[-1]):  # all are made in the same way
         name = command.split()[-1]
