@@ -199,6 +199,7 @@ LOCAL_STEPS_SCHEDULES = Seam(
     ),
     "fedsim.training.local_steps:LocalStepsSchedule",
 )
+WORKERS = Seam(dict.fromkeys(("even", "uneven"), "fedsim.training.workers:WORKERS"), "fedsim.training.workers:Workers")
 
 # Methods (`strategies.method`), codecs, means
 METHOD = "strategies.method:Method"

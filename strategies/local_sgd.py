@@ -62,7 +62,7 @@ class Usable:
 
     A usable one weighs what `examples(round, worker)` allows and reports each of `metrics`, a value in its domain; the
     values of its arrays are in their `domains(round)` (see `strategies.screening.Rules`); `other_records` may come with
-    it.
+    it. A worker that is `away(round, worker)` is not asked for one, unless too few others are left.
     """
 
     least: int = 1
@@ -70,6 +70,7 @@ class Usable:
     metrics: Mapping[str, Domain] = field(default_factory=dict)
     domains: Callable[[int], Mapping[str, Domain]] = lambda round_: {}
     other_records: Sequence[str] = ()
+    away: Callable[[int, int], bool] | None = None  # None: all are there in every round
 
 
 @dataclass(frozen=True)
@@ -172,7 +173,8 @@ class LocalSGD(FedAvg):
         return RecordDict({self.arrayrecord_key: tensor_record(join(arrays)), self.configrecord_key: config})
 
     def _round(self, round_: int, x: Tensors) -> ServerRound:
-        everyone = self.fraction_train >= 1 or self._sample_size(self.population) == self.population > 0
+        sampled = self.fraction_train < 1 and not self._sample_size(self.population) == self.population > 0
+        everyone = not sampled and self.usable.away is None
         return ServerRound(round_, everyone, x, x, self.seen.lr(round_), self.seen.batchnorm)
 
     def _sample_size(self, workers: int) -> int:
@@ -182,10 +184,15 @@ class LocalSGD(FedAvg):
         """The workers of a round: the nearest whole number to `fraction_train` of `everyone`, at least one.
 
         They are drawn from all workers, connected or not, so that a lost connection does not change who else is drawn.
+        Of those drawn, the ones that are away are left out; where too few are left, the first of these come after all.
         """
-        if self.fraction_train >= 1:
-            return everyone
-        return sorted(random.Random(f"{self.seed}/{round_}").sample(everyone, self._sample_size(len(everyone))))
+        drawn = everyone
+        if self.fraction_train < 1:
+            size = self._sample_size(len(everyone))
+            drawn = sorted(random.Random(f"{self.seed}/{round_}").sample(everyone, size))
+        away = [worker for worker in drawn if self.usable.away and self.usable.away(round_, worker)]
+        missing = set(away[max(0, self.usable.least - len(drawn) + len(away)) :])
+        return [worker for worker in drawn if worker not in missing]
 
     def aggregate(self, round_: int, request: Request, replies: Iterable[Message], state: State) -> Aggregate:
         """The global arrays after a round, and the state of the layers after it.

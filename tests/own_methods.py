@@ -15,6 +15,7 @@ from torch import Tensor
 from fedsim.data.uneven import Labelled, Partition
 from fedsim.optim.lr_schedule import Shape
 from fedsim.training.local_steps import LocalSteps, LocalStepsSchedule, Outline
+from fedsim.training.workers import Turn, Workers
 from strategies.arguments import at_least, below
 from strategies.compression import Codec, Parts
 from strategies.mean import Mean
@@ -95,6 +96,19 @@ class Alternating(LocalStepsSchedule):
 
     def rule(self, run: Outline) -> LocalSteps:
         return LocalSteps(lambda step: run.local_steps if int(step / run.steps_per_epoch) % 2 == 0 else 1)
+
+
+@dataclass(frozen=True)
+class Shifts(Workers):
+    """Every other client takes half of the steps; in every third round the last client is away."""
+
+    part: float = 0.5
+
+    def steps(self, turn: Turn) -> int:
+        return max(1, int(self.part * turn.local_steps)) if turn.worker % 2 else turn.local_steps
+
+    def is_away(self, turn: Turn) -> bool:
+        return turn.round % 3 == 0 and turn.worker == 3
 
 
 class SignSGD(torch.optim.Optimizer):
@@ -220,6 +234,14 @@ class Standing(LocalStepsSchedule):
 
     def rule(self, run: Outline) -> LocalSteps:
         return LocalSteps(lambda step: 0)
+
+
+@dataclass(frozen=True)
+class Idle(Workers):
+    """It takes no step."""
+
+    def steps(self, turn: Turn) -> int:
+        return 0
 
 
 @dataclass(frozen=True)

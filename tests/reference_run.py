@@ -115,7 +115,8 @@ def covers(config: Config) -> bool:
         split_name(config.local_rule)[0] in ("none", "fedprox", "scaffold", "scaffold-inferred")
         and (config.local_rule != "scaffold-inferred" or one_rate)
         and all(name in CODECS or name in ("", "powersgd") for name in both)
-        # It takes as many steps with every worker
+        # It takes as many steps with every worker, in every round
+        and config.workers == "even"
         and (not config.local_epochs or len(set(shard_sizes(config))) == 1)
         and config.precision == "fp64"
         # The reference clips parameters alone

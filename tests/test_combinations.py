@@ -163,6 +163,12 @@ LENGTHS: list[Choice] = [
     {"local-steps-schedule": "table:epochs=0.5/1,steps=3/1", "record-by": "epoch", "rounds": 4},
     {"local-epochs": 1, "rounds": 2},
 ]
+WORKERS: list[Choice] = [
+    *[{}] * 9,
+    {"workers": "uneven:speed=0.3/1"},
+    {"workers": "uneven:speed=0.3/0.9,away=0.3,varies=true"},
+    {"workers": "uneven:away=0.5"},
+]
 DELAYS: list[Choice] = [*[{}] * 9, {"layer": "delay"}]
 RATES: list[Choice] = [
     {},
@@ -252,7 +258,21 @@ STRAY: list[Choice] = [
 def combinations(draw: st.DrawFn) -> Choice:
     """Keys, most of which go together."""
     keys: Choice = {"lr": 0.02, "precision": "fp64"}
-    seams = (OPTIMIZERS, RULES, MOMENTUM, BATCHNORM, OUTER, MEANS, SAMPLES, LENGTHS, DELAYS, RATES, SHARDS, MODELS)
+    seams = (
+        OPTIMIZERS,
+        RULES,
+        MOMENTUM,
+        BATCHNORM,
+        OUTER,
+        MEANS,
+        SAMPLES,
+        LENGTHS,
+        WORKERS,
+        DELAYS,
+        RATES,
+        SHARDS,
+        MODELS,
+    )
     for choices in seams:
         keys |= draw(st.sampled_from(choices))
     keys |= {} if "local-epochs" in keys else {"local-steps": draw(st.integers(1, 3))}

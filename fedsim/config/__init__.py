@@ -113,6 +113,8 @@ class Config(BaseModel, frozen=True):
     """Passes of each client over its own images in a round, in place of local-steps; 0: local-steps."""
     local_steps_schedule: Annotated[Text, From(registry.LOCAL_STEPS_SCHEDULES), LOCALSGD] = "constant"
     """How J changes during the run, from local-steps on; all but constant need record-by epoch."""
+    workers: Annotated[Text, From(registry.WORKERS), LOCALSGD] = "even"
+    """Clients of equal speed that are always there; or of unlike speeds, which take a part of J, and at times away."""
     batch_size: Count = 64
     """Images in a step of each client."""
     fraction: Annotated[Number, LOCALSGD, Field(gt=0, le=1)] = 1.0

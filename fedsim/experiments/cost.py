@@ -15,16 +15,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import image_shape, recorded_images
-from fedsim.data.partition import images_of_epoch
+from fedsim.data.partition import images_of_epoch, shard_sizes
 from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.round import initial_progress
+from fedsim.federation.strategy import build_strategy
 from fedsim.models import cpu_model, initial_model
 from fedsim.runs.folder import CONFIG, read_config
 from fedsim.runs.records import read_summary
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
+from fedsim.training.workers import workers_of
 from strategies.method import ServerRound
 from strategies.sections import split
 from strategies.tensor_array import payload_bytes, tensor_record, tensors_of
@@ -49,8 +51,22 @@ def cost(config: Config, mode: Mode) -> Cost:
         epochs, _ = whole_epochs(config)
         return Cost(float(epochs * images), epochs * -(-images // config.batch_size), 0)
     plan = run_plan(config)
-    steps = plan.first_step(plan.rounds + 1)
-    return Cost(float(plan.epoch(plan.rounds) * images), steps, plan.rounds)
+    trained = float(plan.epoch(plan.rounds) * images)
+    if config.workers != "even":
+        held = shard_sizes(config)
+        trained = sum(
+            len(plan.trained(round_, worker, held[worker]))
+            for round_, workers in enumerate(sampled(config), 1)
+            for worker in workers
+        )
+    return Cost(trained, plan.first_step(plan.rounds + 1), plan.rounds)
+
+
+def sampled(config: Config) -> Iterator[list[int]]:
+    """The workers of each round of a complete run of LocalSGD."""
+    plan, everyone = run_plan(config), list(range(config.clients))
+    strategy = build_strategy(config, plan, cpu_model(config))
+    return (strategy.sample(round_, everyone) for round_ in range(1, plan.rounds + 1))
 
 
 def traffic(config: Config) -> tuple[int, int]:
@@ -60,13 +76,17 @@ def traffic(config: Config) -> tuple[int, int]:
     each client is assumed to have been in the round before, except in the first.
     """
     layers, rounds = layers_of(config), run_plan(config).rounds
+    first, messages = config.clients_per_round, config.clients_per_round * rounds
+    if not workers_of(config).always_there:
+        first, *others = map(len, sampled(config))
+        messages = first + sum(others)
     initial = initial_progress(config, initial_model(config.changed({"device": "cpu"})))
     x, buffers, _ = split(tensors_of(initial.arrays))
     besides = layers.send(ServerRound(1, config.fraction == 1, x, x), initial.state, 0)
     whole = _bytes(x, buffers, besides)
     down = _bytes(encode(layers.wire.down, x, {}, 0)[0], buffers, besides) if layers.wire.down else whole
     up = _bytes(layers.wire.expected(x), buffers, layers.replies(besides, 1))
-    return config.clients_per_round * rounds * up, config.clients_per_round * (whole + (rounds - 1) * down)
+    return messages * up, first * whole + (messages - first) * down
 
 
 def _bytes(*parts: Mapping[str, Tensor]) -> int:

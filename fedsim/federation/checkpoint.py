@@ -22,6 +22,7 @@ from fedsim.runs.records import read_rows
 from fedsim.runs.run import Run
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
+from fedsim.training.workers import everyone
 from strategies.screening import tensors_like, wrong_values
 from strategies.sections import with_prefix
 from strategies.tensor_array import tensor_record, tensors_of
@@ -124,8 +125,7 @@ def collect_memories(
     wrong = wrong_values(list(memories.values()), allowed)
     memories = {worker: memory for (worker, memory), reason in zip(memories.items(), wrong, strict=True) if not reason}
     lost = [worker for worker, round_ in enumerate(rounds) if round_ and worker not in memories]
-    everyone = config.clients_per_round == config.clients
-    if len(memories) < (config.min_clients or 1) or (lost and layers.needs_all_memories(everyone)):
+    if len(memories) < (config.min_clients or 1) or (lost and layers.needs_all_memories(everyone(config))):
         raise TooFewClients(f"round {progress.round}: only {len(memories)} clients have their memory", True)
     return memories
 

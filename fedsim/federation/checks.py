@@ -16,6 +16,7 @@ from fedsim.models import cpu_model
 from fedsim.optim import check_optimizer
 from fedsim.system.locks import GLOBAL_GENERATORS
 from fedsim.training.methods import field_of, layers_of, mean_of
+from fedsim.training.workers import everyone, workers_of
 from strategies.arguments import kebab
 from strategies.batchnorm import batchnorm_buffers
 from strategies.errors import StrategyFailed
@@ -28,7 +29,7 @@ EXACT = ("exact", "exact:weights=shard-size")
 
 def properties(config: Config, layers: Layers) -> Mapping[str, tuple[str, Mapping[str, Sequence[Any]]]]:
     """What a layer may need: name -> (what it says, field -> the values with which a run has it)."""
-    sampled = config.clients_per_round < config.clients
+    workers, sampled = workers_of(config), not everyone(config)
     unweighted = [config.mean] if not mean_of(config).by_shards else [config.mean.partition(":")[0]]
     of_sample = {"mean": unweighted, "local_epochs": (0,)} if sampled else {}
     of_a_round: dict[str, Sequence[Any]] = {"optimizer": ("sgdm",)}
@@ -39,14 +40,19 @@ def properties(config: Config, layers: Layers) -> Mapping[str, tuple[str, Mappin
         exact["outer"] = ("none",)
     late = {"layer": ("none",)} if any(layer.begins_early for _, layer in layers) else {}
     whole = {"outer": ("none",), "compress": ("none",), "compress_down": ("none",)}
+    there = {} if workers.always_there else {"workers": ("even",)}
+    equal_steps = {"local_epochs": (0,), **({} if workers.alike else {"workers": ("even",)})}
     plain = {"optimizer": ("sgdm",), "momentum": (0.0,), "weight_decay": (0.0,)}
     return {
         "plain-sgd": ("SGD without momentum and weight decay", plain),
         "sgd-of-a-round": ("SGD with momentum that is reset in each round", of_a_round),
         "no-delay": ("models that arrive in their round", late),
-        "equal-steps": ("as many local steps of each client", {"local_epochs": (0,)}),
-        "all-clients": ("all clients in each round", {"fraction": (1.0,)}),
-        "all-updates": ("the updates of all clients", {"fraction": (1.0,), "min_clients": (0, config.clients)}),
+        "equal-steps": ("as many local steps of each client", equal_steps),
+        "all-clients": ("all clients in each round", {"fraction": (1.0,), **there}),
+        "all-updates": (
+            "the updates of all clients",
+            {"fraction": (1.0,), **there, "min_clients": (0, config.clients)},
+        ),
         "mean-is-next": ("the mean of all models as the next one", {**exact, **whole}),
         "mean-of-all": ("the exact mean of what clients send", {"mean": EXACT}),
         "exact-mean": ("the exact mean of what clients send", exact),

@@ -28,6 +28,7 @@ from fedsim.training.failures import memory_lacks
 from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_round
 from fedsim.training.methods import layers_of, mean_of
 from fedsim.training.run_plan import run_plan
+from fedsim.training.workers import everyone
 from strategies.batchnorm import batchnorm_buffers
 from strategies.layers import Layers
 from strategies.local_sgd import ENCODED
@@ -147,9 +148,9 @@ def _begin(config: Config, message: Message, context: Context) -> Begun:
     r = WorkerRound(
         worker,
         round_,
-        plan.steps_of(round_, len(held_images(config, worker))),
+        plan.steps_of(round_, worker, len(held_images(config, worker))),
         plan.rates,
-        config.clients_per_round == config.clients,
+        everyone(config),
         config.momentum,
         begun=parameters,
         start=parameters,

@@ -21,6 +21,7 @@ from fedsim.runs.records import Row
 from fedsim.system.locks import GLOBAL_GENERATORS
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import RunPlan, run_plan
+from fedsim.training.workers import everyone
 from strategies.arguments import kebab
 from strategies.errors import StrategyFailed
 from strategies.local_sgd import LocalSGD, Request
@@ -111,7 +112,7 @@ def train_round(
         all_refused = all_answered and len(result.left_out) == len(request.workers)
         diverged = all_refused and all(map(not_finite, result.left_out.values()))
         raise TooFewClients(reason, bool(lost), all_refused, diverged)
-    if lost and strategy.layers.needs_all_memories(config.clients_per_round == config.clients):
+    if lost and strategy.layers.needs_all_memories(everyone(config)):
         raise TooFewClients(f"round {round_}: {format_reasons(result.left_out)}", True)
     failures = count_failures(progress.failures, request, replies)
     for worker, reason in result.left_out.items():
@@ -183,7 +184,7 @@ def _loss(config: Config, round_: int, averaged: Mapping[int, MetricRecord]) -> 
     """The mean training loss of a round over the images that the averaged workers trained on, and their number."""
     plan = run_plan(config)
     held = shard_sizes(config) if config.local_epochs else [0] * config.clients  # local steps do not depend on it
-    images = [len(plan.samples(round_, held[worker])) for worker in averaged]
+    images = [len(plan.trained(round_, worker, held[worker])) for worker in averaged]
     losses = [float(metrics["train-loss"]) for metrics in averaged.values()]  # type: ignore[arg-type]
     total = sum(images)
     return math.fsum(loss * (count / total) for loss, count in zip(losses, images, strict=True)), float(total)

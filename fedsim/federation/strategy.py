@@ -48,6 +48,7 @@ def build_strategy(
             metrics={"train-loss": NOT_NEGATIVE},  # a cross-entropy
             domains=lambda round_: domains(names, zero.batchnorm, layers, plan.first_step(round_ + 1)),
             other_records=[MEMORY],
+            away=None if plan.turns.workers.always_there else plan.turns.away,
         ),
         layers=layers,
         seen=Seen(mean, zero.batchnorm, lambda round_: plan.rates(round_)[-1], plan.is_tested),

@@ -42,7 +42,7 @@ class RoundStart:
 
 @dataclass(frozen=True)
 class RoundEnd:
-    """Where it ends: weights and state of its own, the mean training loss and the samples seen.
+    """Where it ends: weights and state of its own, the mean training loss and the `samples_of` the round.
 
     The loss may be a scalar tensor on a GPU, which has not been waited for. `mean_gradient`: of each parameter, where
     methods ask for it.
@@ -78,7 +78,7 @@ def take_round(config: Config, start: RoundStart) -> RoundEnd:
     if replica.terms:
         replica.terms.begin(start.constant)
     loss = replica.run_steps(round_inputs(config, start))
-    steps = run_plan(config).steps_of(start.round, len(held_images(config, start.worker)))
+    steps = run_plan(config).steps_of(start.round, start.worker, len(held_images(config, start.worker)))
     gradients = replica.terms.end(steps) if replica.terms else {}
     state = optimizer_state(named, replica.optimizer)
     return RoundEnd(copies([values])[0], state, loss, samples_of(config, start), gradients)
@@ -118,14 +118,15 @@ def round_inputs(config: Config, start: RoundStart) -> StepInputs:
     """What the local steps of a worker's round read."""
     held = held_images(config, start.worker)
     plan = run_plan(config)
-    first_step, samples = plan.first_step(start.round), plan.samples(start.round, len(held))
+    first_step, samples = plan.first_step(start.round), plan.trained(start.round, start.worker, len(held))
     order = sample_order(len(held), samples.start, len(samples), config.seed, start.worker, config.shuffle_every)
-    rates, images = plan.rates(start.round)[: plan.steps_of(start.round, len(held))], local_images(config)
-    return step_inputs(held[order], config.batch_size, config.seed, start.worker, first_step, rates, images)
+    rates = plan.rates(start.round)[: plan.steps_of(start.round, start.worker, len(held))]
+    what = (held[order], config.batch_size, config.seed, start.worker, first_step, rates, local_images(config))
+    return step_inputs(*what)
 
 
 def samples_of(config: Config, start: RoundStart) -> int:
-    """The images that a worker's round trains on."""
+    """The images that a worker's update counts as: those of a round in which it takes all steps."""
     return len(run_plan(config).samples(start.round, len(held_images(config, start.worker))))
 
 

@@ -2,7 +2,8 @@
 
 Nothing else multiplies by J. Rounds are counted from 1 and local steps from 0: round r takes the steps
 ``first_step(r)`` to ``first_step(r) + steps(r) - 1`` on every worker. With `local-epochs`, workers that hold fewer
-images than others take the first of these steps only: a round is as long as the largest shard makes it.
+images than others take the first of these steps only: a round is as long as the largest shard makes it. So do slower
+`workers` than others.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import bisect
 import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from fractions import Fraction
 
 from fedsim.config import Config
@@ -18,8 +19,10 @@ from fedsim.config.types import MAX_LOCAL_STEPS
 from fedsim.data.partition import images_held, shard_sizes
 from fedsim.errors import UserError
 from fedsim.optim.lr_schedule import Schedule, schedule_of
+from fedsim.registry import is_own
 from fedsim.training.local_steps import LocalSteps, check_local_steps, local_steps_of
 from fedsim.training.round_starts import RoundStarts, rounds_of_number, rounds_of_steps
+from fedsim.training.workers import Turns, Workers
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class RunPlan:
     local_epochs: int = 0  # passes of a worker over its own images in a round; 0: as many steps as every other
     record_by: str = "round"  # unit of rows, tests and checkpoints
     evaluate_every: int = 1  # such units
+    turns: Turns = field(default_factory=lambda: Turns(Workers(), "even", 0))
 
     @property
     def rounds(self) -> int:
@@ -57,14 +61,22 @@ class RunPlan:
         return self.starts.most_steps
 
     def samples(self, round_: int, held: int) -> range:
-        """Which of the images that a worker reads in the run, pass after pass over the `held` ones, a round takes."""
+        """Which of the images that a worker reads in the run, pass after pass over the `held` ones, a round takes.
+
+        Its update weighs by their number. A worker that is slower than others trains on the first of them.
+        """
         if self.local_epochs:
             return range((round_ - 1) * self.local_epochs * held, round_ * self.local_epochs * held)
         return range(self.first_step(round_) * self.batch_size, self.first_step(round_ + 1) * self.batch_size)
 
-    def steps_of(self, round_: int, held: int) -> int:
+    def steps_of(self, round_: int, worker: int, held: int) -> int:
         """The local steps in a round of a worker that holds so many images; the last batch may be a smaller one."""
-        return -(-len(self.samples(round_, held)) // self.batch_size)
+        steps = -(-len(self.samples(round_, held)) // self.batch_size)
+        return steps if self.turns.workers.alike else self.turns.steps(round_, worker, steps)
+
+    def trained(self, round_: int, worker: int, held: int) -> range:
+        """Those of its `samples` that a worker trains on."""
+        return self.samples(round_, held)[: self.steps_of(round_, worker, held) * self.batch_size]
 
     def rates(self, round_: int) -> list[float]:
         """The learning rate of each local step of a round; a worker with fewer steps has the first of them."""
@@ -116,7 +128,12 @@ def run_plan(config: Config) -> RunPlan:
         stops.append(max(1, bisect.bisect_left(starts, _steps_of(steps_per_epoch, config.stop_after_epochs))))
     lr = schedule(starts[-1])
     recorded = (config.record_by, config.evaluate_every)
-    return RunPlan(starts, min(stops), config.batch_size, steps_per_epoch, lr, config.local_epochs, *recorded)
+    turns = Turns.of(config)
+    for worker in range(config.clients) if is_own(config.workers) else ():  # a trial
+        turns.steps(1, worker, starts[1])
+        turns.away(1, worker)
+    counts = (config.batch_size, steps_per_epoch, lr, config.local_epochs)
+    return RunPlan(starts, min(stops), *counts, *recorded, turns)
 
 
 def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int], Schedule]) -> RoundStarts:

@@ -31,6 +31,7 @@ from fedsim.training.local_round import RoundEnd, RoundStart, held_images, round
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
 from fedsim.training.step import StepInputs
+from fedsim.training.workers import workers_of
 
 
 class StackedReplicas:
@@ -101,7 +102,7 @@ class StackedReplicas:
 
     def _gradients(self, start: RoundStart) -> list[dict[str, Tensor]]:
         """Each replica's mean gradients of the round, where methods ask for them."""
-        steps = run_plan(self._config).steps_of(start.round, len(held_images(self._config, start.worker)))
+        steps = run_plan(self._config).steps_of(start.round, start.worker, len(held_images(self._config, start.worker)))
         stacked = self._terms.end(steps) if self._terms else {}
         parts = {name: _split(value, len(self._parts)) for name, value in stacked.items()}
         return [{name: of[replica].clone() for name, of in parts.items()} for replica in range(len(self._parts))]
@@ -134,6 +135,8 @@ def why_not(config: Config, by_products: bool = False) -> str:
     """Why the replicas of `config` cannot be stacked; empty if they can, and then compute what each does alone."""
     if config.local_epochs and len(set(shard_sizes(config))) > 1:
         return f"local-epochs = {config.local_epochs}: clients that hold more images take more steps than others"
+    if not workers_of(config).alike:
+        return f"workers = {config.workers}: some clients take fewer steps than others"
     builder = builder_of(config.model)
     problem = _why_not(builder, config.model, facts_of(config).classes, image_shape(config), by_products)
     return f"model {config.model}: {problem}" if problem else ""

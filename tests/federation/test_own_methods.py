@@ -30,6 +30,7 @@ EVERYWHERE: list[dict[str, Any]] = [
     {"optimizer": f"{OWN}SignSGD:scale=0.5"},
     {"schedule": f"{OWN}Triangle"},
     {"local-steps-schedule": f"{OWN}Alternating", "record-by": "epoch"},
+    {"workers": f"{OWN}Shifts:part=0.6"},
 ]
 
 
@@ -71,6 +72,7 @@ def test_own_code_stands_where_a_name_may_and_resumes_bitwise(small: Config, key
         ({"partition": f"{OWN}Overlapping"}, "gives other things than numbers of images, each to one client"),
         ({"schedule": f"{OWN}Negative"}, "gives the factor -0.09"),
         ({"local-steps-schedule": f"{OWN}Standing"}, "gives J = 0 at step 0: it must be a whole number from 1 on"),
+        ({"workers": f"{OWN}Idle"}, "gives 0 steps to worker 0 in round 1: it must be a whole number from 1 to 2"),
         ({"local-rule": "fedproxx"}, "is unknown: it must be one of none, fedprox"),
         ({"optimizer": f"{OWN}Drift"}, f"{OWN}Drift is no subclass of torch.optim.Optimizer"),
     ],
