@@ -104,11 +104,13 @@ RULES: list[Choice] = [
     {"local-rule": "scaffold"},
     {"local-rule": "feddyn:alpha=0.1"},
     {"local-rule": "fednova", "momentum-at-sync": "reset"},
-    {"local-rule": "scaffold-inferred", "optimizer.nesterov": False, "momentum": 0.0, "weight-decay": 0.0},
+    {"local-rule": "scaffold-inferred", "optimizer": "sgdm", "momentum": 0.0, "weight-decay": 0.0},
 ]
 NOT_WITH = {  # the beginning of a rule -> keys that it is nearly always refused with
     "feddyn": "mean|layer|outer|compress",
     "fednova": "mean|layer|optimizer",
+    "scaffold": "mean",
+    "scaffold-inferred": "workers|fraction",
 }
 MOMENTUM: list[Choice] = [{}, {}, {"momentum-at-sync": "reset"}, {"momentum-at-sync": "average"}]
 BATCHNORM: list[Choice] = [
@@ -164,7 +166,7 @@ LENGTHS: list[Choice] = [
     {"local-epochs": 1, "rounds": 2},
 ]
 WORKERS: list[Choice] = [
-    *[{}] * 9,
+    *[{}] * 17,
     {"workers": "uneven:speed=0.3/1"},
     {"workers": "uneven:speed=0.3/0.9,away=0.3,varies=true"},
     {"workers": "uneven:away=0.5"},
@@ -258,21 +260,8 @@ STRAY: list[Choice] = [
 def combinations(draw: st.DrawFn) -> Choice:
     """Keys, most of which go together."""
     keys: Choice = {"lr": 0.02, "precision": "fp64"}
-    seams = (
-        OPTIMIZERS,
-        RULES,
-        MOMENTUM,
-        BATCHNORM,
-        OUTER,
-        MEANS,
-        SAMPLES,
-        LENGTHS,
-        WORKERS,
-        DELAYS,
-        RATES,
-        SHARDS,
-        MODELS,
-    )
+    first = (OPTIMIZERS, RULES, MOMENTUM, BATCHNORM, OUTER, MEANS)
+    seams = (*first, SAMPLES, LENGTHS, DELAYS, RATES, SHARDS, MODELS, WORKERS)
     for choices in seams:
         keys |= draw(st.sampled_from(choices))
     keys |= {} if "local-epochs" in keys else {"local-steps": draw(st.integers(1, 3))}
@@ -285,6 +274,8 @@ def combinations(draw: st.DrawFn) -> Choice:
     for rule, others in NOT_WITH.items():
         if keys.get("local-rule", "").startswith(rule) and draw(st.integers(0, 9)):
             keys = {name: value for name, value in keys.items() if not re.match(others, name)}
+    if keys.get("mean", "").startswith(("trimmed", "median")):  # they take no weights
+        keys.pop("mean.weights", None)
     if OF_FLOWER in keys.get("outer", ""):  # it takes their places
         keys = {name: value for name, value in keys.items() if not re.match("compress|mean", name)}
         keys |= {"local-rule": "none"} if draw(st.booleans()) else {}
