@@ -37,9 +37,9 @@ def local_sgd(
     for steps in local_steps:
         for worker, (replica, optimizer) in enumerate(zip(replicas, optimizers, strict=True)):
             replica.load_state_dict(model.state_dict())
-            train(replica, optimizer, batch, worker, range(first, first + steps))
+            take_steps(replica, optimizer, batch, worker, range(first, first + steps))
         states = [replica.state_dict() for replica in replicas]
-        model.load_state_dict({name: mean([state[name] for state in states]) for name in states[0]})
+        model.load_state_dict({name: average([state[name] for state in states]) for name in states[0]})
         if momentum_at_sync == "reset":
             optimizers = [make_optimizer(replica) for replica in replicas]
         if momentum_at_sync == "average":
@@ -47,7 +47,7 @@ def local_sgd(
         first += steps
 
 
-def train(model: nn.Module, optimizer: Optimizer, batch: Batch, worker: int, steps: range) -> None:
+def take_steps(model: nn.Module, optimizer: Optimizer, batch: Batch, worker: int, steps: range) -> None:
     """Take the local steps of a round on one worker."""
     model.train()
     for step in steps:
@@ -57,7 +57,7 @@ def train(model: nn.Module, optimizer: Optimizer, batch: Batch, worker: int, ste
         optimizer.step()
 
 
-def mean(values: Sequence[Tensor]) -> Tensor:
+def average(values: Sequence[Tensor]) -> Tensor:
     """The mean of equally shaped tensors, in float64; of integers (BatchNorm's counters) the largest."""
     stacked = torch.stack(list(values))
     return stacked.double().mean(0) if stacked.is_floating_point() else stacked.amax(0)
@@ -69,6 +69,6 @@ def average_states(optimizers: Sequence[Optimizer]) -> None:
     for parameters in zip(*groups, strict=True):
         states = [optimizer.state[p] for optimizer, p in zip(optimizers, parameters, strict=True)]
         for entry in states[0]:
-            average = mean([state[entry] for state in states])
+            mean = average([state[entry] for state in states])
             for state in states:
-                state[entry].copy_(average)
+                state[entry].copy_(mean)

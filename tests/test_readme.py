@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.cli.commands import cli
-from fedsim.reference import local_sgd, mean
+from fedsim.reference import average, local_sgd
 from tests.commands import forked
 
 ROOT = Path(__file__).parents[1]
@@ -40,7 +40,7 @@ def test_the_algorithm_in_the_readme_is_the_reference() -> None:
     model = copy.deepcopy(expected)
     local_sgd(expected, sgdm, batch, workers=K, local_steps=[J] * rounds)
     workers = [(replica, sgdm(replica)) for replica in (copy.deepcopy(model) for _ in range(K))]
-    names = {"model": model, "workers": workers, "batch": batch, "rounds": rounds, "J": J, "F": F, "mean": mean}
+    names = {"model": model, "workers": workers, "batch": batch, "rounds": rounds, "J": J, "F": F, "mean": average}
     exec(programs()[0], names)
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected.state_dict()[name]), name

@@ -27,7 +27,7 @@ client_app = ClientApp()
 
 
 @client_app.train()
-def train(message: Message, context: Context) -> Message:
+def train_client(message: Message, context: Context) -> Message:
     """J local steps on this client's shard."""
     sent = dict(message.content.config_records["config"])
     sent.pop("server-round")

@@ -48,7 +48,7 @@ def rounds_table(timings: Sequence[Timing]) -> Group:
         **{each.variant: VARIANTS[each.variant][1] for each in timings},
     }
     lines = "\n".join(f"{name}: {meaning}" for name, meaning in legend.items())
-    return Group(rich_table("A round of LocalSGD: medians", rows), lines)
+    return Group(plain_table("A round of LocalSGD: medians", rows), lines)
 
 
 def large_table(timings: Sequence[Timing]) -> Table:
@@ -64,7 +64,7 @@ def large_table(timings: Sequence[Timing]) -> Table:
         }
         for each in timings
     ]
-    return rich_table("Centralized training, J steps a round", rows)
+    return plain_table("Centralized training, J steps a round", rows)
 
 
 def growth_table(timings: Sequence[Timing]) -> Table:
@@ -77,10 +77,10 @@ def growth_table(timings: Sequence[Timing]) -> Table:
         rows.append(
             {"K": f"{k}", "J": f"{j}", "s a round": f"{seconds:.3f}", "ms a local step": step, "peak MiB": peak}
         )
-    return rich_table("Rounds of lenet5 at batch 32", rows)
+    return plain_table("Rounds of lenet5 at batch 32", rows)
 
 
-def rich_table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
+def plain_table(title: str, rows: Sequence[Mapping[str, str]]) -> Table:
     """A table of `rows`, each with the same columns; empty columns are left out."""
     columns = [name for name in rows[0] if any(row[name] for row in rows)]
     result = Table(title=title, box=SIMPLE_HEAD, show_edge=False, padding=0)

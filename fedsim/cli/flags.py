@@ -101,7 +101,7 @@ class Command(click.Command):
                 formatter.write_dl(records)
 
 
-class Argument(click.Argument):
+class Positional(click.Argument):
     """A word without a flag, with its help."""
 
     def __init__(self, name: str, meaning: str, **settings: Any) -> None:
@@ -129,10 +129,10 @@ def _sections(options: type[Options]) -> dict[str, list[click.Parameter]]:
     return {title: own for title, own in sections.items() if own}
 
 
-def _argument(name: str, field: FieldInfo) -> Argument:
+def _argument(name: str, field: FieldInfo) -> Positional:
     default = f" (default: {field.default})" if field.default else ""
     many = get_origin(field.annotation) is tuple
-    return Argument(name, f"{about(field)}{default}", required=False, nargs=-1 if many else 1, default=None)
+    return Positional(name, f"{about(field)}{default}", required=False, nargs=-1 if many else 1, default=None)
 
 
 def _option(name: str, field: FieldInfo) -> list[click.Parameter]:

@@ -186,18 +186,18 @@ def run_cells(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Conso
                     continue
                 done += 1
                 if failure:
-                    failed.append(label(cell))
-                    console.print(f"{label(cell)} failed: {failure}", style="red", **PLAIN)
+                    failed.append(full_name(cell))
+                    console.print(f"{full_name(cell)} failed: {failure}", style="red", **PLAIN)
                 elif not console.is_terminal:
-                    console.print(f"{done}/{total}  {label(cell)}  {_outcome(cell)}", **PLAIN)
+                    console.print(f"{done}/{total}  {full_name(cell)}  {_outcome(cell)}", **PLAIN)
                 progress.advance(overall)
             if busy:
-                console.print(f"waiting for other processes to run {', '.join(map(label, busy))}", **PLAIN)
+                console.print(f"waiting for other processes to run {', '.join(map(full_name, busy))}", **PLAIN)
             cells, patience = busy, math.inf
     return failed
 
 
-def label(cell: Cell) -> str:
+def full_name(cell: Cell) -> str:
     """The name of a cell, with that of its study's folder."""
     return f"{Path(cell.config.results_dir).name}/{cell.config.name}"
 

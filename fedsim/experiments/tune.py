@@ -29,7 +29,7 @@ from fedsim.experiments.sweep import (
     Runner,
     check_folders,
     checked_cells,
-    label,
+    full_name,
     resolved_cell,
     run_cells,
     run_studies,
@@ -183,7 +183,7 @@ def _epochs(part: float, cell: Cell) -> float:
 
 def _judged(trial: Trial, running: Sequence[Trial], failed: Sequence[str], part: float, tune: Tune) -> str:
     """The outcome of `trial` if it failed, or is hopeless compared with the trials `running` for its cell, or ""."""
-    if label(trial.cell) in failed:
+    if full_name(trial.cell) in failed:
         return "failed"
     own = _best(trial, part)
     others = [best for other in running if other.of == trial.of and (best := _best(other, part)) is not None]

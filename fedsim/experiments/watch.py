@@ -28,7 +28,7 @@ QUIET_SECONDS = 60.0  # without a change
 LAST_BYTES = 2**16  # read from the end of a row file for its last rows
 
 
-class Seen(NamedTuple):
+class RunState(NamedTuple):
     """The line on a run, and its state."""
 
     line: str
@@ -60,7 +60,7 @@ def watch(root: Path, console: Console) -> None:
 
 def lines_of(root: Path) -> tuple[list[str], bool]:
     """A line for each study and run under `root`, unfinished runs last; and whether a run is still in progress."""
-    folders: dict[Path, list[Seen]] = {}
+    folders: dict[Path, list[RunState]] = {}
     runs = [path.parent for path in sorted(root.rglob(CONFIG))]
     for run in runs:
         folders.setdefault(run.parent, []).append(_seen(run))
@@ -90,15 +90,15 @@ def _expected(folder: Path) -> int:
         return 0
 
 
-def _seen(folder: Path) -> Seen:
+def _seen(folder: Path) -> RunState:
     """The present state of the run in `folder`, to which another process may be writing."""
     try:
         return _read(folder)
     except (OSError, ValueError, KeyError, TypeError) as error:
-        return Seen(f"{folder.name}  cannot be read: {' '.join(str(error).split())}", "damaged")
+        return RunState(f"{folder.name}  cannot be read: {' '.join(str(error).split())}", "damaged")
 
 
-def _read(folder: Path) -> Seen:
+def _read(folder: Path) -> RunState:
     held = read_config(folder)
     mode: Mode = held.pop("mode")
     known = Config().identity(mode)
@@ -107,17 +107,19 @@ def _read(folder: Path) -> Seen:
     rows = list(_last_rows(folder / ROWS))
     rounds, epochs, images = _length(config, mode)
     if not rows:
-        return Seen(f"{folder.name}  no rows yet", "unfinished")
+        return RunState(f"{folder.name}  no rows yet", "unfinished")
     row, tested = rows[-1], [row["test_accuracy"] for row in rows if row["test_accuracy"] is not None]
     where = f"{folder.name}  round {row['round']}" + (rounds or f"  epoch {row['epoch']:.2f}")
     if summary and summary["finished"]:
-        return Seen(
+        return RunState(
             f"{where}  {row['tested_on']} {tested[-1] if tested else 0:.2%}  {row['seconds']:.0f} s", "finished"
         )
     before = rows[0] if rows[0]["seconds"] < row["seconds"] else None
     age = max(0.0, time.time() - (folder / ROWS).stat().st_mtime)
     ago = f"  row {timedelta(seconds=round(age))} ago" if age > QUIET_SECONDS else ""
-    return Seen(f"{where}  {status(row, images, epochs, before, tested[-1] if tested else None)}{ago}", "unfinished")
+    return RunState(
+        f"{where}  {status(row, images, epochs, before, tested[-1] if tested else None)}{ago}", "unfinished"
+    )
 
 
 def _length(config: Config, mode: Mode) -> tuple[str, float | None, int]:

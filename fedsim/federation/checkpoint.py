@@ -17,7 +17,8 @@ from fedsim.federation.node_registry import Nodes
 from fedsim.federation.protocol import MEMORY, MEMORY_ROUNDS
 from fedsim.federation.round import Progress, TooFewClients
 from fedsim.federation.shapes import domains, zeros_of
-from fedsim.runs.checkpoint_file import Count, Finite, Open, kind_of
+from fedsim.runs.checkpoint_file import Open, kind_of
+from fedsim.runs.columns import Finite, Natural
 from fedsim.runs.records import read_rows
 from fedsim.runs.run import Run
 from fedsim.training.methods import layers_of
@@ -68,14 +69,14 @@ def _like(initial: Progress, messenger: Messenger) -> dict[str, Any]:
     """What a valid checkpoint is like: the arrays of `initial`, and the types of everything else."""
     clients = len(initial.last_aggregated_round)
     return {
-        **dict.fromkeys(_state(initial, {}, messenger), kind_of(Count)),
+        **dict.fromkeys(_state(initial, {}, messenger), kind_of(Natural)),
         "arrays": tensors_of(initial.arrays),
-        "last_aggregated_round": kind_of(Annotated[list[Count], Field(min_length=clients, max_length=clients)]),
+        "last_aggregated_round": kind_of(Annotated[list[Natural], Field(min_length=clients, max_length=clients)]),
         "state": Open(initial.state),  # an outer step, or an own strategy, has none in the first round
         "losses": kind_of(list[tuple[Finite, Finite]]),
         "left_out": kind_of(dict[str, str]),
-        "failures": kind_of(dict[Count, Count]),
-        "memories": kind_of(dict[Count, Memory]),
+        "failures": kind_of(dict[Natural, Natural]),
+        "memories": kind_of(dict[Natural, Memory]),
     }
 
 

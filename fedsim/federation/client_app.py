@@ -25,7 +25,7 @@ from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_
 from fedsim.models import cpu_model
 from fedsim.own_code import own_code
 from fedsim.training.failures import memory_lacks
-from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_local_round
 from fedsim.training.methods import layers_of, mean_of
 from fedsim.training.run_plan import run_plan
 from fedsim.training.workers import everyone
@@ -66,7 +66,11 @@ def train_together(
                 rounds.append(None)
         own = [begun for begun in rounds if begun]
         starts = [begun.start for begun in own]
-        ends = take_rounds(config, starts) if take_rounds and own else [take_round(config, start) for start in starts]
+        ends = (
+            take_rounds(config, starts)
+            if take_rounds and own
+            else [take_local_round(config, start) for start in starts]
+        )
         replies = iter(_replies(config, own, ends))
         return [
             next(replies) if begun else _declined(message, MEMORY_LOST)

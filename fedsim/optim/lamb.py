@@ -38,7 +38,6 @@ class LAMB(LayerwiseOptimizer):
             before it.
         clamp_value: the paper's phi: the largest weight norm used in the ratio; None or inf: no clamp.
         adapt_undecayed: False: r = 1 in groups without weight decay.
-        adam: r = 1 everywhere; with "moments" this is AdamW.
 
     Pitfalls:
         Without bias correction the bias cancels in r, but not where r = 1: the first step of a bias initialized to zero
@@ -62,7 +61,6 @@ class LAMB(LayerwiseOptimizer):
         bias_correction: str = "none",
         clamp_value: float | None = 10.0,
         adapt_undecayed: bool = True,
-        adam: bool = False,
     ) -> None:
         require_nonnegative(lr=lr, eps=eps, weight_decay=weight_decay)
         if not all(0 <= beta < 1 for beta in betas):
@@ -79,7 +77,6 @@ class LAMB(LayerwiseOptimizer):
             "bias_correction": bias_correction,
             "clamp_value": clamp_value,
             "adapt_undecayed": adapt_undecayed,
-            "adam": adam,
         }
         super().__init__(params, defaults)
 
@@ -135,7 +132,7 @@ def _bias_corrections(steps: list[Tensor], group: Group) -> tuple[Tensor, Tensor
 
 def _trust_ratios(params: list[Tensor], updates: list[Tensor], group: Group) -> Tensor:
     """(N,) trust ratios r; 1 where either norm is 0."""
-    if group["adam"] or (group["weight_decay"] == 0 and not group["adapt_undecayed"]):
+    if group["weight_decay"] == 0 and not group["adapt_undecayed"]:
         return torch.ones(len(params), dtype=params[0].dtype, device=params[0].device)
     weight, update = norms(params), norms(updates)
     if group["clamp_value"] is not None:

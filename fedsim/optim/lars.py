@@ -15,23 +15,22 @@ class LARS(LayerwiseOptimizer):
     For each parameter w with gradient g, d the ``weight_decay``, m the ``momentum`` and c the ``trust_coefficient``::
 
         r = c ||w|| / (||g|| + d ||w|| + eps)    the trust ratio; the paper's local rate
-        v = m v + (1 - dampening) r (g + d w)    the first v is r (g + d w)
+        v = m v + r (g + d w)
         w = w - lr v                             nesterov: lr (r (g + d w) + m v)
 
     This equals torch-optimizer's LARS and, where no gradient is all zero, timm's. As in torch's SGD, v does not contain
     the rate. In Algorithm 1 of the paper it does, so that v holds the rates of earlier steps; the two differ only where
     the rate varies. ``lr_in_momentum=True`` is that algorithm::
 
-        v = m v + (1 - dampening) lr r (g + d w)
+        v = m v + lr r (g + d w)
         w = w - v
 
     Args:
         params: parameters, or parameter groups, which may override any of these arguments.
         lr: the global rate, at least 0; a float or a 0-dim tensor.
         momentum: m; without it (0) there is no buffer.
-        dampening: as in torch's SGD; the first v is not damped.
         weight_decay: d, inside the ratio and scaled by it.
-        nesterov: Nesterov momentum; needs a momentum and no dampening.
+        nesterov: Nesterov momentum; needs a momentum.
         trust_coefficient: c, the size of a layer's step relative to its norm.
         eps: keeps the ratio finite.
         lr_in_momentum: the paper's Algorithm 1, see above.
@@ -51,7 +50,6 @@ class LARS(LayerwiseOptimizer):
         params: ParamsT,
         lr: float | Tensor = 1e-2,
         momentum: float = 0.0,
-        dampening: float = 0.0,
         weight_decay: float = 0.0,
         nesterov: bool = False,
         *,
@@ -60,14 +58,13 @@ class LARS(LayerwiseOptimizer):
         lr_in_momentum: bool = False,
         adapt_undecayed: bool = False,
     ) -> None:
-        require_nonnegative(lr=lr, momentum=momentum, dampening=dampening, weight_decay=weight_decay)
+        require_nonnegative(lr=lr, momentum=momentum, weight_decay=weight_decay)
         require_nonnegative(trust_coefficient=trust_coefficient, eps=eps)
-        if nesterov and (momentum == 0 or dampening != 0):
-            raise ValueError("nesterov needs a momentum and no dampening")
+        if nesterov and momentum == 0:
+            raise ValueError("nesterov needs a momentum")
         defaults = {
             "lr": lr,
             "momentum": momentum,
-            "dampening": dampening,
             "weight_decay": weight_decay,
             "nesterov": nesterov,
             "trust_coefficient": trust_coefficient,
@@ -96,8 +93,8 @@ class LARS(LayerwiseOptimizer):
             self.state[params[i]]["momentum_buffer"] = zeros_for(params[i])
         buffers = [self.state[p]["momentum_buffer"] for p in params]
         torch._foreach_mul_(buffers, group["momentum"])
-        torch._foreach_add_(buffers, directions, alpha=1 - group["dampening"])
-        for i in new:  # the first direction is not damped, as in torch.optim.SGD
+        torch._foreach_add_(buffers, directions)
+        for i in new:  # to the sign of a zero, as in torch.optim.SGD
             buffers[i].copy_(directions[i])
         if group["nesterov"]:
             return list(torch._foreach_add(directions, buffers, alpha=group["momentum"]))

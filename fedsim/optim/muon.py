@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 import torch
 
+from fedsim.optim._foreach import Group
 from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS, Optimizer, form_of, without_compiler
 
 TORCHS_MUON: Callable[..., Optimizer] = without_compiler(torch.optim.Muon)
-Group = dict[str, Any]
 
 
 class Muon(Optimizer):

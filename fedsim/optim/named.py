@@ -15,7 +15,7 @@ from strategies.arguments import OF_THE_RUN, above, at_least, below
 
 Groups = list[dict[str, Any]]
 Given = Annotated[float, OF_THE_RUN]
-Decay = Annotated[float, at_least(0), below(1)]
+Factor = Annotated[float, at_least(0), below(1)]
 Backend = Literal["fedsim", "torch-optimizer"]
 
 
@@ -55,7 +55,7 @@ def lars(
 def lamb(
     groups: Groups,
     lr: Given,
-    betas: tuple[Decay, Decay] = (0.9, 0.999),
+    betas: tuple[Factor, Factor] = (0.9, 0.999),
     bias_correction: Literal["none", "step-size", "moments"] = "none",
     clamp: Annotated[float, at_least(0)] = 10.0,
     adapt_undecayed: bool = True,
@@ -88,7 +88,7 @@ def lamb(
 def muon(
     groups: Groups,
     lr: Given,
-    momentum: Decay = 0.95,
+    momentum: Factor = 0.95,
     nesterov: bool = True,
     adjust_lr: Literal["original", "match-rms-adamw", "spectral-unclamped"] = "original",
     other: Literal["adamw", "adam", "nadam", "radam", "rmsprop", "sgd"] = "adamw",

@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
 
-from fedsim.report.load import printable
+from fedsim.report.load import escaped
 
 DPI = 144
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008, for colour-blind eyes
@@ -51,7 +51,7 @@ class Plot:
         figure = self.draw(1) if phone else self.figure
         for text in figure.findobj(Text):
             text.set_parse_math(False)  # names may contain a $
-        metadata = {"Description": printable(command), **({"Date": None} if kind == "svg" else {})}
+        metadata = {"Description": escaped(command), **({"Date": None} if kind == "svg" else {})}
         file = io.BytesIO()
         with rc_context({"svg.hashsalt": self.name, "svg.fonttype": "none"}):  # the same bytes, and text as text
             figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)

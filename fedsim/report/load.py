@@ -18,13 +18,11 @@ from pydantic import Field, TypeAdapter, ValidationError
 from fedsim.config import ARGUMENTS, Config, Mode, Value
 from fedsim.errors import UserError
 from fedsim.registry import names_own
-from fedsim.runs.columns import LARGEST, Accuracy, Columns, Costs, Count
+from fedsim.runs.columns import LARGEST, Accuracy, Columns, Costs, Finite, Natural
 from fedsim.runs.folder import CONFIG, MACHINE, ROWS, SUMMARY, check_version, complete_record
 from fedsim.runs.records import TRAFFIC, sha256_of_summary
 
-Integer = Annotated[int, Field(ge=-LARGEST, le=LARGEST)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
-KEYS = TypeAdapter(dict[str, bool | Integer | Finite | str | dict[str, Any]])
+KEYS = TypeAdapter(dict[str, bool | Annotated[int, Field(ge=-LARGEST, le=LARGEST)] | Finite | str | dict[str, Any]])
 REQUIRED_KEYS = ("mode", "seed", "optimizer", "batch-size")
 SHOWN_LINES = 5  # line numbers in one warning
 
@@ -37,7 +35,7 @@ class Summary(Costs):
     finished: bool
     best_test_accuracy: Accuracy | None
     final_test_accuracy: Accuracy | None
-    parameters: Count | None = None
+    parameters: Natural | None = None
     device: str | None = None
     commit: str | None = None
     command: str | None = None
@@ -72,14 +70,14 @@ def read_records(root: Path) -> Records:
         content = _read(path.with_name(ROWS), bytes, warnings)
         digest = summary.sha256.get(ROWS) if summary and summary.finished else None
         if digest and content is not None and sha256(content).hexdigest() != digest:
-            where = printable(path.with_name(ROWS))
+            where = escaped(path.with_name(ROWS))
             warnings.append(f"{where}: its SHA-256 is not the one in summary.json; the run is left out")
             continue
         own = _parse_rows(path.with_name(ROWS), content or b"", warnings)
         rows += [{"run": len(runs), **row.model_dump()} for row in own]
         identity = json.dumps(cell_identity(config), sort_keys=True)
         keys = {name: value for name, value in config.items() if name not in MACHINE}
-        run = {"folder": path.parent, "run": printable(path.parent.name), "identity": identity}
+        run = {"folder": path.parent, "run": escaped(path.parent.name), "identity": identity}
         runs.append({**keys, **_outcome(summary, own), **run})
     columns = ["run", *Columns.model_fields]
     types = {**dict.fromkeys(columns, float), "run": int, "round": int}
@@ -128,7 +126,7 @@ def cell_identity(config: Mapping[str, Any]) -> dict[str, Any]:
     return {**shared, ARGUMENTS: of_built_in}  # to know those of the user's own, it would have to be imported
 
 
-def printable(text: object) -> str:
+def escaped(text: object) -> str:
     """`text`, such as a path or an error, with control characters, and bytes that are not UTF-8, as escapes."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in str(text))
 
@@ -157,7 +155,7 @@ def _read(path: Path, parse: Callable[[bytes], T], warnings: list[str]) -> T | N
         return parse(path.read_bytes())
     except (OSError, ValueError) as error:
         left_out = "the run is left out" if path.name == CONFIG else "it is ignored"
-        warnings.append(f"{printable(path)}: {_reason(error)}; {left_out}")
+        warnings.append(f"{escaped(path)}: {_reason(error)}; {left_out}")
         return None
 
 
@@ -173,7 +171,7 @@ def _parse_rows(path: Path, content: bytes, warnings: list[str]) -> list[Columns
             damaged.append(str(number))
     if damaged:
         some = ", ".join(damaged[:SHOWN_LINES]) + (", ..." if len(damaged) > SHOWN_LINES else "")
-        warnings.append(f"{printable(path)}: {len(damaged)} damaged rows are skipped, line {some}")
+        warnings.append(f"{escaped(path)}: {len(damaged)} damaged rows are skipped, line {some}")
     return [rows[number] for number in sorted(rows)]
 
 
@@ -181,5 +179,5 @@ def _reason(error: Exception) -> str:
     if isinstance(error, ValidationError):
         first = error.errors(include_url=False, include_input=False)[0]
         where = "".join(f"{part} " for part in first["loc"][:1])
-        return printable(f"damaged ({where}{first['msg']})")
-    return printable(f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error))
+        return escaped(f"damaged ({where}{first['msg']})")
+    return escaped(f"cannot be read ({error.strerror})" if isinstance(error, OSError) else str(error))

@@ -20,14 +20,14 @@ from fedsim.errors import RunFailed, UserError
 from fedsim.report.answers import answers
 from fedsim.report.drawing import Plot
 from fedsim.report.figures import plot_accuracy, plots_of
-from fedsim.report.load import printable
+from fedsim.report.load import escaped
 from fedsim.report.result_table import ResultTable, read_tables
 from fedsim.report.tables import (
     accuracy_table,
     cost_table,
     csv_text,
     notes,
-    provenance,
+    origins,
     runs_frame,
     terminal_table,
 )
@@ -52,7 +52,7 @@ def build_report(root: str, out: str, figure: str, console: Console) -> None:
             show_path(path / f"{figure}.png", console)
             return
         sections = [_section(table, path, command) for table in tables]
-        content = {"title": TITLE, "sections": sections, "warnings": warnings, "command": printable(command)}
+        content = {"title": TITLE, "sections": sections, "warnings": warnings, "command": escaped(command)}
         templates = _templates()
         for template, name in (("page.html.j2", "index.html"), ("report.md.j2", "report.md")):
             (path / name).write_text(templates.get_template(template).render(content), encoding="utf-8")
@@ -79,7 +79,7 @@ def folder(key: str, text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise UserError(f"{key} = {printable(text)}: there is no such home folder: give another folder") from error
+        raise UserError(f"{key} = {escaped(text)}: there is no such home folder: give another folder") from error
 
 
 @contextlib.contextmanager
@@ -91,9 +91,9 @@ def output_folder(text: str) -> Iterator[Path]:
         yield path
     except OSError as error:
         if error.errno in DISK_ERRORS:
-            reason = f"{printable(path)} cannot be written ({error.strerror})"
+            reason = f"{escaped(path)} cannot be written ({error.strerror})"
             raise RunFailed(f"{reason}: free some space and try again") from error
-        raise UserError(f"out = {printable(text)} cannot be written ({error.strerror}): give another -o") from error
+        raise UserError(f"out = {escaped(text)} cannot be written ({error.strerror}): give another -o") from error
 
 
 def save_plot(plot: Plot, path: Path, command: str) -> tuple[Path, ...]:
@@ -118,7 +118,7 @@ def show_warnings(warnings: Sequence[str], console: Console) -> None:
 
 def show_path(path: Path, console: Console) -> None:
     """Print a path on one line."""
-    console.print(printable(path), markup=False, soft_wrap=True, highlight=False)
+    console.print(escaped(path), markup=False, soft_wrap=True, highlight=False)
 
 
 def _section(table: ResultTable, path: Path, command: str) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _section(table: ResultTable, path: Path, command: str) -> dict[str, Any]:
         "notes": notes(table),
         "tables": tables,
         "figures": figures,
-        "provenance": [(name, printable(value)) for name, value in provenance(table)],
+        "provenance": [(name, escaped(value)) for name, value in origins(table)],
     }
 
 
@@ -145,8 +145,8 @@ def _figure(plot: Plot, path: Path, command: str) -> dict[str, Any]:
     narrow = plot.image("svg", command, phone=True)
     return {
         "name": plot.name,
-        "caption": printable(plot.caption),
-        "command": printable(command),
+        "caption": escaped(plot.caption),
+        "command": escaped(command),
         "wide": base64.b64encode(svg.read_bytes()).decode(),
         "narrow": base64.b64encode(narrow).decode(),  # its panels are below each other
         "width": round(PIXELS_PER_INCH * plot.figure.get_figwidth()),

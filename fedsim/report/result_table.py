@@ -15,7 +15,7 @@ import pandas as pd
 from fedsim.config import BUDGET, Config, Value
 from fedsim.errors import UserError
 from fedsim.experiments.study import FOLDER, LARGE_BATCH, STORED, Study, read_study, study_names
-from fedsim.report.load import Records, cell_identity, printable, read_records
+from fedsim.report.load import Records, cell_identity, escaped, read_records
 from fedsim.report.network import add_traffic, is_summed
 from fedsim.runs.columns import Costs
 from fedsim.runs.folder import CONFIG, differences
@@ -34,6 +34,14 @@ class PaperValue(NamedTuple):
     best: float
     final: float | None
     note: str
+
+
+class About(NamedTuple):
+    """What a table is called, and the folder of its runs."""
+
+    name: str
+    title: str
+    folder: Path
 
 
 @dataclass(frozen=True)
@@ -87,7 +95,7 @@ class ResultTable:
 
 def read_tables(root: Path) -> tuple[list[ResultTable], list[str]]:
     """The tables of all runs under `root`, and warnings. Raises UserError if there are no runs."""
-    shown = printable(root)
+    shown = escaped(root)
     try:
         if (root / CONFIG).is_file():
             raise UserError(f"{shown} is one run: give the folder that holds it")
@@ -119,22 +127,22 @@ def _tables_of(name: str, folder: Path, runs: pd.DataFrame, records: Records) ->
     """The table of the folder's study and, if it has other runs, one of those; without a study, one of all runs."""
     study = _study_of(folder, records.warnings)
     if study is None:
-        return [_inferred_table(name, printable(folder.resolve().name), folder, runs, records)]
+        return [_inferred_table(About(name, escaped(folder.resolve().name), folder), runs, records)]
     configs = {cell.coords: cell_identity(cell.config.record(cell.mode, own=False)) for cell in study.cells()}
     positions = {_without_budget(config): i for i, config in enumerate(configs.values())}
     found = runs["identity"].map(lambda identity: positions.get(_without_budget(json.loads(identity))))
     described, others = runs[found.notna()].assign(cell=found.dropna().astype(int)), runs[found.isna()]
     older = _of_an_older_budget(described)
     described, others = described[~older], pd.concat([others, described[older].drop(columns="cell")])
-    tables = [_table(name, study.title, folder, study.axes, configs, described, records, study)]
+    tables = [_table(About(name, study.title, folder), study.axes, configs, described, records, study)]
     if others.empty:
         return tables
     records.warnings.append(
-        f"{printable(folder)}: {len(others)} runs are not part of the study {study.name} "
+        f"{escaped(folder)}: {len(others)} runs are not part of the study {study.name} "
         f"and are shown separately: {', '.join(others['run'])}"
     )
     title = f"{study.name}: other configurations"
-    return [*tables, _inferred_table(f"{name}-other", title, folder, others, records)]
+    return [*tables, _inferred_table(About(f"{name}-other", title, folder), others, records)]
 
 
 def _without_budget(config: Mapping[str, Value]) -> str:
@@ -147,7 +155,7 @@ def _of_an_older_budget(runs: pd.DataFrame) -> pd.Series:
     return ~to_a_step & to_a_step.groupby(runs["cell"]).transform("any")
 
 
-def _inferred_table(name: str, title: str, folder: Path, runs: pd.DataFrame, records: Records) -> ResultTable:
+def _inferred_table(about: About, runs: pd.DataFrame, records: Records) -> ResultTable:
     """The runs by the keys in which they differ or, if there are many such keys, by their names without the seed."""
     keys = ["mode", *Config().as_keys(), BUDGET]
     configs = [cell_identity(json.loads(text)) for text in runs["identity"]]
@@ -160,13 +168,11 @@ def _inferred_table(name: str, title: str, folder: Path, runs: pd.DataFrame, rec
     found = dict(zip(coords, configs, strict=True))
     order = sorted(found, key=lambda values: [(isinstance(value, str), value) for value in values])
     runs = runs.assign(cell=[order.index(values) for values in coords])
-    return _table(name, title, folder, axes, {values: found[values] for values in order}, runs, records)
+    return _table(about, axes, {values: found[values] for values in order}, runs, records)
 
 
 def _table(
-    name: str,
-    title: str,
-    folder: Path,
+    about: About,
     axes: tuple[str, ...],
     configs: dict[tuple[Value, ...], dict[str, Value]],
     runs: pd.DataFrame,
@@ -188,7 +194,9 @@ def _table(
     runs["parameters"] = runs["parameters"].fillna(runs.groupby("cell")["parameters"].transform("max"))
     rows = records.rows[records.rows["run"].isin(runs.index)]
     rows = rows.join(runs[["cell", *of_cell, "parameters"]], on="run")
-    return ResultTable(name, printable(title), folder, axes, cells, add_traffic(runs), add_traffic(rows))
+    return ResultTable(
+        about.name, escaped(about.title), about.folder, axes, cells, add_traffic(runs), add_traffic(rows)
+    )
 
 
 def _cell(axes: tuple[str, ...], coords: tuple[Value, ...], config: dict[str, Any], compare: str) -> dict[str, Any]:
@@ -233,7 +241,7 @@ def _study_of(folder: Path, warnings: list[str]) -> Study | None:
         if stored.is_file():
             return read_study(str(stored))
     except (OSError, ValueError, TypeError, RecursionError) as error:
-        warnings.append(f"{printable(folder)}: {printable(error)}; the folder is shown without its study")
+        warnings.append(f"{escaped(folder)}: {escaped(error)}; the folder is shown without its study")
         return None
     return read_study(folder.name) if folder.name in study_names() else None
 
@@ -244,7 +252,7 @@ def _without_duplicates(runs: pd.DataFrame, warnings: list[str]) -> pd.DataFrame
     first = ordered.drop_duplicates(["identity", "seed"])
     for run in ordered[~ordered.index.isin(first.index)].itertuples():
         same = first[(first["identity"] == run.identity) & (first["seed"] == run.seed)]
-        warnings.append(f"{printable(run.folder)} is the same run as {same['run'].iloc[0]}: it is left out")
+        warnings.append(f"{escaped(run.folder)} is the same run as {same['run'].iloc[0]}: it is left out")
     return first.sort_index()
 
 
@@ -257,7 +265,7 @@ def _warn_of_equal_names(records: Records) -> None:
         if names := differences(one, two):
             key = names[0]
             records.warnings.append(
-                f"{printable(other.folder)} and {printable(run.folder)} have one name and different "
+                f"{escaped(other.folder)} and {escaped(run.folder)} have one name and different "
                 f"configurations ({key} = {one.get(key)} and {two.get(key)}): both are shown"
             )
 

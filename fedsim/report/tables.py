@@ -1,4 +1,4 @@
-"""Text tables of a `ResultTable`: accuracies, costs, notes and provenance."""
+"""Text tables of a `ResultTable`: accuracies, costs, notes and origins."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class TextTable(NamedTuple):
     rows: Sequence[Sequence[Entry]]
 
 
-class Cost(NamedTuple):
+class CostColumn(NamedTuple):
     """How a cost is shown: the title of its column, its unit, and the number of decimals."""
 
     title: str
@@ -50,12 +50,12 @@ class Cost(NamedTuple):
 
 
 COSTS = {
-    "epoch": Cost("epochs", decimals=2),
-    "steps_done": Cost("local steps"),
-    "network_syncs": Cost("syncs"),
-    "network_bytes": Cost("MB sent", 1e6, 1),
-    "overhead_bytes": Cost("MB besides", 1e6, 1),
-    "seconds": Cost("minutes", 60, 1),
+    "epoch": CostColumn("epochs", decimals=2),
+    "steps_done": CostColumn("local steps"),
+    "network_syncs": CostColumn("syncs"),
+    "network_bytes": CostColumn("MB sent", 1e6, 1),
+    "overhead_bytes": CostColumn("MB besides", 1e6, 1),
+    "seconds": CostColumn("minutes", 60, 1),
 }
 TRAFFIC = ("network_syncs", "network_bytes", "overhead_bytes")
 
@@ -183,7 +183,7 @@ def traffic_note(table: ResultTable) -> str:
     return text
 
 
-def provenance(table: ResultTable) -> list[tuple[str, str]]:
+def origins(table: ResultTable) -> list[tuple[str, str]]:
     """Commit, device, versions and commands of the runs, each with the number of runs that have it."""
     facts = table.runs[["commit", "device", "versions", "command"]].copy()
     facts["versions"] = facts["versions"].dropna().map(lambda of: ", ".join(f"{k} {v}" for k, v in of.items()))

@@ -15,12 +15,12 @@ from rich.console import Console
 from fedsim.config.options import TimeOptions
 from fedsim.errors import UserError
 from fedsim.report.bandwidths import plot_bandwidths
-from fedsim.report.load import printable
+from fedsim.report.load import escaped
 from fedsim.report.network import Network, duration, network_seconds, rate
 from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings, write_csv
 from fedsim.report.result_table import NOTHING, ResultTable, read_tables
 from fedsim.report.stragglers import Stragglers, computed_steps, stragglers
-from fedsim.report.tables import COSTS, Cost, Entry, TextTable, number, percent, rich_table
+from fedsim.report.tables import COSTS, CostColumn, Entry, TextTable, number, percent, rich_table
 
 PARTS = ["computing", "waiting", "transfer"]  # of the seconds of a run
 MEANS = ["seconds", *PARTS, "resolution", "epoch", "network_syncs", "sent_up", "sent_down"]
@@ -62,7 +62,7 @@ def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Con
             times_file = path / f"time-to-accuracy-{table.name}.csv"
             write_csv(times_frame(times), times_file)
             console.print(rich_table(time_table(times, table, plan), CAPTION))
-            console.print(printable(plot.caption), markup=False, highlight=False)
+            console.print(escaped(plot.caption), markup=False, highlight=False)
             for file in (times_file, *files):
                 show_path(file, console)
 
@@ -127,7 +127,7 @@ def images_per_step(cells: pd.DataFrame) -> pd.Series:
 
 def time_table(times: pd.DataFrame, table: ResultTable, plan: Plan) -> TextTable:
     """The times as a table, the shortest first."""
-    megabytes_up, megabytes_down = Cost("MB up", 1e6, 1), Cost("MB down", 1e6, 1)
+    megabytes_up, megabytes_down = CostColumn("MB up", 1e6, 1), CostColumn("MB down", 1e6, 1)
     shown = {"network_syncs": COSTS["network_syncs"], "sent_up": megabytes_up, "sent_down": megabytes_down}
     columns = shown if table.with_traffic else {}
     rows = []

@@ -7,7 +7,7 @@ import re
 
 from fedsim.errors import UserError
 from fedsim.experiments.study import STORED, TRIALS, Tune, read_study
-from fedsim.report.load import printable
+from fedsim.report.load import escaped
 from fedsim.report.result_table import ResultTable
 
 
@@ -22,9 +22,9 @@ def tuning_notes(table: ResultTable) -> list[str]:
         with path.open(encoding="utf-8", newline="") as file:
             lines = list(csv.DictReader(file))
         chosen = [line for line in lines if line["outcome"] == "chosen" and line["cell"] in cells]
-        return [printable(_paragraph(tune, chosen))] if tune and chosen else []
+        return [escaped(_paragraph(tune, chosen))] if tune and chosen else []
     except (OSError, ValueError, KeyError, TypeError, csv.Error, UserError):
-        return [f"Tuning: {printable(path)} cannot be read."]
+        return [f"Tuning: {escaped(path)} cannot be read."]
 
 
 def _paragraph(tune: Tune, chosen: list[dict[str, str]]) -> str:

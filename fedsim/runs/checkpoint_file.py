@@ -5,19 +5,15 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Any
 
 import torch
-from pydantic import ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import ConfigDict, TypeAdapter, ValidationError
 from torch import Tensor
 
 from fedsim.system.copies import on_host
 
 SEAL = b"fedsim checkpoint, SHA-256: "
-
-
-Count = Annotated[int, Field(ge=0, le=2**53)]
-Finite = Annotated[float, Field(allow_inf_nan=False)]
 
 
 def kind_of(kind: Any) -> TypeAdapter[Any]:

@@ -8,7 +8,8 @@ from typing import Annotated, Any
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 LARGEST = 2**53  # integers up to this are exact as floats
-Count = Annotated[int, Field(ge=0, le=LARGEST)]
+Natural = Annotated[int, Field(ge=0, le=LARGEST)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 Quantity = Annotated[float, Field(ge=0, le=LARGEST)]
 Accuracy = Annotated[float, Field(ge=0, le=1)]
 # Marks in the metadata of a column
@@ -27,14 +28,14 @@ class Costs(BaseModel):
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
 
     epoch: Annotated[Quantity | None, TRACKED] = None
-    round: Count | None = None
-    steps_done: Count | None = None  # local steps of each client
-    syncs: Count | None = None
+    round: Natural | None = None
+    steps_done: Natural | None = None  # local steps of each client
+    syncs: Natural | None = None
     bytes_up: Annotated[Quantity | None, TRACKED, SENT] = None
     bytes_down: Annotated[Quantity | None, TRACKED, SENT] = None
     overhead_bytes_up: Annotated[Quantity | None, SENT] = None
     overhead_bytes_down: Annotated[Quantity | None, SENT] = None
-    updates_left_out: Count | None = None
+    updates_left_out: Natural | None = None
     seconds: Annotated[Quantity | None, TRACKED] = None
 
     @model_validator(mode="before")
@@ -47,9 +48,9 @@ class Costs(BaseModel):
 class Columns(Costs):
     """A line of metrics.jsonl. Accuracies are fractions."""
 
-    round: Count
+    round: Natural
     epoch: Annotated[Quantity, TRACKED]
-    steps_done: Count
+    steps_done: Natural
     test_accuracy: Annotated[Accuracy | None, TRACKED]
     test_loss: Annotated[float | None, TRACKED] = None
     train_loss: Annotated[float | None, TRACKED] = None

@@ -10,7 +10,7 @@ from typing import BinaryIO
 from fedsim.errors import RunFailed
 from fedsim.system.files import atomic_write, open_file, open_to_append
 
-Seen = tuple[int, int, int, int]
+FileState = tuple[int, int, int, int]
 
 
 class RowsFile:
@@ -23,7 +23,7 @@ class RowsFile:
         self.path = path
         self.size = 0
         self._sha256 = hashlib.sha256()  # of what this process has written, and of what was there when it began
-        self._seen: Seen | None = None  # the file when it was last known to have this digest
+        self._seen: FileState | None = None  # the file when it was last known to have this digest
 
     def begin(self, content: bytes) -> None:
         """Continue from `content`, to which the file is cut."""
@@ -60,6 +60,6 @@ class RowsFile:
         return known
 
 
-def _seen(file: BinaryIO) -> Seen:
+def _seen(file: BinaryIO) -> FileState:
     status = os.fstat(file.fileno())
     return status.st_ino, status.st_size, status.st_mtime_ns, status.st_ctime_ns

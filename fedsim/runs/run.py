@@ -22,8 +22,6 @@ from fedsim.config import ARGUMENTS, Config, Mode
 from fedsim.device import CORES, pool_size
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.runs.checkpoint_file import (
-    Count,
-    Finite,
     InvalidCheckpoint,
     kind_of,
     mismatch,
@@ -31,6 +29,7 @@ from fedsim.runs.checkpoint_file import (
     seal,
     serialize,
 )
+from fedsim.runs.columns import Finite, Natural
 from fedsim.runs.folder import (
     CHECKPOINT,
     CHECKPOINT_BEFORE,
@@ -72,13 +71,13 @@ from fedsim.system.provenance import provenance
 OnRow = Callable[[Row], None]
 CHECKPOINT_VERSION = 6
 HEADER = {  # of a checkpoint: what each entry is
-    **dict.fromkeys(("round", "rows_bytes"), kind_of(Count)),
+    **dict.fromkeys(("round", "rows_bytes"), kind_of(Natural)),
     **{"seconds": kind_of(Annotated[Finite, Field(ge=0)]), "stacked": kind_of(bool), "rows_sha256": kind_of(str)},
 }
 OPTIONAL = {
     "own_data": kind_of(dict[str, dict[str, str]]),
-    "code_changed_after": kind_of(list[Count]),
-    "groups": kind_of(Count),
+    "code_changed_after": kind_of(list[Natural]),
+    "groups": kind_of(Natural),
 }
 
 

@@ -68,7 +68,7 @@ class Replica:
 _of_thread = threading.local()
 
 
-def take_round(config: Config, start: RoundStart) -> RoundEnd:
+def take_local_round(config: Config, start: RoundStart) -> RoundEnd:
     """The local steps of one worker; a GPU is not waited for."""
     replica = _replica(config)
     named = dict(replica.model.named_parameters())

@@ -2,7 +2,7 @@
 
 `models.stack` makes the network. LARS and LAMB see each replica's part of a stacked parameter as a parameter of its
 own, so that norms stay the workers' own; SGDM, which treats each value apart, sees the stacked one. A round is
-`local_round.take_round` of each worker, up to the rounding of the kernels.
+`local_round.take_local_round` of each worker, up to the rounding of the kernels.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.system.copies import copies, fill
 from fedsim.training.cuda_graph import CapturedSteps, capturable
 from fedsim.training.gradient_terms import gradient_terms
-from fedsim.training.local_round import RoundEnd, RoundStart, held_images, round_inputs, samples_of, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, held_images, round_inputs, samples_of, take_local_round
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
 from fedsim.training.step import StepInputs
@@ -170,7 +170,7 @@ class StackedWorkers:
         A single worker has nothing to be stacked with.
         """
         if len(starts) == 1:
-            return [take_round(config, starts[0])]
+            return [take_local_round(config, starts[0])]
         return self._replicas(config, len(starts)).take_rounds(starts)
 
 

@@ -27,7 +27,7 @@ from fedsim.federation.strategy import build_strategy
 from fedsim.models import initial_model
 from fedsim.report.partition import class_counts, show_partition
 from fedsim.rng import generator
-from fedsim.training.local_round import RoundStart, check_machine, take_round
+from fedsim.training.local_round import RoundStart, check_machine, take_local_round
 from fedsim.training.run_plan import run_plan
 from tests.conftest import NEEDS_FLWR_DATASETS, Call, Execute, final_model, rows_of
 from tests.federation.equal_runs import stopped_and_resumed
@@ -267,7 +267,7 @@ def test_clients_draw_batches_from_their_own_shards_and_weigh_by_them(small: Con
     keys = {"partition": "size:partition-sizes=12/300/200,small-shards=true", "clients": 3}
     config = resolve(small.changed({**keys, "rounds": 1, "precision": "fp64"}), "localsgd")
     begin = initial_model(config).state_dict()
-    ends = [take_round(config, RoundStart(worker, 1, begin, {})).weights for worker in range(3)]
+    ends = [take_local_round(config, RoundStart(worker, 1, begin, {})).weights for worker in range(3)]
     for weights, by in (("shard-size", [12 / 512, 300 / 512, 200 / 512]), ("equal", [1 / 3] * 3)):
         run = execute(config.changed({"mean.weights": weights, "name": weights}), "localsgd")
         for name, value in final_model(run).items():

@@ -15,7 +15,7 @@ from fedsim.errors import UserError
 from fedsim.federation import client_app
 from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.runs.records import read_rows
-from fedsim.training.local_round import RoundEnd, RoundStart, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, take_local_round
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
 from tests.federation.test_failures import UPDATE, answer, forget, once, place, run_with
@@ -99,7 +99,7 @@ def test_a_scale_that_overflows_and_weights_that_are_infinite_are_left_out(
     small: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def diverging(config: Config, start: RoundStart) -> RoundEnd:
-        end = take_round(config, start)
+        end = take_local_round(config, start)
         if start.worker == 2:
             end.weights["fc3.bias"].fill_(torch.inf)
         return end
@@ -112,7 +112,7 @@ def test_a_scale_that_overflows_and_weights_that_are_infinite_are_left_out(
             reply.content["arrays"] = ArrayRecord(arrays)
         return reply
 
-    monkeypatch.setattr(client_app, "take_round", diverging)
+    monkeypatch.setattr(client_app, "take_local_round", diverging)
     [row] = rows_of(run_with(large, small.changed({"rounds": 1, "compress": "int8"})))
     assert row["left_out"] == {"1": "fc3.bias is above 1e15", "2": "fc3.bias is not finite"}
 

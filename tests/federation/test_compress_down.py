@@ -22,7 +22,7 @@ from fedsim.federation.server_app import train_localsgd
 from fedsim.registry import CODECS
 from fedsim.runs.records import read_rows
 from fedsim.runs.run import Run
-from fedsim.training.local_round import RoundEnd, RoundStart, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, take_local_round
 from strategies.local_sgd import LocalSGD
 from strategies.wire import HELD, WIRE
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
@@ -49,9 +49,9 @@ def test_server_and_clients_hold_the_same_model_bitwise(
 
     def observed(config: Config, start: RoundStart) -> RoundEnd:
         begun[start.round, start.worker] = start.weights
-        return take_round(config, start)
+        return take_local_round(config, start)
 
-    monkeypatch.setattr(client_app, "take_round", observed)
+    monkeypatch.setattr(client_app, "take_local_round", observed)
     keys = {"dataset.images": 128, "batch-size": 4, "clients": 2, "rounds": 3, "compress-down": codec}
     config = resolve(small.changed({**keys, "momentum-at-sync": "reset", "lr": 0.05}), "localsgd")
     run = Run(config, "localsgd")

@@ -19,7 +19,7 @@ from fedsim.federation.in_process import InProcessGrid, stacked_trainers
 from fedsim.federation.server_app import train_localsgd
 from fedsim.runs.records import read_summary
 from fedsim.runs.run import Run
-from fedsim.training.local_round import RoundEnd, RoundStart, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, take_local_round
 from fedsim.training.stacked import StackedWorkers
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 
@@ -43,7 +43,7 @@ def test_a_round_is_divided_among_the_trainers_which_work_at_the_same_time(
     seen: list[tuple[int, list[Any], int]] = []
 
     def one_by_one(config: Config, starts: Sequence[RoundStart]) -> list[RoundEnd]:
-        return [take_round(config, start) for start in starts]
+        return [take_local_round(config, start) for start in starts]
 
     def trainer(number: int, messages: Sequence[Message], contexts: Sequence[Context]) -> list[Message]:
         both.wait()

@@ -13,7 +13,7 @@ from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.federation import client_app
 from fedsim.federation.protocol import MEMORY_LOST
-from fedsim.training.local_round import RoundEnd, RoundStart, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, take_local_round
 from strategies.delay import Delay
 from strategies.mean import mean
 from strategies.method import WorkerRound
@@ -50,9 +50,9 @@ def test_of_one_client_it_is_the_plain_run_bitwise(run: Execute, keys: dict[str,
 
 def test_of_identical_clients_it_is_the_plain_run_bitwise(run: Execute, monkeypatch: pytest.MonkeyPatch) -> None:
     def of_worker_0(config: Config, start: RoundStart) -> RoundEnd:
-        return take_round(config, RoundStart(0, start.round, start.weights, start.state))
+        return take_local_round(config, RoundStart(0, start.round, start.weights, start.state))
 
-    monkeypatch.setattr(client_app, "take_round", of_worker_0)
+    monkeypatch.setattr(client_app, "take_local_round", of_worker_0)
     plain, late = run(name="plain", clients=3), run(name="late", clients=3, layer="delay")
     assert_same_bits(final_model(late), final_model(plain))
 
@@ -64,11 +64,11 @@ def test_a_client_begins_where_it_ended_and_moves_by_what_it_missed(
     took: dict[tuple[int, int], tuple[dict[str, Tensor], dict[str, Tensor]]] = {}
 
     def observed(config: Config, start: RoundStart) -> RoundEnd:
-        end = take_round(config, start)
+        end = take_local_round(config, start)
         took[start.round, start.worker] = start.weights, end.weights
         return end
 
-    monkeypatch.setattr(client_app, "take_round", observed)
+    monkeypatch.setattr(client_app, "take_local_round", observed)
     shape = {"clients": 2, "model": SMALL_BATCHNORM, "dataset.images": 64, "batch_size": 4, "local_steps": 1}
     keys = {"precision": "fp64", "lr": 0.1, "layer": "delay", **shape}
     models = [final_model(run(name=str(rounds), rounds=rounds, **keys)) for rounds in (1, 2, 3)]

@@ -14,7 +14,7 @@ from fedsim.errors import UserError
 from fedsim.federation import client_app
 from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.runs.records import read_rows
-from fedsim.training.local_round import RoundEnd, RoundStart, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, take_local_round
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
 from tests.federation.test_failures import UPDATE, fail, forget, once, run_with
@@ -74,9 +74,9 @@ def test_identical_clients_need_no_correction(
     """Their c_k is c: the run is the plain one, bit for bit."""
 
     def of_worker_0(config: Config, start: RoundStart) -> RoundEnd:
-        return take_round(config, dataclasses.replace(start, worker=0))
+        return take_local_round(config, dataclasses.replace(start, worker=0))
 
-    monkeypatch.setattr(client_app, "take_round", of_worker_0)
+    monkeypatch.setattr(client_app, "take_local_round", of_worker_0)
     keys = {"clients": 3, "rounds": 3, "momentum": 0.0, "weight_decay": 0.0}
     plain, corrected = run(name="plain", **keys), run(name="corrected", **keys, **rule)
     assert_same_bits(final_model(corrected), final_model(plain))
@@ -87,9 +87,9 @@ def test_identical_clients_are_one_client_bitwise(run: Execute, monkeypatch: pyt
     """Whatever they send: the mean of equal updates is the update, and so are the residuals."""
 
     def of_worker_0(config: Config, start: RoundStart) -> RoundEnd:
-        return take_round(config.changed({"clients": 1}), dataclasses.replace(start, worker=0))
+        return take_local_round(config.changed({"clients": 1}), dataclasses.replace(start, worker=0))
 
-    monkeypatch.setattr(client_app, "take_round", of_worker_0)
+    monkeypatch.setattr(client_app, "take_local_round", of_worker_0)
     keys = {"rounds": 3, "compress": codec, "local_rule": "fedprox:mu=0.1"}
     one, three = run(name="one", clients=1, **keys), run(name="three", clients=3, **keys)
     assert_same_bits(final_model(three), final_model(one))

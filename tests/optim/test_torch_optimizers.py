@@ -16,13 +16,13 @@ import torch
 from fedsim.federation.client_app import app
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
-from fedsim.training.local_round import RoundStart, take_round
+from fedsim.training.local_round import RoundStart, take_local_round
 from fedsim.device import resolve
 from fedsim.models import build_model
 for optimizer in sys.argv[2:]:
     keys = {"dataset": sys.argv[1], "model": "lenet5", "optimizer": optimizer, "batch-size": 16, "device": "cpu"}
     config = resolve(Config().changed(keys), "localsgd")
-    take_round(config, RoundStart(0, 1, build_model("lenet5", load_dataset(config).classes, 0).state_dict(), {}))
+    take_local_round(config, RoundStart(0, 1, build_model("lenet5", load_dataset(config).classes, 0).state_dict(), {}))
 print(*sys.modules)
 """
 NOT_NEEDED = {"torchvision", "torch_optimizer", "torch._dynamo", "sympy", "matplotlib", "timm", "psutil", "ray"}

@@ -19,7 +19,7 @@ from fedsim.report.figures import BYTES, mean_curves
 from fedsim.report.load import read_records
 from fedsim.report.network import Network
 from fedsim.report.result_table import read_tables
-from fedsim.report.tables import accuracy_table, cost_table, csv_text, notes, provenance, runs_frame
+from fedsim.report.tables import accuracy_table, cost_table, csv_text, notes, origins, runs_frame
 from fedsim.report.time_to_accuracy import Plan, time_table, times_to_target
 from fedsim.runs.records import read_rows, read_summary, sha256_of_summary
 from tests.conftest import TIMES, write_run
@@ -206,7 +206,7 @@ def test_no_record_breaks_the_tables(config: Any, summary: Any, row: Any, study:
         tables, _ = read_tables(Path(root))
         assert "whole" in {run for table in tables for run in table.runs["run"]}
         for table in tables:
-            texts = [str(accuracy_table(table, "final")), str(cost_table(table)), *notes(table), str(provenance(table))]
+            texts = [str(accuracy_table(table, "final")), str(cost_table(table)), *notes(table), str(origins(table))]
             plan = Plan(0.15, Network(1e6, 0.01), 0.1)
             times = times_to_target(table, plan)
             texts += answers(table)

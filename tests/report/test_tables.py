@@ -14,8 +14,8 @@ from fedsim.report.tables import (
     csv_text,
     notes,
     number,
+    origins,
     percent,
-    provenance,
     runs_frame,
 )
 from tests.conftest import write_run
@@ -70,7 +70,7 @@ def test_progress_and_provenance_are_told(table: ResultTable) -> None:
         "Finished: 7 of 12 runs; unfinished: 1 (shown only where no run of the cell is finished); "
         "without any test and left out: 1 of 6 cells."
     )
-    told = dict(provenance(table))
+    told = dict(origins(table))
     assert (told["commit"], told["device"], told["command"]) == ("abc", "cpu (of the test)", "run.py paper")
 
 

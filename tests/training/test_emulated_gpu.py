@@ -154,7 +154,7 @@ def emulated_ends(config: Config, way: str) -> list[RoundEnd]:
 
 @functools.cache
 def ends_one_by_one(config: Config) -> list[RoundEnd]:
-    return ends_on(config, lambda config, starts: [local_round.take_round(config, start) for start in starts])
+    return ends_on(config, lambda config, starts: [local_round.take_local_round(config, start) for start in starts])
 
 
 def assert_same_ends(config: Config, way: str, within: float, but: Sequence[str] = ()) -> None:

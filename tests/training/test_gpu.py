@@ -53,13 +53,13 @@ def test_all_at_once_is_one_by_one(on_gpu: Config, way: str, keys: dict[str, Any
 def test_steps_wait_for_nothing(on_gpu: Config, precision: str) -> None:
     config = on_gpu.changed({"precision": precision})
     start = RoundStart(0, 1, build_model(config.model, facts_of(config).classes, 0, config.device).state_dict(), {})
-    local_round.take_round(config, start)
+    local_round.take_local_round(config, start)
     torch.cuda.synchronize()
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # torch warns that this mode is experimental
             torch.cuda.set_sync_debug_mode("error")
-        loss = local_round.take_round(config, start).loss
+        loss = local_round.take_local_round(config, start).loss
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert 0 < float(loss) < 10

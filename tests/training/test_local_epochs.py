@@ -16,7 +16,7 @@ from fedsim.errors import UserError
 from fedsim.experiments.cost import cost
 from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
-from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, round_inputs, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, round_inputs, take_local_round
 from fedsim.training.run_plan import run_plan
 from fedsim.training.stacked import check_stackable
 from strategies.mean import mean
@@ -56,10 +56,10 @@ def test_clients_are_weighted_by_their_images(small: Config, run: Execute, monke
     ends: dict[int, RoundEnd] = {}
 
     def observed(config: Config, start: RoundStart) -> RoundEnd:
-        ends[start.worker] = end = take_round(config, start)
+        ends[start.worker] = end = take_local_round(config, start)
         return end
 
-    monkeypatch.setattr(client_app, "take_round", observed)
+    monkeypatch.setattr(client_app, "take_local_round", observed)
     keys = {**UNEVEN, "precision": "fp64", "rounds": 1}
     one = run(**keys)
     assert [ends[worker].samples for worker in range(3)] == [34, 34, 32]

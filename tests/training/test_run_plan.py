@@ -14,7 +14,7 @@ from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
-from fedsim.training.local_round import RoundEnd, RoundStart, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, take_local_round
 from fedsim.training.run_plan import RunPlan, run_plan
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
 from tests.federation.test_failures import answer, place, run_with
@@ -108,10 +108,10 @@ def test_the_training_loss_is_the_mean_over_the_images_trained(run: Execute, mon
     ends: list[RoundEnd] = []
 
     def observed(config: Config, start: RoundStart) -> RoundEnd:
-        ends.append(take_round(config, start))
+        ends.append(take_local_round(config, start))
         return ends[-1]
 
-    monkeypatch.setattr(client_app, "take_round", observed)
+    monkeypatch.setattr(client_app, "take_local_round", observed)
     uneven = run(
         name="uneven", **{"mean.weights": "shard-size"}, **{"dataset.images": 18}, epochs=1.0, **keys
     )  # 5, 5, 4, 4

@@ -69,7 +69,7 @@ def assert_same_rounds(
     take_rounds = StackedWorkers(by_products).take_rounds
     starts = [begin(config, worker) for worker in workers]
     for _ in range(rounds):
-        alone = [local_round.take_round(config, start) for start in starts]
+        alone = [local_round.take_local_round(config, start) for start in starts]
         together = take_rounds(config, starts)
         for one, other in zip(alone, together, strict=True):
             assert list(one.weights) == list(other.weights)
@@ -127,7 +127,7 @@ def test_a_model_that_cannot_be_stacked_fails_and_says_why(small: Config, monkey
 
 def test_a_mix_up_of_workers_would_be_seen(small: Config) -> None:
     config = resolve(small.changed({"precision": "fp64"}), "localsgd")
-    alone = local_round.take_round(config, begin(config, 0))
+    alone = local_round.take_local_round(config, begin(config, 0))
     (other, _) = StackedWorkers().take_rounds(config, [begin(config, 1), begin(config, 0)])
     assert difference(alone, other) > 1e-3
 
@@ -135,6 +135,6 @@ def test_a_mix_up_of_workers_would_be_seen(small: Config) -> None:
 def test_in_single_precision_they_differ_by_rounding_alone(small: Config) -> None:
     config = resolve(small.changed({"model": "lenet-bn", "local-steps": 1}), "localsgd")
     starts = [begin(config, worker) for worker in (0, 1)]
-    alone = [local_round.take_round(config, start) for start in starts]
+    alone = [local_round.take_local_round(config, start) for start in starts]
     pairs = zip(alone, StackedWorkers().take_rounds(config, starts), strict=True)
     assert max(difference(one, other) for one, other in pairs) < 1e-5
