@@ -20,7 +20,7 @@ TRIALS = 20  # so many equal results of one fair coin of the function's own have
 CUTS = ("crop", "center")
 ORDERS: list[list[str]] = [*([cut] for cut in CUTS), *([cut, "mirror"] for cut in CUTS), ["mirror"], []]
 Padding = Annotated[int, at_least(0), at_most(1000)]
-Border = Literal["constant", "reflect"]
+PaddingMode = Literal["constant", "reflect"]
 
 
 @dataclass(frozen=True)
@@ -32,7 +32,7 @@ class Crop:
 
     size: Annotated[int, at_least(0)] = 0
     padding: Padding = 4
-    mode: Border = "constant"
+    mode: PaddingMode = "constant"
 
 
 @dataclass(frozen=True)
@@ -41,7 +41,7 @@ class Center:
 
     size: Annotated[int, at_least(1)]
     padding: Padding = 4
-    mode: Border = "constant"
+    mode: PaddingMode = "constant"
 
 
 @dataclass(frozen=True)

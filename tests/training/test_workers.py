@@ -14,7 +14,7 @@ from fedsim.errors import UserError
 from fedsim.experiments.cost import cost, sampled, traffic
 from fedsim.experiments.execute import execute
 from fedsim.federation import client_app
-from fedsim.training.local_round import RoundEnd, RoundStart, take_round
+from fedsim.training.local_round import RoundEnd, RoundStart, take_local_round
 from fedsim.training.run_plan import run_plan
 from fedsim.training.stacked import check_stackable
 from fedsim.training.workers import Turn, Uneven
@@ -49,10 +49,10 @@ def test_a_slow_worker_takes_the_first_steps_of_the_round_and_weighs_as_the_othe
     ends: dict[int, RoundEnd] = {}
 
     def observed(config: Config, start: RoundStart) -> RoundEnd:
-        ends[start.worker] = end = take_round(config, start)
+        ends[start.worker] = end = take_local_round(config, start)
         return end
 
-    monkeypatch.setattr(client_app, "take_round", observed)
+    monkeypatch.setattr(client_app, "take_local_round", observed)
     keys = {"precision": "fp64", "rounds": 1, "local_steps": 4}
     usual = run(name="usual", **keys)
     assert_same_bits(final_model(run(name="same", workers="uneven", **keys)), final_model(usual))
