@@ -43,7 +43,7 @@ from fedsim.system.files import atomic_write
 from fedsim.system.provenance import provenance
 
 START_LIMIT = 600  # seconds
-Variant = tuple[str, Config]  # a variant, and the configuration that it is timed in
+TimedIn = tuple[str, Config]  # a variant, and the configuration that it is timed in
 
 
 def run_bench(keys: Mapping[str, Any], options: BenchOptions, console: Console) -> None:
@@ -88,7 +88,7 @@ def checked_config(keys: Mapping[str, Any], options: BenchOptions) -> Config:
 
 def comparisons(
     config: Config, options: BenchOptions
-) -> Iterator[tuple[list[Variant], Callable[[list[Timing]], RenderableType]]]:
+) -> Iterator[tuple[list[TimedIn], Callable[[list[Timing]], RenderableType]]]:
     """The turns of each table, and the function that makes the table of their timings."""
     on_gpu = config.device.startswith("cuda")
     chosen = list(dict.fromkeys(options.variants)) or (ON_GPU if on_gpu else ON_CPU)
@@ -112,13 +112,13 @@ def check_output(path: Path) -> None:
         raise UserError(f"out = {path} cannot be written ({error.strerror}): give another -o") from error
 
 
-def measure(turns: Iterable[Variant], rounds: int, limit: float) -> tuple[list[Timing], list[str]]:
+def measure(turns: Iterable[TimedIn], rounds: int, limit: float) -> tuple[list[Timing], list[str]]:
     """The timings of all `turns`, joined by variant and configuration, and the errors of those that failed.
 
     After a failure the same variant and configuration has no further turn.
     """
-    timings: dict[Variant, Timing] = {}
-    failed: dict[Variant, str] = {}
+    timings: dict[TimedIn, Timing] = {}
+    failed: dict[TimedIn, str] = {}
     for turn in turns:
         if turn in failed:
             continue
@@ -141,7 +141,7 @@ def at(config: Config, clients: int, variant: str) -> Config:
     return config.changed({"clients": clients, "threads": cpu_count() if all_cores else 1})
 
 
-def large_batches(config: Config) -> list[Variant]:
+def large_batches(config: Config) -> list[TimedIn]:
     """Centralized training at the batch sizes of Table 1, in the precision of `config` and in bf16."""
     batches = read_study("table1").grid["batch-size"]
     return [
@@ -150,7 +150,7 @@ def large_batches(config: Config) -> list[Variant]:
     ]
 
 
-def growth(config: Config) -> list[Variant]:
+def growth(config: Config) -> list[TimedIn]:
     """Rounds of `lenet5` at J = 1 with 1 to 1,000 clients, and at K = 4 with growing J."""
     small = config.changed({"model": "lenet5", "batch-size": 32})
     cells = [(k, 1) for k in (1, 10, 100, 1000)] + [(4, j) for j in (1, 4, 16, 64)]
