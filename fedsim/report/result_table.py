@@ -187,7 +187,7 @@ def _table(
     cells = pd.DataFrame([_cell(axes, coords, config, compare) for coords, config in configs.items()])
     cells["expected"] = runs["cell"].value_counts().reindex(cells.index, fill_value=0).clip(lower=seeds)
     of_cell = ["clients", "workers", "baseline", "summed"]
-    runs = runs.drop(columns="clients", errors="ignore").join(cells[of_cell], on="cell")
+    runs = runs.drop(columns=["clients", "workers"], errors="ignore").join(cells[of_cell], on="cell")
     numbers = ["best_test_accuracy", "final_test_accuracy", "epoch", "round", "steps_done", "parameters"]
     types = {**dict.fromkeys([*numbers, *Costs.model_fields], float), "finished": bool}
     runs = runs.astype(types).copy()  # as one block: before, each column is one

@@ -198,6 +198,8 @@ def runs_frame(table: ResultTable) -> pd.DataFrame:
     `final_` and `best_test_accuracy` are empty for an unfinished run. Syncs and bytes are as recorded.
     """
     runs = table.runs.sort_values(["cell", "seed"], kind="stable")
+    config = runs["cell"].map(table.cells["config"])
+    runs = runs.assign(workers=config.map(lambda keys: keys.get("workers")))  # the key, not their number in a round
     finished = runs["finished"]
     local = runs.reindex(columns=["local-steps", "local-epochs"])  # which centralized runs do not have
     frame = runs.assign(
