@@ -50,7 +50,8 @@ outer=fedyogi batchnorm-at-sync=local compress=randomk:ratio=0.3
 optimizer=adam momentum-at-sync=average batchnorm-at-sync=pooled compress=topk:ratio=0.1
 """
 METHODS = """
-clients=6; clients=1; workers=uneven:speed=0.5/1,away=0.3; momentum=0; layer=delay; compress=qsgd:levels=40; compress=powersgd:rank=1
+clients=6; clients=1; workers=uneven:speed=0.5/1,away=0.3; momentum=0; layer=delay; compress=qsgd:levels=40
+compress=powersgd:rank=1
 local-rule=scaffold-inferred momentum=0 weight-decay=0; min-clients=6 local-rule=scaffold
 layer=delay local-rule=fedprox outer=slowmo compress=topk:ratio=0.1
 optimizer=lars:backend=torch-optimizer; optimizer=lars:lr-in-momentum=true

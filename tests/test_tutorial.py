@@ -36,5 +36,5 @@ def test_the_tutorial_runs_as_it_stands(tmp_path: Path) -> None:
     sent = [(read_summary(results / name) or {})["bytes_up"] for name in ("plain", "weighted-int8")]
     assert sent[1] < sent[0] / 2
     assert read_config(results / "plain")["partition"] == "dirichlet:alpha=0.3"
-    made = ("split.png", "on-a-network/bandwidth-uneven.png", "report/index.html")
+    made = ("split.png", "on-a-network/bandwidth-uneven-iid.png", "report/index.html")
     assert all((tmp_path / file).stat().st_size for file in made)

@@ -2,6 +2,9 @@
 
     title = "..."
     mode = "localsgd"                 or "centralized"
+    question = "..."                  that it answers; studies with one question are listed together
+    about = "outer"                   the key that it asks about (default: local-steps, else the first of the grid)
+    together = "..."                  "NAME: ...", of the one table that all studies with it share (default: none)
     twins = true                      add the large-batch baseline of each K (default: false)
     compare = "table1"                the table of ``paper.csv`` to compare the results with (default: none)
 
@@ -124,6 +127,9 @@ class Study(BaseModel):
     name: str = Field(exclude=True)  # of its file, and of the folder of its results
     title: str
     mode: Mode
+    question: str = ""
+    about: str = ""
+    together: str = ""
     twins: bool = False
     compare: str = ""
     grid: Lists = {}
@@ -136,6 +142,11 @@ class Study(BaseModel):
     def axes(self) -> tuple[str, ...]:
         """The keys of the grid, without the seed."""
         return tuple(name for name in self.grid if name != "seed")
+
+    @property
+    def compared(self) -> str:
+        """The key whose values results compare; "" without axes."""
+        return self.about or compared_axis(self.axes)
 
     @property
     def seeds(self) -> list[int]:
@@ -192,6 +203,10 @@ class Study(BaseModel):
         for name in self.grid:
             if name.partition(".")[0] not in Config().identity(self.mode):
                 raise UserError(f"grid {name}: results of mode {self.mode} do not depend on it: leave it out")
+        if self.about not in ("", *self.axes):
+            raise UserError(
+                f"about = {self.about!r} is not a key of the grid: it must be one of {', '.join(self.axes)}"
+            )
         if self.twins and (self.mode, self.axes) != ("localsgd", ("clients", "local-steps")):
             raise UserError("twins = true needs mode localsgd and a grid of clients and local-steps, in this order")
         cells = self.cells()
@@ -256,6 +271,11 @@ def _baselines(cells: Sequence[Cell]) -> list[Cell]:
         if not epochs.is_integer():
             raise UserError(f"{where} trains for {epochs:g} epochs, but a baseline needs whole ones: change the budget")
     return list(baselines.values())
+
+
+def compared_axis(axes: Sequence[str]) -> str:
+    """The axis that results compare unless the study says another: J, else the first one; "" without axes."""
+    return "local-steps" if "local-steps" in axes else "".join(axes[:1])
 
 
 def select(study: Study, cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:

@@ -1,133 +1,144 @@
-"""Sentences that answer the main questions about a table of results; the report begins with them."""
+"""Sentences that answer the question of a table of results, from paired differences over equal seeds."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
+from fedsim.experiments.study import LARGE_BATCH
 from fedsim.report.result_table import ResultTable, label
-from fedsim.report.tables import number, percent, statistics
+from fedsim.report.tables import difference, percent, statistics
 
-NEAR = 0.95  # of the best final accuracy: the target to which bytes are counted
+SMALL = 0.005  # half a point of accuracy: values that differ by less are not listed one by one
+PAIRED = (
+    "Differences are paired: over the seeds that both have, in points of final accuracy, ± half of the 95 % confidence "
+    "interval (Student's t, not corrected for comparing several). Where it holds 0, the two cannot be told apart."
+)
 
 
-def answers(table: ResultTable) -> list[str]:
-    """A sentence for each question that the finished runs of `table` answer."""
-    runs = table.runs[table.runs["finished"] & table.runs["final_test_accuracy"].notna()]
-    if runs.empty:
+def answers(table: ResultTable, changes: pd.DataFrame) -> list[str]:
+    """The answer in a sentence, then one for each group of cells that are compared, by `paired_differences`."""
+    if not table.runs["finished"].any():
         return ["No run is finished: accuracies are those so far."]
-    best = _fewest_bytes(table, runs) if (runs["network_bytes"] > 0).any() else _highest(table, runs)
-    return [best, *_gains_of_methods(table, runs), *_costs_of_local_steps(table, runs)]
+    if changes.empty:
+        return [_highest(table)]
+    shown = changes.assign(value=[_value(table, cell) for cell in changes.index])
+    spread = shown["change"].clip(lower=0).groupby(shown["group"]).max()
+    spread -= shown["change"].clip(upper=0).groupby(shown["group"]).min()
+    if spread.max() < SMALL:
+        return [_all_alike(table, shown, spread)]
+    if table.about == "local-steps":
+        return [_of_most_steps(table, shown), *_by_group(table, shown)]
+    return [_in_short(table, shown), *_by_group(table, shown)]
 
 
-def seeds_of(count: int) -> str:
-    """The number of runs that a mean is over."""
-    return "one seed" if count == 1 else f"{count} seeds"
-
-
-def _highest(table: ResultTable, runs: pd.DataFrame) -> str:
+def _highest(table: ResultTable) -> str:
     """The cells with the highest and the lowest final accuracy."""
-    final = statistics(runs["final_test_accuracy"], runs["cell"])
-    text = f"Highest final accuracy on {table.tested_on} images: {_accuracy(table, final, final['mean'].idxmax())}"
+    finished = table.runs[table.runs["finished"]]
+    final = statistics(finished["final_test_accuracy"], finished["cell"])
+    if final.empty:
+        return "No finished run was tested."
+    text = f"Highest: {_accuracy(table, final, final['mean'].idxmax())}"
     return f"{text}; lowest: {_accuracy(table, final, final['mean'].idxmin())}." if len(final) > 1 else f"{text}."
 
 
-def _fewest_bytes(table: ResultTable, runs: pd.DataFrame) -> str:
-    """The cell that reaches `NEAR` of the best final accuracy with the fewest bytes, among those that send any."""
-    sending = runs[runs["network_bytes"] > 0]
-    final = statistics(sending["final_test_accuracy"], sending["cell"])
-    best = final["mean"].idxmax()
-    target = NEAR * final["mean"][best]
-    goal = f"{percent(target)} %, which is {100 * NEAR:g} % of the best final accuracy of cells that send"
-    goal += f" ({_accuracy(table, final, best)})"
-    rows = table.rows[table.rows["run"].isin(sending.index) & (table.rows["test_accuracy"] >= target)]
-    first = rows.dropna(subset=["network_bytes"]).sort_values(["run", "round"]).groupby("run").head(1)
-    needed = statistics(first["network_bytes"] / 1e6, first["cell"])
-    needed = needed[needed["count"] == final["count"].reindex(needed.index)]
-    if needed.empty:
-        return f"No cell reaches {goal} in every run."
-    least = needed["mean"].idxmin()
-    text = f"Fewest bytes to {goal}: {_name(table, least)} with {_megabytes(needed.loc[least])}"
-    if least != best and best in needed.index:
-        text += f"; {_name(table, best)} needs {_megabytes(needed.loc[best])}"
-    return f"{text}."
+def _all_alike(table: ResultTable, changes: pd.DataFrame, spread: pd.Series) -> str:
+    """For instance: the 4 values of outer differ by at most 0.15 points at equal local-steps."""
+    values = 1 + changes["value"].nunique()
+    others = " and ".join(axis for axis in table.axes if axis != table.about)
+    where = f" at equal {others}" if others else ""
+    text = f"The {values} values of {table.about} differ by at most {100 * spread.max():.2f} points{where}"
+    if len(changes) == 1 and not changes["interval"].isna().any():
+        text += f": {_and_interval(changes.iloc[0])}, they cannot be told apart"
+    return f"{text} ({_seeds(changes)})."
 
 
-def _gains_of_methods(table: ResultTable, runs: pd.DataFrame) -> list[str]:
-    """What each value of an axis, such as `outer`, gains over ``none`` in cells that are equal otherwise."""
+def _of_most_steps(table: ResultTable, changes: pd.DataFrame) -> str:
+    """What the largest J costs in each group."""
+    steps = changes[changes["value"] != LARGE_BATCH]
+    last = steps.groupby("group", sort=False).tail(1)
+    reference = last["reference"].map(lambda cell: _value(table, cell))
+    parts = []
+    for (value, other), lines in last.groupby([last["value"], reference], sort=False):
+        costs = [f"{_and_interval(line)} points{_at(line['group'])}{_sent(line)}" for line in lines.to_dict("records")]
+        parts.append(f"{value} instead of {other}: {', '.join(costs)}")
+    return f"{'; '.join(parts)} ({_seeds(changes)})."
+
+
+def _in_short(table: ResultTable, changes: pd.DataFrame) -> str:
+    """The values that are above the reference, below it, or cannot be told apart from it, and in which groups."""
+    if changes["interval"].isna().all():
+        best, worst = changes["change"].idxmax(), changes["change"].idxmin()
+        named = ", ".join(
+            f"{changes['value'][cell]} {difference(changes['change'][cell])} points{_at(changes['group'][cell])}"
+            for cell in dict.fromkeys([best, worst])
+        )
+        return f"Against {_reference(table, changes)}: {named} ({_seeds(changes)}, so no interval)."
+    above, apart = changes["change"] > 0, changes["change"].abs() > changes["interval"]
+    parts = {"above": changes[apart & above], "below": changes[apart & ~above], "not told apart": changes[~apart]}
+    told = []
+    for how, found in parts.items():
+        by_value = found.groupby("value", sort=False)["group"].agg(list)
+        names = [f"{value}{_where(where, changes)}" for value, where in by_value.items()]
+        told += [f"{how}: {', '.join(names)}"] if names else []
+    return f"Against {_reference(table, changes)}, {'; '.join(told)} ({_seeds(changes)})."
+
+
+def _by_group(table: ResultTable, changes: pd.DataFrame) -> list[str]:
+    """A sentence for each group: every value with its difference to the reference and the bytes that it sends."""
     texts = []
-    for axis in table.axes:
-        for name, values in _equal_otherwise(table, runs, axis):
-            plain = values.index[values == "none"]
-            for cell, value in values[values != "none"].items() if len(plain) else ():
-                if cost := _cost(table, runs, table.cells.loc[[plain[0], cell]]):
-                    texts.append(f"{name}{value} instead of none {cost}.")
+    for group, lines in changes.groupby("group", sort=False):
+        order = lines if table.about == "local-steps" else lines.sort_values("change", ascending=False, kind="stable")
+        listed = [f"{line['value']} {_and_interval(line)}{_sent(line)}" for line in order.to_dict("records")]
+        epochs = order["epoch"].dropna()
+        at = f" at epoch {epochs.min():.1f}" if len(epochs) else ""
+        where = f"{group}, against" if group else "Against"
+        texts.append(f"{where} {_value(table, lines['reference'].iloc[0])}{at}: {', '.join(listed)}.")
     return texts
 
 
-def _costs_of_local_steps(table: ResultTable, runs: pd.DataFrame) -> list[str]:
-    """What the largest J costs compared with the smallest: a sentence for each value of the other axes, such as K."""
-    texts = []
-    for name, values in _equal_otherwise(table, runs, "local-steps") if "local-steps" in table.axes else ():
-        steps = values.astype(int)
-        low, high = steps.idxmin(), steps.idxmax()
-        if low != high and (cost := _cost(table, runs, table.cells.loc[[low, high]])):
-            texts.append(f"{name}J = {steps[high]} instead of J = {steps[low]} {cost}.")
-    return texts
+def _at(group: str) -> str:
+    return f" at {group}" if group else ""
 
 
-def _equal_otherwise(table: ResultTable, runs: pd.DataFrame, axis: str) -> Iterator[tuple[str, pd.Series]]:
-    """The cells with runs, in groups that differ in `axis` alone: how a sentence begins, and the value of each cell."""
-    place = table.axes.index(axis)
-    cells = table.cells.loc[sorted(runs["cell"].unique())].query("not baseline")
-    others = cells["coords"].map(lambda coords: (*coords[:place], *coords[place + 1 :]))
-    axes = [other for other in table.axes if other != axis]
-    for coords, group in cells.groupby(others, sort=False):
-        yield f"{label(axes, coords)}: " if axes else "", group["coords"].map(lambda coords: coords[place])
+def _where(found: Sequence[str], changes: pd.DataFrame) -> str:
+    """The groups in which a value was found, unless these are all."""
+    return "" if len(found) == changes["group"].nunique() else f" ({', '.join(found)})"
 
 
-def _cost(table: ResultTable, runs: pd.DataFrame, cells: pd.DataFrame) -> str:
-    """The mean difference in accuracy between the second of two cells and the first, over the seeds that both have.
+def _and_interval(line: Any) -> str:
+    return difference(line["change"], line["interval"])
 
-    It is taken at the last tests if both cells train for the same epochs, else at the end of the shorter run,
-    interpolated between tests. "" if they have no seed in common.
-    """
-    low, high = cells.index
-    own = runs[runs["cell"].isin(cells.index)]
-    budgets = cells["config"].map(lambda config: (config["epochs"], config.get("rounds", 0)))
-    same = budgets.nunique() == 1 and not budgets.iloc[0][1]
-    epoch = np.inf if same else own["epoch"].min()
-    rows = {run: of_run.sort_values("epoch") for run, of_run in table.rows.groupby("run")}
-    columns = ("test_accuracy", "network_bytes")
-    values = {name: pd.Series([_at(rows.get(run), epoch, name) for run in own.index], own.index) for name in columns}
-    by_seed = own.assign(**values).pivot(index="seed", columns="cell", values=list(columns)).dropna()
-    if by_seed.empty:
+
+def _sent(line: Any) -> str:
+    """The bytes against those of the reference, where they differ by a tenth or more."""
+    ratio = line["sent"]
+    if not 0 < ratio < np.inf or 0.9 < ratio < 1.1:
         return ""
-    change = by_seed["test_accuracy"][high] - by_seed["test_accuracy"][low]
-    text = f"{'costs' if change.mean() < 0 else 'gains'} {percent(abs(change.mean()), change.std())} points"
-    text += f" of {table.tested_on} accuracy at {'equal samples' if same else f'epoch {epoch:.1f} of both'}"
-    sent = by_seed["network_bytes"].mean()
-    fewer = f" and sends {sent[low] / sent[high]:.3g} times fewer bytes" if sent[low] > sent[high] > 0 else ""
-    return f"{text}{fewer} ({seeds_of(len(change))})"
+    return f" ({1 / ratio:.2g} times fewer bytes)" if ratio < 1 else f" ({ratio:.2g} times the bytes)"
 
 
-def _at(rows: pd.DataFrame | None, epoch: float, name: str) -> float:
-    """The value of a column at an epoch, interpolated; at inf the last one; NaN if there is none."""
-    known = pd.DataFrame() if rows is None else rows.dropna(subset=[name])
-    return float(np.interp(epoch, known["epoch"], known[name])) if len(known) else float("nan")
+def _value(table: ResultTable, cell: Any) -> str:
+    """The value that a cell has of the axis that is compared."""
+    place = table.axes.index(table.about)
+    return label(table.axes[place : place + 1], table.cells["coords"][cell][place : place + 1])
+
+
+def _reference(table: ResultTable, changes: pd.DataFrame) -> str:
+    return " or ".join(dict.fromkeys(_value(table, cell) for cell in changes["reference"]))
+
+
+def _seeds(changes: pd.DataFrame) -> str:
+    counts = sorted({int(count) for count in changes["seeds"]})
+    return "one seed" if counts == [1] else f"{' or '.join(map(str, counts))} seeds"
 
 
 def _accuracy(table: ResultTable, final: pd.DataFrame, cell: Any) -> str:
     line = final.loc[cell]
-    return f"{percent(line['mean'], line['std'])} % at {_name(table, cell)}, {seeds_of(int(line['count']))}"
-
-
-def _megabytes(line: pd.Series) -> str:
-    deviation = f" ± {number(line['std'], 1)}" if line["std"] >= 0.05 else ""  # shown as 0.1 or more
-    return f"{number(line['mean'], 1)}{deviation} MB ({seeds_of(int(line['count']))})"
+    return f"{percent(line['mean'], line['std'])} % at {_name(table, cell)}"
 
 
 def _name(table: ResultTable, cell: Any) -> str:

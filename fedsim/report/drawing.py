@@ -17,17 +17,21 @@ from matplotlib import colormaps, rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.text import Text
-from matplotlib.ticker import EngFormatter, LogLocator, NullFormatter
+from matplotlib.ticker import EngFormatter, FuncFormatter, LogLocator, NullFormatter
 
 from fedsim.report.load import escaped
 
 DPI = 144
-COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")  # Okabe and Ito 2008, for colour-blind eyes
-MARKERS = "osD^vP"
+COLORS = (  # Okabe and Ito 2008, for colour-blind eyes; then five more
+    *("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9"),
+    *("#000000", "#8C564B", "#7F7F7F", "#BCBD22", "#6A3D9A"),
+)
+MARKERS = "osD^vP*X<>"
 LINES = ("-", "--", "-.", ":")
 ACROSS = 3  # panels side by side
-WIDTHS = {1: 5.0, 2: 8.0, 3: 9.6}  # inches, by the panels side by side
+WIDTHS = {1: 6.4, 2: 8.0, 3: 9.6}  # inches, by the panels side by side
 PHONE = 3.8  # inches, the width of a figure with its panels below each other
+THUMBNAIL = (1.8, 1.2)  # inches
 CHARACTER = 0.085  # inches, the approximate width of a character
 MOST_IN_LEGEND = 24
 
@@ -48,13 +52,26 @@ class Plot:
 
     def image(self, kind: str, command: str, phone: bool = False) -> bytes:
         """The figure as ``png`` or ``svg``, with the `command` that makes it as its description."""
-        figure = self.draw(1) if phone else self.figure
+        return self._saved(self.draw(1) if phone else self.figure, kind, command)
+
+    def thumbnail(self, command: str) -> bytes:
+        """The first panel of the figure as a small ``svg``, without text."""
+        figure = self.draw(1)
+        figure.set(layout_engine="none", size_inches=THUMBNAIL)
+        for part in [*figure.legends, *figure.axes[1:], *(text for panel in figure.axes for text in panel.texts)]:
+            part.remove()
+        figure.axes[0].set(title="", xlabel="", ylabel="", position=(0.02, 0.03, 0.96, 0.94))
+        figure.axes[0].tick_params(which="both", left=False, bottom=False, labelleft=False, labelbottom=False)
+        return self._saved(figure, "svg", command)
+
+    def _saved(self, figure: Figure, kind: str, command: str) -> bytes:
         for text in figure.findobj(Text):
             text.set_parse_math(False)  # names may contain a $
         metadata = {"Description": escaped(command), **({"Date": None} if kind == "svg" else {})}
         file = io.BytesIO()
         with rc_context({"svg.hashsalt": self.name, "svg.fonttype": "none"}):  # the same bytes, and text as text
             figure.savefig(file, format=kind, dpi=DPI, metadata=metadata)
+        figure.set_layout_engine("none")  # it stays as it is laid out
         return file.getvalue()
 
 
@@ -80,8 +97,9 @@ def label_left(panels: Sequence[Axes], text: str) -> None:
 
 
 def series_style(number: int) -> dict[str, Any]:
-    """The colour and the marker of one of several series without an order."""
-    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)]}
+    """The colour, the marker and the line of one of several series without an order."""
+    line = LINES[number // len(COLORS) % len(LINES)]
+    return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "ls": line}
 
 
 def row_styles(cells: pd.DataFrame) -> dict[str, dict[str, Any]]:
@@ -105,12 +123,13 @@ def cell_styles(cells: pd.DataFrame) -> dict[int, dict[str, Any]]:
 
 
 def log_scale(panel: Axes, which: str, unit: str = "") -> None:
-    """Make the ``x`` or ``y`` axis logarithmic, in k, M and G, with more ticks on a short range."""
+    """Make the ``x`` or ``y`` axis logarithmic, in k, M and G from 1000, with more ticks on a short range."""
     panel.set(**{f"{which}scale": "log"})
     axis = getattr(panel, f"{which}axis")
     low, high = axis.get_view_interval()
     axis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 30 * low else (1,)))
-    axis.set_major_formatter(EngFormatter(unit, sep=" " if unit else ""))
+    shown = EngFormatter(unit, sep=" " if unit else "")
+    axis.set_major_formatter(FuncFormatter(lambda value, _: shown(value) if value >= 1 else f"{value:g}"))
     axis.set_minor_formatter(NullFormatter())
 
 

@@ -1,17 +1,21 @@
-"""The figures of a table of results, each with a caption and its numbers."""
+"""The figures of a table of results, each with a caption and its numbers.
+
+Two for each table: the final accuracy against the bytes sent, and accuracy against epochs.
+"""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fedsim.experiments.study import LARGE_BATCH
 from fedsim.report.drawing import (
     CHARACTER,
+    MARKERS,
     Plot,
     label_left,
     legend,
@@ -21,176 +25,176 @@ from fedsim.report.drawing import (
     series_style,
 )
 from fedsim.report.drift import plot_drift
+from fedsim.report.labels import name_series
 from fedsim.report.result_table import ResultTable
 from fedsim.report.tables import statistics, summarize
 
-LONGEST_LABEL = 14  # characters beside a point
-LABEL_PLACES = ((4, 3), (4, -12), (8, -4))  # of three series in turn, from the point, so that labels do not collide
-
-
-class XAxis(NamedTuple):
-    """The x-axis of a curve: its name, a column of `ResultTable.rows`, and its label."""
-
-    name: str
-    column: str
-    label: str
-
-
-EPOCHS = XAxis("epochs", "epoch", "epochs")
-SYNCS = XAxis("syncs", "network_syncs", "syncs")
-BYTES = XAxis("bytes", "network_bytes", "bytes sent by all workers, both ways")
+FEWEST = 2  # tests of a curve
+BYTES = "bytes sent by all workers, both ways"
+LARGE: dict[str, Any] = {"ls": "", "marker": "o", "ms": 12, "mfc": "none"}  # around a point that it may lie on
+PAPER: dict[str, Any] = {"ls": "", "ms": 10, "mfc": "none"}
 
 
 def plots_of(table: ResultTable) -> dict[str, Callable[[], Plot]]:
     """Name -> function that makes it, for every figure that the records allow, in the order of the report."""
     makers: dict[str, Callable[[], Plot]] = {}
-    finished = table.counted[table.counted["finished"]]
-    if (finished["network_bytes"] > 0).any():
-        makers[f"{table.name}-pareto"] = lambda: plot_pareto(table)
-    if table.rows["test_accuracy"].notna().any():
-        makers[f"{table.name}-epochs"] = lambda: plot_curves(table, EPOCHS)
-        if table.with_traffic:
-            makers[f"{table.name}-syncs"] = lambda: plot_curves(table, SYNCS)
-            makers[f"{table.name}-bytes"] = lambda: plot_curves(table, BYTES)
+    if table.counted["cell"][table.counted["finished"]].nunique() > 1:
+        makers[f"{table.name}-accuracy"] = lambda: plot_accuracy(table)
+    if not mean_curves(table).empty:
+        makers[f"{table.name}-epochs"] = lambda: plot_curves(table)
     if table.rows["update_norm"].notna().any():
         makers[f"{table.name}-drift"] = lambda: plot_drift(table)
-    if not finished.empty and len(table.cells) > 1:
-        makers[f"{table.name}-accuracy"] = lambda: plot_accuracy(table)
     return makers
 
 
-def mean_curves(table: ResultTable, axis: XAxis) -> pd.DataFrame:
-    """The mean test accuracy over each cell's counted runs, at the rounds in which all of them were tested.
+def mean_curves(table: ResultTable) -> pd.DataFrame:
+    """The mean accuracy over each cell's counted runs, at the rounds in which all of them were tested.
 
-    Columns: `cell`, the name of the axis, `accuracy_mean`, `accuracy_std` (0 for one run), `runs`.
+    Columns: `cell`, `epochs`, `accuracy_mean`, `accuracy_std` (0 for one run), `runs`. Cells with one such round have
+    no curve.
     """
     tested = table.rows[table.rows["test_accuracy"].notna() & table.rows["run"].isin(table.counted.index)]
     points = tested.groupby(["cell", "round"], as_index=False).agg(
-        **{axis.name: (axis.column, "mean")},
-        known=(axis.column, "count"),
+        epochs=("epoch", "mean"),
         accuracy_mean=("test_accuracy", "mean"),
         accuracy_std=("test_accuracy", "std"),
         runs=("run", "count"),
     )
-    all_runs = points["cell"].map(tested.groupby("cell")["run"].nunique())
-    points = points[(points["runs"] == all_runs) & (points["known"] == all_runs)]
-    if axis is not EPOCHS:
-        points = points[points.groupby("cell")[axis.name].transform("max") > 0]
-    return points.drop(columns=["round", "known"]).fillna({"accuracy_std": 0.0})
+    points = points[points["runs"] == points["cell"].map(tested.groupby("cell")["run"].nunique())]
+    points = points[points.groupby("cell")["round"].transform("size") >= FEWEST]
+    return points.drop(columns="round").fillna({"accuracy_std": 0.0})
 
 
-def plot_curves(table: ResultTable, axis: XAxis) -> Plot:
-    """Test accuracy against `axis`: a panel for each column of the table, a line for each row."""
-    points = mean_curves(table, axis).join(table.cells[["column", "row", "baseline"]], on="cell")
+def plot_curves(table: ResultTable) -> Plot:
+    """Accuracy against epochs: panels for the axis of the table with fewer values, lines for the other."""
+    points = mean_curves(table).join(table.cells[["column", "row"]], on="cell")
+    few_columns = points["column"].nunique() <= points["row"].nunique()
+    panel_of, line_of = ("column", "row") if few_columns else ("row", "column")
 
     def draw(across: int) -> Figure:
-        columns, rows = table.ordered(points, "column"), table.ordered(points, "row")
-        figure, panels = panels_of(len(columns), across)
-        styles = row_styles(table.cells[table.cells["row"].isin(points["row"])])
-        for column, panel in zip(columns, panels, strict=True):
-            panel.set_title(column, fontsize="medium")
-            for row in rows:
-                curve = points[(points["column"] == column) & (points["row"] == row)]
+        names, lines = table.ordered(points, panel_of), table.ordered(points, line_of)
+        figure, panels = panels_of(len(names), across)
+        shown = table.cells[table.cells[line_of].isin(lines)]
+        styles = row_styles(shown) if line_of == "row" else {line: series_style(n) for n, line in enumerate(lines)}
+        for name, panel in zip(names, panels, strict=True):
+            panel.set_title(name, fontsize="medium")
+            for line in lines:
+                curve = points[(points[panel_of] == name) & (points[line_of] == line)]
                 if not curve.empty:
-                    _draw_curve(panel, curve, axis, row or "all runs", styles[row])
-            panel.set_xlabel(axis.label)
-            if axis is not EPOCHS:
-                log_scale(panel, "x")
+                    _draw_curve(panel, curve, line or "all runs", styles[line])
+            panel.set_xlabel("epochs")
         label_left(panels, f"{table.tested_on} accuracy, %")
-        legend(figure, panels, rows)
+        legend(figure, panels, lines)
         return figure
 
     bands = "; bands: one standard deviation over seeds" if (points["runs"] > 1).any() else ""
     unfinished = "; unfinished runs included" if not table.counted["finished"].all() else ""
-    notes = f"{bands}{unfinished}{_baseline_note(table, axis)}"
-    caption = f"Accuracy on {table.tested_on} images against {axis.label}{notes}."
-    numbers = _with_coords(table, points, [axis.name, "accuracy_mean", "accuracy_std", "runs"])
-    return Plot(f"{table.name}-{axis.name}", caption, draw, numbers)
+    numbers = _with_coords(table, points, ["epochs", "accuracy_mean", "accuracy_std", "runs"])
+    caption = f"Accuracy on {table.tested_on} images against epochs{bands}{unfinished}."
+    return Plot(f"{table.name}-epochs", caption, draw, numbers)
 
 
 def plot_accuracy(table: ResultTable) -> Plot:
-    """Accuracy of finished runs by cell: the final one, or the best where there are values of the paper to compare."""
-    paper = table.cells["paper"].map(lambda value: value.best, na_action="ignore").astype(float)
-    which = "best" if paper.notna().any() else "final"
-    finished = table.runs[table.runs["finished"]]
-    values = statistics(100 * finished[f"{which}_test_accuracy"], finished["cell"])
-    deviation = " Bars: one standard deviation over seeds." if (values["count"] > 1).any() else ""
-    hollow = " Hollow: the paper's." if paper.notna().any() else ""
-    caption = f"{which.capitalize()} accuracy on {table.tested_on} images.{deviation}{hollow}"
-    numbers = values.fillna({"std": 0.0}).rename(columns={"count": "runs"}).reset_index()
-    numbers = _with_coords(table, numbers, ["mean", "std", "runs"])
-    return Plot(
-        f"{table.name}-accuracy",
-        caption,
-        lambda across: _draw_cells(table, values, paper, f"{which} accuracy, %", across),
-        numbers,
-    )
+    """The final accuracy of finished runs (or the best, where there are values of the paper) against the bytes sent.
 
-
-def _draw_cells(table: ResultTable, values: pd.DataFrame, paper: pd.Series, ylabel: str, across: int) -> Figure:
-    """Draw `mean` and `std` of cells (the index of `values`) and the paper's values: rows along x, a line a column."""
-    shown = table.cells.loc[sorted({*values.index, *paper.dropna().index})]
-    rows, columns = table.ordered(shown, "row"), table.ordered(shown, "column")
-    figure, (panel,) = panels_of(1, across, width=0.3 * len(rows))
-    for number, column in enumerate(columns):
-        style = series_style(number)
-        shift = 0.06 * (number - (len(columns) - 1) / 2)  # so that error bars do not overlap
-        cells = shown[shown["column"] == column]
-        points = values.reindex(cells.index).assign(x=cells["row"].map(rows.index) + shift, baseline=cells["baseline"])
-        series = column or "runs"
-        _draw_series(panel, points, series, {**style, "ls": "-"})
-        known = paper[cells.index].dropna()
-        if not known.empty:
-            line = {"ls": ":", "lw": 0.8, "ms": 8, "mfc": "none", "label": f"{series}, paper"}
-            panel.plot(points["x"][known.index], known, **{**style, **line})
-    _row_ticks(figure, panel, table, shown)
-    panel.set_ylabel(ylabel)
-    legend(figure, [panel])
-    return figure
-
-
-def plot_pareto(table: ResultTable) -> Plot:
-    """Final accuracy against bytes and syncs, with the Pareto front."""
-    finished = table.counted[table.counted["finished"]]
-    cells = summarize(table).loc[sorted(finished["cell"].unique())].rename_axis("cell").reset_index()
-    cells = cells.assign(accuracy_percent=100 * cells["final"], std=100 * cells["final_std"])
-    parts = {}
-    for axis in (BYTES, SYNCS):
-        points = cells[cells[axis.column] > 0].rename(columns={axis.column: "sent"}).assign(against=axis.name)
-        parts[axis] = points.assign(on_the_front=pareto_front(points["sent"], points["accuracy_percent"]))
+    Where all cells send equally many, it is drawn against the rows of the table.
+    """
+    points = _points(table)
+    with_paper, large = points["paper"].notna().any(), points["baseline"].any()
+    against = BYTES if _differ(points["sent"]) else ", ".join(table.row_axes)
+    which = "best" if with_paper else "final"
 
     def draw(across: int) -> Figure:
-        figure, panels = panels_of(2, across)
-        for (axis, points), panel in zip(parts.items(), panels, strict=True):
-            _draw_points(panel, table, points)
-            front = points[points["on_the_front"]].sort_values("sent")
-            if not front.empty:
-                panel.step(
-                    front["sent"], front["accuracy_percent"], "k--", where="post", lw=0.8, zorder=0, label="front"
-                )
-                panel.margins(0.12)  # room for the labels of the points
-                log_scale(panel, "x")
-            panel.set_xlabel(axis.label)
-        label_left(panels, "final accuracy, %")
-        legend(figure, panels)
+        figure, (panel,) = panels_of(1, across)
+        if against == BYTES:
+            own, rows = points[points["sent"] > 0].assign(x=points["sent"]), table.ordered(points, "row")
+        else:
+            own, rows = _at_rows(figure, panel, table, points), [""]  # the ticks tell the rows apart
+        _draw_points(panel, table, own, [row for row in rows if row != LARGE_BATCH])
+        if against == BYTES:
+            log_scale(panel, "x")
+        panel.set(xlabel=against, ylabel=f"{which} {table.tested_on} accuracy, %")
+        panel.margins(0.12)  # room for names
+        legend(figure, [panel])
+        if own["column"].nunique() > 1:
+            figure.draw_without_rendering()  # lays it out
+            name_series(panel, own, _colors(table, own))
         return figure
 
-    alone = " One worker sends nothing and is left out." if (table.cells["clients"] == 1).any() else ""
-    hollow = f"{_baseline_note(table, BYTES, ' Hollow: ')}." if table.cells["baseline"].any() else ""
-    bars = "; bars: one standard deviation" if cells["std"].notna().any() else ""
-    caption = (
-        f"Final accuracy on {table.tested_on} images, mean over seeds{bars}, against what was sent; the numbers at the "
-        f"points: {', '.join(table.row_axes)}.{alone}{hollow}"
-    )
-    columns = ["against", "sent", "accuracy_percent", "on_the_front"]
-    return Plot(f"{table.name}-pareto", caption, draw, _with_coords(table, pd.concat(parts.values()), columns))
+    told = [
+        "; bars: one standard deviation over seeds" if (points["runs"] > 1).any() else "",
+        "; hollow: the paper's" if with_paper else "",
+        "; circles: the large batch as data-parallel SGD, its traffic computed" if large and against == BYTES else "",
+        "; one worker sends nothing and is left out" if against == BYTES and (points["sent"] == 0).any() else "",
+    ]
+    caption = f"{which.capitalize()} accuracy on {table.tested_on} images against {against}{''.join(told)}."
+    columns = ["sent", "mean", "std", "runs", *(["paper"] if with_paper else [])]
+    return Plot(f"{table.name}-accuracy", caption, draw, _with_coords(table, points, columns))
 
 
-def pareto_front(cost: pd.Series, gain: pd.Series) -> pd.Series:
-    """Whether each point is on the Pareto front: no other point costs at most as much and gains at least as much."""
-    best = gain.groupby(cost).max()
-    best_for_less = best.cummax().shift().fillna(-math.inf)
-    return (gain == cost.map(best)) & (gain > cost.map(best_for_less))
+def _points(table: ResultTable) -> pd.DataFrame:
+    """A line for each cell with a finished run: `sent` bytes, `mean`, `std` and `paper` accuracy in %, `runs`."""
+    paper = table.cells["paper"].map(lambda value: value.best, na_action="ignore").astype(float)
+    finished = table.runs[table.runs["finished"]]
+    which = "best" if paper.notna().any() else "final"
+    values = statistics(100 * finished[f"{which}_test_accuracy"], finished["cell"]).rename(columns={"count": "runs"})
+    cells = table.cells[["column", "row", "tick", "baseline"]].assign(paper=paper)
+    points = values.fillna({"std": 0.0}).join([cells, summarize(table)["network_bytes"].rename("sent")])
+    return points.rename_axis("cell").reset_index()
+
+
+def _differ(sent: pd.Series) -> bool:
+    """Whether the cells that send bytes send different amounts."""
+    sending = sent[sent > 0]
+    return len(sending) > 1 and sending.max() > 1.1 * sending.min()
+
+
+def _at_rows(figure: Figure, panel: Axes, table: ResultTable, points: pd.DataFrame) -> pd.DataFrame:
+    """`points` with `x` by their rows, the columns side by side; the rows become the ticks of the panel."""
+    rows, columns = table.ordered(points, "row"), table.ordered(points, "column")
+    shift = points["column"].map(columns.index) - (len(columns) - 1) / 2
+    ticks = points.drop_duplicates("row").set_index("row")["tick"][rows]
+    panel.set_xticks(range(len(ticks)), ticks)
+    if CHARACTER * ticks.str.len().sum() > 0.85 * figure.get_figwidth():  # they would overlap
+        panel.tick_params(axis="x", rotation=90)
+        figure.set_figheight(figure.get_figheight() + CHARACTER * ticks.str.len().max())
+    panel.set_xlim(-0.5, len(rows) - 0.5)
+    return points.assign(x=points["row"].map(rows.index) + 0.1 * shift)
+
+
+def _draw_points(panel: Axes, table: ResultTable, points: pd.DataFrame, rows: Sequence[str]) -> None:
+    """Plot `mean` at `x`: a colour for each column and a marker for each of `rows`; numbers, such as J, are joined."""
+    markers: dict[str, dict[str, Any]] = {
+        row: {"marker": MARKERS[number % len(MARKERS)], "ms": 6} for number, row in enumerate(rows)
+    }
+    colors = _colors(table, points)
+    cells = points[~points["baseline"]]
+    if pd.to_numeric(cells["tick"], errors="coerce").notna().all():
+        for column, own in cells.groupby("column"):
+            panel.plot(own["x"], own["mean"], lw=1, zorder=1, color=colors[column])
+    for point in points.to_dict("records"):
+        color: dict[str, Any] = {"color": colors[point["column"]]}
+        shape = LARGE if point["baseline"] else markers.get(point["row"], markers[rows[0]])
+        panel.errorbar(point["x"], point["mean"], point["std"] or None, capsize=3, lw=1, **color, **shape)
+        if pd.notna(point["paper"]):
+            panel.plot(point["x"], point["paper"], **color, **{**shape, **PAPER})
+    entries = {row: marker for row, marker in markers.items() if row}
+    entries |= {LARGE_BATCH: LARGE} if points["baseline"].any() else {}
+    entries |= {"the paper's": {"marker": "o", **PAPER}} if points["paper"].notna().any() else {}
+    for name, style in entries.items():
+        panel.plot([], [], label=name, color="0.4", **{"ls": "", **style})
+
+
+def _colors(table: ResultTable, points: pd.DataFrame) -> dict[str, str]:
+    """The colour of each column of the table that has points."""
+    return {name: series_style(number)["color"] for number, name in enumerate(table.ordered(points, "column"))}
+
+
+def _draw_curve(panel: Axes, curve: pd.DataFrame, label: str, style: dict[str, Any]) -> None:
+    x, mean, deviation = curve["epochs"], 100 * curve["accuracy_mean"], 100 * curve["accuracy_std"]
+    panel.plot(x, mean, label=label, lw=1.3, ms=4, markevery=max(len(curve) // 8, 1), **style)
+    if deviation.any():
+        panel.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
 
 
 def _with_coords(table: ResultTable, points: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
@@ -198,53 +202,3 @@ def _with_coords(table: ResultTable, points: pd.DataFrame, columns: list[str]) -
     coords = pd.DataFrame(list(table.cells["coords"]), columns=list(table.axes), dtype=object)
     parts = [coords.loc[points["cell"]], points[columns]]
     return pd.concat([part.reset_index(drop=True) for part in parts], axis="columns")
-
-
-def _baseline_note(table: ResultTable, axis: XAxis, begin: str = "; dashed: ") -> str:
-    """The part of a caption about large-batch baselines, or ""."""
-    shown = axis is not EPOCHS and table.cells["baseline"].any()
-    return f"{begin}the large batch as data-parallel SGD, its traffic computed" if shown else ""
-
-
-def _draw_curve(panel: Axes, curve: pd.DataFrame, axis: XAxis, label: str, style: dict[str, Any]) -> None:
-    x, mean, deviation = curve[axis.name], 100 * curve["accuracy_mean"], 100 * curve["accuracy_std"]
-    panel.plot(x, mean, label=label, lw=1.3, ms=4, markevery=max(len(curve) // 8, 1), **style)
-    if deviation.any():
-        panel.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
-
-
-def _draw_series(panel: Axes, points: pd.DataFrame, label: str, style: dict[str, Any]) -> None:
-    """Draw `mean` and `std` at `x`; the large-batch baseline is a hollow marker, without a line."""
-    for baseline, own in points.dropna(subset=["mean"]).groupby("baseline"):
-        shape: dict[str, Any] = {"ls": "", "mfc": "none"} if baseline else {"label": label}
-        panel.errorbar(own["x"], own["mean"], own["std"].where(own["std"] > 0), **{"capsize": 3, **style, **shape})
-
-
-def _draw_points(panel: Axes, table: ResultTable, points: pd.DataFrame) -> None:
-    """Plot accuracy against traffic; the text at a point is the cell's row."""
-    middle = math.sqrt(points["sent"].min() * points["sent"].max()) if len(points) else 0.0
-    one_place = points["sent"].nunique() == 1
-    for number, column in enumerate(table.ordered(points, "column")):
-        own, style = points[points["column"] == column], series_style(number)
-        series = own.rename(columns={"sent": "x", "accuracy_percent": "mean"})
-        _draw_series(panel, series, column or "runs", {**style, "ls": ""})
-        right, up = LABEL_PLACES[number % len(LABEL_PLACES)]
-        for point in own[~own["baseline"]].itertuples():
-            at_left = number % 2 == 1 if one_place else point.sent > middle
-            panel.annotate(
-                point.tick[:LONGEST_LABEL],
-                (point.sent, point.accuracy_percent),
-                xytext=(-right if at_left else right, up),
-                textcoords="offset points",
-                ha="right" if at_left else "left",
-                color=style["color"],
-            )
-
-
-def _row_ticks(figure: Figure, panel: Axes, table: ResultTable, shown: pd.DataFrame) -> None:
-    labels = shown.drop_duplicates("row").set_index("row")["tick"][table.ordered(shown, "row")]
-    panel.set_xticks(range(len(labels)), labels)
-    if CHARACTER * labels.str.len().sum() > 0.85 * figure.get_figwidth():  # they would overlap
-        panel.tick_params(axis="x", rotation=90)
-        figure.set_figheight(figure.get_figheight() + CHARACTER * labels.str.len().max())
-    panel.set_xlabel(", ".join(table.row_axes))

@@ -15,22 +15,16 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, select_autoescape
 from rich.console import Console
+from rich.progress import track
 
 from fedsim.errors import RunFailed, UserError
-from fedsim.report.answers import answers
+from fedsim.report.answers import PAIRED, answers
+from fedsim.report.differences import paired_differences
 from fedsim.report.drawing import Plot
-from fedsim.report.figures import plot_accuracy, plots_of
+from fedsim.report.figures import plots_of
 from fedsim.report.load import escaped
 from fedsim.report.result_table import ResultTable, read_tables
-from fedsim.report.tables import (
-    accuracy_table,
-    cost_table,
-    csv_text,
-    notes,
-    origins,
-    runs_frame,
-    terminal_table,
-)
+from fedsim.report.tables import TRAFFIC, csv_text, notes, origins, progress, result_table, rich_table, runs_frame
 from fedsim.system.provenance import program
 
 TITLE = "fedsim: results of the runs"
@@ -51,7 +45,8 @@ def build_report(root: str, out: str, figure: str, console: Console) -> None:
             save_plot(makers[figure](), path, f"{command} --figure {figure}")
             show_path(path / f"{figure}.png", console)
             return
-        sections = [_section(table, path, command) for table in tables]
+        shown = track(tables, "report", console=console, transient=True, disable=not console.is_terminal)
+        sections = [_section(table, path, command) for table in shown]
         content = {"title": TITLE, "sections": sections, "warnings": warnings, "command": escaped(command)}
         templates = _templates()
         for template, name in (("page.html.j2", "index.html"), ("report.md.j2", "report.md")):
@@ -64,14 +59,17 @@ def show_results(root: Path, console: Console, save_as: str = "") -> None:
     tables, warnings = read_tables(root)
     show_warnings(warnings, console)
     for table in tables:
-        console.print(table.title, markup=False, highlight=False)
-        console.print(terminal_table(table))
+        console.print(table.question or table.title, markup=False, highlight=False)
+        changes = paired_differences(table)
+        console.print(rich_table(result_table(table, changes, TRAFFIC)))
+        console.print(answers(table, changes)[0], markup=False, highlight=False)
     if save_as:
         with output_folder(str(root)) as path:
             write_csv(runs_frame(tables[0]), path / f"{save_as}.csv")
-            (path / f"{save_as}.png").write_bytes(plot_accuracy(tables[0]).image("png", f"{program()} grid"))
             show_path(path / f"{save_as}.csv", console)
-            show_path(path / f"{save_as}.png", console)
+            for make in list(plots_of(tables[0]).values())[:1]:
+                (path / f"{save_as}.png").write_bytes(make().image("png", f"{program()} grid"))
+                show_path(path / f"{save_as}.png", console)
 
 
 def folder(key: str, text: str) -> Path:
@@ -123,34 +121,42 @@ def show_path(path: Path, console: Console) -> None:
 
 def _section(table: ResultTable, path: Path, command: str) -> dict[str, Any]:
     """The part of the page about one table; its figures and CSV files are written to `path`."""
-    figures = [_figure(make(), path, f"{command} --figure {name}") for name, make in plots_of(table).items()]
+    plots = [make() for make in plots_of(table).values()]
     write_csv(runs_frame(table), path / f"{table.name}-runs.csv")
-    tables = [cost_table(table)] if table.counted.size else []
-    if len(table.axes) > 1 and tables:
-        tables = [accuracy_table(table, "best"), accuracy_table(table, "final"), *tables]
+    changes = paired_differences(table)
+    short, *more = answers(table, changes)
     return {
         "name": table.name,
         "title": table.title,
-        "answers": answers(table),
+        "question": escaped(table.question),
+        "short": short,
+        "answers": more,
+        "paired": "" if changes.empty else PAIRED,
         "notes": notes(table),
-        "tables": tables,
-        "figures": figures,
+        "progress": progress(table),
+        "table": result_table(table, changes) if table.counted.size else None,
+        "figures": [_figure(plot, path, command) for plot in plots],
+        "thumbnail": _in_base64(plots[0].thumbnail(command)) if plots else "",
+        "command": escaped(f"{command} --figure {plots[0].name}") if plots else "",
         "provenance": [(name, escaped(value)) for name, value in origins(table)],
     }
 
 
 def _figure(plot: Plot, path: Path, command: str) -> dict[str, Any]:
     """A figure of the page; its files are written to `path`."""
+    command = f"{command} --figure {plot.name}"
     _, svg, _ = save_plot(plot, path, command)
-    narrow = plot.image("svg", command, phone=True)
     return {
         "name": plot.name,
         "caption": escaped(plot.caption),
-        "command": escaped(command),
-        "wide": base64.b64encode(svg.read_bytes()).decode(),
-        "narrow": base64.b64encode(narrow).decode(),  # its panels are below each other
+        "wide": _in_base64(svg.read_bytes()),
+        "narrow": _in_base64(plot.image("svg", command, phone=True)),  # its panels are below each other
         "width": round(PIXELS_PER_INCH * plot.figure.get_figwidth()),
     }
+
+
+def _in_base64(image: bytes) -> str:
+    return base64.b64encode(image).decode()
 
 
 def _templates() -> Environment:

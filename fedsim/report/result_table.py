@@ -1,4 +1,7 @@
-"""Arrange runs in tables: one for each folder of runs, by its study or by the keys in which its runs differ."""
+"""Arrange runs in tables: one for each folder of runs, by its study or by the keys in which its runs differ.
+
+Studies that belong `together` are one table, in which a cell's method is what its choices differ in.
+"""
 
 from __future__ import annotations
 
@@ -6,15 +9,16 @@ import csv
 import json
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
 
 from fedsim.config import BUDGET, Config, Value
 from fedsim.errors import UserError
-from fedsim.experiments.study import FOLDER, LARGE_BATCH, STORED, Study, read_study, study_names
+from fedsim.experiments.study import FOLDER, LARGE_BATCH, STORED, Study, compared_axis, read_study, study_names
 from fedsim.report.load import Records, cell_identity, escaped, read_records
 from fedsim.report.network import add_traffic, is_summed
 from fedsim.runs.columns import Costs
@@ -26,6 +30,8 @@ LONGEST_NAME = 150  # bytes of a table's name, a prefix of its file names
 PAPER_KEYS = ("optimizer", "batch-size", "clients", "local-steps")  # an empty field matches every cell
 SYMBOLS = {"clients": "K", "local-steps": "J", "local-epochs": "E", "batch-size": "batch"}
 NOTHING = "–"
+METHOD = "method"  # an axis of studies that are shown together
+PLAIN = "LocalSGD"  # the method of a cell all of whose choices are the usual ones
 
 
 class PaperValue(NamedTuple):
@@ -46,8 +52,9 @@ class About(NamedTuple):
 
 @dataclass(frozen=True)
 class ResultTable:
-    """The runs of one folder.
+    """The runs of one folder, or of the folders of studies that are shown together.
 
+    `question`: that it answers; `about`: the axis whose values it compares ("": none).
     `axes`: the keys that distinguish cells. With several, the first varies across columns and the others down rows.
     `cells`: a line for each cell, in the order of the table: `coords` (a value for each axis) and, as text, `column`,
     `row`, `label` (both) and `tick` (the row's values); `config`, `expected` (number of runs), `clients`,
@@ -59,11 +66,14 @@ class ResultTable:
 
     name: str
     title: str
-    folder: Path
+    folders: tuple[Path, ...]
     axes: tuple[str, ...]
     cells: pd.DataFrame
     runs: pd.DataFrame
     rows: pd.DataFrame
+    question: str = ""
+    about: str = ""
+    together: str = ""
 
     @property
     def row_axes(self) -> tuple[str, ...]:
@@ -112,7 +122,82 @@ def read_tables(root: Path) -> tuple[list[ResultTable], list[str]]:
         taken = {table.name for table in tables}
         name = next(n for n in [name, *(f"{name}-{i}" for i in range(2, len(tables) + 3))] if n not in taken)
         tables += _tables_of(name, folder, _without_duplicates(runs, records.warnings), records)
-    return tables, records.warnings
+    return _shown_together(tables), records.warnings
+
+
+def joined(name: str, title: str, tables: Sequence[ResultTable]) -> ResultTable:
+    """The cells of several tables in one.
+
+    Its axes are the method and the axes that all have or, where these do not tell the cells apart, the tables and the
+    labels of their cells.
+    """
+    shared = [axis for axis in tables[0].axes if all(axis in table.axes for table in tables)]
+    found = iter(_methods([config for table in tables for config in table.cells["config"]], shared))
+    methods_of = [(table, [next(found) for _ in range(len(table.cells))]) for table in tables]
+    methods_of.sort(key=lambda pair: PLAIN not in pair[1])  # what the others are compared with stands first
+    axes = (METHOD, *shared)
+    coords: list[tuple[Value, ...]] = [
+        (method, *(own[table.axes.index(axis)] for axis in shared))
+        for table, methods in methods_of
+        for method, own in zip(methods, table.cells["coords"], strict=True)
+    ]
+    tables = [table for table, _ in methods_of]
+    if len(set(coords)) < len(coords):
+        axes = ("study", "cell")
+        coords = [(table.name, text) for table in tables for text in table.cells["label"]]
+    cells = pd.concat([table.cells for table in tables], ignore_index=True)
+    cells = cells.assign(coords=coords, **pd.DataFrame([_names(axes, own) for own in coords]))
+    firsts = np.cumsum([0, *(len(table.cells) for table in tables)])
+    runs, rows = (
+        pd.concat([part.assign(cell=part["cell"] + first) for part, first in zip(parts, firsts[:-1], strict=True)])
+        for parts in ([table.runs for table in tables], [table.rows for table in tables])
+    )
+    folders = tuple(folder for table in tables for folder in table.folders)
+    return ResultTable(name, title, folders, axes, cells, runs, rows, tables[0].question, axes[0], title)
+
+
+def split_by(table: ResultTable, keys: Sequence[str]) -> list[ResultTable]:
+    """A table for each combination of the values that cells have of those of `keys` that are axes."""
+    axes = [axis for axis in table.axes if axis in keys]
+    if not axes:
+        return [table]
+    names = table.cells["coords"].map(lambda own: label(axes, [own[table.axes.index(axis)] for axis in axes]))
+    return [
+        replace(
+            table,
+            name=_file_name(f"{table.name}-{name}"),
+            title=f"{table.title}, {name}",
+            cells=cells,
+            runs=table.runs[table.runs["cell"].isin(cells.index)],
+            rows=table.rows[table.rows["cell"].isin(cells.index)],
+        )
+        for name, cells in table.cells.groupby(names, sort=False)
+    ]
+
+
+def _shown_together(tables: list[ResultTable]) -> list[ResultTable]:
+    """`tables`, with one in place of those that belong together, where the first of them was."""
+    found: dict[str, list[ResultTable]] = {}
+    for table in tables:
+        found.setdefault(table.together or f"\n{table.name}", []).append(table)  # no title has a line break
+    return [
+        parts[0] if len(parts) == 1 else joined(_file_name(title.partition(":")[0]), title, parts)
+        for title, parts in found.items()
+    ]
+
+
+def _methods(configs: Sequence[Mapping[str, Any]], shared: Sequence[str]) -> list[str]:
+    """The method of each cell: the names of its choices that are not the usual ones, or `PLAIN`.
+
+    The usual one of a key is its default if a cell has it, else that of the first cell.
+    """
+    choices: dict[str, list[str]] = {}
+    for key, default in Config().as_keys().items():
+        if isinstance(default, str) and key not in shared:
+            names = [split_name(str(config.get(key, default)))[0] for config in configs]
+            usual = split_name(default)[0] if split_name(default)[0] in names else names[0]
+            choices[key] = ["" if name == usual else name for name in names]
+    return [" + ".join(filter(None, names)) or PLAIN for names in zip(*choices.values(), strict=True)]
 
 
 def label(axes: Sequence[str], coords: Sequence[Value]) -> str:
@@ -194,14 +279,14 @@ def _table(
     runs["parameters"] = runs["parameters"].fillna(runs.groupby("cell")["parameters"].transform("max"))
     rows = records.rows[records.rows["run"].isin(runs.index)]
     rows = rows.join(runs[["cell", *of_cell, "parameters"]], on="run")
-    return ResultTable(
-        about.name, escaped(about.title), about.folder, axes, cells, add_traffic(runs), add_traffic(rows)
-    )
+    inferred = "" if axes == ("run",) else compared_axis(axes)
+    shown = (study.question, study.compared, study.together) if study else ("", inferred)
+    own = (about.name, escaped(about.title), (about.folder,))
+    return ResultTable(*own, axes, cells, add_traffic(runs), add_traffic(rows), *shown)
 
 
 def _cell(axes: tuple[str, ...], coords: tuple[Value, ...], config: dict[str, Any], compare: str) -> dict[str, Any]:
     """The line of `ResultTable.cells` of a cell, without `expected`; `compare` names a table of the paper."""
-    across = 1 if len(axes) > 1 else 0
     baseline = coords[-1:] == (LARGE_BATCH,)
     clients, workers = 1, 1
     if baseline:
@@ -212,15 +297,23 @@ def _cell(axes: tuple[str, ...], coords: tuple[Value, ...], config: dict[str, An
     return {
         "coords": coords,
         "config": config,
-        "label": label(axes, coords),
-        "column": label(axes[:across], coords[:across]),
-        "row": label(axes[across:], coords[across:]),
-        "tick": " ".join(map(str, coords[across:])),
+        **_names(axes, coords),
         "clients": clients,
         "workers": workers,
         "baseline": baseline,
         "summed": is_summed(config),
         "paper": paper_value(compare, config),
+    }
+
+
+def _names(axes: tuple[str, ...], coords: tuple[Value, ...]) -> dict[str, str]:
+    """The coordinates of a cell as text, in the columns of `ResultTable.cells`."""
+    across = 1 if len(axes) > 1 else 0
+    return {
+        "label": label(axes, coords),
+        "column": label(axes[:across], coords[:across]),
+        "row": label(axes[across:], coords[across:]),
+        "tick": " ".join(map(str, coords[across:])),
     }
 
 

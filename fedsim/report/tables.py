@@ -7,11 +7,12 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import pandas as pd
+from rich import box
 from rich.table import Table
 from rich.text import Text
 
 from fedsim.config import ARGUMENTS
-from fedsim.report.result_table import NOTHING, SYMBOLS, ResultTable
+from fedsim.report.result_table import NOTHING, ResultTable
 from fedsim.report.tuning import tuning_notes
 
 CSV_COLUMNS = (
@@ -37,27 +38,13 @@ class TextTable(NamedTuple):
     rows: Sequence[Sequence[Entry]]
 
 
-class CostColumn(NamedTuple):
-    """How a cost is shown: the title of its column, its unit, and the number of decimals."""
-
-    title: str
-    unit: float = 1
-    decimals: int = 0
-
-    def entry(self, value: float) -> Entry:
-        """`value` as text."""
-        return Entry(number(value / self.unit, self.decimals))
-
-
-COSTS = {
-    "epoch": CostColumn("epochs", decimals=2),
-    "steps_done": CostColumn("local steps"),
-    "network_syncs": CostColumn("syncs"),
-    "network_bytes": CostColumn("MB sent", 1e6, 1),
-    "overhead_bytes": CostColumn("MB besides", 1e6, 1),
-    "seconds": CostColumn("minutes", 60, 1),
+COSTS = {  # column: (title, unit)
+    "epoch": ("epochs", 1),
+    "network_syncs": ("syncs", 1),
+    "network_bytes": ("MB sent", 1e6),
+    "seconds": ("minutes", 60),
 }
-TRAFFIC = ("network_syncs", "network_bytes", "overhead_bytes")
+TRAFFIC = ("network_syncs", "network_bytes")
 
 
 def summarize(table: ResultTable) -> pd.DataFrame:
@@ -82,45 +69,27 @@ def summarize(table: ResultTable) -> pd.DataFrame:
     return table.cells.join([accuracy, by_cell[list(COSTS)].mean(), runs], how="inner").sort_index()
 
 
-def accuracy_table(table: ResultTable, which: str) -> TextTable:
-    """The ``best`` or ``final`` accuracy of each tested cell, with the value of the paper; the first axis is across."""
-    summary = summarize(table)
-    summary["entry"] = [_accuracy(line, which) for line in summary.to_dict("records")]
-    order = {"index": table.ordered(summary, "row"), "columns": table.ordered(summary, "column")}
-    pivot = summary.pivot(index="row", columns="column", values="entry").reindex(**order)
-    rows = [
-        [Entry(str(row)), *(entry if isinstance(entry, Entry) else Entry(NOTHING) for entry in line)]
-        for row, line in zip(pivot.index, pivot.to_numpy(), strict=True)
-    ]
-    caption = f"{which.capitalize()} accuracy on {table.tested_on} images, %{_deviation(table)}"
-    return TextTable(caption, ["", *(column or "accuracy" for column in pivot.columns)], rows)
-
-
-def cost_table(table: ResultTable) -> TextTable:
-    """A line for each tested cell: its number of runs, its accuracies, and the mean costs of a run."""
-    shown = [name for name in COSTS if table.with_traffic or name not in TRAFFIC]
+def result_table(table: ResultTable, changes: pd.DataFrame, costs: Sequence[str] = tuple(COSTS)) -> TextTable:
+    """A line for each tested cell: runs, accuracies with the paper's, `paired_differences`, mean costs."""
+    summary = summarize(table).join(changes[["change", "interval"]])
+    costs = [name for name in costs if name not in TRAFFIC or table.with_traffic]
+    with_paper, compared = summary["paper"].notna().any(), not changes.empty
     rows = []
-    for line in summarize(table).to_dict("records"):
-        started = line["started"] - line["finished"]
-        note = [f"{started} unfinished, to epoch {line['reached']:.1f}"] if line["reached"] > 0 else []
-        note += _left_out(line)
-        rows.append(
-            [
-                Entry(line["label"] or table.name),
-                Entry(f"{line['finished']} of {line['expected']}", ", ".join(note)),
-                Entry(percent(line["best"], line["best_std"])),
-                Entry(percent(line["final"], line["final_std"])),
-                *(COSTS[name].entry(line[name]) for name in shown),
-            ]
-        )
-    header = ["cell", "runs", "best", "final", *(COSTS[name].title for name in shown)]
+    for line in summary.to_dict("records"):
+        best = [Entry(percent(line["best"], line["best_std"])), _of_paper(line)] if with_paper else []
+        change = [Entry(difference(line["change"], line["interval"]))] if compared else []
+        numbers = [Entry(number(line[name] / COSTS[name][1])) for name in costs]
+        name, final = Entry(line["label"] or table.name), Entry(percent(line["final"], line["final_std"]))
+        rows.append([name, _runs(line), final, *best, *change, *numbers])
+    header = ["cell", "runs", "final", *(["best", "the paper's best"] if with_paper else [])]
+    header += [*(["difference"] if compared else []), *(COSTS[name][0] for name in costs)]
     return TextTable(f"Accuracy on {table.tested_on} images, %{_deviation(table)}; costs of a run", header, rows)
 
 
 def notes(table: ResultTable) -> list[str]:
     """Paragraphs that explain the tables and figures."""
     tuning = tuning_notes(table)
-    texts = [progress(table), protocol(table, bool(tuning)), *(tuning or [learning_rates(table)])]
+    texts = [protocol(table, bool(tuning)), *(tuning or [learning_rates(table)])]
     if table.with_traffic:
         texts.append(traffic_note(table))
     for cell in table.cells.itertuples():
@@ -171,7 +140,7 @@ def traffic_note(table: ResultTable) -> str:
     text = (
         "Traffic: syncs of a run, and bytes of all workers, both ways: the updates averaged and the models sent for "
         "them. What a run sent besides (for checkpoints, in repeated rounds, in updates left out) depends on its "
-        "interruptions and has a column of its own."
+        "interruptions and has columns of its own in the CSV file."
     )
     if table.cells["baseline"].any():
         text += (
@@ -189,7 +158,7 @@ def origins(table: ResultTable) -> list[tuple[str, str]]:
     facts["versions"] = facts["versions"].dropna().map(lambda of: ", ".join(f"{k} {v}" for k, v in of.items()))
     counts = {name: Counter(value for value in facts[name].dropna() if value) for name in facts}
     told = [(name, _values(found)) for name, found in counts.items() if found]
-    return [("folder", str(table.folder)), *told]
+    return [("folder", ", ".join(map(str, table.folders))), *told]
 
 
 def runs_frame(table: ResultTable) -> pd.DataFrame:
@@ -224,22 +193,12 @@ def csv_text(frame: pd.DataFrame) -> str:
 
 def rich_table(table: TextTable, caption: str = "") -> Table:
     """`table` for the terminal."""
-    shown = Table(title=Text(table.caption), caption=Text(caption))
+    shown = Table(title=Text(table.caption), caption=Text(caption), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in table.header:
-        shown.add_column(Text(name), justify="left" if name == "cell" else "right", no_wrap=name == "cell")
+        shown.add_column(Text(name), justify="left" if name == "cell" else "right", no_wrap=name != "cell")
     for row in table.rows:
         shown.add_row(*(Text(f"{entry.text} ({entry.note})" if entry.note else entry.text) for entry in row))
     return shown
-
-
-def terminal_table(table: ResultTable) -> Table:
-    """Final accuracies for the terminal."""
-    seeds = ", ".join(map(str, sorted(set(table.runs["seed"]))))
-    text = accuracy_table(table, "final")
-    corner = ", ".join(SYMBOLS.get(axis, axis) for axis in table.row_axes)
-    ticks = dict(zip(table.cells["row"], table.cells["tick"], strict=True))
-    rows = [[Entry(ticks[row[0].text]), *row[1:]] for row in text.rows]
-    return rich_table(TextTable(text.caption, [corner, *text.header[1:]], rows), f"seed {seeds}")
 
 
 def statistics(values: pd.Series, cells: pd.Series) -> pd.DataFrame:
@@ -252,21 +211,34 @@ def percent(mean: float, deviation: float = float("nan")) -> str:
     return f"{100 * mean:.2f}" + (f" ± {100 * deviation:.2f}" if pd.notna(deviation) else "")
 
 
-def number(value: float, decimals: int = 0) -> str:
-    """A number with thousands separated; a dash if it is missing."""
-    return f"{value:,.{decimals}f}" if pd.notna(value) else NOTHING
+def difference(change: float, interval: float = float("nan")) -> str:
+    """A difference of two fractions in points, with its sign and half of its confidence interval if there is one."""
+    if pd.isna(change):
+        return ""
+    text = f"{100 * change:+.2f}".replace("-", "−")
+    return text + (f" ± {100 * interval:.2f}" if pd.notna(interval) else "")
 
 
-def _accuracy(line: dict[str, Any], which: str) -> Entry:
-    """The accuracy of a line of `summarize`, with that of the paper and the difference as its note."""
-    remarks = [] if line["finished"] else [f"unfinished, epoch {line['reached']:.1f}"]
-    paper = line["paper"]
-    printed = None if paper is None else paper.best if which == "best" else paper.final
-    if printed is not None:
-        remarks.append(f"paper {printed:.2f}")
-        if line["finished"]:
-            remarks.append(f"{100 * line[which] - printed:+.2f}".replace("-", "−"))
-    return Entry(percent(line[which], line[f"{which}_std"]), ", ".join([*remarks, *_left_out(line)]))
+def number(value: float) -> str:
+    """A number to three digits or, above 100, to the unit with thousands separated; a dash if it is missing."""
+    if pd.isna(value):
+        return NOTHING
+    return f"{value:,.0f}" if abs(value) >= 100 or value == int(value) else f"{value:.3g}"
+
+
+def _runs(line: dict[str, Any]) -> Entry:
+    """The finished runs of a line of `summarize`, and as a note what is unfinished or left out."""
+    started = line["started"] - line["finished"]
+    notes = [f"{started} unfinished, to epoch {line['reached']:.1f}"] if line["reached"] > 0 else []
+    return Entry(f"{line['finished']} of {line['expected']}", ", ".join([*notes, *_left_out(line)]))
+
+
+def _of_paper(line: dict[str, Any]) -> Entry:
+    """The paper's best accuracy of a line of `summarize`, with the difference to it as the note."""
+    if line["paper"] is None:
+        return Entry(NOTHING)
+    value = line["paper"].best
+    return Entry(f"{value:.2f}", difference(line["best"] - value / 100) if line["finished"] else "")
 
 
 def _left_out(line: dict[str, Any]) -> list[str]:

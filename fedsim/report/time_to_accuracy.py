@@ -18,11 +18,12 @@ from fedsim.report.bandwidths import plot_bandwidths
 from fedsim.report.load import escaped
 from fedsim.report.network import Network, duration, network_seconds, rate
 from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings, write_csv
-from fedsim.report.result_table import NOTHING, ResultTable, read_tables
+from fedsim.report.result_table import NOTHING, ResultTable, read_tables, split_by
 from fedsim.report.stragglers import Stragglers, computed_steps, stragglers
-from fedsim.report.tables import COSTS, CostColumn, Entry, TextTable, number, percent, rich_table
+from fedsim.report.tables import Entry, TextTable, number, percent, rich_table
 
 PARTS = ["computing", "waiting", "transfer"]  # of the seconds of a run
+CIRCUMSTANCES = ("dataset", "partition")  # between which nobody chooses: the fastest cell is that of each
 MEANS = ["seconds", *PARTS, "resolution", "epoch", "network_syncs", "sent_up", "sent_down"]
 CAPTION = "within: seconds since the previous test; ±: standard deviation over runs, if larger; MB: of all workers"
 
@@ -52,7 +53,8 @@ def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Con
     """Print the times of every table under `root`, and write them and a figure to `out`."""
     if not 0 < plan.target < 1:
         raise UserError(f"target = {plan.target} is not an accuracy: give a fraction between 0 and 1, for instance 0.5")
-    tables, warnings = read_tables(folder("results", root))
+    whole, warnings = read_tables(folder("results", root))
+    tables = [part for table in whole for part in split_by(table, CIRCUMSTANCES)]
     found = [(table, times_to_target(table, plan)) for table in tables if not table.counted.empty]
     show_warnings(warnings, console)
     with output_folder(out) as path:
@@ -115,7 +117,7 @@ def seconds_per_image(table: ResultTable) -> float:
     seconds = table.runs["seconds"] / (table.runs["steps_done"] * workers_images)
     measured = seconds[(seconds > 0) & (seconds < float("inf"))]
     if measured.empty:
-        raise UserError(f"{table.folder} has no recorded seconds: give --compute, for instance 10ms")
+        raise UserError(f"{table.title}: no run has recorded seconds: give --compute, for instance 10ms")
     return float(measured.median())
 
 
@@ -127,8 +129,7 @@ def images_per_step(cells: pd.DataFrame) -> pd.Series:
 
 def time_table(times: pd.DataFrame, table: ResultTable, plan: Plan) -> TextTable:
     """The times as a table, the shortest first."""
-    megabytes_up, megabytes_down = CostColumn("MB up", 1e6, 1), CostColumn("MB down", 1e6, 1)
-    shown = {"network_syncs": COSTS["network_syncs"], "sent_up": megabytes_up, "sent_down": megabytes_down}
+    shown = {"network_syncs": ("syncs", 1.0), "sent_up": ("MB up", 1e6), "sent_down": ("MB down", 1e6)}
     columns = shown if table.with_traffic else {}
     rows = []
     for line in times.sort_values("seconds", kind="stable", na_position="last").to_dict("records"):
@@ -139,12 +140,12 @@ def time_table(times: pd.DataFrame, table: ResultTable, plan: Plan) -> TextTable
             best = Entry(never, f"best {percent(line['best_accuracy'])} %")
             rows.append([name, best, *[Entry(NOTHING)] * (1 + len(columns)), reached])
             continue
-        deviation = f" ± {line['seconds_std']:,.1f}" if line["seconds_std"] > line["resolution"] else ""
-        costs = {column: cost.entry(line[column]) for column, cost in columns.items()}
-        times_of = (Entry(f"{number(line['seconds'], 1)}{deviation}"), Entry(number(line["resolution"], 1)))
-        rows.append([name, *times_of, *costs.values(), reached])
+        deviation = f" ± {number(line['seconds_std'])}" if line["seconds_std"] > line["resolution"] else ""
+        costs = [Entry(number(line[column] / unit)) for column, (_, unit) in columns.items()]
+        times_of = (Entry(f"{number(line['seconds'])}{deviation}"), Entry(number(line["resolution"])))
+        rows.append([name, *times_of, *costs, reached])
     title = f"{table.title}: time to {100 * plan.target:g} % accuracy on {table.tested_on} images"
-    header = ["cell", "seconds", "within", *(cost.title for cost in columns.values()), "runs"]
+    header = ["cell", "seconds", "within", *(title for title, _ in columns.values()), "runs"]
     return TextTable(title, header, rows)
 
 

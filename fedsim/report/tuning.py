@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import re
+from pathlib import Path
 
 from fedsim.errors import UserError
 from fedsim.experiments.study import STORED, TRIALS, Tune, read_study
@@ -12,13 +13,19 @@ from fedsim.report.result_table import ResultTable
 
 
 def tuning_notes(table: ResultTable) -> list[str]:
-    """A paragraph about the trials of the cells of `table`; none where they were not tuned."""
-    path = table.folder / TRIALS
+    """A paragraph about the trials of the cells of each folder of `table` that was tuned."""
+    return [note for folder in table.folders for note in _notes_of(folder, table)]
+
+
+def _notes_of(folder: Path, table: ResultTable) -> list[str]:
+    """The paragraph about the trials of a folder; none where its cells were not tuned."""
+    path = folder / TRIALS
     if not path.exists():
         return []
     try:
-        tune = read_study(str(table.folder / STORED)).tune
-        cells = {re.sub(r"-seed\d+$", "", run) for run in table.runs["run"]}
+        tune = read_study(str(folder / STORED)).tune
+        own = table.runs[table.runs["folder"].map(lambda run: run.parent) == folder]
+        cells = {re.sub(r"-seed\d+$", "", run) for run in own["run"]}
         with path.open(encoding="utf-8", newline="") as file:
             lines = list(csv.DictReader(file))
         chosen = [line for line in lines if line["outcome"] == "chosen" and line["cell"] in cells]

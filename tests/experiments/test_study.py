@@ -233,7 +233,7 @@ def test_a_column_without_one_baseline_is_refused(tmp_path: Path, text: str, mes
         ("compare = 3", "mine.toml: compare = 3 is not text"),
         ("[grid]\nclients = [4, 0]", "mine.toml: clients = 0 is out of range"),
         ("[grid]\nclients = ['x']", "mine.toml: clients = 'x' is not a whole number"),
-        ("twin = true", "mine.toml: unknown entry twin: it must be one of title, mode, twins"),
+        ("twin = true", "mine.toml: unknown entry twin: it must be one of title, mode, question"),
         ("twins = 1", "mine.toml: twins = 1 is not true or false"),
         ("twins = true\n[grid]\nlr = [1.0]", "mine.toml: twins = true needs mode localsgd and a grid of clients"),
         (

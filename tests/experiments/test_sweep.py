@@ -155,7 +155,7 @@ def test_a_study_whose_only_axis_is_the_seed_has_a_table_of_one_cell(study: Stud
     tiny.write_text(TINY.replace("clients = [1, 2]\nlocal-steps = [2]\n", "").replace("twins = true\n", ""))
     text = study("--cells *")
     assert {path.name for path in (tiny.parent / "results" / "tiny").glob("s*1")} == {"seed1"}
-    assert "accuracy" in text
+    assert "Accuracy on test images" in text
     assert " ± " in text
 
 

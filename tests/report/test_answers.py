@@ -6,65 +6,66 @@ import pytest
 
 from fedsim.config import Config
 from fedsim.report.answers import answers
-from fedsim.report.result_table import ResultTable, read_tables
+from fedsim.report.differences import paired_differences
+from fedsim.report.result_table import read_tables
 from tests.conftest import write_run
 
 
-def only(root: Path) -> ResultTable:
+def told(root: Path) -> list[str]:
     (table,), _ = read_tables(root)
-    return table
+    return answers(table, paired_differences(table))
 
 
-def test_fewest_bytes_and_what_j_costs_with_deviations_over_seeds(study: Path) -> None:
-    assert answers(only(study)) == [
-        "Fewest bytes to 50.35 %, which is 95 % of the best final accuracy of cells that send (53.00 ± 1.41 % at "
-        "K = 2, J = 8, 2 seeds): K = 2, J = 8 with 0.0 MB (2 seeds).",
-        "K = 2: J = 8 instead of J = 1 gains 10.00 ± 0.00 points of test accuracy at equal samples and sends 8 times "
-        "fewer bytes (2 seeds).",
+def test_what_more_local_steps_cost_at_every_k(study: Path) -> None:
+    assert told(study) == [
+        "J = 8 instead of J = 1: +10.00 ± 0.00 points at K = 2 (8 times fewer bytes) (2 seeds).",
+        "K = 2, against J = 1: J = 8 +10.00 ± 0.00 (8 times fewer bytes), large batch +0.00 ± 0.00.",
     ]
 
 
-def test_the_best_cell_is_compared_with_the_cheapest_that_comes_near(tmp_path: Path) -> None:
-    for steps, seed, final, sent in ((1, 1, 0.5, 8e6), (1, 2, 0.52, 8e6), (4, 1, 0.49, 2e6), (16, 1, 0.2, 5e5),
-                                     (16, 2, 0.2, 5e5), (16, 3, 0.1, 5e5)):  # fmt: skip
-        folder, config = tmp_path / "s" / f"{steps}-{seed}", Config(local_steps=steps, seed=seed)
-        write_run(folder, config, "localsgd", [0.3, final], bytes_up=sent, bytes_down=sent)
-    best, cost = answers(only(tmp_path))
-    assert best == (
-        "Fewest bytes to 48.45 %, which is 95 % of the best final accuracy of cells that send (51.00 ± 1.41 % at "
-        "J = 1, 2 seeds): J = 4 with 8.0 MB (one seed); J = 1 needs 32.0 MB (2 seeds)."
-    )
-    assert cost == (
-        "J = 16 instead of J = 1 costs 31.00 ± 1.41 points of test accuracy at equal samples and sends 16 times fewer "
-        "bytes (2 seeds)."
-    )
+def test_one_worker_has_no_bytes_to_compare(tmp_path: Path) -> None:
+    for steps, final in ((1, 0.5), (4, 0.4)):
+        write_run(tmp_path / "s" / f"{steps}", Config(clients=1, local_steps=steps), "localsgd", [0.1, final])
+    assert told(tmp_path)[0] == "J = 4 instead of J = 1: −10.00 points (one seed)."
 
 
-def test_a_method_is_compared_with_none_where_all_else_is_equal(tmp_path: Path) -> None:
-    for outer, steps, seed, final in (("slowmo", 1, 1, 0.5), ("none", 1, 1, 0.4), ("none", 1, 2, 0.3),
-                                      ("slowmo", 1, 2, 0.5), ("slowmo", 2, 1, 0.6), ("none", 4, 1, 0.6)):  # fmt: skip
-        config = Config().changed({"outer": outer, "local-steps": steps, "seed": seed})
-        write_run(tmp_path / "s" / f"{outer}-{steps}-{seed}", config, "localsgd", [0.1, final])
-    compared = [text for text in answers(only(tmp_path)) if "instead of none" in text]
-    assert compared == [
-        "J = 1: slowmo instead of none gains 15.00 ± 7.07 points of test accuracy at equal samples (2 seeds)."
+def test_methods_are_above_below_or_not_told_apart(tmp_path: Path) -> None:
+    finals = {"none": (0.40, 0.42, 0.41), "slowmo": (0.45, 0.47, 0.461), "diloco": (0.3, 0.32, 0.311),
+              "fedavgm": (0.43, 0.39, 0.42)}  # fmt: skip
+    for outer, accuracies in finals.items():
+        for seed, final in enumerate(accuracies):
+            for steps in (1, 2) if outer == "none" else (1,):
+                config = Config().changed({"outer": outer, "local-steps": steps, "seed": seed})
+                write_run(tmp_path / "s" / f"{outer}-{steps}-{seed}", config, "localsgd", [0.1, final])
+    toml = 'title = "t"\nmode = "localsgd"\nabout = "outer"\n[grid]\nouter = ["none", "slowmo", "diloco", "fedavgm"]\n'
+    (tmp_path / "s" / "study.toml").write_text(f"{toml}local-steps = [1, 2]\nseed = [0, 1, 2]\n")
+    assert told(tmp_path) == [
+        "Against outer = none, above: slowmo; below: diloco; not told apart: fedavgm (3 seeds).",
+        "J = 1, against outer = none: slowmo +5.03 ± 0.14, fedavgm +0.33 ± 7.59, diloco −9.97 ± 0.14.",
     ]
 
 
-def test_budgets_in_rounds_are_compared_at_the_end_of_the_shorter(tmp_path: Path) -> None:
-    for steps, accuracies in ((1, [0.1, 0.2]), (2, [0.1, 0.3, 0.4])):
-        config = Config().changed({"local-steps": steps, "rounds": 2, "validation": 50})
-        write_run(tmp_path / "s" / f"{steps}", config, "localsgd", list(accuracies), steps_done=steps)
-    assert answers(only(tmp_path))[1] == (
-        "J = 2 instead of J = 1 gains 10.00 points of validation accuracy at epoch 2.0 of both (one seed)."
+def test_values_that_hardly_differ_are_one_sentence(tmp_path: Path) -> None:
+    for precision, seed, final in (("fp32", 1, 0.5), ("bf16", 1, 0.501), ("fp32", 2, 0.5), ("bf16", 2, 0.498)):
+        config = Config().changed({"precision": precision, "seed": seed})
+        write_run(tmp_path / "s" / f"{precision}{seed}", config, "localsgd", [0.1, final])
+    assert told(tmp_path) == [
+        "The 2 values of precision differ by at most 0.05 points: −0.05 ± 1.91, they cannot be told apart (2 seeds)."
+    ]
+
+
+def test_one_seed_has_no_interval(tmp_path: Path) -> None:
+    for outer, final in (("none", 0.5), ("slowmo", 0.6), ("diloco", 0.4)):
+        write_run(tmp_path / "s" / outer, Config().changed({"outer": outer}), "localsgd", [0.1, final])
+    assert told(tmp_path)[0] == (
+        "Against outer = none: slowmo +10.00 points, diloco −10.00 points (one seed, so no interval)."
     )
 
 
 @pytest.mark.parametrize("finished", [True, False])
-def test_a_study_without_traffic_has_a_best_cell(tmp_path: Path, finished: bool) -> None:
+def test_runs_that_differ_in_many_keys_have_a_best_one(tmp_path: Path, finished: bool) -> None:
     for lr, final in ((0.1, 0.2), (0.2, 0.4)):
-        write_run(tmp_path / "s" / f"{lr}", Config(lr=lr), "centralized", [0.1, final], finished)
-    said = (
-        "Highest final accuracy on test images: 40.00 % at lr = 0.2, one seed; lowest: 20.00 % at lr = 0.1, one seed."
-    )
-    assert answers(only(tmp_path)) == [said if finished else "No run is finished: accuracies are those so far."]
+        config = Config(lr=lr, momentum=lr, weight_decay=lr, warmup_epochs=lr)
+        write_run(tmp_path / "s" / f"{lr}", config, "centralized", [0.1, final], finished)
+    said = "Highest: 40.00 % at 0.2; lowest: 20.00 % at 0.1."
+    assert told(tmp_path) == [said if finished else "No run is finished: accuracies are those so far."]

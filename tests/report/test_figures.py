@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -10,58 +11,89 @@ import pandas as pd
 import pytest
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 
 from fedsim.config import Config
 from fedsim.experiments.study import LARGE_BATCH, read_study
-from fedsim.report.figures import (
-    BYTES,
-    EPOCHS,
-    SYNCS,
-    XAxis,
-    mean_curves,
-    pareto_front,
-    plot_accuracy,
-    plot_curves,
-    plots_of,
-)
+from fedsim.report.differences import paired_differences
+from fedsim.report.figures import mean_curves, plot_accuracy, plot_curves, plots_of
 from fedsim.report.result_table import ResultTable, read_tables
-from fedsim.report.tables import accuracy_table, csv_text
+from fedsim.report.tables import csv_text, result_table
 from tests.conftest import write_run
 
 
-def curve(table: ResultTable, axis: XAxis, *coords: int | str) -> pd.DataFrame:
-    points = mean_curves(table, axis)
+def curve(table: ResultTable, *coords: int | str) -> pd.DataFrame:
+    points = mean_curves(table)
     return points[points["cell"] == list(table.cells["coords"]).index(coords)]
 
 
 def test_a_mean_curve_is_the_mean_over_the_seeds_where_both_were_tested(table: ResultTable) -> None:
-    points = curve(table, EPOCHS, 2, 8)
+    points = curve(table, 2, 8)
     assert list(points["epochs"]) == [1, 3, 4]
     assert list(points["accuracy_mean"]) == pytest.approx([0.1, 0.54, 0.53])
     assert list(points["accuracy_std"]) == pytest.approx([0, 0.02 / 2**0.5, 0.02 / 2**0.5])
     assert set(points["runs"]) == {2}
-    assert list(curve(table, SYNCS, 2, 8)["syncs"]) == [1, 3, 4]
-    assert list(curve(table, BYTES, 2, 1)["bytes"]) == [32_000, 96_000, 128_000]
 
 
 def test_an_unfinished_run_is_a_curve_only_where_nothing_is_finished(study: Path) -> None:
     (study / "k2-j1-seed1" / "summary.json").unlink()
     (table,), _ = read_tables(study)
-    assert set(curve(table, EPOCHS, 4, 8)["runs"]) == {1}
-    assert set(curve(table, EPOCHS, 2, 1)["runs"]) == {1}
-    assert curve(table, EPOCHS, 4, LARGE_BATCH).empty
+    assert set(curve(table, 4, 8)["runs"]) == {1}
+    assert set(curve(table, 2, 1)["runs"]) == {1}
+    assert curve(table, 4, LARGE_BATCH).empty
 
 
-def test_the_baselines_curve_along_bytes_is_data_parallel_sgd(table: ResultTable) -> None:
-    assert list(curve(table, BYTES, 2, LARGE_BATCH)["bytes"]) == [rounds * 8 * 2 * 2 * 250 * 4 for rounds in (1, 3, 4)]
-    assert list(curve(table, SYNCS, 2, LARGE_BATCH)["syncs"]) == [8, 24, 32]
+def test_runs_that_were_tested_once_are_points_and_no_curves(tmp_path: Path) -> None:
+    for steps in (1, 2):
+        write_run(tmp_path / "s" / f"{steps}", Config(local_steps=steps), "localsgd", [None, 0.5], bytes_up=1e6 / steps)
+    (table,), _ = read_tables(tmp_path)
+    assert list(plots_of(table)) == ["s-accuracy"]
 
 
-def test_the_front_costs_more_and_gains_more_at_every_step() -> None:
-    points = pd.DataFrame([(5, 9), (1, 5), (2, 4), (3, 7), (3, 6), (3, 7), (4, 7)], columns=["cost", "gain"])
-    front = pareto_front(points["cost"], points["gain"])
-    assert points[front].to_numpy().tolist() == [[5, 9], [1, 5], [3, 7], [3, 7]]  # twins are both on it
-    assert pareto_front(points["cost"][:0], points["gain"][:0]).empty
+def drawn(figure: Figure) -> list[tuple[str, float, list[list[float]]]]:
+    """The face, the size and the points of every line of the first panel that has any."""
+    lines: list[Any] = list(figure.axes[0].lines)
+    found = [(str(line.get_markerfacecolor()), line.get_markersize(), line.get_xydata().tolist()) for line in lines]
+    return [line for line in found if line[2]]
+
+
+def test_the_large_batch_is_a_wider_hollow_circle_around_its_point(table: ResultTable) -> None:
+    rings = [points for face, size, points in drawn(plot_accuracy(table).figure) if (face, size) == ("none", 12)]
+    filled = [points for face, _, points in drawn(plot_accuracy(table).figure) if face != "none"]
+    # as data-parallel SGD: 32 steps of 250 parameters, 4 bytes each, 2 workers, both ways
+    assert rings == [[[32 * 250 * 4 * 2 * 2, pytest.approx(43)]]]
+    assert [[128_000.0, pytest.approx(43)]] in filled  # J = 1, at the same bytes
+
+
+def test_names_of_series_stand_beside_their_points_and_do_not_overlap(tmp_path: Path) -> None:
+    """Seven methods within a point of each other."""
+    methods = ("none", "slowmo", "diloco", "fedavgm", "fedadam", "fedyogi", "fedadagrad")
+    for number, outer in enumerate(methods):
+        for steps in (1, 4):
+            config = Config().changed({"outer": outer, "local-steps": steps})
+            final = 0.4 + 0.0015 * number - 0.02 * steps
+            write_run(tmp_path / "s" / f"{outer}{steps}", config, "localsgd", [0.1, final], bytes_up=1e6 / steps)
+    toml = f'title = "t"\nmode = "localsgd"\n[grid]\nouter = {list(methods)}\nlocal-steps = [1, 4]\n'
+    (tmp_path / "s" / "study.toml").write_text(toml)
+    (table,), _ = read_tables(tmp_path)
+    for across in (1, 3):
+        figure = plots_of(table)["s-accuracy"]().draw(across)
+        canvas: Any = FigureCanvasAgg(figure)
+        canvas.draw()
+        renderer = canvas.get_renderer()
+        boxes = [Text.get_window_extent(text, renderer) for text in figure.axes[0].texts]  # without its line to a point
+        assert len(boxes) == 7
+        assert not any(one.overlaps(two) for one, two in itertools.combinations(boxes, 2))
+
+
+def test_categories_are_not_joined_by_lines(tmp_path: Path) -> None:
+    """Where all cells send equally many bytes, accuracy is drawn against the rows of the table."""
+    for precision in ("fp32", "bf16", "tf32"):
+        write_run(tmp_path / "s" / precision, Config().changed({"precision": precision}), "localsgd", [0.1, 0.5])
+    (table,), _ = read_tables(tmp_path)
+    figure = plots_of(table)["s-accuracy"]().figure
+    assert figure.axes[0].get_xlabel() == "precision"
+    assert [len(points) for _, _, points in drawn(figure)] == [1, 1, 1]
 
 
 def assert_nothing_is_cut(figure: Figure) -> None:
@@ -83,11 +115,12 @@ def assert_nothing_is_cut(figure: Figure) -> None:
 
 def test_every_figure_is_whole_and_a_png_and_its_numbers(table: ResultTable) -> None:
     makers = plots_of(table)
-    assert list(makers) == [f"mine-{name}" for name in ("pareto", "epochs", "syncs", "bytes", "accuracy")]
+    assert list(makers) == ["mine-accuracy", "mine-epochs"]
     for name, make in makers.items():
         plot = make()
         assert plot.name == name
         assert plot.image("png", "run.py report").startswith(b"\x89PNG")
+        assert b"<text" not in plot.thumbnail("run.py report")
         assert_nothing_is_cut(plot.figure)
         phone = plot.draw(1)
         assert_nothing_is_cut(phone)
@@ -115,31 +148,29 @@ def test_many_cells_with_long_names_are_not_cut(tmp_path: Path) -> None:
 def test_accuracy_by_cell_holds_finished_runs_alone(table: ResultTable) -> None:
     rows = {tuple(row[:2]): row[2:] for row in plot_accuracy(table).numbers.to_numpy().tolist()}
     assert rows.keys() == {(2, 1), (2, 8), (2, LARGE_BATCH), (4, 1)}
-    assert rows[2, 8] == pytest.approx([53, 2 / 2**0.5, 2])
-    assert rows[4, 1] == pytest.approx([42, 0, 1])
+    assert rows[2, 8] == pytest.approx([16_000, 53, 2 / 2**0.5, 2])
+    assert rows[4, 1] == pytest.approx([256_000, 42, 0, 1])
 
 
 def test_centralized_studies_have_no_figures_of_traffic(tmp_path: Path) -> None:
-    (cell, *_) = read_study("table1").cells([1])
-    write_run(tmp_path / "table1" / cell.config.name, cell.config, cell.mode, [0.1, 0.5])
+    for cell in read_study("table1").cells([1])[:2]:
+        write_run(tmp_path / "table1" / cell.config.name, cell.config, cell.mode, [0.1, 0.5])
     (table,), _ = read_tables(tmp_path)
-    assert list(plots_of(table)) == ["table1-epochs", "table1-accuracy"]
+    assert list(plots_of(table)) == ["table1-accuracy", "table1-epochs"]
     accuracy = plots_of(table)["table1-accuracy"]()
-    assert accuracy.caption == "Best accuracy on test images. Hollow: the paper's."
+    assert accuracy.caption == "Best accuracy on test images against batch-size; hollow: the paper's."
     (legend,) = accuracy.figure.legends
-    assert {text.get_text() for text in legend.get_texts()} == {
-        "sgdm",
-        *(f"{o}, paper" for o in ("sgdm", "lars", "lamb")),
-    }
+    assert [text.get_text() for text in legend.get_texts()] == ["the paper's"]
 
 
 def test_rows_stand_in_the_order_of_the_study_whichever_cells_are_finished(tmp_path: Path) -> None:
     cells = {cell.coords: cell.config for cell in read_study("table1").cells([1])}
     for place in (("sgdm", 512), ("lars", 256), ("lars", 512)):
-        write_run(tmp_path / "table1" / cells[place].name, cells[place], "centralized", [0.5])
+        write_run(tmp_path / "table1" / cells[place].name, cells[place], "centralized", [0.1, 0.5])
     (table,), _ = read_tables(tmp_path)
-    assert [row[0].text for row in accuracy_table(table, "final").rows] == ["batch = 256", "batch = 512"]
-    (legend,) = plot_curves(table, EPOCHS).draw(2).legends
+    names = [row[0].text for row in result_table(table, paired_differences(table)).rows]
+    assert names == ["sgdm, batch = 512", "lars, batch = 256", "lars, batch = 512"]
+    (legend,) = plot_curves(table).draw(2).legends
     assert [text.get_text() for text in legend.get_texts()] == ["batch = 256", "batch = 512"]
 
 

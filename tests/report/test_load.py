@@ -15,11 +15,12 @@ from hypothesis import strategies as st
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.report.answers import answers
-from fedsim.report.figures import BYTES, mean_curves
+from fedsim.report.differences import paired_differences
+from fedsim.report.figures import mean_curves
 from fedsim.report.load import read_records
 from fedsim.report.network import Network
 from fedsim.report.result_table import read_tables
-from fedsim.report.tables import accuracy_table, cost_table, csv_text, notes, origins, runs_frame
+from fedsim.report.tables import csv_text, notes, origins, progress, result_table, runs_frame
 from fedsim.report.time_to_accuracy import Plan, time_table, times_to_target
 from fedsim.runs.records import read_rows, read_summary, sha256_of_summary
 from tests.conftest import TIMES, write_run
@@ -206,15 +207,12 @@ def test_no_record_breaks_the_tables(config: Any, summary: Any, row: Any, study:
         tables, _ = read_tables(Path(root))
         assert "whole" in {run for table in tables for run in table.runs["run"]}
         for table in tables:
-            texts = [str(accuracy_table(table, "final")), str(cost_table(table)), *notes(table), str(origins(table))]
+            changes = paired_differences(table)
+            texts = [str(result_table(table, changes)), *notes(table), progress(table), str(origins(table))]
             plan = Plan(0.15, Network(1e6, 0.01), 0.1)
             times = times_to_target(table, plan)
-            texts += answers(table)
-            texts += [
-                csv_text(runs_frame(table)),
-                csv_text(mean_curves(table, BYTES)),
-                str(time_table(times, table, plan)),
-            ]
+            texts += answers(table, changes)
+            texts += [csv_text(runs_frame(table)), csv_text(mean_curves(table)), str(time_table(times, table, plan))]
             assert not re.search(r"\b(nan|None)\b", " ".join(texts))
 
 

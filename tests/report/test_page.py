@@ -47,39 +47,69 @@ class Page(HTMLParser):
         self.text += data
 
 
-@pytest.mark.usefixtures("study")
-def test_the_page_needs_no_other_file_and_each_figure_has_its_files_and_a_command_that_remakes_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """And Markdown holds the same."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.argv", ["/usr/local/bin/fedsim"])
-    report("results", "report")
+def test_a_study_is_a_line_with_a_thumbnail_then_two_figures_and_the_rest_folded(study: Path, tmp_path: Path) -> None:
+    report(study.parent, tmp_path / "report")
     text = (tmp_path / "report" / "index.html").read_text()
     assert '<meta name="viewport" content="width=device-width, initial-scale=1">' in text
     page = Page(text)
-    assert [link[:26] for link in page.links if not link.startswith("#")] == ["data:image/svg+xml;base64,"] * 10
-    assert page.text.index("Fewest bytes to") < page.text.index("against what was sent") < page.text.rindex("J = 8")
-    assert text.count('<div class="wide"><table>') == page.elements.count("table") == 3
-    assert "<td>52.00<small>unfinished, epoch 4.0</small></td>" in text
+    images = [link for link in page.links if link.startswith("data:image")]
+    assert [link[:26] for link in images] == ["data:image/svg+xml;base64,"] * (
+        1 + 2 * 2
+    )  # a thumbnail; wide and narrow
+    assert page.elements.count("figure") == 2
+    assert page.text.count("J = 8 instead of J = 1: +10.00 ± 0.00 points") == 2  # in its line, and below its title
+    folded = text[text.index("<details>") : text.index("</details>")]
+    assert page.elements.count("table") == folded.count("<table>") == 1
+    assert "<td>0 of 2<small>1 unfinished, to epoch 4.0</small></td>" in folded
+    files = [link for link in page.links if not link.startswith(("#", "data:"))]
+    assert len(files) == 2 * 3 + 1
+    assert all((tmp_path / "report" / link).is_file() for link in files)
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "|  | K = 2 | K = 4 |\n| --- | ---: | ---: |\n| J = 1 | 44.00 ± 1.41 | 43.00 |\n" in text
-    assert "| J = 8 | 53.00 ± 1.41 | 52.00 (unfinished, epoch 4.0) |\n" in text
+    assert "\n| K = 2, J = 1 | 2 of 2 | 43.00 ± 1.41 |  | 4 |" in text
+    assert "\n| K = 4, J = 8 | 0 of 2 (1 unfinished, to epoch 4.0) | 52.00 |" in text
     assert "\n- commit: abc\n" in text
-    assert "\n![Final accuracy on test images." in text
+    assert "\n![Final accuracy on test images" in text
 
-    page_text = (tmp_path / "report" / "index.html").read_text()
-    commands = re.findall(r"<code>fedsim (report results -o report --figure \S+)</code>", page_text)
-    assert len(commands) == 5
-    for command in (commands[0], commands[-1]):  # all are made in the same way
-        name = command.split()[-1]
+
+def test_studies_that_belong_together_are_one_table_and_one_figure(tmp_path: Path) -> None:
+    for name, key, values in (("m-outer", "outer", ("none", "slowmo")), ("m-compress", "compress", ("int8",))):
+        for steps in (1, 4):
+            for value in values:
+                config = Config().changed({key: value, "local-steps": steps})
+                write_run(tmp_path / name / f"{value}{steps}", config, "localsgd", [0.1, 0.5 - 0.01 * steps])
+        toml = f'title = "{name}"\nmode = "localsgd"\ntogether = "m: all"\n[grid]\n{key} = {list(values)}\n'
+        (tmp_path / name / "study.toml").write_text(f"{toml}local-steps = [1, 4]\n")
+    (table,), _ = read_tables(tmp_path)
+    assert (table.name, table.title, table.axes, table.about) == ("m", "m: all", ("method", "local-steps"), "method")
+    methods = ("LocalSGD", "slowmo", "int8")
+    assert list(table.cells["coords"]) == [(method, steps) for method in methods for steps in (1, 4)]
+    assert len(table.runs) == 6
+    cell = dict(enumerate(table.cells["label"]))
+    runs = {cell[line.cell]: line.run for line in table.runs.itertuples()}
+    assert runs["int8, J = 4"] == "int84"
+    assert (table.rows.groupby("cell").size() == 2).all()
+    report(tmp_path, tmp_path / "report", "m-accuracy")
+    assert (tmp_path / "report" / "m-accuracy.png").is_file()
+
+
+def test_every_figure_is_remade_by_the_command_with_its_name(
+    study: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["/usr/local/bin/fedsim"])
+    report("results", "report")
+    page = (tmp_path / "report" / "index.html").read_text()
+    assert "<code>fedsim report results -o report --figure mine-accuracy</code>" in page
+    for name in ("mine-accuracy", "mine-epochs"):
         files = [tmp_path / "report" / f"{name}.{kind}" for kind in ("png", "svg", "csv")]
         before = [file.read_bytes() for file in files]
         for file in files:
             file.unlink()
         report("results", "report", name)
         assert [file.read_bytes() for file in files] == before
-    with pytest.raises(UserError, match="figure = 'nothing' cannot be made of results: it must be one of mine-pareto"):
+    with pytest.raises(
+        UserError, match="figure = 'nothing' cannot be made of results: it must be one of mine-accuracy"
+    ):
         report("results", "report", "nothing")
 
 
@@ -114,7 +144,7 @@ def test_names_and_texts_are_shown_as_they_are(tmp_path: Path) -> None:
         assert "\x1b" not in text
     for line in markdown.splitlines():
         if line.startswith("| "):
-            assert len(re.findall(r"(?<!\\)\|", line)) in (3, 8)
+            assert len(re.findall(r"(?<!\\)\|", line)) in (6, 7)
     console = Console(record=True, width=200, file=io.StringIO())
     show_results(tmp_path, console)
     assert "[/b]<script>|" in console.export_text()

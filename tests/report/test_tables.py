@@ -5,45 +5,44 @@ from pathlib import Path
 
 from fedsim.config import Config
 from fedsim.experiments.study import read_study
+from fedsim.report.differences import paired_differences
 from fedsim.report.result_table import ResultTable, read_tables
 from fedsim.report.tables import (
     Entry,
-    TextTable,
-    accuracy_table,
-    cost_table,
     csv_text,
+    difference,
     notes,
     number,
     origins,
     percent,
+    progress,
+    result_table,
     runs_frame,
 )
 from tests.conftest import write_run
 
 
-def lines(text: TextTable) -> dict[str, list[Entry]]:
-    return {row[0].text: list(row[1:]) for row in text.rows}
+def lines(table: ResultTable) -> dict[str, dict[str, Entry]]:
+    """The fields of each cell's line in the table of results, by the titles of their columns."""
+    text = result_table(table, paired_differences(table))
+    return {row[0].text: dict(zip(text.header, row, strict=True)) for row in text.rows}
 
 
-def test_accuracies_are_means_and_deviations_and_an_unfinished_cell_is_marked(table: ResultTable) -> None:
-    best, final = (accuracy_table(table, which) for which in ("best", "final"))
-    assert list(final.header) == ["", "K = 2", "K = 4"]
-    assert final.caption == "Final accuracy on test images, %, mean ± standard deviation over seeds"
-    assert lines(best)["J = 8"][0] == Entry("54.00 ± 1.41")
-    assert lines(final)["J = 8"] == [Entry("53.00 ± 1.41"), Entry("52.00", "unfinished, epoch 4.0")]
-    assert lines(final)["large batch"] == [Entry("43.00 ± 1.41"), Entry("–")]
-
-
-def test_costs_of_every_tested_cell_with_one_accounting_of_traffic(table: ResultTable) -> None:
-    costs = lines(cost_table(table))
-    fields = "2 of 2|44.00 ± 1.41|43.00 ± 1.41|4.00|32|32|0.1|0.0|0.1"
-    assert [entry.text for entry in costs["K = 2, J = 1"]] == fields.split("|")
-    assert costs["K = 4, J = 8"][0] == Entry("0 of 2", "1 unfinished, to epoch 4.0")
+def test_a_line_has_accuracy_difference_and_costs_with_one_accounting_of_traffic(table: ResultTable) -> None:
+    found = lines(table)
+    header = ["cell", "runs", "final", "difference", "epochs", "syncs", "MB sent", "minutes"]
+    texts = {name: [entry.text for entry in line.values()] for name, line in found.items()}
+    assert list(found["K = 2, J = 1"]) == header
+    assert texts["K = 2, J = 1"] == ["K = 2, J = 1", "2 of 2", "43.00 ± 1.41", "", "4", "32", "0.128", "0.133"]
+    assert texts["K = 2, J = 8"][2:4] == ["53.00 ± 1.41", "+10.00 ± 0.00"]
+    assert found["K = 4, J = 8"]["runs"] == Entry("0 of 2", "1 unfinished, to epoch 4.0")
     # 32 steps of data-parallel SGD: 250 parameters of 4 bytes, 2 workers, both ways
-    assert [entry.text for entry in costs["K = 2, large batch"][5:7]] == ["32", number(32 * 250 * 4 * 2 * 2 / 1e6, 1)]
-    assert "K = 4, large batch" not in costs  # no test yet
+    assert texts["K = 2, large batch"][5:7] == ["32", number(32 * 250 * 4 * 2 * 2 / 1e6)]
+    assert "K = 4, large batch" not in found  # no test yet
     (traffic,) = (note for note in notes(table) if note.startswith("Traffic: "))
     assert "The large batch counts as data-parallel SGD" in traffic
+    caption = result_table(table, paired_differences(table)).caption
+    assert caption == "Accuracy on test images, %, mean ± standard deviation over seeds; costs of a run"
 
 
 def test_updates_left_out_are_told_beside_their_cell(study: Path) -> None:
@@ -51,8 +50,7 @@ def test_updates_left_out_are_told_beside_their_cell(study: Path) -> None:
         path = study / f"k2-j8-seed{seed}" / "summary.json"
         path.write_text(json.dumps({**json.loads(path.read_text()), "updates_left_out": left_out}))
     (table,), _ = read_tables(study)
-    assert lines(cost_table(table))["K = 2, J = 8"][0] == Entry("2 of 2", "7 updates left out")
-    assert lines(accuracy_table(table, "final"))["J = 8"][0].note == "7 updates left out"
+    assert lines(table)["K = 2, J = 8"]["runs"] == Entry("2 of 2", "7 updates left out")
     assert list(runs_frame(table)["updates_left_out"].dropna()) == [3, 4]
 
 
@@ -61,12 +59,12 @@ def test_one_worker_sends_nothing_anywhere(tmp_path: Path) -> None:
         write_run(tmp_path / "some" / f"{steps}", Config(clients=1, local_steps=steps), "localsgd", [0.5])
     (table,), _ = read_tables(tmp_path)
     assert not table.with_traffic
-    assert not {"syncs", "MB sent"} & set(cost_table(table).header)
+    assert not {"syncs", "MB sent"} & set(lines(table)["J = 1"])
     assert list(runs_frame(table)["syncs"]) == [1, 1]  # as recorded
 
 
 def test_progress_and_provenance_are_told(table: ResultTable) -> None:
-    assert notes(table)[0] == (
+    assert progress(table) == (
         "Finished: 7 of 12 runs; unfinished: 1 (shown only where no run of the cell is finished); "
         "without any test and left out: 1 of 6 cells."
     )
@@ -82,11 +80,13 @@ def test_the_papers_values_stand_beside_with_the_difference(tmp_path: Path) -> N
     config = cells["sgdm", 512].config
     write_run(tmp_path / "table1" / config.name, config, "centralized", [0.4], finished=False)
     (table,), _ = read_tables(tmp_path)
-    best = lines(accuracy_table(table, "best"))
-    assert best["batch = 256"] == [Entry("53.00", "paper 52.71, +0.29"), Entry("50.00", "paper 52.91, −2.91")]
-    assert best["batch = 512"] == [Entry("40.00", "unfinished, epoch 1.0, paper 49.06"), Entry("–")]
-    assert lines(accuracy_table(table, "final"))["batch = 256"][0] == Entry("52.00", "paper 52.38, −0.38")
-    assert "batch = 1024" not in best
+    found = lines(table)
+    papers = {name: line["the paper's best"] for name, line in found.items()}
+    assert papers["sgdm, batch = 256"] == Entry("52.71", "+0.29")
+    assert papers["lars, batch = 256"] == Entry("52.91", "−2.91")
+    assert papers["sgdm, batch = 512"] == Entry("49.06")  # not finished
+    assert found["sgdm, batch = 256"]["best"] == Entry("53.00")
+    assert "lamb, batch = 1024" not in found
 
 
 def test_a_comment_on_the_papers_value_is_told(tmp_path: Path) -> None:
@@ -121,10 +121,12 @@ def test_a_text_that_a_spreadsheet_would_run_is_quoted(tmp_path: Path) -> None:
 def test_the_protocol_states_what_was_tested_on(tmp_path: Path) -> None:
     write_run(tmp_path / "choice" / "one", Config(validation=5000), "localsgd", [0.5])
     (table,), _ = read_tables(tmp_path)
-    assert "tested on 5000 training images held out of training (key validation)" in notes(table)[1]
-    assert "on validation images" in cost_table(table).caption
+    assert "tested on 5000 training images held out of training (key validation)" in notes(table)[0]
+    assert "on validation images" in result_table(table, paired_differences(table)).caption
 
 
 def test_numbers() -> None:
     assert (percent(0.5), percent(0.51, 0.0141)) == ("50.00", "51.00 ± 1.41")
-    assert (number(1234.5, 1), number(float("nan"))) == ("1,234.5", "–")
+    shown = [number(value) for value in (359290.0, 1234.5, 100, 26.7345, 0.0642, 4.0, float("nan"))]
+    assert shown == ["359,290", "1,234", "100", "26.7", "0.0642", "4", "–"]
+    assert (difference(-0.0125), difference(0.01, 0.002), difference(float("nan"))) == ("−1.25", "+1.00 ± 0.20", "")
