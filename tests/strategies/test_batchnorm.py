@@ -35,8 +35,12 @@ def merged(
 
 def test_the_pooled_variance_by_hand() -> None:
     """Means 1 and 3 of weights 3/4 and 1/4: mu = 1.5, v = 3/4 (2 + 0.25) + 1/4 (4 + 2.25)."""
-    means, variances = [torch.tensor([1.0]), torch.tensor([3.0])], [torch.tensor([2.0]), torch.tensor([4.0])]
-    assert pooled_variance(means, variances, [0.75, 0.25]).item() == 3.25
+    workers = [
+        {"running_mean": torch.tensor([mean]), "running_var": torch.tensor([variance])}
+        for mean, variance in ((1.0, 2.0), (3.0, 4.0))
+    ]
+    pooled = merged("pooled", workers, [0.75, 0.25], {name: name for name in workers[0]})
+    assert pooled == {"running_mean": 1.5, "running_var": 3.25}
 
 
 def test_the_pooled_variance_is_that_of_all_values_together() -> None:

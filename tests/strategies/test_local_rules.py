@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 from flwr.app import ConfigRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -17,6 +18,7 @@ from fedsim.training.gradient_terms import gradient_terms
 from fedsim.training.methods import layers_of
 from strategies.local_sgd import LocalSGD
 from strategies.method import WorkerRound, Zeros
+from strategies.scaffold import CORRECTION, SENT, ScaffoldInferred
 from strategies.screening import DECLINED
 from strategies.sections import Sections, join, split
 from strategies.tensor_array import tensor_record, tensors_of
@@ -116,6 +118,14 @@ def test_scaffold_finds_it_with_a_sample_of_the_clients_and_without_those_left_o
     every, _ = trained(100, rule, lambda round_, worker: round_ < 30 and bool(absent[round_ - 1, worker]))
     assert every[25] > 1e-4
     assert every[-1] < OPTIMUM_WITHIN
+
+
+@pytest.mark.parametrize(("rates", "correction"), [([0.5, 0.5], 0.0), ([0.0, 0.0], 2.0)])
+def test_an_inferred_correction_by_hand(rates: list[float], correction: float) -> None:
+    """Of 2, with 1 sent and 3 got after rates that sum to one: 2 + (1 - 3) / 1; where no model moved it stays."""
+    r = WorkerRound(0, 2, 2, lambda _: rates, True, 0.0, x := {"w": torch.tensor(3.0)}, x, {})
+    ScaffoldInferred().begin(r, {CORRECTION + "w": torch.tensor(2.0), SENT + "w": torch.tensor(1.0)}, {})
+    assert r.constant == {"w": correction}
 
 
 def test_feddyn_finds_the_optimum_also_with_a_sample_of_the_clients() -> None:
