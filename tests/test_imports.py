@@ -16,7 +16,7 @@ LAYERS = (
     ("system", "rng", "reference"),
     ("registry", "spellings"),
     ("config",),
-    ("device", "own_code"),
+    ("device", "own_code", "network"),
     ("data", "optim"),
     ("models",),
     ("runs",),
@@ -29,7 +29,20 @@ LAYERS = (
 )
 LAYER = {part: number for number, layer in enumerate(LAYERS) for part in layer}
 WITHOUT_FLOWER = (
-    *("errors", "system", "rng", "reference", "registry", "spellings", "config", "device", "own_code", "data", "optim"),
+    *(
+        "errors",
+        "system",
+        "rng",
+        "reference",
+        "registry",
+        "spellings",
+        "config",
+        "device",
+        "own_code",
+        "network",
+        "data",
+        "optim",
+    ),
     *("models", "runs", "training", "report"),
 )
 OF_FLOWER = ("local_sgd", "screening", "tensor_array", "flower_strategy", "by_name", "object_state")  # in strategies/

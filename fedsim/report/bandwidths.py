@@ -6,8 +6,8 @@ import numpy as np
 import pandas as pd
 from matplotlib.figure import Figure
 
+from fedsim.network import Network
 from fedsim.report.drawing import CHARACTER, Plot, cell_styles, legend, log_scale, panels_of
-from fedsim.report.network import Network
 from fedsim.report.result_table import ResultTable
 
 BANDWIDTHS = np.logspace(6, 11, 101)  # bits per second

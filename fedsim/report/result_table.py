@@ -19,8 +19,9 @@ import pandas as pd
 from fedsim.config import BUDGET, Config, Value
 from fedsim.errors import UserError
 from fedsim.experiments.study import FOLDER, LARGE_BATCH, STORED, Study, compared_axis, read_study, study_names
+from fedsim.network import is_summed
 from fedsim.report.load import Records, cell_identity, escaped, read_records
-from fedsim.report.network import add_traffic, is_summed
+from fedsim.report.network import add_traffic
 from fedsim.runs.columns import Costs
 from fedsim.runs.folder import CONFIG, differences
 from strategies.arguments import split_name

@@ -14,9 +14,10 @@ from rich.console import Console
 
 from fedsim.config.options import TimeOptions
 from fedsim.errors import UserError
+from fedsim.network import Network, duration, rate
 from fedsim.report.bandwidths import plot_bandwidths
 from fedsim.report.load import escaped
-from fedsim.report.network import Network, duration, network_seconds, rate
+from fedsim.report.network import network_seconds
 from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings, write_csv
 from fedsim.report.result_table import NOTHING, ResultTable, read_tables, split_by
 from fedsim.report.stragglers import Stragglers, computed_steps, stragglers

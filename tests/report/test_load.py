@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 
 from fedsim.config import Config
 from fedsim.errors import UserError
+from fedsim.network import Network
 from fedsim.report.answers import answers
 from fedsim.report.differences import paired_differences
 from fedsim.report.figures import mean_curves
 from fedsim.report.load import read_records
-from fedsim.report.network import Network
 from fedsim.report.result_table import read_tables
 from fedsim.report.tables import csv_text, notes, origins, progress, result_table, runs_frame
 from fedsim.report.time_to_accuracy import Plan, time_table, times_to_target

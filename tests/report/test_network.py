@@ -7,7 +7,8 @@ import pytest
 
 from fedsim.config.options import Link
 from fedsim.errors import UserError
-from fedsim.report.network import Network, add_traffic, duration, network_seconds, rate
+from fedsim.network import Network, duration, rate
+from fedsim.report.network import add_traffic, network_seconds
 
 # 20 syncs, 4 workers with 3 MB up and 1 MB down together
 TRAFFIC = {"network_syncs": 20, "network_up": 3e6, "network_down": 1e6, "workers": 4}

@@ -11,8 +11,8 @@ from rich.console import Console
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.experiments.study import LARGE_BATCH
+from fedsim.network import Network
 from fedsim.report.bandwidths import BANDWIDTHS, fastest_cells, plot_bandwidths, seconds_by_bandwidth
-from fedsim.report.network import Network
 from fedsim.report.result_table import ResultTable, read_tables
 from fedsim.report.stragglers import Stragglers
 from fedsim.report.time_to_accuracy import Plan, seconds_per_image, time_table, time_to_accuracy, times_to_target
