@@ -80,6 +80,8 @@ for method in METHODS.values():
 
 # These files start many processes: they run first and, where there are several workers, on one of them
 OF_PROCESSES = ("test_flwr_run.py", "test_ray.py", "test_deployment.py")
+# Then those of a long test: at the end one worker would take it, and the others have nothing to do
+LONG = ("test_tutorial.py", "test_your_method.py", "test_torch_distributed.py")
 
 Execute = Callable[..., Run]
 Call = Callable[..., tuple[int, str, str]]
@@ -95,8 +97,9 @@ REAL_DATA = data_folder(Config())  # read before `cache` hides it
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Run the files `OF_PROCESSES` first; tests with the fixture `real_data` have the marker `data`."""
-    items.sort(key=lambda item: item.path.name not in OF_PROCESSES)
+    """Run the files `OF_PROCESSES` first, then `LONG`; tests with the fixture `real_data` have the marker `data`."""
+    first = (*OF_PROCESSES, *LONG)
+    items.sort(key=lambda item: first.index(item.path.name) if item.path.name in first else len(first))
     for item in items:
         if "real_data" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.data)

@@ -35,7 +35,7 @@ def test_where_every_value_is_sent_it_is_no_compression_to_rounding(run: Execute
 @pytest.mark.parametrize("codec", ["topk", "powersgd"])
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, codec: str) -> None:
     """With its residuals and warm starts, whether or not they are a client's only memory."""
-    keys = {"rounds": 5, "compress": codec, "checkpoint-every": 2}
+    keys = {"rounds": 5, "clients": 2, "compress": codec, "checkpoint-every": 2}
     if codec == "topk":
         keys["momentum-at-sync"] = "reset"
     whole, _, pickled = resumed_and_pickled(small, run, keys)

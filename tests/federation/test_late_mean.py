@@ -87,7 +87,7 @@ def test_a_client_begins_where_it_ended_and_moves_by_what_it_missed(
 
 @pytest.mark.parametrize("keys", [{}, {"compress": "topk", "outer": "slowmo", "momentum-at-sync": "reset"}])
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, keys: dict[str, Any]) -> None:
-    keys = {"layer": "delay", "rounds": 5, "checkpoint-every": 2, **keys}
+    keys = {"layer": "delay", "clients": 2, "rounds": 5, "checkpoint-every": 2, **keys}
     whole = resumed_and_pickled(small, run, keys).whole
     in_time = final_model(run(name="in-time", **{**keys, "layer": "none"}))
     assert not torch.equal(in_time["fc3.weight"], final_model(whole)["fc3.weight"])

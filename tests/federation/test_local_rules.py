@@ -61,7 +61,7 @@ def test_one_client_is_centralized_training_bitwise(run: Execute, rule: str, key
     ],
 )
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, keys: dict[str, Any]) -> None:
-    keys = {"rounds": 5, "checkpoint-every": 2, **keys}
+    keys = {"rounds": 5, "checkpoint-every": 2, "clients": 4 if "fraction" in keys else 2, **keys}
     whole = resumed_and_pickled(small, run, keys).whole
     without = run(name="without", **{**keys, "local-rule": "none"})
     assert not torch.equal(final_model(without)["fc3.weight"], final_model(whole)["fc3.weight"])

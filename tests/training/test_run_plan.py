@@ -54,14 +54,14 @@ def test_alone_a_client_of_any_rounds_is_centralized_training(small: Config, run
 def test_alone_a_client_is_centralized_training_at_every_number_of_local_steps(
     small: Config, steps: int, threads: int
 ) -> None:
-    """Also where a last, shorter round ends the 48 steps, and with the threads that each has by default."""
-    small = small.changed({"dataset.images": 96, "schedule": "cosine", "threads": threads})
+    """Also where a last, shorter round ends the 24 steps, and with the threads that each has by default."""
+    small = small.changed({"dataset.images": 48, "schedule": "cosine", "threads": threads})
     central = execute(resolve(small.changed({"name": "central"}), "centralized"), "centralized")
     keys = {"name": "alone", "clients": 1, "local-steps": steps}
     alone = execute(resolve(small.changed(keys), "localsgd"), "localsgd")
     assert_same_bits(final_model(alone), final_model(central))
-    assert rows_of(alone)[-1]["steps_done"] == 48
-    assert rows_of(alone)[-1]["syncs"] == -(-48 // steps)
+    assert rows_of(alone)[-1]["steps_done"] == 24
+    assert rows_of(alone)[-1]["syncs"] == -(-24 // steps)
 
 
 @pytest.mark.parametrize("schedule", ["qsr", "doubling"])
