@@ -19,12 +19,17 @@ from tests.commands import forked
 ROOT = Path(__file__).parents[1]
 
 
-def programs() -> list[str]:
-    """The two blocks of Python in the README: the algorithm, and fedsim from Python."""
-    return re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+def program_of(page: str) -> str:
+    """The first block of Python in a page."""
+    (program, *_) = re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+    return str(program)
 
 
-def test_the_algorithm_in_the_readme_is_the_reference() -> None:
+def test_the_readme_fits_on_two_screens() -> None:
+    assert len((ROOT / "README.md").read_text().splitlines()) <= 100
+
+
+def test_the_algorithm_in_the_docs_is_the_reference() -> None:
     """Bit for bit, with BatchNorm and momentum."""
     K, J, rounds, generator = 3, 2, 3, torch.Generator().manual_seed(0)
     images = torch.randn(K, J * rounds, 4, 3, 8, 8, generator=generator)
@@ -41,7 +46,7 @@ def test_the_algorithm_in_the_readme_is_the_reference() -> None:
     local_sgd(expected, sgdm, batch, workers=K, local_steps=[J] * rounds)
     workers = [(replica, sgdm(replica)) for replica in (copy.deepcopy(model) for _ in range(K))]
     names = {"model": model, "workers": workers, "batch": batch, "rounds": rounds, "J": J, "F": F, "mean": average}
-    exec(programs()[0], names)
+    exec(program_of("docs/algorithms.md"), names)
     for name, value in model.state_dict().items():
         assert torch.equal(value, expected.state_dict()[name]), name
 
@@ -50,14 +55,15 @@ def test_the_program_of_the_readme_runs(tmp_path: Path, monkeypatch: pytest.Monk
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDSIM_CORES", "1")
     names: dict[str, Any] = {}
-    exec(programs()[1], names)
+    exec(program_of("README.md"), names)
     assert len(names["run"].rows) > 1
     assert sorted(set(names["found"].runs["lr"])) == [0.01, 0.1]
 
 
 def test_every_part_of_fedsim_and_every_page_is_named() -> None:
     readme = (ROOT / "README.md").read_text()
-    built = readme[readme.index("## How it is built") :]
+    design = (ROOT / "docs/design.md").read_text()
+    built = design[design.index("## How it is built") :]
     for part in (ROOT / "fedsim").iterdir():
         if not part.name.startswith(("__", ".")):
             assert f"{part.name}/`" in built or f"{part.name}`" in built, part.name
