@@ -133,8 +133,8 @@ class Seam:
         return CHAIN.split(text) if self.chain else [text]
 
 
-# Each model is a function of the number of classes. If it has a parameter `image`, it is given the shape (C, H, W) of
-# an image.
+# Each model is a function of the number of classes, or of what else it gives. If it has a parameter `image` or `shape`,
+# it is given the shape of its input: (C, H, W) of an image.
 MODELS = Seam(
     {
         "lenet-bn": "fedsim.models.lenet:LeNetBN",
@@ -146,11 +146,13 @@ MODELS = Seam(
     },
     FUNCTION,
     leading=1,
-    implied=("image",),
+    implied=("image", "shape"),
 )
+# What a data set may be of, unless it is a task itself: the first that takes what a function returns, or of all others
+TASKS = {"classification": "fedsim.tasks.classification:Classification"}
 DATASETS = Seam(
     dict.fromkeys(("cifar100", "cifar10", "fashion-mnist"), "fedsim.data.official:OFFICIAL")
-    | {"synthetic": "fedsim.data.datasets:Synthetic"},
+    | {"synthetic": "fedsim.data.image_sets:Synthetic"},
     FUNCTION,
     files=(".npz",),
 )

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from fedsim import cli
 from fedsim.config import Config, Mode
-from fedsim.data.datasets import data_folder
+from fedsim.data.folder import data_folder
 from fedsim.device import resolve
 from fedsim.experiments.execute import execute
 from fedsim.experiments.study import LARGE_BATCH, read_study

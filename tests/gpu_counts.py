@@ -9,7 +9,7 @@ from typing import Any
 
 from fedsim.bench.variants import METHODS
 from fedsim.config import Config
-from fedsim.data.datasets import facts_of
+from fedsim.data.image_sets import facts_of
 from fedsim.federation.client_app import app
 from fedsim.federation.in_process import InProcessGrid, stacked_trainers
 from fedsim.federation.messenger import Messenger

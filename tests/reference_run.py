@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from fedsim.config import Config
-from fedsim.data.datasets import load_dataset
+from fedsim.data.image_sets import load_images
 from fedsim.data.partition import shard_of, shard_sizes
 from fedsim.models import cpu_model, initial_model
 from fedsim.models.dropout import Dropout, StepKeys
 from fedsim.optim import build_optimizer
 from fedsim.training.batchnorm import BATCH as CALIBRATION_BATCH
-from fedsim.training.batchnorm import calibration_crops
+from fedsim.training.batchnorm import calibration_sample
 from fedsim.training.local_round import RoundStart, round_inputs
 from fedsim.training.methods import layers_of, seed_of
 from fedsim.training.run_plan import run_plan
@@ -130,7 +130,7 @@ def covers(config: Config) -> bool:
 
 def reference(config: Config) -> dict[str, Tensor]:
     """The model that the reference trains from the same weights on the same batches."""
-    images = load_dataset(config).train
+    images = load_images(config).train
     plan = run_plan(config)
     model = initial_model(config)
     step_keys = StepKeys()
@@ -144,9 +144,8 @@ def reference(config: Config) -> dict[str, Tensor]:
         local_step = step - plan.first_step(round_)
         part = slice(local_step * config.batch_size, (local_step + 1) * config.batch_size)
         step_keys.begin_step(inputs.dropout_keys[local_step])
-        index, *crop = inputs.crops[:, part]
-        crops = images.augmented(images.crop(index, *crop), [inputs.augment_keys[local_step]])
-        return crops.double(), images.labels[index]
+        crops, labels = images.batch(inputs.drawn[:, part], [inputs.augment_keys[local_step]])
+        return crops.double(), labels
 
     for layer in model.modules():
         if isinstance(layer, Dropout):
@@ -182,6 +181,6 @@ def reference(config: Config) -> dict[str, Tensor]:
         **keep,  # type: ignore[arg-type]
     )
     if count := layers_of(config).reestimates_on:
-        crops = torch.split(calibration_crops(config, images, count), CALIBRATION_BATCH, dim=1)
+        crops = torch.split(calibration_sample(config, images, count), CALIBRATION_BATCH, dim=1)
         reestimate(model, (images.crop(*batch).double() for batch in crops))
     return model.state_dict()

@@ -18,7 +18,7 @@ LAYERS = (
     ("config",),
     ("device", "own_code", "network"),
     ("data", "optim"),
-    ("models",),
+    ("tasks", "models"),
     ("runs",),
     ("training",),
     ("federation",),
@@ -43,7 +43,7 @@ WITHOUT_FLOWER = (
         "data",
         "optim",
     ),
-    *("models", "runs", "training", "report"),
+    *("tasks", "models", "runs", "training", "report"),
 )
 OF_FLOWER = ("local_sgd", "screening", "tensor_array", "flower_strategy", "by_name", "object_state")  # in strategies/
 OF_REPORTS = ("pandas", "matplotlib", "fedsim.report")

@@ -16,7 +16,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedsim.config import Config, Mode
-from fedsim.data import datasets
+from fedsim.data import datasets, image_sets, own_arrays
 from fedsim.data.datasets import digests_of, load_dataset
 from fedsim.device import resolve
 from fedsim.errors import UserError
@@ -44,8 +44,8 @@ SHAPE = "def inputs(c, h, w):\n    return c * h * w\n"
 
 def as_in_a_new_process() -> None:
     """Forget the data sets and the code that this process has read."""
-    whole = (datasets._whole, datasets._hold_out, datasets._own_facts, datasets._of_function, datasets._version_read)
-    for read in whole:
+    of_images = (image_sets._whole, image_sets._own_facts, image_sets._of_function, image_sets._version_read)
+    for read in (*of_images, datasets._hold_out, own_arrays.first_returned, own_arrays.names_of):
         read.cache_clear()
     for name in ("shape_of_my_net", "my_net"):
         sys.modules.pop(name, None)

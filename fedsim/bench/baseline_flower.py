@@ -20,7 +20,7 @@ from flwr.simulation import run_simulation
 
 from fedsim.bench.baseline_torch import PilImages, PlainClient
 from fedsim.config import Config
-from fedsim.data.datasets import load_dataset
+from fedsim.data.image_sets import load_images
 from fedsim.models import build_model
 
 client_app = ClientApp()
@@ -44,7 +44,7 @@ def train_client(message: Message, context: Context) -> Message:
 @functools.cache
 def _data(config: Config) -> tuple[int, PilImages]:
     """The number of classes and the training images, which a process keeps, as the tutorials' apps do."""
-    data = load_dataset(config)
+    data = load_images(config)
     return data.classes, PilImages(data.train.pixels(), data.train.labels.cpu())
 
 
@@ -56,7 +56,7 @@ def tutorial_rounds(config: Config, rounds: int) -> list[float]:
 
     @server.main()
     def main(grid: Grid, context: Context) -> None:
-        model = build_model(config.model, load_dataset(config).classes, config.seed)
+        model = build_model(config.model, load_images(config).classes, config.seed)
         FedAvg(fraction_evaluate=0.0, min_train_nodes=config.clients, min_available_nodes=config.clients).start(
             grid,
             ArrayRecord(model.state_dict()),

@@ -21,7 +21,7 @@ from torch.utils.data import DataLoader, Dataset, Subset
 from torchvision import transforms
 
 from fedsim.config import Config
-from fedsim.data.datasets import load_dataset
+from fedsim.data.image_sets import load_images
 from fedsim.data.official import CIFAR100
 from fedsim.data.partition import shard
 from fedsim.models import build_model
@@ -79,7 +79,7 @@ class PlainClient:
 def plain_rounds(config: Config, rounds: int) -> list[float]:
     """Seconds of each of `rounds` rounds, after a warm-up round."""
     torch.set_num_threads(config.threads)
-    data = load_dataset(config)
+    data = load_images(config)
     images = PilImages(data.train.pixels(), data.train.labels.cpu())
     model = build_model(config.model, data.classes, config.seed)
     clients = [PlainClient(config, copy.deepcopy(model), images, k) for k in range(config.clients)]

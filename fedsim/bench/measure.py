@@ -31,7 +31,7 @@ from fedsim.bench.turn import Timing, take_turn
 from fedsim.bench.variants import ON_CPU, ON_GPU, THREADED, VARIANTS
 from fedsim.config import Config
 from fedsim.config.options import BenchOptions
-from fedsim.data.datasets import training_images
+from fedsim.data.datasets import training_examples
 from fedsim.data.partition import check_shards
 from fedsim.device import cpu_count, resolve
 from fedsim.errors import RunFailed, UserError
@@ -82,7 +82,7 @@ def checked_config(keys: Mapping[str, Any], options: BenchOptions) -> Config:
     if config.local_epochs:
         raise UserError(f"local-epochs = {config.local_epochs}: a round that is timed has J local steps: leave it out")
     for k in options.clients:
-        check_shards(config.changed({"clients": k}), training_images(config), k)
+        check_shards(config.changed({"clients": k}), training_examples(config), k)
     return config
 
 

@@ -15,7 +15,7 @@ import torch
 from fedsim.bench.baseline_flower import tutorial_rounds
 from fedsim.bench.baseline_torch import plain_rounds
 from fedsim.config import Config
-from fedsim.data.datasets import load_dataset
+from fedsim.data.datasets import load_dataset, task_of
 from fedsim.device import prepare
 from fedsim.federation.client_app import app as client_app
 from fedsim.federation.flwr_run import run_with_flwr
@@ -30,7 +30,7 @@ from fedsim.optim import build_optimizer
 from fedsim.runs.folder import run_folder
 from fedsim.runs.records import read_rows
 from fedsim.training.run_plan import run_plan
-from fedsim.training.step import run_steps, step_inputs
+from fedsim.training.step import Learner, run_steps, step_inputs
 from fedsim.training.step_fn import make_step_fn
 
 Rounds = Callable[[Config, int], list[float]]
@@ -47,11 +47,12 @@ def centralized_rounds(config: Config, rounds: int, captured: bool = True, compi
     large = config.changed({"batch-size": config.clients * config.batch_size})
     order = np.resize(np.arange(len(data.train)), large.batch_size * config.local_steps)
     rates = [config.lr] * config.local_steps
-    inputs = partial(step_inputs, order, large.batch_size, 0, 0, 0, rates, data.train)
+    inputs = partial(step_inputs, large.changed({"seed": 0}), 0, 0, rates, data.train, order)
+    learner = Learner(model, optimizer, task_of(config), large.precision)
     if captured:
-        run = make_step_fn(large, model, optimizer, data.train, len(order))
+        run = make_step_fn(large, learner, data.train, len(order))
     else:
-        run = partial(run_steps, model, optimizer, data.train, large.batch_size, large.precision, None)
+        run = partial(run_steps, learner, data.train, large.batch_size)
     return timed(lambda: float(run(inputs())), rounds, config.device)
 
 

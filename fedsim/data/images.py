@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import copy
 import functools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedsim.data.task import Examples
 from fedsim.registry import AUGMENTATIONS
 from strategies.arguments import Choice
 
@@ -55,12 +56,14 @@ class Augmentation:
 USUAL = Augmentation()
 
 
-class Images:
-    """N labelled images on a device.
+class Images(Examples):
+    """N labelled images on a device, in groups by their labels.
 
     `pixels`: (N, H, W, C) uint8, or the int32 words that `bordered` makes of them, which are not copied on the CPU and
     may be a mapped file; `labels`: (N,) integers. Batches are normalised by `moments`, and augmented as `how` says.
     """
+
+    draws = 4  # the image, the row and the column of the crop, and whether it is mirrored
 
     def __init__(
         self,
@@ -89,6 +92,14 @@ class Images:
 
     def __len__(self) -> int:
         return len(self.labels)
+
+    @property
+    def device(self) -> torch.device:
+        return self.labels.device
+
+    @property
+    def groups(self) -> Tensor:
+        return self.labels
 
     def pixels(self) -> NDArray[np.uint8]:
         """(N, H, W, C) uint8, without border and normalisation."""
@@ -122,6 +133,11 @@ class Images:
         if not self._how.mirror:
             drawn[3] = 0
         return drawn
+
+    def batch(self, drawn: Tensor, keys: Sequence[int], replicas: int = 1) -> tuple[Tensor, Tensor]:
+        """Augmented crops, as of `crop`, and their labels."""
+        index, top, left, flip = drawn
+        return self.augmented(self.crop(index, top, left, flip, replicas), keys), self.labels.index_select(0, index)
 
     def augmented(self, crops: Tensor, keys: Sequence[int]) -> Tensor:
         """`crops` as the user's own functions change them, if the key augment names any.
@@ -167,6 +183,12 @@ class Images:
         return self._words.shape[1] if self._words.ndim == 2 else 1
 
 
+def images_like(count: int, shape: tuple[int, ...]) -> Tensor:
+    """Black images of `shape` (C, H, W), with the strides of those that are trained on (`Images.crop`)."""
+    channels, height, width = shape
+    return torch.zeros(count, height, width, channels).permute(0, 3, 1, 2)
+
+
 def bordered(pixels: NDArray[np.uint8], border: Border = BLACK) -> NDArray[np.int32]:
     """(N, H, W, C) pixels -> (N, H + 2 padding, W + 2 padding, words of a pixel), with their border."""
     count, height, width, channels = pixels.shape
@@ -193,14 +215,3 @@ def sample_crops(index: NDArray[np.int64], words: NDArray[np.uint64], corners: C
     halves = zip((words >> half, words & np.uint64(2**32 - 1)), corners, strict=True)
     top, left = (((part * np.uint64(count)) >> half).astype(np.int64) for part, count in halves)
     return torch.from_numpy(np.stack([index, top, left, (words & np.uint64(1)).astype(np.int64)]))
-
-
-def batches(images: Images, drawn: Tensor, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Augmented batches of the crops that `sample_crops` has `drawn`.
-
-    Yields ((B, C, H, W) float32, (B,) labels); the last batch is smaller if batch_size does not divide their number.
-    """
-    chosen, top, left, flip = drawn.to(images.labels.device)
-    for start in range(0, len(chosen), batch_size):
-        part = slice(start, start + batch_size)
-        yield images.crop(chosen[part], top[part], left[part], flip[part]), images.labels[chosen[part]]

@@ -20,17 +20,9 @@ from numpy.typing import NDArray
 
 from fedsim.config import Config
 from fedsim.data.cache import Arrays, cached, discard_damaged
-from fedsim.data.datasets import (
-    augmentation_of,
-    data_folder,
-    digest,
-    digests_of,
-    facts_of,
-    is_synthetic,
-    load_dataset,
-    moments_of,
-    verify_data,
-)
+from fedsim.data.datasets import digests_of, load_dataset, task_of, verify_data
+from fedsim.data.folder import data_folder
+from fedsim.data.image_sets import augmentation_of, digest, facts_of, is_synthetic, moments_of
 from fedsim.data.images import Images, bordered
 from fedsim.data.official import OFFICIAL
 from fedsim.data.own_arrays import problem_of
@@ -65,6 +57,7 @@ def _own(config: Config) -> _Own | None:
     if not _holds_images(config):
         return None
     folder = data_folder(config)
+    _check_images(config, folder, "holds")
     with READING:
         return _read_own(config, folder, *(_changed(folder / name) for name in (IMAGES, LABELS)))
 
@@ -87,6 +80,14 @@ def _read_own(config: Config, folder: Path, *changed: int) -> _Own:
     labels = labels.astype(np.int64)
     images = Images(arrays["words"], labels, moments_of(config), config.device, how)
     return _Own(images, {IMAGES: arrays["sha256"].tobytes().hex(), LABELS: digest(labels).hex()})
+
+
+def _check_images(config: Config, folder: Path, holds: str) -> None:
+    if not task_of(config).of_images:
+        raise UserError(
+            f"{folder} {holds} {IMAGES} and {LABELS}, and dataset = {config.dataset} is not of images: only these can "
+            "be a node's own"
+        )
 
 
 def _changed(file: Path) -> int:
@@ -151,7 +152,9 @@ def write_shards(config: Config, out: Path) -> None:
 
     `out` appears only when it is complete, and is never overwritten.
     """
+    _check_images(config, out, "would hold")
     images = load_dataset(config).train
+    assert isinstance(images, Images)
     check_partition(config)
     pixels, labels = images.pixels(), images.labels.numpy()
     try:

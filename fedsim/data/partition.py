@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.config import Config, Mode
-from fedsim.data.datasets import training_images
+from fedsim.data.datasets import task_of, training_examples
 from fedsim.data.uneven import partition_of, partition_seed, uneven_shards
 from fedsim.errors import UserError
 from fedsim.rng import generator
@@ -35,14 +35,14 @@ def is_iid(config: Config) -> bool:
 def shard_of(config: Config, worker: int) -> NDArray[np.int64]:
     """The images that a worker of `config` (resolved) trains on, by the key `partition`."""
     if is_iid(config):
-        return shard(training_images(config), config.clients, worker, partition_seed(partition_of(config), config))
+        return shard(training_examples(config), config.clients, worker, partition_seed(partition_of(config), config))
     return uneven_shards(config)[worker]
 
 
 def shard_sizes(config: Config) -> list[int]:
     """The number of images of each worker of `config`, resolved or not."""
     if is_iid(config):
-        each, more = divmod(training_images(config), config.clients)
+        each, more = divmod(training_examples(config), config.clients)
         return [each + 1] * more + [each] * (config.clients - more)
     if config.device == "auto":
         config = config.changed({"device": "cpu"})
@@ -51,52 +51,60 @@ def shard_sizes(config: Config) -> list[int]:
 
 def images_held(config: Config) -> int:
     """The training images that the clients of `config` (resolved or not) hold together; an epoch counts these."""
-    images = training_images(config)
+    images = training_examples(config)
     held = partition_of(config).held(images, config.clients)
     return sum(shard_sizes(config)) if held is None else held
 
 
 def images_of_epoch(config: Config, mode: Mode) -> int:
     """The images of an epoch of a run in `mode`."""
-    return training_images(config) if mode == "centralized" else images_held(config)
+    return training_examples(config) if mode == "centralized" else images_held(config)
 
 
 def images_left_out(config: Config) -> str:
     """A line that says how many images no client holds; empty where each is held."""
-    held, images = images_held(config), training_images(config)
+    held, images = images_held(config), training_examples(config)
     if held == images:
         return ""
-    return f"partition = {config.partition}: clients hold {held:,} of {images:,} training images; an epoch counts these"
+    what = f"training {examples_of(config)}; an epoch counts these"
+    return f"partition = {config.partition}: clients hold {held:,} of {images:,} {what}"
+
+
+def examples_of(config: Config) -> str:
+    """What the task of `config` calls its examples."""
+    return task_of(config).metric.examples
 
 
 def check_partition(config: Config) -> None:
     """Raise UserError if a client of `config` (resolved) would hold no images, or fewer than a batch."""
     if is_iid(config):
-        check_shards(config, training_images(config), config.clients)
+        check_shards(config, training_examples(config), config.clients)
         return
-    if config.clients > (images := training_images(config)):
-        raise UserError(f"clients = {config.clients} is more than the {images} training images: give fewer clients")
+    what = examples_of(config)
+    if config.clients > (images := training_examples(config)):
+        raise UserError(f"clients = {config.clients} is more than the {images} training {what}: give fewer clients")
     sizes = shard_sizes(config)
     least = sizes.index(min(sizes))
     if sizes[least] == 0:
         raise UserError(
-            f"partition = {config.partition} leaves client {least} without images: "
+            f"partition = {config.partition} leaves client {least} without {what}: "
             "give it other arguments, another seed or fewer clients"
         )
     if config.batch_size > sizes[least] and not partition_of(config).small_shards:
         raise UserError(
-            f"batch-size = {config.batch_size} is more than the {sizes[least]} images of client {least}: "
+            f"batch-size = {config.batch_size} is more than the {sizes[least]} {what} of client {least}: "
             "give a smaller batch-size, or the partition other arguments or small-shards=true"
         )
 
 
 def check_shards(config: Config, images: int, workers: int) -> None:
     """Raise UserError if the even shards of `images` among `workers` would be smaller than a batch."""
+    what = examples_of(config)
     if workers > images:
-        raise UserError(f"clients = {workers} is more than the {images} training images: give fewer clients")
+        raise UserError(f"clients = {workers} is more than the {images} training {what}: give fewer clients")
     if config.batch_size > images // workers and not partition_of(config).small_shards:
         raise UserError(
-            f"batch-size = {config.batch_size} is more than a shard of {images // workers} images: "
+            f"batch-size = {config.batch_size} is more than a shard of {images // workers} {what}: "
             "give a smaller batch-size or fewer clients"
         )
 

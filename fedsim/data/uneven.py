@@ -23,7 +23,8 @@ from numpy.typing import NDArray
 
 from fedsim.config import Config
 from fedsim.data.cache import Arrays, cached, discard_damaged
-from fedsim.data.datasets import data_folder, load_dataset
+from fedsim.data.datasets import load_dataset
+from fedsim.data.folder import data_folder
 from fedsim.data.official import coarse_labels
 from fedsim.data.pachinko import pachinko
 from fedsim.errors import UserError
@@ -264,7 +265,7 @@ def partition_seed(partition: Partition, config: Config) -> int:
 def uneven_shards(config: Config) -> Shards:
     """The training images of each client of `config` (resolved), whose `partition` is not iid."""
     partition = partition_of(config)  # an error comes before the data is read or downloaded
-    labels = load_dataset(config, verify=False).train.labels.cpu().numpy()
+    labels = load_dataset(config, verify=False).train.groups.cpu().numpy()
     images = Labelled(labels, lambda: coarse_labels(data_folder(config)))
     seed = partition_seed(partition, config)
     form = [config.partition, config.clients, seed, hashlib.sha256(labels.tobytes()).hexdigest()]

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.config import Config, Mode
-from fedsim.data.datasets import image_shape, recorded_images
+from fedsim.data.datasets import recorded_examples, task_of
 from fedsim.data.partition import images_of_epoch, shard_sizes
 from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.lengthen import open_run
@@ -95,9 +95,10 @@ def _bytes(*parts: Mapping[str, Tensor]) -> int:
 
 def flop_per_image(config: Config) -> float:
     """Floating-point operations of a training step per image, counting convolutions and matrix products."""
-    network, images = cpu_model(config), torch.zeros(1, *image_shape(config))
+    network, task = cpu_model(config).eval(), task_of(config)
+    batch = task.trial(config, 1)
     with FlopCounterMode(display=False) as counter:
-        network.eval()(images).sum().backward()
+        task.loss(task.forward(network, batch), batch[1]).backward()  # type: ignore[no-untyped-call]
     return float(counter.get_total_flops())
 
 
@@ -112,7 +113,7 @@ def measured_rates(results: Path) -> dict[Kind, float]:
             summary = read_summary(folder) or {}
             held = read_config(folder)
             config = Config().changed({name: held[name] for name in Config().identity(held["mode"])})
-            recorded_images(config)
+            recorded_examples(config)
             rate = summary["epoch"] * images_of_epoch(config, held["mode"]) / summary["seconds"]
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):
             continue  # damaged: the report warns of it; or of a function's images

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from fedsim.config import Config, Engine, Mode
-from fedsim.data.datasets import absolute_data_dir
+from fedsim.data.folder import absolute_data_dir
 from fedsim.device import resolve
 from fedsim.experiments.study import configure
 from fedsim.federation.client_app import app as client_app

@@ -12,6 +12,7 @@ from rich.progress import Progress, TextColumn
 from rich.table import Column
 
 from fedsim.config import Config, Mode
+from fedsim.data.metric import metric_of
 from fedsim.data.partition import images_of_epoch
 from fedsim.runs.records import Row
 from fedsim.runs.run import OnRow
@@ -39,22 +40,23 @@ def ends_after(config: Config, mode: Mode) -> tuple[int, float]:
     return plan.last_round, float(plan.epoch(plan.last_round))
 
 
-def status(
-    row: Row, images: int, epochs: float | None, before: Row | None = None, accuracy: float | None = None
-) -> str:
-    """Loss, accuracy, images per second and time left of a run of `epochs` epochs, in at most 55 characters.
+def status(row: Row, images: int, epochs: float | None, before: Row | None = None, tested: float | None = None) -> str:
+    """Loss, metric, examples per second and time left of a run of `epochs` epochs, in at most 55 characters.
 
     An epoch has so many `images`. The speed is measured from the row `before`, or else from the start; without `epochs`
-    it is left out. `accuracy` is shown if `row` has no test.
+    it is left out. `tested` is shown if `row` has no test.
     """
-    tested = row["test_accuracy"] if row["test_accuracy"] is not None else accuracy
+    metric = metric_of(row)
+    tested = row[metric.column] if row[metric.column] is not None else tested
     split = "test" if row["tested_on"] == "test" else "val"
-    parts = [f"loss {loss_text(row['train_loss'])}", f"{split} {tested:6.2%}" if tested is not None else " " * 11]
+    shown = f"{split} {metric.told(tested):>6}" if tested is not None else " " * 11
+    parts = [f"loss {loss_text(row['train_loss'])}", shown]
     since = before or {"epoch": 0.0, "seconds": 0.0}
     done, seconds = row["epoch"] - since["epoch"], row["seconds"] - since["seconds"]
     if epochs is not None and done > 0 and seconds > 0:
         left = timedelta(seconds=round(max(0.0, epochs - row["epoch"]) * seconds / done))
-        parts += [f"{done * images / seconds:,.0f} img/s", f"{left} left"]
+        unit = "img" if metric.examples == "images" else metric.examples
+        parts += [f"{done * images / seconds:,.0f} {unit}/s", f"{left} left"]
     return "  ".join(parts)
 
 

@@ -18,6 +18,7 @@ from rich.table import Column
 
 from fedsim.config import Engine
 from fedsim.config.options import SweepOptions
+from fedsim.data.metric import metric_of
 from fedsim.data.partition import images_of_epoch
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.experiments.execute import check, execute, resolve_run
@@ -205,10 +206,10 @@ def full_name(cell: Cell) -> str:
 def _outcome(cell: Cell) -> str:
     """The last accuracy of a cell that has ended, and its time."""
     summary = read_summary(cell.folder)
-    if summary is None or summary["final_test_accuracy"] is None:
+    if summary is None or (final := summary[metric_of(summary).final]) is None:
         return "stopped"
     state = "" if summary["finished"] else "stopped at "
-    return f"{state}{summary['tested_on']} {summary['final_test_accuracy']:.2%}  {summary['seconds']:.1f} s"
+    return f"{state}{summary['tested_on']} {metric_of(summary).told(final)}  {summary['seconds']:.1f} s"
 
 
 def _advance(progress: Progress, task: TaskID, images: int, epochs: float) -> OnRow:

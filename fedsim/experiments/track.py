@@ -15,7 +15,7 @@ from typing import Any
 from fedsim.config import Config, Engine, Mode
 from fedsim.errors import UserError
 from fedsim.registry import TRACKERS, failures_of
-from fedsim.runs.columns import TRACKED, names_with
+from fedsim.runs.columns import TRACKED, names_with, tests_in
 from fedsim.runs.records import Row
 from fedsim.runs.run import OnRow
 from strategies.arguments import Choice, split_name
@@ -33,8 +33,8 @@ class TensorBoard:
 
         if self._writer is None:  # hides what was written after the checkpoint that a run resumes from
             self._writer = SummaryWriter(str(self._folder), purge_step=row["round"])
-        for tag in names_with(TRACKED):
-            if row[tag] is not None:
+        for tag in dict.fromkeys((*names_with(TRACKED), *tests_in(row))):
+            if row.get(tag) is not None:
                 self._writer.add_scalar(tag, row[tag], row["round"])
 
     def close(self) -> None:

@@ -1,12 +1,13 @@
 """Tune a study: choose keys for each cell by trials, which see no test image, before it is run with every seed.
 
 A study's ``[tune]`` lists the values to try. A trial trains a cell with some of them for a part of its budget, with one
-seed, and is tested on training images held out for this. The values with the highest accuracy at the end of their trial
+seed, and is tested on training examples held out for this. The values with the best metric at the end of their trial
 are chosen; of equal ones, the first. All cells, the large-batch baselines too, have the same values, images, seed and
 budget. After a quarter and after half of its budget, a trial is stopped if its best accuracy so far is less than
-``stop-below`` times that of its cell's best trial. This depends only on the rows up to that point, so that the same
-trials are stopped in any order and on any number of machines. The chosen keys are stored in the study's
-``study.toml``, all trials in its ``tuning.csv``, and their runs in ``RESULTS/STUDY-tuning``.
+``stop-below`` times that of its cell's best trial (of a metric that is to be low: if it is more than the best divided
+by ``stop-below``). This depends only on the rows up to that point, so that the same trials are stopped in any order and
+on any number of machines. The chosen keys are stored in the study's ``study.toml``, all trials in its ``tuning.csv``,
+and their runs in ``RESULTS/STUDY-tuning``.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from typing import Any
 from rich.console import Console
 
 from fedsim.config import Value, has_key
+from fedsim.data.datasets import task_of
+from fedsim.data.metric import Metric, metric_of
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.progress import ends_after
 from fedsim.experiments.study import STORED, TRIALS, TUNING, Cell, Study, Tune, read_study
@@ -111,7 +114,8 @@ def tune(study: Study, cells: Sequence[Cell], results: Path, runner: Runner, rer
     if study.tune is None:
         return study
     trials = resolved_trials(study, cells, results, runner)
-    console.print(f"{study.name}: {len(trials)} trials on {study.tune.validation} held-out training images", **PLAIN)
+    what = _metric(trials[0]).examples if trials else "examples"
+    console.print(f"{study.name}: {len(trials)} trials on {study.tune.validation} held-out training {what}", **PLAIN)
     with runner.started([trial.cell for trial in trials]):
         for part in (*STAGES, 1.0):
             running = [trial for trial in trials if not trial.outcome]
@@ -185,23 +189,30 @@ def _judged(trial: Trial, running: Sequence[Trial], failed: Sequence[str], part:
     """The outcome of `trial` if it failed, or is hopeless compared with the trials `running` for its cell, or ""."""
     if full_name(trial.cell) in failed:
         return "failed"
-    own = _best(trial, part)
+    own, metric = _best(trial, part), _metric(trial)
     others = [best for other in running if other.of == trial.of and (best := _best(other, part)) is not None]
-    hopeless = part < 1 and own is not None and own < tune.stop_below * max(others)
-    return "stopped early" if hopeless else ""
+    best = metric.best_of(others)
+    if part == 1 or own is None or best is None or not tune.stop_below:
+        return ""
+    return "" if metric.reaches(own, metric.near(best, tune.stop_below)) else "stopped early"
 
 
 def _best(trial: Trial, part: float) -> float | None:
-    """The best accuracy in the first part of a trial, even if it has trained on since; None before the first test."""
+    """The best value in the first part of a trial, even if it has trained on since; None before the first test."""
     limit = _epochs(part, trial.cell)
-    tests = [row["test_accuracy"] for row in read_rows(trial.cell.folder) if row["epoch"] <= limit]
-    return max((accuracy for accuracy in tests if accuracy is not None), default=None)
+    tests = [row[metric_of(row).column] for row in read_rows(trial.cell.folder) if row["epoch"] <= limit]
+    return _metric(trial).best_of([value for value in tests if value is not None])
 
 
-def _accuracy(trial: Trial) -> float | None:
-    """The accuracy at the end of a trial; None if it is not finished."""
-    summary = read_summary(trial.cell.folder)
-    return summary["final_test_accuracy"] if summary and summary["finished"] else None
+def _metric(trial: Trial) -> Metric:
+    """What trials are compared by."""
+    return task_of(trial.cell.config).metric
+
+
+def _final(trial: Trial) -> float:
+    """The value of the metric at the end of a trial that came to its end."""
+    summary = read_summary(trial.cell.folder) or {}
+    return float(summary[_metric(trial).final])
 
 
 def _choose(trials: Sequence[Trial]) -> None:
@@ -213,7 +224,8 @@ def _choose(trials: Sequence[Trial]) -> None:
     if without := [name for name, own in ended.items() if not own]:
         raise RunFailed(f"tune: no trial of {', '.join(without)} came to its end: give smaller rates in tune grid")
     for own in ended.values():
-        best = max(own, key=lambda trial: _accuracy(trial) or 0.0)  # the first of equal ones
+        choose = max if _metric(own[0]).higher_is_better else min
+        best = choose(own, key=_final)  # the first of equal ones
         for trial in own:
             trial.outcome = "chosen" if trial is best else "tried"
 
@@ -225,7 +237,7 @@ def _summary(name: str, trials: Sequence[Trial], tune: Tune) -> str:
     counts = [(what, sum(trial.outcome == what for trial in trials)) for what in ("stopped early", "failed")]
     others = "".join(f", {count} {what}" for what, count in counts if count)
     beyond = "".join(f"; {key} = {chosen.keys[key]} is at the end of its list" for key in at_end(chosen.keys, tune))
-    return f"{name}: {keys} (validation {_accuracy(chosen) or 0:.2%}; of {len(trials)} tried{others}){beyond}"
+    return f"{name}: {keys} (validation {_metric(chosen).told(_final(chosen))}; of {len(trials)} tried{others}){beyond}"
 
 
 def at_end(keys: dict[str, Value], tune: Tune) -> list[str]:
@@ -259,7 +271,8 @@ def _stored(study: Study, chosen: dict[str, dict[str, Value]], trials: Sequence[
 
 
 def _line(trial: Trial) -> dict[str, Any]:
-    rows = [row for row in read_rows(trial.cell.folder) if row["test_accuracy"] is not None]
-    last = rows[-1] if rows else {"epoch": 0.0, "test_accuracy": ""}
-    reached = {"epochs": last["epoch"], "validation_accuracy": last["test_accuracy"]}
+    metric = _metric(trial)
+    rows = [row for row in read_rows(trial.cell.folder) if row[metric.column] is not None]
+    last = rows[-1] if rows else {"epoch": 0.0, metric.column: ""}
+    reached = {"epochs": last["epoch"], f"validation_{metric.name}": last[metric.column]}
     return {"cell": trial.of, **trial.keys, **reached, "outcome": trial.outcome}

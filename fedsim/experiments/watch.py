@@ -14,7 +14,8 @@ from rich.live import Live
 from rich.text import Text
 
 from fedsim.config import Config, Mode
-from fedsim.data.datasets import recorded_images
+from fedsim.data.datasets import recorded_examples
+from fedsim.data.metric import metric_of
 from fedsim.data.partition import images_of_epoch
 from fedsim.errors import UserError
 from fedsim.experiments.progress import ends_after, status
@@ -108,11 +109,13 @@ def _read(folder: Path) -> RunState:
     rounds, epochs, images = _length(config, mode)
     if not rows:
         return RunState(f"{folder.name}  no rows yet", "unfinished")
-    row, tested = rows[-1], [row["test_accuracy"] for row in rows if row["test_accuracy"] is not None]
+    row, metric = rows[-1], metric_of(rows[-1])
+    tested = [row[metric.column] for row in rows if row[metric.column] is not None]
     where = f"{folder.name}  round {row['round']}" + (rounds or f"  epoch {row['epoch']:.2f}")
     if summary and summary["finished"]:
         return RunState(
-            f"{where}  {row['tested_on']} {tested[-1] if tested else 0:.2%}  {row['seconds']:.0f} s", "finished"
+            f"{where}  {row['tested_on']} {metric.told(tested[-1] if tested else 0)}  {row['seconds']:.0f} s",
+            "finished",
         )
     before = rows[0] if rows[0]["seconds"] < row["seconds"] else None
     age = max(0.0, time.time() - (folder / ROWS).stat().st_mtime)
@@ -128,7 +131,7 @@ def _length(config: Config, mode: Mode) -> tuple[str, float | None, int]:
     None of it without its data set on this machine, or if that is a function, which a record may not have called.
     """
     try:
-        recorded_images(config)
+        recorded_examples(config)
         images = images_of_epoch(config, mode)
         rounds, epochs = ends_after(config, mode)
     except (OSError, ValueError):

@@ -10,11 +10,10 @@ from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
 from fedsim.config import Config
-from fedsim.data.augment import check_augment
-from fedsim.data.datasets import image_shape, load_dataset
-from fedsim.data.images import Images
+from fedsim.data.datasets import load_dataset, task_of
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_partition, images_left_out
+from fedsim.data.task import Examples
 from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.federation.checkpoint import collect_memories, save
@@ -37,7 +36,7 @@ from fedsim.runs.folder import TESTED_MODEL, config_of_run, run_folder
 from fedsim.runs.records import read_rows
 from fedsim.runs.run import Run
 from fedsim.runs.shown import print_row
-from fedsim.training.batchnorm import calibration_crops, reestimate
+from fedsim.training.batchnorm import calibration_sample, reestimate
 from fedsim.training.failures import failing_in_one_line
 from fedsim.training.methods import fewest_updates, layers_of
 from fedsim.training.run_plan import RunPlan, run_plan
@@ -79,7 +78,7 @@ def check_localsgd(config: Config) -> None:
     """Raise UserError where `config` (resolved) cannot be trained: its data, model or keys do not fit."""
     check_of_run(config)
     load_dataset(config)
-    check_augment(config, image_shape(config))
+    task_of(config).check(config)
     check_model(config)
     check_partition(config)
     run_plan(config)
@@ -89,7 +88,7 @@ def check_localsgd(config: Config) -> None:
 def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     """Train the rounds of `config` (resolved and checked) that follow the run's checkpoint, if it has one."""
     prepare(config)
-    data = load_dataset(config)
+    data, task = load_dataset(config), task_of(config)
     if left_out := images_left_out(config):
         print(left_out, flush=True)
     plan = run_plan(config)
@@ -116,12 +115,11 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
 
         # Evaluate and record
         if progress.round == plan.rounds or plan.completes(progress.round, 1):
-            tested: tuple[float | None, float | None] = None, None
+            tests: dict[str, float] = {}
             if plan.is_tested(progress.round):
                 as_tested = loaded(config, model, progress, data.train, strategy.layers)
-                tested = evaluate(as_tested, data.test, config.precision)
-            row = row_of(plan, progress, messenger) | drift
-            run.log_row(row | dict(zip(("test_loss", "test_accuracy"), tested, strict=True)))
+                tests = evaluate(task, as_tested, data.test, config.precision)
+            run.log_row(row_of(plan, progress, messenger) | drift | run.metrics_of(tests))
             progress = recorded(progress)
 
         # Save a checkpoint
@@ -141,18 +139,19 @@ def is_saved(config: Config, plan: RunPlan, round_: int) -> bool:
 
 
 def loaded(
-    config: Config, model: nn.Module, progress: Progress, images: Images, layers: Layers | None = None
+    config: Config, model: nn.Module, progress: Progress, examples: Examples, layers: Layers | None = None
 ) -> nn.Module:
     """`model` with the global weights of `progress` or, with `layers`, what these test in their place.
 
-    Its buffers are the global ones, or statistics re-estimated on training `images`.
+    Its buffers are the global ones, or statistics re-estimated on training `examples`.
     """
     parameters, buffers, _ = split(tensors_of(progress.arrays))
     if layers:
         parameters = layers.model_for_test(parameters, progress.state)
     model.load_state_dict({**parameters, **buffers})
     if count := layers_of(config).reestimates_on:
-        reestimate(model, images, calibration_crops(config, images, count), config.precision)
+        drawn = calibration_sample(config, examples, count)
+        reestimate(task_of(config), model, examples, drawn, config.precision)
     return model
 
 

@@ -7,13 +7,13 @@ from collections.abc import Mapping
 from torch import nn
 
 from fedsim.config import Config
-from fedsim.data.datasets import training_images
+from fedsim.data.datasets import task_of, training_examples
 from fedsim.data.partition import shard_sizes
 from fedsim.federation.protocol import MEMORY
 from fedsim.federation.shapes import domains, zeros_of
 from fedsim.training.methods import fewest_updates, layers_of, mean_of
 from fedsim.training.run_plan import RunPlan
-from strategies.domain import NOT_NEGATIVE, Domain
+from strategies.domain import Domain
 from strategies.local_sgd import LocalSGD, Seen, Usable
 from strategies.sections import Sections, join
 
@@ -36,7 +36,7 @@ def build_strategy(
             trained = len(plan.samples(round_, shards[worker]))
             return Domain(trained, trained)
         held = shards[worker] if images is None else images[worker]
-        return Domain(held, min(held, training_images(config)))
+        return Domain(held, min(held, training_examples(config)))
 
     return LocalSGD(
         seed=config.seed,
@@ -45,7 +45,7 @@ def build_strategy(
         usable=Usable(
             least=fewest_updates(config),
             examples=planned,
-            metrics={"train-loss": NOT_NEGATIVE},  # a cross-entropy
+            metrics={"train-loss": task_of(config).loss_domain},
             domains=lambda round_: domains(names, zero.batchnorm, layers, plan.first_step(round_ + 1)),
             other_records=[MEMORY],
             away=None if plan.turns.workers.always_there else plan.turns.away,

@@ -6,16 +6,16 @@ import functools
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fedsim.config import Config
-from fedsim.data.datasets import facts_of, image_shape
-from fedsim.data.images import CIFAR_IMAGE, ImageShape
+from fedsim.data.datasets import task_of
+from fedsim.data.images import CIFAR_IMAGE
+from fedsim.data.task import Task, by
 from fedsim.device import one_thread, parameter_dtype
 from fedsim.errors import UserError
 from fedsim.models.dropout import StepKeys, set_dropout_keys, use_counter_based_dropout
-from fedsim.models.layout import Layout, images_like, layout_of, set_layout
+from fedsim.models.layout import Layout, layout_of, set_layout
 from fedsim.registry import MODELS, failures_of
 from fedsim.rng import generator
 from fedsim.system.locks import GLOBAL_GENERATORS
@@ -24,8 +24,9 @@ from strategies.arguments import Choice
 
 def initial_model(config: Config) -> nn.Module:
     """The model of `config` (resolved) with which a run begins."""
-    what = (config.model, facts_of(config).classes, config.seed, config.device, config.precision)
-    return build_model(*what, image_shape(config))
+    task = task_of(config)
+    what = (config.model, task.outputs(config), config.seed, config.device, config.precision)
+    return build_model(*what, task.shape(config))
 
 
 def cpu_model(config: Config) -> nn.Module:
@@ -35,37 +36,37 @@ def cpu_model(config: Config) -> nn.Module:
 
 @one_thread()
 def check_model(config: Config) -> None:
-    """Raise UserError where the model of `config` cannot be trained on its images: a step on two images is tried.
+    """Raise UserError where the model of `config` cannot be trained on its data: a step on two examples is tried.
 
     The forward pass may draw no random numbers except for dropout, or a run could not be repeated. Every parameter must
-    get a gradient, and not a sparse one. A test of the two images is tried too.
+    get a gradient, and not a sparse one. A test of the two examples is tried too.
     """
-    model = cpu_model(config)
+    model, task = cpu_model(config), task_of(config)
     set_dropout_keys(model.train(), StepKeys())
     with GLOBAL_GENERATORS, torch.random.fork_rng(devices=[]):
         before = torch.get_rng_state()
-        logits = _logits(model, config)
+        loss = _loss(model, config, task)
         drawn = not torch.equal(before, torch.get_rng_state())
     if drawn:
         raise UserError(f"model = {config.model} draws from torch's global generator: let all dropout be nn.Dropout")
-    if logits.requires_grad:
-        F.cross_entropy(logits, torch.zeros(2, dtype=torch.int64)).backward()  # type: ignore[no-untyped-call]
+    if loss.requires_grad:
+        loss.backward()  # type: ignore[no-untyped-call]
     check_gradients(config.model, dict(model.named_parameters()))
     if config.batch_size == 1:
-        check_one_image(config, "batch-size = 1")
+        check_one_example(config, "batch-size = 1")
     with torch.no_grad():
-        _logits(model.eval(), config)
+        _loss(model.eval(), config, task)
 
 
-def _logits(model: nn.Module, config: Config) -> Tensor:
-    """What `model` gives for two images; raises UserError where that is not their logits."""
-    shape, classes = image_shape(config), facts_of(config).classes
-    taken = f"model = {config.model} does not take the images of {config.dataset}, {_by(shape)}"
+def _loss(model: nn.Module, config: Config, task: Task) -> Tensor:
+    """The loss of `model` on two examples; raises UserError where it gives no such outputs as the task wants."""
+    batch = task.trial(config, 2)
+    taken = f"model = {config.model} does not take {task.taken(config)}"
     with failures_of(taken + ("" if model.training else ", in eval mode")):
-        logits = model(images_like(2, shape))
-    if not isinstance(logits, Tensor) or tuple(logits.shape) != (2, classes):
-        raise UserError(f"model = {config.model}, on the images of {config.dataset}: {_not_logits(logits, classes)}")
-    return logits
+        outputs = task.forward(model, batch)
+    if problem := task.problem(config, outputs):
+        raise UserError(f"model = {config.model}, on the {task.metric.examples} of {config.dataset}: {problem}")
+    return task.loss(outputs, batch[1])
 
 
 def check_gradients(name: str, parameters: dict[str, nn.Parameter]) -> None:
@@ -85,54 +86,44 @@ def check_gradients(name: str, parameters: dict[str, nn.Parameter]) -> None:
 
 
 @one_thread()
-def check_one_image(config: Config, reason: str) -> None:
-    """Raise UserError where the model of `config` cannot train on a batch of one image, which `reason` asks for.
+def check_one_example(config: Config, reason: str) -> None:
+    """Raise UserError where the model of `config` cannot train on a batch of one example, which `reason` asks for.
 
     BatchNorm over single values cannot: one value has no variance.
     """
-    model = cpu_model(config)
+    model, task = cpu_model(config), task_of(config)
     set_dropout_keys(model.train(), StepKeys())
-    with failures_of(f"{reason}: model = {config.model} does not train on one image", remedy="give another batch-size"):
-        model(images_like(1, image_shape(config)))
-
-
-def _not_logits(outputs: object, classes: int) -> str:
-    """What is wrong with the `outputs` for two images."""
-    if not isinstance(outputs, torch.Tensor):
-        return f"it gives {type(outputs).__name__}, not a tensor of {_by((2, classes))} logits for two of them"
-    if outputs.ndim == 2 and len(outputs) == 2:
-        return f"it gives {outputs.shape[1]} logits per image, but the data has {classes} classes"
-    return f"it gives {_by(outputs.shape)}, not {_by((2, classes))} logits for two of them"
-
-
-def _by(shape: tuple[int, ...]) -> str:
-    return " x ".join(map(str, shape))
+    one = f"one {task.metric.examples.removesuffix('s')}"
+    with failures_of(f"{reason}: model = {config.model} does not train on {one}", remedy="give another batch-size"):
+        task.forward(model, task.trial(config, 1))
 
 
 def build_model(
     name: str,
-    classes: int,
+    outputs: int,
     seed: int,
     device: torch.device | str = "cpu",
     precision: str = "fp32",
-    image: ImageShape = CIFAR_IMAGE,
+    shape: tuple[int, ...] = CIFAR_IMAGE,
 ) -> nn.Module:
     """The model with PyTorch's default initialisation from `seed`, on `device`, in its layout (`fedsim.models.layout`).
 
-    Weights are drawn on the CPU, so that they are the same on every device. Threads may call it in parallel. Raises
-    UserError for a model that cannot be used.
+    It gives so many `outputs` for an input of `shape`. Weights are drawn on the CPU, so that they are the same on every
+    device. Threads may call it in parallel. Raises UserError for a model that cannot be used.
     """
     with GLOBAL_GENERATORS, torch.random.fork_rng(devices=[]):  # nn.Module's initialisation uses no other
         torch.manual_seed(int(generator(seed, 0, 0, "init").integers(2**63)))
-        model = _network(name, classes, image)
-        layout = _layout(builder_of(name), name, classes, image)
-    return set_layout(model.to(device, parameter_dtype(precision)), layout)
+        model = _network(name, outputs, shape)
+        layout = _layout(builder_of(name), name, outputs, shape) if len(shape) == 3 else None
+    model = model.to(device, parameter_dtype(precision))
+    return set_layout(model, layout) if layout else model
 
 
-def _network(name: str, classes: int, image: ImageShape) -> nn.Module:
+def _network(name: str, outputs: int, shape: tuple[int, ...]) -> nn.Module:
     choice = _choice(name)
-    with failures_of(f"model = {name} cannot be built for {classes} classes and images of {_by(image)}"):
-        model = choice.make(classes, image=image)
+    what = f"{outputs} classes and images of" if len(shape) == 3 else f"{outputs} outputs and inputs of"
+    with failures_of(f"model = {name} cannot be built for {what} {by(shape)}"):
+        model = choice.make(outputs, image=shape, shape=shape)
     if not isinstance(model, nn.Module):
         raise UserError(f"model = {name} returns {type(model).__name__}: it must return an nn.Module")
     use_counter_based_dropout(model)
@@ -161,12 +152,12 @@ def _check_tensors(name: str, model: nn.Module) -> None:
 
 
 @functools.lru_cache(maxsize=8)  # as long as the process: the forward passes of a large model take seconds
-def _layout(builder: Callable[..., nn.Module], name: str, classes: int, image: ImageShape) -> Layout:
+def _layout(builder: Callable[..., nn.Module], name: str, outputs: int, shape: tuple[int, ...]) -> Layout:
     """The layout of the model `name`, which `builder` makes; fedsim's own are not tried."""
     if builder.__module__.startswith(f"{__name__}."):
         return "channels-last"
     with one_thread():
-        return layout_of(_network(name, classes, image), image)
+        return layout_of(_network(name, outputs, shape), shape)
 
 
 def builder_of(name: str) -> Callable[..., nn.Module]:

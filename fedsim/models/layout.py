@@ -12,13 +12,14 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
+from fedsim.data.images import images_like
 from fedsim.device import is_out_of_memory
 from fedsim.system.interrupts import interruption
 
 Layout = Literal["channels-last", "contiguous"]
 
 
-def layout_of(model: nn.Module, shape: tuple[int, int, int]) -> Layout:
+def layout_of(model: nn.Module, shape: tuple[int, ...]) -> Layout:
     """The layout for `model` on images of `shape` (C, H, W): channels-last, if it then runs in train and in eval mode.
 
     Both forward passes are tried, which changes what the model keeps: give one that is not trained.
@@ -43,12 +44,6 @@ def set_layout(model: nn.Module, layout: Layout) -> nn.Module:
         if value.ndim == 4:  # not the weights of Conv3d, which `Module.to` would refuse
             value.data = value.data.to(memory_format=torch.channels_last)
     return model
-
-
-def images_like(count: int, shape: tuple[int, int, int]) -> Tensor:
-    """Black images of `shape` (C, H, W), with the strides of those that are trained on (`Images.crop`)."""
-    channels, height, width = shape
-    return torch.zeros(count, height, width, channels).permute(0, 3, 1, 2)
 
 
 def _contiguous(_: nn.Module, images: tuple[Tensor, ...]) -> tuple[Tensor, ...]:

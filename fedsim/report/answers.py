@@ -8,21 +8,19 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from fedsim.data.metric import ACCURACY, Metric
 from fedsim.experiments.study import LARGE_BATCH
 from fedsim.report.result_table import ResultTable, label
-from fedsim.report.tables import difference, percent, statistics
+from fedsim.report.tables import statistics
 
 SMALL = 0.005  # half a point of accuracy: values that differ by less are not listed one by one
-PAIRED = (
-    "Differences are paired: over the seeds that both have, in points of final accuracy, ± half of the 95 % confidence "
-    "interval (Student's t, not corrected for comparing several). Where it holds 0, the two cannot be told apart."
-)
 
 
 def answers(table: ResultTable, changes: pd.DataFrame) -> list[str]:
     """The answer in a sentence, then one for each group of cells that are compared, by `paired_differences`."""
     if not table.runs["finished"].any():
-        return ["No run is finished: accuracies are those so far."]
+        values = "accuracies are" if table.metric == ACCURACY else f"{table.metric.words} is"
+        return [f"No run is finished: {values} those so far."]
     if changes.empty:
         return [_highest(table)]
     shown = changes.assign(value=[_value(table, cell) for cell in changes.index])
@@ -35,14 +33,25 @@ def answers(table: ResultTable, changes: pd.DataFrame) -> list[str]:
     return [_in_short(table, shown), *_by_group(table, shown)]
 
 
+def note_of(metric: Metric) -> str:
+    """What is said below differences of a metric."""
+    unit = f"points of final {metric.words}" if metric.unit == "%" else f"final {metric.words}"
+    return (
+        f"Differences are paired: over the seeds that both have, in {unit}, ± half of the 95 % confidence interval "
+        "(Student's t, not corrected for comparing several). Where it holds 0, the two cannot be told apart."
+    )
+
+
 def _highest(table: ResultTable) -> str:
-    """The cells with the highest and the lowest final accuracy."""
+    """The cells with the best and the worst final value of the metric."""
     finished = table.runs[table.runs["finished"]]
-    final = statistics(finished["final_test_accuracy"], finished["cell"])
+    final = statistics(finished[table.metric.final], finished["cell"])
     if final.empty:
         return "No finished run was tested."
-    text = f"Highest: {_accuracy(table, final, final['mean'].idxmax())}"
-    return f"{text}; lowest: {_accuracy(table, final, final['mean'].idxmin())}." if len(final) > 1 else f"{text}."
+    texts = [f"highest: {_final(table, final, final['mean'].idxmax())}"]
+    texts += [f"lowest: {_final(table, final, final['mean'].idxmin())}"] if len(final) > 1 else []
+    best_first = "; ".join(texts if table.metric.higher_is_better else texts[::-1])
+    return f"{best_first[0].upper()}{best_first[1:]}."
 
 
 def _all_alike(table: ResultTable, changes: pd.DataFrame, spread: pd.Series) -> str:
@@ -50,9 +59,9 @@ def _all_alike(table: ResultTable, changes: pd.DataFrame, spread: pd.Series) -> 
     values = 1 + changes["value"].nunique()
     others = " and ".join(axis for axis in table.axes if axis != table.about)
     where = f" at equal {others}" if others else ""
-    text = f"The {values} values of {table.about} differ by at most {100 * spread.max():.2f} points{where}"
+    text = f"The {values} values of {table.about} differ by at most {_most(table, spread)}{where}"
     if len(changes) == 1 and not changes["interval"].isna().any():
-        text += f": {_and_interval(changes.iloc[0])}, they cannot be told apart"
+        text += f": {_and_interval(table, changes.iloc[0])}, they cannot be told apart"
     return f"{text} ({_seeds(changes)})."
 
 
@@ -63,17 +72,22 @@ def _of_most_steps(table: ResultTable, changes: pd.DataFrame) -> str:
     reference = last["reference"].map(lambda cell: _value(table, cell))
     parts = []
     for (value, other), lines in last.groupby([last["value"], reference], sort=False):
-        costs = [f"{_and_interval(line)} points{_at(line['group'])}{_sent(line)}" for line in lines.to_dict("records")]
+        costs = [
+            f"{_and_interval(table, line)} {table.metric.points}{_at(line['group'])}{_sent(line)}"
+            for line in lines.to_dict("records")
+        ]
         parts.append(f"{value} instead of {other}: {', '.join(costs)}")
     return f"{'; '.join(parts)} ({_seeds(changes)})."
 
 
 def _in_short(table: ResultTable, changes: pd.DataFrame) -> str:
     """The values that are above the reference, below it, or cannot be told apart from it, and in which groups."""
+    metric = table.metric
     if changes["interval"].isna().all():
         best, worst = changes["change"].idxmax(), changes["change"].idxmin()
         named = ", ".join(
-            f"{changes['value'][cell]} {difference(changes['change'][cell])} points{_at(changes['group'][cell])}"
+            f"{changes['value'][cell]} {metric.difference(changes['change'][cell])} {metric.points}"
+            f"{_at(changes['group'][cell])}"
             for cell in dict.fromkeys([best, worst])
         )
         return f"Against {_reference(table, changes)}: {named} ({_seeds(changes)}, so no interval)."
@@ -91,8 +105,10 @@ def _by_group(table: ResultTable, changes: pd.DataFrame) -> list[str]:
     """A sentence for each group: every value with its difference to the reference and the bytes that it sends."""
     texts = []
     for group, lines in changes.groupby("group", sort=False):
-        order = lines if table.about == "local-steps" else lines.sort_values("change", ascending=False, kind="stable")
-        listed = [f"{line['value']} {_and_interval(line)}{_sent(line)}" for line in order.to_dict("records")]
+        ascending = not table.metric.higher_is_better  # the best first
+        by_change = lines.sort_values("change", ascending=ascending, kind="stable")
+        order = lines if table.about == "local-steps" else by_change
+        listed = [f"{line['value']} {_and_interval(table, line)}{_sent(line)}" for line in order.to_dict("records")]
         epochs = order["epoch"].dropna()
         at = f" at epoch {epochs.min():.1f}" if len(epochs) else ""
         where = f"{group}, against" if group else "Against"
@@ -109,8 +125,12 @@ def _where(found: Sequence[str], changes: pd.DataFrame) -> str:
     return "" if len(found) == changes["group"].nunique() else f" ({', '.join(found)})"
 
 
-def _and_interval(line: Any) -> str:
-    return difference(line["change"], line["interval"])
+def _and_interval(table: ResultTable, line: Any) -> str:
+    return table.metric.difference(line["change"], line["interval"])
+
+
+def _most(table: ResultTable, spread: pd.Series) -> str:
+    return f"{table.metric.number(spread.max())} {table.metric.points}"
 
 
 def _sent(line: Any) -> str:
@@ -136,9 +156,9 @@ def _seeds(changes: pd.DataFrame) -> str:
     return "one seed" if counts == [1] else f"{' or '.join(map(str, counts))} seeds"
 
 
-def _accuracy(table: ResultTable, final: pd.DataFrame, cell: Any) -> str:
+def _final(table: ResultTable, final: pd.DataFrame, cell: Any) -> str:
     line = final.loc[cell]
-    return f"{percent(line['mean'], line['std'])} % at {_name(table, cell)}"
+    return f"{table.metric.with_unit(table.metric.number(line['mean'], line['std']))} at {_name(table, cell)}"
 
 
 def _name(table: ResultTable, cell: Any) -> str:

@@ -64,17 +64,24 @@ def plot_bandwidths(times: pd.DataFrame, table: ResultTable, target: float, netw
             log_scale(panel, "y")
         upload = (network.upload or network.bandwidth) / network.bandwidth
         panel.set_xlabel("bandwidth of a link" + (f" down; {upload:.3g} of it up" if upload != 1 else ""))
-        panel.set_ylabel(f"seconds to {100 * target:g} %")
+        panel.set_ylabel(f"seconds to {table.metric.goal(target)}")
         legend(figure, [panel])
         return figure
 
-    caption = f"Time to {100 * target:g} % accuracy on {table.tested_on} images. {_fastest(ranges, names)}"
+    caption = f"Time to {goal_of(table, target)}. {_fastest(ranges, names)}"
     if left_out := [str(names[cell]) for cell in times.index.difference(seconds.columns)]:
         caption += f" Not reached by every run of: {'; '.join(left_out)}."
     numbers = seconds.rename_axis("bits_per_second").reset_index().melt("bits_per_second", var_name="cell")
     fastest = numbers.groupby("bits_per_second")["value"].transform("min") == numbers["value"]
     numbers = numbers.assign(fastest=fastest, cell=numbers["cell"].map(names)).rename(columns={"value": "seconds"})
     return Plot(f"bandwidth-{table.name}", caption, draw, numbers)
+
+
+def goal_of(table: ResultTable, target: float) -> str:
+    """The target, and what it is measured on, in words."""
+    metric = table.metric
+    goal = f"{metric.goal(target)} {metric.words}" if metric.unit == "%" else metric.goal(target)
+    return f"{goal} on {table.tested_on} {metric.examples}"
 
 
 def _fastest(ranges: list[tuple[int, float, float]], names: pd.Series) -> str:

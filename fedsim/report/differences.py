@@ -1,4 +1,4 @@
-"""How much the cells of a table differ in accuracy: paired differences over equal seeds, with confidence intervals."""
+"""How much the cells of a table differ in their metric: paired differences over equal seeds, with intervals."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ def paired_differences(table: ResultTable) -> pd.DataFrame:
 
     Cells are compared that differ in `table.about` alone, each with that of the reference value (see `reference_of`).
     Columns: `group` (the coordinates that they share, as text), `reference` (a cell), `change` (the mean difference of
-    accuracy, a fraction, over the seeds that both have), `interval` (half of its 95 % confidence interval, NaN for one
+    the metric over the seeds that both have), `interval` (half of its 95 % confidence interval, NaN for one
     seed), `seeds`, `epoch` at which it is taken (NaN: the last test), and `sent`, bytes over the reference's.
     """
-    runs = table.runs[table.runs["finished"] & table.runs["final_test_accuracy"].notna()]
+    runs = table.runs[table.runs["finished"] & table.runs[table.metric.final].notna()]
     lines = []
     for group, values in groups(table, runs) if table.about else ():
         reference = reference_of(table.about, values)
@@ -78,10 +78,11 @@ def _difference(table: ResultTable, runs: pd.DataFrame, reference: int, cell: in
     epoch = np.inf if same else own["epoch"].min()
     of_both = table.rows[table.rows["run"].isin(own.index)]
     rows = {run: of_run.sort_values("epoch") for run, of_run in of_both.groupby("run")}
-    columns = ["test_accuracy", "network_bytes"]
+    metric = table.metric.column
+    columns = [metric, "network_bytes"]
     values = {name: [_at(rows.get(run), epoch, name) for run in own.index] for name in columns}
     by_seed = own.assign(**values).pivot(index="seed", columns="cell", values=columns)
-    change = (by_seed["test_accuracy"][cell] - by_seed["test_accuracy"][reference]).dropna()
+    change = (by_seed[metric][cell] - by_seed[metric][reference]).dropna()
     if change.empty:
         return {}
     sent = by_seed["network_bytes"].mean()

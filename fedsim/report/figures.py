@@ -12,6 +12,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
+from fedsim.data.metric import Metric
 from fedsim.experiments.study import LARGE_BATCH
 from fedsim.report.drawing import (
     CHARACTER,
@@ -39,7 +40,7 @@ def plots_of(table: ResultTable) -> dict[str, Callable[[], Plot]]:
     """Name -> function that makes it, for every figure that the records allow, in the order of the report."""
     makers: dict[str, Callable[[], Plot]] = {}
     if table.counted["cell"][table.counted["finished"]].nunique() > 1:
-        makers[f"{table.name}-accuracy"] = lambda: plot_accuracy(table)
+        makers[f"{table.name}-{table.metric.name}"] = lambda: plot_metric(table)
     if not mean_curves(table).empty:
         makers[f"{table.name}-epochs"] = lambda: plot_curves(table)
     if table.rows["update_norm"].notna().any():
@@ -48,25 +49,26 @@ def plots_of(table: ResultTable) -> dict[str, Callable[[], Plot]]:
 
 
 def mean_curves(table: ResultTable) -> pd.DataFrame:
-    """The mean accuracy over each cell's counted runs, at the rounds in which all of them were tested.
+    """The mean of the metric over each cell's counted runs, at the rounds in which all of them were tested.
 
-    Columns: `cell`, `epochs`, `accuracy_mean`, `accuracy_std` (0 for one run), `runs`. Cells with one such round have
+    Columns: `cell`, `epochs`, `METRIC_mean`, `METRIC_std` (0 for one run), `runs`. Cells with one such round have
     no curve.
     """
-    tested = table.rows[table.rows["test_accuracy"].notna() & table.rows["run"].isin(table.counted.index)]
+    metric = table.metric
+    tested = table.rows[table.rows[metric.column].notna() & table.rows["run"].isin(table.counted.index)]
     points = tested.groupby(["cell", "round"], as_index=False).agg(
         epochs=("epoch", "mean"),
-        accuracy_mean=("test_accuracy", "mean"),
-        accuracy_std=("test_accuracy", "std"),
+        **{f"{metric.name}_mean": (metric.column, "mean"), f"{metric.name}_std": (metric.column, "std")},
         runs=("run", "count"),
     )
     points = points[points["runs"] == points["cell"].map(tested.groupby("cell")["run"].nunique())]
     points = points[points.groupby("cell")["round"].transform("size") >= FEWEST]
-    return points.drop(columns="round").fillna({"accuracy_std": 0.0})
+    return points.drop(columns="round").fillna({f"{metric.name}_std": 0.0})
 
 
 def plot_curves(table: ResultTable) -> Plot:
-    """Accuracy against epochs: panels for the axis of the table with fewer values, lines for the other."""
+    """The metric against epochs: panels for the axis of the table with fewer values, lines for the other."""
+    metric = table.metric
     points = mean_curves(table).join(table.cells[["column", "row"]], on="cell")
     few_columns = points["column"].nunique() <= points["row"].nunique()
     panel_of, line_of = ("column", "row") if few_columns else ("row", "column")
@@ -81,28 +83,28 @@ def plot_curves(table: ResultTable) -> Plot:
             for line in lines:
                 curve = points[(points[panel_of] == name) & (points[line_of] == line)]
                 if not curve.empty:
-                    _draw_curve(panel, curve, line or "all runs", styles[line])
+                    _draw_curve(panel, curve, metric, {"label": line or "all runs", **styles[line]})
             panel.set_xlabel("epochs")
-        label_left(panels, f"{table.tested_on} accuracy, %")
+        label_left(panels, f"{table.tested_on} {metric.label}")
         legend(figure, panels, lines)
         return figure
 
     bands = "; bands: one standard deviation over seeds" if (points["runs"] > 1).any() else ""
     unfinished = "; unfinished runs included" if not table.counted["finished"].all() else ""
-    numbers = _with_coords(table, points, ["epochs", "accuracy_mean", "accuracy_std", "runs"])
-    caption = f"Accuracy on {table.tested_on} images against epochs{bands}{unfinished}."
+    numbers = _with_coords(table, points, ["epochs", f"{metric.name}_mean", f"{metric.name}_std", "runs"])
+    caption = f"{metric.on(table.tested_on)} against epochs{bands}{unfinished}."
     return Plot(f"{table.name}-epochs", caption, draw, numbers)
 
 
-def plot_accuracy(table: ResultTable) -> Plot:
-    """The final accuracy of finished runs (or the best, where there are values of the paper) against the bytes sent.
+def plot_metric(table: ResultTable) -> Plot:
+    """The final metric of finished runs (or the best, where there are values of the paper) against the bytes sent.
 
     Where all cells send equally many, it is drawn against the rows of the table.
     """
     points = _points(table)
     with_paper, large = points["paper"].notna().any(), points["baseline"].any()
     against = BYTES if _differ(points["sent"]) else ", ".join(table.row_axes)
-    which = "best" if with_paper else "final"
+    which, metric = "best" if with_paper else "final", table.metric
 
     def draw(across: int) -> Figure:
         figure, (panel,) = panels_of(1, across)
@@ -113,7 +115,7 @@ def plot_accuracy(table: ResultTable) -> Plot:
         _draw_points(panel, table, own, [row for row in rows if row != LARGE_BATCH])
         if against == BYTES:
             log_scale(panel, "x")
-        panel.set(xlabel=against, ylabel=f"{which} {table.tested_on} accuracy, %")
+        panel.set(xlabel=against, ylabel=f"{which} {table.tested_on} {metric.label}")
         panel.margins(0.12)  # room for names
         legend(figure, [panel])
         if own["column"].nunique() > 1:
@@ -127,17 +129,19 @@ def plot_accuracy(table: ResultTable) -> Plot:
         "; circles: the large batch as data-parallel SGD, its traffic computed" if large and against == BYTES else "",
         "; one worker sends nothing and is left out" if against == BYTES and (points["sent"] == 0).any() else "",
     ]
-    caption = f"{which.capitalize()} accuracy on {table.tested_on} images against {against}{''.join(told)}."
+    what = f"{which.capitalize()} {metric.words} on {table.tested_on} {metric.examples}"
+    caption = f"{what} against {against}{''.join(told)}."
     columns = ["sent", "mean", "std", "runs", *(["paper"] if with_paper else [])]
-    return Plot(f"{table.name}-accuracy", caption, draw, _with_coords(table, points, columns))
+    return Plot(f"{table.name}-{metric.name}", caption, draw, _with_coords(table, points, columns))
 
 
 def _points(table: ResultTable) -> pd.DataFrame:
-    """A line for each cell with a finished run: `sent` bytes, `mean`, `std` and `paper` accuracy in %, `runs`."""
+    """A line for each cell with a finished run: `sent` bytes, `mean`, `std` and `paper` value in its unit, `runs`."""
     paper = table.cells["paper"].map(lambda value: value.best, na_action="ignore").astype(float)
     finished = table.runs[table.runs["finished"]]
     which = "best" if paper.notna().any() else "final"
-    values = statistics(100 * finished[f"{which}_test_accuracy"], finished["cell"]).rename(columns={"count": "runs"})
+    tested = table.metric.scale * finished[f"{which}_{table.metric.column}"]
+    values = statistics(tested, finished["cell"]).rename(columns={"count": "runs"})
     cells = table.cells[["column", "row", "tick", "baseline"]].assign(paper=paper)
     points = values.fillna({"std": 0.0}).join([cells, summarize(table)["network_bytes"].rename("sent")])
     return points.rename_axis("cell").reset_index()
@@ -190,9 +194,9 @@ def _colors(table: ResultTable, points: pd.DataFrame) -> dict[str, str]:
     return {name: series_style(number)["color"] for number, name in enumerate(table.ordered(points, "column"))}
 
 
-def _draw_curve(panel: Axes, curve: pd.DataFrame, label: str, style: dict[str, Any]) -> None:
-    x, mean, deviation = curve["epochs"], 100 * curve["accuracy_mean"], 100 * curve["accuracy_std"]
-    panel.plot(x, mean, label=label, lw=1.3, ms=4, markevery=max(len(curve) // 8, 1), **style)
+def _draw_curve(panel: Axes, curve: pd.DataFrame, metric: Metric, style: dict[str, Any]) -> None:
+    x, mean, deviation = curve["epochs"], *(metric.scale * curve[f"{metric.name}_{part}"] for part in ("mean", "std"))
+    panel.plot(x, mean, lw=1.3, ms=4, markevery=max(len(curve) // 8, 1), **style)
     if deviation.any():
         panel.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
 

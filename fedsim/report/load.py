@@ -13,28 +13,32 @@ from pathlib import Path
 from typing import Annotated, Any, NamedTuple, TypeVar
 
 import pandas as pd
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import Field, TypeAdapter, ValidationError, model_validator
 
 from fedsim.config import ARGUMENTS, Config, Mode, Value
+from fedsim.data.metric import ACCURACY, metric_of
 from fedsim.errors import UserError
 from fedsim.registry import names_own
-from fedsim.runs.columns import LARGEST, Accuracy, Columns, Costs, Finite, Natural
+from fedsim.runs.columns import LARGEST, Accuracy, Columns, Costs, Finite, MetricRecord, Natural, current_columns
 from fedsim.runs.folder import CONFIG, MACHINE, ROWS, SUMMARY, check_version, complete_record
 from fedsim.runs.records import TRAFFIC, sha256_of_summary
 
 KEYS = TypeAdapter(dict[str, bool | Annotated[int, Field(ge=-LARGEST, le=LARGEST)] | Finite | str | dict[str, Any]])
 REQUIRED_KEYS = ("mode", "seed", "optimizer", "batch-size")
+NOT_NUMBERS = {"metric", "tests"}  # fields that hold others
 SHOWN_LINES = 5  # line numbers in one warning
 
 T = TypeVar("T")
 
 
 class Summary(Costs):
-    """summary.json. Accuracies are None if nothing was tested."""
+    """summary.json. Accuracies, or in `tests` those of another metric, are None if nothing was tested."""
 
     finished: bool
-    best_test_accuracy: Accuracy | None
-    final_test_accuracy: Accuracy | None
+    best_test_accuracy: Accuracy | None = None
+    final_test_accuracy: Accuracy | None = None
+    metric: MetricRecord | None = None
+    tests: dict[str, float | None] = Field(default_factory=dict)
     parameters: Natural | None = None
     device: str | None = None
     commit: str | None = None
@@ -42,13 +46,25 @@ class Summary(Costs):
     versions: dict[str, str] = Field(default_factory=dict)
     sha256: dict[str, str] = Field(default_factory=dict)  # of the files that it was written with, by name
 
+    @model_validator(mode="before")
+    @classmethod
+    def _current(cls, record: Any) -> Any:
+        """A summary of any version with the names of now, and its metric in `tests`."""
+        if not isinstance(record, dict):
+            return record
+        metric = metric_of(record)
+        if missing := [name for name in (metric.best, metric.final) if name not in record]:
+            raise ValueError(f"{missing[0]} is missing")
+        tests = {} if metric == ACCURACY else {name: record[name] for name in (metric.best, metric.final)}
+        return {**current_columns(record), "tests": tests}
+
 
 class Records(NamedTuple):
     """All runs under a folder.
 
     `runs`: a line for each run: the keys of its configuration in kebab-case, those of its summary in snake_case,
-    `folder`, `run` (its name) and `identity` (equal for all seeds of a cell). Unfinished runs have their costs and
-    accuracies so far.
+    `folder`, `run` (its name), `metric` (what it is compared by) and `identity` (equal for all seeds of a cell).
+    Unfinished runs have their costs and metric so far.
     `rows`: a line for each row of each run, with `run`, the index of its run.
     """
 
@@ -74,12 +90,13 @@ def read_records(root: Path) -> Records:
             warnings.append(f"{where}: its SHA-256 is not the one in summary.json; the run is left out")
             continue
         own = _parse_rows(path.with_name(ROWS), content or b"", warnings)
-        rows += [{"run": len(runs), **row.model_dump()} for row in own]
+        rows += [{"run": len(runs), **row.model_dump(exclude=NOT_NUMBERS), **row.tests} for row in own]
         identity = json.dumps(cell_identity(config), sort_keys=True)
         keys = {name: value for name, value in config.items() if name not in MACHINE}
         run = {"folder": path.parent, "run": escaped(path.parent.name), "identity": identity}
         runs.append({**keys, **_outcome(summary, own), **run})
-    columns = ["run", *Columns.model_fields]
+    columns = list(dict.fromkeys(["run", *Columns.model_fields, *(name for row in rows for name in row)]))
+    columns = [name for name in columns if name not in NOT_NUMBERS]
     types = {**dict.fromkeys(columns, float), "run": int, "round": int}
     return Records(pd.DataFrame(runs, dtype=object), pd.DataFrame(rows, columns=columns).astype(types), warnings)
 
@@ -132,17 +149,22 @@ def escaped(text: object) -> str:
 
 
 def _outcome(summary: Summary | None, rows: list[Columns]) -> dict[str, Any]:
-    """Accuracies, costs and origin of a run: from its summary if it is finished, else from its rows."""
-    tested = [row.test_accuracy for row in rows if row.test_accuracy is not None]
-    so_far = {"best_test_accuracy": max(tested, default=None), "final_test_accuracy": tested[-1] if tested else None}
+    """The metric, its values, costs and origin of a run: from its summary if it is finished, else from its rows."""
+    recorded = (rows[-1].metric if rows else None) or (summary and summary.metric)
+    metric = recorded.metric if recorded else ACCURACY
+    tested = [value for row in rows if (value := row.value(metric)) is not None]
+    so_far: dict[str, Any] = {metric.best: metric.best_of(tested), metric.final: tested[-1] if tested else None}
     last = rows[-1].model_dump(include=set(Costs.model_fields)) if rows else {}
-    summarized = summary.model_dump(exclude_none=True) if summary else {"finished": False}
+    summarized: dict[str, Any] = {"finished": False}
+    if summary:
+        summarized = {**summary.model_dump(exclude_none=True, exclude=NOT_NUMBERS), **summary.tests}
     if summarized["finished"]:
         so_far = dict.fromkeys(so_far)
     else:
         summarized = {name: value for name, value in summarized.items() if name not in {*Columns.model_fields, *so_far}}
     traffic = {name: last[name] for name in TRAFFIC if last.get(name) is not None}  # an older summary's is another
-    return {**dict.fromkeys(Summary.model_fields), **last, **so_far, **summarized, **traffic}
+    known = dict.fromkeys(name for name in Summary.model_fields if name not in NOT_NUMBERS)
+    return {**known, **last, **so_far, **summarized, **traffic, "metric": metric}
 
 
 def _read(path: Path, parse: Callable[[bytes], T], warnings: list[str]) -> T | None:

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.progress import track
 
 from fedsim.errors import RunFailed, UserError
-from fedsim.report.answers import PAIRED, answers
+from fedsim.report.answers import answers, note_of
 from fedsim.report.differences import paired_differences
 from fedsim.report.drawing import Plot
 from fedsim.report.figures import plots_of
@@ -131,7 +131,7 @@ def _section(table: ResultTable, path: Path, command: str) -> dict[str, Any]:
         "question": escaped(table.question),
         "short": short,
         "answers": more,
-        "paired": "" if changes.empty else PAIRED,
+        "paired": "" if changes.empty else note_of(table.metric),
         "notes": notes(table),
         "progress": progress(table),
         "table": result_table(table, changes) if table.counted.size else None,

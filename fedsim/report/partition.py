@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
-from fedsim.data.partition import check_partition, shard_of
+from fedsim.data.partition import check_partition, examples_of, shard_of
 from fedsim.errors import UserError
 from strategies.arguments import split_name
 
@@ -28,7 +28,7 @@ def show_partition(config: Config, out: str, console: Console) -> None:
     console.print(table(counts))
     held, images = int(counts.sum()), len(load_dataset(config).train)
     name, _ = split_name(config.partition)
-    console.print(f"{name}: {config.clients} clients hold {held:,} of {images:,} training images")
+    console.print(f"{name}: {config.clients} clients hold {held:,} of {images:,} training {examples_of(config)}")
     if out:
         figure(counts).savefig(out, dpi=150)
         console.print(f"drawn in {out}")
@@ -37,7 +37,7 @@ def show_partition(config: Config, out: str, console: Console) -> None:
 def class_counts(config: Config) -> NDArray[np.int64]:
     """(K, classes) the number of images of each class that each client holds."""
     data = load_dataset(config)
-    labels = data.train.labels.cpu().numpy()
+    labels = data.train.groups.cpu().numpy()
     return np.stack([np.bincount(labels[shard_of(config, k)], minlength=data.classes) for k in range(config.clients)])
 
 

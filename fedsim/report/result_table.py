@@ -17,6 +17,7 @@ import numpy as np
 import pandas as pd
 
 from fedsim.config import BUDGET, Config, Value
+from fedsim.data.metric import ACCURACY, Metric
 from fedsim.errors import UserError
 from fedsim.experiments.study import FOLDER, LARGE_BATCH, STORED, Study, compared_axis, read_study, study_names
 from fedsim.network import is_summed
@@ -87,15 +88,20 @@ class ResultTable:
         return [value for value in self.cells[name].unique() if value in there]
 
     @property
+    def metric(self) -> Metric:
+        """What the runs are compared by."""
+        return next(iter(self.runs["metric"]), ACCURACY)
+
+    @property
     def tested_on(self) -> str:
-        """The images that accuracies are measured on: test, validation, or both."""
+        """The examples that the metric is measured on: test, validation, or both."""
         held_out = self.runs["validation"].fillna(0) > 0
         return " and ".join(sorted({"validation" if held else "test" for held in held_out})) or "test"
 
     @property
     def counted(self) -> pd.DataFrame:
         """The tested runs that tables and curves show: the finished ones of a cell, or all if none is finished."""
-        tested = self.runs[self.runs["final_test_accuracy"].notna()]
+        tested = self.runs[self.runs[self.metric.final].notna()]
         return tested[tested["finished"] | ~tested["cell"].isin(tested["cell"][tested["finished"]])]
 
     @property
@@ -118,7 +124,8 @@ def read_tables(root: Path) -> tuple[list[ResultTable], list[str]]:
         raise UserError(f"{shown} holds no runs{why}: give a folder of results, for instance results")
     _warn_of_equal_names(records)
     tables: list[ResultTable] = []
-    for folder, runs in records.runs.groupby(records.runs["folder"].map(lambda path: path.parent)):
+    parents = records.runs["folder"].map(lambda path: path.parent)
+    for (folder, _), runs in records.runs.groupby([parents, records.runs["metric"].map(str)]):
         name = _file_name("-".join(folder.relative_to(root).parts) or folder.resolve().name)
         taken = {table.name for table in tables}
         name = next(n for n in [name, *(f"{name}-{i}" for i in range(2, len(tables) + 3))] if n not in taken)
@@ -274,7 +281,8 @@ def _table(
     cells["expected"] = runs["cell"].value_counts().reindex(cells.index, fill_value=0).clip(lower=seeds)
     of_cell = ["clients", "workers", "baseline", "summed"]
     runs = runs.drop(columns=["clients", "workers"], errors="ignore").join(cells[of_cell], on="cell")
-    numbers = ["best_test_accuracy", "final_test_accuracy", "epoch", "round", "steps_done", "parameters"]
+    metric = next(iter(runs["metric"]), ACCURACY)
+    numbers = [metric.best, metric.final, "epoch", "round", "steps_done", "parameters"]
     types = {**dict.fromkeys([*numbers, *Costs.model_fields], float), "finished": bool}
     runs = runs.astype(types).copy()  # as one block: before, each column is one
     runs["parameters"] = runs["parameters"].fillna(runs.groupby("cell")["parameters"].transform("max"))

@@ -12,6 +12,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim.config import ARGUMENTS
+from fedsim.data.metric import ACCURACY
 from fedsim.report.result_table import NOTHING, ResultTable
 from fedsim.report.tuning import tuning_notes
 
@@ -50,40 +51,41 @@ TRAFFIC = ("network_syncs", "network_bytes")
 def summarize(table: ResultTable) -> pd.DataFrame:
     """A line for each tested cell, over its `counted` runs.
 
-    `best`, `final` (means, fractions), `best_std`, `final_std` (NaN for one run), the means of `COSTS`, `left_out` (the
-    sum of updates left out), `finished` and `started` (numbers of runs), `reached` (the last epoch of unfinished runs),
-    and the columns of the cell.
+    `best`, `final` (means of the metric), `best_std`, `final_std` (NaN for one run), the means of `COSTS`, `left_out`
+    (the sum of updates left out), `finished` and `started` (numbers of runs), `reached` (the last epoch of unfinished
+    runs), and the columns of the cell.
     """
     by_cell = table.counted.groupby("cell")
-    accuracy = by_cell.agg(
-        best=("best_test_accuracy", "mean"),
-        best_std=("best_test_accuracy", "std"),
-        final=("final_test_accuracy", "mean"),
-        final_std=("final_test_accuracy", "std"),
+    tests = by_cell.agg(
+        best=(table.metric.best, "mean"),
+        best_std=(table.metric.best, "std"),
+        final=(table.metric.final, "mean"),
+        final_std=(table.metric.final, "std"),
         left_out=("updates_left_out", "sum"),
     )
     every = table.runs.groupby("cell")
     runs = every.agg(finished=("finished", "sum"), started=("finished", "size"))
     unfinished = table.runs[~table.runs["finished"]]
     runs["reached"] = unfinished.groupby("cell")["epoch"].max()
-    return table.cells.join([accuracy, by_cell[list(COSTS)].mean(), runs], how="inner").sort_index()
+    return table.cells.join([tests, by_cell[list(COSTS)].mean(), runs], how="inner").sort_index()
 
 
 def result_table(table: ResultTable, changes: pd.DataFrame, costs: Sequence[str] = tuple(COSTS)) -> TextTable:
-    """A line for each tested cell: runs, accuracies with the paper's, `paired_differences`, mean costs."""
+    """A line for each tested cell: runs, the metric with the paper's, `paired_differences`, mean costs."""
     summary = summarize(table).join(changes[["change", "interval"]])
     costs = [name for name in costs if name not in TRAFFIC or table.with_traffic]
     with_paper, compared = summary["paper"].notna().any(), not changes.empty
-    rows = []
+    rows, metric = [], table.metric
     for line in summary.to_dict("records"):
-        best = [Entry(percent(line["best"], line["best_std"])), _of_paper(line)] if with_paper else []
-        change = [Entry(difference(line["change"], line["interval"]))] if compared else []
+        best = [Entry(metric.number(line["best"], line["best_std"])), _of_paper(line)] if with_paper else []
+        change = [Entry(metric.difference(line["change"], line["interval"]))] if compared else []
         numbers = [Entry(number(line[name] / COSTS[name][1])) for name in costs]
-        name, final = Entry(line["label"] or table.name), Entry(percent(line["final"], line["final_std"]))
+        name, final = Entry(line["label"] or table.name), Entry(metric.number(line["final"], line["final_std"]))
         rows.append([name, _runs(line), final, *best, *change, *numbers])
     header = ["cell", "runs", "final", *(["best", "the paper's best"] if with_paper else [])]
     header += [*(["difference"] if compared else []), *(COSTS[name][0] for name in costs)]
-    return TextTable(f"Accuracy on {table.tested_on} images, %{_deviation(table)}; costs of a run", header, rows)
+    title = f"{metric.on(table.tested_on)}{f', {metric.unit}' if metric.label != metric.words else ''}"
+    return TextTable(f"{title}{_deviation(table)}; costs of a run", header, rows)
 
 
 def notes(table: ResultTable) -> list[str]:
@@ -110,19 +112,20 @@ def progress(table: ResultTable) -> str:
 
 
 def protocol(table: ResultTable, tuned: bool) -> str:
-    """The images that accuracies are measured on, and how the best one and, if `tuned`, some keys are chosen."""
+    """The examples that the metric is measured on, and how the best one and, if `tuned`, some keys are chosen."""
     held = sorted(set(table.runs["validation"].dropna()) - {0})
-    images = ", ".join(map(str, held))
+    images, what = ", ".join(map(str, held)), table.metric.examples
     if table.tested_on == "validation":
         return (
-            f"Protocol: tested on {images} training images held out of training (key validation), never on the test "
-            "images. Use these accuracies to choose hyper-parameters, not to report."
+            f"Protocol: tested on {images} training {what} held out of training (key validation), never on the test "
+            f"{what}. Use these {'accuracies' if table.metric == ACCURACY else 'values'} to choose hyper-parameters, "
+            "not to report."
         )
-    split = "keys were chosen on held-out training images" if tuned else "no validation split"
-    split = f"in some runs on {images} validation images instead" if held else split
+    split = f"keys were chosen on held-out training {what}" if tuned else "no validation split"
+    split = f"in some runs on {images} validation {what} instead" if held else split
     return (
-        f"Protocol: tested on the test images, {split}. Best is the best of a run's tests, chosen on those same "
-        "images as the paper's code did, and so optimistic; final is the last test."
+        f"Protocol: tested on the test {what}, {split}. Best is the best of a run's tests, chosen on those same "
+        f"{what} as the paper's code did, and so optimistic; final is the last test."
     )
 
 
@@ -164,26 +167,29 @@ def origins(table: ResultTable) -> list[tuple[str, str]]:
 def runs_frame(table: ResultTable) -> pd.DataFrame:
     """A line for each run: fixed columns, and each configuration key that varies. Accuracies are fractions.
 
-    `final_` and `best_test_accuracy` are empty for an unfinished run. Syncs and bytes are as recorded.
+    Those of the metric, `final_` and `best_test_`, are empty for an unfinished run. Syncs and bytes are as recorded.
     """
     runs = table.runs.sort_values(["cell", "seed"], kind="stable")
     config = runs["cell"].map(table.cells["config"])
     runs = runs.assign(workers=config.map(lambda keys: keys.get("workers")))  # the key, not their number in a round
-    finished = runs["finished"]
+    finished, metric = runs["finished"], table.metric
     local = runs.reindex(columns=["local-steps", "local-epochs"])  # which centralized runs do not have
     frame = runs.assign(
         local_steps_per_round=local["local-steps"].where(local["local-epochs"].fillna(0) == 0),
         batch_size=runs["batch-size"],
         clients=runs["clients"].where(runs["mode"] == "localsgd"),
         tested_on=["validation" if held else "test" for held in runs["validation"].fillna(0)],
-        last_test_accuracy=runs["final_test_accuracy"],
-        final_test_accuracy=runs["final_test_accuracy"].where(finished),
-        best_test_accuracy=runs["best_test_accuracy"].where(finished),
+        **{
+            f"last_{metric.column}": runs[metric.final],
+            metric.final: runs[metric.final].where(finished),
+            metric.best: runs[metric.best].where(finished),
+        },
     )
+    columns = [name.replace("accuracy", metric.name) for name in CSV_COLUMNS]
     keys = sorted({name for config in table.cells["config"] for name in config} & set(runs.columns))
     shown = {*CSV_COLUMNS, "local-steps", "batch-size", ARGUMENTS}  # the key of a choice shows its arguments
     varying = [name for name in keys if name not in shown and runs[name].dropna().astype(str).nunique() > 1]
-    return frame[[*CSV_COLUMNS[:7], *varying, *CSV_COLUMNS[7:]]]
+    return frame[[*columns[:7], *varying, *columns[7:]]]
 
 
 def csv_text(frame: pd.DataFrame) -> str:
@@ -206,19 +212,6 @@ def statistics(values: pd.Series, cells: pd.Series) -> pd.DataFrame:
     return values.dropna().groupby(cells).agg(["mean", "std", "count"])
 
 
-def percent(mean: float, deviation: float = float("nan")) -> str:
-    """A fraction in %, with its standard deviation if there is one."""
-    return f"{100 * mean:.2f}" + (f" ± {100 * deviation:.2f}" if pd.notna(deviation) else "")
-
-
-def difference(change: float, interval: float = float("nan")) -> str:
-    """A difference of two fractions in points, with its sign and half of its confidence interval if there is one."""
-    if pd.isna(change):
-        return ""
-    text = f"{100 * change:+.2f}".replace("-", "−")
-    return text + (f" ± {100 * interval:.2f}" if pd.notna(interval) else "")
-
-
 def number(value: float) -> str:
     """A number to three digits or, above 100, to the unit with thousands separated; a dash if it is missing."""
     if pd.isna(value):
@@ -238,7 +231,7 @@ def _of_paper(line: dict[str, Any]) -> Entry:
     if line["paper"] is None:
         return Entry(NOTHING)
     value = line["paper"].best
-    return Entry(f"{value:.2f}", difference(line["best"] - value / 100) if line["finished"] else "")
+    return Entry(f"{value:.2f}", ACCURACY.difference(line["best"] - value / 100) if line["finished"] else "")
 
 
 def _left_out(line: dict[str, Any]) -> list[str]:

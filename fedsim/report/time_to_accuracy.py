@@ -13,15 +13,16 @@ import pandas as pd
 from rich.console import Console
 
 from fedsim.config.options import TimeOptions
+from fedsim.data.metric import ACCURACY, Metric
 from fedsim.errors import UserError
 from fedsim.network import Network, duration, rate
-from fedsim.report.bandwidths import plot_bandwidths
+from fedsim.report.bandwidths import goal_of, plot_bandwidths
 from fedsim.report.load import escaped
 from fedsim.report.network import network_seconds
 from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings, write_csv
 from fedsim.report.result_table import NOTHING, ResultTable, read_tables, split_by
 from fedsim.report.stragglers import Stragglers, computed_steps, stragglers
-from fedsim.report.tables import Entry, TextTable, number, percent, rich_table
+from fedsim.report.tables import Entry, TextTable, number, rich_table
 
 PARTS = ["computing", "waiting", "transfer"]  # of the seconds of a run
 CIRCUMSTANCES = ("dataset", "partition")  # between which nobody chooses: the fastest cell is that of each
@@ -52,9 +53,9 @@ def plan_of(options: TimeOptions) -> Plan:
 
 def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Console) -> None:
     """Print the times of every table under `root`, and write them and a figure to `out`."""
-    if not 0 < plan.target < 1:
-        raise UserError(f"target = {plan.target} is not an accuracy: give a fraction between 0 and 1, for instance 0.5")
     whole, warnings = read_tables(folder("results", root))
+    if any(table.metric.unit == "%" for table in whole) and not 0 < plan.target < 1:
+        raise UserError(f"target = {plan.target} is not an accuracy: give a fraction between 0 and 1, for instance 0.5")
     tables = [part for table in whole for part in split_by(table, CIRCUMSTANCES)]
     found = [(table, times_to_target(table, plan)) for table in tables if not table.counted.empty]
     show_warnings(warnings, console)
@@ -63,7 +64,7 @@ def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Con
             plot = plot_bandwidths(times, table, plan.target, plan.network)
             files = save_plot(plot, path, command)
             times_file = path / f"time-to-accuracy-{table.name}.csv"
-            write_csv(times_frame(times), times_file)
+            write_csv(times_frame(times, table.metric), times_file)
             console.print(rich_table(time_table(times, table, plan), CAPTION))
             console.print(escaped(plot.caption), markup=False, highlight=False)
             for file in (times_file, *files):
@@ -76,11 +77,12 @@ def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
     Columns: means of `seconds`, of the parts `computing`, `waiting` for latency and `transfer`, `resolution` (seconds
     since the previous test), `epoch`, `network_syncs`, and the bytes of all workers `sent_up`, `sent_down`;
     `seconds_std`; `reached` and `runs` (numbers of runs); `compute_s` (of
-    a step); `best_accuracy` of any run; `finished` (whether all runs are); `late` (whether messages are on their way
+    a step); `best_METRIC` of any run; `finished` (whether all runs are); `late` (whether messages are on their way
     while workers compute); and the columns of the cell.
     """
     rows = table.rows.sort_values(["run", "round"])
-    cells = table.cells.loc[sorted(rows["cell"][rows["test_accuracy"].notna()].unique())]
+    metric = table.metric
+    cells = table.cells.loc[sorted(rows["cell"][rows[metric.column].notna()].unique())]
     _check_link(cells, plan.network)
     cells = cells.assign(late=cells["config"].map(lambda config: "delay" in str(config.get("layer")).split("+")))
     images = images_per_step(cells)
@@ -90,15 +92,15 @@ def times_to_target(table: ResultTable, plan: Plan) -> pd.DataFrame:
         **network_seconds(rows, plan.network),
     )
     rows = rows.assign(seconds=_seconds(rows, rows["cell"].map(cells["late"])))
-    tested = rows[rows["test_accuracy"].notna()]
+    tested = rows[rows[metric.column].notna()]
     tested = tested.assign(resolution=tested.groupby("run")["seconds"].diff().fillna(tested["seconds"]))
-    first = tested[tested["test_accuracy"] >= plan.target].dropna(subset=MEANS).groupby("run").head(1)
+    first = tested[metric.reaches(tested[metric.column], plan.target)].dropna(subset=MEANS).groupby("run").head(1)
     by_cell = first.groupby("cell")
     runs = table.runs.groupby("cell")["finished"].agg(runs="size", finished="all")
     found = cells.join([by_cell[MEANS].mean(), by_cell["seconds"].std().rename("seconds_std"), runs])
     reached = by_cell.size().reindex(cells.index, fill_value=0)
-    best = tested.groupby("cell")["test_accuracy"].max()
-    return found.assign(reached=reached, compute_s=steps, best_accuracy=best)
+    best = tested.groupby("cell")[metric.column].agg("max" if metric.higher_is_better else "min")
+    return found.assign(reached=reached, compute_s=steps, **{f"best_{metric.name}": best})
 
 
 def _seconds(rows: pd.DataFrame, late: pd.Series) -> pd.Series:
@@ -138,24 +140,25 @@ def time_table(times: pd.DataFrame, table: ResultTable, plan: Plan) -> TextTable
         name = Entry(line["label"] or table.name)
         if not line["reached"]:
             never = "never" if line["finished"] else "not yet"
-            best = Entry(never, f"best {percent(line['best_accuracy'])} %")
+            value = table.metric.number(line[f"best_{table.metric.name}"])
+            best = Entry(never, f"best {table.metric.with_unit(value)}")
             rows.append([name, best, *[Entry(NOTHING)] * (1 + len(columns)), reached])
             continue
         deviation = f" ± {number(line['seconds_std'])}" if line["seconds_std"] > line["resolution"] else ""
         costs = [Entry(number(line[column] / unit)) for column, (_, unit) in columns.items()]
         times_of = (Entry(f"{number(line['seconds'])}{deviation}"), Entry(number(line["resolution"])))
         rows.append([name, *times_of, *costs, reached])
-    title = f"{table.title}: time to {100 * plan.target:g} % accuracy on {table.tested_on} images"
+    title = f"{table.title}: time to {goal_of(table, plan.target)}"
     header = ["cell", "seconds", "within", *(title for title, _ in columns.values()), "runs"]
     return TextTable(title, header, rows)
 
 
-def times_frame(times: pd.DataFrame) -> pd.DataFrame:
+def times_frame(times: pd.DataFrame, metric: Metric = ACCURACY) -> pd.DataFrame:
     """The times as a table of numbers."""
     means = {name: f"{name.removeprefix('network_')}_mean" for name in MEANS if name != "resolution"}
     numbers = times.drop(columns="label").assign(cell=times["label"]).rename(columns=means)
     columns = ["cell", "workers", "compute_s", "runs", "reached", "seconds_mean", "seconds_std", "resolution"]
-    return numbers[[*columns, *(name for name in means.values() if name not in columns), "best_accuracy"]]
+    return numbers[[*columns, *(name for name in means.values() if name not in columns), f"best_{metric.name}"]]
 
 
 def _check_link(cells: pd.DataFrame, network: Network) -> None:

@@ -6,6 +6,7 @@ import csv
 import re
 from pathlib import Path
 
+from fedsim.data.metric import Metric
 from fedsim.errors import UserError
 from fedsim.experiments.study import STORED, TRIALS, Tune, read_study
 from fedsim.report.load import escaped
@@ -29,21 +30,21 @@ def _notes_of(folder: Path, table: ResultTable) -> list[str]:
         with path.open(encoding="utf-8", newline="") as file:
             lines = list(csv.DictReader(file))
         chosen = [line for line in lines if line["outcome"] == "chosen" and line["cell"] in cells]
-        return [escaped(_paragraph(tune, chosen))] if tune and chosen else []
+        return [escaped(_paragraph(tune, chosen, table.metric))] if tune and chosen else []
     except (OSError, ValueError, KeyError, TypeError, csv.Error, UserError):
         return [f"Tuning: {escaped(path)} cannot be read."]
 
 
-def _paragraph(tune: Tune, chosen: list[dict[str, str]]) -> str:
-    keys = " and ".join(tune.grid)
+def _paragraph(tune: Tune, chosen: list[dict[str, str]], metric: Metric) -> str:
+    keys, what = " and ".join(tune.grid), metric.examples
     grid = "; ".join(f"{key} of {', '.join(map(str, values))}" for key, values in tune.grid.items())
     choices = "; ".join(
         f"{line['cell']}: {', '.join(f'{key} = {line[key]}' for key in tune.grid if line.get(key))} "
-        f"({float(line['validation_accuracy']):.2%})"
+        f"({metric.told(float(line[f'validation_{metric.name}']))})"
         for line in chosen
     )
     return (
-        f"Tuning: {keys} chosen for each cell by its accuracy on {tune.validation} training images held out, never "
-        f"on the test images: {grid}; seed {tune.seed}, {tune.budget:.0%} of the budget. Chosen, with the accuracy on "
-        f"the held-out images: {choices}."
+        f"Tuning: {keys} chosen for each cell by its {metric.words} on {tune.validation} training {what} held out, "
+        f"never on the test {what}: {grid}; seed {tune.seed}, {tune.budget:.0%} of the budget. Chosen, with the "
+        f"{metric.words} on the held-out {what}: {choices}."
     )

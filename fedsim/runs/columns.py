@@ -7,6 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from fedsim.data.metric import ACCURACY, Metric
+
 LARGEST = 2**53  # integers up to this are exact as floats
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -45,25 +47,57 @@ class Costs(BaseModel):
         return current_columns(record) if isinstance(record, dict) else record
 
 
+class MetricRecord(BaseModel):
+    """The fields of `Metric`, in rows and summaries of runs that are not compared by accuracy."""
+
+    model_config = ConfigDict(strict=True, extra="forbid")
+
+    name: Annotated[str, Field(pattern=r"^\w{1,100}$")]
+    unit: str
+    higher_is_better: bool
+    examples: str
+
+    @property
+    def metric(self) -> Metric:
+        """The metric."""
+        return Metric(**self.model_dump())
+
+
 class Columns(Costs):
-    """A line of metrics.jsonl. Accuracies are fractions."""
+    """A line of metrics.jsonl. Accuracies are fractions; other metrics are in `tests`, by their columns."""
 
     round: Natural
     epoch: Annotated[Quantity, TRACKED]
     steps_done: Natural
-    test_accuracy: Annotated[Accuracy | None, TRACKED]
+    test_accuracy: Annotated[Accuracy | None, TRACKED] = None
     test_loss: Annotated[float | None, TRACKED] = None
     train_loss: Annotated[float | None, TRACKED] = None
     lr: Annotated[float | None, TRACKED] = None
     update_norm: Annotated[Quantity | None, TRACKED, OF_UPDATES] = None
     update_cosine: Annotated[float | None, TRACKED, OF_UPDATES] = None
     update_spread: Annotated[Quantity | None, TRACKED, OF_UPDATES] = None
+    metric: MetricRecord | None = None
+    tests: dict[str, float | None] = Field(default_factory=dict)
+
+    def value(self, metric: Metric) -> float | None:
+        """The value of a metric, if it was tested."""
+        return self.test_accuracy if metric == ACCURACY else self.tests.get(metric.column)
 
     @model_validator(mode="before")
     @classmethod
     def _current(cls, record: Any) -> Any:
-        """A row of any version as rows are now."""
-        return current_row(record) if isinstance(record, dict) else record
+        """A row of any version as rows are now, with what was tested besides in `tests`."""
+        if not isinstance(record, dict):
+            return record
+        if "metric" not in record and "test_accuracy" not in record:
+            raise ValueError("test_accuracy is missing")
+        row = current_row(record)
+        return {**row, "tests": {name: row[name] for name in tests_in(row) if name not in cls.model_fields}}
+
+
+def tests_in(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold a number for what was tested, or none."""
+    return [name for name, value in row.items() if name.startswith("test_") and isinstance(value, int | float | None)]
 
 
 def names_with(mark: str) -> tuple[str, ...]:

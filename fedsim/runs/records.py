@@ -8,6 +8,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeGuard
 
+from fedsim.data.metric import metric_of
 from fedsim.errors import UserError
 from fedsim.runs.columns import SENT, Costs, current_columns, current_row, names_with
 from fedsim.runs.folder import MODEL, ROWS, SUMMARY, parsed, read_json, write_json
@@ -91,7 +92,8 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
     summary = read_json(path, remedy)
     valid = isinstance(summary.get("finished"), bool) and isinstance(digests := summary.get("sha256", {}), dict)
     if valid and summary["finished"]:
-        valid = all(map(_is_number, map(summary.get, ("best_test_accuracy", "final_test_accuracy", "seconds"))))
+        metric = metric_of(summary)
+        valid = all(map(_is_number, map(summary.get, (metric.best, metric.final, "seconds"))))
     if valid and digests:  # summaries of older versions have none
         valid = digests.get(SUMMARY) == sha256_of_summary(summary)
     if not valid:
@@ -104,14 +106,16 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 
 def outcome_of(rows: Iterable[Row]) -> dict[str, Any]:
-    """The accuracies, costs and seconds that a summary records of all rows of a run."""
+    """The metric, costs and seconds that a summary records of all rows of a run."""
     best, final, last = None, None, Row()
     for last in rows:
-        if _is_number(tested := last.get("test_accuracy")):
-            best, final = tested if best is None else max(best, tested), tested
+        if _is_number(tested := last.get(metric_of(last).column)):
+            best, final = metric_of(last).best_of([tested] if best is None else [best, tested]), tested
+    metric = metric_of(last)
     return {
-        "best_test_accuracy": best,
-        "final_test_accuracy": final,
+        metric.best: best,
+        metric.final: final,
+        **metric.record(),
         **{name: last.get(name, 0) for name in COSTS},
         "seconds": last.get("seconds", 0.0),
     }

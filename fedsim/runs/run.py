@@ -19,6 +19,8 @@ from pydantic import Field
 from torch import Tensor
 
 from fedsim.config import ARGUMENTS, Config, Mode
+from fedsim.data.datasets import task_of
+from fedsim.data.metric import Metric
 from fedsim.device import CORES, pool_size
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.runs.checkpoint_file import (
@@ -124,6 +126,16 @@ class Run:
         summary = read_summary(self.folder)
         return summary is not None and summary["finished"] and not self._lengthens
 
+    @functools.cached_property
+    def metric(self) -> Metric:
+        """What the run is compared by."""
+        return task_of(self._config).metric
+
+    def metrics_of(self, tests: Mapping[str, float]) -> Row:
+        """The columns of a row for what `evaluate` found; None where nothing was tested."""
+        none = dict.fromkeys(("test_loss", self.metric.column))
+        return {**none, **{f"test_{name}": value for name, value in tests.items()}}
+
     @property
     def seconds(self) -> float:
         """Wall-clock seconds of this run, including those before an interruption (up to the checkpoint)."""
@@ -197,6 +209,7 @@ class Run:
         row = {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in row.items()}
         row["tested_on"] = self.tested_on
         row["seconds"] = round(self.seconds, 3)
+        row |= self.metric.record()
         line = (json.dumps({"version": ROW_VERSION, **row}, allow_nan=False) + "\n").encode()
         with self._writing():
             self._rows.append(line)
@@ -248,7 +261,7 @@ class Run:
             file.write(content)
 
     def write_summary(self, finished: bool, parameters: int, device: str) -> None:
-        """Write the summary of a run that has finished or stopped early. Accuracies are None if nothing was tested."""
+        """Write the summary of a run that has finished or stopped early. Its metric is None if nothing was tested."""
         with self._writing():
             rows_sha256 = self._rows.flush(read=True)
         summary = {

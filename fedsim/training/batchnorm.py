@@ -9,28 +9,28 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedsim.config import Config
-from fedsim.data.images import Images
+from fedsim.data.task import Examples, Task, with_floats
 from fedsim.device import products_in, thread_pool
 from fedsim.rng import generator, random_words, step_keys
 
 STATISTICS = ("running_mean", "running_var")
-BATCH = 128  # images; the same for every K, since the variance within a batch depends on its size
+BATCH = 128  # examples; the same for every K, since the variance within a batch depends on its size
 
 
-def calibration_crops(config: Config, images: Images, count: int) -> Tensor:
-    """(4, N) `Images.crop`'s arguments for `count` of the training `images`, or all of fewer, in whole batches.
+def calibration_sample(config: Config, examples: Examples, count: int) -> Tensor:
+    """(draws, N) what is drawn for `count` of the training `examples`, or all of fewer, in whole batches.
 
     Augmented as in training, and a function of the seed alone: the same at every test, whatever K and J.
     """
-    count = min(count, len(images))
+    count = min(count, len(examples))
     count -= count % BATCH if count > BATCH else 0
-    chosen = generator(config.seed, 0, 0, "batchnorm").permutation(len(images))[:count]
+    chosen = generator(config.seed, 0, 0, "batchnorm").permutation(len(examples))[:count]
     words = random_words(step_keys(config.seed, 0, 0, 1, "batchnorm"), count)
-    return images.sample(chosen, words[0])
+    return examples.sample(chosen, words[0])
 
 
-def reestimate(model: nn.Module, images: Images, crops: Tensor, precision: str = "fp32") -> None:
-    """Set the running statistics of `model` to the means over batches of `images` of those of each batch.
+def reestimate(task: Task, model: nn.Module, examples: Examples, drawn: Tensor, precision: str = "fp32") -> None:
+    """Set the running statistics of `model` to the means over batches of `examples` of those of each batch.
 
     A batch passes through BatchNorm in train mode and everything else in eval mode, so dropout is off as in a test. On
     the CPU each core takes batches of its own on one thread, and their float64 mean is taken in order: the result is
@@ -46,12 +46,12 @@ def reestimate(model: nn.Module, images: Images, crops: Tensor, precision: str =
         for layer in _layers(replica):
             layer.train()
             layer.momentum = 1.0  # the statistics of this batch alone
-        inputs = images.augmented(images.crop(*crops[:, start : start + BATCH].to(images.labels.device)), [start])
+        inputs, targets = examples.batch(drawn[:, start : start + BATCH].to(examples.device), [start])
         with products_in(precision, parameter.device):
-            replica(inputs.to(parameter.dtype))
+            task.forward(replica, (with_floats(inputs, parameter.dtype), targets))
         return [layer.get_buffer(name) for layer in _layers(replica) for name in STATISTICS]
 
-    starts = range(0, crops.shape[1], BATCH)
+    starts = range(0, drawn.shape[1], BATCH)
     if parameter.device.type == "cpu":
         with thread_pool(parameter.device, threads=1) as pool:
             per_batch = list(pool.map(statistics, starts))

@@ -6,18 +6,17 @@ import math
 from fractions import Fraction
 
 from fedsim.config import Config
-from fedsim.data.augment import check_augment
-from fedsim.data.datasets import image_shape, load_dataset
+from fedsim.data.datasets import load_dataset, task_of
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards, sample_order, shard
 from fedsim.device import prepare
 from fedsim.errors import RunFailed, UserError
-from fedsim.models import check_model, check_one_image, initial_model
+from fedsim.models import check_model, check_one_example, initial_model
 from fedsim.optim import build_optimizer, check_optimizer, load_optimizer_state, optimizer_state, zero_state
 from fedsim.optim.lr_schedule import schedule_of
 from fedsim.runs.records import TRAFFIC
 from fedsim.runs.run import Run
-from fedsim.training.step import evaluate, step_inputs
+from fedsim.training.step import Learner, evaluate, step_inputs
 from fedsim.training.step_fn import make_step_fn
 
 NO_COMMUNICATION = {
@@ -32,12 +31,13 @@ def check_centralized(config: Config) -> None:
     """Raise UserError where `config` (resolved) cannot be trained: its data, model or keys do not fit."""
     check_of_run(config)
     check_optimizer(config)
-    images = len(load_dataset(config).train)
-    check_augment(config, image_shape(config))
+    images, task = len(load_dataset(config).train), task_of(config)
+    task.check(config)
     check_model(config)
     check_shards(config, images, 1)
     if images % config.batch_size == 1:
-        check_one_image(config, f"batch-size = {config.batch_size} leaves one of {images} images for the last batch")
+        left = f"leaves one of {images} {task.metric.examples} for the last batch"
+        check_one_example(config, f"batch-size = {config.batch_size} {left}")
     whole_epochs(config)
 
 
@@ -47,11 +47,12 @@ def train_centralized(config: Config, run: Run) -> None:
     The only worker of LocalSGD takes the same steps, bit for bit, where the batch size divides the training images.
     """
     prepare(config)
-    data = load_dataset(config)
+    data, task = load_dataset(config), task_of(config)
     model = initial_model(config)
     named = dict(model.named_parameters())
     optimizer = build_optimizer(config, named)
-    run_steps = make_step_fn(config, model, optimizer, data.train, len(data.train))
+    learner = Learner(model, optimizer, task, config.precision)
+    run_steps = make_step_fn(config, learner, data.train, len(data.train))
     images = shard(len(data.train), 1, 0, config.seed)
     steps_per_epoch = -(-len(images) // config.batch_size)
     epochs, last = whole_epochs(config)
@@ -67,17 +68,15 @@ def train_centralized(config: Config, run: Run) -> None:
         order = sample_order(len(images), epoch * len(images), len(images), config.seed, 0, "epoch")
         first_step = epoch * steps_per_epoch
         rates = [lr(step) for step in range(first_step, first_step + steps_per_epoch)]
-        what = (images[order], config.batch_size, config.seed, 0, first_step, rates, data.train)
-        loss = float(run_steps(step_inputs(*what)))
+        loss = float(run_steps(step_inputs(config, 0, first_step, rates, data.train, images[order])))
 
         if not math.isfinite(loss):
             raise RunFailed(f"the training loss of epoch {epoch + 1} is {loss}: a lower --lr may help")
         tested = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == epochs
-        test_loss, test_accuracy = evaluate(model, data.test, config.precision) if tested else (None, None)
+        tests = evaluate(task, model, data.test, config.precision) if tested else {}
         steps = first_step + steps_per_epoch
         trained = {"round": epoch + 1, "epoch": float(epoch + 1), "steps_done": steps, "lr": lr(steps - 1)}
-        tests = {"test_loss": test_loss, "test_accuracy": test_accuracy}
-        run.log_row({**trained, **NO_COMMUNICATION, "train_loss": loss, **tests})
+        run.log_row({**trained, **NO_COMMUNICATION, "train_loss": loss, **run.metrics_of(tests)})
         if (epoch + 1) % config.checkpoint_every == 0 or epoch + 1 == last:
             state = {"model": model.state_dict(), "optimizer": optimizer_state(named, optimizer)}
             run.save_checkpoint({"round": epoch + 1, **state})

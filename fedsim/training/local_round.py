@@ -4,28 +4,27 @@ from __future__ import annotations
 
 import threading
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
-from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch import Tensor
 
 from fedsim.config import Config
-from fedsim.data.augment import check_augment
-from fedsim.data.datasets import image_shape, load_dataset
-from fedsim.data.images import Images
+from fedsim.data.datasets import load_dataset, task_of
 from fedsim.data.local_folder import own_images
 from fedsim.data.partition import is_iid, sample_order, shard_of
+from fedsim.data.task import Examples
 from fedsim.data.uneven import partition_of, uneven_shards
 from fedsim.device import prepare
 from fedsim.errors import UserError
 from fedsim.models import builder_of, initial_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.system.copies import copies, fill
-from fedsim.training.gradient_terms import GradientTerms, gradient_terms
+from fedsim.training.gradient_terms import gradient_terms
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
-from fedsim.training.step import StepInputs, step_inputs
+from fedsim.training.step import Learner, StepInputs, step_inputs
 from fedsim.training.step_fn import StepFn, make_step_fn
 
 
@@ -55,13 +54,10 @@ class RoundEnd:
     mean_gradient: dict[str, Tensor] = field(default_factory=dict)
 
 
-@dataclass
-class Replica:
-    """A model, its optimizer and the terms of its gradients, lent to one client at a time."""
+class Replica(NamedTuple):
+    """A learner and the function that runs its steps, lent to one client at a time."""
 
-    model: nn.Module
-    optimizer: Optimizer
-    terms: GradientTerms | None
+    learner: Learner
     run_steps: StepFn
 
 
@@ -70,29 +66,28 @@ _of_thread = threading.local()
 
 def take_local_round(config: Config, start: RoundStart) -> RoundEnd:
     """The local steps of one worker; a GPU is not waited for."""
-    replica = _replica(config)
-    named = dict(replica.model.named_parameters())
-    values = replica.model.state_dict()
+    learner, run_steps = _replica(config)
+    named, optimizer, terms = dict(learner.model.named_parameters()), learner.optimizer, learner.terms
+    values = learner.model.state_dict()
     fill(values.values(), (start.weights[name] for name in values))
-    load_optimizer_state(named, replica.optimizer, start.state)
-    if replica.terms:
-        replica.terms.begin(start.constant)
-    loss = replica.run_steps(round_inputs(config, start))
+    load_optimizer_state(named, optimizer, start.state)
+    if terms:
+        terms.begin(start.constant)
+    loss = run_steps(round_inputs(config, start))
     steps = run_plan(config).steps_of(start.round, start.worker, len(held_images(config, start.worker)))
-    gradients = replica.terms.end(steps) if replica.terms else {}
-    state = optimizer_state(named, replica.optimizer)
-    return RoundEnd(copies([values])[0], state, loss, samples_of(config, start), gradients)
+    gradients = terms.end(steps) if terms else {}
+    return RoundEnd(copies([values])[0], optimizer_state(named, optimizer), loss, samples_of(config, start), gradients)
 
 
-def local_images(config: Config) -> Images:
-    """The images that a worker's draws are of: its node's own, or all of the run's."""
+def local_images(config: Config) -> Examples:
+    """The examples that a worker's draws are of: its node's own, or all of the run's."""
     return own_images(config) or load_dataset(config, verify=False).train
 
 
 def check_machine(config: Config) -> None:
     """Raise UserError where this machine lacks what a worker needs: code of the user's, flwr-datasets, its shard."""
     builder_of(config.model)
-    check_augment(config, image_shape(config))
+    task_of(config).check(config)
     own = own_images(config) is not None
     if own and config.local_epochs:
         raise UserError(
@@ -121,8 +116,7 @@ def round_inputs(config: Config, start: RoundStart) -> StepInputs:
     first_step, samples = plan.first_step(start.round), plan.trained(start.round, start.worker, len(held))
     order = sample_order(len(held), samples.start, len(samples), config.seed, start.worker, config.shuffle_every)
     rates = plan.rates(start.round)[: plan.steps_of(start.round, start.worker, len(held))]
-    what = (held[order], config.batch_size, config.seed, start.worker, first_step, rates, local_images(config))
-    return step_inputs(*what)
+    return step_inputs(config, start.worker, first_step, rates, local_images(config), held[order])
 
 
 def samples_of(config: Config, start: RoundStart) -> int:
@@ -145,5 +139,5 @@ def _build_replica(config: Config) -> Replica:
     named = dict(model.named_parameters())
     optimizer, terms = build_optimizer(config, named), gradient_terms(named, layers_of(config).terms)
     samples = run_plan(config).max_steps * config.batch_size
-    run_steps = make_step_fn(config, model, optimizer, local_images(config), samples, terms)
-    return Replica(model, optimizer, terms, run_steps)
+    learner = Learner(model, optimizer, task_of(config), config.precision, terms)
+    return Replica(learner, make_step_fn(config, learner, local_images(config), samples))

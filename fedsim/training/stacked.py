@@ -16,8 +16,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
-from fedsim.data.datasets import facts_of, image_shape, load_dataset
-from fedsim.data.images import ImageShape
+from fedsim.data.datasets import load_dataset, task_of
 from fedsim.data.partition import shard_sizes
 from fedsim.device import prepare
 from fedsim.errors import UserError
@@ -30,7 +29,7 @@ from fedsim.training.gradient_terms import gradient_terms
 from fedsim.training.local_round import RoundEnd, RoundStart, held_images, round_inputs, samples_of, take_local_round
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
-from fedsim.training.step import StepInputs
+from fedsim.training.step import Learner, StepInputs
 from fedsim.training.workers import workers_of
 
 
@@ -54,8 +53,9 @@ class StackedReplicas:
         self._terms = gradient_terms(dict(self._model.named_parameters()), layers_of(config).terms)
         samples = run_plan(config).max_steps * config.batch_size
         self._drawn: dict[tuple[int, int], StepInputs] = {}  # for (worker, round), while the GPU trained the one before
-        keys = (samples, config.batch_size, config.precision, replicas, capturable(config), self._terms)
-        self._steps = CapturedSteps(self._model, self._optimizer, load_dataset(config).train, *keys)
+        learner = Learner(self._model, self._optimizer, task_of(config), config.precision, self._terms, replicas)
+        examples = load_dataset(config).train
+        self._steps = CapturedSteps(learner, examples, samples, config.batch_size, capturable(config))
 
     def take_rounds(self, starts: Sequence[RoundStart]) -> list[RoundEnd]:
         """The local steps of K workers, which are in the same round."""
@@ -137,15 +137,17 @@ def why_not(config: Config, by_products: bool = False) -> str:
         return f"local-epochs = {config.local_epochs}: clients that hold more images take more steps than others"
     if not workers_of(config).alike:
         return f"workers = {config.workers}: some clients take fewer steps than others"
-    builder = builder_of(config.model)
-    problem = _why_not(builder, config.model, facts_of(config).classes, image_shape(config), by_products)
+    builder, task = builder_of(config.model), task_of(config)
+    problem = _why_not(builder, config.model, task.outputs(config), task.shape(config), by_products)
     return f"model {config.model}: {problem}" if problem else ""
 
 
 @functools.lru_cache(maxsize=8)  # a large model takes seconds
-def _why_not(builder: Callable[..., nn.Module], name: str, classes: int, image: ImageShape, by_products: bool) -> str:
+def _why_not(
+    builder: Callable[..., nn.Module], name: str, outputs: int, shape: tuple[int, ...], by_products: bool
+) -> str:
     try:
-        check_stack(lambda: build_model(name, classes, 0, "cpu", "fp64", image), image, by_products)
+        check_stack(lambda: build_model(name, outputs, 0, "cpu", "fp64", shape), shape, by_products)
     except CannotStack as error:
         return str(error)
     return ""

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from fedsim.data.images import Images, batches
+from fedsim.config import Config
+from fedsim.data.task import Batch, Examples, Task, with_floats
 from fedsim.device import products_in, thread_pool
 from fedsim.errors import RunFailed
 from fedsim.models.dropout import StepKeys, set_dropout_keys
@@ -27,117 +27,108 @@ GPU_TEST_BATCH = 2500  # smaller ones leave a GPU waiting for their launches
 
 @dataclass(frozen=True)
 class StepInputs:
-    """What consecutive local steps of one worker read: which images, how each is augmented, and the learning rates.
+    """What consecutive local steps of one worker read: which examples, what is drawn for each, and the learning rates.
 
-    `crops`: (4, samples) on the CPU, the arguments of `Images.crop`; a step takes the next batch of its columns, the
-    last one may be smaller. `dropout_keys`: (steps,) int64, and `rates` and `augment_keys`: one number, for each step.
+    `drawn`: of `Examples.sample`, (draws, samples) on the CPU; a step takes the next batch of its columns, the last one
+    may be smaller. `dropout_keys`: (steps,) int64, and `rates` and `augment_keys`: one number, for each step.
     """
 
-    crops: Tensor
+    drawn: Tensor
     dropout_keys: Tensor
     rates: Sequence[float]
     augment_keys: Sequence[int]
 
 
+@dataclass(frozen=True)
+class Learner:
+    """What a local step changes, and how: a model or a stacked network of K `replicas`, its optimizer and its task."""
+
+    model: nn.Module
+    optimizer: Optimizer
+    task: Task
+    precision: str
+    terms: GradientTerms | None = None
+    replicas: int = 1
+
+
 def step_inputs(
-    index: NDArray[np.int64],
-    batch_size: int,
-    seed: int,
-    worker: int,
-    first_step: int,
-    rates: Sequence[float],
-    images: Images,
+    config: Config, worker: int, first_step: int, rates: Sequence[float], examples: Examples, index: NDArray[np.int64]
 ) -> StepInputs:
-    """The inputs of the steps `first_step`, `first_step` + 1, ... of a worker on those `images` that `index` lists."""
-    augment_keys = step_keys(seed, worker, first_step, len(rates), "augment")
-    keys = step_keys(seed, worker, first_step, len(rates), "dropout")
-    crops = images.sample(index, random_words(augment_keys, batch_size).reshape(-1)[: len(index)])
-    return StepInputs(crops, torch.from_numpy(keys.view(np.int64)), rates, augment_keys.tolist())
+    """What a worker reads in the steps `first_step`, `first_step` + 1, ... on those `examples` that `index` lists."""
+    augment_keys = step_keys(config.seed, worker, first_step, len(rates), "augment")
+    keys = step_keys(config.seed, worker, first_step, len(rates), "dropout")
+    drawn = examples.sample(index, random_words(augment_keys, config.batch_size).reshape(-1)[: len(index)])
+    return StepInputs(drawn, torch.from_numpy(keys.view(np.int64)), rates, augment_keys.tolist())
 
 
-def run_steps(
-    model: nn.Module,
-    optimizer: Optimizer,
-    images: Images,
-    batch_size: int,
-    precision: str,
-    terms: GradientTerms | None,
-    inputs: StepInputs,
-) -> float:
+def run_steps(learner: Learner, examples: Examples, batch_size: int, inputs: StepInputs) -> float:
     """Run one optimizer step for each batch of `inputs`; returns the mean training loss over all samples.
 
     The loss of a batch is the one before its step, in train mode. The device is waited for once, at the end.
     """
-    model.train()
-    parameter = next(model.parameters())
+    learner.model.train()
+    parameter = next(learner.model.parameters())
     step_keys = StepKeys(device=parameter.device)
-    set_dropout_keys(model, step_keys)
-    losses, sizes = [], []
-    drawn = batches(images, inputs.crops, batch_size)
+    set_dropout_keys(learner.model, step_keys)
+    losses, sizes = [], list[int]()
+    batches = torch.split(inputs.drawn.to(examples.device), batch_size, dim=1)
     keys = zip(inputs.rates, inputs.dropout_keys, inputs.augment_keys, strict=True)
-    for (crops, labels), (lr, key, augment_key) in zip(drawn, keys, strict=True):
-        crops = images.augmented(crops, [augment_key])
+    for drawn, (lr, key, augment_key) in zip(batches, keys, strict=True):
+        taken, targets = examples.batch(drawn, [augment_key])
         step_keys.begin_step(key)
-        set_lr(optimizer, lr)
-        losses.append(take_step(model, optimizer, crops.to(parameter.dtype), labels, precision, terms=terms))
-        sizes.append(len(labels))
+        set_lr(learner.optimizer, lr)
+        losses.append(take_step(learner, (with_floats(taken, parameter.dtype), targets)))
+        sizes.append(drawn.shape[1])
     sums = torch.stack(losses).double().cpu() * torch.tensor(sizes)
     return float(sums.sum()) / sum(sizes)
 
 
-def take_step(
-    model: nn.Module,
-    optimizer: Optimizer,
-    images: Tensor,
-    labels: Tensor,
-    precision: str,
-    replicas: int = 1,
-    terms: GradientTerms | None = None,
-) -> Tensor:
+def take_step(learner: Learner, batch: Batch) -> Tensor:
     """One optimizer step on a batch; returns its mean loss before the step, without synchronizing.
 
-    For a stacked network of K `replicas`, `labels` are (K * B,) and the losses (K,).
+    For a stacked network of K `replicas` the losses are (K,).
     """
-    model.zero_grad()
-    with products_in(precision, images.device):
-        logits = model(images)
-        if replicas == 1:
-            losses = F.cross_entropy(logits, labels)
-        else:
-            each = F.cross_entropy(logits.flatten(0, 1), labels, reduction="none")
-            losses = each.view(replicas, -1).mean(1)
+    task, targets = learner.task, batch[1]
+    learner.model.zero_grad()
+    with products_in(learner.precision, targets.device):
+        outputs = task.forward(learner.model, batch)
+        alone = learner.replicas == 1
+        losses = task.loss(outputs, targets) if alone else task.losses(outputs, targets, learner.replicas)
     losses.sum().backward()  # type: ignore[no-untyped-call]
-    if terms:
-        terms.add()
-    optimizer.step()
+    if learner.terms:
+        learner.terms.add()
+    learner.optimizer.step()
     return losses.detach()
 
 
-def evaluate(model: nn.Module, images: Images, precision: str = "fp32") -> tuple[float, float]:
-    """Mean cross-entropy and accuracy (a fraction) of `model`, in eval mode, over all `images`.
+def evaluate(task: Task, model: nn.Module, examples: Examples, precision: str = "fp32") -> dict[str, float]:
+    """The mean of the loss and of each metric of `task` over all `examples`, of `model` in eval mode.
 
     On the CPU each core tests batches of its own on one thread, so that the result is the same on any number. Raises
-    RunFailed where the loss is not finite: the accuracy of such a model has no meaning.
+    RunFailed where the loss or a metric is not finite: the others of such a model have no meaning.
     """
     model.eval()
     parameter = next(model.parameters())
     batch = TEST_BATCH if parameter.device.type == "cpu" else GPU_TEST_BATCH
 
     @torch.inference_mode()
-    def test(start: int) -> Tensor:
-        inputs, labels = images.plain(start, start + batch)
+    def test(start: int) -> dict[str, Tensor]:
+        inputs, targets = examples.plain(start, start + batch)
         with products_in(precision, parameter.device):
-            logits = model(inputs.to(parameter.dtype))
-            loss_sum = F.cross_entropy(logits, labels, reduction="sum")
-        return torch.stack([loss_sum.double(), (logits.argmax(1) == labels).sum().double()])
+            outputs = task.forward(model, (with_floats(inputs, parameter.dtype), targets))
+            return task.sums(outputs, targets)
 
-    starts = range(0, len(images), batch)
+    starts = range(0, len(examples), batch)
     if parameter.device.type == "cpu":
         with thread_pool(parameter.device, threads=1) as pool:
             sums = list(pool.map(test, starts))
     else:  # in this thread, whose convolution plans cuDNN remembers
         sums = list(map(test, starts))
-    loss, correct = sum(sums[1:], sums[0]).tolist()
-    if not math.isfinite(loss):
-        raise RunFailed(f"the loss of the model in a test is {loss}: a lower --lr may help, if its eval mode is right")
-    return loss / len(images), correct / len(images)
+    parts = [torch.stack(list(part.values())) for part in sums]
+    totals = dict(zip(sums[0], sum(parts[1:], parts[0]).tolist(), strict=True))
+    for name, total in totals.items():
+        if not math.isfinite(total):
+            raise RunFailed(
+                f"the {name} of the model in a test is {total}: a lower --lr may help, if its eval mode is right"
+            )
+    return {name: total / len(examples) for name, total in totals.items()}

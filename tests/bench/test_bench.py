@@ -27,7 +27,7 @@ from fedsim.bench.turn import main as run_task
 from fedsim.bench.variants import METHODS, ON_CPU, VARIANTS
 from fedsim.config import Config
 from fedsim.config.options import BenchOptions
-from fedsim.data.datasets import load_dataset
+from fedsim.data.image_sets import load_images
 from fedsim.device import resolve
 from fedsim.experiments.cost import flop_per_image
 from tests.federation.test_flwr_run import started_by
@@ -259,7 +259,7 @@ def test_bad_input_is_one_line_before_anything_is_measured(
 
 
 def test_the_plain_loop_sees_the_same_images() -> None:
-    data = load_dataset(TINY).train
+    data = load_images(TINY).train
     plain = PilImages(data.pixels(), data.labels)
     assert len(plain) == 256
     image, label = plain[7]

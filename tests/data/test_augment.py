@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 
 from fedsim.config import Config
-from fedsim.data.datasets import augmentation_of, load_dataset
+from fedsim.data.image_sets import augmentation_of, load_images
 from fedsim.data.images import Augmentation, Border, Images, sample_crops
 from fedsim.device import resolve
 from fedsim.errors import UserError
@@ -57,7 +57,7 @@ def test_the_border_is_black_or_the_image_reflected() -> None:
 
 
 def test_without_normalization_pixels_are_from_0_to_1(small: Config) -> None:
-    images = load_dataset(small.changed({"dataset": f"{OWN}:load", "normalize": "none"})).train
+    images = load_images(small.changed({"dataset": f"{OWN}:load", "normalize": "none"})).train
     expected = torch.from_numpy(images.pixels()).permute(0, 3, 1, 2) / 255
     torch.testing.assert_close(images.plain(0, len(images))[0], expected, rtol=0, atol=1e-6)
 

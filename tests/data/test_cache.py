@@ -14,7 +14,8 @@ import pytest
 from fedsim.config import Config
 from fedsim.data import cache as image_cache
 from fedsim.data.cache import Arrays, cached, discard_damaged, user_cache
-from fedsim.data.datasets import data_folder, load_dataset
+from fedsim.data.folder import data_folder
+from fedsim.data.image_sets import load_images
 from fedsim.errors import UserError
 
 
@@ -208,7 +209,7 @@ def test_the_real_images_are_the_same_bits_from_the_cache(real_data: str) -> Non
     from torchvision.datasets import CIFAR100
 
     assert str(data_folder(Config())) == real_data
-    data = load_dataset(Config(device="cpu"))
+    data = load_images(Config(device="cpu"))
     for images, train in ((data.train, True), (data.test, False)):
         official = CIFAR100(real_data, train=train)
         assert np.array_equal(images.pixels(), official.data)

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 import pytest
@@ -10,10 +11,13 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional
 
 from fedsim.config import Config
-from fedsim.data.datasets import data_folder, load_dataset, training_images
-from fedsim.data.images import Images, batches, sample_crops
+from fedsim.data.datasets import load_dataset, training_examples
+from fedsim.data.folder import data_folder
+from fedsim.data.image_sets import load_images
+from fedsim.data.images import Images, sample_crops
 from fedsim.data.official import CIFAR100
 from fedsim.data.partition import check_shards, sample_order, shard
+from fedsim.data.task import Dataset
 from fedsim.errors import UserError
 from fedsim.rng import random_words, step_keys
 
@@ -27,6 +31,10 @@ def images_of(count: int = 20) -> tuple[Images, np.ndarray]:
 def drawn(order: np.ndarray, step: int = 0) -> torch.Tensor:
     """Crops of the images in `order`, all of one step."""
     return sample_crops(order, random_words(step_keys(1, 0, step, 1, "augment"), len(order))[0], (9, 9))
+
+
+def batches(images: Images, sample: torch.Tensor, size: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    return [images.batch(part, [0]) for part in torch.split(sample, size, dim=1)]
 
 
 def test_crops_are_those_of_torchvision() -> None:
@@ -119,9 +127,9 @@ def test_workers_draw_apart() -> None:
 
 def test_synthetic_images_are_the_same_every_time_and_balanced() -> None:
     config = Config(dataset="synthetic:classes=7,images=70", device="cpu")
-    first = load_dataset(config)
-    load_dataset.__globals__["_whole"].cache_clear()
-    again = load_dataset(config)
+    first = load_images(config)
+    load_images.__globals__["_whole"].cache_clear()
+    again = load_images(config)
     assert torch.equal(first.train.plain(0, 70)[0], again.train.plain(0, 70)[0])
     assert first.train.labels.bincount().tolist() == [10] * 7
     assert (len(first.train), len(first.test), first.classes) == (70, 17, 7)
@@ -166,7 +174,7 @@ def test_an_unreadable_data_folder_is_named(tmp_path: Path) -> None:
 
 
 def test_the_real_data_is_the_official_one(real_data: str) -> None:
-    data = load_dataset(Config(data_dir=real_data, device="cpu"))
+    data = load_images(Config(data_dir=real_data, device="cpu"))
     assert (len(data.train), len(data.test), data.classes) == (50_000, 10_000, 100)
     assert data.train.labels.bincount().tolist() == [500] * 100
     assert data.test.labels.bincount().tolist() == [100] * 100
@@ -186,15 +194,16 @@ def test_a_damaged_copy_of_the_real_data_is_found_out(real_data: str, tmp_path: 
 
 def test_a_validation_split_is_seeded_disjoint_covering_and_out_of_training() -> None:
     config = Config(dataset="synthetic:images=60", device="cpu")
-    whole = load_dataset(config).train.plain(0, 60)[0]
-    split = load_dataset(config.changed({"validation": 20}))
-    again = load_dataset(config.changed({"validation": 20}))
-    other = load_dataset(config.changed({"validation": 20, "seed": 1}))
-    assert (len(split.train), len(split.test), training_images(config.changed({"validation": 20}))) == (40, 20, 40)
+    whole = load_images(config).train.plain(0, 60)[0]
+    split, again, other = (
+        cast("Dataset[Images]", load_dataset(config.changed(keys)))
+        for keys in ({"validation": 20}, {"validation": 20}, {"validation": 20, "seed": 1})
+    )
+    assert (len(split.train), len(split.test), training_examples(config.changed({"validation": 20}))) == (40, 20, 40)
     parts = torch.cat([split.train.plain(0, 40)[0], split.test.plain(0, 20)[0]])
     places = [int((whole == image).flatten(1).all(1).nonzero()) for image in parts]
     assert sorted(places) == list(range(60))
-    assert torch.equal(split.test.labels, load_dataset(config).train.labels[places[40:]])
+    assert torch.equal(split.test.labels, load_images(config).train.labels[places[40:]])
     assert torch.equal(split.test.plain(0, 20)[0], again.test.plain(0, 20)[0])
     assert not torch.equal(split.test.plain(0, 20)[0], other.test.plain(0, 20)[0])
 

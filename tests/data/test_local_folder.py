@@ -11,7 +11,7 @@ import torch
 from flwr.app import ConfigRecord, Context, Message, RecordDict
 
 from fedsim.config import Config, own_keys
-from fedsim.data.datasets import load_dataset
+from fedsim.data.image_sets import load_images
 from fedsim.data.local_folder import own_images, write_shards
 from fedsim.device import resolve
 from fedsim.errors import UserError
@@ -269,7 +269,7 @@ def test_what_is_not_fedsims_in_the_node_config_is_left_alone() -> None:
 
 
 def test_shards_are_disjoint_whole_and_never_overwritten(small: Config, shards: Path) -> None:
-    train = load_dataset(small).train
+    train = load_images(small).train
     parts = [np.load(shards / str(worker) / "images.npy") for worker in range(4)]
     labels = [np.load(shards / str(worker) / "labels.npy") for worker in range(4)]
     assert sorted(path.name for path in shards.iterdir()) == ["0", "1", "2", "3"]

@@ -18,7 +18,8 @@ from torchvision.transforms.v2 import functional
 
 from fedsim.config import Config
 from fedsim.data import official
-from fedsim.data.datasets import facts_of, image_shape, load_dataset, moments_of, training_images
+from fedsim.data.datasets import load_dataset, training_examples
+from fedsim.data.image_sets import facts_of, image_shape, load_images, moments_of
 from fedsim.data.images import Augmentation, Border, Images
 from fedsim.data.local_folder import own_images, write_shards
 from fedsim.errors import UserError
@@ -60,7 +61,7 @@ def test_cifar10_is_read_from_its_official_files(tmp_path: Path, monkeypatch: py
     }.items():
         monkeypatch.setattr(datasets.CIFAR10, name, value)
     shrink(monkeypatch, "cifar10", 10)
-    data = load_dataset(config_of("cifar10", tmp_path))
+    data = load_images(config_of("cifar10", tmp_path))
     assert np.array_equal(data.train.pixels(), images[:10].transpose(0, 2, 3, 1))
     assert np.array_equal(data.test.pixels(), images[10:].transpose(0, 2, 3, 1))
     assert data.train.labels.tolist() == labels[:10].tolist()
@@ -80,7 +81,7 @@ def test_fashion_mnist_is_read_from_its_official_files(tmp_path: Path, monkeypat
         file.write_bytes(b"\0\0\x08\x01" + len(labels).to_bytes(4, "big") + labels.tobytes())
     shrink(monkeypatch, "fashion-mnist", 6)
     config = config_of("fashion-mnist", tmp_path)
-    data = load_dataset(config)
+    data = load_images(config)
     assert np.array_equal(data.train.pixels(), images["train"][..., None])
     assert (data.train.labels.tolist(), len(data.test)) == (list(range(6)), 2)
     assert image_shape(config) == (1, 28, 28)
@@ -150,12 +151,12 @@ def test_facts_and_moments_of_ones_own_images(tmp_path: Path) -> None:
     config = config_of("mine.npz", tmp_path, **{"augment.padding": 0, "validation": 16})
     facts = facts_of(config)
     assert (facts.classes, facts.images, facts.shape) == (3, 96, (9, 7, 5))
-    assert training_images(config) == 80
+    assert training_examples(config) == 80
     mean, deviation = moments_of(config)
     pixels = held["train_images"].reshape(-1, 5) / 255
     assert mean == pytest.approx(pixels.mean(0))
     assert deviation == pytest.approx(pixels.std(0))
-    test = load_dataset(config.changed({"validation": 0})).test
+    test = load_images(config.changed({"validation": 0})).test
     assert np.array_equal(test.pixels(), held["test_images"])
 
 

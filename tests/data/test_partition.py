@@ -13,7 +13,7 @@ import torch
 from fedsim.config import Config
 from fedsim.data import uneven
 from fedsim.data.cache import user_cache
-from fedsim.data.datasets import load_dataset
+from fedsim.data.image_sets import load_images
 from fedsim.data.local_folder import write_shards
 from fedsim.data.official import coarse_labels
 from fedsim.data.pachinko import pachinko
@@ -103,7 +103,7 @@ def test_clients_by_superclass_on_the_real_cifar100(real_data: str) -> None:
 def test_dirichlet_is_the_draw_of_the_papers(small: Config) -> None:
     """Hsu et al. 2019: of each class in turn, a share of every client by one draw."""
     config = small.changed({**DIRICHLET, "partition.alpha": "0.5", "partition.shuffle": "false"})
-    labels = load_dataset(config).train.labels.numpy()
+    labels = load_images(config).train.labels.numpy()
     order = generator(config.seed, 0, 0, "shard").permutation(len(labels))
     rng = np.random.default_rng(config.seed)
     expected: list[list[int]] = [[] for _ in range(4)]

@@ -56,7 +56,7 @@ def test_one_client_is_centralized_training_and_resumes_bitwise(run: Execute, ke
 
 @pytest.mark.parametrize("model", ["lenet-bn", "lenet5", "resnet20", "resnet18", f"{OWN}:mlp"])
 def test_models_take_grey_and_oblong_images(model: str) -> None:
-    logits = build_model(model, 5, 0, image=(1, 28, 20)).eval()(torch.zeros(2, 1, 28, 20))
+    logits = build_model(model, 5, 0, shape=(1, 28, 20)).eval()(torch.zeros(2, 1, 28, 20))
     assert logits.shape == (2, 5)
 
 

@@ -16,7 +16,7 @@ from matplotlib.text import Text
 from fedsim.config import Config
 from fedsim.experiments.study import LARGE_BATCH, read_study
 from fedsim.report.differences import paired_differences
-from fedsim.report.figures import mean_curves, plot_accuracy, plot_curves, plots_of
+from fedsim.report.figures import mean_curves, plot_curves, plot_metric, plots_of
 from fedsim.report.result_table import ResultTable, read_tables
 from fedsim.report.tables import csv_text, result_table
 from tests.conftest import write_run
@@ -58,8 +58,8 @@ def drawn(figure: Figure) -> list[tuple[str, float, list[list[float]]]]:
 
 
 def test_the_large_batch_is_a_wider_hollow_circle_around_its_point(table: ResultTable) -> None:
-    rings = [points for face, size, points in drawn(plot_accuracy(table).figure) if (face, size) == ("none", 12)]
-    filled = [points for face, _, points in drawn(plot_accuracy(table).figure) if face != "none"]
+    rings = [points for face, size, points in drawn(plot_metric(table).figure) if (face, size) == ("none", 12)]
+    filled = [points for face, _, points in drawn(plot_metric(table).figure) if face != "none"]
     # as data-parallel SGD: 32 steps of 250 parameters, 4 bytes each, 2 workers, both ways
     assert rings == [[[32 * 250 * 4 * 2 * 2, pytest.approx(43)]]]
     assert [[128_000.0, pytest.approx(43)]] in filled  # J = 1, at the same bytes
@@ -147,7 +147,7 @@ def test_many_cells_with_long_names_are_not_cut(tmp_path: Path) -> None:
 
 
 def test_accuracy_by_cell_holds_finished_runs_alone(table: ResultTable) -> None:
-    rows = {tuple(row[:2]): row[2:] for row in plot_accuracy(table).numbers.to_numpy().tolist()}
+    rows = {tuple(row[:2]): row[2:] for row in plot_metric(table).numbers.to_numpy().tolist()}
     assert rows.keys() == {(2, 1), (2, 8), (2, LARGE_BATCH), (4, 1)}
     assert rows[2, 8] == pytest.approx([16_000, 53, 2 / 2**0.5, 2])
     assert rows[4, 1] == pytest.approx([256_000, 42, 0, 1])

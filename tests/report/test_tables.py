@@ -4,17 +4,16 @@ import json
 from pathlib import Path
 
 from fedsim.config import Config
+from fedsim.data.metric import ACCURACY
 from fedsim.experiments.study import read_study
 from fedsim.report.differences import paired_differences
 from fedsim.report.result_table import ResultTable, read_tables
 from fedsim.report.tables import (
     Entry,
     csv_text,
-    difference,
     notes,
     number,
     origins,
-    percent,
     progress,
     result_table,
     runs_frame,
@@ -126,7 +125,8 @@ def test_the_protocol_states_what_was_tested_on(tmp_path: Path) -> None:
 
 
 def test_numbers() -> None:
-    assert (percent(0.5), percent(0.51, 0.0141)) == ("50.00", "51.00 ± 1.41")
+    assert (ACCURACY.number(0.5), ACCURACY.number(0.51, 0.0141)) == ("50.00", "51.00 ± 1.41")
     shown = [number(value) for value in (359290.0, 1234.5, 100, 26.7345, 0.0642, 4.0, float("nan"))]
     assert shown == ["359,290", "1,234", "100", "26.7", "0.0642", "4", "–"]
-    assert (difference(-0.0125), difference(0.01, 0.002), difference(float("nan"))) == ("−1.25", "+1.00 ± 0.20", "")
+    told = ACCURACY.difference
+    assert (told(-0.0125), told(0.01, 0.002), told(float("nan"))) == ("−1.25", "+1.00 ± 0.20", "")

@@ -12,14 +12,15 @@ import torch
 from torch import Tensor
 
 from fedsim.config import Config
-from fedsim.data.datasets import facts_of, load_dataset
+from fedsim.data.datasets import load_dataset, task_of
+from fedsim.data.image_sets import facts_of
 from fedsim.models import build_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.rng import generator
 from fedsim.training.cuda_graph import CapturedSteps
 from fedsim.training.gradient_terms import gradient_terms
 from fedsim.training.methods import layers_of
-from fedsim.training.step import run_steps, step_inputs
+from fedsim.training.step import Learner, run_steps, step_inputs
 from tests.conftest import SMALL_BATCHNORM
 
 SAMPLES, BATCH = 10, 4  # the last batch is smaller
@@ -46,14 +47,15 @@ def rounds(
 
     The steps, without the wait for their losses, run in the context `steps_in`.
     """
-    config = config.changed({"batch-size": BATCH})
+    config = config.changed({"batch-size": BATCH, "seed": 1})
     images = load_dataset(config).train
     model = build_model(config.model, facts_of(config).classes, 0, config.device, config.precision)
     named = dict(model.named_parameters())
     optimizer, terms = build_optimizer(config, named), gradient_terms(named, layers_of(config).terms)
-    simple = partial(run_steps, model, optimizer, images, BATCH, config.precision, terms)
+    learner = Learner(model, optimizer, task_of(config), config.precision, terms)
+    simple = partial(run_steps, learner, images, BATCH)
     if static:
-        steps = CapturedSteps(model, optimizer, images, SAMPLES, BATCH, config.precision, capture=capture, terms=terms)
+        steps = CapturedSteps(learner, images, SAMPLES, BATCH, capture)
         if not capture:
             steps.warm_up()
     losses, correction = [], {name: p.detach() / 100 for name, p in named.items()}
@@ -66,7 +68,7 @@ def rounds(
         if round == 1:  # a shorter one
             samples, rates = SAMPLES - BATCH, rates[:-1]
         order = generator(1, 0, round, "shuffle").permutation(len(images))[:samples]
-        inputs = step_inputs(order, BATCH, 1, 0, 3 * round, rates, images)
+        inputs = step_inputs(config, 0, 3 * round, rates, images, order)
         with steps_in():
             loss = steps.run([inputs]) if static else simple(inputs)
         losses.append(float(loss))
@@ -113,7 +115,8 @@ def test_warming_up_leaves_no_mark_but_the_zeros_of_a_new_state(small: Config, k
     optimizer = build_optimizer(config, named)
     before = {name: value.clone() for name, value in model.state_dict().items()}
     places = {name: value.data_ptr() for name, value in model.state_dict().items()}
-    steps = CapturedSteps(model, optimizer, load_dataset(config).train, SAMPLES, BATCH, "fp32")
+    learner = Learner(model, optimizer, task_of(config), "fp32")
+    steps = CapturedSteps(learner, load_dataset(config).train, SAMPLES, BATCH)
     steps.warm_up()
     assert_close(before, model.state_dict(), 0)
     assert {name: value.data_ptr() for name, value in model.state_dict().items()} == places

@@ -30,8 +30,9 @@ from fedsim.models.dropout import Dropout
 from fedsim.optim import load_optimizer_state
 from fedsim.optim.torch_optimizers import TORCH_OPTIMIZERS, can_be_captured
 from fedsim.system.copies import on_host
+from fedsim.tasks.classification import Classification
 from fedsim.training import cuda_graph, local_round, stacked, step
-from fedsim.training.batchnorm import calibration_crops, reestimate
+from fedsim.training.batchnorm import calibration_sample, reestimate
 from fedsim.training.cuda_graph import CapturedSteps
 from fedsim.training.local_round import RoundEnd, RoundStart
 from fedsim.training.stacked import StackedWorkers
@@ -330,12 +331,12 @@ def test_a_model_is_tested_by_one_wait_in_this_thread(tiny: Config, monkeypatch:
     monkeypatch.setattr(step, "GPU_TEST_BATCH", 5)
     config = tiny.changed({"precision": "fp64"})
     images = load_dataset(config).test
-    expected = step.evaluate(build_model("lenet5", 10, 0, precision="fp64"), images)
+    expected = step.evaluate(Classification(), build_model("lenet5", 10, 0, precision="fp64"), images)
     with EmulatedGpu() as gpu:
         config = config.changed({"device": "cuda"})
         model, images = build_model("lenet5", 10, 0, "cuda", "fp64"), load_dataset(config).test
         with gpu.counting() as counts:
-            assert step.evaluate(model, images) == pytest.approx(expected, rel=1e-12)
+            assert step.evaluate(Classification(), model, images) == pytest.approx(expected, rel=1e-12)
         assert counts["waits"] == 1
         assert counts["launches"] > len(images) / 5 * 10  # of other threads none would be counted
 
@@ -345,7 +346,7 @@ def test_statistics_are_reestimated_in_this_thread(tiny: Config) -> None:
         config = tiny.changed({"precision": "fp64", "device": "cuda", "model": "lenet-bn"})
         model, images = build_model("lenet-bn", 10, 0, "cuda", "fp64"), load_dataset(config).train
         with gpu.counting() as counts:
-            reestimate(model, images, calibration_crops(config, images, 12_800), "fp64")
+            reestimate(Classification(), model, images, calibration_sample(config, images, 12_800), "fp64")
         assert counts["launches"] > 50  # of other threads none would be counted
 
 
@@ -404,18 +405,18 @@ def before_run(patch: pytest.MonkeyPatch, change: Callable[[CapturedSteps], None
     patch.setattr(CapturedSteps, "run", changed)
 
 
-def stale_crops(patch: pytest.MonkeyPatch) -> None:
+def stale_draws(patch: pytest.MonkeyPatch) -> None:
     kept = []
 
     def change(self: CapturedSteps) -> None:
-        kept.append(self._crops)
-        self._crops = self._crops.clone()
+        kept.append(self._drawn)
+        self._drawn = self._drawn.clone()
 
     before_run(patch, change)
 
 
-def freed_crops(patch: pytest.MonkeyPatch) -> None:
-    before_run(patch, lambda self: vars(self).update(_crops=self._crops.clone()))
+def freed_draws(patch: pytest.MonkeyPatch) -> None:
+    before_run(patch, lambda self: vars(self).update(_drawn=self._drawn.clone()))
 
 
 def gradient_outside_the_graph(patch: pytest.MonkeyPatch) -> None:
@@ -471,8 +472,8 @@ def replay_before_the_warm_up_ends(patch: pytest.MonkeyPatch) -> None:
         (operand_on_the_host, "operands on the host and on the device"),
         (stale_batch, "losses"),
         (pageable_copy, "a copy of memory that is not pinned"),
-        (stale_crops, "losses"),
-        (freed_crops, "memory that was freed after the capture"),
+        (stale_draws, "losses"),
+        (freed_draws, "memory that was freed after the capture"),
         (gradient_outside_the_graph, "memory that was freed after the capture"),
         (dropout_from_a_generator, "draws from a generator"),
         (statistics_of_batchnorm_dropped, "running_mean"),

@@ -16,7 +16,8 @@ from torch.optim import Optimizer
 
 from fedsim.config import Config
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state, set_lr
-from fedsim.training.step import take_step
+from fedsim.tasks.classification import Classification
+from fedsim.training.step import Learner, take_step
 from strategies.mean import weighted_mean
 
 Batch = tuple[Tensor, Tensor]
@@ -53,7 +54,7 @@ def run_steps(model: nn.Module, optimizer: Optimizer, batches: list[Batch], rate
     model.train()
     for (images, labels), lr in zip(batches, rates, strict=True):
         set_lr(optimizer, lr)
-        take_step(model, optimizer, images, labels, "fp32")
+        take_step(Learner(model, optimizer, Classification(), "fp32"), (images, labels))
 
 
 def local_sgd(model: nn.Module, config: Config, rounds: list[list[list[Batch]]]) -> dict[str, Tensor]:

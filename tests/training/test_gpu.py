@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from fedsim.config import Config
-from fedsim.data.datasets import facts_of
+from fedsim.data.image_sets import facts_of
 from fedsim.device import prepare
 from fedsim.experiments.execute import execute
 from fedsim.models import build_model

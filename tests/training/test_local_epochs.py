@@ -43,7 +43,7 @@ def test_a_round_takes_each_image_of_a_client_once_per_pass(small: Config, shuff
         orders = []
         for round_ in (1, 2):
             inputs = round_inputs(config, RoundStart(worker, round_, {}, {}))
-            orders.append(inputs.crops[0].tolist())
+            orders.append(inputs.drawn[0].tolist())
             np.testing.assert_array_equal(np.sort(orders[-1]), np.sort(np.tile(held, 2)))
             assert len(inputs.dropout_keys) == len(inputs.rates) == steps
             assert inputs.rates == plan.rates(round_)[:steps]

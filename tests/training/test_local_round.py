@@ -14,7 +14,7 @@ def test_the_inputs_of_a_local_step_do_not_depend_on_j(small: Config) -> None:
     for j, one in longer.items():
         rounds = [round_inputs(one, RoundStart(2, round_, {}, {})) for round_ in range(1, 12 // j + 1)]
         seen[j] = (
-            torch.cat([inputs.crops for inputs in rounds], dim=1),
+            torch.cat([inputs.drawn for inputs in rounds], dim=1),
             torch.cat([inputs.dropout_keys for inputs in rounds]),
             torch.tensor([rate for inputs in rounds for rate in inputs.rates]),
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torchvision.models.resnet import BasicBlock, ResNet
 
 from fedsim.config import Config
-from fedsim.data.datasets import facts_of
+from fedsim.data.image_sets import facts_of
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.models import build_model

@@ -8,25 +8,27 @@ from torch.nn import functional as F
 
 from fedsim import device as pool
 from fedsim.config import Config
-from fedsim.data.datasets import load_dataset
-from fedsim.data.images import batches
+from fedsim.data.datasets import task_of
+from fedsim.data.image_sets import load_images
 from fedsim.models import build_model
 from fedsim.optim import build_optimizer
-from fedsim.training.step import evaluate, run_steps, step_inputs
+from fedsim.training.step import Learner, evaluate, run_steps, step_inputs
 
-CONFIG = Config(dataset="synthetic:images=1200", device="cpu", lr=0.1, momentum=0.0, weight_decay=0.0)
+CONFIG = Config(dataset="synthetic:images=1200", device="cpu", lr=0.1, momentum=0.0, weight_decay=0.0, batch_size=4)
+TASK = task_of(CONFIG)
 
 
 def test_steps_are_gradient_descent_and_the_loss_is_the_mean_over_samples() -> None:
-    images = load_dataset(CONFIG).train
+    images = load_images(CONFIG).train
     linear = nn.Linear(3 * 32 * 32, 10, bias=False).double()
     weight = linear.weight.detach().clone()
     optimizer = build_optimizer(CONFIG, dict(linear.named_parameters()))
     rates = [0.005, 0.006, 0.007]
-    inputs = step_inputs(np.arange(9), 4, 0, 0, 0, rates, images)
-    loss = run_steps(nn.Sequential(nn.Flatten(), linear), optimizer, images, 4, "fp64", None, inputs)
+    inputs = step_inputs(CONFIG, 0, 0, rates, images, np.arange(9))
+    loss = run_steps(Learner(nn.Sequential(nn.Flatten(), linear), optimizer, TASK, "fp64"), images, 4, inputs)
     losses = []
-    for (crops, labels), lr in zip(batches(images, inputs.crops, 4), rates, strict=True):
+    for drawn, lr in zip(torch.split(inputs.drawn, 4, dim=1), rates, strict=True):
+        crops, labels = images.batch(drawn, [0])
         weight.requires_grad_()
         value = F.cross_entropy(crops.double().flatten(1) @ weight.T, labels)
         (gradient,) = torch.autograd.grad(value, weight)
@@ -37,23 +39,23 @@ def test_steps_are_gradient_descent_and_the_loss_is_the_mean_over_samples() -> N
 
 
 def test_evaluation_is_the_mean_over_all_images_in_eval_mode() -> None:
-    images = load_dataset(CONFIG).test
+    images = load_images(CONFIG).test
     model = build_model("lenet-bn", 10, 0)
     statistics = model.get_buffer("bn1.running_mean").clone()
-    loss, accuracy = evaluate(model, images)
+    found = evaluate(TASK, model, images)
     inputs, labels = images.plain(0, len(images))
     with torch.no_grad():
         logits = model.eval()(inputs)
-    assert loss == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-6)
-    assert accuracy == float((logits.argmax(1) == labels).double().mean())
+    assert found["loss"] == pytest.approx(float(F.cross_entropy(logits, labels)), rel=1e-6)
+    assert found["accuracy"] == float((logits.argmax(1) == labels).double().mean())
     assert torch.equal(model.get_buffer("bn1.running_mean"), statistics)
 
 
 def test_evaluation_is_the_same_on_any_number_of_cores(monkeypatch: pytest.MonkeyPatch) -> None:
-    images = load_dataset(CONFIG).test
+    images = load_images(CONFIG).test
     model = build_model("lenet-bn", 10, 0)
     results = set()
     for cores in (1, 2, 3):
         monkeypatch.setattr(pool, "cpu_count", lambda cores=cores: cores)
-        results.add(evaluate(model, images))
+        results.add(tuple(evaluate(TASK, model, images).values()))
     assert len(results) == 1

@@ -1,0 +1,1 @@
+"""What may be learned, a task in each file (see `fedsim.data.task`)."""
