@@ -12,8 +12,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedsim.bench.baseline_flower import tutorial_rounds
-from fedsim.bench.baseline_torch import plain_rounds
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset, task_of
 from fedsim.device import prepare
@@ -76,6 +74,20 @@ def rounds_in_process(
         return timed(one_round, rounds, config.device)
 
 
+def flower_alone(config: Config, rounds: int) -> list[float]:
+    """The rounds of `baseline_flower`."""
+    from fedsim.bench.baseline_flower import tutorial_rounds  # takes seconds, in a process for each turn
+
+    return tutorial_rounds(config, rounds)
+
+
+def torch_alone(config: Config, rounds: int) -> list[float]:
+    """The rounds of `baseline_torch`."""
+    from fedsim.bench.baseline_torch import plain_rounds  # takes seconds
+
+    return plain_rounds(config, rounds)
+
+
 def flower_rounds(config: Config, rounds: int) -> list[float]:
     """LocalSGD by ``flwr run`` on Ray, without the first round (warm-up) and the last (test and checkpoint)."""
     with tempfile.TemporaryDirectory() as folder:
@@ -108,8 +120,8 @@ VARIANTS: dict[str, tuple[Rounds, str]] = {
         "stacked, convolutions by matrix products",
     ),
     "flower": (flower_rounds, "fedsim's app run by flwr run, on Ray"),
-    "flower-plain": (tutorial_rounds, "Flower without fedsim: an app with SGDM and FedAvg, as in its tutorials"),
-    "plain": (plain_rounds, "PyTorch alone: a DataLoader, a model and SGDM for each client"),
+    "flower-plain": (flower_alone, "Flower without fedsim: an app with SGDM and FedAvg, as in its tutorials"),
+    "plain": (torch_alone, "PyTorch alone: a DataLoader, a model and SGDM for each client"),
     **{
         name: (
             partial(rounds_in_process, **keys),
