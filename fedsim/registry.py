@@ -143,6 +143,7 @@ MODELS = Seam(
         "resnet18": "fedsim.models.resnet:resnet18",
         "resnet18-v2": "fedsim.models.resnet:resnet18_v2",
         "vit-tiny": "fedsim.models.vit:vit_tiny",
+        "gpt-tiny": "fedsim.models.gpt:GPT",
     },
     FUNCTION,
     leading=1,
@@ -152,7 +153,7 @@ MODELS = Seam(
 TASKS = {"classification": "fedsim.tasks.classification:Classification"}
 DATASETS = Seam(
     dict.fromkeys(("cifar100", "cifar10", "fashion-mnist"), "fedsim.data.official:OFFICIAL")
-    | {"synthetic": "fedsim.data.image_sets:Synthetic"},
+    | {"synthetic": "fedsim.data.image_sets:Synthetic", "text": "fedsim.tasks.text:Text"},
     FUNCTION,
     files=(".npz",),
 )

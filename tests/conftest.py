@@ -78,6 +78,15 @@ for method in METHODS.values():
     by = "epoch" if "local-steps-schedule" in method else "round"
     method |= {"model": "lenet-bn", "rounds": 3, "record-by": by}
 
+TEXT: dict[str, Any] = {  # what learns the next byte of a text, who holds which documents
+    **SMALL,
+    "dataset": "text:context=8",
+    "model": "gpt-tiny:layers=1,width=8,heads=2",
+    "optimizer": "adamw",
+    "lr": 0.01,
+    "rounds": 3,
+}
+
 # These files start many processes: they run first and, where there are several workers, on one of them
 OF_PROCESSES = ("test_flwr_run.py", "test_ray.py", "test_deployment.py")
 # Then those of a long test: at the end one worker would take it, and the others have nothing to do

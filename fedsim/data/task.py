@@ -85,6 +85,7 @@ class Task(ABC):
 
     metric: Metric  # by which runs are compared
     of_images: bool = False  # whether its examples are `Images`, which a node may have of its own
+    stacks: bool = False  # whether replicas can be one network, which is tried on random inputs
     loss_domain: Domain = NOT_NEGATIVE  # of the mean training loss of a worker; others are refused
 
     @staticmethod

@@ -27,7 +27,7 @@ class Classification(Task):
     """(B, C, H, W) images -> (B, classes) logits."""
 
     metric = ACCURACY
-    of_images = True
+    of_images = stacks = True
 
     def training_examples(self, config: Config) -> int:
         return facts_of(config).images

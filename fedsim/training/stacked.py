@@ -138,6 +138,8 @@ def why_not(config: Config, by_products: bool = False) -> str:
     if not workers_of(config).alike:
         return f"workers = {config.workers}: some clients take fewer steps than others"
     builder, task = builder_of(config.model), task_of(config)
+    if not task.stacks:
+        return f"dataset = {config.dataset}: models of {task.metric.examples} cannot be stacked"
     problem = _why_not(builder, config.model, task.outputs(config), task.shape(config), by_products)
     return f"model {config.model}: {problem}" if problem else ""
 

@@ -18,7 +18,7 @@ import fedsim
 from fedsim.deploy.files import Federation, deploy
 from fedsim.federation.flwr_run import copy_app, free_port
 from fedsim.runs.records import read_rows
-from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, SMALL, assert_same_bits, final_model, rows_of
+from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, SMALL, TEXT, assert_same_bits, final_model, rows_of
 from tests.federation.processes import BIN, JOINED, Running, client_environment, running, started
 
 pytestmark = pytest.mark.deployment
@@ -92,9 +92,9 @@ def refused(script: Path, words: str) -> None:
     [
         {**SMALL, "rounds": 2, "fraction": 0.67, "compress-down": "topk"},  # two of three clients
         pytest.param(RESNET, marks=NEEDS_FLWR_DATASETS),
-        *({**SMALL, **keys} for keys in METHODS.values()),
+        *({**SMALL, **keys} for keys in [TEXT, *METHODS.values()]),
     ],
-    ids=["sample", "resnet18", *METHODS],
+    ids=["sample", "resnet18", "text", *METHODS],
 )
 def test_a_federation_of_every_method_is_the_run_in_this_process_bitwise(
     of_three: Running, tmp_path: Path, keys: dict[str, Any]

@@ -40,7 +40,7 @@ from fedsim.federation.server_app import log_errors_in_one_line
 from fedsim.runs.records import read_rows
 from fedsim.system.processes import cleanup, marked, running
 from tests.commands import ROOT, Done, run, started
-from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, Call, assert_same_bits, final_model, rows_of
+from tests.conftest import METHODS, NEEDS_FLWR_DATASETS, RESNET, TEXT, Call, assert_same_bits, final_model, rows_of
 from tests.own_code import larger
 
 SMALL = (
@@ -111,9 +111,9 @@ def started_by(mark: str) -> list[str]:
         pytest.param(OWN_CODE, marks=[NEEDS_FLWR_DATASETS, pytest.mark.slow]),
         pytest.param(COMPRESSED_DOWN, marks=pytest.mark.slow),
         pytest.param(as_flags(RESNET), marks=[NEEDS_FLWR_DATASETS, pytest.mark.slow]),
-        *(pytest.param(as_flags(keys), marks=pytest.mark.slow) for keys in METHODS.values()),
+        *(pytest.param(as_flags(keys), marks=pytest.mark.slow) for keys in [TEXT, *METHODS.values()]),
     ],
-    ids=["own-code", "compressed-down", "resnet18", *METHODS],
+    ids=["own-code", "compressed-down", "resnet18", "text", *METHODS],
 )
 def test_flwr_run_on_ray_is_the_run_in_this_process_bitwise(tmp_path: Path, keys: tuple[str, ...]) -> None:
     """Also with code and data of one's own in the folder in which the command is given, and names of any letters."""
