@@ -22,6 +22,7 @@ from strategies.scaffold import CORRECTION, SENT, ScaffoldInferred
 from strategies.screening import DECLINED
 from strategies.sections import Sections, join, split
 from strategies.tensor_array import tensor_record, tensors_of
+from tests.federation.test_failures import round_of
 
 WORKERS, SIZE, STEPS, LR = 3, 4, 5, 0.1
 Fails = Callable[[int, int], bool]  # of a round and a worker
@@ -89,10 +90,6 @@ def trained(
                 mean = torch.stack([own.get("local-rule/x", torch.zeros_like(c)) for own in kept]).mean(0)
                 off = max(off, float((c - mean).abs().max()))
     return torch.stack(distances), off
-
-
-def round_of(message: Message) -> int:
-    return int(message.content.config_records["config"]["server-round"])  # type: ignore[arg-type]
 
 
 def test_scaffold_finds_the_optimum_beside_which_local_steps_settle() -> None:
