@@ -198,7 +198,8 @@ SCHEDULES = Seam(
 )
 LOCAL_STEPS_SCHEDULES = Seam(
     dict.fromkeys(
-        ("constant", "post-local", "qsr", "linear", "doubling", "table"), "fedsim.training.local_steps:SCHEDULES"
+        ("constant", "post-local", "qsr", "linear", "doubling", "table", "adacomm", "network"),
+        "fedsim.training.local_steps:SCHEDULES",
     ),
     "fedsim.training.local_steps:LocalStepsSchedule",
 )

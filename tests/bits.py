@@ -67,6 +67,7 @@ local-steps-schedule=qsr:alpha=0.05 record-by=epoch rounds=6
 local-steps-schedule=linear:max=3 record-by=epoch rounds=0 epochs=3
 local-steps-schedule=doubling:max=4 record-by=epoch rounds=0 epochs=4
 local-steps-schedule=table:epochs=0.5/1,steps=3/1 record-by=epoch rounds=6
+local-steps-schedule=adacomm:every=0.5,shrink=0.6 record-by=epoch rounds=0 epochs=4 local-steps=4
 schedule=multistep:milestones=1/2; schedule-unit=epoch schedule=cosine warmup-epochs=1
 lr-scaling=sqrt:batch=8; partition=iid:small-shards=true clients=40; validation=8 evaluate-every=2
 partition=dirichlet:alpha=5,min-partition-size=1,small-shards=true

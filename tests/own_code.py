@@ -37,6 +37,22 @@ def not_with_batchnorm(classes: int, norm: str = "gn") -> nn.Module:
     return nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, classes))
 
 
+class Indifferent(nn.Module):
+    """Of all classes equally sure, whatever its weights."""
+
+    def __init__(self, classes: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(classes))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return 0 * self.weight * images.flatten(1)[:, :1]
+
+
+def constant(classes: int) -> nn.Module:
+    """With the same loss in every step."""
+    return Indifferent(classes)
+
+
 def narrow(classes: int, image: tuple[int, int, int]) -> nn.Module:
     """With BatchNorm over single values, which a batch of one image has no variance of."""
     channels, height, width = image

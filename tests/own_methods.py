@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedsim.data.uneven import Labelled, Partition
 from fedsim.optim.lr_schedule import Shape
-from fedsim.training.local_steps import LocalSteps, LocalStepsSchedule, Outline
+from fedsim.training.local_steps import DecisionState, LocalSteps, LocalStepsSchedule, Outline, SoFar
 from fedsim.training.workers import Turn, Workers
 from strategies.arguments import at_least, below
 from strategies.compression import Codec, Parts
@@ -96,6 +96,15 @@ class Alternating(LocalStepsSchedule):
 
     def rule(self, run: Outline) -> LocalSteps:
         return LocalSteps(lambda step: run.local_steps if int(step / run.steps_per_epoch) % 2 == 0 else 1)
+
+
+@dataclass(frozen=True)
+class Growing(LocalStepsSchedule):
+    """One step more in every round; J of the first one is the key's."""
+
+    def decide(self, run: Outline, so_far: SoFar, state: DecisionState) -> tuple[int, DecisionState]:
+        rounds = state.get("rounds", 0)
+        return run.local_steps + int(rounds), {"rounds": rounds + 1}
 
 
 @dataclass(frozen=True)
@@ -234,6 +243,14 @@ class Standing(LocalStepsSchedule):
 
     def rule(self, run: Outline) -> LocalSteps:
         return LocalSteps(lambda step: 0)
+
+
+@dataclass(frozen=True)
+class Halting(LocalStepsSchedule):
+    """It decides on no J."""
+
+    def decide(self, run: Outline, so_far: SoFar, state: DecisionState) -> tuple[int, DecisionState]:
+        return 0, state
 
 
 @dataclass(frozen=True)

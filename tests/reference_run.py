@@ -19,6 +19,7 @@ from fedsim.optim import build_optimizer
 from fedsim.training.batchnorm import BATCH as CALIBRATION_BATCH
 from fedsim.training.batchnorm import calibration_sample
 from fedsim.training.local_round import RoundStart, round_inputs
+from fedsim.training.local_steps import local_steps_schedule
 from fedsim.training.methods import layers_of, seed_of
 from fedsim.training.run_plan import run_plan
 from strategies.arguments import split_name
@@ -115,8 +116,9 @@ def covers(config: Config) -> bool:
         split_name(config.local_rule)[0] in ("none", "fedprox", "scaffold", "scaffold-inferred")
         and (config.local_rule != "scaffold-inferred" or one_rate)
         and all(name in CODECS or name in ("", "powersgd") for name in both)
-        # It takes as many steps with every worker, in every round
+        # It takes as many steps with every worker, in every round, and knows them before
         and config.workers == "even"
+        and not local_steps_schedule(config).decides
         and (not config.local_epochs or len(set(shard_sizes(config))) == 1)
         and config.precision == "fp64"
         # The reference clips parameters alone

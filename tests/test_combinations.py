@@ -164,6 +164,9 @@ LENGTHS: list[Choice] = [
     {"local-steps-schedule": "doubling:max=4", "record-by": "epoch", "epochs": 1.5},
     {"local-steps-schedule": "table:epochs=0.5/1,steps=3/1", "record-by": "epoch", "rounds": 4},
     {"local-epochs": 1, "rounds": 2},
+    {"local-steps-schedule": "adacomm:every=0.3,shrink=0.5", "record-by": "epoch", "epochs": 1.5},
+    {"local-steps-schedule": "network:bandwidth=1Mbit,step=10ms", "record-by": "epoch", "epochs": 1.5},
+    {"local-steps-schedule": "tests.own_methods:Growing", "record-by": "epoch", "epochs": 1.5},
 ]
 WORKERS: list[Choice] = [
     *[{}] * 17,
@@ -265,7 +268,8 @@ def combinations(draw: st.DrawFn) -> Choice:
     for choices in seams:
         keys |= draw(st.sampled_from(choices))
     keys |= {} if "local-epochs" in keys else {"local-steps": draw(st.integers(1, 3))}
-    keys |= {"batch-size": draw(st.sampled_from([4, 4, 4, 4, 2, 1]))}
+    small = [4, 2] if keys.get("model", "").endswith("narrow") else [2, 1]
+    keys |= {"batch-size": draw(st.sampled_from([4, 4, 4, 4, *small]))}
     keys |= {"clients": draw(st.sampled_from([4, 4, 3, 3, 2, 1])), "seed": draw(st.integers(0, 3)), **keys}
     codec = draw(st.sampled_from(CODECS))
     keys |= {"compress": codec, "compress-down": draw(st.sampled_from(CODECS if codec == "none" else ["none"]))}
@@ -346,7 +350,7 @@ def assert_one_line_that_names_a_key(message: str, keys: Choice) -> None:
 
 
 def test_any_combination_is_refused_in_a_line_or_keeps_its_promises(monkeypatch: pytest.MonkeyPatch) -> None:
-    """And the reference knows at least a third of those that are accepted."""
+    """And the reference knows at least a fifth of those that are accepted."""
     monkeypatch.setenv(CORES, "2")  # as many groups of stacked clients
     seen = collections.Counter[str]()
 
@@ -359,7 +363,7 @@ def test_any_combination_is_refused_in_a_line_or_keeps_its_promises(monkeypatch:
     each()
     print(dict(seen))
     accepted = seen["run"] + seen["equal to the reference"]
-    assert seen["equal to the reference"] >= accepted / 3
+    assert seen["equal to the reference"] >= accepted / 5
     assert accepted >= seen["refused"]
 
 

@@ -4,33 +4,27 @@ from __future__ import annotations
 
 import os
 import statistics
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import recorded_examples, task_of
 from fedsim.data.partition import images_of_epoch, shard_sizes
 from fedsim.experiments.study import Cell, read_study, study_names
+from fedsim.federation.decisions import planned
 from fedsim.federation.lengthen import open_run
-from fedsim.federation.round import initial_progress
 from fedsim.federation.strategy import build_strategy
-from fedsim.models import cpu_model, initial_model
+from fedsim.federation.traffic import round_bytes
+from fedsim.models import cpu_model
 from fedsim.runs.folder import CONFIG, read_config
 from fedsim.runs.records import read_summary
 from fedsim.training.centralized import whole_epochs
-from fedsim.training.methods import layers_of
-from fedsim.training.run_plan import run_plan
 from fedsim.training.workers import workers_of
-from strategies.method import ServerRound
-from strategies.sections import split
-from strategies.tensor_array import payload_bytes, tensor_record, tensors_of
-from strategies.wire import encode
 
 REFERENCE_FLOPS = 100e9  # FLOP/s of training on two CPU cores: the paper's model at 535 images/s
 Kind = tuple[str, str, str]  # of runs that have one pace
@@ -50,7 +44,7 @@ def cost(config: Config, mode: Mode) -> Cost:
     if mode == "centralized":
         epochs, _ = whole_epochs(config)
         return Cost(float(epochs * images), epochs * -(-images // config.batch_size), 0)
-    plan = run_plan(config)
+    plan = planned(config)
     trained = float(plan.epoch(plan.rounds) * images)
     if config.workers != "even":
         held = shard_sizes(config)
@@ -64,7 +58,7 @@ def cost(config: Config, mode: Mode) -> Cost:
 
 def sampled(config: Config) -> Iterator[list[int]]:
     """The workers of each round of a complete run of LocalSGD."""
-    plan, everyone = run_plan(config), list(range(config.clients))
+    plan, everyone = planned(config), list(range(config.clients))
     strategy = build_strategy(config, plan, cpu_model(config))
     return (strategy.sample(round_, everyone) for round_ in range(1, plan.rounds + 1))
 
@@ -75,22 +69,12 @@ def traffic(config: Config) -> tuple[int, int]:
     Not counted: rounds that are repeated, and the clients' states that are sent for checkpoints. With compress-down,
     each client is assumed to have been in the round before, except in the first.
     """
-    layers, rounds = layers_of(config), run_plan(config).rounds
+    rounds, of_client = planned(config).rounds, round_bytes(config)
     first, messages = config.clients_per_round, config.clients_per_round * rounds
     if not workers_of(config).always_there:
         first, *others = map(len, sampled(config))
         messages = first + sum(others)
-    initial = initial_progress(config, initial_model(config.changed({"device": "cpu"})))
-    x, buffers, _ = split(tensors_of(initial.arrays))
-    besides = layers.send(ServerRound(1, config.fraction == 1, x, x), initial.state, 0)
-    whole = _bytes(x, buffers, besides)
-    down = _bytes(encode(layers.wire.down, x, {}, 0)[0], buffers, besides) if layers.wire.down else whole
-    up = _bytes(layers.wire.expected(x), buffers, layers.replies(besides, 1))
-    return messages * up, first * whole + (messages - first) * down
-
-
-def _bytes(*parts: Mapping[str, Tensor]) -> int:
-    return sum(payload_bytes(tensor_record(part)) for part in parts)
+    return messages * of_client.up, first * of_client.whole + (messages - first) * of_client.down
 
 
 def flop_per_image(config: Config) -> float:

@@ -14,11 +14,11 @@ from rich.table import Column
 from fedsim.config import Config, Mode
 from fedsim.data.metric import metric_of
 from fedsim.data.partition import images_of_epoch
+from fedsim.federation.decisions import planned
 from fedsim.runs.records import Row
 from fedsim.runs.run import OnRow
 from fedsim.runs.shown import loss_text, print_row
 from fedsim.training.centralized import whole_epochs
-from fedsim.training.run_plan import run_plan
 
 
 def each(*functions: OnRow) -> OnRow:
@@ -36,7 +36,7 @@ def ends_after(config: Config, mode: Mode) -> tuple[int, float]:
     if mode == "centralized":
         last = whole_epochs(config)[1]
         return last, float(last)
-    plan = run_plan(config)
+    plan = planned(config)
     return plan.last_round, float(plan.epoch(plan.last_round))
 
 

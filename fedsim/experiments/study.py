@@ -48,8 +48,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 from fedsim.config import Config, Mode, Value, typed
 from fedsim.config.messages import KINDS
 from fedsim.errors import UserError
+from fedsim.federation.decisions import planned
 from fedsim.runs.folder import default_name, run_folder
-from fedsim.training.run_plan import run_plan
 from strategies.arguments import kebab, split_name
 
 FOLDER = Path(__file__).parents[1] / "studies"
@@ -256,7 +256,7 @@ def _baselines(cells: Sequence[Cell]) -> list[Cell]:
         where = f"twins = true: clients = {config.clients}"
         epochs = config.epochs
         if config.rounds:
-            plan = run_plan(config)
+            plan = planned(config)
             epochs = float(plan.epoch(plan.rounds))
         name = f"k{config.clients}-twin-seed{config.seed}"  # the name in older results
         batch = config.clients_per_round * config.batch_size

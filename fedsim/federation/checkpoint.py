@@ -76,6 +76,8 @@ def _like(initial: Progress, messenger: Messenger) -> dict[str, Any]:
         "losses": kind_of(list[tuple[Finite, Finite]]),
         "left_out": kind_of(dict[str, str]),
         "failures": kind_of(dict[Natural, Natural]),
+        "decided": kind_of(tuple[tuple[Natural, Annotated[Natural, Field(ge=1)]], ...]),
+        "decision_state": kind_of(dict[str, Finite]),
         "memories": kind_of(dict[Natural, Memory]),
     }
 
@@ -121,7 +123,7 @@ def collect_memories(
     for worker, record in sorted(records.items()):
         with contextlib.suppress(ValueError):  # what a client sends may be anything
             memories[worker] = tensors_like(record, tensor_record(like if rounds[worker] else {}))
-    steps = run_plan(config).first_step(progress.round + 1)
+    steps = run_plan(config, progress.decided).first_step(progress.round + 1)
     allowed = domains(like, zero.batchnorm, layers, steps)
     wrong = wrong_values(list(memories.values()), allowed)
     memories = {worker: memory for (worker, memory), reason in zip(memories.items(), wrong, strict=True) if not reason}

@@ -21,11 +21,12 @@ from fedsim.device import is_out_of_memory, resolve
 from fedsim.errors import UserError
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
 from fedsim.federation.flower_internals import CLIENT_FAILED
-from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, SHARED
+from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, SHARED, decided_of
 from fedsim.models import cpu_model
 from fedsim.own_code import own_code
 from fedsim.training.failures import memory_lacks
 from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_local_round
+from fedsim.training.local_steps import Decisions
 from fedsim.training.methods import layers_of, mean_of
 from fedsim.training.run_plan import run_plan
 from fedsim.training.workers import everyone
@@ -135,12 +136,14 @@ class Begun(NamedTuple):
     @property
     def start(self) -> RoundStart:
         r = self.round
-        return RoundStart(r.worker, r.round, {**r.start, **r.buffers}, r.optimizer, r.constant)
+        decided = decided_of(self.message.content.config_records["config"])
+        return RoundStart(r.worker, r.round, {**r.start, **r.buffers}, r.optimizer, r.constant, decided)
 
 
 def _begin(config: Config, message: Message, context: Context) -> Begun:
     """What the round of `message` starts from; raises MemoryLost where it needs a memory that is gone."""
-    layers, plan = _layers(config), run_plan(config)
+    decided = decided_of(message.content.config_records["config"])
+    layers, plan = _layers(config, decided), run_plan(config, decided)
     round_, worker = _round(message), _worker(context)
     parameters, buffers, received = split(tensors_of(message.content.array_records["arrays"]))
     memory = _memory(layers, message, context)
@@ -174,7 +177,7 @@ class Ended(NamedTuple):
 
 def _replies(config: Config, rounds: Sequence[Begun], ends: Sequence[RoundEnd]) -> list[Message]:
     """The replies of all clients here; with compression, a GPU is waited for once, to see the values before it."""
-    layers = _layers(config)
+    layers = _layers(config, rounds[0].start.decided) if rounds else Layers()
     ended = [_ended(layers, begun, end) for begun, end in zip(rounds, ends, strict=True)]
     wrong = [""] * len(ended)
     if layers.wire.up:  # an infinity would stay in the residual
@@ -248,8 +251,8 @@ def _memory_round(message: Message, context: Context) -> int:
 
 
 @functools.lru_cache(maxsize=8)  # every client asks in every round
-def _layers(config: Config) -> Layers:
-    return layers_of(config)
+def _layers(config: Config, decided: Decisions) -> Layers:
+    return layers_of(config, decided=decided)
 
 
 @functools.lru_cache(maxsize=8)  # a model is built for it

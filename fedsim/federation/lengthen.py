@@ -9,6 +9,7 @@ from fedsim.runs.folder import CONFIG, LENGTH, differences, read_config, run_fol
 from fedsim.runs.records import read_summary
 from fedsim.runs.run import OnRow, Run
 from fedsim.training.centralized import whole_epochs
+from fedsim.training.local_steps import local_steps_schedule
 from fedsim.training.round_starts import RoundStarts
 from fedsim.training.run_plan import run_plan
 
@@ -47,6 +48,9 @@ def _why_not(shorter: Config, longer: Config, mode: Mode, trained_by: str, engin
         return (
             f"with schedule = {longer.schedule} its rates depend on its length: give another --name to run a longer one"
         )
+    if mode == "localsgd" and local_steps_schedule(longer).decides:
+        schedule = longer.local_steps_schedule
+        return f"J of its rounds was decided while it trained ({schedule}): give another --name to run a longer one"
     before, after = _starts(shorter, mode), _starts(longer, mode)
     if after.equal_rounds == before.equal_rounds:
         keys = " and ".join(f"{name} = {shorter.as_keys()[name]}" for name in LENGTH if name in longer.identity(mode))

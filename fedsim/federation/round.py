@@ -12,13 +12,15 @@ from torch import nn
 from fedsim.config import Config
 from fedsim.data.partition import shard_sizes
 from fedsim.errors import RunFailed
+from fedsim.federation.decisions import Decided, decide
 from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
-from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, shared
+from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, announced, shared
 from fedsim.federation.shapes import zeros_of
 from fedsim.runs.columns import OF_UPDATES, names_with
 from fedsim.runs.records import Row
 from fedsim.system.locks import GLOBAL_GENERATORS
+from fedsim.training.local_steps import Decisions, DecisionState
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.workers import everyone
@@ -47,6 +49,8 @@ class Progress:
     left_out: dict[str, str] = field(default_factory=dict)  # since the last row
     updates_left_out: int = 0  # of the rounds averaged
     failures: dict[int, int] = field(default_factory=dict)  # worker -> how often in a row it has failed, if it has
+    decided: Decisions = ()  # by the schedule of J, for the next round too
+    decision_state: DecisionState = field(default_factory=dict)
 
     @property
     def holders(self) -> list[int]:
@@ -73,7 +77,9 @@ def initial_progress(config: Config, model: nn.Module) -> Progress:
     weights = {name: value.clone() for name, value in model.state_dict().items()}
     arrays = join(sections(weights, buffers_of(model), {}))
     state = layers_of(config).initial(zeros_of(config, model))
-    return Progress(0, tensor_record(arrays), [0] * config.clients, state)
+    decided, decision_state = decide(config, 0, Decided(), None)
+    progress = Progress(0, tensor_record(arrays), [0] * config.clients, state)
+    return replace(progress, decided=decided, decision_state=decision_state)
 
 
 def train_round(
@@ -93,7 +99,8 @@ def train_round(
     """
     round_ = progress.round + 1
     nodes = registry.refresh()
-    keys = ConfigRecord({**shared(config), MEMORY_ROUNDS: progress.last_aggregated_round, SEND_MEMORY: with_memories})
+    of_run = {**shared(config), **announced(progress.decided)}
+    keys = ConfigRecord({**of_run, MEMORY_ROUNDS: progress.last_aggregated_round, SEND_MEMORY: with_memories})
     request = strategy.request(round_, progress.arrays, keys, nodes, progress.state, progress.holders)
     replies = messenger.exchange(request.messages, config.round_timeout or math.inf)
     try:
@@ -125,6 +132,8 @@ def train_round(
     updates = _sent_by(result.averaged, "arrays", request, replies)
     bytes_up = sum(map(payload_bytes, updates.values()))
     bytes_down = sum(map(payload, request.messages))
+    loss = _loss(config, run_plan(config, progress.decided), round_, result.averaged)
+    decided = decide(config, round_, Decided(progress.decided, progress.decision_state), loss[0])
     progress = replace(
         progress,
         round=round_,
@@ -133,10 +142,12 @@ def train_round(
         state=result.state,
         update_bytes_up=progress.update_bytes_up + bytes_up,
         update_bytes_down=progress.update_bytes_down + bytes_down,
-        losses=[*progress.losses, _loss(config, round_, result.averaged)],
+        losses=[*progress.losses, loss],
         left_out=progress.left_out | {str(worker): reason for worker, reason in result.left_out.items()},
         updates_left_out=progress.updates_left_out + len(result.left_out),
         failures=failures,
+        decided=decided.steps,
+        decision_state=decided.state,
     )
     drift = {name: result.metrics.get(kebab(name)) for name in DRIFT}
     return progress, _sent_by(result.averaged, MEMORY, request, replies), drift
@@ -155,6 +166,7 @@ def row_of(plan: RunPlan, progress: Progress, messenger: Messenger) -> Row:
         "round": progress.round,
         "epoch": float(plan.epoch(progress.round)),
         "steps_done": steps,
+        "round_steps": plan.steps(progress.round),
         "syncs": progress.round,
         "bytes_up": progress.update_bytes_up,
         "bytes_down": progress.update_bytes_down,
@@ -180,9 +192,8 @@ def count_failures(before: Mapping[int, int], request: Request, replies: Iterabl
     return earlier | {worker: before.get(worker, 0) + 1 for worker in failed}
 
 
-def _loss(config: Config, round_: int, averaged: Mapping[int, MetricRecord]) -> tuple[float, float]:
+def _loss(config: Config, plan: RunPlan, round_: int, averaged: Mapping[int, MetricRecord]) -> tuple[float, float]:
     """The mean training loss of a round over the images that the averaged workers trained on, and their number."""
-    plan = run_plan(config)
     held = shard_sizes(config) if config.local_epochs else [0] * config.clients  # local steps do not depend on it
     images = [len(plan.trained(round_, worker, held[worker])) for worker in averaged]
     losses = [float(metrics["train-loss"]) for metrics in averaged.values()]  # type: ignore[arg-type]

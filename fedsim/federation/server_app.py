@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import shutil
+from functools import partial
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -18,6 +20,7 @@ from fedsim.device import prepare, resolve
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.federation.checkpoint import collect_memories, save
 from fedsim.federation.checks import check_strategy
+from fedsim.federation.decisions import planned
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.messenger import Messenger
 from fedsim.federation.node_registry import NodeRegistry
@@ -81,7 +84,7 @@ def check_localsgd(config: Config) -> None:
     task_of(config).check(config)
     check_model(config)
     check_partition(config)
-    run_plan(config)
+    planned(config)
     check_strategy(config)
 
 
@@ -91,17 +94,18 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     data, task = load_dataset(config), task_of(config)
     if left_out := images_left_out(config):
         print(left_out, flush=True)
-    plan = run_plan(config)
     model = initial_model(config)
     initial = initial_progress(config, model)
     messenger = Messenger(grid)
     registry = NodeRegistry(messenger, config, run.own_data)
-    strategy = build_strategy(config, plan, model, registry.images)
+    strategy_of = functools.lru_cache(maxsize=1)(partial(build_strategy, config, model=model, images=registry.images))
     registry.wait_for(config.min_clients or config.clients)
-    recovery = Recovery(run, messenger, registry, initial, plan.rounds, fewest_updates(config))
+    most_rounds = run_plan(config, initial.decided).most_rounds
+    recovery = Recovery(run, messenger, registry, initial, most_rounds, fewest_updates(config))
     progress = recovery.resume()
 
-    while progress.round < plan.last_round:
+    while progress.round < (plan := run_plan(config, progress.decided)).last_round:
+        strategy = strategy_of(plan)
         saves = is_saved(config, plan, progress.round + 1) or recovery.saves_next(progress)
 
         # Train a round

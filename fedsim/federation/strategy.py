@@ -27,7 +27,7 @@ def build_strategy(
     an update is screened.
     """
     shards, mean = shard_sizes(config), mean_of(config)
-    layers = layers_of(config, server=True)
+    layers = layers_of(config, server=True, decided=plan.decided)
     zero = zeros_of(config, model)
     names = join(Sections(zero.parameters, zero.buffers, layers.messages(zero))).keys()
 

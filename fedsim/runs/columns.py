@@ -70,6 +70,7 @@ class Columns(Costs):
     epoch: Annotated[Quantity, TRACKED]
     steps_done: Natural
     test_accuracy: Annotated[Accuracy | None, TRACKED] = None
+    round_steps: Annotated[Natural | None, TRACKED] = None  # J of the last round
     test_loss: Annotated[float | None, TRACKED] = None
     train_loss: Annotated[float | None, TRACKED] = None
     lr: Annotated[float | None, TRACKED] = None

@@ -71,7 +71,7 @@ from fedsim.system.files import atomic_write, open_to_append, read_file
 from fedsim.system.provenance import provenance
 
 OnRow = Callable[[Row], None]
-CHECKPOINT_VERSION = 6
+CHECKPOINT_VERSION = 7
 HEADER = {  # of a checkpoint: what each entry is
     **dict.fromkeys(("round", "rows_bytes"), kind_of(Natural)),
     **{"seconds": kind_of(Annotated[Finite, Field(ge=0)]), "stacked": kind_of(bool), "rows_sha256": kind_of(str)},

@@ -22,6 +22,7 @@ from fedsim.models import builder_of, initial_model
 from fedsim.optim import build_optimizer, load_optimizer_state, optimizer_state
 from fedsim.system.copies import copies, fill
 from fedsim.training.gradient_terms import gradient_terms
+from fedsim.training.local_steps import Decisions
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
 from fedsim.training.step import Learner, StepInputs, step_inputs
@@ -30,13 +31,17 @@ from fedsim.training.step_fn import StepFn, make_step_fn
 
 @dataclass(frozen=True)
 class RoundStart:
-    """Where a worker begins `round`; `constant` is added to the gradient of each parameter, where methods have one."""
+    """Where a worker begins `round`; `constant` is added to the gradient of each parameter, where methods have one.
+
+    `decided`: what the schedule of J has decided so far, where it decides while the run trains.
+    """
 
     worker: int
     round: int
     weights: dict[str, Tensor]
     state: dict[str, Tensor]
     constant: dict[str, Tensor] = field(default_factory=dict)
+    decided: Decisions = ()
 
 
 @dataclass(frozen=True)
@@ -66,7 +71,8 @@ _of_thread = threading.local()
 
 def take_local_round(config: Config, start: RoundStart) -> RoundEnd:
     """The local steps of one worker; a GPU is not waited for."""
-    learner, run_steps = _replica(config)
+    plan = run_plan(config, start.decided)
+    learner, run_steps = _replica(config, plan.max_steps)
     named, optimizer, terms = dict(learner.model.named_parameters()), learner.optimizer, learner.terms
     values = learner.model.state_dict()
     fill(values.values(), (start.weights[name] for name in values))
@@ -74,7 +80,7 @@ def take_local_round(config: Config, start: RoundStart) -> RoundEnd:
     if terms:
         terms.begin(start.constant)
     loss = run_steps(round_inputs(config, start))
-    steps = run_plan(config).steps_of(start.round, start.worker, len(held_images(config, start.worker)))
+    steps = plan.steps_of(start.round, start.worker, len(held_images(config, start.worker)))
     gradients = terms.end(steps) if terms else {}
     return RoundEnd(copies([values])[0], optimizer_state(named, optimizer), loss, samples_of(config, start), gradients)
 
@@ -112,7 +118,7 @@ def held_images(config: Config, worker: int) -> NDArray[np.int64]:
 def round_inputs(config: Config, start: RoundStart) -> StepInputs:
     """What the local steps of a worker's round read."""
     held = held_images(config, start.worker)
-    plan = run_plan(config)
+    plan = run_plan(config, start.decided)
     first_step, samples = plan.first_step(start.round), plan.trained(start.round, start.worker, len(held))
     order = sample_order(len(held), samples.start, len(samples), config.seed, start.worker, config.shuffle_every)
     rates = plan.rates(start.round)[: plan.steps_of(start.round, start.worker, len(held))]
@@ -121,23 +127,25 @@ def round_inputs(config: Config, start: RoundStart) -> StepInputs:
 
 def samples_of(config: Config, start: RoundStart) -> int:
     """The images that a worker's update counts as: those of a round in which it takes all steps."""
-    return len(run_plan(config).samples(start.round, len(held_images(config, start.worker))))
+    return len(run_plan(config, start.decided).samples(start.round, len(held_images(config, start.worker))))
 
 
-def _replica(config: Config) -> Replica:
-    """This thread's replica for `config`: as many live as there are threads, however many clients."""
-    if getattr(_of_thread, "config", None) != config:
-        _of_thread.config, _of_thread.replica = config, _build_replica(config)
+def _replica(config: Config, steps: int) -> Replica:
+    """This thread's replica for `config`, for rounds of so many steps or fewer.
+
+    As many live as there are threads, however many clients.
+    """
+    if getattr(_of_thread, "config", None) != config or _of_thread.steps < steps:
+        _of_thread.config, _of_thread.steps, _of_thread.replica = config, steps, _build_replica(config, steps)
     replica: Replica = _of_thread.replica
     return replica
 
 
-def _build_replica(config: Config) -> Replica:
+def _build_replica(config: Config, steps: int) -> Replica:
     """A replica whose values are not set, and this thread made ready for it."""
     prepare(config)
     model = initial_model(config)
     named = dict(model.named_parameters())
     optimizer, terms = build_optimizer(config, named), gradient_terms(named, layers_of(config).terms)
-    samples = run_plan(config).max_steps * config.batch_size
     learner = Learner(model, optimizer, task_of(config), config.precision, terms)
-    return Replica(learner, make_step_fn(config, learner, local_images(config), samples))
+    return Replica(learner, make_step_fn(config, learner, local_images(config), steps * config.batch_size))

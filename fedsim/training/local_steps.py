@@ -1,6 +1,7 @@
 """J as a function of training progress: at which local step each round begins.
 
-Every rule is evaluated where a round begins, with the rate at that step. The last round ends with the run.
+Every rule is evaluated where a round begins, with the rate at that step. The last round ends with the run. Most rules
+are known before a run. Others decide on J while it trains, from what the server knows before each round.
 """
 
 from __future__ import annotations
@@ -12,11 +13,13 @@ from fractions import Fraction
 from typing import Annotated, NamedTuple, Self
 
 from fedsim.config import FIELDS, Config
+from fedsim.config.options import Link
 from fedsim.config.types import MAX_LOCAL_STEPS
 from fedsim.errors import UserError
+from fedsim.network import Network, duration, rate
 from fedsim.optim.lr_schedule import shape_of
 from fedsim.registry import failures_of, is_own
-from strategies.arguments import above, at_least, at_most, check_fields, kebab
+from strategies.arguments import above, at_least, at_most, below, check_fields, kebab
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,25 @@ class Outline(NamedTuple):
         return math.ceil(Fraction(str(epoch)) * self.steps_per_epoch)
 
 
+Decisions = tuple[tuple[int, int], ...]  # from which local step on, which J; the first one from step 0
+DecisionState = dict[str, float]
+
+
+class SoFar(NamedTuple):
+    """What the server knows of a run before a round, by which a schedule decides on its J."""
+
+    step: int  # the local step at which the round begins
+    local_steps: int  # J as it was decided last; before the first round, the key of this name
+    loss: float | None  # the mean training loss of the round before; None before the first one
+    sync_seconds: Callable[[Network], float]  # how long the messages of a round take on a network
+
+
 @dataclass(frozen=True)
 class LocalStepsSchedule:
-    """How J changes during a run; one's own is a frozen dataclass that extends it."""
+    """How J changes during a run; one's own is a frozen dataclass that extends it.
+
+    It overrides `rule`, where J is known before the run, or else `decide`.
+    """
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -73,8 +92,20 @@ class LocalStepsSchedule:
         """Why it does not go with J at the start, or with the schedule of the rate; empty if it does."""
         return ""
 
+    @property
+    def decides(self) -> bool:
+        """Whether J is decided while the run trains."""
+        return type(self).decide is not LocalStepsSchedule.decide
+
     def rule(self, run: Outline) -> LocalSteps:
         """J of a round by the local step at which it begins."""
+        raise NotImplementedError
+
+    def decide(self, run: Outline, so_far: SoFar, state: DecisionState) -> tuple[int, DecisionState]:
+        """J of the next round, and the next `state`, which is {} before the first round; asked once before each.
+
+        Of `run`, `total` is an estimate where the budget is in rounds.
+        """
         raise NotImplementedError
 
 
@@ -176,6 +207,67 @@ class Table(LocalStepsSchedule):
         return LocalSteps(steps, [start for start, _ in starts])
 
 
+@dataclass(frozen=True)
+class AdaComm(LocalStepsSchedule):
+    """AdaComm (Wang and Joshi, MLSys 2019): J, then ceil(J sqrt(F / F_1)) `every` so many epochs, if that is less.
+
+    F is the training loss of the last round, and F_1 that of the first one. Where it is not less, J shrinks by the
+    factor `shrink`, upwards rounded.
+    """
+
+    every: Annotated[float, above(0), at_most(10**6)] = 1.0
+    shrink: Annotated[float, above(0), at_most(1)] = 1.0
+
+    def of_part(self, part: float) -> Self:
+        return replace(self, every=part * self.every)
+
+    def decide(self, run: Outline, so_far: SoFar, state: DecisionState) -> tuple[int, DecisionState]:
+        if so_far.loss is None:
+            return run.local_steps, {}
+        interval = so_far.step // (Fraction(str(self.every)) * run.steps_per_epoch)
+        first = state.get("first_loss", so_far.loss)
+        if interval > state.get("interval", 0):
+            found = math.ceil(run.local_steps * math.sqrt(so_far.loss / first)) if first else run.local_steps
+            shrunk = math.ceil(self.shrink * so_far.local_steps)
+            so_far = so_far._replace(local_steps=max(1, found if found < so_far.local_steps else shrunk))
+        return so_far.local_steps, {"first_loss": first, "interval": interval}
+
+
+@dataclass(frozen=True)
+class NetworkSteps(LocalStepsSchedule):
+    """The least J with which messages take at most a `share` of the time of a round, at least `local-steps`.
+
+    Of a network as in `fedsim time`: its `bandwidth`, `latency`, `link` and `upload` (as the bandwidth, if left out);
+    a local step takes the time `step`.
+    """
+
+    bandwidth: str
+    step: str
+    latency: str = "0ms"
+    link: Link = "worker"
+    upload: str = ""
+    share: Annotated[float, above(0), below(1)] = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        _ = self._network, self._step_seconds
+
+    @property
+    def _network(self) -> Network:
+        upload = rate("upload", self.upload) if self.upload else 0.0
+        return Network(
+            rate("bandwidth", self.bandwidth), duration("latency", self.latency, zero=True), self.link, upload
+        )
+
+    @property
+    def _step_seconds(self) -> float:
+        return duration("step", self.step)
+
+    def decide(self, run: Outline, so_far: SoFar, state: DecisionState) -> tuple[int, DecisionState]:
+        most = self.share / (1 - self.share) * self._step_seconds  # of a sync, for each local step
+        return max(run.local_steps, math.ceil(so_far.sync_seconds(self._network) / most)), {}
+
+
 SCHEDULES: dict[str, type[LocalStepsSchedule]] = {
     "constant": ConstantSteps,
     "post-local": PostLocal,
@@ -183,6 +275,8 @@ SCHEDULES: dict[str, type[LocalStepsSchedule]] = {
     "linear": LinearSteps,
     "doubling": Doubling,
     "table": Table,
+    "adacomm": AdaComm,
+    "network": NetworkSteps,
 }
 
 
@@ -194,8 +288,7 @@ def local_steps_schedule(config: Config) -> LocalStepsSchedule:
 
 def local_steps_of(config: Config, steps_per_epoch: Fraction, total: int, rate: Callable[[int], float]) -> LocalSteps:
     """The rule of `config` for a run of `total` steps with the learning rate `rate`."""
-    run = Outline(config.local_steps, steps_per_epoch, total, rate, 0, shape_of(config).first_decay)
-    run = run._replace(warmup_steps=run.step_at(config.warmup_epochs))
+    run = outline_of(config, steps_per_epoch, total, rate)
     if not is_own(config.local_steps_schedule):
         return local_steps_schedule(config).rule(run)
     what = f"local-steps-schedule = {config.local_steps_schedule}"
@@ -212,6 +305,27 @@ def local_steps_of(config: Config, steps_per_epoch: Fraction, total: int, rate: 
     return LocalSteps(steps, rule.changes)
 
 
+def outline_of(config: Config, steps_per_epoch: Fraction, total: int, rate: Callable[[int], float]) -> Outline:
+    """What a schedule knows of a run of `total` steps with the learning rate `rate`."""
+    run = Outline(config.local_steps, steps_per_epoch, total, rate, 0, shape_of(config).first_decay)
+    return run._replace(warmup_steps=run.step_at(config.warmup_epochs))
+
+
+def decided_steps(config: Config, run: Outline, so_far: SoFar, state: DecisionState) -> tuple[int, DecisionState]:
+    """What the schedule of `config`, which decides on J, decides before a round."""
+    what = f"local-steps-schedule = {config.local_steps_schedule}"
+    with failures_of(f"{what} fails"):
+        found, state = local_steps_schedule(config).decide(run, so_far, state)
+    if type(found) is not int or not 1 <= found <= MAX_LOCAL_STEPS:
+        raise UserError(
+            f"{what} decides on J = {found} at step {so_far.step}: it must be a whole number from 1 to "
+            f"{MAX_LOCAL_STEPS:,}"
+        )
+    if not all(type(key) is str and isinstance(value, int | float) for key, value in state.items()):
+        raise UserError(f"{what} remembers {state}: a state must be a dict of numbers by name")
+    return found, {key: float(value) for key, value in state.items()}
+
+
 def check_local_steps(config: Config) -> None:
     """Raise UserError where the schedule of J does not go with other keys."""
     schedule, shape = local_steps_schedule(config), shape_of(config)
@@ -225,5 +339,6 @@ def check_local_steps(config: Config) -> None:
         raise UserError(f"{what}: {problem}")
     if config.local_steps_schedule != "constant" and config.record_by == "round":
         raise UserError(f"{what} makes rounds of unequal length: give --record-by epoch")
-    if config.rounds and (schedule.needs_length or (schedule.uses_rate and shape.needs_length)):
+    from_rate = schedule.uses_rate or schedule.decides  # with the number of steps the rates would be decided too
+    if config.rounds and (schedule.needs_length or (from_rate and shape.needs_length)):
         raise UserError(f"rounds = {config.rounds}: {what} needs the budget in --epochs")

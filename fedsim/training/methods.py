@@ -9,6 +9,7 @@ from typing import Any
 from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.rng import Purpose, step_keys
+from fedsim.training.local_steps import Decisions
 from fedsim.training.run_plan import run_plan
 from strategies.arguments import Choice
 from strategies.compression import Chain, Codec
@@ -28,8 +29,11 @@ OTHERS = "layer"  # the field of all other layers
 OF_THE_SERVER = ("test-model", "outer")  # they have no part on a worker
 
 
-def layers_of(config: Config, server: bool = False) -> Layers:
-    """The layers of `config`, with those that have no part on a worker where this is the `server`."""
+def layers_of(config: Config, server: bool = False, decided: Decisions = ()) -> Layers:
+    """The layers of `config`, with those that have no part on a worker where this is the `server`.
+
+    `decided`: what its schedule of J has decided so far, on which the seeds of messages depend.
+    """
     layers: dict[str, Method] = {}
     for name, field in FIELD_OF.items():
         if server or name not in OF_THE_SERVER:
@@ -37,7 +41,7 @@ def layers_of(config: Config, server: bool = False) -> Layers:
     for choice in config.choices(OTHERS):
         name = choice.name.rpartition(":")[2]
         layers[name if name not in layers else f"{name}-{len(layers)}"] = _made(config, OTHERS, choice)
-    wire = Wire(codec_of(config), codec_of(config, down=True), config.error_feedback, seed_of(config))
+    wire = Wire(codec_of(config), codec_of(config, down=True), config.error_feedback, seed_of(config, decided))
     try:
         return Layers(layers, wire)
     except ValueError as error:
@@ -88,12 +92,12 @@ def _cannot(config: Config, field: str, reason: str) -> UserError:
     return UserError(f"{field.replace('_', '-')} = {getattr(config, field)}: {reason}")
 
 
-def seed_of(config: Config) -> Callable[[int, int | None], int]:
+def seed_of(config: Config, decided: Decisions = ()) -> Callable[[int, int | None], int]:
     """The seed of what a worker's message (None: the server's) and its decoding draw in a round."""
 
     def seed(round_: int, worker: int | None) -> int:
         purpose: Purpose = "broadcast" if worker is None else "compress"
-        return int(step_keys(config.seed, worker or 0, run_plan(config).first_step(round_), 1, purpose)[0])
+        return int(step_keys(config.seed, worker or 0, run_plan(config, decided).first_step(round_), 1, purpose)[0])
 
     return seed
 

@@ -7,7 +7,7 @@ import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import overload
 
-from fedsim.training.local_steps import LocalSteps
+from fedsim.training.local_steps import Decisions, LocalSteps
 
 EqualRounds = tuple[int, int]  # J, and how many rounds in a row take so many steps
 
@@ -77,6 +77,20 @@ def rounds_of_number(local_steps: LocalSteps, number: int) -> Iterator[EqualRoun
         steps, count = local_steps(start), _equal(local_steps, start, number - done)
         yield steps, count
         start, done = start + steps * count, done + count
+
+
+def rounds_decided(decided: Decisions, total: int = 0, number: int = 0) -> Iterator[EqualRounds]:
+    """The rounds of a run of `total` steps, or of a `number` of rounds, whose J stays as it was `decided` last."""
+    done = 0
+    for (start, steps), (end, _) in itertools.pairwise(decided):
+        yield steps, (end - start) // steps
+        done += (end - start) // steps
+    start, steps = decided[-1]
+    full, rest = (number - done, 0) if number else divmod(total - start, steps)
+    if full:
+        yield steps, full
+    if rest:
+        yield rest, 1
 
 
 def _equal(local_steps: LocalSteps, start: int, most: int) -> int:

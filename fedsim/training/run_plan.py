@@ -20,16 +20,17 @@ from fedsim.data.partition import images_held, shard_sizes
 from fedsim.errors import UserError
 from fedsim.optim.lr_schedule import Schedule, schedule_of
 from fedsim.registry import is_own
-from fedsim.training.local_steps import LocalSteps, check_local_steps, local_steps_of
-from fedsim.training.round_starts import RoundStarts, rounds_of_number, rounds_of_steps
+from fedsim.training.local_steps import Decisions, LocalSteps, check_local_steps, local_steps_of, local_steps_schedule
+from fedsim.training.round_starts import RoundStarts, rounds_decided, rounds_of_number, rounds_of_steps
 from fedsim.training.workers import Turns, Workers
 
 
 @dataclass(frozen=True)
 class RunPlan:
-    """A pure function of the configuration and the number of training images.
+    """A pure function of the configuration, the number of training images, and what a schedule of J has `decided`.
 
-    An epoch is one pass over the images held by clients, by all workers of a round together.
+    Where J is decided while the run trains, the rounds after the last decision are an estimate: that J stays. An epoch
+    is one pass over the images held by clients, by all workers of a round together.
     """
 
     starts: RoundStarts
@@ -40,12 +41,18 @@ class RunPlan:
     local_epochs: int = 0  # passes of a worker over its own images in a round; 0: as many steps as every other
     record_by: str = "round"  # unit of rows, tests and checkpoints
     evaluate_every: int = 1  # such units
+    decided: Decisions = ()  # while the run trains
     turns: Turns = field(default_factory=lambda: Turns(Workers(), "even", 0))
 
     @property
     def rounds(self) -> int:
         """The number of rounds of the whole run."""
         return len(self.starts) - 1
+
+    @property
+    def most_rounds(self) -> int:
+        """`rounds`, or more where J is decided while the run trains: as many as it has local steps."""
+        return self.starts[-1] if self.decided else self.rounds
 
     def first_step(self, round_: int) -> int:
         """The first local step of a round; of the round after the last one, the number of steps of the run."""
@@ -98,8 +105,10 @@ class RunPlan:
 
 
 @functools.lru_cache(maxsize=8)  # every client asks in every round, and there may be a million rounds
-def run_plan(config: Config) -> RunPlan:
+def run_plan(config: Config, decided: Decisions = ()) -> RunPlan:
     """The plan of `config`; an epoch counts the images that the clients hold by its partition.
+
+    `decided`: what its schedule of J has decided so far.
 
     Where a node has images of its own, these are not counted.
     """
@@ -120,7 +129,12 @@ def run_plan(config: Config) -> RunPlan:
     def schedule(total: int) -> Schedule:
         return schedule_of(config, steps_per_epoch, float(total / steps_per_epoch), workers)
 
-    starts = _starts(config, steps_per_epoch, schedule)
+    if local_steps_schedule(config).decides:
+        decided = decided or ((0, config.local_steps),)
+        total = 0 if config.rounds else _steps_of(steps_per_epoch, config.epochs)
+        starts = RoundStarts(rounds_decided(decided, total, config.rounds))
+    else:
+        starts = _starts(config, steps_per_epoch, schedule)
     stops = [len(starts) - 1]
     if config.stop_after_rounds:
         stops.append(config.stop_after_rounds)
@@ -133,7 +147,7 @@ def run_plan(config: Config) -> RunPlan:
         turns.steps(1, worker, starts[1])
         turns.away(1, worker)
     counts = (config.batch_size, steps_per_epoch, lr, config.local_epochs)
-    return RunPlan(starts, min(stops), *counts, *recorded, turns)
+    return RunPlan(starts, min(stops), *counts, *recorded, decided, turns)
 
 
 def _starts(config: Config, steps_per_epoch: Fraction, schedule: Callable[[int], Schedule]) -> RoundStarts:

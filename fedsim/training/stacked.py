@@ -27,6 +27,7 @@ from fedsim.system.copies import copies, fill
 from fedsim.training.cuda_graph import CapturedSteps, capturable
 from fedsim.training.gradient_terms import gradient_terms
 from fedsim.training.local_round import RoundEnd, RoundStart, held_images, round_inputs, samples_of, take_local_round
+from fedsim.training.local_steps import Decisions
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import run_plan
 from fedsim.training.step import Learner, StepInputs
@@ -36,7 +37,8 @@ from fedsim.training.workers import workers_of
 class StackedReplicas:
     """K replicas in one network, and an optimizer that remembers each one's state; a round sets all their values."""
 
-    def __init__(self, config: Config, replicas: int, by_products: bool = False) -> None:
+    def __init__(self, config: Config, replicas: int, steps: int, by_products: bool = False) -> None:
+        """For rounds of so many `steps` or fewer."""
         prepare(config)
         check_stackable(config, by_products)
         self._config = config
@@ -51,10 +53,9 @@ class StackedReplicas:
         ]
         self._optimizer = self._sgdm() if config.optimizer == "sgdm" else self._optimizer_of_parts()
         self._terms = gradient_terms(dict(self._model.named_parameters()), layers_of(config).terms)
-        samples = run_plan(config).max_steps * config.batch_size
-        self._drawn: dict[tuple[int, int], StepInputs] = {}  # for (worker, round), while the GPU trained the one before
+        self._drawn: dict[tuple[int, int, Decisions], StepInputs] = {}  # while the GPU trained the round before
         learner = Learner(self._model, self._optimizer, task_of(config), config.precision, self._terms, replicas)
-        examples = load_dataset(config).train
+        examples, samples = load_dataset(config).train, steps * config.batch_size
         self._steps = CapturedSteps(learner, examples, samples, config.batch_size, capturable(config))
 
     def take_rounds(self, starts: Sequence[RoundStart]) -> list[RoundEnd]:
@@ -89,20 +90,21 @@ class StackedReplicas:
         ]
 
     def _inputs(self, starts: Sequence[RoundStart]) -> list[StepInputs]:
-        return [self._drawn.get((s.worker, s.round)) or round_inputs(self._config, s) for s in starts]
+        return [self._drawn.get((s.worker, s.round, s.decided)) or round_inputs(self._config, s) for s in starts]
 
     def _draw_ahead(self, starts: Sequence[RoundStart]) -> None:
         """What the same workers read in the next round, drawn while a GPU is busy; a CPU would gain nothing."""
-        following = starts[0].round + 1
-        ahead = self._config.device.startswith("cuda") and following <= run_plan(self._config).rounds
+        following, decided = starts[0].round + 1, starts[0].decided
+        ahead = self._config.device.startswith("cuda") and following <= run_plan(self._config, decided).rounds
         self._drawn = {
-            (start.worker, following): round_inputs(self._config, replace(start, round=following))
+            (start.worker, following, decided): round_inputs(self._config, replace(start, round=following))
             for start in (starts if ahead else ())
         }
 
     def _gradients(self, start: RoundStart) -> list[dict[str, Tensor]]:
         """Each replica's mean gradients of the round, where methods ask for them."""
-        steps = run_plan(self._config).steps_of(start.round, start.worker, len(held_images(self._config, start.worker)))
+        held = len(held_images(self._config, start.worker))
+        steps = run_plan(self._config, start.decided).steps_of(start.round, start.worker, held)
         stacked = self._terms.end(steps) if self._terms else {}
         parts = {name: _split(value, len(self._parts)) for name, value in stacked.items()}
         return [{name: of[replica].clone() for name, of in parts.items()} for replica in range(len(self._parts))]
@@ -175,7 +177,8 @@ class StackedWorkers:
         """
         if len(starts) == 1:
             return [take_local_round(config, starts[0])]
-        return self._replicas(config, len(starts)).take_rounds(starts)
+        steps = run_plan(config, starts[0].decided).max_steps
+        return self._replicas(config, len(starts), steps).take_rounds(starts)
 
 
 def _split(stacked: Tensor, replicas: int) -> list[Tensor]:

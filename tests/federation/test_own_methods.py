@@ -30,6 +30,7 @@ EVERYWHERE: list[dict[str, Any]] = [
     {"optimizer": f"{OWN}SignSGD:scale=0.5"},
     {"schedule": f"{OWN}Triangle"},
     {"local-steps-schedule": f"{OWN}Alternating", "record-by": "epoch"},
+    {"local-steps-schedule": f"{OWN}Growing", "record-by": "epoch"},
     {"workers": f"{OWN}Shifts:part=0.6"},
 ]
 
