@@ -207,6 +207,23 @@ class Undeclared(Drift):
     constant = False
 
 
+@dataclass(frozen=True)
+class Peeks(Drift):
+    """It reads the message of the server without saying so."""
+
+    def begin(self, r: WorkerRound, own: Tensors, received: Tensors) -> None:
+        r.add_to_gradients({name: self.strength * x for name, x in r.begun.items()})
+
+
+@dataclass(frozen=True)
+class Spoils(Drift):
+    """In a later round than those of a trial, what the second worker keeps is not a number."""
+
+    def end(self, r: WorkerRound, own: Tensors, received: Tensors) -> tuple[Tensors, Tensors]:
+        spoilt = r.worker == 1 and r.round == 6
+        return {}, {name: value * float("nan") if spoilt else value for name, value in minus(r.start, r.y).items()}
+
+
 class NotFrozen(Drift):
     """Its fields would be no arguments."""
 

@@ -225,7 +225,7 @@ def list_choices(options: ListOptions) -> None:
     """Show what a key may choose, with the arguments of each name, their ranges and defaults; or all such keys."""
     from fedsim.cli.listing import listed
 
-    print(*listed(options.key), sep="\n")
+    print(*listed(options.key, options.name), sep="\n")
 
 
 @cli.of(ResultsOptions)

@@ -6,13 +6,17 @@ import inspect
 from collections.abc import Iterator
 
 from fedsim.config import CHOSEN, seam_of
+from fedsim.config.messages import error_at
 from fedsim.errors import UserError
 from fedsim.registry import FUNCTION, Seam
 from strategies.arguments import REQUIRED, Argument, arguments_of, kebab, nearest, written
 
 
-def listed(key: str) -> Iterator[str]:
-    """The lines for a key, or without one, a line for each key; raises UserError for one that chooses nothing."""
+def listed(key: str, name: str = "") -> Iterator[str]:
+    """The lines for a key, or for one `name` of it; without a key, a line for each.
+
+    Raises UserError for a key that chooses nothing, and for a name that is unknown.
+    """
     keys = [kebab(name) for name in CHOSEN]
     if not key:
         yield from (f"{each}: {', '.join(seam_of(each).names)}" for each in keys)
@@ -20,6 +24,12 @@ def listed(key: str) -> Iterator[str]:
     if key not in keys:
         raise UserError(f"{key} has no choices{nearest(key, keys)}: give one of {', '.join(keys)}")
     seam = seam_of(key)
+    if name:
+        try:
+            yield from _choice(seam, name)
+        except ValueError as error:
+            raise UserError(error_at(key, name, str(error))) from error
+        return
     for name in seam.names:
         yield from _choice(seam, name)
     if seam.others:

@@ -269,6 +269,8 @@ class ListOptions(Options, frozen=True):
 
     key: Annotated[Text, POSITIONAL] = ""
     """A key, for instance compress."""
+    name: Annotated[Text, POSITIONAL] = ""
+    """One of its names, or code of your own as package.module:Class (default: all names)."""
 
 
 class TimeOptions(ResultsOptions, frozen=True):

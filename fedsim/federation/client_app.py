@@ -179,9 +179,14 @@ def _replies(config: Config, rounds: Sequence[Begun], ends: Sequence[RoundEnd]) 
     """The replies of all clients here; with compression, a GPU is waited for once, to see the values before it."""
     layers = _layers(config, rounds[0].start.decided) if rounds else Layers()
     ended = [_ended(layers, begun, end) for begun, end in zip(rounds, ends, strict=True)]
-    wrong = [""] * len(ended)
-    if layers.wire.up:  # an infinity would stay in the residual
-        wrong = wrong_values([each.sent.parameters for each in ended])
+    sent = [each.sent.parameters for each in ended]
+    wrong = wrong_values(sent) if layers.wire.up else [""] * len(ended)  # an infinity would stay in the residual
+    own = layers.keeps_memory and any(names_own(getattr(config, name)) for name in CHOSEN)
+    kept = wrong_values([each.kept for each in ended]) if own else []
+    if any(kept):  # where the update is averaged, a memory that is not finite would spoil all later ones
+        averaged = [not problem for problem in wrong_values(sent)]
+        lost = [MEMORY_LOST if each and fine else "" for each, fine in zip(kept, averaged, strict=True)]
+        wrong = [problem or each for problem, each in zip(wrong, lost, strict=True)]
     return [
         _declined(begun.message, problem) if problem else _reply(config, layers, begun, end, each)
         for begun, end, each, problem in zip(rounds, ends, ended, wrong, strict=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -128,7 +128,10 @@ def _on_worker(
     layer: Method, small: _Small, r: WorkerRound, has: tuple[Tensors, Tensors], draw: torch.Generator
 ) -> tuple[Update, Tensors]:
     """The update of a worker that `has` kept and received something, and what the layer keeps."""
+    before = replace(r)
     _unchanged("begin", layer.begin, r, *has)
+    if not layer.reads_message:
+        _check_reads_nothing(layer, before, has)
     if r.constant and not layer.constant:
         raise Wrong("begin adds to the gradients: declare constant = True")
     _check_like("begin", "the parameters to begin from", r.start, small.parameters)
@@ -140,6 +143,21 @@ def _on_worker(
     _check_like("end", "the memory that `keeps` declares", kept, layer.keeps(small.zeros))
     _check_like("end", "the parameters to send", r.y, small.parameters)
     return Update(1.0, r.y, small.buffers, {"": reply}, {}), kept
+
+
+def _check_reads_nothing(layer: Method, r: WorkerRound, has: tuple[Tensors, Tensors]) -> None:
+    """Raise Wrong where `begin` does otherwise after another message of the server's."""
+    own, received = has
+    same, other = replace(r), replace(r, begun=_moved(r.begun))
+    layer.begin(same, own, received)
+    layer.begin(other, own, _moved(received))
+    begun = [[*_tensors((each.start, each.constant, each.optimizer))] for each in (same, other)]
+    if len(begun[0]) != len(begun[1]) or not all(map(torch.equal, *begun)):
+        raise Wrong("begin reads what the server has sent: declare reads_message = True")
+
+
+def _moved(tensors: Tensors) -> Tensors:
+    return {name: value + 1 for name, value in tensors.items()}
 
 
 def _messages(codec: Codec, small: _Small) -> list[Tensor]:

@@ -12,6 +12,7 @@ from fedsim.cli.listing import listed
 from fedsim.config import ARGUMENTS, Config
 from fedsim.errors import UserError
 from fedsim.experiments.execute import check, execute
+from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.registry import CODECS
 from fedsim.runs.folder import read_config
 from strategies.arguments import arguments_of
@@ -59,6 +60,7 @@ def test_own_code_stands_where_a_name_may_and_resumes_bitwise(small: Config, key
         ({"layer": f"{OWN}InPlace"}, "in a trial begin changes a tensor that it was given: return new ones"),
         ({"layer": f"{OWN}Third"}, "fails in a trial (ValueError: no third round, own_methods.py line "),
         ({"layer": f"{OWN}Undeclared"}, "in a trial begin adds to the gradients: declare constant = True"),
+        ({"layer": f"{OWN}Peeks"}, "in a trial begin reads what the server has sent: declare reads_message = True"),
         ({"layer": f"{OWN}Drift:strength=1"}, "Drift: strength = 1 must be a number at least 0 and less than 1"),
         ({"layer": f"{OWN}Drift:strenth=0.5"}, "has no argument strenth (did you mean strength?)"),
         ({"layer": f"{OWN}Rounded"}, f"{OWN}Rounded is no subclass of strategies.method.Method"),
@@ -88,6 +90,12 @@ def test_what_it_does_wrong_is_one_line_before_anything_is_written(
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("keys", [{}, {"compress": "int8"}])
+def test_a_worker_whose_memory_would_not_be_finite_begins_again_without(small: Config, keys: dict[str, Any]) -> None:
+    run = execute(small.changed({"layer": f"{OWN}Spoils", "rounds": 8, **keys}), "localsgd")
+    assert [row["left_out"] for row in rows_of(run.folder)] == [{}] * 5 + [{"1": MEMORY_LOST}] + [{}] * 2
 
 
 def test_a_choice_may_be_an_object_or_a_dict_and_is_recorded_as_its_text(tmp_path: Path) -> None:
@@ -127,4 +135,11 @@ def test_the_list_shows_every_name_with_its_arguments_and_their_ranges(call: Cal
     assert {line.partition(":")[0] for line in lines if not line.startswith((" ", "or "))} == set(CODECS.names)
     assert "    ratio: a number greater than 0 and at most 1 (default: 0.01)" in lines
     assert call("list", "partition")[1].count("small-shards: true or false (default: false)") == 13
+    drift = call("list", "local-rule", f"{OWN}Drift")[1].splitlines()
+    assert drift[0] == f"{OWN}Drift: A worker adds a part of its last drift to its gradients."
+    assert drift[1:] == ["    strength: a number at least 0 and less than 1 (default: 0.1)"]
+    assert call("list", "compress", "topk")[1].count("\n") == 2
+    assert call("list", "compress", "topkk")[2].startswith(
+        "error: compress = topkk is unknown: it must be one of none, "
+    )
     assert call("list", "lr")[2].startswith("error: lr has no choices: give one of dataset, ")
