@@ -39,6 +39,7 @@ BENCH = (
 )
 FLOWER = f"localsgd --local-steps 2 --engine flower {RUN}"
 LINE = "interrupted: run the same command again to resume from the last checkpoint"
+UNSAVED = "interrupted: there is no checkpoint yet: the same command starts again"
 SECONDS = 60  # in which an interrupted command must have ended
 
 
@@ -82,7 +83,7 @@ def test_an_interrupted_run_says_how_to_resume_and_does_so_bit_for_bit(tmp_path:
     for rows, number in zip((3, 9, 1), SIGNALS, strict=True):
         with started(tmp_path, *RUNS["localsgd"].split()) as process:
             after_rows(process, rows)
-            assert interrupt(process, number, LINE)
+            assert interrupt(process, number, UNSAVED if rows == 3 else LINE)
     assert_resumes(tmp_path, "localsgd")
 
 
@@ -90,7 +91,7 @@ def test_a_long_round_is_not_waited_for(tmp_path: Path) -> None:
     with started(tmp_path, *RUNS["long rounds"].replace("500", "30000").split()) as process:
         process.wait_for(lambda: "\n" in process.stdout)
         time.sleep(0.5)
-        assert interrupt(process, signal.SIGTERM, LINE)
+        assert interrupt(process, signal.SIGTERM, UNSAVED)
 
 
 HANG_UP = """
@@ -119,7 +120,7 @@ def test_a_terminal_that_hangs_up_ends_a_grid(tmp_path: Path) -> None:
 def test_with_rerun_the_line_says_to_leave_it_out(tmp_path: Path) -> None:
     line = "interrupted: run the same command again without --rerun to resume from the last checkpoint"
     with started(tmp_path, *RUNS["centralized"].split(), "--rerun") as process:
-        after_rows(process, 1)
+        after_rows(process, 2)  # the first is saved
         assert interrupt(process, signal.SIGINT, line)
 
 
@@ -172,8 +173,8 @@ def test_a_run_whose_output_nobody_reads_any_more_ends_with_a_line(
             here(tmp_path, *RUNS["localsgd"].split())
         os.dup2(nothing.fileno(), write)  # for what is left to be flushed
     assert ended.value.code == 1
-    line = "error: standard output was closed by whoever read it: run the same command again to resume from the last"
-    assert capsys.readouterr().err == f"{line} checkpoint\n"
+    line = "error: standard output was closed by whoever read it: there is no checkpoint yet: the same command starts"
+    assert capsys.readouterr().err == f"{line} again\n"
 
 
 SWALLOWED = """

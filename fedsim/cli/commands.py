@@ -32,6 +32,7 @@ from fedsim.config.options import (
     SweepOptions,
     TimeOptions,
 )
+from fedsim.system.interrupts import resumable
 
 if TYPE_CHECKING:  # these import torch, which takes seconds; --help must not wait for it
     from fedsim.experiments.study import Cell, Study
@@ -82,8 +83,17 @@ def _run(options: CentralizedOptions, keys: dict[str, Any], engine: Engine) -> N
     if options.dry_run:
         _print_cost(config, mode, chosen, options.track)
         return
-    with _reported(config, mode, chosen, options.track) as on_row:
+    told = _reported(config, mode, chosen, options.track)
+    with resumable(lambda: _how_to_resume(config, mode, options.rerun)), told as on_row:
         execute_checked(config, mode, chosen, on_row, options.rerun)
+
+
+def _how_to_resume(config: Config, mode: Mode, rerun: bool) -> str:
+    from fedsim.runs.folder import CHECKPOINT, run_folder
+
+    if not (run_folder(config, mode) / CHECKPOINT).exists():
+        return "there is no checkpoint yet: the same command starts again"
+    return f"run the same command again{' without --rerun' if rerun else ''} to resume from the last checkpoint"
 
 
 @cli.of(GridOptions)
@@ -155,7 +165,9 @@ def _run_studies(
             check_writable(results / study.name, results)
             _show_plan(study, cells_of(study), results, runner)
         return
-    failed, total = run_tuned_studies(studies, cells_of, results, runner, options.rerun, console)
+    again = f"run the same command again{' without --rerun' if options.rerun else ''}"
+    with resumable(lambda: f"{again} to run what is left"):
+        failed, total = run_tuned_studies(studies, cells_of, results, runner, options.rerun, console)
     from fedsim.report.page import show_results  # slow to import, so the runs begin first
 
     for folder in (results / study.name for study in studies):

@@ -41,10 +41,12 @@ class CommandGroup(click.Group):
             formatter.write_dl([(name, " ".join(text.split())) for name, text in first.items()])
 
     def invoke(self, ctx: click.Context) -> Any:
-        """Invoke a command. A closed pipe ends it: click would close standard error too."""
+        """Invoke a command. A closed pipe ends it, with how to resume: click would close standard error too."""
         try:
             return super().invoke(ctx)
-        except BrokenPipeError:
+        except BrokenPipeError as error:
+            for note in getattr(error, "__notes__", ()):
+                print(f"error: standard output was closed by whoever read it: {note}", file=sys.stderr)
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be flushed
             sys.exit(1)
 

@@ -13,7 +13,7 @@ import click
 from fedsim.cli.commands import cli
 from fedsim.errors import RunFailed, UserError
 from fedsim.spellings import now
-from fedsim.system.interrupts import Interrupted, interruption
+from fedsim.system.interrupts import interruption
 
 
 def main() -> None:
@@ -21,31 +21,11 @@ def main() -> None:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")  # paths may have characters that the terminal lacks
-    with _saying_how_to_resume(), _errors_in_one_line():
+    with _errors_in_one_line():
         # A shell completes the command that is installed, also where its script is shown by another name
         code = cli(prog_name="fedsim", standalone_mode=False)  # what a command exits with, as --version does
     if isinstance(code, int):
         sys.exit(code)
-
-
-@contextlib.contextmanager
-def _saying_how_to_resume() -> Iterator[None]:
-    """Context manager: say how to resume, if the command can be resumed, where it ends by a signal or a closed pipe.
-
-    `Interrupted` has it as a note.
-    """
-    flag = " without --rerun" if "--rerun" in sys.argv else ""
-    how = f"run the same command again{flag} to resume from the last checkpoint"
-    try:
-        yield
-    except Interrupted as interrupted:
-        if _resumes(sys.argv[1:]):
-            interrupted.add_note(how)
-        raise
-    except SystemExit as ended:  # by `CommandGroup`, where nobody reads what is printed any more
-        if isinstance(ended.__context__, BrokenPipeError) and _resumes(sys.argv[1:]):
-            print(f"error: standard output was closed by whoever read it: {how}", file=sys.stderr)
-        raise
 
 
 @contextlib.contextmanager
@@ -68,12 +48,6 @@ def _errors_in_one_line() -> Iterator[None]:
         _fail(f"{error.filename}: {error.strerror}" if error.filename else str(error), 2)
     except MemoryError:
         _fail("out of memory: give a smaller --batch-size, --local-steps or data set", 1)
-
-
-def _resumes(arguments: list[str]) -> bool:
-    """Whether the command can be resumed, which those with a flag --rerun can."""
-    command = cli.commands.get(next(iter(arguments), ""))
-    return command is not None and any(parameter.name == "rerun" for parameter in command.params)
 
 
 def _fail(message: str, code: int) -> NoReturn:

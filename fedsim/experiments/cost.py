@@ -22,10 +22,11 @@ from fedsim.federation.strategy import build_strategy
 from fedsim.federation.traffic import round_bytes
 from fedsim.models import cpu_model
 from fedsim.runs.folder import CONFIG, read_config
-from fedsim.runs.records import read_summary
+from fedsim.runs.records import read_rows, read_summary
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.workers import workers_of
 
+SHORT_SECONDS = 10.0
 REFERENCE_FLOPS = 100e9  # FLOP/s of training on two CPU cores: the paper's model at 535 images/s
 Kind = tuple[str, str, str]  # of runs that have one pace
 
@@ -89,7 +90,7 @@ def flop_per_image(config: Config) -> float:
 def measured_rates(results: Path) -> dict[Kind, float]:
     """Images per second for each kind of run: the median over the finished runs under `results`.
 
-    Runs of less than 10 seconds are left out, since most of their time is start-up.
+    Of a run of less than `SHORT_SECONDS`, which are mostly those of its first row, the rows after that count alone.
     """
     rates: dict[Kind, list[float]] = {}
     for folder in (Path(name) for name, _, files in os.walk(results.expanduser()) if "summary.json" in files):
@@ -98,10 +99,12 @@ def measured_rates(results: Path) -> dict[Kind, float]:
             held = read_config(folder)
             config = Config().changed({name: held[name] for name in Config().identity(held["mode"])})
             recorded_examples(config)
-            rate = summary["epoch"] * images_of_epoch(config, held["mode"]) / summary["seconds"]
+            first = read_rows(folder)[0] if summary["seconds"] < SHORT_SECONDS else {"epoch": 0.0, "seconds": 0.0}
+            images = (summary["epoch"] - first["epoch"]) * images_of_epoch(config, held["mode"])
+            rate = images / (summary["seconds"] - first["seconds"])
         except (OSError, ValueError, LookupError, TypeError, AttributeError, ZeroDivisionError):
             continue  # damaged: the report warns of it; or of a function's images
-        if summary["finished"] and summary["seconds"] >= 10:
+        if summary["finished"] and rate > 0:
             rates.setdefault(_kind(config), []).append(rate)
     return {kind: statistics.median(found) for kind, found in rates.items()}
 

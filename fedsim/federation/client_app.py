@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedsim.config import Config, Value, own_keys
+from fedsim.config import CHOSEN, Config, Value, own_keys
 from fedsim.data.local_folder import check_named, check_of_run, digests_of_node, verify_images
 from fedsim.device import is_out_of_memory, resolve
 from fedsim.errors import UserError
@@ -24,6 +24,7 @@ from fedsim.federation.flower_internals import CLIENT_FAILED
 from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, SHARED, decided_of
 from fedsim.models import cpu_model
 from fedsim.own_code import own_code
+from fedsim.registry import names_own
 from fedsim.training.failures import memory_lacks
 from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_local_round
 from fedsim.training.local_steps import Decisions

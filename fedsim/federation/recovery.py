@@ -59,7 +59,9 @@ class Recovery:
         if self._failures == MAX_ATTEMPTS:
             if of_checkpoint:
                 self._run.put_checkpoint_aside()
-            how = f"resume from the checkpoint with --resume {self._run.folder.name}"
+            how = "the same command resumes from the checkpoint" if self._run.saved else "there is no checkpoint yet"
+            if self._run.saved and self._run.of_own_code:
+                how += ", with --accept-changed-code where code of your own was mended"
             raise RunFailed(f"{failure}; tried {MAX_ATTEMPTS} times; {how}") from failure
         print(f"{failure}; trying again", flush=True)
         try:

@@ -137,6 +137,16 @@ class Run:
         return {**none, **{f"test_{name}": value for name, value in tests.items()}}
 
     @property
+    def saved(self) -> bool:
+        """Whether there is a checkpoint to resume from."""
+        return (self.folder / CHECKPOINT).exists()
+
+    @property
+    def of_own_code(self) -> bool:
+        """Whether code of the user's own takes part."""
+        return bool(self._inputs["code"])
+
+    @property
     def seconds(self) -> float:
         """Wall-clock seconds of this run, including those before an interruption (up to the checkpoint)."""
         return self._seconds_before + time.perf_counter() - self._began

@@ -8,7 +8,7 @@ import signal
 import sys
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
@@ -56,6 +56,17 @@ def raise_on_signals() -> None:
     for number in SIGNALS:
         if signal.getsignal(number) is not signal.SIG_IGN:  # for instance SIGHUP by nohup
             signal.signal(number, interrupt)
+
+
+@contextlib.contextmanager
+def resumable(how: Callable[[], str]) -> Iterator[None]:
+    """Context manager: what ends a command early, a signal or a closed pipe, has `how` to resume it as its note."""
+    try:
+        yield
+    except (Interrupted, BrokenPipeError) as ended:
+        if not getattr(ended, "__notes__", ()):
+            ended.add_note(how())
+        raise
 
 
 @contextlib.contextmanager
