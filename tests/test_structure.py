@@ -19,7 +19,6 @@ OF_OPTIMIZERS = {  # their arguments, which a user gives by name: `--optimizer l
     "fedsim/optim/lars.py": ["__init__"],
     "fedsim/optim/named.py": ["lamb", "lars", "muon"],
 }
-PENDING = ("fedsim/training/step.py", "fedsim/training/cuda_graph.py")
 COMMANDS = "fedsim/cli/commands.py"  # a command has the name of what it calls
 ENTRY_POINTS = {"app", "main"}  # what Flower, or a process of its own, begins with
 Function = ast.FunctionDef | ast.AsyncFunctionDef
@@ -41,7 +40,7 @@ def functions(file: Path) -> Iterator[Function]:
             yield node
 
 
-@pytest.mark.parametrize("file", [each for each in FILES if path_of(each) not in PENDING], ids=path_of)
+@pytest.mark.parametrize("file", FILES, ids=path_of)
 def test_a_function_has_six_parameters_or_fewer(file: Path) -> None:
     for function in functions(file):
         if parameters(function) > MOST_PARAMETERS:
