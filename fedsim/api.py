@@ -205,7 +205,7 @@ def study(name: str | Path, *, progress: bool = True, **arguments: Any) -> Study
     The keys override what the study sets.
     """
     options, keys = _parted(StudyOptions, arguments)
-    found = read_study(str(name))
+    found = read_study(str(name)).with_also(options.also)
     if options.precision:
         found = found.in_precision(options.precision)
 

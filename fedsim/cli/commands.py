@@ -145,7 +145,7 @@ def study(options: StudyOptions, keys: dict[str, Any]) -> None:
 
         print(*list_studies(options.seeds, _absolute(options.results_dir)), sep="\n")
         return
-    read = [read_study(name) for name in options.studies]
+    read = [read_study(name).with_also(options.also) for name in options.studies]
     if options.precision:
         read = [study.in_precision(options.precision) for study in read]
     _run_studies(read, lambda study: select(study, study.cells(options.seeds, keys), options.cells), options)

@@ -148,7 +148,10 @@ def _option(name: str, field: FieldInfo) -> list[click.Parameter]:
     default = ",".join(map(str, field.default)) if listed and field.default else field.default
     shown = f"{meaning} (default: {default})" if default and not field.is_required() else meaning
     value = marks.value or ("LIST" if listed else _kind(field))
-    return [click.Option([name, flag, *marks.others], help=shown, metavar=value, required=field.is_required())]
+    settings: dict[str, Any] = {"help": shown, "metavar": value, "required": field.is_required()}
+    if get_origin(field.annotation) is tuple and not listed:
+        settings |= {"multiple": True, "default": None}
+    return [click.Option([name, flag, *marks.others], **settings)]
 
 
 def _kind(field: FieldInfo) -> str:

@@ -202,6 +202,9 @@ class StudyOptions(SweepOptions, frozen=True):
     """Seeds of every cell, with commas (default: the study's)."""
     cells: Names = ()
     """Run only these cells, with commas: 'k12-j20,k4-*' (default: all)."""
+    also: Annotated[tuple[Text, ...], Flags((), "KEY=VALUE")] = ()
+    """Every cell of the studies once more, with this key changed, or these: 'outer=diloco momentum=0'; may be given
+    several times."""
     precision: Text = ""
     """Run each study in this precision, as STUDY-PRECISION."""
 

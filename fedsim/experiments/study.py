@@ -17,6 +17,9 @@
     when = { optimizer = ["lamb"] }
     set = { lr = 0.02 }
 
+    [[also]]                          every cell of the grid once more, with these keys changed
+    outer = "diloco"
+
     [tune]                            choose keys for each cell before it is run with every seed (see `tune`)
     validation = 5000                 training images held out, on which the trials are tested
     seed = 1                          the seed of all trials
@@ -59,6 +62,8 @@ TUNING = "-tuning"  # suffix of the folder of a study's trials
 LARGE_BATCH = "large batch"  # in the coordinates of a baseline, instead of J
 SHORT_NAMES = {"clients": "k", "local-steps": "j", "batch-size": "b"}
 NOT_TUNED = ("seed", "validation", "epochs", "rounds", "device", "threads", "evaluate-every", "record-by")
+ALSO = "method"  # the axis of what `also` changes, and in the coordinates of a cell what that is, or:
+PLAIN_CELL = "as set"
 RECORD_KEYS = ("name", "results-dir", "resume")  # they follow from the names of the study and the cell
 
 
@@ -134,14 +139,15 @@ class Study(BaseModel):
     compare: str = ""
     grid: Lists = {}
     settings: Settings = Field({}, alias="set")
+    also: list[Annotated[Settings, Field(min_length=1)]] = []
     cases: list[Case] = Field([], alias="case")
     tune: Tune | None = None
     chosen: dict[str, Settings] = {}
 
     @property
     def axes(self) -> tuple[str, ...]:
-        """The keys of the grid, without the seed."""
-        return tuple(name for name in self.grid if name != "seed")
+        """The keys of the grid, without the seed; with `also`, the first is which of these a cell has."""
+        return (*([ALSO] if self.also else []), *(name for name in self.grid if name != "seed"))
 
     @property
     def compared(self) -> str:
@@ -170,11 +176,14 @@ class Study(BaseModel):
     def cells(self, seeds: Sequence[int] = (), keys: Mapping[str, Any] | None = None) -> list[Cell]:
         """Every cell with each of `seeds` (by default the study's); `keys` override its settings."""
         cells = []
-        combinations = itertools.product(*(self.grid[name] for name in self.axes))
-        for seed, coords in itertools.product(seeds or self.seeds, combinations):
-            own = dict(zip(self.axes, coords, strict=True))
-            name = "-".join([*(_part(*item) for item in own.items()), f"seed{seed}"])
-            cells.append(Cell(coords, self.mode, self.configure({**(keys or {}), **own, "seed": seed, "name": name})))
+        lists = {name: values for name, values in self.grid.items() if name != "seed"}
+        combinations = itertools.product([{}, *self.also], *lists.values())
+        for seed, (also, *values) in itertools.product(seeds or self.seeds, combinations):
+            own = dict(zip(lists, values, strict=True))
+            name = "-".join([*(_part(*item) for item in (own | also).items()), f"seed{seed}"])
+            changes = {**(keys or {}), **also, **own, "seed": seed, "name": name}
+            coords = (*([changed_keys(also)] if self.also else []), *values)
+            cells.append(Cell(coords, self.mode, self.configure(changes)))
         if self.twins:
             cells = sorted(cells + _baselines(cells), key=lambda cell: cell.config.seed)
         return [cell._replace(config=cell.config.changed(self.chosen.get(cell.name, {}))) for cell in cells]
@@ -186,6 +195,10 @@ class Study(BaseModel):
             cases.append({"when": {}, "set": dict(keys)})
         held = self.model_dump(by_alias=True)
         return _study({**held, "name": self.name, "set": _override(self.settings, keys), "case": cases, **entries})
+
+    def with_also(self, texts: Sequence[str]) -> Study:
+        """This study with further entries of `also`, each as `read_also` reads it."""
+        return self.with_settings({}, also=[*self.also, *(read_also(text) for text in texts)]) if texts else self
 
     def in_precision(self, precision: str) -> Study:
         """This study in another `precision`, with the precision added to its name and title."""
@@ -207,6 +220,11 @@ class Study(BaseModel):
             raise UserError(
                 f"about = {self.about!r} is not a key of the grid: it must be one of {', '.join(self.axes)}"
             )
+        changed = {name for also in self.also for name in also}
+        if "seed" in changed:
+            raise UserError("also seed: it cannot be changed: give --seeds, or seed in the grid")
+        if twice := self.grid.keys() & changed:
+            raise UserError(f"also {min(twice)}: it is a key of the study's own grid: leave it out of one of them")
         if self.twins and (self.mode, self.axes) != ("localsgd", ("clients", "local-steps")):
             raise UserError("twins = true needs mode localsgd and a grid of clients and local-steps, in this order")
         cells = self.cells()
@@ -274,8 +292,26 @@ def _baselines(cells: Sequence[Cell]) -> list[Cell]:
 
 
 def compared_axis(axes: Sequence[str]) -> str:
-    """The axis that results compare unless the study says another: J, else the first one; "" without axes."""
+    """The axis that results compare unless the study says another: what `also` changes, J, or the first one.
+
+    "" without axes.
+    """
+    if ALSO in axes:
+        return ALSO
     return "local-steps" if "local-steps" in axes else "".join(axes[:1])
+
+
+def changed_keys(also: Mapping[str, Any]) -> str:
+    """What an entry of `also` changes, in the coordinates of its cells."""
+    return " ".join(f"{key}={value}" for key, value in also.items()) or PLAIN_CELL
+
+
+def read_also(text: str) -> dict[str, str]:
+    """The keys in the text of --also, for instance ``outer=diloco momentum=0``; raises UserError."""
+    pairs = [pair.partition("=") for pair in text.split()]
+    if not pairs or not all(equals for _, equals, _ in pairs):
+        raise UserError(f"also = {text!r} is not KEY=VALUE, several with spaces between: for instance outer=diloco")
+    return {key: value for key, _, value in pairs}
 
 
 def select(study: Study, cells: Sequence[Cell], patterns: Sequence[str]) -> list[Cell]:

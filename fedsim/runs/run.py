@@ -139,7 +139,7 @@ class Run:
     @property
     def saved(self) -> bool:
         """Whether there is a checkpoint to resume from."""
-        return (self.folder / CHECKPOINT).exists()
+        return any((self.folder / name).exists() for name in (CHECKPOINT, CHECKPOINT_BEFORE))
 
     @property
     def of_own_code(self) -> bool:

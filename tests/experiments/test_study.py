@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 import tomllib
 from fractions import Fraction
 from pathlib import Path
@@ -265,6 +266,31 @@ def test_what_a_file_gets_wrong_is_one_line_that_names_it(tmp_path: Path, text: 
 def test_a_study_says_what_it_is(tmp_path: Path, head: str, message: str) -> None:
     with pytest.raises(UserError, match=f"^mine.toml: {message}"):
         written(tmp_path, head)
+
+
+def test_every_cell_is_run_once_more_with_the_keys_of_each_also(tmp_path: Path) -> None:
+    path = tmp_path / "mine.toml"
+    path.write_text('title = "a"\nmode = "localsgd"\n[grid]\nclients = [2, 4]\n[set]\nouter = "slowmo:lr=0.5"\n')
+    study = read_study(str(path)).with_also(["outer=diloco", "local-rule=scaffold momentum=0"])
+    path.write_text(study.toml)
+    assert read_study(str(path)) == study
+    assert (study.axes, study.compared) == (("method", "clients"), "method")
+    assert [(cell.name, *cell.coords, cell.config.outer, cell.config.momentum) for cell in study.cells()] == [
+        ("k2", "as set", 2, "slowmo:lr=0.5", 0.9),
+        ("k4", "as set", 4, "slowmo:lr=0.5", 0.9),
+        ("k2-diloco", "outer=diloco", 2, "diloco", 0.9),
+        ("k4-diloco", "outer=diloco", 4, "diloco", 0.9),
+        ("k2-scaffold-momentum0.0", "local-rule=scaffold momentum=0.0", 2, "slowmo:lr=0.5", 0.0),
+        ("k4-scaffold-momentum0.0", "local-rule=scaffold momentum=0.0", 4, "slowmo:lr=0.5", 0.0),
+    ]
+    for text, message in (
+        ("outer", "also = 'outer' is not KEY=VALUE, several with spaces between: for instance outer=diloco"),
+        ("clients=3", "also clients: it is a key of the study's own grid: leave it out of one of them"),
+        ("outr=3", "unknown key outr: did you mean outer?"),
+        ("seed=3", "also seed: it cannot be changed: give --seeds"),
+    ):
+        with pytest.raises(UserError, match=re.escape(message)):
+            read_study(str(path)).with_also([text])
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:
