@@ -25,7 +25,7 @@ def task_of(config: Config) -> Task:
             return task
     names = names_of(config.dataset) if is_own(config.dataset) else frozenset[str]()
     kinds: list[type[Task]] = [imported(place) for place in TASKS.values()]
-    return next((kind for kind in kinds if kind.takes(names)), kinds[0])()
+    return next((kind for kind in kinds if kind.takes(names)), kinds[0]).of(config.dataset)
 
 
 def load_dataset(config: Config, verify: bool = True) -> Dataset[Examples]:

@@ -93,6 +93,11 @@ class Task(ABC):
         """Whether what a function returns, with these names, is of this task."""
         return False
 
+    @classmethod
+    def of(cls, dataset: str) -> Task:
+        """The task of a data set that is no task itself."""
+        return cls()
+
     @abstractmethod
     def training_examples(self, config: Config) -> int:
         """The number of all training examples, also of those held out for validation."""
@@ -153,11 +158,15 @@ class Task(ABC):
         """The sums of the loss and of each metric over the examples of a batch, by their names, as float64 scalars."""
 
 
-def with_floats(inputs: Inputs, dtype: torch.dtype) -> Inputs:
-    """`inputs` with floating-point numbers in the type of a model's parameters."""
-    if isinstance(inputs, dict):
-        return {name: value.to(dtype) if value.is_floating_point() else value for name, value in inputs.items()}
-    return inputs.to(dtype) if inputs.is_floating_point() else inputs
+def with_floats(batch: Batch, dtype: torch.dtype) -> Batch:
+    """`batch` with floating-point numbers in the type of a model's parameters."""
+
+    def of(value: Tensor) -> Tensor:
+        return value.to(dtype) if value.is_floating_point() else value
+
+    inputs, targets = batch
+    taken = {name: of(value) for name, value in inputs.items()} if isinstance(inputs, dict) else of(inputs)
+    return taken, of(targets)
 
 
 def by(shape: Sequence[int]) -> str:

@@ -15,6 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import recorded_examples, task_of
 from fedsim.data.partition import images_of_epoch, shard_sizes
+from fedsim.data.task import with_floats
 from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.decisions import planned
 from fedsim.federation.lengthen import open_run
@@ -81,7 +82,7 @@ def traffic(config: Config) -> tuple[int, int]:
 def flop_per_image(config: Config) -> float:
     """Floating-point operations of a training step per image, counting convolutions and matrix products."""
     network, task = cpu_model(config).eval(), task_of(config)
-    batch = task.trial(config, 1)
+    batch = with_floats(task.trial(config, 1), torch.float32)
     with FlopCounterMode(display=False) as counter:
         task.loss(task.forward(network, batch), batch[1]).backward()  # type: ignore[no-untyped-call]
     return float(counter.get_total_flops())

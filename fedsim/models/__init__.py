@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from fedsim.config import Config
 from fedsim.data.datasets import task_of
 from fedsim.data.images import CIFAR_IMAGE
-from fedsim.data.task import Task, by
+from fedsim.data.task import Task, by, with_floats
 from fedsim.device import one_thread, parameter_dtype
 from fedsim.errors import UserError
 from fedsim.models.dropout import StepKeys, set_dropout_keys, use_counter_based_dropout
@@ -60,13 +61,19 @@ def check_model(config: Config) -> None:
 
 def _loss(model: nn.Module, config: Config, task: Task) -> Tensor:
     """The loss of `model` on two examples; raises UserError where it gives no such outputs as the task wants."""
-    batch = task.trial(config, 2)
+    batch = with_floats(task.trial(config, 2), torch.float32)
     taken = f"model = {config.model} does not take {task.taken(config)}"
     with failures_of(taken + ("" if model.training else ", in eval mode")):
         outputs = task.forward(model, batch)
+    what = f"model = {config.model}, on the {task.metric.examples} of {config.dataset}"
     if problem := task.problem(config, outputs):
-        raise UserError(f"model = {config.model}, on the {task.metric.examples} of {config.dataset}: {problem}")
-    return task.loss(outputs, batch[1])
+        raise UserError(f"{what}: {problem}")
+    with failures_of(f"{what}: the loss fails"), warnings.catch_warnings(action="error", category=UserWarning):
+        loss = task.loss(outputs, batch[1])  # of shapes that are broadcast torch only warns
+    if not isinstance(loss, Tensor) or loss.ndim or not loss.is_floating_point():
+        kind = f"a tensor {list(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise UserError(f"{what}: the loss is {kind}, not a number: let it be the mean over a batch")
+    return loss
 
 
 def check_gradients(name: str, parameters: dict[str, nn.Parameter]) -> None:
@@ -95,7 +102,7 @@ def check_one_example(config: Config, reason: str) -> None:
     set_dropout_keys(model.train(), StepKeys())
     one = f"one {task.metric.examples.removesuffix('s')}"
     with failures_of(f"{reason}: model = {config.model} does not train on {one}", remedy="give another batch-size"):
-        task.forward(model, task.trial(config, 1))
+        task.forward(model, with_floats(task.trial(config, 1), torch.float32))
 
 
 def build_model(

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from fedsim.data.metric import ACCURACY, Metric
+from fedsim.data.metric import Metric
 
 LARGEST = 2**53  # integers up to this are exact as floats
 Natural = Annotated[int, Field(ge=0, le=LARGEST)]
@@ -82,7 +82,8 @@ class Columns(Costs):
 
     def value(self, metric: Metric) -> float | None:
         """The value of a metric, if it was tested."""
-        return self.test_accuracy if metric == ACCURACY else self.tests.get(metric.column)
+        tested: dict[str, float | None] = {**self.tests, **self.model_dump(include={"test_accuracy", "test_loss"})}
+        return tested.get(metric.column)
 
     @model_validator(mode="before")
     @classmethod

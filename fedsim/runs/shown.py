@@ -15,7 +15,8 @@ def print_row(row: Row) -> None:
     tested, metric = "", metric_of(row)
     if (value := row[metric.column]) is not None:
         split = "test" if row["tested_on"] == "test" else "val"
-        tested = f"{split} {loss_text(row['test_loss'])} {metric.told(value):>6}"
+        told = "" if metric.column == "test_loss" else f" {metric.told(value):>6}"
+        tested = f"{split} {loss_text(row['test_loss'])}{told}"
     seconds = f"{row['seconds']:.{1 if row['seconds'] < 1000 else 0}f}"
     print(
         f"round {row['round']:>6}  epoch {row['epoch']:6.2f}  lr {row['lr']:.5f}  "

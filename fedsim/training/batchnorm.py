@@ -46,9 +46,9 @@ def reestimate(task: Task, model: nn.Module, examples: Examples, drawn: Tensor, 
         for layer in _layers(replica):
             layer.train()
             layer.momentum = 1.0  # the statistics of this batch alone
-        inputs, targets = examples.batch(drawn[:, start : start + BATCH].to(examples.device), [start])
+        batch = examples.batch(drawn[:, start : start + BATCH].to(examples.device), [start])
         with products_in(precision, parameter.device):
-            task.forward(replica, (with_floats(inputs, parameter.dtype), targets))
+            task.forward(replica, with_floats(batch, parameter.dtype))
         return [layer.get_buffer(name) for layer in _layers(replica) for name in STATISTICS]
 
     starts = range(0, drawn.shape[1], BATCH)

@@ -83,10 +83,10 @@ class CapturedSteps:
         """The next step, on `size` examples of each replica; `keys`: the replicas', for what else is drawn."""
         columns = self._step * self._batch_size + self._within[:size]
         drawn = self._drawn.index_select(2, columns).flatten(1)  # (draws, K * size)
-        inputs, targets = self._examples.batch(drawn, keys, self._learner.replicas)
+        batch = self._examples.batch(drawn, keys, self._learner.replicas)
         self._step_keys.begin_step(self._keys.index_select(0, self._step).squeeze(0))
         self._lr.copy_(self._rates.index_select(0, self._step).squeeze(0))
-        losses = take_step(self._learner, (with_floats(inputs, self._dtype), targets))
+        losses = take_step(self._learner, with_floats(batch, self._dtype))
         self._losses.index_copy_(0, self._step, losses.view(1, -1).to(self._dtype))
         self._step.add_(1)
 

@@ -74,10 +74,10 @@ def run_steps(learner: Learner, examples: Examples, batch_size: int, inputs: Ste
     batches = torch.split(inputs.drawn.to(examples.device), batch_size, dim=1)
     keys = zip(inputs.rates, inputs.dropout_keys, inputs.augment_keys, strict=True)
     for drawn, (lr, key, augment_key) in zip(batches, keys, strict=True):
-        taken, targets = examples.batch(drawn, [augment_key])
+        batch = examples.batch(drawn, [augment_key])
         step_keys.begin_step(key)
         set_lr(learner.optimizer, lr)
-        losses.append(take_step(learner, (with_floats(taken, parameter.dtype), targets)))
+        losses.append(take_step(learner, with_floats(batch, parameter.dtype)))
         sizes.append(drawn.shape[1])
     sums = torch.stack(losses).double().cpu() * torch.tensor(sizes)
     return float(sums.sum()) / sum(sizes)
@@ -113,10 +113,9 @@ def evaluate(task: Task, model: nn.Module, examples: Examples, precision: str = 
 
     @torch.inference_mode()
     def test(start: int) -> dict[str, Tensor]:
-        inputs, targets = examples.plain(start, start + batch)
+        part = with_floats(examples.plain(start, start + batch), parameter.dtype)
         with products_in(precision, parameter.device):
-            outputs = task.forward(model, (with_floats(inputs, parameter.dtype), targets))
-            return task.sums(outputs, targets)
+            return task.sums(task.forward(model, part), part[1])
 
     starts = range(0, len(examples), batch)
     if parameter.device.type == "cpu":

@@ -18,6 +18,7 @@ from fedsim.rng import random_words, step_keys
 from fedsim.runs.records import read_summary
 from fedsim.tasks.text import OF_THE_PACKAGE, Text, read_documents, training_pieces
 from fedsim.training.local_round import RoundStart, round_inputs
+from fedsim.training.stacked import check_stackable
 from fedsim.training.step import evaluate
 from tests.conftest import TEXT, Call, Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
@@ -187,6 +188,11 @@ def test_what_does_not_fit_is_told_in_a_line(small: Config, keys: dict[str, Any]
         check_localsgd(small.changed({**TINY, **keys}))
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_texts_are_not_stacked(small: Config) -> None:
+    with pytest.raises(UserError, match="dataset = text:context=8: models of windows cannot be stacked: give --engine"):
+        check_stackable(small.changed(TINY))
 
 
 def test_an_empty_text_and_a_folder_without_any_are_told(small: Config, tmp_path: Path) -> None:
