@@ -150,7 +150,10 @@ MODELS = Seam(
     implied=("image", "shape"),
 )
 # What a data set may be of, unless it is a task itself: the first that takes what a function returns, or of all others
-TASKS = {"classification": "fedsim.tasks.classification:Classification"}
+TASKS = {
+    "classification": "fedsim.tasks.classification:Classification",
+    "own-loss": "fedsim.tasks.own_loss:OwnLoss",
+}
 DATASETS = Seam(
     dict.fromkeys(("cifar100", "cifar10", "fashion-mnist"), "fedsim.data.official:OFFICIAL")
     | {"synthetic": "fedsim.data.image_sets:Synthetic", "text": "fedsim.tasks.text:Text"},
