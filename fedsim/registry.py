@@ -230,7 +230,7 @@ OUTER_STEPS = Seam(
         ],
         "strategies.outer:STEPS",
     )
-    | {"fedexp": "strategies.fedexp:FedExP"},
+    | {"fedexp": "strategies.fedexp:FedExP", "streaming": "strategies.streaming:Streaming"},
     f"{METHOD} flwr.serverapp.strategy:Strategy",
     implied=(  # by the run, of Flower's strategies
         *("fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes", "min_available_nodes"),

@@ -19,18 +19,18 @@ class Sent(NamedTuple):
 
     model: Sections  # the global parameters and buffers before the round
     begun: Tensors  # the parameters that the workers begin from
-    change: Tensors  # encoded, for the workers that hold the last parameters; {} where nothing is encoded
+    change: Tensors | None  # for the workers that hold the last parameters, what they are sent of these; None: all
     layers: dict[int, Tensors]  # what each worker is sent besides
     wire: State  # the wire's state after the round
 
 
 def send(layers: Layers, r: ServerRound, buffers: Tensors, state: State, workers: Collection[int]) -> Sent:
     """What is sent to `workers` in a round that begins at the parameters of `r`."""
-    change: Tensors = {}
+    change: Tensors | None = None
     wire: State = {}
-    if layers.wire.down:
-        held = beside(r.x, state.get(WIRE, {}))
-        r.begun, change, wire = broadcast(layers.wire.down, r.x, held, layers.wire.seed(r.round, None))
+    if layers.keeps_model:
+        held, names = beside(r.x, state.get(WIRE, {})), layers.down(r.round, r.x)
+        r.begun, change, wire = broadcast(layers.wire.down, r.x, held, layers.wire.seed(r.round, None), names)
     of_workers = {worker: layers.send(r, state, worker) for worker in workers}
     return Sent(Sections(r.x, buffers, {}), r.begun, change, of_workers, wire)
 
@@ -41,13 +41,13 @@ def update(layers: Layers, mean: Mean, r: ServerRound, sent: Sent, state: State)
     `r` holds the updates of the workers that are averaged, all on the device of `r.x`.
     """
     updates = list(r.updates.values())
-    origin = zeros_like(r.begun) if r.encoded else r.begun
-    average = mean(origin, [each.parameters for each in updates], r.weights)
+    x, begun = layers.up(r.round, r.x), layers.up(r.round, r.begun)
+    average = mean(zeros_like(begun) if r.encoded else begun, [each.parameters for each in updates], r.weights)
     if r.encoded:
-        average = minus(r.x, average)
+        average = minus(x, average)
     elif layers.wire.down:  # the mean update, applied to the model that it was encoded from
-        average = minus(r.x, minus(r.begun, average))
-    r.next_x = average
+        average = minus(x, minus(begun, average))
+    r.next_x = {**r.x, **average}
     r.buffers = mean(sent.model.buffers, [each.buffers for each in updates], r.weights)
     received = beside(r.x, sent.layers[next(iter(r.updates))])
 

@@ -22,7 +22,7 @@ class FedNova(Method):
 
     needs = ("sgd-of-a-round", "exact-mean", "no-delay")
 
-    def replies(self, sent: Tensors, round_: int) -> Tensors:
+    def replies(self, sent: Tensors, round_: int, state: State) -> Tensors:
         return {"a": torch.zeros((), dtype=torch.float64)}
 
     def domains(self, steps: int) -> Mapping[str, Domain]:

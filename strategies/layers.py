@@ -9,15 +9,16 @@ comes before the outer step, which sees the mean that is to be the next model.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+import math
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from torch import Tensor
 
 from strategies.domain import Domain
 from strategies.method import Method, ServerRound, State, Tensors, Terms, WorkerRound, Zeros, zeros_like
-from strategies.sections import beside, under_prefix
-from strategies.wire import WIRE, Wire
+from strategies.sections import beside, under_prefix, with_prefix
+from strategies.wire import MODEL, WIRE, Wire
 
 NAMES = ("test-model", "outer", "local-rule", "delay", "momentum", "batchnorm")  # from the model to the wire
 
@@ -55,9 +56,25 @@ class Layers:
         )
 
     @property
+    def partial(self) -> bool:
+        """Whether messages hold a part of the parameters in some rounds."""
+        return any(layer.partial for _, layer in self)
+
+    @property
+    def period(self) -> int:
+        """After how many rounds messages hold the same again; after the first ones, which are as many."""
+        return math.lcm(*(layer.period for _, layer in self))
+
+    @property
+    def keeps_model(self) -> bool:
+        """Whether a worker keeps the model that it began its round from: the next message does not hold all of it."""
+        return self.wire.down is not None or self.partial
+
+    @property
     def keeps_memory(self) -> bool:
         """Whether a worker keeps anything between its rounds."""
-        return self.wire.keeps_memory or any(type(layer).keeps is not Method.keeps for _, layer in self)
+        kept = any(type(layer).keeps is not Method.keeps for _, layer in self)
+        return kept or self.keeps_model or self.wire.keeps_memory
 
     @property
     def reestimates_on(self) -> int:
@@ -82,7 +99,7 @@ class Layers:
         """Tensors with the names of all that is sent besides the model, and replied, in the first round."""
         r = ServerRound(1, True, zero.parameters, zero.parameters, batchnorm=zero.batchnorm)
         sent = self.send(r, self.initial(zero), 0)
-        return {**sent, **self.replies(sent, 1)}
+        return {**sent, **self.replies(sent, 1, self.initial(zero))}
 
     def domains(self, steps: int) -> dict[str, Domain]:
         """The domains of what layers send and keep after so many local steps, of those that have one."""
@@ -91,6 +108,17 @@ class Layers:
     def statistics(self) -> dict[str, Domain]:
         """The domains of BatchNorm's statistics, by their entries."""
         return {entry: domain for _, layer in self for entry, domain in layer.statistics.items()}
+
+    def down(self, round_: int, parameters: Tensors) -> Tensors:
+        """Those of the parameters that the server sends in a round to workers that hold all others."""
+        return self._passing(parameters, [layer.down(round_, parameters) for _, layer in self if layer.partial])
+
+    def up(self, round_: int, parameters: Tensors) -> Tensors:
+        """Those of the parameters that a worker sends in a round."""
+        return self._passing(parameters, [layer.up(round_, parameters) for _, layer in self if layer.partial])
+
+    def _passing(self, parameters: Tensors, of_layers: Sequence[Collection[str]]) -> Tensors:
+        return {name: value for name, value in parameters.items() if all(name in names for names in of_layers)}
 
     def send(self, r: ServerRound, state: State, worker: int) -> Tensors:
         """What the server sends to a worker besides the model."""
@@ -115,9 +143,16 @@ class Layers:
             replies[name], kept[name] = layer.end(r, _under(name, memory), _under(name, received))
         return _joined(replies), _joined(kept)
 
-    def replies(self, sent: Mapping[str, Tensor], round_: int) -> Tensors:
+    def message(self, r: WorkerRound, y: Tensors, memory: Mapping[str, Tensor]) -> tuple[Tensors, Tensors]:
+        """What a worker with this memory sends of its parameters `y`, and what the wire keeps, as ``wire/NAME``."""
+        message, kept = self.wire.reply(r.round, r.worker, r.begun, self.up(r.round, y), _under(WIRE, memory))
+        if self.keeps_model:
+            kept = {**kept, **with_prefix(MODEL, r.begun)}
+        return message, _joined({WIRE: kept})
+
+    def replies(self, sent: Mapping[str, Tensor], round_: int, state: State) -> Tensors:
         """Tensors with the names, types and shapes of what a worker must reply to what it was sent."""
-        return _joined({name: layer.replies(_under(name, sent), round_) for name, layer in self})
+        return _joined({n: layer.replies(_under(n, sent), round_, state.get(n, {})) for n, layer in self})
 
     def update(self, r: ServerRound, state: State, mean: Callable[[str], Tensors]) -> State:
         """End a round on the server; `mean` gives the mean of the workers' replies to a layer."""

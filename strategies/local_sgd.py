@@ -33,7 +33,7 @@ from strategies.sections import BUFFERS, EXTRAS, Sections, beside, join, split, 
 from strategies.tensor_array import tensor_record, tensors_of
 from strategies.wire import WIRE, decode, why_undecodable
 
-ENCODED = "encoded"  # key of a message's config: true where its parameters are the message of a `broadcast`
+OF_HOLDERS = "of-holders"  # key of a message's config: true where it is for a worker that holds the last parameters
 log = logging.getLogger(__name__)
 
 
@@ -138,9 +138,9 @@ class LocalSGD(FedAvg):
     ) -> Request:
         """The train messages of a round, in the order of the workers: `arrays` for each sampled one of `nodes`.
 
-        Where the wire encodes what the server sends, `holders` are the workers that hold the parameters that the last
-        round began from, which are in the server's `state`: they are sent the encoded change, all others the parameters
-        after this change.
+        Where the server sends a part of the parameters, or encodes them, `holders` are the workers that hold those that
+        the last round began from, which are in the server's `state`: they are sent this part or the encoded change, all
+        others the parameters after it.
         """
         node_of = {worker: node for node, worker in nodes.items()}
         everyone = list(range(self.population)) or sorted(self.workers.values()) or sorted(node_of)
@@ -157,15 +157,15 @@ class LocalSGD(FedAvg):
         self, sent: Sent, config: ConfigRecord, workers: Mapping[int, int], holders: Collection[int]
     ) -> list[Message]:
         """A message to each node of `workers`; those that are sent the same tensors share their content."""
-        change = ConfigRecord({**config, ENCODED: True})
+        of_holders = ConfigRecord({**config, OF_HOLDERS: True})
         contents: dict[tuple[bool, tuple[int, ...]], RecordDict] = {}
         messages = []
         for node, worker in workers.items():
-            besides, holds = sent.layers[worker], bool(sent.change) and worker in holders
-            key = holds, tuple(map(id, besides.values()))
+            besides, change = sent.layers[worker], sent.change if worker in holders else None
+            key = change is None, tuple(map(id, besides.values()))
             if key not in contents:
-                arrays = Sections(sent.change if holds else sent.begun, sent.model.buffers, besides)
-                contents[key] = self._content(arrays, change if holds else config)
+                arrays = Sections(sent.begun if change is None else change, sent.model.buffers, besides)
+                contents[key] = self._content(arrays, config if change is None else of_holders)
             messages.append(Message(contents[key], node, MessageType.TRAIN))
         return messages
 
@@ -201,7 +201,7 @@ class LocalSGD(FedAvg):
         trained.
         """
         domains = {**self.rules.domains, **self.usable.domains(round_)}
-        screened, left_out = self._screened(round_, request, replies, domains)
+        screened, left_out = self._screened(round_, request, replies, domains, state)
         for worker, reason in left_out.items():
             log.warning("round %s: worker %s is left out of the average: %s", round_, worker, reason)
         if len(screened) < self.usable.least:
@@ -236,28 +236,28 @@ class LocalSGD(FedAvg):
         return Aggregate(tensor_record(arrays), metrics, state, {k: screened[k].metrics for k in averaged}, left_out)
 
     def _screened(
-        self, round_: int, request: Request, replies: Iterable[Message], domains: Mapping[str, Domain]
+        self, round_: int, request: Request, replies: Iterable[Message], domains: Mapping[str, Domain], state: State
     ) -> tuple[dict[int, Screened], dict[int, str]]:
         """The usable updates, decoded, and why each other sampled worker has none."""
         sent = request.sent
         examples = functools.partial(self.usable.examples, round_)
         rules = dataclasses.replace(self.rules, examples=examples, domains=domains)
-        updates, left_out = screen(replies, request.messages, request.workers, self._like(round_, sent), rules)
+        updates, left_out = screen(replies, request.messages, request.workers, self._like(round_, sent, state), rules)
         left_out |= dict.fromkeys(request.away, "its node is not connected")
         if self.layers.wire.up:
-            updates, undecodable = self._decoded(sent.begun, updates, round_)
+            updates, undecodable = self._decoded(self.layers.up(round_, sent.begun), updates, round_)
             left_out |= undecodable
         return updates, dict(sorted(left_out.items()))
 
-    def _like(self, round_: int, sent: Sent) -> dict[int, ArrayRecord]:
+    def _like(self, round_: int, sent: Sent, state: State) -> dict[int, ArrayRecord]:
         """Arrays with the names, types and shapes that each worker's update must have."""
-        model = self.layers.wire.expected(sent.begun)
+        model = self.layers.wire.expected(self.layers.up(round_, sent.begun))
         records: dict[tuple[int, ...], ArrayRecord] = {}
         like = {}
         for worker, besides in sent.layers.items():
             key = tuple(map(id, besides.values()))
             if key not in records:
-                replies = self.layers.replies(besides, round_)
+                replies = self.layers.replies(besides, round_, state)
                 records[key] = tensor_record(join(Sections(model, sent.model.buffers, replies)))
             like[worker] = records[key]
         return like

@@ -10,7 +10,7 @@ server, `own` on a worker. Both are part of a checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, ClassVar, NamedTuple
@@ -86,7 +86,7 @@ class ServerRound:
     def moved(self, worker: int) -> Tensors:
         """How far a worker that is averaged has moved: the parameters that it began from minus its own."""
         sent = self.updates[worker].parameters
-        return sent if self.encoded else minus(self.begun, sent)
+        return sent if self.encoded else {name: self.begun[name] - y for name, y in sent.items()}
 
 
 @dataclass
@@ -103,6 +103,7 @@ class WorkerRound:
     start: Tensors  # those that the local steps begin from
     buffers: Tensors  # before and, in `end`, after the steps
     batchnorm: Callable[[], Mapping[str, str]] = dict  # returns those that are BatchNorm's, see `Zeros`
+    continues: bool = True  # whether its update of the last round was averaged
     optimizer: Tensors = field(default_factory=dict)  # its state, likewise; what is absent is that of a new one
     constant: Tensors = field(default_factory=dict)  # see `Terms`
     # In `end`:
@@ -127,6 +128,7 @@ class Method:
     reads_message: ClassVar[bool] = False  # whether `begin` reads what the server has sent
     replaces_mean: ClassVar[bool] = False  # whether `update` makes the next parameters of the updates themselves
     begins_early: ClassVar[bool] = False  # whether workers begin a round before that arrives
+    own_start: ClassVar[bool] = False  # whether workers begin a round from parameters of their own
     statistics: ClassVar[Mapping[str, Domain]] = {}  # of BatchNorm's statistics those that have one, by their entry
     place: ClassVar[str] = "local-rule"  # of one's own in `strategies.layers.NAMES`
 
@@ -143,6 +145,16 @@ class Method:
         """On how many training images BatchNorm's statistics are estimated again before a test; 0: they are not."""
         return 0
 
+    @property
+    def partial(self) -> bool:
+        """Whether messages hold a part of the parameters in some rounds, see `down` and `up`."""
+        return False
+
+    @property
+    def period(self) -> int:
+        """After how many rounds messages hold the same parameters and replies again."""
+        return 1
+
     def initial(self, zero: Zeros) -> State:
         """The server's state before the first round; {} where the first `update` makes it."""
         return {}
@@ -151,8 +163,19 @@ class Method:
         """What a worker keeps between its rounds."""
         return {}
 
-    def replies(self, sent: Tensors, round_: int) -> Tensors:
-        """What a worker replies to what it was `sent` in a round, by default tensors of the same names and shapes."""
+    def down(self, round_: int, parameters: Tensors) -> Collection[str]:
+        """Which of the parameters the server sends in a round after the first, to workers that hold all others."""
+        return parameters
+
+    def up(self, round_: int, parameters: Tensors) -> Collection[str]:
+        """Which of the parameters a worker sends in a round: only these are averaged."""
+        return parameters
+
+    def replies(self, sent: Tensors, round_: int, state: State) -> Tensors:
+        """Tensors with the names, types and shapes of what a worker replies to what it was `sent` in a round.
+
+        By default they are those of what was sent; `state` is the server's before the round.
+        """
         return sent
 
     def domains(self, steps: int) -> Mapping[str, Domain]:

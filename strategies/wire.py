@@ -1,12 +1,12 @@
 """The wire between the server and the workers: models as they are, or encoded, with error feedback around any codec.
 
 With error feedback (Seide et al. 2014) a worker adds what the last message left out to the next one. The server may
-compress what it sends too (`broadcast`): its message must decode to the same bits on every device.
+send a part of the model, or compress it (`broadcast`): its message must decode to the same bits on every device.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from strategies.compression import Codec, Parts
-from strategies.method import Tensors, Zeros, minus, zeros_like
+from strategies.method import Tensors, Zeros, zeros_like
 from strategies.sections import beside, under_prefix, with_prefix
 
 WIRE = "wire"  # the owner of what the wire keeps
@@ -38,29 +38,31 @@ class Wire:
 
     @property
     def keeps_memory(self) -> bool:
-        """Whether a worker keeps anything between its rounds."""
-        return self.down is not None or (self.up is not None and (self.feedback or self.up.remembers))
+        """Whether a worker keeps anything of what it has sent."""
+        return self.up is not None and (self.feedback or self.up.remembers)
 
     def keeps(self, zero: Zeros) -> Tensors:
         """Zeros shaped like what a worker keeps, without the model that the server has too."""
         return encode(self.up, zero.parameters, {}, 0, self.feedback)[1] if self.up else {}
 
     def receive(self, round_: int, own: Mapping[str, Tensor], message: Mapping[str, Tensor]) -> Tensors:
-        """The parameters of a worker after the server's `message`, the encoded change of those that it keeps."""
-        assert self.down is not None
+        """The parameters of a worker after the server's `message`: some, or the encoded change, of those it keeps."""
         held = beside(message, under_prefix(MODEL, own))
         return receive(self.down, held, message, self.seed(round_, None))
 
     def reply(
         self, round_: int, worker: int, begun: Tensors, y: Tensors, own: Mapping[str, Tensor]
     ) -> tuple[Tensors, Tensors]:
-        """What a worker sends of its parameters `y`, and what it keeps."""
-        kept = with_prefix(MODEL, begun) if self.down else {}
+        """What a worker sends of `y`, all or some of its parameters, and what it keeps of it."""
         if self.up is None:
-            return y, kept
-        update = minus(beside(y, begun), y)
+            return y, {}
+        update = {name: value.to(y[name].device) - y[name] for name, value in begun.items() if name in y}
         message, remembered = encode(self.up, update, beside(y, own), self.seed(round_, worker), self.feedback)
-        return message, {**remembered, **kept}
+        if len(y) == len(begun):
+            return message, remembered
+        before = {name: value for name, value in own.items() if not name.startswith(MODEL)}
+        nothing = encode(self.up, zeros_like(begun), {}, 0, self.feedback)[1] if not before else {}
+        return message, {**nothing, **before, **remembered}
 
     def expected(self, begun: Tensors) -> Tensors:
         """Tensors with the names, types and shapes that a worker's message of its parameters must have."""
@@ -139,28 +141,41 @@ class Broadcast(NamedTuple):
     """What the server sends to begin a round: a message to workers that hold the last parameters, all to the others."""
 
     parameters: dict[str, Tensor]  # that all workers then hold
-    message: dict[str, Tensor]  # ``NAME/PART`` -> tensor; {} in the first round
+    message: dict[str, Tensor] | None  # NAME, or where it is encoded ``NAME/PART`` -> tensor; None in the first round
     state: dict[str, Tensor]  # of the server, for the next broadcast
 
 
-def broadcast(codec: Codec, x: Mapping[str, Tensor], state: Mapping[str, Tensor], seed: int) -> Broadcast:
-    """Encode the parameters `x` for workers as the change from those that they hold.
+def broadcast(
+    codec: Codec | None,
+    x: Mapping[str, Tensor],
+    state: Mapping[str, Tensor],
+    seed: int,
+    names: Collection[str] | None = None,
+) -> Broadcast:
+    """Send `names` of the parameters `x` (by default all) to workers that hold others, as they are or encoded.
 
-    This is EF21-P (Gruntkowska, Tyurin and Richtárik 2023): the next change contains what a message leaves out, which
-    is the server's error feedback. `state` is {} before the first round, in which workers get `x` itself. `receive`
-    needs the same `seed`.
+    Encoded is the change from those that they hold. This is EF21-P (Gruntkowska, Tyurin and Richtárik 2023): the next
+    change contains what a message leaves out, which is the server's error feedback. `state` is {} before the first
+    round, in which workers get `x` itself. `receive` needs the same `seed`.
     """
     held = {name: state[HELD + name] for name in x if HELD + name in state}
-    message: dict[str, Tensor] = {}
+    if not held:
+        return Broadcast(dict(x), None, with_prefix(HELD, x))
+    message = {name: value for name, value in x.items() if names is None or name in names}
     remembered: dict[str, Tensor] = {}
-    if held:
-        change = {name: value - held[name] for name, value in x.items()}
+    if codec:
+        change = {name: value - held[name] for name, value in message.items()}
         message, remembered = encode(codec, change, state, seed, feedback=False)
-    after = receive(codec, held, message, seed) if held else dict(x)
-    return Broadcast(after, message, {**with_prefix(HELD, after), **remembered})
+    after = receive(codec, held, message, seed)
+    return Broadcast(after, message, {**state, **with_prefix(HELD, after), **remembered})
 
 
-def receive(codec: Codec, held: Mapping[str, Tensor], message: Mapping[str, Tensor], seed: int) -> dict[str, Tensor]:
+def receive(
+    codec: Codec | None, held: Mapping[str, Tensor], message: Mapping[str, Tensor], seed: int
+) -> dict[str, Tensor]:
     """The parameters of a worker that holds `held`, after a `message` of `broadcast`."""
-    change = decode(codec, message, held, seed)
-    return {name: value + change[name] for name, value in held.items()}
+    if codec is None:
+        return {**held, **message}
+    sent = {key.rpartition("/")[0] for key in message}
+    change = decode(codec, message, {name: value for name, value in held.items() if name in sent}, seed)
+    return {name: value + change[name] if name in change else value for name, value in held.items()}

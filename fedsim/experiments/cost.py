@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -20,7 +21,7 @@ from fedsim.experiments.study import Cell, read_study, study_names
 from fedsim.federation.decisions import planned
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.strategy import build_strategy
-from fedsim.federation.traffic import round_bytes
+from fedsim.federation.traffic import messages_of
 from fedsim.models import cpu_model
 from fedsim.runs.folder import CONFIG, read_config
 from fedsim.runs.records import read_rows, read_summary
@@ -65,18 +66,27 @@ def sampled(config: Config) -> Iterator[list[int]]:
     return (strategy.sample(round_, everyone) for round_ in range(1, plan.rounds + 1))
 
 
-def traffic(config: Config) -> tuple[int, int]:
-    """The bytes that all clients of a complete run of LocalSGD send (up) and receive (down).
+class Traffic(NamedTuple):
+    """The bytes that all clients together send (up) and receive (down)."""
 
-    Not counted: rounds that are repeated, and the clients' states that are sent for checkpoints. With compress-down,
-    each client is assumed to have been in the round before, except in the first.
+    up: int
+    down: int
+
+
+def traffic(config: Config) -> tuple[Traffic, Traffic]:
+    """The traffic of a complete run of LocalSGD, and the most of a round; as in rows, the first model is not in this.
+
+    Not counted: rounds that are repeated, and the clients' states that are sent for checkpoints. Each client is assumed
+    to have been in the round before, except in the first.
     """
-    rounds, of_client = planned(config).rounds, round_bytes(config)
-    first, messages = config.clients_per_round, config.clients_per_round * rounds
-    if not workers_of(config).always_there:
-        first, *others = map(len, sampled(config))
-        messages = first + sum(others)
-    return messages * of_client.up, first * of_client.whole + (messages - first) * of_client.down
+    rounds, of_client = planned(config).rounds, messages_of(config)
+    counts = itertools.repeat(config.clients_per_round, rounds)
+    up = down = peak_up = peak_down = 0
+    for round_, workers in enumerate(counts if workers_of(config).always_there else map(len, sampled(config)), 1):
+        one = of_client.in_round(round_)
+        up, peak_up = up + workers * one.up, max(peak_up, workers * one.up)
+        down, peak_down = down + workers * one.down, max(peak_down, workers * one.down if round_ > 1 else 0)
+    return Traffic(up, down), Traffic(peak_up, peak_down)
 
 
 def flop_per_image(config: Config) -> float:
@@ -148,8 +158,10 @@ def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
         total += seconds if state != "finished" else 0.0
         parts = [f"{run.local_steps:,} local steps", f"{run.images:,.0f} images"]
         if mode == "localsgd":
-            up, down = traffic(config)
-            parts = [f"{run.syncs:,} rounds", *parts, f"{up / 1e6:,.1f} MB up", f"{down / 1e6:,.1f} MB down"]
+            whole, peak = traffic(config)
+            sent = [f"{whole.up / 1e6:,.1f} MB up", f"{whole.down / 1e6:,.1f} MB down"]
+            of_round = f"in a round at most {peak.up / 1e6:,.3f} MB up, {peak.down / 1e6:,.3f} MB down"
+            parts = [f"{run.syncs:,} rounds", *parts, *sent, of_round]
         yield f"{config.name:{most}}  {state}: {', '.join(parts)}, {_duration(seconds)}"
     yield f"{len(cells)} run{'s' * (len(cells) > 1)}; those not finished take {_duration(total)} ({pace})"
 

@@ -38,7 +38,7 @@ def properties(config: Config, layers: Layers) -> Mapping[str, tuple[str, Mappin
     exact: dict[str, Sequence[Any]] = {"mean": EXACT}
     if any(layer.replaces_mean for _, layer in layers):
         exact["outer"] = ("none",)
-    late = {"layer": ("none",)} if any(layer.begins_early for _, layer in layers) else {}
+    late: dict[str, Sequence[Any]] = {field_of(name): ("none",) for name, layer in layers if layer.own_start}
     whole = {"outer": ("none",), "compress": ("none",), "compress_down": ("none",)}
     there = {} if workers.always_there else {"workers": ("even",)}
     equal_steps = {"local_epochs": (0,), **({} if workers.alike else {"workers": ("even",)})}
@@ -46,7 +46,7 @@ def properties(config: Config, layers: Layers) -> Mapping[str, tuple[str, Mappin
     return {
         "plain-sgd": ("SGD without momentum and weight decay", plain),
         "sgd-of-a-round": ("SGD with momentum that is reset in each round", of_a_round),
-        "no-delay": ("models that arrive in their round", late),
+        "no-delay": ("clients that begin from the model that they are sent", late),
         "equal-steps": ("as many local steps of each client", equal_steps),
         "all-clients": ("all clients in each round", {"fraction": (1.0,), **there}),
         "all-updates": (
@@ -92,6 +92,10 @@ def check_layers(config: Config) -> None:
                 if (value := getattr(config, field)) not in values:
                     usual = f"--{kebab(field)} {str(values[0]).lower()}, or --{kebab(key)} {FIELDS[key].default}"
                     raise UserError(f"{kebab(field)} = {value}: {_chosen(config, key)} needs {what}: give {usual}")
+        try:
+            layer.up(1, dict(cpu_model(config).named_parameters()))
+        except ValueError as error:
+            raise UserError(f"{_chosen(config, key)}: {error}") from error
     early = [_chosen(config, key) for key, layer in layers if layer.begins_early]
     for key, layer in layers if early else ():
         if layer.reads_message:

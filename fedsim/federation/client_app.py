@@ -33,10 +33,10 @@ from fedsim.training.run_plan import run_plan
 from fedsim.training.workers import everyone
 from strategies.batchnorm import batchnorm_buffers
 from strategies.layers import Layers
-from strategies.local_sgd import ENCODED
+from strategies.local_sgd import OF_HOLDERS
 from strategies.method import Tensors, WorkerRound
 from strategies.screening import DECLINED, wrong_values
-from strategies.sections import Sections, join, split, under_prefix, with_prefix
+from strategies.sections import Sections, join, split, under_prefix
 from strategies.tensor_array import tensor_record, tensors_of
 from strategies.wire import WIRE, without_model
 
@@ -148,10 +148,10 @@ def _begin(config: Config, message: Message, context: Context) -> Begun:
     round_, worker = _round(message), _worker(context)
     parameters, buffers, received = split(tensors_of(message.content.array_records["arrays"]))
     memory = _memory(layers, message, context)
-    if message.content.config_records["config"].get(ENCODED):
+    if message.content.config_records["config"].get(OF_HOLDERS):
         own = under_prefix(f"{WIRE}/", memory)
         if not own:
-            raise MemoryLost("the model that the message is the change of is not kept here")
+            raise MemoryLost("the model that the message is a part or the change of is not kept here")
         parameters = layers.wire.receive(round_, own, parameters)
     r = WorkerRound(
         worker,
@@ -164,6 +164,7 @@ def _begin(config: Config, message: Message, context: Context) -> Begun:
         start=parameters,
         buffers=buffers,
         batchnorm=functools.partial(_batchnorm, config),
+        continues=_memory_round(message, context) == round_ - 1,
     )
     layers.begin(r, memory, received)
     return Begun(message, context, r, received, memory)
@@ -206,16 +207,14 @@ def _ended(layers: Layers, begun: Begun, end: RoundEnd) -> Ended:
 
 def _reply(config: Config, layers: Layers, begun: Begun, end: RoundEnd, ended: Ended) -> Message:
     message, context, r = begun.message, begun.context, begun.round
-    own = under_prefix(f"{WIRE}/", begun.memory)
-    parameters, of_wire = layers.wire.reply(r.round, r.worker, r.begun, ended.sent.parameters, own)
-    kept = {**ended.kept, **with_prefix(f"{WIRE}/", of_wire)}
+    parameters, of_wire = layers.message(r, ended.sent.parameters, begun.memory)
     weight = len(held_images(config, r.worker)) if mean_of(config).by_shards else end.samples
     metrics = MetricRecord({"num-examples": weight, "train-loss": float(end.loss)})
     content = RecordDict(
         {"arrays": tensor_record(join(ended.sent._replace(parameters=parameters))), "metrics": metrics}
     )
     if layers.keeps_memory:
-        record = tensor_record(kept)
+        record = tensor_record({**ended.kept, **of_wire})
         keep_memory(context, record, r.round, _memory_round(message, context))
         if message.content.config_records["config"][SEND_MEMORY]:
             content[MEMORY] = _sendable(record)

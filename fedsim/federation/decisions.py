@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fedsim.config import Config
-from fedsim.federation.traffic import round_bytes
+from fedsim.federation.traffic import messages_of
 from fedsim.network import Network, is_summed, sync
 from fedsim.training.local_steps import (
     Decisions,
@@ -37,8 +37,8 @@ def decide(config: Config, round_: int, before: Decided, loss: float | None) -> 
     steps_so_far = before.steps[-1][1] if before.steps else config.local_steps
 
     def sync_seconds(network: Network) -> float:
-        workers, of_client = config.clients_per_round, round_bytes(config)
-        found = sync(network, workers * of_client.up, workers * of_client.down, workers, is_summed(config.as_keys()))
+        workers, (up, down) = config.clients_per_round, messages_of(config).later
+        found = sync(network, workers * up, workers * down, workers, is_summed(config.as_keys()))
         return float(found.waiting + found.transfer)
 
     run = outline_of(config, plan.steps_per_epoch, total, plan.lr)

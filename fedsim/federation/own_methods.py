@@ -21,7 +21,7 @@ from strategies.arguments import kebab
 from strategies.batchnorm import batchnorm_buffers
 from strategies.compression import Codec
 from strategies.mean import Mean, mean
-from strategies.method import Method, ServerRound, Tensors, Update, WorkerRound, Zeros
+from strategies.method import Method, ServerRound, State, Tensors, Update, WorkerRound, Zeros
 from strategies.sections import buffers_of
 
 ROUNDS, WORKERS, STEPS, LR = 4, 2, 2, 0.1
@@ -109,9 +109,9 @@ def _rounds(layer: Method, small: _Small) -> list[Tensor]:
         for worker in range(WORKERS):
             sent = _unchanged("send", layer.send, server, state, worker)
             r = WorkerRound(worker, round_, STEPS, lambda _: [LR] * STEPS, True, 0.0, x, x, small.buffers)
-            updates[worker], kept[worker] = _on_worker(layer, small, r, (kept[worker], sent), draw)
+            updates[worker], kept[worker] = _on_worker(layer, small, r, (kept[worker], sent, state), draw)
         server.updates, server.weights, server.share = updates, [0.5, 0.5], 1.0
-        server.next_x = mean([update.parameters for update in updates.values()], server.weights)
+        server.next_x = {**x, **mean([update.parameters for update in updates.values()], server.weights)}
         server.buffers = small.buffers
         replied = mean([update.layers[""] for update in updates.values()], server.weights)
         state = _unchanged("update", layer.update, server, state, replied)
@@ -125,24 +125,26 @@ def _rounds(layer: Method, small: _Small) -> list[Tensor]:
 
 
 def _on_worker(
-    layer: Method, small: _Small, r: WorkerRound, has: tuple[Tensors, Tensors], draw: torch.Generator
+    layer: Method, small: _Small, r: WorkerRound, has: tuple[Tensors, Tensors, State], draw: torch.Generator
 ) -> tuple[Update, Tensors]:
-    """The update of a worker that `has` kept and received something, and what the layer keeps."""
+    """The update of a worker that `has` kept and received something of a server's state, and what the layer keeps."""
+    own, received, state = has
     before = replace(r)
-    _unchanged("begin", layer.begin, r, *has)
+    _unchanged("begin", layer.begin, r, own, received)
     if not layer.reads_message:
-        _check_reads_nothing(layer, before, has)
+        _check_reads_nothing(layer, before, (own, received))
     if r.constant and not layer.constant:
         raise Wrong("begin adds to the gradients: declare constant = True")
     _check_like("begin", "the parameters to begin from", r.start, small.parameters)
     r.y = {name: start - LR * torch.randn(start.shape, generator=draw) for name, start in r.start.items()}
     if layer.mean_gradient:
         r.mean_gradient = {name: torch.randn(y.shape, generator=draw) for name, y in r.y.items()}
-    reply, kept = _unchanged("end", layer.end, r, *has)
-    _check_like("end", "the reply that `replies` declares", reply, layer.replies(has[1], r.round))
+    reply, kept = _unchanged("end", layer.end, r, own, received)
+    _check_like("end", "the reply that `replies` declares", reply, layer.replies(received, r.round, state))
     _check_like("end", "the memory that `keeps` declares", kept, layer.keeps(small.zeros))
     _check_like("end", "the parameters to send", r.y, small.parameters)
-    return Update(1.0, r.y, small.buffers, {"": reply}, {}), kept
+    sent = {name: r.y[name] for name in r.y if name in layer.up(r.round, r.y)}
+    return Update(1.0, sent, small.buffers, {"": reply}, {}), kept
 
 
 def _check_reads_nothing(layer: Method, r: WorkerRound, has: tuple[Tensors, Tensors]) -> None:

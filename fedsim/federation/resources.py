@@ -39,15 +39,16 @@ def check_memory(config: Config) -> None:
 def needed_bytes(config: Config) -> int:
     """The bytes of all states and updates that exist at once, without models in training and the data set.
 
-    Each client keeps one memory, with compression down the model too; a checkpoint of all memories is a buffer that is
-    copied as it grows. An update in flight holds the weights, what layers send, and the next memory.
+    Each client keeps one memory, and the model too where messages do not hold all of it; a checkpoint of all memories
+    is a buffer that is copied as it grows. An update in flight holds the weights, what layers send, and the next
+    memory.
     """
     model = initial_model(config)
     layers, zero = layers_of(config), zeros_of(config, model)
     weights = _bytes(model.state_dict())
     memory = _bytes(layers.zero_memory(zero))
     update = weights + memory + sum(map(_bytes, layers.initial(zero).values()))
-    model_kept = weights if layers.wire.down else 0
+    model_kept = weights if layers.keeps_model else 0
     return config.clients * (3 * memory + model_kept) + config.clients_per_round * update
 
 

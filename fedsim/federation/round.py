@@ -45,6 +45,8 @@ class Progress:
     state: dict[str, State] = field(default_factory=dict)  # the server's of each layer
     update_bytes_up: int = 0  # of the updates averaged
     update_bytes_down: int = 0  # of the global arrays sent in the rounds averaged
+    peak_bytes_up: int = 0  # the most of a round
+    peak_bytes_down: int = 0  # the most of a round after the first, in which all are sent the model
     losses: list[tuple[float, float]] = field(default_factory=list)  # (mean, images) of each round since the last row
     left_out: dict[str, str] = field(default_factory=dict)  # since the last row
     updates_left_out: int = 0  # of the rounds averaged
@@ -142,6 +144,8 @@ def train_round(
         state=result.state,
         update_bytes_up=progress.update_bytes_up + bytes_up,
         update_bytes_down=progress.update_bytes_down + bytes_down,
+        peak_bytes_up=max(progress.peak_bytes_up, bytes_up),
+        peak_bytes_down=max(progress.peak_bytes_down, bytes_down) if round_ > 1 else 0,
         losses=[*progress.losses, loss],
         left_out=progress.left_out | {str(worker): reason for worker, reason in result.left_out.items()},
         updates_left_out=progress.updates_left_out + len(result.left_out),
@@ -170,6 +174,8 @@ def row_of(plan: RunPlan, progress: Progress, messenger: Messenger) -> Row:
         "syncs": progress.round,
         "bytes_up": progress.update_bytes_up,
         "bytes_down": progress.update_bytes_down,
+        "peak_bytes_up": progress.peak_bytes_up,
+        "peak_bytes_down": progress.peak_bytes_down,
         "overhead_bytes_up": messenger.bytes_up - progress.update_bytes_up,
         "overhead_bytes_down": messenger.bytes_down - progress.update_bytes_down,
         "lr": plan.lr(steps - 1),

@@ -1,4 +1,4 @@
-"""The bytes of the messages of a round, known before a run."""
+"""The bytes of the messages of each round, known before a run."""
 
 from __future__ import annotations
 
@@ -18,22 +18,44 @@ from strategies.wire import encode
 
 
 class RoundBytes(NamedTuple):
-    """The bytes that one client sends in a round, and receives: whole, and where it was in the round before."""
+    """The bytes that one client sends in a round, and receives."""
 
     up: int
-    whole: int
     down: int
 
 
-def round_bytes(config: Config) -> RoundBytes:
-    """The bytes of the messages of a round of `config`; clients' states, sent for checkpoints, are not counted."""
+class Messages(NamedTuple):
+    """The messages of one client in the rounds of a run, which after the first `period` rounds repeat themselves."""
+
+    period: int
+    first: list[RoundBytes]  # of twice as many rounds
+
+    def in_round(self, round_: int) -> RoundBytes:
+        """Those of a round, of a client that was in the round before."""
+        return self.first[round_ - 1 if round_ <= self.period else self.period + (round_ - 1) % self.period]
+
+    @property
+    def later(self) -> tuple[float, float]:
+        """The mean bytes up and down in a round that is not among the first."""
+        ups, downs = zip(*self.first[self.period :], strict=True)
+        return sum(ups) / self.period, sum(downs) / self.period
+
+
+def messages_of(config: Config) -> Messages:
+    """The messages of a run of `config`; clients' states, sent for checkpoints, are not counted."""
     layers, model = layers_of(config), initial_model(config.changed({"device": "cpu"}))
     zero = zeros_of(config, model)
-    x, buffers = {name: value.detach() for name, value in model.named_parameters()}, zero.buffers
-    besides = layers.send(ServerRound(1, everyone(config), x, x), layers.initial(zero), 0)
-    whole = _bytes(x, buffers, besides)
-    down = _bytes(encode(layers.wire.down, x, {}, 0)[0], buffers, besides) if layers.wire.down else whole
-    return RoundBytes(_bytes(layers.wire.expected(x), buffers, layers.replies(besides, 1)), whole, down)
+    x, buffers, state = {n: v.detach() for n, v in model.named_parameters()}, zero.buffers, layers.initial(zero)
+
+    def in_round(round_: int) -> RoundBytes:
+        besides = layers.send(ServerRound(round_, everyone(config), x, x), state, 0)
+        sent = layers.down(round_, x) if round_ > 1 else x
+        if layers.wire.down and round_ > 1:
+            sent = encode(layers.wire.down, sent, {}, 0)[0]
+        reply = layers.wire.expected(layers.up(round_, x))
+        return RoundBytes(_bytes(reply, buffers, layers.replies(besides, round_, state)), _bytes(sent, buffers, besides))
+
+    return Messages(layers.period, [in_round(round_) for round_ in range(1, 2 * layers.period + 1)])
 
 
 def _bytes(*parts: Mapping[str, Tensor]) -> int:

@@ -21,7 +21,8 @@ BYTES_PER_PARAMETER = 4  # float32
 
 def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
     """`records` (runs or rows) with `network_syncs`, and the bytes of all workers: `network_up`, `network_down`,
-    `network_bytes` (both), and what was sent besides, `overhead_bytes` (0 if not recorded).
+    `network_bytes` (both), the most that went one way in a round, `network_peak`, and what was sent besides,
+    `overhead_bytes` (0 if not recorded).
 
     They are NaN where the recorded traffic, or the number of parameters of a baseline, is unknown. Requires the columns
     `clients`, `workers` and `baseline` of the cell, `parameters`, and the costs of a row.
@@ -32,6 +33,8 @@ def add_traffic(records: pd.DataFrame) -> pd.DataFrame:
     for way in ("up", "down"):
         traffic[f"network_{way}"] = records[f"bytes_{way}"].where(~baseline, gradients)
     traffic["network_bytes"] = traffic["network_up"] + traffic["network_down"]
+    peak = records[["peak_bytes_up", "peak_bytes_down"]].max(axis="columns")
+    traffic["network_peak"] = peak.where(~baseline, BYTES_PER_PARAMETER * records["parameters"] * records["workers"])
     overhead = records["overhead_bytes_up"].fillna(0.0) + records["overhead_bytes_down"].fillna(0.0)
     traffic["overhead_bytes"] = overhead.mask(baseline, 0.0)
     return pd.concat([records, pd.DataFrame(traffic).mask(alone, 0.0)], axis=1)

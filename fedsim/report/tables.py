@@ -19,8 +19,8 @@ from fedsim.report.tuning import tuning_notes
 CSV_COLUMNS = (
     "run", "mode", "optimizer", "clients", "local_steps_per_round", "batch_size", "seed", "tested_on", "finished",
     "final_test_accuracy", "best_test_accuracy", "last_test_accuracy", "epoch", "round", "steps_done", "syncs",
-    "bytes_up", "bytes_down", "overhead_bytes_up", "overhead_bytes_down", "updates_left_out",
-    "seconds", "device", "commit",
+    "bytes_up", "bytes_down", "overhead_bytes_up", "overhead_bytes_down", "peak_bytes_up",
+    "peak_bytes_down", "updates_left_out", "seconds", "device", "commit",
 )  # fmt: skip
 
 
@@ -43,9 +43,10 @@ COSTS = {  # column: (title, unit)
     "epoch": ("epochs", 1),
     "network_syncs": ("syncs", 1),
     "network_bytes": ("MB sent", 1e6),
+    "network_peak": ("MB peak", 1e6),
     "seconds": ("minutes", 60),
 }
-TRAFFIC = ("network_syncs", "network_bytes")
+TRAFFIC = ("network_syncs", "network_bytes", "network_peak")
 
 
 def summarize(table: ResultTable) -> pd.DataFrame:
@@ -73,7 +74,7 @@ def summarize(table: ResultTable) -> pd.DataFrame:
 def result_table(table: ResultTable, changes: pd.DataFrame, costs: Sequence[str] = tuple(COSTS)) -> TextTable:
     """A line for each tested cell: runs, the metric with the paper's, `paired_differences`, mean costs."""
     summary = summarize(table).join(changes[["change", "interval"]])
-    costs = [name for name in costs if name not in TRAFFIC or table.with_traffic]
+    costs = [name for name in costs if name not in TRAFFIC or (table.with_traffic and summary[name].notna().all())]
     with_paper, compared = summary["paper"].notna().any(), not changes.empty
     rows, metric = [], table.metric
     for line in summary.to_dict("records"):
@@ -145,6 +146,8 @@ def traffic_note(table: ResultTable) -> str:
         "them. What a run sent besides (for checkpoints, in repeated rounds, in updates left out) depends on its "
         "interruptions and has columns of its own in the CSV file."
     )
+    if table.counted["network_peak"].notna().all():
+        text += " The peak is the most that goes one way in a round, without the first model."
     if table.cells["baseline"].any():
         text += (
             " The large batch counts as data-parallel SGD on the same K workers: at every step each sends its gradient "

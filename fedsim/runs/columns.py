@@ -37,6 +37,8 @@ class Costs(BaseModel):
     bytes_down: Annotated[Quantity | None, TRACKED, SENT] = None
     overhead_bytes_up: Annotated[Quantity | None, SENT] = None
     overhead_bytes_down: Annotated[Quantity | None, SENT] = None
+    peak_bytes_up: Annotated[Quantity | None, SENT] = None  # the most of a round
+    peak_bytes_down: Annotated[Quantity | None, SENT] = None  # likewise; the model that all begin from is not in it
     updates_left_out: Natural | None = None
     seconds: Annotated[Quantity | None, TRACKED] = None
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from fedsim.config import Config
 from fedsim.errors import UserError
+from fedsim.registry import names_own
 from fedsim.rng import Purpose, step_keys
 from fedsim.training.local_steps import Decisions
 from fedsim.training.run_plan import run_plan
@@ -26,7 +27,7 @@ FIELD_OF = {  # the place of a layer -> the field that chooses it
     "batchnorm": "batchnorm_at_sync",
 }
 OTHERS = "layer"  # the field of all other layers
-OF_THE_SERVER = ("test-model", "outer")  # they have no part on a worker
+OF_THE_SERVER = ("test-model", "outer")  # those of one's own have no part on a worker, which may not have their code
 
 
 def layers_of(config: Config, server: bool = False, decided: Decisions = ()) -> Layers:
@@ -36,7 +37,7 @@ def layers_of(config: Config, server: bool = False, decided: Decisions = ()) -> 
     """
     layers: dict[str, Method] = {}
     for name, field in FIELD_OF.items():
-        if server or name not in OF_THE_SERVER:
+        if server or name not in OF_THE_SERVER or _has_two_halves(config, field):
             layers.update((name, _made(config, field, choice)) for choice in config.choices(field))
     for choice in config.choices(OTHERS):
         name = choice.name.rpartition(":")[2]
@@ -46,6 +47,14 @@ def layers_of(config: Config, server: bool = False, decided: Decisions = ()) -> 
         return Layers(layers, wire)
     except ValueError as error:
         raise _cannot(config, OTHERS, str(error)) from error
+
+
+def _has_two_halves(config: Config, field: str) -> bool:
+    """Whether the layer of a field of `OF_THE_SERVER` has a part on a worker."""
+    if names_own(getattr(config, field)):
+        return False
+    kinds = [choice.kind for choice in config.choices(field)]
+    return any(isinstance(kind, type) and getattr(kind, "end", None) is not Method.end for kind in kinds)
 
 
 def field_of(layer: str) -> str:

@@ -84,12 +84,16 @@ def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
         {"compress": "topk", "fraction": 0.5},
         {"compress": "powersgd", "precision": "fp64"},
         {"compress": "int4", "momentum-at-sync": "reset", "local-steps": 4},
+        {"outer": "streaming:fragments=3,delay=2", "model": SMALL_BATCHNORM, "dataset.images": 128},
+        {"outer": "streaming", "compress": "int8", "compress-down": "topk", "epochs": 0.4},
     ],
 )
 def test_the_traffic_planned_is_the_traffic_recorded(run: Execute, small: Config, keys: dict[str, Any]) -> None:
     keys = {"epochs": 1.0, "evaluate-every": 9, **keys}
     row = rows_of(run(**keys))[-1]  # its bytes are those of the updates
-    assert traffic(small.changed(keys)) == (row["bytes_up"], row["bytes_down"])
+    whole, peak = traffic(small.changed(keys))
+    assert whole == (row["bytes_up"], row["bytes_down"])
+    assert peak == (row["peak_bytes_up"], row["peak_bytes_down"])
 
 
 def test_a_plan_says_what_is_left_to_run_and_writes_nothing(run: Execute, small: Config, tmp_path: Path) -> None:

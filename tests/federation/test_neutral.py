@@ -15,10 +15,18 @@ from fedsim.config import Config
 from fedsim.experiments.execute import execute, resolve_run
 from tests.conftest import TIMES, final_model
 
+STREAMING = "streaming:fragments=1,delay=0,mix=0,lr=1,momentum=0,nesterov=false"
 NEUTRAL: dict[str, list[str]] = {
     "local-rule": ["none", "fedprox:mu=0", "tests.own_methods:Drift:strength=0"],
     "layer": ["none", "tests.own_methods:Drift:strength=0", "tests.own_methods:Half:part=1"],
-    "outer": ["none", "sgd", "slowmo:momentum=0", "diloco:lr=1,momentum=0,nesterov=false", "fedavgm:momentum=0"],
+    "outer": [
+        "none",
+        "sgd",
+        "slowmo:momentum=0",
+        "diloco:lr=1,momentum=0,nesterov=false",
+        "fedavgm:momentum=0",
+        STREAMING,
+    ],
     "compress": ["none", "topk:ratio=1", "randomk:ratio=1"],
     "compress-down": ["none", "topk:ratio=1"],
     "test-model": ["none", "ema:decay=0"],

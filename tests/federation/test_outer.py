@@ -16,7 +16,7 @@ from tests.federation.equal_runs import stopped_and_resumed
 
 
 def test_the_key_knows_the_names_of_the_strategies() -> None:
-    assert {"fedexp", *OUTER} == set(OUTER_STEPS.names)
+    assert {"fedexp", "streaming", *OUTER} == set(OUTER_STEPS.names)
 
 
 @pytest.mark.parametrize("outer", ["sgd", "slowmo:momentum=0", "diloco:lr=1,momentum=0,nesterov=false"])

@@ -52,10 +52,12 @@ def test_one_worker_waits_for_nobody() -> None:
 def test_traffic(clients: int, workers: int, baseline: bool, syncs: int, sent: int) -> None:
     row: dict[str, float] = {"steps_done": 50, "syncs": 5, "bytes_up": 700, "bytes_down": 600, "parameters": 1000}
     row |= {"overhead_bytes_up": 100, "overhead_bytes_down": float("nan")}  # of older records: not recorded
+    row |= {"peak_bytes_up": 150, "peak_bytes_down": 120}
     records = pd.DataFrame([{**row, "clients": clients, "workers": workers, "baseline": baseline}])
     found = add_traffic(records).iloc[0]
     assert (found["network_syncs"], found["network_bytes"]) == (syncs, sent)
     assert found["network_up"] + found["network_down"] == sent
+    assert found["network_peak"] == (0 if clients == 1 else 4 * 4000 if baseline else 150)
     assert found["overhead_bytes"] == (100 if sent == 1300 else 0)
 
 

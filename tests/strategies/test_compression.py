@@ -206,6 +206,7 @@ def test_a_broadcast_sends_later_what_it_leaves_out(name: str) -> None:
     assert not message
     for seed in range(12):
         sent = broadcast(codec, after, state, seed)
+        assert sent.message is not None
         held, state = receive(codec, held, sent.message, seed), sent.state
         assert all(torch.equal(value, sent.parameters[n]) for n, value in held.items())
         assert all(torch.equal(value, state[f"held/{n}"]) for n, value in held.items())

@@ -14,7 +14,7 @@ from fedsim.errors import UserError
 from fedsim.experiments.cost import cost, traffic
 from fedsim.experiments.execute import execute
 from fedsim.federation.decisions import planned
-from fedsim.federation.traffic import round_bytes
+from fedsim.federation.traffic import messages_of
 from fedsim.runs.checkpoint_file import parse_checkpoint
 from fedsim.training.local_steps import AdaComm, NetworkSteps, Outline, SoFar
 from fedsim.training.run_plan import run_plan
@@ -56,14 +56,14 @@ def test_of_a_network_j_is_the_planners(small: Config, run: Execute) -> None:
     """The bytes of a client's messages over its own link, both ways, and two latencies."""
     schedule = "network:bandwidth=8Mbit,latency=1ms,step=100ms,share=0.5"
     config = resolve(small.changed({"local-steps-schedule": schedule, "record-by": "epoch"}), "localsgd")
-    of_client = round_bytes(config)
-    expected = math.ceil((0.002 + (of_client.up + of_client.down) / 1e6) / 0.1)
+    up, down = messages_of(config).later
+    expected = math.ceil((0.002 + (up + down) / 1e6) / 0.1)
     plan = planned(config)
     assert plan.steps(1) == expected > 2
     result = execute(config.changed({"name": "run"}), "localsgd")
     assert rows_of(result)[-1]["steps_done"] == 16
     assert rows_of(result)[0]["round_steps"] == expected
-    assert (rows_of(result)[-1]["bytes_up"], rows_of(result)[-1]["bytes_down"]) == traffic(config)
+    assert (rows_of(result)[-1]["bytes_up"], rows_of(result)[-1]["bytes_down"]) == traffic(config)[0]
     constant = run(name="constant", local_steps=expected, record_by="epoch")
     assert_same_bits(final_model(result), final_model(constant))
     assert rows_of(result) == rows_of(constant)
