@@ -73,8 +73,7 @@ class Layers:
     @property
     def keeps_memory(self) -> bool:
         """Whether a worker keeps anything between its rounds."""
-        kept = any(type(layer).keeps is not Method.keeps for _, layer in self)
-        return kept or self.keeps_model or self.wire.keeps_memory
+        return self.wire.keeps_memory or self.keeps_model or any(layer.keeps_memory for _, layer in self)
 
     @property
     def reestimates_on(self) -> int:
@@ -96,10 +95,13 @@ class Layers:
         return _joined({**kept, WIRE: self.wire.keeps(zero)})
 
     def messages(self, zero: Zeros) -> Tensors:
-        """Tensors with the names of all that is sent besides the model, and replied, in the first round."""
-        r = ServerRound(1, True, zero.parameters, zero.parameters, batchnorm=zero.batchnorm)
-        sent = self.send(r, self.initial(zero), 0)
-        return {**sent, **self.replies(sent, 1, self.initial(zero))}
+        """Tensors with the names of all that is sent besides the model, and replied, in the first and later rounds."""
+        found, state = Tensors(), self.initial(zero)
+        for round_ in range(1, self.period + 1):
+            r = ServerRound(round_, True, zero.parameters, zero.parameters, batchnorm=zero.batchnorm)
+            sent = self.send(r, state, 0)
+            found |= {**sent, **self.replies(sent, round_, state)}
+        return found
 
     def domains(self, steps: int) -> dict[str, Domain]:
         """The domains of what layers send and keep after so many local steps, of those that have one."""

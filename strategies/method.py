@@ -146,6 +146,11 @@ class Method:
         return 0
 
     @property
+    def keeps_memory(self) -> bool:
+        """Whether a worker keeps anything between its rounds, see `keeps`."""
+        return type(self).keeps is not Method.keeps
+
+    @property
     def partial(self) -> bool:
         """Whether messages hold a part of the parameters in some rounds, see `down` and `up`."""
         return False

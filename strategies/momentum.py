@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Annotated
 
+from torch import Tensor
+
+from strategies.arguments import at_least, at_most
 from strategies.method import Method, ServerRound, State, Tensors, WorkerRound, Zeros
+
+# Entries of optimizers' states that are averages, sums or maxima of squares and magnitudes: none is negative
+SECOND_MOMENTS = (
+    *("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"),
+    *("row_var", "col_var", "variance"),
+)
 
 
 @dataclass(frozen=True)
@@ -28,24 +40,55 @@ class Reset(Method):
 
 @dataclass(frozen=True)
 class Average(Method):
-    """It is averaged as the parameters are (Yu, Jin and Yang 2019)."""
+    """It is averaged as the parameters are (Yu, Jin and Yang 2019), or less often.
 
+    Second moments are averaged in each round that `second_moments` divides, all else in each that `momentum` divides.
+    A worker keeps what is averaged less often (DES-LOC: Iacob et al. 2025, arXiv 2505.22549, with 3 and 6).
+    """
+
+    momentum: Annotated[int, at_least(1), at_most(100)] = 1
+    second_moments: Annotated[int, at_least(1), at_most(100)] = 1
     reads_message = True
+
+    @property
+    def keeps_memory(self) -> bool:
+        return self.period > 1
+
+    @property
+    def period(self) -> int:
+        return math.lcm(self.momentum, self.second_moments)
 
     def initial(self, zero: Zeros) -> State:
         return dict(zero.optimizer)
 
+    def keeps(self, zero: Zeros) -> Tensors:
+        return self._own(zero.optimizer)
+
     def send(self, r: ServerRound, state: State, worker: int) -> Tensors:
-        return state
+        return self._averaged(r.round - 1, state)
 
     def begin(self, r: WorkerRound, own: Tensors, received: Tensors) -> None:
-        r.optimizer = received
+        r.optimizer = {**own, **received}
+
+    def replies(self, sent: Tensors, round_: int, state: State) -> Tensors:
+        return self._averaged(round_, state)
 
     def end(self, r: WorkerRound, own: Tensors, received: Tensors) -> tuple[Tensors, Tensors]:
-        return r.optimizer, {}
+        return self._averaged(r.round, r.optimizer), self._own(r.optimizer)
 
     def update(self, r: ServerRound, state: State, mean: Tensors) -> State:
-        return dict(mean)
+        return {**state, **mean}
+
+    def _averaged(self, round_: int, entries: Mapping[str, Tensor]) -> Tensors:
+        """Those that are averaged at the end of a round."""
+        return {name: value for name, value in entries.items() if round_ % self._every(name) == 0}
+
+    def _own(self, entries: Mapping[str, Tensor]) -> Tensors:
+        """Those that are averaged in some rounds only."""
+        return {name: value for name, value in entries.items() if self._every(name) > 1}
+
+    def _every(self, name: str) -> int:
+        return self.second_moments if name.rpartition("/")[2] in SECOND_MOMENTS else self.momentum
 
 
 MOMENTUM: dict[str, type[Method]] = {"keep": Keep, "reset": Reset, "average": Average}

@@ -46,6 +46,10 @@ class Streaming(Method):
         return self.fragments > 1
 
     @property
+    def keeps_memory(self) -> bool:
+        return self.partial or self.mix > 0
+
+    @property
     def period(self) -> int:
         return self.fragments
 
@@ -57,7 +61,7 @@ class Streaming(Method):
         return fragments_of(parameters, self.fragments)[(round_ - 1) % self.fragments]
 
     def keeps(self, zero: Zeros) -> Tensors:
-        return zero.parameters if self._own else {}
+        return zero.parameters if self.keeps_memory else {}
 
     def begin(self, r: WorkerRound, own: Tensors, received: Tensors) -> None:
         if own and r.continues:
@@ -65,7 +69,7 @@ class Streaming(Method):
             r.start = {n: x.lerp(own[n], self.mix) if n in arrived else own[n] for n, x in r.begun.items()}
 
     def end(self, r: WorkerRound, own: Tensors, received: Tensors) -> tuple[Tensors, Tensors]:
-        return {}, dict(r.y) if self._own else {}
+        return {}, dict(r.y) if self.keeps_memory else {}
 
     def update(self, r: ServerRound, state: State, mean: Tensors) -> State:
         step = outer_step("diloco", lr=self.lr, momentum=self.momentum, nesterov=self.nesterov)
@@ -75,11 +79,6 @@ class Streaming(Method):
         moved, following = step(x, y, of_fragment, r.lr)
         r.next_x = {**r.next_x, **moved}
         return {**state, **following}
-
-    @property
-    def _own(self) -> bool:
-        """Whether a worker goes on from values of its own."""
-        return self.partial or self.mix > 0
 
 
 def fragments_of(parameters: Mapping[str, Tensor], count: int) -> list[set[str]]:

@@ -112,7 +112,11 @@ NOT_WITH = {  # the beginning of a rule -> keys that it is nearly always refused
     "scaffold": "mean",
     "scaffold-inferred": "workers|fraction",
 }
-MOMENTUM: list[Choice] = [{}, {}, {"momentum-at-sync": "reset"}, {"momentum-at-sync": "average"}]
+MOMENTUM: list[Choice] = [
+    *[{}] * 2,
+    {"momentum-at-sync": "reset"},
+    {"momentum-at-sync": "average"},
+]
 BATCHNORM: list[Choice] = [
     {},
     {"batchnorm-at-sync": "first-worker"},
@@ -200,6 +204,7 @@ BEYOND_THE_REFERENCE: list[Choice] = [
     {"compress": "sign", "compress-down": "int4"},
     {"compress": "topk:ratio=0.1+int8"},
     {"compress": "randomk:ratio=0.3+qsgd:levels=40"},
+    {"momentum-at-sync": "average:momentum=2,second-moments=3"},
     {"outer": "fedexp"},
     {"outer": "streaming:fragments=2", "fraction": 1.0},
     {"outer": "streaming:fragments=2,delay=0,mix=0", "fraction": 1.0, "compress": "topk"},

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 
+from strategies.momentum import SECOND_MOMENTS
+
 # Entries of the states of all optimizers here. Averages of gradients and of steps have either sign
 SIGNED = ("exp_avg", "grad_avg", "momentum_buffer")
-# Averages, sums and maxima of squares and magnitudes
-UNSIGNED = (
-    *("exp_avg_sq", "max_exp_avg_sq", "square_avg", "acc_delta", "sum", "exp_inf"),
-    *("row_var", "col_var", "variance"),
-)
 
 
 def state_range(entry: str, steps: int) -> tuple[float, float]:
@@ -19,4 +16,4 @@ def state_range(entry: str, steps: int) -> tuple[float, float]:
         return 0, steps
     if entry == "mu_product":  # of NAdam: the product of the momenta of all steps
         return 0, 1
-    return (0, math.inf) if entry in UNSIGNED else (-math.inf, math.inf)
+    return (0, math.inf) if entry in SECOND_MOMENTS else (-math.inf, math.inf)

@@ -85,6 +85,7 @@ def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
         {"compress": "powersgd", "precision": "fp64"},
         {"compress": "int4", "momentum-at-sync": "reset", "local-steps": 4},
         {"outer": "streaming:fragments=3,delay=2", "model": SMALL_BATCHNORM, "dataset.images": 128},
+        {"momentum-at-sync": "average:momentum=2,second-moments=3", "optimizer": "adamw", "lr": 0.001},
         {"outer": "streaming", "compress": "int8", "compress-down": "topk", "epochs": 0.4},
     ],
 )

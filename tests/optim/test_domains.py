@@ -5,11 +5,12 @@ import torch
 
 from fedsim.config import Config
 from fedsim.optim import build_optimizer, optimizer_state
-from fedsim.optim.domains import SIGNED, UNSIGNED, state_range
+from fedsim.optim.domains import SIGNED, state_range
 from fedsim.registry import OPTIMIZERS
+from strategies.momentum import SECOND_MOMENTS
 
 STEPS = 5
-KNOWN = {*SIGNED, *UNSIGNED, "step", "mu_product"}
+KNOWN = {*SIGNED, *SECOND_MOMENTS, "step", "mu_product"}
 
 
 @pytest.mark.parametrize(
