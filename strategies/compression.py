@@ -51,6 +51,11 @@ class Codec:
         return False
 
     @property
+    def residual_decay(self) -> float:
+        """By what error feedback multiplies what earlier messages left out."""
+        return 1.0
+
+    @property
     def grows(self) -> str:
         """Why what messages leave out would grow, with the remedy; empty if it does not."""
         return ""
@@ -168,7 +173,7 @@ class TopK(Selection):
 
     def encode(self, x: Tensor, generator: torch.Generator, warm_start: Tensor | None) -> Parts:
         flat = x.flatten()
-        places = flat.abs().topk(_count(x, self.ratio)).indices.sort().values
+        places = flat.abs().topk(share_of(x.numel(), self.ratio)).indices.sort().values
         return {"values": flat[places], "places": places.to(torch.int32)}
 
     def places(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
@@ -189,7 +194,7 @@ class RandomK(Selection):
         return {"values": x.flatten()[self.places({}, x, generator)]}
 
     def places(self, parts: Mapping[str, Tensor], like: Tensor, generator: torch.Generator) -> Tensor:
-        return torch.randperm(like.numel(), generator=generator)[: _count(like, self.ratio)].to(like.device)
+        return torch.randperm(like.numel(), generator=generator)[: share_of(like.numel(), self.ratio)].to(like.device)
 
 
 @dataclass(frozen=True)
@@ -266,13 +271,17 @@ class Chain(Codec):
     def __post_init__(self) -> None:
         if not self.first.selects or self.second.selects or self.second.remembers:
             raise ValueError(
-                "a chain is topk or randomk, then a codec of each value: fp16, bf16, int8, int4, sign, qsgd, or your "
+                "a chain is topk, chunked-topk or randomk, then a codec of each value: fp16, int2, sign, ..., or your "
                 "own, which is given the values as a vector"
             )
 
     @property
     def sparse(self) -> bool:
         return self.first.sparse
+
+    @property
+    def residual_decay(self) -> float:
+        return self.first.residual_decay
 
     @property
     def grows(self) -> str:
@@ -308,8 +317,9 @@ def _scattered(values: Tensor, places: Tensor, like: Tensor) -> Tensor:
     return torch.zeros_like(like).flatten().index_copy_(0, places, values).view(like.shape)
 
 
-def _count(x: Tensor, ratio: float) -> int:
-    return max(1, int(Fraction(str(ratio)) * x.numel()))  # in decimal: 0.29 of 100 is 29
+def share_of(count: int, ratio: float) -> int:
+    """How many of so many values a `ratio` of them is, at least one."""
+    return max(1, int(Fraction(str(ratio)) * count))  # in decimal: 0.29 of 100 is 29
 
 
 def _narrow(steps: Tensor, largest: int) -> Tensor:

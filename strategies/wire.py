@@ -91,7 +91,10 @@ def encode(
     message: dict[str, Tensor] = {}
     remembered: dict[str, Tensor] = {}
     for name, value in update.items():
-        corrected = value + memory[RESIDUAL + name] if RESIDUAL + name in memory else value
+        corrected = value
+        if RESIDUAL + name in memory:
+            left_out = memory[RESIDUAL + name]
+            corrected = value + (left_out if codec.residual_decay == 1 else codec.residual_decay * left_out)
         parts = codec.encode(corrected, generators[0], memory.get(WARM_START + name))
         message |= {f"{name}/{part}": tensor for part, tensor in parts.items()}
         if feedback:

@@ -204,6 +204,7 @@ BEYOND_THE_REFERENCE: list[Choice] = [
     {"compress": "sign", "compress-down": "int4"},
     {"compress": "topk:ratio=0.1+int8"},
     {"compress": "randomk:ratio=0.3+qsgd:levels=40"},
+    {"compress": "chunked-topk:ratio=0.1,chunk=32+int2"},
     {"momentum-at-sync": "average:momentum=2,second-moments=3"},
     {"outer": "fedexp"},
     {"outer": "streaming:fragments=2", "fraction": 1.0},

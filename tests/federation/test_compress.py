@@ -125,7 +125,7 @@ def test_a_scale_that_overflows_and_weights_that_are_infinite_are_left_out(
             "compress.ratio = 0.1: none has no argument ratio",
         ),
         ({"compress": "int8:levels=5"}, "int8 has no argument levels: it takes none"),
-        ({"compress": "topk+randomk"}, "a chain is topk or randomk, then a codec of each value"),
+        ({"compress": "topk+randomk"}, "a chain is topk, chunked-topk or randomk, then a codec of each value"),
         (
             {"compress": "qsgd:levels=5"},
             "levels = 5: what messages leave out would grow: give 6 or more, or --no-error-feedback",

@@ -177,7 +177,10 @@ def test_a_client_that_lost_its_control_variate_begins_anew_or_all_go_back(small
             "feddyn:alpha=0: feddyn: alpha = 0 must be a number greater than 0",
         ),
         ({"local_rule": "fedprox+scaffold"}, r"local-rule = fedprox\+scaffold is unknown: it must be one of none, "),
-        ({"compress": "int8+topk"}, r"compress = int8\+topk: a chain is topk or randomk, then a codec of each value"),
+        (
+            {"compress": "int8+topk"},
+            r"compress = int8\+topk: a chain is topk, chunked-topk or randomk, then a codec of each value",
+        ),
         (
             {"test_model": "ema:decay=1"},
             "ema: decay = 1 must be a number at least 0 and less than 1",

@@ -43,7 +43,7 @@ def error(one: dict[str, Tensor], other: dict[str, Tensor]) -> float:
 @pytest.mark.parametrize("name", NAMES)
 def test_error_feedback_conserves_what_is_sent(name: str) -> None:
     """All that arrived and the last residual are all that was to be sent."""
-    codec, memory = codec_of(name, ratio=0.1), dict[str, Tensor]()
+    codec, memory = codec_of(name, ratio=0.1, decay=1.0), dict[str, Tensor]()
     arrived = {n: torch.zeros(shape) for n, shape in SHAPES.items()}
     for seed in range(6):
         message, memory = encode(codec, update(seed), memory, seed)
@@ -60,7 +60,7 @@ def test_feedback_off_remembers_no_residual_and_nothing_is_changed(name: str) ->
     assert all(torch.equal(values[n], v) for n, v in update(0).items())
 
 
-@pytest.mark.parametrize("name", ["topk", "randomk"])
+@pytest.mark.parametrize("name", ["topk", "chunked-topk", "randomk"])
 def test_with_every_value_sent_it_is_exact(name: str) -> None:
     assert error(sent(codec_of(name, ratio=1.0), update(1)), update(1)) == 0
     _, memory = encode(codec_of(name, ratio=1.0), update(1), {}, 0)
@@ -214,7 +214,7 @@ def test_a_broadcast_sends_later_what_it_leaves_out(name: str) -> None:
     assert left < 0.25 * sum(float((x[n] - after[n]).norm()) for n in SHAPES)
 
 
-@pytest.mark.parametrize("second", ["fp16", "bf16", "int8", "int4", "sign", "qsgd"])
+@pytest.mark.parametrize("second", ["fp16", "bf16", "int8", "int4", "int2", "sign", "qsgd"])
 def test_a_chain_is_the_second_codec_on_what_the_first_selects(second: str) -> None:
     for first in (TopK(0.2), RandomK(0.2)):
         values = {"w": torch.randn(10, 20, generator=torch.Generator().manual_seed(0))}
@@ -227,7 +227,7 @@ def test_a_chain_is_the_second_codec_on_what_the_first_selects(second: str) -> N
         assert error_of_chain < selected.norm()
         if second in ("fp16", "bf16", "int8", "int4"):  # each value by itself, and the largest, whatever the order
             assert torch.equal(arrived[alone != 0], sent(codec_of(second), {"w": selected})["w"])
-    with pytest.raises(ValueError, match="a chain is topk or randomk, then a codec of each value"):
+    with pytest.raises(ValueError, match="a chain is topk, chunked-topk or randomk, then a codec of each value"):
         Chain(codec_of("int8"), TopK())
 
 
