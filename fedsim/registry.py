@@ -245,13 +245,14 @@ BATCHNORM = Seam(
     dict.fromkeys(("average", "first-worker", "pooled", "local", "re-estimated"), "strategies.batchnorm:BATCHNORM"),
     "strategies.batchnorm:Statistics",
 )
-TEST_MODELS = Seam({"ema": "strategies.ema:Ema"}, METHOD, none=True)
+TEST_MODELS = Seam({"ema": "strategies.ema:Ema", "lawa": "strategies.lawa:Lawa"}, METHOD, none=True)
 MEANS = Seam(
     {
         "exact": "strategies.mean:Exact",
         "trimmed": "strategies.robust:Trimmed",
         "median": "strategies.robust:Median",
         "clipped": "strategies.robust:Clipped",
+        "edit": "strategies.edit:Edit",
     },
     "strategies.mean:Mean",
 )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 
 from strategies.layers import Layers
-from strategies.mean import Mean
+from strategies.mean import MEAN, Mean
 from strategies.method import ServerRound, State, Tensors, minus, zeros_like
 from strategies.sections import Sections, beside, under_prefix
 from strategies.wire import WIRE, broadcast
@@ -36,13 +36,14 @@ def send(layers: Layers, r: ServerRound, buffers: Tensors, state: State, workers
 
 
 def update(layers: Layers, mean: Mean, r: ServerRound, sent: Sent, state: State) -> State:
-    """The state of all layers after a round; `r` then holds the next parameters and buffers.
+    """The state of all layers, and of the mean, after a round; `r` then holds the next parameters and buffers.
 
     `r` holds the updates of the workers that are averaged, all on the device of `r.x`.
     """
     updates = list(r.updates.values())
     x, begun = layers.up(r.round, r.x), layers.up(r.round, r.begun)
-    average = mean(zeros_like(begun) if r.encoded else begun, [each.parameters for each in updates], r.weights)
+    origin = zeros_like(begun) if r.encoded else begun
+    average, remembered = mean.of_models(r, origin, state.get(MEAN, {}))
     if r.encoded:
         average = minus(x, average)
     elif layers.wire.down:  # the mean update, applied to the model that it was encoded from
@@ -57,4 +58,5 @@ def update(layers: Layers, mean: Mean, r: ServerRound, sent: Sent, state: State)
         origin = {key: was_sent[key] if key in was_sent else torch.zeros_like(t) for key, t in replies[0].items()}
         return mean(origin, replies, r.weights) if origin else {}
 
-    return layers.update(r, {name: beside(r.x, of) for name, of in state.items() if name != WIRE}, mean_reply)
+    of_layers = {name: beside(r.x, of) for name, of in state.items() if name not in (WIRE, MEAN)}
+    return layers.update(r, of_layers, mean_reply) | ({MEAN: remembered} if remembered else {})

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from strategies.arguments import check_fields
+from strategies.method import ServerRound, State, Tensors
 
-Tensors = dict[str, Tensor]
+MEAN = "mean"  # the owner of what a mean remembers, in the server's state
 CPU_BLOCK = 2**15  # values averaged at a time: their float64 sums stay in a core's cache, which is twice as fast
 
 
@@ -44,6 +45,10 @@ class Mean:
         `weights` sum to one.
         """
         raise NotImplementedError
+
+    def of_models(self, r: ServerRound, x: Tensors, state: State) -> tuple[Tensors, State]:
+        """The mean of the parameters in the updates of a round, and what the server remembers; by default nothing."""
+        return self(x, [update.parameters for update in r.updates.values()], r.weights), {}
 
 
 @dataclass(frozen=True)

@@ -121,6 +121,7 @@ def covers(config: Config) -> bool:
         and not local_steps_schedule(config).decides
         and (not config.local_epochs or len(set(shard_sizes(config))) == 1)
         and config.precision == "fp64"
+        and split_name(config.mean)[0] in MEANS
         # The reference clips parameters alone
         and (split_name(config.mean)[0] != "clipped" or not (has_buffers or has_extras))
         # The factors of a matrix of lower rank are not determined

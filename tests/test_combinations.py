@@ -212,6 +212,8 @@ BEYOND_THE_REFERENCE: list[Choice] = [
     {"outer": "streaming:fragments=2,mix=0.3", "fraction": 1.0, "compress": "none", "compress-down": "int8"},
     {"outer": "slowmo:momentum=0.6"},
     {"test-model": "ema:decay=0.5"},
+    {"test-model": "lawa:models=2"},
+    {"mean": "edit:warmup=1,threshold=0.1,alpha=0.5,clip=0.1"},
     {"outer": "yogi:lr=0.01"},
     {"outer": "adamw:lr=0.01,amsgrad=true"},
     {"outer": "asgd"},

@@ -29,7 +29,7 @@ NEUTRAL: dict[str, list[str]] = {
     ],
     "compress": ["none", "topk:ratio=1", "randomk:ratio=1"],
     "compress-down": ["none", "topk:ratio=1"],
-    "test-model": ["none", "ema:decay=0"],
+    "test-model": ["none", "ema:decay=0", "lawa:models=1"],
 }
 KEYS = {
     **{"model": "tests.own_code:batchnorm", "augment": "crop:size=12,padding=0+mirror", "batch-size": 4, "rounds": 3},
