@@ -53,7 +53,9 @@ def messages_of(config: Config) -> Messages:
         if layers.wire.down and round_ > 1:
             sent = encode(layers.wire.down, sent, {}, 0)[0]
         reply = layers.wire.expected(layers.up(round_, x))
-        return RoundBytes(_bytes(reply, buffers, layers.replies(besides, round_, state)), _bytes(sent, buffers, besides))
+        return RoundBytes(
+            _bytes(reply, buffers, layers.replies(besides, round_, state)), _bytes(sent, buffers, besides)
+        )
 
     return Messages(layers.period, [in_round(round_) for round_ in range(1, 2 * layers.period + 1)])
 
