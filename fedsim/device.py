@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from pathlib import Path
 
 import torch
 
@@ -50,7 +51,8 @@ def resolve(config: Config, mode: Mode, here: bool = True) -> Config:
     # Two clients with a thread each are faster than one client with two threads; with a GPU, a thread only launches
     alone = mode == "centralized" or config.clients == 1
     threads = config.threads or (cpu_count() if alone and kind == "cpu" else 1)
-    return config.changed({"device": device, "threads": threads})
+    init = str(Path(config.init).expanduser().absolute()) if config.init else ""  # processes work in other folders
+    return config.changed({"device": device, "threads": threads, "init": init})
 
 
 def _check_memory(images: int) -> None:

@@ -79,6 +79,8 @@ class Config(BaseModel, frozen=True):
     # Model and optimizer
     model: Annotated[Text, From(registry.MODELS)] = "lenet-bn"
     """The model."""
+    init: Folder = ""
+    """File of the weights to begin from: a run's model.pt, or a state_dict; empty: drawn by the seed."""
     optimizer: Annotated[Text, From(registry.OPTIMIZERS)] = "sgdm"
     """The optimizer: one of fedsim's three, or one of PyTorch's."""
     lr: Positive = 0.01
@@ -91,6 +93,8 @@ class Config(BaseModel, frozen=True):
     """L2 penalty (sgdm, lars) or weight decay (lamb, adamw); else as PyTorch's optimizer uses it."""
     decay_biases_and_norms: Bool = True
     """Decay all parameters, or only those of more than one dimension: weights, not biases and norms."""
+    clip_grad_norm: NotNegative = 0.0
+    """Largest norm of a step's gradient, over all parameters; a longer one is scaled down to it; 0: no limit."""
 
     # Schedule and budget
     schedule: Annotated[Text, From(registry.SCHEDULES)] = "constant"

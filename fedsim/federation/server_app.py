@@ -34,7 +34,7 @@ from fedsim.federation.round import (
     train_round,
 )
 from fedsim.federation.strategy import build_strategy
-from fedsim.models import check_model, initial_model
+from fedsim.models import check_model, starting_model
 from fedsim.runs.folder import TESTED_MODEL, config_of_run, run_folder
 from fedsim.runs.records import read_rows
 from fedsim.runs.run import Run
@@ -94,7 +94,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
     data, task = load_dataset(config), task_of(config)
     if left_out := images_left_out(config):
         print(left_out, flush=True)
-    model = initial_model(config)
+    model = starting_model(config)
     initial = initial_progress(config, model)
     messenger = Messenger(grid)
     registry = NodeRegistry(messenger, config, run.own_data)

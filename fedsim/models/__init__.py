@@ -30,6 +30,33 @@ def initial_model(config: Config) -> nn.Module:
     return build_model(*what, task.shape(config))
 
 
+def starting_model(config: Config) -> nn.Module:
+    """`initial_model` with the weights of the file `init`, if it is given; raises UserError where they do not fit."""
+    model = initial_model(config)
+    if config.init:
+        model.load_state_dict(_weights_of(config, model.state_dict()))
+    return model
+
+
+def _weights_of(config: Config, like: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The weights in the file `init`, checked against those of the model."""
+    with failures_of(f"init = {config.init} cannot be read", remedy="give a run's model.pt, or a saved state_dict"):
+        held = torch.load(config.init, map_location="cpu", weights_only=True)
+    what = f"init = {config.init}"
+    if not isinstance(held, dict) or not all(isinstance(value, Tensor) for value in held.values()):
+        raise UserError(f"{what} is no state_dict: give a run's model.pt, or what torch.save makes of one")
+    if other := sorted(held.keys() ^ like.keys()):
+        has = "has" if other[0] in held else "has no"
+        raise UserError(f"{what} {has} {other[0]}, other than model = {config.model}: give weights of this model")
+    for name, value in held.items():
+        if value.shape != like[name].shape:
+            shapes = f"{list(value.shape)}, and of model = {config.model} {list(like[name].shape)}"
+            raise UserError(f"{what}: {name} is {shapes}: give weights of this model")
+        if not bool(value.isfinite().all()):
+            raise UserError(f"{what}: {name} holds nan or inf: give other weights")
+    return held
+
+
 def cpu_model(config: Config) -> nn.Module:
     """The same model on the CPU in fp32, whatever `config` says of either, for checks before a run."""
     return initial_model(config.changed({"device": "cpu", "precision": "fp32"}))
@@ -57,6 +84,7 @@ def check_model(config: Config) -> None:
         check_one_example(config, "batch-size = 1")
     with torch.no_grad():
         _loss(model.eval(), config, task)
+    starting_model(config.changed({"device": "cpu"}))
 
 
 def _loss(model: nn.Module, config: Config, task: Task) -> Tensor:

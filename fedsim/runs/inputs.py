@@ -6,23 +6,32 @@ versions have none: then nothing is compared.
 
 from __future__ import annotations
 
+import hashlib
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from fedsim.config import Config
 from fedsim.data.datasets import digests_of
 from fedsim.errors import UserError
 from fedsim.own_code import own_code
+from fedsim.registry import failures_of
+from fedsim.system.files import read_file
 from fedsim.system.provenance import versions
 
 Inputs = dict[str, dict[str, str]]
+INIT = "init"  # the name of that file among the digests of data
 SHOWN = 4  # names in a message
 
 
 def inputs_of(config: Config) -> Inputs:
-    """The digests of the data set and of the code that `config` names, and the versions here."""
-    return {"data": digests_of(config), "code": own_code(config), "versions": versions()}
+    """The digests of the data set, of the file `init` and of the code that `config` names, and the versions here."""
+    data = digests_of(config)
+    if config.init:
+        with failures_of(f"init = {config.init} cannot be read", remedy="restore it"):
+            data = {**data, INIT: hashlib.sha256(read_file(Path(config.init))).hexdigest()}
+    return {"data": data, "code": own_code(config), "versions": versions()}
 
 
 def check_inputs(config: Config, name: str, held: Mapping[str, Any], own: Inputs) -> bool:
@@ -31,8 +40,10 @@ def check_inputs(config: Config, name: str, held: Mapping[str, Any], own: Inputs
     Raises UserError where the data differs, and where the code does, unless the key accept-changed-code allows it.
     """
     if changed := differing(held.get("data"), own["data"]):
+        of_data, of_init = f"the {changed} of dataset = {config.dataset}", f"the weights of init = {config.init}"
+        what = of_init if changed == INIT else of_data
         raise UserError(
-            f"name = {name}: the {changed} of dataset = {config.dataset} have changed since the run was trained: "
+            f"name = {name}: {what} have changed since the run was trained: "
             "restore them, give --rerun to run it again, or another --name"
         )
     if not (changed := differing(held.get("code"), own["code"])):

@@ -11,7 +11,7 @@ from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_shards, sample_order, shard
 from fedsim.device import prepare
 from fedsim.errors import RunFailed, UserError
-from fedsim.models import check_model, check_one_example, initial_model
+from fedsim.models import check_model, check_one_example, starting_model
 from fedsim.optim import build_optimizer, check_optimizer, load_optimizer_state, optimizer_state, zero_state
 from fedsim.optim.lr_schedule import schedule_of
 from fedsim.runs.records import TRAFFIC
@@ -48,10 +48,10 @@ def train_centralized(config: Config, run: Run) -> None:
     """
     prepare(config)
     data, task = load_dataset(config), task_of(config)
-    model = initial_model(config)
+    model = starting_model(config)
     named = dict(model.named_parameters())
     optimizer = build_optimizer(config, named)
-    learner = Learner(model, optimizer, task, config.precision)
+    learner = Learner(model, optimizer, task, config.precision, clip=config.clip_grad_norm)
     run_steps = make_step_fn(config, learner, data.train, len(data.train))
     images = shard(len(data.train), 1, 0, config.seed)
     steps_per_epoch = -(-len(images) // config.batch_size)

@@ -147,5 +147,5 @@ def _build_replica(config: Config, steps: int) -> Replica:
     model = initial_model(config)
     named = dict(model.named_parameters())
     optimizer, terms = build_optimizer(config, named), gradient_terms(named, layers_of(config).terms)
-    learner = Learner(model, optimizer, task_of(config), config.precision, terms)
+    learner = Learner(model, optimizer, task_of(config), config.precision, terms, clip=config.clip_grad_norm)
     return Replica(learner, make_step_fn(config, learner, local_images(config), steps * config.batch_size))

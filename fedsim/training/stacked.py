@@ -54,7 +54,8 @@ class StackedReplicas:
         self._optimizer = self._sgdm() if config.optimizer == "sgdm" else self._optimizer_of_parts()
         self._terms = gradient_terms(dict(self._model.named_parameters()), layers_of(config).terms)
         self._drawn: dict[tuple[int, int, Decisions], StepInputs] = {}  # while the GPU trained the round before
-        learner = Learner(self._model, self._optimizer, task_of(config), config.precision, self._terms, replicas)
+        what = (task_of(config), config.precision, self._terms, replicas, config.clip_grad_norm)
+        learner = Learner(self._model, self._optimizer, *what)
         examples, samples = load_dataset(config).train, steps * config.batch_size
         self._steps = CapturedSteps(learner, examples, samples, config.batch_size, capturable(config))
 

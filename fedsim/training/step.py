@@ -49,6 +49,7 @@ class Learner:
     precision: str
     terms: GradientTerms | None = None
     replicas: int = 1
+    clip: float = 0.0  # the largest norm of a replica's gradient; 0: any
 
 
 def step_inputs(
@@ -95,10 +96,24 @@ def take_step(learner: Learner, batch: Batch) -> Tensor:
         alone = learner.replicas == 1
         losses = task.loss(outputs, targets) if alone else task.losses(outputs, targets, learner.replicas)
     losses.sum().backward()  # type: ignore[no-untyped-call]
+    if learner.clip:
+        clip_gradients(learner.model, learner.clip, learner.replicas)
     if learner.terms:
         learner.terms.add()
     learner.optimizer.step()
     return losses.detach()
+
+
+def clip_gradients(model: nn.Module, limit: float, replicas: int) -> None:
+    """Scale the gradient of each replica down to the norm `limit`, without synchronizing."""
+    if replicas == 1:
+        nn.utils.clip_grad_norm_(model.parameters(), limit)
+        return
+    gradients = [p.grad.view(replicas, -1, *p.shape[1:]) for p in model.parameters() if p.grad is not None]
+    squares = torch.stack([gradient.flatten(1).square().sum(1) for gradient in gradients])
+    factors = (limit / (squares.sum(0).sqrt() + 1e-6)).clamp(max=1)  # as of torch's clip_grad_norm_
+    for gradient in gradients:
+        gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
 
 def evaluate(task: Task, model: nn.Module, examples: Examples, precision: str = "fp32") -> dict[str, float]:
