@@ -26,6 +26,7 @@ from fedsim.models import cpu_model
 from fedsim.runs.folder import CONFIG, read_config
 from fedsim.runs.records import read_rows, read_summary
 from fedsim.training.centralized import whole_epochs
+from fedsim.training.local_steps import local_steps_schedule
 from fedsim.training.workers import workers_of
 
 SHORT_SECONDS = 10.0
@@ -161,7 +162,8 @@ def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
             whole, peak = traffic(config)
             sent = [f"{whole.up / 1e6:,.1f} MB up", f"{whole.down / 1e6:,.1f} MB down"]
             of_round = f"in a round at most {peak.up / 1e6:,.3f} MB up, {peak.down / 1e6:,.3f} MB down"
-            parts = [f"{run.syncs:,} rounds", *parts, *sent, of_round]
+            about = "about " * local_steps_schedule(config).decides  # while it trains
+            parts = [f"{about}{run.syncs:,} rounds", *parts, *sent, of_round]
         yield f"{config.name:{most}}  {state}: {', '.join(parts)}, {_duration(seconds)}"
     yield f"{len(cells)} run{'s' * (len(cells) > 1)}; those not finished take {_duration(total)} ({pace})"
 
