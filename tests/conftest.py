@@ -70,7 +70,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "lamb-clipped-int4": {"optimizer": "lamb", "lr": 0.001, "mean": "clipped", "compress": "int4"},
     "diloco-bf16-pooled": {"outer": "diloco", "compress": "bf16", "batchnorm-at-sync": "pooled"},
     "fedadagrad-powersgd": {"outer": "fedadagrad", "compress": "powersgd", "momentum-at-sync": "average"},
-    "adacomm-qsgd": {"local-steps-schedule": "adacomm:every=0.2,shrink=0.6", "compress": "qsgd", "schedule": "constant"},
+    "adacomm": {"local-steps-schedule": "adacomm:every=0.2,shrink=0.6", "compress": "qsgd", "schedule": "constant"},
     "uneven-fednova": {"workers": "uneven:speed=0.5/1,away=0.3", "local-rule": "fednova", "momentum-at-sync": "reset"},
     "streaming-int8": {"outer": "streaming:fragments=3", "compress": "int8", "compress-down": "fp16"},
     "flowers-fedadam": {"outer": "flwr.serverapp.strategy:FedAdam:eta=0.01"},
