@@ -257,7 +257,9 @@ def test_too_few_clients_end_the_run_as_failed_and_keep_its_checkpoint(run: Exec
         round, worker = place(message, context)
         return fail(message, context) if round >= 4 and worker >= 2 else None
 
-    with pytest.raises(RunFailed, match=r"round 4: too few usable updates: worker 2: .*; tried 3 times; the same command resumes"):
+    with pytest.raises(
+        RunFailed, match=r"round 4: too few usable updates: worker 2: .*; tried 3 times; the same command resumes"
+    ):
         run_with(fault, small.changed(keys))
     few = run(**keys)
     assert_same_bits(final_model(few), final_model(run(name="whole")))
