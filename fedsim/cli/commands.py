@@ -19,8 +19,10 @@ from fedsim.config import Config, Engine, Mode
 from fedsim.config.options import (
     BenchOptions,
     CentralizedOptions,
+    CompareOptions,
     DemoOptions,
     DeployOptions,
+    DiffOptions,
     ExportOptions,
     GridOptions,
     ListOptions,
@@ -98,7 +100,7 @@ def _how_to_resume(config: Config, mode: Mode, rerun: bool) -> str:
 
 @cli.of(GridOptions)
 def grid(options: GridOptions, keys: dict[str, Any]) -> None:
-    """Run every cell of a K/J grid, then show its table and write it as CSV and PNG.
+    """Run every cell of a K/J grid, then show its table and write CSV and PNG.
 
     Any other key may have several values too, as in --lr 0.01,0.1 or --error-feedback true,false: the grid then
     has a cell for each combination of values.
@@ -230,6 +232,30 @@ def report(options: ReportOptions) -> None:
     from fedsim.report.page import build_report
 
     build_report(options.results, options.out, options.figure, _console())
+
+
+@cli.of(CompareOptions)
+def compare(options: CompareOptions) -> None:
+    """Show several studies in one table and one figure, with paired differences over equal seeds."""
+    from fedsim.report.compare import compare
+
+    compare(options.folders, options.out, _console())
+
+
+@cli.of(DiffOptions)
+def diff(options: DiffOptions) -> None:
+    """Show the keys in which two runs differ."""
+    from fedsim.report.compare import show_differences
+
+    show_differences(options.one, options.other, _console())
+
+
+@cli.of(ResultsOptions)
+def runs(options: ResultsOptions) -> None:
+    """List all runs in a folder: state, date, device, best and final metric, bytes, time."""
+    from fedsim.report.compare import show_runs
+
+    show_runs(options.results, _console())
 
 
 @cli.of(ListOptions, name="list")

@@ -22,6 +22,12 @@ MOST_USED = "dataset model optimizer lr batch_size epochs clients local_steps se
 FIRST = "Keys used most"
 ARGUMENTS = "Arguments"
 OWN = "Options"
+RAY = "Several cells at a time, on Ray"
+RAY_OPTIONS = ("ray", "cpus_per_cell", "gpus_per_cell")
+FEW = "Keys"  # of a command that has only some of them
+SHOWN = {ARGUMENTS, FIRST, OWN, FEW}  # by --help; the other sections by --help-all
+LONG_LIST = re.compile(r"; one of [^(]{20,}(?= \(default)")  # names in a help, which `fedsim list` has too
+ALL = "fedsim.help-all"  # in the context of a command: whether all sections are shown
 PANELS = {  # the first key of each, in the order of config.py -> the title of its section of the help
     "dataset": "Data",
     "model": "Model and optimizer",
@@ -79,9 +85,11 @@ class Command(click.Command):
     def __init__(self, name: str, options: type[Options], callback: Callable[..., None], about_it: str) -> None:
         sections = _sections(options)
         self.sections = {each.name: title for title, own in sections.items() for each in own}
-        super().__init__(
-            name, help=about_it, callback=callback, params=[each for own in sections.values() for each in own]
-        )
+        parameters = [each for own in sections.values() for each in own]
+        if not set(sections) <= SHOWN:
+            parameters.append(click.Option(["--help-all"], is_flag=True, is_eager=True, expose_value=False,
+                                           callback=_show_all, help="Show all keys and exit."))  # fmt: skip
+        super().__init__(name, help=about_it, callback=callback, params=parameters)
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         """The ADDRESS of --ray may be left out, and --no-NAME of a key that may have several values is one of them."""
@@ -98,9 +106,18 @@ class Command(click.Command):
         for parameter in self.get_params(ctx):
             if record := parameter.get_help_record(ctx):
                 sections.setdefault(self.sections.get(parameter.name, OWN), []).append(record)
+        always = SHOWN - {FEW} if RAY in sections else SHOWN
+        rest = {title: own for title, own in sections.items() if title not in always}
+        hidden = {} if ctx.meta.get(ALL) else rest
         for title, records in sections.items():
-            with formatter.section(title):
-                formatter.write_dl(records)
+            if title not in hidden:
+                shown = [(flags, LONG_LIST.sub("", text)) for flags, text in records] if hidden else records
+                with formatter.section(title):
+                    formatter.write_dl(shown)
+        if hidden:
+            count = sum(len(records) for records in hidden.values())
+            formatter.write_paragraph()
+            formatter.write_text(f"--help-all: {count} more. What a key may choose: fedsim list KEY")
 
 
 class Positional(click.Argument):
@@ -114,19 +131,26 @@ class Positional(click.Argument):
         return self.make_metavar(ctx), self.meaning
 
 
+def _show_all(context: click.Context, parameter: click.Parameter, shown: bool) -> None:
+    if shown:
+        context.meta[ALL] = True
+        click.echo(context.get_help())
+        context.exit()
+
+
 def _sections(options: type[Options]) -> dict[str, list[click.Parameter]]:
     """The title of each section of the help, and its parameters: arguments, keys used most, options, other keys."""
-    sections: dict[str, list[click.Parameter]] = {ARGUMENTS: [], FIRST: [], OWN: []}
+    sections: dict[str, list[click.Parameter]] = {ARGUMENTS: [], FIRST: [], OWN: [], RAY: []}
     for name, field in options.model_fields.items():
         if POSITIONAL in field.metadata:
             sections[ARGUMENTS].append(_argument(name, field))
         else:
-            sections[OWN] += _option(name, field)
+            sections[RAY if name in RAY_OPTIONS else OWN] += _option(name, field)
     title, keys, few = "", options.keys, options.keys.only is not None
     for name in FIELDS:
         title = PANELS.get(name, title)
         if name in options.key_flags():
-            own = sections.setdefault("Keys" if few else FIRST if name in MOST_USED else title, [])
+            own = sections.setdefault(FEW if few else FIRST if name in MOST_USED else title, [])
             own += _key(name, FIELDS[name], keys)
     return {title: own for title, own in sections.items() if own}
 

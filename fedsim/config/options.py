@@ -71,8 +71,8 @@ OutFile = Annotated[Folder, Flags(("-o",), "FILE")]
 OutFolder = Annotated[Folder, Flags(("-o",), "FOLDER")]
 
 # Options of several commands
-Rerun = Annotated[Bool, Field(description="Start over, even if a run is finished or was interrupted.")]
-DryRun = Annotated[Bool, COMMAND_LINE, Field(description="List the runs and what they would cost; write nothing.")]
+Rerun = Annotated[Bool, Field(description="Start over, even if a run is finished or interrupted.")]
+DryRun = Annotated[Bool, COMMAND_LINE, Field(description="List the runs with their costs; write nothing.")]
 Track = Annotated[
     Text, Flags((), "NAME"), Field(description="Also send the rows to: tensorboard, or package.module:Class.")
 ]
@@ -265,6 +265,24 @@ class ReportOptions(ResultsOptions, frozen=True):
     """Folder to write to."""
     figure: Text = ""
     """Make only this figure and its CSV."""
+
+
+class CompareOptions(Options, frozen=True):
+    """Those of compare."""
+
+    folders: Annotated[tuple[Text, ...], POSITIONAL] = ()
+    """Two folders of results or more, or of studies."""
+    out: OutFolder = "comparison"
+    """Folder to write to."""
+
+
+class DiffOptions(Options, frozen=True):
+    """Those of diff."""
+
+    one: Annotated[Text, POSITIONAL] = ""
+    """Folder of one run."""
+    other: Annotated[Text, POSITIONAL] = ""
+    """Folder of the other."""
 
 
 class ListOptions(Options, frozen=True):

@@ -17,7 +17,7 @@ from fedsim.config import Config, Mode
 from fedsim.data.datasets import recorded_examples, task_of
 from fedsim.data.partition import images_of_epoch, shard_sizes
 from fedsim.data.task import with_floats
-from fedsim.experiments.study import Cell, read_study, study_names
+from fedsim.experiments.study import Cell, Study, read_study, study_names
 from fedsim.federation.decisions import planned
 from fedsim.federation.lengthen import open_run
 from fedsim.federation.strategy import build_strategy
@@ -180,17 +180,27 @@ def _duration(seconds: float) -> str:
 
 
 def list_studies(seeds: Sequence[int], results: Path) -> Iterator[str]:
-    """Lines on the studies that come with fedsim, and their costs."""
+    """Lines on the studies that come with fedsim, by the question that they answer, and their costs."""
     pace = Pace(results)
+    by_question: dict[str, list[Study]] = {}
     for study in map(read_study, study_names()):
-        images, steps, syncs, seconds = 0.0, 0, 0, 0.0
-        for _, mode, config in (cells := study.cells(seeds)):
-            run = cost(config, mode)
-            images, steps, syncs = images + run.images, steps + run.local_steps, syncs + run.syncs
-            seconds += pace.seconds(config, run.images)
-        yield f"{study.name}: {study.title}"
-        yield (
-            f"    {len(cells)} runs (seed {', '.join(map(str, seeds or study.seeds))}): {images:,.0f} images, "
-            f"{steps:,} local steps, {syncs:,} syncs, {seconds / 3600:,.1f} hours"
-        )
+        by_question.setdefault(study.question, []).append(study)
+    for question, studies in by_question.items():
+        yield question or "Others"
+        yield from (line for study in studies for line in _study_lines(study, seeds, pace))
+        yield ""
     yield f"Hours: {pace}"
+
+
+def _study_lines(study: Study, seeds: Sequence[int], pace: Pace) -> Iterator[str]:
+    """The title of a study, and a line on its cost."""
+    images, steps, syncs, seconds = 0.0, 0, 0, 0.0
+    for _, mode, config in (cells := study.cells(seeds)):
+        run = cost(config, mode)
+        images, steps, syncs = images + run.images, steps + run.local_steps, syncs + run.syncs
+        seconds += pace.seconds(config, run.images)
+    yield f"{study.name}: {study.title}"
+    yield (
+        f"    {len(cells)} runs (seed {', '.join(map(str, seeds or study.seeds))}): {images:,.0f} images, "
+        f"{steps:,} local steps, {syncs:,} syncs, {seconds / 3600:,.1f} hours"
+    )

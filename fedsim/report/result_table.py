@@ -13,7 +13,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import pandas as pd
 
 from fedsim.config import BUDGET, Config, Value
@@ -155,13 +154,14 @@ def joined(name: str, title: str, tables: Sequence[ResultTable]) -> ResultTable:
         coords = [(table.name, text) for table in tables for text in table.cells["label"]]
     cells = pd.concat([table.cells for table in tables], ignore_index=True)
     cells = cells.assign(coords=coords, **pd.DataFrame([_names(axes, own) for own in coords]))
-    firsts = np.cumsum([0, *(len(table.cells) for table in tables)])
-    runs, rows = (
-        pd.concat([part.assign(cell=part["cell"] + first) for part, first in zip(parts, firsts[:-1], strict=True)])
-        for parts in ([table.runs for table in tables], [table.rows for table in tables])
-    )
+    runs, rows, cell, run = [], [], 0, 0
+    for table in tables:  # runs that were read apart have equal numbers
+        runs.append(table.runs.assign(cell=table.runs["cell"] + cell).set_axis(table.runs.index + run))
+        rows.append(table.rows.assign(cell=table.rows["cell"] + cell, run=table.rows["run"] + run))
+        cell, run = cell + len(table.cells), run + table.runs.index.max() + 1
     folders = tuple(folder for table in tables for folder in table.folders)
-    return ResultTable(name, title, folders, axes, cells, runs, rows, tables[0].question, axes[0], title)
+    about = (tables[0].question, axes[0], title)
+    return ResultTable(name, title, folders, axes, cells, pd.concat(runs), pd.concat(rows), *about)
 
 
 def split_by(table: ResultTable, keys: Sequence[str]) -> list[ResultTable]:

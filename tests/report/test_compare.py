@@ -1,0 +1,68 @@
+from __future__ import annotations
+
+import io
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from fedsim.config import Config
+from fedsim.errors import UserError
+from fedsim.report.compare import compare, show_differences, show_runs
+from tests.conftest import write_run
+
+
+def printed(show: Callable[..., None], *arguments: object) -> str:
+    console = Console(record=True, width=200, file=io.StringIO())
+    show(*arguments, console)
+    return console.export_text()
+
+
+def methods(tmp_path: Path) -> list[Path]:
+    """Two studies of two seeds: plain and SlowMo, 5 points above it; int8, 1 point below."""
+    for name, key, value, above in (("a", "outer", "none", 0.0), ("a", "outer", "slowmo", 0.05),
+                                    ("b", "compress", "int8", -0.01)):  # fmt: skip
+        for seed in (1, 2):
+            config = Config().changed({key: value, "seed": seed})
+            write_run(tmp_path / name / f"{value}{seed}", config, "localsgd", [0.1, 0.4 + 0.02 * seed + above])
+    return [tmp_path / "a", tmp_path / "b"]
+
+
+def test_studies_read_apart_are_compared_over_equal_seeds(tmp_path: Path) -> None:
+    text = printed(compare, list(map(str, methods(tmp_path))), str(tmp_path / "out"))
+    assert "Against LocalSGD, above: slowmo; below: int8 (2 seeds)." in text
+    assert "Against LocalSGD: slowmo +5.00 ± 0.00, int8 −1.00 ± 0.00." in text
+    made = {path.name for path in (tmp_path / "out").iterdir()}
+    assert {"comparison-runs.csv", "comparison-accuracy.png", "comparison-epochs.svg"} <= made
+
+
+def test_cells_of_one_method_are_compared_by_their_studies(tmp_path: Path, study: Path) -> None:
+    shutil.copytree(study, tmp_path / "other")
+    text = printed(compare, [str(study), str(tmp_path / "other")], str(tmp_path / "out"))
+    assert "The 2 values of study differ by at most 0.00 points" in text
+
+
+def test_what_cannot_be_compared_is_refused(study: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="needs two folders"):
+        printed(compare, [str(study)], str(tmp_path / "out"))
+    with pytest.raises(UserError, match="diff needs the folders of two runs"):
+        printed(show_differences, str(study), "")
+
+
+def test_the_keys_in_which_two_runs_differ(tmp_path: Path) -> None:
+    keys = {"one": {"outer": "slowmo", "lr": 0.1}, "two": {"outer": "slowmo:momentum=0.7", "lr": 0.2}}
+    one, other = (write_run(tmp_path / k, Config().changed(own), "localsgd", [0.5]) for k, own in keys.items())
+    lines = printed(show_differences, str(one), str(other)).splitlines()
+    assert lines == ["lr: 0.1 | 0.2", "outer: slowmo | slowmo:momentum=0.7", "outer.momentum: 0.5 | 0.7"]
+    assert "same configuration" in printed(show_differences, str(one), str(one))
+
+
+def test_every_run_is_a_line(study: Path) -> None:
+    words = [line.split() for line in printed(show_runs, str(study.parent)).splitlines()]
+    lines = {own[0]: own for own in words if own and own[0].startswith("mine/")}
+    assert len(lines) == len(list(study.glob("*/config.json")))
+    finished, begun = lines["mine/k2-j1-seed1"], lines["mine/k4-j8-seed1"]
+    assert (finished[1], finished[4:]) == ("finished", ["cpu", "43.00", "42.00", "0.128", "0.133"])
+    assert begun[1] == "unfinished"
