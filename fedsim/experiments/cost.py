@@ -15,7 +15,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from fedsim.config import Config, Mode
 from fedsim.data.datasets import recorded_examples, task_of
-from fedsim.data.partition import images_of_epoch, shard_sizes
+from fedsim.data.partition import examples_of, images_of_epoch, shard_sizes
 from fedsim.data.task import with_floats
 from fedsim.experiments.study import Cell, Study, read_study, study_names
 from fedsim.federation.decisions import planned
@@ -157,7 +157,7 @@ def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
         run, state = cost(config, mode), _state(cell)
         seconds = pace.seconds(config, run.images)
         total += seconds if state != "finished" else 0.0
-        parts = [f"{run.local_steps:,} local steps", f"{run.images:,.0f} images"]
+        parts = [f"{run.local_steps:,} local steps", f"{run.images:,.0f} {examples_of(config)}"]
         if mode == "localsgd":
             whole, peak = traffic(config)
             sent = [f"{whole.up / 1e6:,.1f} MB up", f"{whole.down / 1e6:,.1f} MB down"]
@@ -194,13 +194,13 @@ def list_studies(seeds: Sequence[int], results: Path) -> Iterator[str]:
 
 def _study_lines(study: Study, seeds: Sequence[int], pace: Pace) -> Iterator[str]:
     """The title of a study, and a line on its cost."""
-    images, steps, syncs, seconds = 0.0, 0, 0, 0.0
+    images, steps, syncs, seconds, what = 0.0, 0, 0, 0.0, ""
     for _, mode, config in (cells := study.cells(seeds)):
         run = cost(config, mode)
         images, steps, syncs = images + run.images, steps + run.local_steps, syncs + run.syncs
-        seconds += pace.seconds(config, run.images)
+        seconds, what = seconds + pace.seconds(config, run.images), examples_of(config)
     yield f"{study.name}: {study.title}"
     yield (
-        f"    {len(cells)} runs (seed {', '.join(map(str, seeds or study.seeds))}): {images:,.0f} images, "
+        f"    {len(cells)} runs (seed {', '.join(map(str, seeds or study.seeds))}): {images:,.0f} {what}, "
         f"{steps:,} local steps, {syncs:,} syncs, {seconds / 3600:,.1f} hours"
     )

@@ -59,6 +59,8 @@ def cells_of(name: str) -> dict[tuple[Value, ...], int]:
         ("methods-compress", 6, 3),
         ("batchnorm", 12, 3),
         ("fedopt", 3, 1),
+        ("diloco-text", 5, 1),
+        ("diloco-text-outer", 4, 1),
     ],
 )
 def test_a_study_has_its_cells_each_with_every_seed_and_a_name_of_its_own(name: str, cells: int, seeds: int) -> None:

@@ -12,6 +12,9 @@ from torch import Tensor, nn
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset, task_of
 from fedsim.errors import RunFailed, UserError
+from fedsim.experiments.cost import cost
+from fedsim.experiments.study import read_study
+from fedsim.experiments.tune import trials_of
 from fedsim.federation.server_app import check_localsgd
 from fedsim.models import build_model
 from fedsim.rng import random_words, step_keys
@@ -236,3 +239,11 @@ def test_the_report_of_a_text_goes_by_its_metric(call: Call, run: Execute, tmp_p
     )
     assert code == 0, err
     assert "7.9 bits per byte on test windows" in out
+
+
+def test_the_study_of_texts_has_equal_tokens_and_a_trial_for_each_rate() -> None:
+    plain, outer = map(read_study, ("diloco-text", "diloco-text-outer"))
+    cells = [*plain.cells(), *outer.cells()]
+    tokens = [cost(cell.config, cell.mode).images for cell in cells]
+    assert max(tokens) - min(tokens) <= 64  # of windows: less than a step of all workers
+    assert [len(trials_of(study, study.cells())) for study in (plain, outer)] == [5 * 3, 4 * 3 * 3]
