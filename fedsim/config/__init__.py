@@ -166,6 +166,8 @@ class Config(BaseModel, frozen=True):
     """CPU threads of a training step; 0: one for each client; every core for one client and in centralized mode."""
     record_by: Annotated[Literal["round", "epoch"], LOCALSGD] = "round"
     """Unit of rows, evaluate-every and checkpoint-every: a round, or an epoch of all clients."""
+    metrics: Annotated[Text, From(registry.METRICS)] = "none"
+    """What models are tested by besides the metric of their task; a function of your own gets outputs and targets."""
     evaluate_every: Count = 1
     """Rounds or epochs between evaluations (see record-by)."""
     checkpoint_every: Annotated[Count, OPERATIONAL] = 10

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from strategies.arguments import split_name
+
 
 @dataclass(frozen=True)
 class Metric:
@@ -109,6 +111,11 @@ class Metric:
 
 
 ACCURACY = Metric("accuracy", "%", examples="images")
+
+
+def metric_name(chosen: str) -> str:
+    """The name of a metric of the key metrics in columns, of what is chosen: that of the function."""
+    return split_name(chosen)[0].rpartition(":")[2].replace("-", "_")
 
 
 def metric_of(record: Mapping[str, Any]) -> Metric:

@@ -42,6 +42,7 @@ from fedsim.runs.shown import print_row
 from fedsim.training.batchnorm import calibration_sample, reestimate
 from fedsim.training.failures import failing_in_one_line
 from fedsim.training.methods import fewest_updates, layers_of
+from fedsim.training.metrics import check_metrics, metrics_by_name
 from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.step import evaluate
 from strategies.layers import Layers
@@ -83,6 +84,7 @@ def check_localsgd(config: Config) -> None:
     load_dataset(config)
     task_of(config).check(config)
     check_model(config)
+    check_metrics(config)
     check_partition(config)
     planned(config)
     check_strategy(config)
@@ -122,7 +124,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
             tests: dict[str, float] = {}
             if plan.is_tested(progress.round):
                 as_tested = loaded(config, model, progress, data.train, strategy.layers)
-                tests = evaluate(task, as_tested, data.test, config.precision)
+                tests = evaluate(task, as_tested, data.test, config.precision, metrics_by_name(config))
             run.log_row(row_of(plan, progress, messenger) | drift | run.metrics_of(tests))
             progress = recorded(progress)
 

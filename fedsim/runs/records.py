@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from fedsim.data.metric import metric_of
 from fedsim.errors import UserError
-from fedsim.runs.columns import SENT, Costs, current_columns, current_row, names_with
+from fedsim.runs.columns import SENT, Costs, current_columns, current_row, names_with, tests_in
 from fedsim.runs.folder import MODEL, ROWS, SUMMARY, parsed, read_json, write_json
 from fedsim.system.files import open_file, read_file
 
@@ -107,14 +107,17 @@ def read_summary(folder: Path) -> dict[str, Any] | None:
 
 def outcome_of(rows: Iterable[Row]) -> dict[str, Any]:
     """The metric, costs and seconds that a summary records of all rows of a run."""
-    best, final, last = None, None, Row()
+    best, final, last, last_test = None, None, Row(), Row()
     for last in rows:
         if _is_number(tested := last.get(metric_of(last).column)):
             best, final = metric_of(last).best_of([tested] if best is None else [best, tested]), tested
+            last_test = last
     metric = metric_of(last)
+    others = [name for name in tests_in(last_test) if name not in ("test_loss", metric.column)]
     return {
         metric.best: best,
         metric.final: final,
+        **{f"final_{name}": last_test[name] for name in others},
         **metric.record(),
         **{name: last.get(name, 0) for name in COSTS},
         "seconds": last.get("seconds", 0.0),

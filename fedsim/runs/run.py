@@ -20,7 +20,7 @@ from torch import Tensor
 
 from fedsim.config import ARGUMENTS, Config, Mode
 from fedsim.data.datasets import task_of
-from fedsim.data.metric import Metric
+from fedsim.data.metric import Metric, metric_name
 from fedsim.device import CORES, pool_size
 from fedsim.errors import RunFailed, RunInProgress, UserError
 from fedsim.runs.checkpoint_file import (
@@ -133,7 +133,8 @@ class Run:
 
     def metrics_of(self, tests: Mapping[str, float]) -> Row:
         """The columns of a row for what `evaluate` found; None where nothing was tested."""
-        none = dict.fromkeys(("test_loss", self.metric.column))
+        others = [f"test_{metric_name(choice.name)}" for choice in self._config.choices("metrics")]
+        none = dict.fromkeys(("test_loss", self.metric.column, *others))
         return {**none, **{f"test_{name}": value for name, value in tests.items()}}
 
     @property

@@ -16,6 +16,7 @@ from fedsim.optim import build_optimizer, check_optimizer, load_optimizer_state,
 from fedsim.optim.lr_schedule import schedule_of
 from fedsim.runs.records import TRAFFIC
 from fedsim.runs.run import Run
+from fedsim.training.metrics import check_metrics, metrics_by_name
 from fedsim.training.step import Learner, evaluate, step_inputs
 from fedsim.training.step_fn import make_step_fn
 
@@ -34,6 +35,7 @@ def check_centralized(config: Config) -> None:
     images, task = len(load_dataset(config).train), task_of(config)
     task.check(config)
     check_model(config)
+    check_metrics(config)
     check_shards(config, images, 1)
     if images % config.batch_size == 1:
         left = f"leaves one of {images} {task.metric.examples} for the last batch"
@@ -73,7 +75,7 @@ def train_centralized(config: Config, run: Run) -> None:
         if not math.isfinite(loss):
             raise RunFailed(f"the training loss of epoch {epoch + 1} is {loss}: a lower --lr may help")
         tested = (epoch + 1) % config.evaluate_every == 0 or epoch + 1 == epochs
-        tests = evaluate(task, model, data.test, config.precision) if tested else {}
+        tests = evaluate(task, model, data.test, config.precision, metrics_by_name(config)) if tested else {}
         steps = first_step + steps_per_epoch
         trained = {"round": epoch + 1, "epoch": float(epoch + 1), "steps_done": steps, "lr": lr(steps - 1)}
         run.log_row({**trained, **NO_COMMUNICATION, "train_loss": loss, **run.metrics_of(tests)})

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -116,8 +117,16 @@ def clip_gradients(model: nn.Module, limit: float, replicas: int) -> None:
         gradient.mul_(factors.view(-1, *[1] * (gradient.ndim - 1)))
 
 
-def evaluate(task: Task, model: nn.Module, examples: Examples, precision: str = "fp32") -> dict[str, float]:
+def evaluate(
+    task: Task,
+    model: nn.Module,
+    examples: Examples,
+    precision: str = "fp32",
+    metrics: Mapping[str, Callable[[Any, Tensor], Tensor]] | None = None,
+) -> dict[str, float]:
     """The mean of the loss and of each metric of `task` over all `examples`, of `model` in eval mode.
+
+    Of the other `metrics` too, which give a value for each example.
 
     On the CPU each core tests batches of its own on one thread, so that the result is the same on any number. Raises
     RunFailed where the loss or a metric is not finite: the others of such a model have no meaning.
@@ -130,7 +139,9 @@ def evaluate(task: Task, model: nn.Module, examples: Examples, precision: str = 
     def test(start: int) -> dict[str, Tensor]:
         part = with_floats(examples.plain(start, start + batch), parameter.dtype)
         with products_in(precision, parameter.device):
-            return task.sums(task.forward(model, part), part[1])
+            outputs = task.forward(model, part)
+            own = {name: metric(outputs, part[1]).double().sum() for name, metric in (metrics or {}).items()}
+            return {**task.sums(outputs, part[1]), **own}
 
     starts = range(0, len(examples), batch)
     if parameter.device.type == "cpu":
