@@ -1,7 +1,7 @@
 """Streaming DiLoCo (Douillard et al. 2025, arXiv 2501.18512): fragments of the model that are synchronized in turn.
 
 A round then sends one fragment, so that the peak of the traffic falls by their number, and what becomes of it may
-arrive some rounds later, while the workers go on. As in the authors' pseudocode, and in torchft.
+arrive some rounds later, while the workers go on. Workers begin where those of torchft begin.
 """
 
 from __future__ import annotations
