@@ -22,9 +22,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from rich.console import Console
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedsim.config import FIELDS, Engine, has_key
+from fedsim.config import FIELDS, Config, Engine, has_key
 from fedsim.config.messages import about, unknown
 from fedsim.config.options import (
     CentralizedOptions,
@@ -41,6 +41,7 @@ from fedsim.experiments.study import Cell, Study, grid_study, read_study, select
 from fedsim.experiments.sweep import fail_if_any, runner_of
 from fedsim.experiments.track import check_tracker, tracker
 from fedsim.experiments.tune import run_tuned_studies
+from fedsim.models import cpu_model
 from fedsim.runs.folder import CONFIG, MODEL, read_config, run_folder
 from fedsim.runs.records import read_summary, verified_rows, verify_model
 from fedsim.runs.run import OnRow
@@ -48,6 +49,7 @@ from strategies.arguments import kebab
 
 if TYPE_CHECKING:  # slow to import, so a run begins first
     import pandas as pd
+    from matplotlib.figure import Figure
 
     from fedsim.report.load import Records
 
@@ -103,6 +105,26 @@ class Result:
             raise UserError(f"{self.folder} holds no {MODEL}: run it to its end, or with rerun=True if it is finished")
         state: dict[str, Tensor] = torch.load(self.folder / MODEL, map_location="cpu", weights_only=True)
         return state
+
+    def model(self) -> nn.Module:
+        """The network with the weights of the global model, on the CPU, in evaluation mode."""
+        held = self.config
+        network = cpu_model(Config().changed({name: held[name] for name in Config().identity(held["mode"])}))
+        network.load_state_dict(self.state_dict())
+        return network.eval()
+
+    def plot(self) -> Figure:
+        """What was tested against epochs, a panel for each column ``test_...`` of the rows."""
+        from matplotlib.figure import Figure
+
+        rows = self.rows
+        names = [name for name in rows if name.startswith("test_") and rows[name].notna().any()]
+        figure = Figure(figsize=(4 * max(len(names), 1), 3), layout="constrained")
+        for panel, name in zip(figure.subplots(1, max(len(names), 1), squeeze=False)[0], names, strict=False):
+            tested = rows[["epoch", name]].dropna()
+            panel.plot(tested["epoch"], tested[name], marker="o", ms=3)
+            panel.set(xlabel="epoch", ylabel=name)
+        return figure
 
 
 @dataclass(frozen=True, init=False)
@@ -184,25 +206,23 @@ def centralized(*, on_row: OnRow | None = None, progress: bool = True, **argumen
 
 
 @_documented(GridOptions)
-def grid(*, progress: bool = True, **arguments: Any) -> StudyResult:
+def grid(*, on_row: OnRow | None = None, progress: bool = True, **arguments: Any) -> StudyResult:
     """Run LocalSGD for each combination of the keys that are lists: ``grid(clients=[4, 12], lr=[0.01, 0.1])``.
 
-    An array of NumPy or torch is a list too.
+    An array of NumPy or torch is a list too. `on_row` is called with each row, in which ``run`` is the name of its run.
     """
-    if "on_row" in arguments:
-        raise UserError("on_row is an argument of localsgd and centralized: leave it out, the result has the rows")
     crossed = {name: arguments.pop(name) for name in [*arguments] if _is_list(arguments[name])}
     lists = {kebab(name): [_plain(name, each) for each in value] for name, value in crossed.items()}
     options, keys = _parted(GridOptions, arguments)
     found = grid_study(lists, keys, options.preset)
-    return _run_study(found, lambda study: study.cells(keys=keys), options, progress)
+    return _run_study(found, lambda study: study.cells(keys=keys), options, (on_row, progress))
 
 
 @_documented(StudyOptions)
-def study(name: str | Path, *, progress: bool = True, **arguments: Any) -> StudyResult:
+def study(name: str | Path, *, on_row: OnRow | None = None, progress: bool = True, **arguments: Any) -> StudyResult:
     """Run the study `name`, one of fedsim's or a TOML file: all cells, or those that match `cells`, with `seeds`.
 
-    The keys override what the study sets.
+    The keys override what the study sets. `on_row` as in `grid`; the rows of trials are among them.
     """
     options, keys = _parted(StudyOptions, arguments)
     found = read_study(str(name)).with_also(options.also)
@@ -212,7 +232,7 @@ def study(name: str | Path, *, progress: bool = True, **arguments: Any) -> Study
     def cells_of(study: Study) -> list[Cell]:
         return select(study, study.cells(options.seeds, keys), options.cells)
 
-    return _run_study(found, cells_of, options, progress)
+    return _run_study(found, cells_of, options, (on_row, progress))
 
 
 def _parted(options: type[Chosen], arguments: Mapping[str, Any]) -> tuple[Chosen, dict[str, Any]]:
@@ -283,12 +303,19 @@ def _run(
 
 
 def _run_study(
-    found: Study, cells_of: Callable[[Study], list[Cell]], options: SweepOptions, progress: bool
+    found: Study,
+    cells_of: Callable[[Study], list[Cell]],
+    options: SweepOptions,
+    shown: tuple[OnRow | None, bool],
 ) -> StudyResult:
+    """Run the cells; `shown`: the function that gets their rows, and whether progress is printed."""
+    on_row, progress = shown
     results = Path(options.results_dir).expanduser().absolute()
     console = Console(stderr=True, markup=False, emoji=False, quiet=not progress)
     with _threads_kept():
-        failed, cells = run_tuned_studies([found], cells_of, results, runner_of(options), options.rerun, console)
+        failed, cells = run_tuned_studies(
+            [found], cells_of, results, runner_of(options, on_row), options.rerun, console
+        )
     fail_if_any(failed, cells)
     return StudyResult(results / found.name)
 

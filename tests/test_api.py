@@ -51,10 +51,21 @@ def test_a_run_is_a_frame_a_summary_and_a_model_and_is_not_run_twice(tmp_path: P
     assert run.rows["test_accuracy"].iloc[-1] == run.summary["final_test_accuracy"]
     assert (run.config["clients"], run.config["lr"], run.config["mode"]) == (2, 0.5, "localsgd")
     LeNet5(10).load_state_dict(run.state_dict())
+    assert all(torch.equal(value, run.state_dict()[name]) for name, value in run.model().state_dict().items())
+    panels = {panel.get_ylabel(): len(panel.lines) for panel in run.plot().axes}
+    assert panels == {"test_loss": 1, "test_accuracy": 1}
     assert fedsim.localsgd(**keys, on_row=seen.append).folder == run.folder
     assert len(seen) == 2
     assert torch.get_num_threads() == before
     assert fedsim.centralized(**TINY, name="one", results_dir=tmp_path).rows["syncs"].tolist() == [0]
+
+
+def test_a_grid_gives_each_row_with_the_name_of_its_run(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+    found = fedsim.grid(**TINY, clients=2, local_steps=[2, 4], name="g", results_dir=tmp_path, on_row=seen.append)
+    assert {row["run"] for row in seen} == set(found.runs["run"])
+    for name in found.runs["run"]:
+        assert [row["round"] for row in seen if row["run"] == name] == list(found[name].rows["round"])
 
 
 def test_calls_in_several_threads_have_the_bits_of_calls_alone(tmp_path: Path) -> None:
@@ -217,5 +228,5 @@ def test_bad_input_is_one_line_and_writes_nothing(tmp_path: Path, keys: dict[str
         fedsim.centralized(clients=3)
     with pytest.raises(fedsim.UserError, match="unknown key lr: "):
         fedsim.study("demo", lr=0.1)
-    with pytest.raises(fedsim.UserError, match="on_row is an argument of localsgd and centralized: leave it out"):
-        fedsim.grid(clients=[1, 2], on_row=lambda row: None)
+    with pytest.raises(fedsim.UserError, match="on_row with Ray: its rows are written by other processes"):
+        fedsim.grid(clients=[1, 2], on_row=lambda row: None, engine="flower")

@@ -41,10 +41,14 @@ Outcome = tuple[Cell, Failure]
 
 @dataclass(frozen=True)
 class OneByOne:
-    """Runs cells in this process, one after the other, and sends their rows to the tracker `track`, if any."""
+    """Runs cells in this process, one after the other, and sends their rows to the tracker `track`, if any.
+
+    `on_row` gets them too, with the name of the cell's run as ``run``.
+    """
 
     engine: Engine
     track: str = ""
+    on_row: OnRow | None = None
     here = True  # the cells run on this machine, which must have their devices
 
     def started(self, cells: Sequence[Cell]) -> AbstractContextManager[None]:
@@ -64,7 +68,8 @@ class OneByOne:
                 config, engine = resolve_run(cell.config, cell.mode, self.engine)
                 with tracker(self.track, cell.folder, config, cell.mode) as track:
                     shown = _advance(progress, task, images_of_epoch(config, cell.mode), epochs)
-                    execute(config, cell.mode, engine, each(shown, track), rerun, patience)
+                    own = [_named(cell.config.name, self.on_row)] if self.on_row else []
+                    execute(config, cell.mode, engine, each(shown, track, *own), rerun, patience)
             except (RunFailed, UserError) as error:
                 failure = error
             finally:
@@ -72,18 +77,25 @@ class OneByOne:
             yield cell, failure
 
 
+def _named(run: str, on_row: OnRow) -> OnRow:
+    """`on_row` with the name of the run in each row."""
+    return lambda row: on_row({"run": run, **row})
+
+
 Runner: TypeAlias = "OneByOne | OnRay"
 
 
-def runner_of(options: SweepOptions) -> Runner:
+def runner_of(options: SweepOptions, on_row: OnRow | None = None) -> Runner:
     """The runner of the cells: Ray if that is asked for, otherwise this process, one cell after the other."""
+    if on_row and (options.engine == "flower" or options.ray is not None):
+        raise UserError("on_row with Ray: its rows are written by other processes: leave out on_row, engine or ray")
     cpus, gpus = options.cpus_per_cell, options.gpus_per_cell
     check_tracker(options.track, options.engine)
     if options.ray is None:
         for flag, share in (("cpus-per-cell", cpus), ("gpus-per-cell", gpus)):
             if share is not None:
                 raise UserError(f"{flag} = {share} is a share of a Ray node: give --ray too")
-        return OneByOne(options.engine, options.track)
+        return OneByOne(options.engine, options.track, on_row)
     if options.engine == "flower":
         raise UserError("engine = flower with --ray: clients would wait for the cores of their cell: leave one out")
     if cpus is not None and not (cpus > 0 and (cpus < 1 or cpus.is_integer())):
