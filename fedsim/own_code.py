@@ -23,7 +23,7 @@ from fedsim.system.locks import READING
 from fedsim.system.provenance import PACKAGES
 from strategies.arguments import CHAIN, kebab, split_name
 
-OF_THE_SERVER = ("outer", "mean", "test_model", "metrics")  # the clients do not run the code of these fields
+OF_THE_SERVER = ("outer", "mean", "topology", "test_model", "metrics")  # clients do not run the code of these fields
 RECORDED = {"fedsim", "strategies", *(package.replace("-", "_") for package in PACKAGES)}  # by their versions
 INSTALLED = ("site-packages", "dist-packages")
 

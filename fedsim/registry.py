@@ -256,6 +256,10 @@ MEANS = Seam(
     },
     "strategies.mean:Mean",
 )
+TOPOLOGIES = Seam(
+    dict.fromkeys(("all", "groups", "pairs", "ring", "exponential"), "strategies.topology:TOPOLOGIES"),
+    "strategies.topology:Topology",
+)
 CODECS = Seam(
     {
         "fp16": "strategies.compression:Fp16",

@@ -44,6 +44,7 @@ class Statistics(Method):
         "running_var": NOT_NEGATIVE,
         "num_batches_tracked": NOT_NEGATIVE,
     }
+    one_model = False
 
 
 @dataclass(frozen=True)

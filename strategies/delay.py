@@ -15,7 +15,7 @@ class Delay(Method):
     meantime, sends y = z + (x - own) and begins the next round from y.
     """
 
-    begins_early = own_start = True
+    begins_early = own_start = one_model = True
     needs = ("all-clients", "whole-models")
 
     def keeps(self, zero: Zeros) -> Tensors:

@@ -20,11 +20,11 @@ def drift(r: ServerRound) -> dict[str, float]:
     The mean cosine needs no products of pairs: of n vectors of norm 1 it is (||their sum||^2 - n) / (n (n - 1)). Three
     tensors of the size of the model are held at a time, in float64.
     """
-    norms = torch.stack([_vector(r.moved(worker)).norm() for worker in r.updates])
+    norms = torch.stack([vector_of(r.moved(worker)).norm() for worker in r.updates])
     moved, lengths = int(norms.count_nonzero()), torch.where(norms > 0, norms, 1)
     mean, directions = torch.zeros(2, 1, dtype=torch.float64, device=norms.device)
     for worker, weight, length in zip(r.updates, r.weights, lengths, strict=True):
-        vector = _vector(r.moved(worker))
+        vector = vector_of(r.moved(worker))
         mean = mean + weight * vector
         directions = directions + vector / length
     found = {"update-norm": float(mean.norm())}
@@ -35,6 +35,6 @@ def drift(r: ServerRound) -> dict[str, float]:
     return {name: value for name, value in found.items() if math.isfinite(value)}
 
 
-def _vector(tensors: Tensors) -> Tensor:
+def vector_of(tensors: Tensors) -> Tensor:
     """All values of `tensors` in float64, in an order that does not depend on how they lie in memory."""
     return torch.cat([tensor.reshape(-1).double() for tensor in tensors.values()])

@@ -28,9 +28,11 @@ from strategies.drift import drift
 from strategies.layers import Layers
 from strategies.mean import Exact, Mean
 from strategies.method import ServerRound, State, Tensors, Update
+from strategies.mixing import TOPOLOGY, OwnModels, as_state, consensus_distance, mix, models_of, send_own
 from strategies.screening import Rules, Screened, screen, wrong_values
 from strategies.sections import BUFFERS, EXTRAS, Sections, beside, join, split, under_prefix
 from strategies.tensor_array import tensor_record, tensors_of
+from strategies.topology import Row
 from strategies.wire import WIRE, decode, why_undecodable
 
 OF_HOLDERS = "of-holders"  # key of a message's config: true where it is for a worker that holds the last parameters
@@ -38,12 +40,16 @@ log = logging.getLogger(__name__)
 
 
 class Request(NamedTuple):
-    """The messages to the workers of a round."""
+    """The messages to the workers of a round.
+
+    Where these have models of their `own`, `sent` has the mean of all models.
+    """
 
     messages: list[Message]
     workers: dict[int, int]  # node -> worker, of all messages
     away: list[int]  # sampled workers whose node is not connected
     sent: Sent
+    own: OwnModels | None = None
 
 
 class Aggregate(NamedTuple):
@@ -78,13 +84,15 @@ class Seen:
     """What is seen of the workers: the `mean` of what these send, and the learning rates.
 
     `batchnorm` names the buffers of BatchNorm layers (see `batchnorm_buffers`), and `lr(round)` is the workers'
-    learning rate at the end of a round. `drift(round)`: whether its metrics tell the drift of the updates.
+    learning rate at the end of a round. `drift(round)`: whether its metrics tell the drift of the updates. Where
+    workers have models of their own, `rows(round)` says who averages whom (see `strategies.topology`).
     """
 
     mean: Mean = field(default_factory=Exact)
     batchnorm: Mapping[str, str] = field(default_factory=dict)
     lr: Callable[[int], float] = lambda round_: 1.0
     drift: Callable[[int], bool] = lambda round_: False
+    rows: Callable[[int], Sequence[Row]] | None = None  # None: all have one model
 
 
 class LocalSGD(FedAvg):
@@ -149,22 +157,34 @@ class LocalSGD(FedAvg):
         away = [worker for worker in sampled if worker not in node_of]
         config["server-round"] = round_
         x, buffers, _ = split(tensors_of(arrays))
-        sent = send(self.layers, self._round(round_, x), buffers, state or {}, workers.values())
-        messages = self._messages(sent, config, workers, holders)
-        return Request(messages, workers, away, sent)
+        own = self._own(round_, Sections(x, buffers, {}), state or {}, workers.values())
+        sent = send(self.layers, self._round(round_, x), buffers, state or {}, () if own else workers.values())
+        if own:
+            sent = sent._replace(layers={worker: of_worker.layers[worker] for worker, of_worker in own.sent.items()})
+        of_workers = own.sent if own else dict.fromkeys(workers.values(), sent)
+        return Request(self._messages(of_workers, config, workers, holders), workers, away, sent, own)
+
+    def _own(self, round_: int, x: Sections, state: State, workers: Collection[int]) -> OwnModels | None:
+        """The models of workers that have their own, and what is sent to `workers`; None where all have one."""
+        if self.seen.rows is None:
+            return None
+        rows = self.seen.rows(round_)
+        models = models_of(state, x.parameters, x.buffers, len(rows))
+        return send_own(self.layers, functools.partial(self._round, round_), models, rows, workers)
 
     def _messages(
-        self, sent: Sent, config: ConfigRecord, workers: Mapping[int, int], holders: Collection[int]
+        self, sent: Mapping[int, Sent], config: ConfigRecord, workers: Mapping[int, int], holders: Collection[int]
     ) -> list[Message]:
         """A message to each node of `workers`; those that are sent the same tensors share their content."""
         of_holders = ConfigRecord({**config, OF_HOLDERS: True})
-        contents: dict[tuple[bool, tuple[int, ...]], RecordDict] = {}
+        contents: dict[tuple[int, bool, tuple[int, ...]], RecordDict] = {}
         messages = []
         for node, worker in workers.items():
-            besides, change = sent.layers[worker], sent.change if worker in holders else None
-            key = change is None, tuple(map(id, besides.values()))
+            own = sent[worker]
+            besides, change = own.layers[worker], own.change if worker in holders else None
+            key = id(own), change is None, tuple(map(id, besides.values()))
             if key not in contents:
-                arrays = Sections(sent.begun if change is None else change, sent.model.buffers, besides)
+                arrays = Sections(own.begun if change is None else change, own.model.buffers, besides)
                 contents[key] = self._content(arrays, config if change is None else of_holders)
             messages.append(Message(contents[key], node, MessageType.TRAIN))
         return messages
@@ -221,7 +241,11 @@ class LocalSGD(FedAvg):
             weights=weights,
             share=len(averaged) / (self.population or len(self.workers) or len(averaged)),
         )
-        state = update(self.layers, self.seen.mean, r, sent, state) | ({WIRE: sent.wire} if sent.wire else {})
+        models = mix(self.layers, self.seen.mean, r, request.own) if request.own else None
+        if models:
+            state = {**state, TOPOLOGY: as_state(models)}
+        else:
+            state = update(self.layers, self.seen.mean, r, sent, state) | ({WIRE: sent.wire} if sent.wire else {})
         arrays = join(Sections(r.next_x, r.buffers, {}))
 
         remembered = {
@@ -232,7 +256,7 @@ class LocalSGD(FedAvg):
                 raise FloatingPointError(f"round {round_}: the {what} of {wrong.removeprefix(EXTRAS)}")
         metrics = mean_metrics(used, weights, self.weighted_by_key)
         if self.seen.drift(round_):
-            metrics.update(drift(r))
+            metrics.update(drift(r) | (consensus_distance(models, r.next_x) if models else {}))
         return Aggregate(tensor_record(arrays), metrics, state, {k: screened[k].metrics for k in averaged}, left_out)
 
     def _screened(

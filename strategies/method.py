@@ -77,7 +77,8 @@ class ServerRound:
     batchnorm: Mapping[str, str] = field(default_factory=dict)  # see `Zeros`
     # In `update`, in which all tensors are on one device:
     updates: Mapping[int, Update] = field(default_factory=dict)  # of the workers that are averaged, in their order
-    encoded: bool = False  # whether these hold differences
+    begins: Mapping[int, Tensors] = field(default_factory=dict)  # of those that begin from others than `begun`
+    encoded: bool = False  # whether updates hold differences
     weights: Sequence[float] = ()  # theirs, which sum to one
     share: float = 0.0  # averaged workers over all workers
     next_x: Tensors = field(default_factory=dict)  # the mean of the workers' parameters, or what layers made of it
@@ -85,8 +86,8 @@ class ServerRound:
 
     def moved(self, worker: int) -> Tensors:
         """How far a worker that is averaged has moved: the parameters that it began from minus its own."""
-        sent = self.updates[worker].parameters
-        return sent if self.encoded else {name: self.begun[name] - y for name, y in sent.items()}
+        sent, begun = self.updates[worker].parameters, self.begins.get(worker, self.begun)
+        return sent if self.encoded else {name: begun[name] - y for name, y in sent.items()}
 
 
 @dataclass
@@ -144,6 +145,14 @@ class Method:
     def reestimates_on(self) -> int:
         """On how many training images BatchNorm's statistics are estimated again before a test; 0: they are not."""
         return 0
+
+    @property
+    def one_model(self) -> bool:
+        """Whether it needs one model for all workers: by default where the server has a part in it, see `update`.
+
+        Without it, `update` is called for the models that some workers average, with a state for these.
+        """
+        return type(self).update is not Method.update
 
     @property
     def keeps_memory(self) -> bool:

@@ -49,6 +49,7 @@ class Average(Method):
     momentum: Annotated[int, at_least(1), at_most(100)] = 1
     second_moments: Annotated[int, at_least(1), at_most(100)] = 1
     reads_message = True
+    one_model = False
 
     @property
     def keeps_memory(self) -> bool:

@@ -73,6 +73,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "adacomm": {"local-steps-schedule": "adacomm:every=0.2,shrink=0.6", "compress": "qsgd", "schedule": "constant"},
     "uneven-fednova": {"workers": "uneven:speed=0.5/1,away=0.3", "local-rule": "fednova", "momentum-at-sync": "reset"},
     "streaming-int8": {"outer": "streaming:fragments=3", "compress": "int8", "compress-down": "fp16"},
+    "groups-topk": {"topology": "groups:size=2,every=2", "compress": "topk", "momentum-at-sync": "average"},
     "flowers-fedadam": {"outer": "flwr.serverapp.strategy:FedAdam:eta=0.01"},
 }
 METHODS["qsr-qsgd-re-estimated"] |= {"batchnorm-at-sync": "re-estimated:images=100", "schedule": "constant"}

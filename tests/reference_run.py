@@ -119,6 +119,7 @@ def covers(config: Config) -> bool:
         # It takes as many steps with every worker, in every round, and knows them before
         and config.workers == "even"
         and not local_steps_schedule(config).decides
+        and config.topology == "all"
         and (not config.local_epochs or len(set(shard_sizes(config))) == 1)
         and config.precision == "fp64"
         and split_name(config.mean)[0] in MEANS

@@ -112,6 +112,7 @@ NOT_WITH = {  # the beginning of a rule -> keys that it is nearly always refused
     "scaffold": "mean",
     "scaffold-inferred": "workers|fraction",
 }
+NOT_WITH_TOPOLOGY = "compress-down|layer|local-rule|mean|outer|test-model"
 MOMENTUM: list[Choice] = [
     *[{}] * 2,
     {"momentum-at-sync": "reset"},
@@ -177,6 +178,13 @@ WORKERS: list[Choice] = [
     {"workers": "uneven:speed=0.3/1"},
     {"workers": "uneven:speed=0.3/0.9,away=0.3,varies=true"},
     {"workers": "uneven:away=0.5"},
+]
+TOPOLOGIES: list[Choice] = [
+    *[{}] * 17,
+    {"topology": "groups:size=1,every=2"},
+    {"topology": "pairs"},
+    {"topology": "ring"},
+    {"topology": "exponential"},
 ]
 DELAYS: list[Choice] = [*[{}] * 9, {"layer": "delay"}]
 RATES: list[Choice] = [
@@ -299,6 +307,10 @@ def combinations(draw: st.DrawFn) -> Choice:
         keys |= {f"{key}.{argument}": value for argument, value in of_codec.items()}
     if keys.get("compress", "none") != "none" and draw(st.booleans()):
         keys["error-feedback"] = False
+    topology = draw(st.sampled_from(TOPOLOGIES))
+    if len(topology) and draw(st.integers(0, 9)):
+        keys = {name: value for name, value in keys.items() if not re.match(NOT_WITH_TOPOLOGY, name)}
+    keys |= topology
     return keys | draw(st.sampled_from([{}] * 6 * len(STRAY) + STRAY))
 
 

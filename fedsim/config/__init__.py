@@ -131,6 +131,8 @@ class Config(BaseModel, frozen=True):
     """Seconds to wait for the replies of a round, with Flower's engines; 0: no timeout."""
     mean: Annotated[Text, From(registry.MEANS), LOCALSGD] = "exact"
     """The mean of the clients' updates; all but exact withstand a few absurd ones."""
+    topology: Annotated[Text, From(registry.TOPOLOGIES), LOCALSGD] = "all"
+    """Whose models a client averages at a sync: those of all, or of some, with a model of each client's own."""
     outer: Annotated[Text, From(registry.OUTER_STEPS), LOCALSGD] = "none"
     """The server's optimizer on the mean of the clients' models, or a strategy of Flower's as module:Class, for
     instance flwr.serverapp.strategy:FedAdam; none: the mean itself."""

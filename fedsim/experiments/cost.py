@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import itertools
 import os
 import statistics
@@ -27,6 +28,7 @@ from fedsim.runs.folder import CONFIG, read_config
 from fedsim.runs.records import read_rows, read_summary
 from fedsim.training.centralized import whole_epochs
 from fedsim.training.local_steps import local_steps_schedule
+from fedsim.training.topology import rows_of, topology_of
 from fedsim.training.workers import workers_of
 
 SHORT_SECONDS = 10.0
@@ -88,6 +90,31 @@ def traffic(config: Config) -> tuple[Traffic, Traffic]:
         up, peak_up = up + workers * one.up, max(peak_up, workers * one.up)
         down, peak_down = down + workers * one.down, max(peak_down, workers * one.down if round_ > 1 else 0)
     return Traffic(up, down), Traffic(peak_up, peak_down)
+
+
+class Links(NamedTuple):
+    """The bytes between the clients of a topology, if they sent their models to each other, without a server.
+
+    A link goes from one client to another.
+    """
+
+    used: int  # links over which anything is sent
+    least: int  # over one of these in the run
+    most: int
+    to_one: int  # the most that a client gets in a round
+
+
+def links(config: Config) -> Links:
+    """What the links between clients would carry in a complete run of LocalSGD."""
+    sent, of_client = collections.Counter[tuple[int, int]](), messages_of(config)
+    to_one = 0
+    for round_, there in enumerate(sampled(config), 1):
+        rows, one = rows_of(config, round_), of_client.in_round(round_)
+        for worker in there:
+            others = [other for other in there if other != worker and rows[worker].get(other)]
+            sent.update(dict.fromkeys(((other, worker) for other in others), one.up))
+            to_one = max(to_one, len(others) * one.up)
+    return Links(len(sent), min(sent.values(), default=0), max(sent.values(), default=0), to_one)
 
 
 def flop_per_image(config: Config) -> float:
@@ -163,9 +190,21 @@ def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
             sent = [f"{whole.up / 1e6:,.1f} MB up", f"{whole.down / 1e6:,.1f} MB down"]
             of_round = f"in a round at most {peak.up / 1e6:,.3f} MB up, {peak.down / 1e6:,.3f} MB down"
             about = "about " * local_steps_schedule(config).decides  # while it trains
-            parts = [f"{about}{run.syncs:,} rounds", *parts, *sent, of_round]
+            parts = [f"{about}{run.syncs:,} rounds", *parts, *sent, of_round, *_between_clients(config)]
         yield f"{config.name:{most}}  {state}: {', '.join(parts)}, {_duration(seconds)}"
     yield f"{len(cells)} run{'s' * (len(cells) > 1)}; those not finished take {_duration(total)} ({pace})"
+
+
+def _between_clients(config: Config) -> Iterator[str]:
+    """What the links of the topology of `config` would carry; nothing where all clients have one model."""
+    if topology_of(config).one_model:
+        return
+    found = links(config)
+    each = " to ".join(f"{amount / 1e6:,.1f}" for amount in sorted({found.least, found.most}))
+    yield (
+        f"without a server {found.used:,} links between clients of {each} MB each, and in a round at most "
+        f"{found.to_one / 1e6:,.3f} MB to one client"
+    )
 
 
 def _state(cell: Cell) -> str:

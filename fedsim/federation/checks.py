@@ -10,12 +10,14 @@ from torch import Tensor
 from fedsim.config import FIELDS, Config
 from fedsim.device import one_thread
 from fedsim.errors import UserError
+from fedsim.federation.decisions import planned
 from fedsim.federation.flower_internals import let_messages_be_made
 from fedsim.federation.own_methods import try_own_methods
 from fedsim.models import cpu_model
 from fedsim.optim import check_optimizer
 from fedsim.system.locks import GLOBAL_GENERATORS
 from fedsim.training.methods import field_of, layers_of, mean_of
+from fedsim.training.topology import rows_of, topology_of
 from fedsim.training.workers import everyone, workers_of
 from strategies.arguments import kebab
 from strategies.batchnorm import batchnorm_buffers
@@ -24,6 +26,7 @@ from strategies.flower_strategy import FlowerStrategy, check_state
 from strategies.layers import Layers
 from strategies.screening import wrong_values
 
+TRIED_ROUNDS = 20  # of a topology
 EXACT = ("exact", "exact:weights=shard-size")
 
 
@@ -68,6 +71,7 @@ def check_strategy(config: Config) -> None:
     check_codecs(config)
     check_layers(config)
     check_mean(config)
+    check_topology(config)
     check_batchnorm(config)
     check_initial_values(config)
     try_own_methods(config)
@@ -130,6 +134,27 @@ def check_mean(config: Config) -> None:
             f"{_chosen(config, 'mean')} of updates of {_chosen(config, 'compress')} would be 0, as most values of "
             "these are: give --mean clipped or exact, or another --compress"
         )
+
+
+def check_topology(config: Config) -> None:
+    """Raise UserError where clients have models of their own, and a key needs one model or another mean of them."""
+    topology = topology_of(config)
+    if topology.one_model:
+        return
+    chosen = _chosen(config, "topology")
+    if problem := topology.problem(config.clients):
+        raise UserError(f"{chosen}: {problem}: give another --topology")
+    if not mean_of(config).exact:
+        raise UserError(f"{_chosen(config, 'mean')} does not go with {chosen}: give --mean exact or --topology all")
+    layers = layers_of(config, server=True)
+    keys = [field_of(name) for name, layer in layers if layer.one_model]
+    for key in [*keys, *(["compress_down"] if layers.wire.down else [])]:
+        raise UserError(
+            f"{_chosen(config, key)} needs one model of all clients, which they do not have with {chosen}: give "
+            f"--{kebab(key)} {FIELDS[key].default} or --topology all"
+        )
+    for round_ in range(1, min(TRIED_ROUNDS, planned(config).rounds) + 1):
+        rows_of(config, round_)
 
 
 def check_batchnorm(config: Config) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 
 from torch import nn
@@ -13,6 +14,7 @@ from fedsim.federation.protocol import MEMORY
 from fedsim.federation.shapes import domains, zeros_of
 from fedsim.training.methods import fewest_updates, layers_of, mean_of
 from fedsim.training.run_plan import RunPlan
+from fedsim.training.topology import rows_of, topology_of
 from strategies.domain import Domain
 from strategies.local_sgd import LocalSGD, Seen, Usable
 from strategies.sections import Sections, join
@@ -38,6 +40,7 @@ def build_strategy(
         held = shards[worker] if images is None else images[worker]
         return Domain(held, min(held, training_examples(config)))
 
+    rows = None if topology_of(config).one_model else functools.partial(rows_of, config)
     return LocalSGD(
         seed=config.seed,
         population=config.clients,
@@ -51,5 +54,5 @@ def build_strategy(
             away=None if plan.turns.workers.always_there else plan.turns.away,
         ),
         layers=layers,
-        seen=Seen(mean, zero.batchnorm, lambda round_: plan.rates(round_)[-1], plan.is_tested),
+        seen=Seen(mean, zero.batchnorm, lambda round_: plan.rates(round_)[-1], plan.is_tested, rows),
     )

@@ -12,6 +12,7 @@ TITLES = {
     "update_norm": "norm of the mean update",
     "update_cosine": "mean cosine of two updates",
     "update_spread": "spread of their norms",
+    "consensus_distance": "distance of the models to their mean",
 }
 
 
@@ -32,12 +33,13 @@ def plot_drift(table: ResultTable) -> Plot:
     """Drift against epochs: a panel for each of its measures, a line for each cell."""
     points = drift_curves(table)
     cells = table.cells.loc[sorted(points["cell"].unique())]
+    shown = [name for name in TITLES if points[name].notna().any()]
 
     def draw(across: int) -> Figure:
-        figure, panels = panels_of(len(TITLES), across, sharey=False)
+        figure, panels = panels_of(len(shown), across, sharey=False)
         styles = cell_styles(cells)
-        for (name, title), panel in zip(TITLES.items(), panels, strict=True):
-            panel.set_title(title, fontsize="medium")
+        for name, panel in zip(shown, panels, strict=True):
+            panel.set_title(TITLES[name], fontsize="medium")
             panel.set_xlabel("epochs")
             for cell, curve in points.dropna(subset=[name]).groupby("cell"):
                 label = cells["label"][cell] or "all runs"
@@ -49,8 +51,9 @@ def plot_drift(table: ResultTable) -> Plot:
     caption = (
         "Drift of the clients against epochs, in the rounds in which the model was tested, mean over seeds: the norm "
         "of x minus the mean of their models; the mean cosine of the updates of two of them, 1 where all move in one "
-        "direction; and the standard deviation of the norms of their updates, divided by the mean of these."
+        "direction; the standard deviation of the norms of their updates, divided by the mean of these; and, where "
+        "clients have models of their own, the root mean square of the distances of these to their mean."
     )
     coords = pd.DataFrame(list(cells["coords"]), columns=list(table.axes), index=cells.index, dtype=object)
-    numbers = points[["epochs", *TITLES, "runs"]].join(coords, on=points["cell"])
-    return Plot(f"{table.name}-drift", caption, draw, numbers[[*table.axes, "epochs", *TITLES, "runs"]])
+    numbers = points[["epochs", *shown, "runs"]].join(coords, on=points["cell"])
+    return Plot(f"{table.name}-drift", caption, draw, numbers[[*table.axes, "epochs", *shown, "runs"]])

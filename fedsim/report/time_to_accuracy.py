@@ -169,3 +169,9 @@ def _check_link(cells: pd.DataFrame, network: Network) -> None:
             f"link = all-reduce: {cell['label'] or 'the run'} samples {cell['workers']} of {cell['clients']} clients "
             "in a round, which get the model from a server: give --link worker or server"
         )
+    for cell in cells.to_dict("records") if network.link == "all-reduce" else ():
+        if (topology := cell["config"].get("topology", "all")) != "all":
+            raise UserError(
+                f"link = all-reduce: the clients of {cell['label'] or 'the run'} do not average over all (topology = "
+                f"{topology}): give --link worker or server"
+            )

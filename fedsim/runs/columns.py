@@ -17,7 +17,7 @@ Accuracy = Annotated[float, Field(ge=0, le=1)]
 # Marks in the metadata of a column
 TRACKED = "trackers such as TensorBoard draw it"
 SENT = "bytes that were sent"
-OF_UPDATES = "of the updates of the last round, how far and how alike the workers have moved (see strategies.drift)"
+OF_UPDATES = "how far and how alike the workers have moved in the last round, and how far apart their models are"
 RENAMED = {"local_steps": "steps_done"}  # former name in rows and summaries -> the present one
 
 
@@ -79,6 +79,7 @@ class Columns(Costs):
     update_norm: Annotated[Quantity | None, TRACKED, OF_UPDATES] = None
     update_cosine: Annotated[float | None, TRACKED, OF_UPDATES] = None
     update_spread: Annotated[Quantity | None, TRACKED, OF_UPDATES] = None
+    consensus_distance: Annotated[Quantity | None, TRACKED, OF_UPDATES] = None  # of models that are not one
     metric: MetricRecord | None = None
     tests: dict[str, float | None] = Field(default_factory=dict)
 

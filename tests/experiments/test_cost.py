@@ -10,9 +10,11 @@ from fedsim.config import Config
 from fedsim.errors import UserError
 from fedsim.experiments.cost import (
     REFERENCE_FLOPS,
+    Links,
     Pace,
     cost,
     flop_per_image,
+    links,
     list_studies,
     measured_rates,
     plan_lines,
@@ -95,6 +97,20 @@ def test_the_traffic_planned_is_the_traffic_recorded(run: Execute, small: Config
     whole, peak = traffic(small.changed(keys))
     assert whole == (row["bytes_up"], row["bytes_down"])
     assert peak == (row["peak_bytes_up"], row["peak_bytes_down"])
+
+
+def test_what_links_between_clients_would_carry(small: Config, tmp_path: Path) -> None:
+    """Twice as much within the groups of two as between them."""
+    groups = small.changed({"topology": "groups:size=2,every=2", "rounds": 4})
+    message = 4 * 62_006
+    assert links(groups) == Links(12, 2 * message, 4 * message, 3 * message)
+    assert links(small.changed({"topology": "ring", "rounds": 4})) == Links(8, 4 * message, 4 * message, 2 * message)
+    assert links(groups.changed({"rounds": 1, "fraction": 0.25})) == Links(0, 0, 0, 0)
+    line, _ = plan_lines([Cell((), "localsgd", groups.changed({"device": "cpu"}))], Pace(tmp_path))
+    words = (
+        "without a server 12 links between clients of 0.5 to 1.0 MB each, and in a round at most 0.744 MB to one client"
+    )
+    assert words in line
 
 
 def test_a_plan_says_what_is_left_to_run_and_writes_nothing(run: Execute, small: Config, tmp_path: Path) -> None:

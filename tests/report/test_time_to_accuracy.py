@@ -4,6 +4,7 @@ import csv
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -179,9 +180,16 @@ def test_the_fastest_cell_is_named_at_every_bandwidth(study: Path, tmp_path: Pat
     assert plot.numbers.groupby("bits_per_second")["fastest"].sum().min() == 1
 
 
-def test_an_all_reduce_of_sampled_clients_is_refused(tmp_path: Path) -> None:
-    write_run(tmp_path / "some" / "one", Config(clients=4, fraction=0.5), "localsgd", [0.5])
-    with pytest.raises(UserError, match="link = all-reduce: the run samples 2 of 4 clients in a round"):
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"fraction": 0.5}, "the run samples 2 of 4 clients in a round"),
+        ({"topology": "ring"}, "the clients of the run do not average over all"),
+    ],
+)
+def test_an_all_reduce_of_some_clients_is_refused(tmp_path: Path, keys: dict[str, Any], problem: str) -> None:
+    write_run(tmp_path / "some" / "one", Config(clients=4).changed(keys), "localsgd", [0.5])
+    with pytest.raises(UserError, match=f"link = all-reduce: {problem}"):
         time_to_accuracy(
             str(tmp_path), PLAN._replace(network=NETWORK._replace(link="all-reduce")), "out", "", Console(quiet=True)
         )
