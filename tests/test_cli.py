@@ -309,6 +309,8 @@ def test_the_names_of_studies_are_complete_in_a_pipe(call: Call, monkeypatch: py
     assert (code, sorted(name for name in listed if name in study_names())) == (0, study_names())
     asked = listed.index("What buys the syncs back")  # a question stands above its studies
     assert [name for name in listed[asked + 1 : asked + 13 : 2] if not name.startswith("methods-")] == []
+    code, _, err = call("study", "--also", "outer=diloco")
+    assert (code, err) == (2, "error: also is of the studies that run: name one, for instance kj-small\n")
 
 
 def test_a_file_is_a_preset_and_a_dry_run_writes_nothing(call: Call, tmp_path: Path) -> None:

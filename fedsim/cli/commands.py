@@ -34,6 +34,7 @@ from fedsim.config.options import (
     SweepOptions,
     TimeOptions,
 )
+from fedsim.errors import UserError
 from fedsim.system.interrupts import resumable
 
 if TYPE_CHECKING:  # these import torch, which takes seconds; --help must not wait for it
@@ -145,6 +146,9 @@ def study(options: StudyOptions, keys: dict[str, Any]) -> None:
     if not options.studies:
         from fedsim.experiments.cost import list_studies
 
+        for name in ("also", "cells", "precision"):
+            if getattr(options, name):
+                raise UserError(f"{name} is of the studies that run: name one, for instance kj-small")
         print(*list_studies(options.seeds, _absolute(options.results_dir)), sep="\n")
         return
     read = [read_study(name).with_also(options.also) for name in options.studies]

@@ -53,16 +53,20 @@ class Keys:
 
 def _integers(value: Any, info: ValidationInfo) -> Any:
     if not isinstance(value, str):
-        return tuple(value)
+        return _items(value)
     try:
         return tuple(sorted({int(part) for part in value.split(",")}))
     except ValueError:
         raise ValueError(f"is not a list of whole numbers: for instance --{kebab(str(info.field_name))} 4,12") from None
 
 
+def _items(value: Any) -> Any:
+    """The items of a list, which Python gives, as a tuple; a single value is a list of one."""
+    return tuple(value) if isinstance(value, Iterable) and not isinstance(value, str) else (value,)
+
+
 def _names(value: Any) -> Any:
-    words: Iterable[str] = value.split(",") if isinstance(value, str) else value
-    return tuple(word.strip() for word in words)
+    return tuple(name.strip() for name in value.split(",")) if isinstance(value, str) else _items(value)
 
 
 Integers = Annotated[tuple[int, ...], BeforeValidator(_integers), LIST]
@@ -202,7 +206,7 @@ class StudyOptions(SweepOptions, frozen=True):
     """Seeds of every cell, with commas (default: the study's)."""
     cells: Names = ()
     """Run only these cells, with commas: 'k12-j20,k4-*' (default: all)."""
-    also: Annotated[tuple[Text, ...], Flags((), "KEY=VALUE")] = ()
+    also: Annotated[tuple[Text, ...], BeforeValidator(_items), Flags((), "KEY=VALUE")] = ()
     """Every cell of the studies once more, with this key changed, or these: 'outer=diloco momentum=0'; may be given
     several times."""
     precision: Text = ""

@@ -220,6 +220,9 @@ class Study(BaseModel):
             raise UserError(
                 f"about = {self.about!r} is not a key of the grid: it must be one of {', '.join(self.axes)}"
             )
+        entries = [changed_keys(also) for also in self.also]
+        if len(set(entries)) < len(entries):
+            raise UserError(f"also {max(entries, key=entries.count)}: it is there twice: leave one of them out")
         changed = {name for also in self.also for name in also}
         if "seed" in changed:
             raise UserError("also seed: it cannot be changed: give --seeds, or seed in the grid")
@@ -311,6 +314,8 @@ def read_also(text: str) -> dict[str, str]:
     pairs = [pair.partition("=") for pair in text.split()]
     if not pairs or not all(equals for _, equals, _ in pairs):
         raise UserError(f"also = {text!r} is not KEY=VALUE, several with spaces between: for instance outer=diloco")
+    if len({key for key, _, _ in pairs}) < len(pairs):
+        raise UserError(f"also = {text!r} gives a key twice: give each value an --also of its own")
     return {key: value for key, _, value in pairs}
 
 

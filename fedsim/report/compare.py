@@ -19,7 +19,7 @@ from fedsim.report.load import escaped, read_records
 from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings, write_csv
 from fedsim.report.result_table import NOTHING, joined, read_tables
 from fedsim.report.tables import TRAFFIC, Entry, TextTable, number, result_table, rich_table, runs_frame
-from fedsim.runs.folder import ROWS, differences, is_locked, read_config
+from fedsim.runs.folder import CONFIG, ROWS, differences, is_locked, read_config
 from fedsim.system.provenance import program
 
 NAME = "comparison"  # of the files
@@ -53,11 +53,18 @@ def show_differences(one: str, other: str, console: Console) -> None:
     """Print the keys in which the configurations of two runs differ, and both values."""
     if not other:
         raise UserError("diff needs the folders of two runs: for instance results/A/k4-j4-seed1 results/B/k4-j4-seed1")
-    first, second = (_flat(read_config(folder("run", text))) for text in (one, other))
+    first, second = (_flat(_config(folder("run", text))) for text in (one, other))
     names = differences(first, second)
     lines = [f"{name}: {escaped(first.get(name, NOTHING))} | {escaped(second.get(name, NOTHING))}" for name in names]
     for line in lines or ["the two runs have the same configuration"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _config(run: Path) -> dict[str, Any]:
+    """The configuration of the run in the folder `run`."""
+    if not (run / CONFIG).exists():
+        raise UserError(f"{escaped(run)} holds no run: give the folder of one, for instance results/A/k4-j4-seed1")
+    return read_config(run)
 
 
 def _flat(config: dict[str, Any]) -> dict[str, Any]:
@@ -77,7 +84,10 @@ def show_runs(root: str, console: Console) -> None:
         raise UserError(f"{escaped(root)} holds no runs: give a folder of results, for instance results")
     rows = [_line(Path(root), run) for run in records.runs.to_dict("records")]
     header = ["cell", "state", "date", "device", "best", "final", "MB sent", "minutes"]
-    console.print(rich_table(TextTable("", header, rows)))
+    table = rich_table(TextTable("", header, rows))
+    needed = console.measure(table, options=console.options.update(width=10_000)).maximum
+    console.width = max(console.width, needed)  # a run is a whole line, also in a pipe
+    console.print(table, crop=False)
 
 
 def _line(root: Path, run: dict[str, Any]) -> list[Entry]:

@@ -204,7 +204,10 @@ def rich_table(table: TextTable, caption: str = "") -> Table:
     """`table` for the terminal."""
     shown = Table(title=Text(table.caption), caption=Text(caption), box=box.SIMPLE, padding=(0, 1, 0, 0))
     for name in table.header:
-        shown.add_column(Text(name), justify="left" if name == "cell" else "right", no_wrap=name != "cell")
+        if name == "cell":  # names are never cut
+            shown.add_column(Text(name), overflow="fold")
+        else:
+            shown.add_column(Text(name), justify="right", no_wrap=True)
     for row in table.rows:
         shown.add_row(*(Text(f"{entry.text} ({entry.note})" if entry.note else entry.text) for entry in row))
     return shown

@@ -12,6 +12,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from fedsim.config import Value
+from fedsim.config.options import StudyOptions
 from fedsim.errors import UserError
 from fedsim.experiments.study import FOLDER, LARGE_BATCH, Study, read_study, study_names
 from fedsim.optim.lr_schedule import schedule_of
@@ -290,10 +291,21 @@ def test_every_cell_is_run_once_more_with_the_keys_of_each_also(tmp_path: Path) 
         ("outer", "also = 'outer' is not KEY=VALUE, several with spaces between: for instance outer=diloco"),
         ("clients=3", "also clients: it is a key of the study's own grid: leave it out of one of them"),
         ("outr=3", "unknown key outr: did you mean outer?"),
+        ("outer=diloco outer=slowmo", "gives a key twice: give each value an --also of its own"),
         ("seed=3", "also seed: it cannot be changed: give --seeds"),
     ):
         with pytest.raises(UserError, match=re.escape(message)):
             read_study(str(path)).with_also([text])
+    with pytest.raises(UserError, match="also outer=diloco: it is there twice"):
+        study.with_also(["outer=diloco"])
+
+
+def test_in_python_a_list_is_a_list_or_a_value() -> None:
+    lists = {"also": ["outer=diloco"], "seeds": [1, 2], "cells": ["k4-*"]}
+    options = StudyOptions.of(lists)
+    assert (options.also, options.seeds, options.cells) == (("outer=diloco",), (1, 2), ("k4-*",))
+    values = StudyOptions.of({"also": "outer=diloco momentum=0", "seeds": 3, "cells": "k4-*,k12-*"})
+    assert (values.also, values.seeds, values.cells) == (("outer=diloco momentum=0",), (3,), ("k4-*", "k12-*"))
 
 
 def test_what_cannot_be_read_is_one_line(tmp_path: Path) -> None:

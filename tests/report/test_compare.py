@@ -49,6 +49,8 @@ def test_what_cannot_be_compared_is_refused(study: Path, tmp_path: Path) -> None
         printed(compare, [str(study)], str(tmp_path / "out"))
     with pytest.raises(UserError, match="diff needs the folders of two runs"):
         printed(show_differences, str(study), "")
+    with pytest.raises(UserError, match=f"^{study} holds no run: give the folder of one"):
+        printed(show_differences, str(study), str(study))
 
 
 def test_the_keys_in_which_two_runs_differ(tmp_path: Path) -> None:
@@ -66,3 +68,11 @@ def test_every_run_is_a_line(study: Path) -> None:
     finished, begun = lines["mine/k2-j1-seed1"], lines["mine/k4-j8-seed1"]
     assert (finished[1], finished[4:]) == ("finished", ["cpu", "43.00", "42.00", "0.128", "0.133"])
     assert begun[1] == "unfinished"
+
+
+def test_a_run_is_a_whole_line_in_a_narrow_terminal(study: Path) -> None:
+    console = Console(record=True, width=60, file=io.StringIO())
+    show_runs(str(study.parent), console)
+    names = {line.split()[0] for line in console.export_text().splitlines() if line.strip()}
+    assert names >= {f"mine/{path.parent.name}" for path in study.glob("*/config.json")}
+    assert "…" not in console.export_text()
