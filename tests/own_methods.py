@@ -141,7 +141,7 @@ class Lines:
         self.file.write(f"K = {config['clients']}, J = {config['local-steps']}\n")
 
     def __call__(self, row: Mapping[str, Any]) -> None:
-        self.file.write(f"{row['round']} {row['bytes_up']}\n")
+        self.file.write(f"{row['syncs']} {row['bytes_up']} {row['bytes_down']}\n")
 
     def close(self) -> None:
         self.file.close()

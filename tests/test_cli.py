@@ -442,6 +442,10 @@ def test_a_tracker_has_the_rows(call: Call, tmp_path: Path) -> None:
     rows = [json.loads(line) for line in (tmp_path / "results/one/metrics.jsonl").read_text().splitlines()]
     seen = [(event.step, event.value) for event in events.Scalars("test_accuracy")]
     assert seen == [(row["round"], pytest.approx(row["test_accuracy"])) for row in rows]
+    for name in ("syncs", "bytes_up", "bytes_down"):
+        assert [event.value for event in events.Scalars(name)] == [pytest.approx(row[name]) for row in rows]
+    text = events.Tensors("config/text_summary")[-1].tensor_proto.string_val[0].decode()
+    assert {"    clients = 2", "    local-steps = 2"} <= set(text.splitlines())
 
 
 def test_shards_are_written_for_nodes(call: Call, tmp_path: Path) -> None:

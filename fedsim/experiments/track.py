@@ -22,10 +22,11 @@ from strategies.arguments import Choice, split_name
 
 
 class TensorBoard:
-    """The numbers of each row in ``FOLDER/tensorboard``, by round."""
+    """The configuration as text, and the numbers of each row by round, in ``FOLDER/tensorboard``."""
 
     def __init__(self, folder: Path, config: Mapping[str, Any]) -> None:
         self._folder = folder / "tensorboard"
+        self._config = "".join(f"    {name} = {value}\n" for name, value in config.items())  # Markdown: as code
         self._writer: Any = None
 
     def __call__(self, row: Row) -> None:
@@ -33,6 +34,7 @@ class TensorBoard:
 
         if self._writer is None:  # hides what was written after the checkpoint that a run resumes from
             self._writer = SummaryWriter(str(self._folder), purge_step=row["round"])
+            self._writer.add_text("config", self._config, row["round"])
         for tag in dict.fromkeys((*names_with(TRACKED), *tests_in(row))):
             if row.get(tag) is not None:
                 self._writer.add_scalar(tag, row[tag], row["round"])

@@ -32,7 +32,7 @@ class Costs(BaseModel):
     epoch: Annotated[Quantity | None, TRACKED] = None
     round: Natural | None = None
     steps_done: Natural | None = None  # local steps of each client
-    syncs: Natural | None = None
+    syncs: Annotated[Natural | None, TRACKED] = None
     bytes_up: Annotated[Quantity | None, TRACKED, SENT] = None
     bytes_down: Annotated[Quantity | None, TRACKED, SENT] = None
     overhead_bytes_up: Annotated[Quantity | None, SENT] = None

@@ -118,7 +118,7 @@ def test_a_tracker_of_ones_own_gets_the_configuration_and_each_row(tmp_path: Pat
     result = fedsim.localsgd(**keys, rounds=2, results_dir=tmp_path, progress=False, track=f"{OWN}Lines")
     first, *lines = (result.folder / "lines.txt").read_text().splitlines()
     assert first == "K = 2, J = 2"
-    assert lines == [f"{row['round']} {row['bytes_up']}" for row in rows_of(result.folder)]
+    assert lines == [f"{row['syncs']} {row['bytes_up']} {row['bytes_down']}" for row in rows_of(result.folder)]
 
 
 def test_one_split_may_have_several_seeds(small: Config) -> None:
