@@ -90,6 +90,7 @@ def test_values_are_read_from_text_and_from_toml() -> None:
         ({"optimizer": "lamb:nesterov=true"}, "lamb has no argument nesterov: it must be one of betas"),
         ({"optimizer.trust": 1.0}, "optimizer.trust = 1.0: sgdm has no argument trust"),
         ({"lr.x": 1.0}, "lr.x: lr has no arguments: give lr itself"),
+        ({"workers": {"speed": [0.5, 1]}}, "has no name: give a dict with it and the arguments"),
         ({"name": "a/b"}, "name = 'a/b' is not a plain folder name"),
         ({"name": ".."}, "name = '..' is not a plain folder name"),
         ({"name": "a" * 256}, "has a name of more than 255 bytes"),

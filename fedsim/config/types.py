@@ -95,8 +95,10 @@ class From:
 
     def text_of(self, value: Any) -> Any:
         if isinstance(value, Mapping):
+            if "name" not in value:
+                raise ValueError("has no name: give a dict with it and the arguments, for instance {'name': 'none'}")
             given = dict(value)
-            return _text(str(given.pop("name", "")), given)
+            return _text(str(given.pop("name")), given)
         if dataclasses.is_dataclass(value) and not isinstance(value, type):
             arguments = {field.name: getattr(value, field.name) for field in dataclasses.fields(value) if field.init}
             return _text(self.seam.name_of(type(value)), arguments)

@@ -26,7 +26,8 @@ def located(dataset: str, name: str, folder: str) -> Path:
     for place in places:
         if place.exists():
             return place
-    raise UserError(f"dataset = {dataset}: there is no such file in {places[0].parent} nor in {places[1].parent}")
+    parents = dict.fromkeys(str(place.parent) for place in places)  # both are one where `name` is absolute
+    raise UserError(f"dataset = {dataset}: there is no such file in {' nor in '.join(parents)}")
 
 
 def absolute_data_dir(config: Config) -> str:

@@ -190,7 +190,8 @@ def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
             sent = [f"{whole.up / 1e6:,.1f} MB up", f"{whole.down / 1e6:,.1f} MB down"]
             of_round = f"in a round at most {peak.up / 1e6:,.3f} MB up, {peak.down / 1e6:,.3f} MB down"
             about = "about " * local_steps_schedule(config).decides  # while it trains
-            parts = [f"{about}{run.syncs:,} rounds", *parts, *sent, of_round, *_between_clients(config)]
+            rounds = f"{about}{run.syncs:,} round{'s' * (run.syncs != 1)}"
+            parts = [rounds, *parts, *sent, of_round, *_between_clients(config)]
         yield f"{config.name:{most}}  {state}: {', '.join(parts)}, {_duration(seconds)}"
     yield f"{len(cells)} run{'s' * (len(cells) > 1)}; those not finished take {_duration(total)} ({pace})"
 

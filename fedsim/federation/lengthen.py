@@ -70,4 +70,5 @@ def _starts(config: Config, mode: Mode) -> RoundStarts:
 
 
 def _length(config: Config, mode: Mode) -> str:
-    return f"{len(_starts(config, mode)) - 1} {'epochs' if mode == 'centralized' else 'rounds'}"
+    count = len(_starts(config, mode)) - 1
+    return f"{count} {'epoch' if mode == 'centralized' else 'round'}{'s' * (count != 1)}"

@@ -91,7 +91,7 @@ def _loss(model: nn.Module, config: Config, task: Task) -> Tensor:
     """The loss of `model` on two examples; raises UserError where it gives no such outputs as the task wants."""
     batch = with_floats(task.trial(config, 2), torch.float32)
     taken = f"model = {config.model} does not take {task.taken(config)}"
-    with failures_of(taken + ("" if model.training else ", in eval mode")):
+    with failures_of(taken + ("" if model.training else ", in eval mode"), "give another --model or --dataset"):
         outputs = task.forward(model, batch)
     what = f"model = {config.model}, on the {task.metric.examples} of {config.dataset}"
     if problem := task.problem(config, outputs):
@@ -157,7 +157,8 @@ def build_model(
 def _network(name: str, outputs: int, shape: tuple[int, ...]) -> nn.Module:
     choice = _choice(name)
     what = f"{outputs} classes and images of" if len(shape) == 3 else f"{outputs} outputs and inputs of"
-    with failures_of(f"model = {name} cannot be built for {what} {by(shape)}"):
+    remedy = "" if len(shape) == 3 else "give a model of such inputs, or other arguments"
+    with failures_of(f"model = {name} cannot be built for {what} {by(shape)}", remedy):
         model = choice.make(outputs, image=shape, shape=shape)
     if not isinstance(model, nn.Module):
         raise UserError(f"model = {name} returns {type(model).__name__}: it must return an nn.Module")
