@@ -92,9 +92,9 @@ def _run(options: CentralizedOptions, keys: dict[str, Any], engine: Engine) -> N
 
 
 def _how_to_resume(config: Config, mode: Mode, rerun: bool) -> str:
-    from fedsim.runs.folder import CHECKPOINT, run_folder
+    from fedsim.runs.folder import has_checkpoint, run_folder
 
-    if not (run_folder(config, mode) / CHECKPOINT).exists():
+    if not has_checkpoint(run_folder(config, mode)):
         return "there is no checkpoint yet: the same command starts again"
     return f"run the same command again{' without --rerun' if rerun else ''} to resume from the last checkpoint"
 

@@ -15,7 +15,7 @@ from flwr.app import ArrayRecord, ConfigRecord, Context, Error, Message, MetricR
 from flwr.clientapp import ClientApp
 from torch import Tensor
 
-from fedsim.config import CHOSEN, Config, Value, own_keys
+from fedsim.config import Config, Value, own_keys
 from fedsim.data.local_folder import check_named, check_of_run, digests_of_node, verify_images
 from fedsim.device import is_out_of_memory, resolve
 from fedsim.errors import UserError
@@ -41,6 +41,8 @@ from strategies.tensor_array import tensor_record, tensors_of
 from strategies.wire import WIRE, without_model
 
 app = ClientApp()
+# Where one of these is the user's own code, what a client keeps may not be finite although its update is.
+OF_MEMORY = ("optimizer", "outer", "local_rule", "layer", "momentum_at_sync", "batchnorm_at_sync", "compress")
 TakeRounds = Callable[[Config, Sequence[RoundStart]], list[RoundEnd]]
 
 
@@ -183,7 +185,7 @@ def _replies(config: Config, rounds: Sequence[Begun], ends: Sequence[RoundEnd]) 
     ended = [_ended(layers, begun, end) for begun, end in zip(rounds, ends, strict=True)]
     sent = [each.sent.parameters for each in ended]
     wrong = wrong_values(sent) if layers.wire.up else [""] * len(ended)  # an infinity would stay in the residual
-    own = layers.keeps_memory and any(names_own(getattr(config, name)) for name in CHOSEN)
+    own = layers.keeps_memory and any(names_own(getattr(config, name)) for name in OF_MEMORY)
     kept = wrong_values([each.kept for each in ended]) if own else []
     if any(kept):  # where the update is averaged, a memory that is not finite would spoil all later ones
         averaged = [not problem for problem in wrong_values(sent)]

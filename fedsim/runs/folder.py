@@ -106,6 +106,11 @@ def run_folder(config: Config, mode: Mode) -> Path:
     return Path(config.results_dir).expanduser().absolute() / (config.name or default_name(config, mode))
 
 
+def has_checkpoint(folder: Path) -> bool:
+    """Whether there is a checkpoint to resume from; while one is written, it is the one before."""
+    return any((folder / name).exists() for name in (CHECKPOINT, CHECKPOINT_BEFORE))
+
+
 def default_name(config: Config, mode: Mode) -> str:
     """A name made from the configuration; it ends with a digest of the keys that affect the result.
 

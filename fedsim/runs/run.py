@@ -47,6 +47,7 @@ from fedsim.runs.folder import (
     TESTED_MODEL,
     complete_record,
     differences,
+    has_checkpoint,
     one_line,
     read_config,
     run_folder,
@@ -140,7 +141,7 @@ class Run:
     @property
     def saved(self) -> bool:
         """Whether there is a checkpoint to resume from."""
-        return any((self.folder / name).exists() for name in (CHECKPOINT, CHECKPOINT_BEFORE))
+        return has_checkpoint(self.folder)
 
     @property
     def of_own_code(self) -> bool:
