@@ -82,6 +82,7 @@ def test_the_commands_work_outside_the_checkout(programs: Path, tmp_path: Path) 
     fedsim(programs, tmp_path, "study demo --dry-run")
     assert not any(tmp_path.iterdir())
     assert "K = 4, J = 25" in fedsim(programs, tmp_path, "demo")
+    assert [path.name for path in tmp_path.iterdir()] == ["demo-results"]
     fedsim(programs, tmp_path, f"grid {TINY.replace('--local-steps 2', '--local-steps 2,3')} --name own")
     text = "--dataset text:context=8 --model gpt-tiny:layers=1,width=8,heads=2 --optimizer adamw --clients 2 --rounds 1"
     assert "bits per byte" in fedsim(programs, tmp_path, f"localsgd {text}")

@@ -11,6 +11,7 @@ from typing import Any, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
+from rich.console import Console
 
 from fedsim.config import FIELDS, typed
 from fedsim.config.messages import about, suggestions
@@ -67,7 +68,8 @@ class CommandGroup(click.Group):
         def add(function: Callable[..., None]) -> None:
             def callback(**values: Any) -> None:
                 if torch:
-                    import_torch()
+                    with Console().status("starting"):  # in a terminal, for the seconds that it takes
+                        import_torch()
                 given = {key: value for key, value in values.items() if value is not None}
                 own = options.of({key: given[key] for key in options.model_fields if key in given})
                 keys = {kebab(key): given[key] for key in flags if key in given}

@@ -158,13 +158,15 @@ class LocalSGDOptions(CentralizedOptions, frozen=True):
 class DemoOptions(Options, frozen=True):
     """Those of the demo."""
 
-    results_dir: ResultsDir = "results"
+    results_dir: ResultsDir = "demo-results"  # apart from results that are kept
     rerun: Rerun = False
 
 
-class SweepOptions(DemoOptions, frozen=True):
+class SweepOptions(Options, frozen=True):
     """Those of several runs."""
 
+    results_dir: ResultsDir = "results"
+    rerun: Rerun = False
     engine: EngineName = "local"
     ray: Annotated[Text | None, Flags((), "[ADDRESS]")] = None
     """Run the cells in parallel on the Ray cluster at ADDRESS (host:port, or auto); without ADDRESS, on that of

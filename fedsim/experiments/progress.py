@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from datetime import timedelta
 
 from rich.console import Console
-from rich.progress import Progress, TextColumn
+from rich.progress import Progress, SpinnerColumn, TextColumn
 from rich.table import Column
 
 from fedsim.config import Config, Mode
@@ -41,7 +41,7 @@ def ends_after(config: Config, mode: Mode) -> tuple[int, float]:
 
 
 def status(row: Row, images: int, epochs: float | None, before: Row | None = None, tested: float | None = None) -> str:
-    """Loss, metric, examples per second and time left of a run of `epochs` epochs, in at most 55 characters.
+    """Metric, time left, loss and examples per second of a run of `epochs` epochs, in at most 55 characters.
 
     An epoch has so many `images`. The speed is measured from the row `before`, or else from the start; without `epochs`
     it is left out. `tested` is shown if `row` has no test.
@@ -50,13 +50,14 @@ def status(row: Row, images: int, epochs: float | None, before: Row | None = Non
     tested = row[metric.column] if row[metric.column] is not None else tested
     split = "test" if row["tested_on"] == "test" else "val"
     shown = f"{split} {metric.told(tested):>6}" if tested is not None else " " * 11
-    parts = [f"loss {loss_text(row['train_loss'])}", shown]
+    parts = [shown, f"loss {loss_text(row['train_loss'])}"]
     since = before or {"epoch": 0.0, "seconds": 0.0}
     done, seconds = row["epoch"] - since["epoch"], row["seconds"] - since["seconds"]
     if epochs is not None and done > 0 and seconds > 0:
         left = timedelta(seconds=round(max(0.0, epochs - row["epoch"]) * seconds / done))
         unit = "img" if metric.examples == "images" else metric.examples
-        parts += [f"{done * images / seconds:,.0f} {unit}/s", f"{left} left"]
+        parts.insert(1, f"{left} left")  # a narrow terminal cuts off the end
+        parts.append(f"{done * images / seconds:,.0f} {unit}/s")
     return "  ".join(parts)
 
 
@@ -74,7 +75,7 @@ def live_line(config: Config, mode: Mode, console: Console) -> Iterator[OnRow]:
     images = images_of_epoch(config, mode)
     column = TextColumn("{task.description}", table_column=Column(no_wrap=True))
     first: list[Row] = []  # of this process: the speed of a resumed run is that on this machine
-    with Progress(column, console=console, transient=True) as progress:
+    with Progress(SpinnerColumn(), column, console=console, transient=True) as progress:
         task = progress.add_task("starting", total=None)
 
         def on_row(row: Row) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, TaskID, TextColumn
+from rich.progress import Progress, SpinnerColumn, TaskID, TextColumn
 from rich.table import Column
 
 from fedsim.config import Engine
@@ -180,15 +180,15 @@ def check_writable(folder: Path, results: Path) -> None:
 def run_cells(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Console) -> list[str]:
     """Run `cells`; returns the names of those that failed. Cells that another process is running come last.
 
-    In a terminal each running cell has a line; elsewhere each cell gets a line when it ends.
+    Each cell gets a line when it ends; in a terminal each running cell has a line below.
     """
     failed: list[str] = []
-    columns = (
-        TextColumn("{task.description}", table_column=Column(no_wrap=True, overflow="ellipsis", ratio=1)),
-        MofNCompleteColumn(),
-        TextColumn("{task.fields[status]}", table_column=Column(no_wrap=True)),
+    name = f"{{task.description:.{max(12, console.width - 42)}}}"  # what follows fits, up to the time left
+    line = TextColumn(
+        f"{{task.completed}}/{{task.total}}  {name}  {{task.fields[status]}}",
+        table_column=Column(no_wrap=True, overflow="ellipsis"),
     )
-    with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
+    with Progress(SpinnerColumn(), line, console=console, disable=not console.is_terminal) as progress:
         overall = progress.add_task("cells", total=len(cells), status="")
         patience, done, total = 0.0, 0, len(cells)
         while cells:
@@ -201,7 +201,7 @@ def run_cells(cells: Sequence[Cell], runner: Runner, rerun: bool, console: Conso
                 if failure:
                     failed.append(full_name(cell))
                     console.print(f"{full_name(cell)} failed: {failure}", style="red", **PLAIN)
-                elif not console.is_terminal:
+                else:
                     console.print(f"{done}/{total}  {full_name(cell)}  {_outcome(cell)}", **PLAIN)
                 progress.advance(overall)
             if busy:

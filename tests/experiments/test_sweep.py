@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import re
 import signal
 import sys
 import tempfile
@@ -66,9 +67,9 @@ def study(tiny: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFix
     return run
 
 
-def run_here(path: Path, seeds: Sequence[int] = (1,), **keys: Any) -> tuple[list[str], str]:
+def run_here(path: Path, seeds: Sequence[int] = (1,), width: int = 200, **keys: Any) -> tuple[list[str], str]:
     """Run the study in the file `path`; returns the names of the cells that failed, and what was printed."""
-    console = Console(width=200, file=(text := io.StringIO()), force_terminal=True)
+    console = Console(width=width, file=(text := io.StringIO()), force_terminal=True)
     study = read_study(str(path))
     cells = study.cells(seeds, {**HERE, **keys})
     try:
@@ -124,6 +125,15 @@ def test_what_a_study_sets_for_its_machine_holds_unless_a_flag_is_given(tiny: Pa
     runs = [tiny.parent / "results/tiny" / f"k{k}-j2-seed1" for k in (2, 1)]
     assert [read_config(run)["threads"] for run in runs] == [3, 1]
     assert [(read_summary(run) or {})["finished"] for run in runs] == [False, not from_python]
+
+
+def test_a_narrow_terminal_shows_count_metric_and_time_left_and_keeps_finished_cells(tiny: Path) -> None:
+    study = tiny.read_text().replace("clients = [1, 2]", "clients = [2]").replace("twins = true\n", "")
+    tiny.write_text(study)
+    _, text = run_here(tiny, width=60)
+    text = re.sub(r"\x1b\[[\d;?]*\w", "", text)
+    assert re.search(r"1/1  tiny/k2-j2-seed1  test [\d.]+%  [\d.]+ s", text)
+    assert re.search(r"[1-4]/4  k2-j2-seed1  test +[\d.]+%  [\d:]+ left ", text)
 
 
 def test_a_study_in_another_precision_is_another_study(study: Study, tiny: Path) -> None:
@@ -184,7 +194,7 @@ def test_cells_that_fail_are_named_and_the_others_run(study: Study, tiny: Path) 
 
 
 def test_a_cell_with_damaged_records_fails_alone(tiny: Path) -> None:
-    run_here(tiny, [1], **{"stop-after-epochs": 1.0})
+    run_here(tiny, [1], 200, **{"stop-after-epochs": 1.0})
     folder = tiny.parent / "results" / "tiny"
     for checkpoint in (folder / "k1-j2-seed1").glob("checkpoint*.pt"):
         checkpoint.write_bytes(b"")
