@@ -100,6 +100,11 @@ def check_layers(config: Config) -> None:
             layer.up(1, dict(cpu_model(config).named_parameters()))
         except ValueError as error:
             raise UserError(f"{_chosen(config, key)}: {error}") from error
+        if layer.partial and planned(config).rounds < layer.period:
+            raise UserError(
+                f"{_chosen(config, key)} sends each part of the model once in {layer.period} rounds, the run has "
+                f"{planned(config).rounds}: give more rounds, or another --{kebab(key)}"
+            )
     early = [_chosen(config, key) for key, layer in layers if layer.begins_early]
     for key, layer in layers if early else ():
         if layer.reads_message:

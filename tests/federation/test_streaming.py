@@ -11,7 +11,7 @@ from fedsim.config import Config
 from fedsim.federation.protocol import MEMORY_LOST
 from fedsim.models import cpu_model
 from strategies.streaming import fragments_of
-from tests.conftest import SMALL_BATCHNORM, Execute, assert_same_bits, final_model, rows_of
+from tests.conftest import SMALL_BATCHNORM, Call, Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
 from tests.federation.test_failures import UPDATE, fail, forget, once, run_with
 
@@ -34,6 +34,13 @@ def test_one_fragment_that_is_not_delayed_is_diloco_bitwise(run: Execute) -> Non
 )
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, keys: dict[str, Any]) -> None:
     resumed_and_pickled(small, run, {"rounds": 7, "checkpoint-every": 2, **keys})
+
+
+def test_a_run_of_fewer_rounds_than_fragments_is_refused_in_a_line(call: Call) -> None:
+    code, _, error = call("localsgd", "--dataset", "synthetic:images=256", "--rounds", "3", "--outer", "streaming")
+    assert code == 2
+    assert error.count("\n") == 1
+    assert "outer = streaming sends each part of the model once in 4 rounds, the run has 3: give more rounds" in error
 
 
 def test_a_round_sends_one_fragment(run: Execute, small: Config) -> None:
