@@ -144,12 +144,12 @@ def study(options: StudyOptions, keys: dict[str, Any]) -> None:
     from fedsim.experiments.study import read_study, select
 
     if not options.studies:
-        from fedsim.experiments.cost import list_studies
+        from fedsim.experiments.cost import KEPT, Pace, list_studies
 
         for name in ("also", "cells", "precision"):
             if getattr(options, name):
                 raise UserError(f"{name} is of the studies that run: name one, for instance kj-small")
-        print(*list_studies(options.seeds, _absolute(options.results_dir)), sep="\n")
+        print(*list_studies(options.seeds, Pace(_absolute(options.results_dir), KEPT)), sep="\n")
         return
     read = [read_study(name).with_also(options.also) for name in options.studies]
     if options.precision:
@@ -184,11 +184,11 @@ def _run_studies(
 
 def _show_plan(study: Study, cells: Sequence[Cell], results: Path, runner: Runner) -> None:
     """Print the cost of the `cells` of `study`, and of the trials of its tuning."""
-    from fedsim.experiments.cost import Pace, plan_lines
+    from fedsim.experiments.cost import KEPT, Pace, plan_lines
     from fedsim.experiments.sweep import resolved_cell
     from fedsim.experiments.tune import resolved_trials
 
-    pace = Pace(results)
+    pace = Pace(results, KEPT)
     if trials := resolved_trials(study, cells, results, runner):
         lines = plan_lines([trial.cell for trial in trials], pace)
         print(f"{study.name}, trials (if none is stopped early):", *lines, sep="\n")
@@ -325,13 +325,13 @@ def _absolute(folder: str) -> Path:
 
 def _print_cost(config: Config, mode: Mode, engine: Engine, track: str) -> None:
     """Print what a run would cost."""
-    from fedsim.experiments.cost import Pace, plan_lines
+    from fedsim.experiments.cost import KEPT, Pace, plan_lines
     from fedsim.experiments.study import Cell
     from fedsim.runs.folder import run_folder
 
     _check_run(config, mode, engine, track)
     folder = run_folder(config, mode)
-    print(*plan_lines([Cell((), mode, config.changed({"name": folder.name}))], Pace(folder.parent)), sep="\n")
+    print(*plan_lines([Cell((), mode, config.changed({"name": folder.name}))], Pace(folder.parent, KEPT)), sep="\n")
 
 
 def _check_run(config: Config, mode: Mode, engine: Engine, track: str) -> None:

@@ -33,6 +33,7 @@ from fedsim.training.workers import workers_of
 
 SHORT_SECONDS = 10.0
 REFERENCE_FLOPS = 100e9  # FLOP/s of training on two CPU cores: the paper's model at 535 images/s
+KEPT = Path(__file__).parents[2] / "results"  # that come with a checkout
 Kind = tuple[str, str, str]  # of runs that have one pace
 
 
@@ -155,13 +156,18 @@ def _kind(config: Config) -> Kind:
 
 
 class Pace:
-    """Predicts the time of runs: from the finished ones in `results`, or else from the model's FLOP."""
+    """Predicts the time of runs: from the finished ones in the first of `folders` with their kind, or else by FLOP."""
 
-    def __init__(self, results: Path) -> None:
-        self._results = results
-        self._rates = measured_rates(results)
-        measured = sorted(self._rates.items())
-        self._measured = ", ".join(f"{rate:,.0f} images/s ({', '.join(kind)})" for kind, rate in measured)
+    def __init__(self, *folders: Path) -> None:
+        self._rates: dict[Kind, float] = {}
+        self._parts: list[str] = []
+        for folder in dict.fromkeys(folders):
+            new = {kind: rate for kind, rate in measured_rates(folder).items() if kind not in self._rates}
+            measured = ", ".join(f"{rate:,.0f} images/s ({', '.join(kind)})" for kind, rate in sorted(new.items()))
+            of = ", perhaps of another machine" if folder == KEPT else ""
+            self._parts += [f"the median rate of finished runs in {folder}{of}, {measured}"] if new else []
+            self._rates |= new
+        self._parts.append(f"{REFERENCE_FLOPS / 1e9:g} GFLOP/s.")
 
     def seconds(self, config: Config, images: float) -> float:
         """The time in which a run of `config` trains on so many images."""
@@ -172,8 +178,7 @@ class Pace:
 
     def __str__(self) -> str:
         """What the times are based on."""
-        median = f"the median rate of finished runs in {self._results}, {self._measured}; else at "
-        return f"one run after the other, at {median if self._measured else ''}{REFERENCE_FLOPS / 1e9:g} GFLOP/s."
+        return f"one run after the other, at {'; else at '.join(self._parts)}"
 
 
 def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
@@ -219,9 +224,8 @@ def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
 
 
-def list_studies(seeds: Sequence[int], results: Path) -> Iterator[str]:
+def list_studies(seeds: Sequence[int], pace: Pace) -> Iterator[str]:
     """Lines on the studies that come with fedsim, by the question that they answer, and their costs."""
-    pace = Pace(results)
     by_question: dict[str, list[Study]] = {}
     for study in map(read_study, study_names()):
         by_question.setdefault(study.question, []).append(study)

@@ -48,13 +48,13 @@ def seconds_of(name: str, lines: list[str]) -> float:
 
 def test_the_list_counts_the_hours_of_a_model_by_its_flop(tmp_path: Path) -> None:
     flop = {name: flop_per_image(Config(model=name)) for name in ("lenet-bn", "lenet5")}
-    lines = list(list_studies([], tmp_path))
+    lines = list(list_studies([], Pace(tmp_path)))
     for name, images, model in (("table1", 18 * 3 * 100 * 50_000, "lenet-bn"), ("scaled-small", 24_000_000, "lenet5")):
         expected = images * flop[model] / REFERENCE_FLOPS
         assert seconds_of(name, lines) == pytest.approx(expected, rel=0.02, abs=180)  # to a tenth of an hour
     assert lines[-1] == "Hours: one run after the other, at 100 GFLOP/s."
     (line,) = (
-        line for line in list_studies([1], tmp_path) if line.startswith("    18 runs (seed 1): 90,000,000 images")
+        line for line in list_studies([1], Pace(tmp_path)) if line.startswith("    18 runs (seed 1): 90,000,000 images")
     )
     assert "116,400 local steps, 0 syncs" in line
 
@@ -71,12 +71,27 @@ def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
         (tmp_path / name / "summary.json").write_text(text)
         (tmp_path / name / "config.json").write_text(text)
     assert measured_rates(tmp_path) == {("lenet5", "fp32", "cpu"): 2500, ("lenet5", "fp32", "cuda"): 2000}
-    lines = list(list_studies([], tmp_path))
+    lines = list(list_studies([], Pace(tmp_path)))
     assert seconds_of("scaled-small", lines) == pytest.approx(
         24_000_000 / (2000 if torch.cuda.is_available() else 2500), abs=180
     )
     rates = "2,500 images/s (lenet5, fp32, cpu), 2,000 images/s (lenet5, fp32, cuda)"
     assert f"finished runs in {tmp_path}, {rates}; else at 100 GFLOP/s." in lines[-1]
+
+
+def test_runs_that_come_with_fedsim_count_where_the_own_have_none_of_their_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own, kept = tmp_path / "own", tmp_path / "kept"
+    monkeypatch.setattr("fedsim.experiments.cost.KEPT", kept)
+    for folder, model, seconds in ((own, "lenet5", 10.0), (kept, "lenet5", 50.0), (kept, "lenet-bn", 100.0)):
+        config = Config(model=model, device="cpu")
+        write_run(folder / model, config, "centralized", [0.1], seconds=seconds)
+    pace = Pace(own, kept)
+    assert pace.seconds(Config(model="lenet5", device="cpu"), 50_000) == 10.0
+    assert pace.seconds(Config(model="lenet-bn", device="cpu"), 50_000) == 100.0
+    assert f"{own}, 5,000 images/s (lenet5, fp32, cpu); else at the median rate of finished" in str(pace)
+    assert f"in {kept}, perhaps of another machine, 500 images/s (lenet-bn, fp32, cpu); else at 100" in str(pace)
 
 
 @pytest.mark.parametrize(
