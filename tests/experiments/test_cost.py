@@ -103,7 +103,7 @@ def test_runs_that_come_with_fedsim_count_where_the_own_have_none_of_their_kind(
         {"compress": "int4", "momentum-at-sync": "reset", "local-steps": 4},
         {"outer": "streaming:fragments=3,delay=2", "model": SMALL_BATCHNORM, "dataset.images": 128},
         {"momentum-at-sync": "average:momentum=2,second-moments=3", "optimizer": "adamw", "lr": 0.001},
-        {"outer": "streaming", "compress": "int8", "compress-down": "topk", "epochs": 0.4},
+        {"outer": "streaming", "compress": "int8", "compress-down": "topk", "epochs": 1.0},
     ],
 )
 def test_the_traffic_planned_is_the_traffic_recorded(run: Execute, small: Config, keys: dict[str, Any]) -> None:
