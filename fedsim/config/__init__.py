@@ -50,8 +50,8 @@ Engine = Literal["local", "stacked", "flower"]  # how the clients of a run are t
 Value = bool | int | float | str
 
 
-class Config(BaseModel, frozen=True):
-    """All keys of a run; see the module's docstring for their spelling."""
+class Declared(BaseModel, frozen=True):
+    """A class that declares keys or options: a strict type each, its name in kebab-case, its docstring as help."""
 
     model_config = ConfigDict(
         strict=True,
@@ -61,6 +61,10 @@ class Config(BaseModel, frozen=True):
         validate_by_name=True,
         use_attribute_docstrings=True,
     )
+
+
+class Config(Declared, frozen=True):
+    """All keys of a run; see the module's docstring for their spelling."""
 
     # Data
     dataset: Annotated[Folder, From(registry.DATASETS)] = "cifar100"

@@ -10,10 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, ValidationInfo
+from pydantic import AfterValidator, BeforeValidator, Field, ValidationError, ValidationInfo
 from pydantic.fields import FieldInfo
 
-from fedsim.config import FIELDS, Engine, Mode, has_key
+from fedsim.config import FIELDS, Declared, Engine, Mode, has_key
 from fedsim.config.messages import user_error
 from fedsim.config.types import Bool, Count, Folder, Integer, Number, Text, not_empty
 from strategies.arguments import kebab
@@ -98,17 +98,9 @@ EngineName = Annotated[
 Results = Annotated[Text, POSITIONAL, Field(description="Folder of results, or of one study.")]
 
 
-class Options(BaseModel, frozen=True):
+class Options(Declared, frozen=True):
     """The options of a command."""
 
-    model_config = ConfigDict(
-        strict=True,
-        extra="forbid",
-        allow_inf_nan=False,
-        alias_generator=kebab,
-        validate_by_name=True,
-        use_attribute_docstrings=True,
-    )
     keys: ClassVar[Keys] = Keys("localsgd", only=())
 
     @classmethod
