@@ -237,8 +237,8 @@ class AdaComm(LocalStepsSchedule):
 class NetworkSteps(LocalStepsSchedule):
     """The least J with which messages take at most a `share` of the time of a round, at least `local-steps`.
 
-    Of a network as in `fedsim time`: its `bandwidth`, `latency`, `link` and `upload` (as the bandwidth, if left out);
-    a local step takes the time `step`.
+    The network has the `bandwidth`, `latency`, `link` and `upload` (default: the bandwidth) of `fedsim
+    time-to-accuracy`; a local step takes the time `step`.
     """
 
     bandwidth: str
@@ -264,8 +264,11 @@ class NetworkSteps(LocalStepsSchedule):
         return duration("step", self.step)
 
     def decide(self, run: Outline, so_far: SoFar, state: DecisionState) -> tuple[int, DecisionState]:
+        if state:  # messages do not change, and to count their bytes takes a model
+            return int(state["steps"]), state
         most = self.share / (1 - self.share) * self._step_seconds  # of a sync, for each local step
-        return max(run.local_steps, math.ceil(so_far.sync_seconds(self._network) / most)), {}
+        steps = max(run.local_steps, math.ceil(so_far.sync_seconds(self._network) / most))
+        return steps, {"steps": steps}
 
 
 SCHEDULES: dict[str, type[LocalStepsSchedule]] = {

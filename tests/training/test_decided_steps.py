@@ -46,10 +46,11 @@ def test_adacomm_by_hand() -> None:
 def test_on_a_network_messages_take_at_most_their_share() -> None:
     """Of a sync of 3 s: at steps of 20 ms and a tenth of the time, 27 s of steps."""
     schedule = NetworkSteps(bandwidth="1MB", step="20ms", latency="500ms")
-    assert schedule.decide(RUN, SoFar(0, 16, None, lambda network: 3.0), {}) == (1350, {})
-    assert schedule.decide(RUN, SoFar(0, 16, None, lambda network: 0.01), {}) == (16, {})
+    assert schedule.decide(RUN, SoFar(0, 16, None, lambda network: 3.0), {}) == (1350, {"steps": 1350})
+    assert schedule.decide(RUN, SoFar(0, 16, None, lambda network: 0.01), {}) == (16, {"steps": 16})
+    assert schedule.decide(RUN, SoFar(16, 16, None, lambda network: 3.0), {"steps": 16}) == (16, {"steps": 16})
     half = NetworkSteps(bandwidth="1MB", step="20ms", share=0.5)
-    assert half.decide(RUN, SoFar(0, 16, None, lambda network: 3.0), {}) == (150, {})
+    assert half.decide(RUN, SoFar(0, 16, None, lambda network: 3.0), {}) == (150, {"steps": 150})
 
 
 def test_of_a_network_j_is_the_planners(small: Config, run: Execute) -> None:
