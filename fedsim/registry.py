@@ -224,7 +224,7 @@ LOCAL_RULES = Seam(
 OUTER_STEPS = Seam(
     dict.fromkeys(
         [
-            *("fedavgm", "slowmo", "diloco", "fedadam", "fedyogi", "fedadagrad"),
+            *("fedavgm", "slowmo", "diloco", "noloco", "fedadam", "fedyogi", "fedadagrad"),
             *("adadelta", "adafactor", "adagrad", "adam", "adamax", "adamw", "asgd", "nadam", "radam", "rmsprop"),
             *("rprop", "sgd", "yogi"),
         ],

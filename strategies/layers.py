@@ -56,6 +56,11 @@ class Layers:
         )
 
     @property
+    def reads_x(self) -> bool:
+        """Whether what a layer makes of the mean depends on the parameters before the round."""
+        return any(layer.reads_x for _, layer in self)
+
+    @property
     def partial(self) -> bool:
         """Whether messages hold a part of the parameters in some rounds."""
         return any(layer.partial for _, layer in self)

@@ -127,6 +127,9 @@ class Method:
     mean_gradient: ClassVar[bool] = False  # whether `end` reads the mean gradient, see `Terms`
     needs: ClassVar[tuple[str, ...]] = ()  # properties of the run that it needs, see `fedsim.federation.checks`
     reads_message: ClassVar[bool] = False  # whether `begin` reads what the server has sent
+    reads_x: ClassVar[bool] = (
+        False  # whether what `update` makes of the mean depends on the parameters before the round
+    )
     replaces_mean: ClassVar[bool] = False  # whether `update` makes the next parameters of the updates themselves
     begins_early: ClassVar[bool] = False  # whether workers begin a round before that arrives
     own_start: ClassVar[bool] = False  # whether workers begin a round from parameters of their own
@@ -150,7 +153,8 @@ class Method:
     def one_model(self) -> bool:
         """Whether it needs one model for all workers: by default where the server has a part in it, see `update`.
 
-        Without it, `update` is called for the models that some workers average, with a state for these.
+        Without it, `update` is called for the models that some workers average, with a state for these; where it
+        `reads_x`, for each model that these workers had before the round.
         """
         return type(self).update is not Method.update
 

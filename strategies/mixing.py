@@ -103,7 +103,8 @@ def mix(layers: Layers, average: Mean, r: ServerRound, own: OwnModels) -> Models
     """The models after a round; `r` then holds the mean of all of them.
 
     Of a row, those are averaged whose updates are there, each by its weight in the row times that of its update; where
-    there are none, the worker keeps the model that it has.
+    there are none, the worker keeps the model that it has. Workers that average the same end with one model, unless a
+    layer makes of the mean another for each model before the round (`reads_x`).
     """
     r.begins = {worker: beside(r.x, own.sent[worker].begun) for worker in r.updates}
     of: list[int] = []
@@ -114,11 +115,11 @@ def mix(layers: Layers, average: Mean, r: ServerRound, own: OwnModels) -> Models
         if id(row) not in found:  # all workers of a group share theirs
             found[id(row)] = {k: row[k] * update.weight for k, update in r.updates.items() if row.get(k)}
         weights = found[id(row)]
-        key = tuple(weights.items()) or own.models.of[worker]
+        begun = own.models.of[worker] if layers.reads_x or not weights else own.models.of[next(iter(weights))]
+        key = begun, tuple(weights.items())
         if key not in places:
             places[key] = len(each)
-            kept = own.models.each[own.models.of[worker]]
-            each.append(_averaged(layers, average, r, own, weights) if weights else kept)
+            each.append(_averaged(layers, average, r, own, begun, weights) if weights else own.models.each[begun])
         of.append(places[key])
     after = Models(of, each)
     r.next_x = mean([beside(r.x, model.parameters) for model in each], after.shares)
@@ -126,24 +127,27 @@ def mix(layers: Layers, average: Mean, r: ServerRound, own: OwnModels) -> Models
     return after
 
 
-def _averaged(layers: Layers, average: Mean, r: ServerRound, own: OwnModels, weights: Mapping[int, float]) -> Model:
-    """The model that is made of the updates of the workers with `weights`."""
+def _averaged(
+    layers: Layers, average: Mean, r: ServerRound, own: OwnModels, begun: int, weights: Mapping[int, float]
+) -> Model:
+    """What becomes of the model at place `begun`, with the updates of the workers with `weights`."""
+    model = own.models.each[begun]
+    x = beside(r.x, model.parameters)
     total = math.fsum(weights.values())
     updates = {worker: r.updates[worker] for worker in weights}
-    alike = len({own.models.of[worker] for worker in weights}) == 1
-    if r.encoded and not alike:  # they are differences from unlike models
+    alike = all(own.models.of[worker] == begun for worker in weights)
+    if r.encoded and not alike:  # they are differences from other models
         updates = {k: sent._replace(parameters=minus(r.begins[k], sent.parameters)) for k, sent in updates.items()}
-    first = next(iter(weights))
     of_row = dataclasses.replace(
         r,
-        x=r.begins[first],
-        begun=r.begins[first],
+        x=x,
+        begun=x,
         updates=updates,
         encoded=r.encoded and alike,
         weights=[weight / total for weight in weights.values()],
         share=len(weights) / len(own.rows),
     )
-    state = update(layers, average, of_row, own.sent[first], own.models.each[own.models.of[first]].state)
+    state = update(layers, average, of_row, own.sent[next(iter(weights))], model.state)
     return Model(of_row.next_x, of_row.buffers, state)
 
 

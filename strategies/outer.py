@@ -38,6 +38,7 @@ PRESETS: dict[str, tuple[str, dict[str, Any]]] = {
     "fedavgm": ("sgd", {"lr": 1.0, "momentum": 0.9}),
     "slowmo": ("sgd", {"lr": 1.0, "momentum": 0.5}),
     "diloco": ("sgd", {"lr": 0.7, "momentum": 0.9, "nesterov": True}),
+    "noloco": ("sgd", {"lr": 0.7, "momentum": 0.5}),
     "fedadam": ("fedadam", {"lr": 0.1, **ADAPTIVE}),
     "fedyogi": ("fedyogi", {"lr": 0.01, **ADAPTIVE}),
     "fedadagrad": ("adagrad", {"lr": 0.1, "eps": 1e-3}),
@@ -46,6 +47,7 @@ SENTENCES = {
     "fedavgm": "SGD with momentum (Hsu et al. 2019).",
     "slowmo": "SGD with momentum on Δ / lr, its rate in units of the workers' lr (Wang et al. 2020).",
     "diloco": "SGD with Nesterov momentum (Douillard et al. 2023).",
+    "noloco": "SGD with momentum, of each worker from its own model with topology = pairs (Kolehmainen et al. 2025).",
     "fedadam": "Adam (Reddi et al. 2021), without bias correction unless it is asked for.",
     "fedyogi": "Yogi (Reddi et al. 2021), without bias correction unless it is asked for.",
     "fedadagrad": "Adagrad (Reddi et al. 2021).",
@@ -63,6 +65,9 @@ class OuterStep(Method):
     optimizer: type[Optimizer] = torch.optim.SGD
     arguments: Mapping[str, Any] = field(default_factory=lambda: {"lr": 1.0})
     per_lr: bool = False
+
+    one_model = False
+    reads_x = True
 
     @property
     def is_identity(self) -> bool:

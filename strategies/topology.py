@@ -69,7 +69,7 @@ class Groups(Topology):
 class Pairs(Topology):
     """Two and two average their models, who with whom is drawn in each round; of an odd number one stays alone.
 
-    The pairs of gossip (Boyd et al. 2006) and of NoLoCo (Kolehmainen et al. 2025, arXiv 2506.10911), without its step.
+    The pairs of gossip (Boyd et al. 2006) and, with its outer step, of NoLoCo (Kolehmainen et al. 2025).
     """
 
     def rows(self, round_: int, workers: int, seed: int) -> Sequence[Row]:

@@ -135,7 +135,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
 
     run.save_model(loaded(config, model, progress, data.train).state_dict())
     if config.test_model != "none":
-        run.save_model(loaded(config, model, progress, data.train, strategy.layers).state_dict(), TESTED_MODEL)
+        run.save_model(loaded(config, model, progress, data.train, strategy_of(plan).layers).state_dict(), TESTED_MODEL)
     run.write_summary(plan.last_round == plan.rounds, sum(p.numel() for p in model.parameters()), config.device)
 
 

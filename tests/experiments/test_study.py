@@ -62,7 +62,7 @@ def cells_of(name: str) -> dict[tuple[Value, ...], int]:
         ("fedopt", 3, 1),
         ("diloco-text", 5, 1),
         ("diloco-text-outer", 4, 1),
-        ("frontier", 21, 1),
+        ("frontier", 22, 1),
     ],
 )
 def test_a_study_has_its_cells_each_with_every_seed_and_a_name_of_its_own(name: str, cells: int, seeds: int) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 
 from tests.conftest import Execute, assert_same_bits, final_model, rows_of
@@ -27,3 +29,10 @@ def test_without_decay_it_is_the_model_itself(run: Execute) -> None:
     assert rows_of(same) == rows_of(plain)
     tested = torch.load(same.folder / "tested-model.pt", weights_only=True)
     assert_same_bits(tested, final_model(plain))
+
+
+def test_a_resumed_run_without_a_round_left_has_it(run: Execute) -> None:
+    keys: dict[str, Any] = {"name": "stopped", "test_model": "ema:decay=0.5", "stop_after_rounds": 2}
+    first = torch.load(run(**keys).folder / "tested-model.pt", weights_only=True)
+    again = torch.load(run(**keys).folder / "tested-model.pt", weights_only=True)
+    assert_same_bits(again, first)

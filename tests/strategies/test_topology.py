@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,10 +17,14 @@ from strategies.layers import Layers
 from strategies.mean import Exact
 from strategies.method import ServerRound, Update
 from strategies.mixing import Model, Models, as_state, consensus_distance, mix, models_of, send_own
+from strategies.outer import outer_step
 from strategies.topology import All, ExponentialGraph, Groups, Pairs, Ring, Row, Topology
 from tests.conftest import SMALL_BATCHNORM, Call, Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
 
+NOLOCO: dict[str, Any] = json.loads(Path(__file__).with_name("noloco.json").read_text())
+NONE = Layers()
+NO_REPLIES: dict[str, Any] = {"outer": {}}
 EVERY: list[Topology] = [All(), Groups(2, 3), Pairs(), Ring(), ExponentialGraph()]
 
 
@@ -99,11 +105,14 @@ def test_rounds_of_the_exponential_graph_make_all_models_their_mean() -> None:
 
 
 def mixed(
-    topology: Topology, y: dict[int, float], models: Models, weights: dict[int, float] | None = None
+    topology: Topology,
+    y: dict[int, float],
+    models: Models,
+    weights: dict[int, float] | None = None,
+    layers: Layers = NONE,
 ) -> tuple[Models, ServerRound]:
     """The models after a round in which the workers send `y`."""
-    layers = Layers()
-    rows = topology.rows(1, 3, 0)
+    rows = topology.rows(1, len(models.of), 0)
 
     def round_at(x: dict[str, torch.Tensor]) -> ServerRound:
         return ServerRound(1, True, x, x)
@@ -111,7 +120,7 @@ def mixed(
     own = send_own(layers, round_at, models, rows, list(y))
     r = round_at(vector(0.0))
     weights = weights or dict.fromkeys(y, 1.0)
-    r.updates = {k: Update(weights[k], vector(value), {}, {}, {}) for k, value in y.items()}
+    r.updates = {k: Update(weights[k], vector(value), {}, NO_REPLIES, {}) for k, value in y.items()}
     return mix(layers, Exact(), r, own), r
 
 
@@ -159,6 +168,27 @@ def test_a_row_is_weighted_by_examples_and_who_has_none_to_average_keeps_its_mod
     assert values(models) == [6.0, 6.0, 3.0]
 
 
+def test_an_outer_step_goes_from_the_own_model_with_a_state_of_its_own() -> None:
+    halfway = Layers({"outer": outer_step("sgd", lr=0.5, momentum=1.0)})
+    models, _ = mixed(Groups(2, 8), {0: 3.0, 1: 6.0, 2: 12.0}, unlike(1.0, 2.0, 3.0), layers=halfway)
+    assert values(models) == [1 + 3.5 / 2, 2 + 2.5 / 2, 3 + 9 / 2]
+    models, _ = mixed(Groups(2, 8), {0: 3.0, 1: 6.0}, models, layers=halfway)
+    assert values(models) == [2.75 + (3.5 + 1.75) / 2, 3.25 + (2.5 + 1.25) / 2, 7.5]  # 4.5 is the mean of both
+
+
+def test_noloco_is_that_of_its_authors() -> None:
+    layers = Layers({"outer": outer_step("noloco")})
+    models = Models([0] * 4, [Model({"x": torch.tensor(NOLOCO["begin"])}, {}, {})])
+    for round_ in NOLOCO["rounds"]:
+        rows = [dict.fromkeys(next(group for group in round_["groups"] if k in group), 1.0) for k in range(4)]
+        r = ServerRound(1, True, models.each[0].parameters, models.each[0].parameters)
+        own = send_own(layers, lambda x: ServerRound(1, True, x, x), models, rows, range(4))
+        r.updates = {k: Update(1.0, {"x": torch.tensor(y)}, {}, NO_REPLIES, {}) for k, y in enumerate(round_["y"])}
+        models = mix(layers, Exact(), r, own)
+        for k, x in enumerate(round_["x"]):
+            torch.testing.assert_close(models.each[models.of[k]].parameters["x"], torch.tensor(x), rtol=0, atol=1e-6)
+
+
 def test_models_are_read_as_they_were_written() -> None:
     state = {"momentum": {"x/exp_avg": torch.ones(2)}}
     models = Models([1, 0, 1], [Model(vector(1.0), {"a/b": torch.ones(1)}, {}), Model(vector(2.0), {}, state)])
@@ -170,6 +200,7 @@ KEYS: dict[str, Any] = {"model": SMALL_BATCHNORM, "epochs": 1.0}
 METHODS: list[dict[str, Any]] = [
     {"momentum_at_sync": "average", "batchnorm_at_sync": "pooled"},
     {"compress": "topk", "local_rule": "fedprox", "fraction": 0.5},
+    {"outer": "diloco", "compress": "topk"},
 ]
 
 
@@ -202,6 +233,8 @@ def test_one_weight_everywhere_is_all(run: Execute) -> None:
             "batchnorm-at-sync": "local",
             "model": SMALL_BATCHNORM,
         },
+        {"topology": "pairs", "outer": "noloco", "compress": "topk", "fraction": 0.5},
+        {"topology": "ring", "outer": "yogi"},
     ],
 )
 def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Execute, keys: dict[str, Any]) -> None:
@@ -212,7 +245,6 @@ def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Exec
 def test_what_needs_one_model_is_refused_in_a_line(call: Call) -> None:
     keys = ("localsgd", "--dataset", "synthetic", "--model", "lenet5", "--clients", "4", "--topology")
     for text, others, expected in (
-        ("ring", ("--outer", "diloco"), "outer = diloco needs one model of all clients"),
         ("ring", ("--outer", "streaming"), "outer = streaming needs one model of all clients"),
         ("ring", ("--outer", "flwr.serverapp.strategy:FedAdam"), "needs one model of all clients"),
         ("pairs", ("--local-rule", "scaffold"), "local-rule = scaffold needs one model of all clients"),
