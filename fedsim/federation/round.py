@@ -26,7 +26,7 @@ from fedsim.training.run_plan import RunPlan, run_plan
 from fedsim.training.workers import everyone
 from strategies.arguments import kebab
 from strategies.errors import StrategyFailed
-from strategies.local_sgd import LocalSGD, Request
+from strategies.local_sgd import Aggregate, LocalSGD, Request
 from strategies.method import State
 from strategies.screening import not_finite
 from strategies.sections import buffers_of, join, sections
@@ -99,12 +99,24 @@ def train_round(
     Raises TooFewClients where too few send a usable update, RunFailed where their average is not finite, the strategy
     fails, or a client has failed too often.
     """
-    round_ = progress.round + 1
     nodes = registry.refresh()
     of_run = {**shared(config), **announced(progress.decided)}
     keys = ConfigRecord({**of_run, MEMORY_ROUNDS: progress.last_aggregated_round, SEND_MEMORY: with_memories})
-    request = strategy.request(round_, progress.arrays, keys, nodes, progress.state, progress.holders)
+    request = strategy.request(progress.round + 1, progress.arrays, keys, nodes, progress.state, progress.holders)
     replies = messenger.exchange(request.messages, config.round_timeout or math.inf)
+    result = _aggregated(config, strategy, request, replies, progress)
+    if MEMORY_LOST in result.left_out.values() and strategy.layers.needs_all_memories(everyone(config)):
+        raise TooFewClients(f"round {progress.round + 1}: {format_reasons(result.left_out)}", True)
+    progress = _after(config, progress, request, replies, result)
+    drift = {name: result.metrics.get(kebab(name)) for name in DRIFT}
+    return progress, _sent_by(result.averaged, MEMORY, request, replies), drift
+
+
+def _aggregated(
+    config: Config, strategy: LocalSGD, request: Request, replies: Collection[Message], progress: Progress
+) -> Aggregate:
+    """What the strategy makes of the replies; raises TooFewClients where that is no average, RunFailed on failure."""
+    round_ = progress.round + 1
     try:
         with GLOBAL_GENERATORS:  # a strategy of Flower's may draw from them
             result = strategy.aggregate(round_, request, replies, progress.state)
@@ -112,49 +124,55 @@ def train_round(
         raise RunFailed(f"{error}: give a smaller lr") from error
     except StrategyFailed as error:
         raise RunFailed(f"outer = {config.outer}: {error}") from error
-
-    lost = [worker for worker, reason in result.left_out.items() if reason == MEMORY_LOST]
     if result.arrays is None:
         answered = {reply.metadata.src_node_id for reply in replies if reply.has_content()}
         all_answered = not request.away and answered >= request.workers.keys()
-        reason = f"round {round_}: too few usable updates: {format_reasons(result.left_out)}"
         all_refused = all_answered and len(result.left_out) == len(request.workers)
-        diverged = all_refused and all(map(not_finite, result.left_out.values()))
-        raise TooFewClients(reason, bool(lost), all_refused, diverged)
-    if lost and strategy.layers.needs_all_memories(everyone(config)):
-        raise TooFewClients(f"round {round_}: {format_reasons(result.left_out)}", True)
-    failures = count_failures(progress.failures, request, replies)
+        raise TooFewClients(
+            f"round {round_}: too few usable updates: {format_reasons(result.left_out)}",
+            memory_lost=MEMORY_LOST in result.left_out.values(),
+            all_refused=all_refused,
+            diverged=all_refused and all(map(not_finite, result.left_out.values())),
+        )
+    return result
+
+
+def _after(
+    config: Config, before: Progress, request: Request, replies: Collection[Message], result: Aggregate
+) -> Progress:
+    """The progress after a round with an average; raises RunFailed where a client has failed too often."""
+    round_ = before.round + 1
+    assert result.arrays is not None
+    failures = count_failures(before.failures, request, replies)
     for worker, reason in result.left_out.items():
         if failures.get(worker, 0) >= config.failures_to_end:
             raise RunFailed(
                 f"round {round_}: worker {worker} has failed {failures[worker]} times in a row: {reason}; resume when "
                 "it works again, or give a higher --max-failures"
             )
+    lost = [worker for worker, reason in result.left_out.items() if reason == MEMORY_LOST]
     aggregated_in = dict.fromkeys(lost, 0) | dict.fromkeys(result.averaged, round_)
-    updates = _sent_by(result.averaged, "arrays", request, replies)
-    bytes_up = sum(map(payload_bytes, updates.values()))
+    bytes_up = sum(map(payload_bytes, _sent_by(result.averaged, "arrays", request, replies).values()))
     bytes_down = sum(map(payload, request.messages))
-    loss = _loss(config, run_plan(config, progress.decided), round_, result.averaged)
-    decided = decide(config, round_, Decided(progress.decided, progress.decision_state), loss[0])
-    progress = replace(
-        progress,
+    loss = _loss(config, run_plan(config, before.decided), round_, result.averaged)
+    decided = decide(config, round_, Decided(before.decided, before.decision_state), loss[0])
+    return replace(
+        before,
         round=round_,
         arrays=result.arrays,
-        last_aggregated_round=[aggregated_in.get(k, last) for k, last in enumerate(progress.last_aggregated_round)],
+        last_aggregated_round=[aggregated_in.get(k, last) for k, last in enumerate(before.last_aggregated_round)],
         state=result.state,
-        update_bytes_up=progress.update_bytes_up + bytes_up,
-        update_bytes_down=progress.update_bytes_down + bytes_down,
-        peak_bytes_up=max(progress.peak_bytes_up, bytes_up),
-        peak_bytes_down=max(progress.peak_bytes_down, bytes_down) if round_ > 1 else 0,
-        losses=[*progress.losses, loss],
-        left_out=progress.left_out | {str(worker): reason for worker, reason in result.left_out.items()},
-        updates_left_out=progress.updates_left_out + len(result.left_out),
+        update_bytes_up=before.update_bytes_up + bytes_up,
+        update_bytes_down=before.update_bytes_down + bytes_down,
+        peak_bytes_up=max(before.peak_bytes_up, bytes_up),
+        peak_bytes_down=max(before.peak_bytes_down, bytes_down) if round_ > 1 else 0,
+        losses=[*before.losses, loss],
+        left_out=before.left_out | {str(worker): reason for worker, reason in result.left_out.items()},
+        updates_left_out=before.updates_left_out + len(result.left_out),
         failures=failures,
         decided=decided.steps,
         decision_state=decided.state,
     )
-    drift = {name: result.metrics.get(kebab(name)) for name in DRIFT}
-    return progress, _sent_by(result.averaged, MEMORY, request, replies), drift
 
 
 def row_of(plan: RunPlan, progress: Progress, messenger: Messenger) -> Row:
