@@ -6,15 +6,16 @@ import inspect
 import os
 import re
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, get_args, get_origin
 
 import click
 from pydantic.fields import FieldInfo
 from rich.console import Console
 
+from fedsim.cli.completion import completion_of
 from fedsim.config import FIELDS, typed
-from fedsim.config.messages import about, suggestions
+from fedsim.config.messages import about
 from fedsim.config.options import LIST, POSITIONAL, Flags, Keys, Options
 from fedsim.system.torch_import import import_torch
 from strategies.arguments import kebab
@@ -160,7 +161,8 @@ def _sections(options: type[Options]) -> dict[str, list[click.Parameter]]:
 def _argument(name: str, field: FieldInfo) -> Positional:
     default = f" (default: {field.default})" if field.default else ""
     many = get_origin(field.annotation) is tuple
-    return Positional(name, f"{about(field)}{default}", required=False, nargs=-1 if many else 1, default=None)
+    settings: dict[str, Any] = {"nargs": -1 if many else 1, "shell_complete": completion_of(name, field)}
+    return Positional(name, f"{about(field)}{default}", required=False, default=None, **settings)
 
 
 def _option(name: str, field: FieldInfo) -> list[click.Parameter]:
@@ -172,9 +174,11 @@ def _option(name: str, field: FieldInfo) -> list[click.Parameter]:
     marks = next((each for each in field.metadata if isinstance(each, Flags)), Flags())
     listed = LIST in field.metadata
     default = ",".join(map(str, field.default)) if listed and field.default else field.default
+    if field.is_required():
+        meaning = f"{meaning} (must be given)"
     shown = f"{meaning} (default: {default})" if default and not field.is_required() else meaning
     value = marks.value or ("LIST" if listed else _kind(field))
-    settings: dict[str, Any] = {"help": shown, "metavar": value, "required": field.is_required()}
+    settings: dict[str, Any] = {"help": shown, "metavar": value, "shell_complete": completion_of(name, field)}
     if get_origin(field.annotation) is tuple and not listed:
         settings |= {"multiple": True, "default": None}
     return [click.Option([name, flag, *marks.others], **settings)]
@@ -193,16 +197,11 @@ def _key(name: str, field: FieldInfo, keys: Keys) -> list[click.Parameter]:
     default = "empty" if field.default == "" else str(field.default).lower() if switch else field.default
     settings: dict[str, Any] = {"help": f"{about(field)} (default: {keys.default or default})", "default": None}
     if not switch:
-        names = suggestions(field)
-        return [click.Option([name, flag], metavar=_kind(field), shell_complete=_completion(names), **settings)]
+        completion = completion_of(name, field)
+        return [click.Option([name, flag], metavar=_kind(field), shell_complete=completion, **settings)]
     if not keys.lists:
         return [click.Option([name, f"{flag}/{off}"], **settings)]
     return [click.Option([name, off, flag], is_flag=False, flag_value="true", metavar="[LIST]", **settings)]
-
-
-def _completion(names: Sequence[str]) -> Callable[[click.Context, click.Parameter, str], list[str]]:
-    """Shell completion of a value: those of `names` that start with the text typed so far."""
-    return lambda ctx, parameter, incomplete: [name for name in names if name.startswith(incomplete)]
 
 
 def several(name: str, value: Any) -> list[Any]:

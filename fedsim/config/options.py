@@ -16,6 +16,7 @@ from pydantic.fields import FieldInfo
 from fedsim.config import FIELDS, Declared, Engine, Mode, has_key
 from fedsim.config.messages import user_error
 from fedsim.config.types import Bool, Count, Folder, Integer, Number, Text, not_empty
+from fedsim.errors import UserError
 from strategies.arguments import kebab
 
 Link = Literal["worker", "server", "all-reduce"]  # whose bandwidth limits a sync
@@ -95,7 +96,7 @@ EngineName = Annotated[
         description="Where clients train: in this process (local, or stacked, equal to rounding), or on Ray (flower)."
     ),
 ]
-Results = Annotated[Text, POSITIONAL, Field(description="Folder of results, or of one study.")]
+Results = Annotated[Folder, POSITIONAL, Field(description="Folder of results, or of one study.")]
 
 
 class Options(Declared, frozen=True):
@@ -109,6 +110,9 @@ class Options(Declared, frozen=True):
         try:
             return cls.model_validate({kebab(name): value for name, value in given.items()})
         except ValidationError as failure:
+            missing = [f"--{error['loc'][0]}" for error in failure.errors() if error["type"] == "missing"]
+            if missing:
+                raise UserError(f"{', '.join(missing)} must be given: see --help") from None
             raise user_error(failure, cls.model_fields) from None
 
     @classmethod
@@ -268,7 +272,7 @@ class ReportOptions(ResultsOptions, frozen=True):
 class CompareOptions(Options, frozen=True):
     """Those of compare."""
 
-    folders: Annotated[tuple[Text, ...], POSITIONAL] = ()
+    folders: Annotated[tuple[Folder, ...], POSITIONAL] = ()
     """Two folders of results or more, or of studies."""
     out: OutFolder = "comparison"
     """Folder to write to."""
@@ -277,9 +281,9 @@ class CompareOptions(Options, frozen=True):
 class DiffOptions(Options, frozen=True):
     """Those of diff."""
 
-    one: Annotated[Text, POSITIONAL] = ""
+    one: Annotated[Folder, POSITIONAL] = ""
     """Folder of one run."""
-    other: Annotated[Text, POSITIONAL] = ""
+    other: Annotated[Folder, POSITIONAL] = ""
     """Folder of the other."""
 
 
@@ -328,7 +332,7 @@ class DeployOptions(Options, frozen=True):
     """Port of the SuperLink; node I has port + 1 + I on its own machine."""
     name: Text = "federation"
     """Name of the connection: flwr run . NAME."""
-    ca: Text = ""
+    ca: Folder = ""
     """ca/ of an earlier deployment, to sign with (default: create a new certificate authority)."""
     insecure: Bool = False
     """Use neither TLS nor authentication of nodes."""

@@ -7,9 +7,10 @@ import math
 import re
 import unicodedata
 from collections.abc import Mapping
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 from pydantic import AfterValidator, BeforeValidator, Field, GetCoreSchemaHandler
+from pydantic.fields import FieldInfo
 from pydantic_core import CoreSchema, core_schema
 
 from fedsim.registry import Seam
@@ -56,6 +57,13 @@ def _path(value: str) -> str:
     return value
 
 
+def is_path(field: FieldInfo) -> bool:
+    """Whether the value of a field is a path, or several."""
+    (item, *_) = get_args(field.annotation) or (None,)
+    marks = (*field.metadata, *getattr(item, "__metadata__", ()))
+    return any(isinstance(each, AfterValidator) and each.func is _path for each in marks)
+
+
 def not_empty(value: str) -> str:
     """A folder's name; raises ValueError for none."""
     if not value:
@@ -80,7 +88,8 @@ def check_device(value: str) -> str:
 class From:
     """In the metadata of a key: what it chooses from. Its value is the canonical text of the choice.
 
-    In Python it may also be given as the object itself, or as a dict of its ``name`` and arguments.
+    In Python it may also be given as the object itself, or as a dict of its ``name`` and arguments; a chain as a list
+    of these.
     """
 
     seam: Seam
@@ -94,6 +103,9 @@ class From:
         return self.seam.canonical(text)
 
     def text_of(self, value: Any) -> Any:
+        if self.seam.chain and isinstance(value, list | tuple):
+            parts = [self.text_of(part) for part in value]
+            return "+".join(parts) if parts and all(isinstance(part, str) for part in parts) else value
         if isinstance(value, Mapping):
             if "name" not in value:
                 raise ValueError("has no name: give a dict with it and the arguments, for instance {'name': 'none'}")
