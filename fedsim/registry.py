@@ -55,7 +55,7 @@ class Seam:
         """
         if (text == "none" and self.none) or text.endswith(self.files):
             return text
-        return "+".join(map(self._canonical_part, self._parts(text)))
+        return "+".join(map(self._canonical_part, self.parts(text)))
 
     def _canonical_part(self, part: str) -> str:
         if part in self.places:
@@ -70,7 +70,7 @@ class Seam:
         """What `text` chooses, more than one only of a chain; raises ValueError with one line on what is wrong."""
         if (text == "none" and self.none) or text.endswith(self.files):
             return []
-        return [read_choice(part, self.kind, self.implied, self.leading) for part in self._parts(text)]
+        return [read_choice(part, self.kind, self.implied, self.leading) for part in self.parts(text)]
 
     def _check_value(self, part: str) -> None:
         """Raise ValueError where an argument of a known name has no value, and so looks like code of one's own."""
@@ -82,7 +82,7 @@ class Seam:
         """`text` with one argument given, or replaced, of the part that has it; raises ValueError."""
         if text == "none":
             raise ValueError(f"none has no argument {argument}")
-        parts = [split_name(part) for part in self._parts(text)]
+        parts = [split_name(part) for part in self.parts(text)]
         of_each = [arguments_of(self.kind(name), self.implied, self.leading) for name, _ in parts]
         having = [number for number, known in enumerate(of_each) if argument.replace("-", "_") in known]
         if len(having) != 1:
@@ -129,7 +129,8 @@ class Seam:
                 return name
         return f"{kind.__module__}:{kind.__qualname__}"
 
-    def _parts(self, text: str) -> list[str]:
+    def parts(self, text: str) -> list[str]:
+        """The choices in a text: more than one only of a chain."""
         return CHAIN.split(text) if self.chain else [text]
 
 

@@ -11,6 +11,7 @@ from pydantic import ValidationError
 from fedsim.config import FIELDS, Config, own_keys, typed
 from fedsim.config.types import MAX_THREADS
 from fedsim.errors import UserError
+from strategies.compression import Int8
 
 ROOT = Path(__file__).parents[1]
 
@@ -112,6 +113,14 @@ def test_bad_input_names_the_key_and_the_remedy(keys: dict[str, Any], message: s
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
     assert len(str(caught.value)) < 200
+
+
+def test_a_chain_may_be_a_list() -> None:
+    chain = Config().changed({"compress": [{"name": "topk", "ratio": 0.1}, Int8()], "augment": ("mirror",)})
+    assert (chain.compress, chain.augment) == ("topk:ratio=0.1+int8", "mirror")
+    for key, value in (("compress", []), ("compress", [3]), ("outer", ["slowmo"])):
+        with pytest.raises(UserError, match="is not text"):
+            Config().changed({key: value})
 
 
 def test_values_at_the_ends_of_their_ranges_are_accepted() -> None:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from fedsim.config import CHOSEN, seam_of
 from fedsim.config.messages import error_at
 from fedsim.errors import UserError
 from fedsim.registry import FUNCTION, Seam
-from strategies.arguments import REQUIRED, Argument, arguments_of, kebab, nearest, written
+from strategies.arguments import REQUIRED, Argument, arguments_of, kebab, nearest, split_name, written
 
 
 def listed(key: str, name: str = "") -> Iterator[str]:
@@ -26,7 +27,9 @@ def listed(key: str, name: str = "") -> Iterator[str]:
     seam = seam_of(key)
     if name:
         try:
-            yield from _choice(seam, name)
+            for part in seam.parts(name):
+                own, given = split_name(part)
+                yield from _choice(seam, own, seam.read(part)[0].given if given else {})
         except ValueError as error:
             raise UserError(error_at(key, name, str(error))) from error
         return
@@ -37,7 +40,8 @@ def listed(key: str, name: str = "") -> Iterator[str]:
         yield f"or {seam.others}{extends}"
 
 
-def _choice(seam: Seam, name: str) -> Iterator[str]:
+def _choice(seam: Seam, name: str, given: Mapping[str, Any] = {}) -> Iterator[str]:
+    """The lines of a name: what it is, and its arguments; after those that are `given` also their values."""
     if name == "none":
         yield name
         return
@@ -45,7 +49,8 @@ def _choice(seam: Seam, name: str) -> Iterator[str]:
     sentence = (inspect.getdoc(kind) or "").split("\n\n")[0]
     yield f"{name}: {' '.join(sentence.split())}" if sentence else name
     for argument in arguments_of(kind, seam.implied, seam.leading).values():
-        yield f"    {_argument(argument)}"
+        value = f": here {written(given[argument.name])}" if argument.name in given else ""
+        yield f"    {_argument(argument)}{value}"
 
 
 def _argument(argument: Argument) -> str:

@@ -139,6 +139,10 @@ def test_the_list_shows_every_name_with_its_arguments_and_their_ranges(call: Cal
     assert drift[0] == f"{OWN}Drift: A worker adds a part of its last drift to its gradients."
     assert drift[1:] == ["    strength: a number at least 0 and less than 1 (default: 0.1)"]
     assert call("list", "compress", "topk")[1].count("\n") == 2
+    chain = call("list", "compress", "topk:ratio=0.1+int8")[1].splitlines()
+    assert chain[1] == "    ratio: a number greater than 0 and at most 1 (default: 0.01): here 0.1"
+    assert [line.partition(":")[0] for line in chain] == ["topk", "    ratio", "int8"]
+    assert "has no argument rate (did you mean ratio?)" in call("list", "compress", "topk:rate=0.1")[2]
     assert call("list", "compress", "topkk")[2].startswith(
         "error: compress = topkk is unknown: it must be one of none, "
     )
