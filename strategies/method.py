@@ -125,7 +125,6 @@ class Method:
 
     constant: ClassVar[bool] = False  # whether `begin` adds to the gradients, see `Terms`
     mean_gradient: ClassVar[bool] = False  # whether `end` reads the mean gradient, see `Terms`
-    needs: ClassVar[tuple[str, ...]] = ()  # properties of the run that it needs, see `fedsim.federation.checks`
     reads_message: ClassVar[bool] = False  # whether `begin` reads what the server has sent
     reads_x: ClassVar[bool] = (
         False  # whether what `update` makes of the mean depends on the parameters before the round
@@ -138,6 +137,11 @@ class Method:
 
     def __post_init__(self) -> None:
         check_fields(self)
+
+    @property
+    def needs(self) -> tuple[str, ...]:
+        """The properties of a run that it needs, see `fedsim.federation.checks`."""
+        return ()
 
     @property
     def pull(self) -> float:

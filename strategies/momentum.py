@@ -52,6 +52,10 @@ class Average(Method):
     one_model = False
 
     @property
+    def needs(self) -> tuple[str, ...]:
+        return ("second-moments",) if self.second_moments > 1 else ()
+
+    @property
     def keeps_memory(self) -> bool:
         return self.period > 1
 
@@ -89,7 +93,12 @@ class Average(Method):
         return {name: value for name, value in entries.items() if self._every(name) > 1}
 
     def _every(self, name: str) -> int:
-        return self.second_moments if name.rpartition("/")[2] in SECOND_MOMENTS else self.momentum
+        return self.second_moments if is_second_moment(name) else self.momentum
+
+
+def is_second_moment(name: str) -> bool:
+    """Whether this entry of an optimizer's state holds second moments."""
+    return name.rpartition("/")[2] in SECOND_MOMENTS
 
 
 MOMENTUM: dict[str, type[Method]] = {"keep": Keep, "reset": Reset, "average": Average}

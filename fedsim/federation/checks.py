@@ -13,6 +13,7 @@ from fedsim.errors import UserError
 from fedsim.federation.decisions import planned
 from fedsim.federation.flower_internals import let_messages_be_made
 from fedsim.federation.own_methods import try_own_methods
+from fedsim.federation.shapes import zeros_of
 from fedsim.models import cpu_model
 from fedsim.optim import check_optimizer
 from fedsim.system.locks import GLOBAL_GENERATORS
@@ -24,6 +25,7 @@ from strategies.batchnorm import batchnorm_buffers
 from strategies.errors import StrategyFailed
 from strategies.flower_strategy import FlowerStrategy, check_state
 from strategies.layers import Layers
+from strategies.momentum import is_second_moment
 from strategies.screening import wrong_values
 
 TRIED_ROUNDS = 20  # of a topology
@@ -46,9 +48,12 @@ def properties(config: Config, layers: Layers) -> Mapping[str, tuple[str, Mappin
     there = {} if workers.always_there else {"workers": ("even",)}
     equal_steps = {"local_epochs": (0,), **({} if workers.alike else {"workers": ("even",)})}
     plain = {"optimizer": ("sgdm",), "momentum": (0.0,), "weight_decay": (0.0,)}
+    asked = any("second-moments" in layer.needs for _, layer in layers)
+    moments = {"optimizer": ("adamw",)} if asked and not _has_second_moments(config) else {}
     return {
         "plain-sgd": ("SGD without momentum and weight decay", plain),
         "sgd-of-a-round": ("SGD with momentum that is reset in each round", of_a_round),
+        "second-moments": ("an optimizer that has second moments", moments),
         "no-delay": ("clients that begin from the model that they are sent", late),
         "equal-steps": ("as many local steps of each client", equal_steps),
         "all-clients": ("all clients in each round", {"fraction": (1.0,), **there}),
@@ -63,6 +68,10 @@ def properties(config: Config, layers: Layers) -> Mapping[str, tuple[str, Mappin
         "whole-models": ("models as they are, not their changes", {"compress_down": ("none",)}),
         "plain-models": ("models as they are, not their changes", {"compress": ("none",), "compress_down": ("none",)}),
     }
+
+
+def _has_second_moments(config: Config) -> bool:
+    return any(map(is_second_moment, zeros_of(config, cpu_model(config)).optimizer))
 
 
 def check_strategy(config: Config) -> None:

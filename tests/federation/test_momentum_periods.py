@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import itertools
 
+import pytest
 import torch
 from torch import Tensor
 
 from fedsim.config import Config
+from fedsim.errors import UserError
+from fedsim.federation.checks import check_strategy
 from strategies.averaging import send, update
 from strategies.layers import Layers
 from strategies.mean import Exact
@@ -65,6 +68,13 @@ def test_resumed_and_pickled_it_is_the_same_run_bitwise(small: Config, run: Exec
     periods = "average:momentum=2,second-moments=3"
     keys = {"optimizer": "adamw", "lr": 0.001, "momentum-at-sync": periods, "rounds": 7, "checkpoint-every": 2}
     resumed_and_pickled(small, run, keys)
+
+
+def test_an_optimizer_without_second_moments_is_refused(small: Config) -> None:
+    keys = {"momentum-at-sync": "average:second-moments=6"}
+    with pytest.raises(UserError, match="second-moments=6 needs an optimizer that has second moments: give --optimize"):
+        check_strategy(small.changed(keys))
+    check_strategy(small.changed({**keys, "optimizer": "lamb"}))
 
 
 def test_the_bytes_of_a_round_follow_from_the_round(run: Execute) -> None:
