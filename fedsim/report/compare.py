@@ -10,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from fedsim.config import ARGUMENTS
+from fedsim.config import ARGUMENTS, BUDGET
 from fedsim.errors import UserError
 from fedsim.report.answers import answers
 from fedsim.report.differences import paired_differences
@@ -23,6 +23,7 @@ from fedsim.runs.folder import CONFIG, ROWS, differences, is_locked, read_config
 from fedsim.system.provenance import program
 
 NAME = "comparison"  # of the files
+TITLES = {BUDGET: "epochs are met"}  # of what no key sets
 
 
 def compare(folders: Sequence[str], out: str, console: Console) -> None:
@@ -55,7 +56,12 @@ def show_differences(one: str, other: str, console: Console) -> None:
         raise UserError("diff needs the folders of two runs: for instance results/A/k4-j4-seed1 results/B/k4-j4-seed1")
     first, second = (_flat(_config(folder("run", text))) for text in (one, other))
     names = differences(first, second)
-    lines = [f"{name}: {escaped(first.get(name, NOTHING))} | {escaped(second.get(name, NOTHING))}" for name in names]
+    if BUDGET in names and not (BUDGET in first and BUDGET in second):
+        names.remove(BUDGET)  # it says nothing of one of the two, since another key differs
+    lines = [
+        f"{TITLES.get(name, name)}: {escaped(first.get(name, NOTHING))} | {escaped(second.get(name, NOTHING))}"
+        for name in names
+    ]
     for line in lines or ["the two runs have the same configuration"]:
         console.print(line, markup=False, highlight=False, soft_wrap=True)
 

@@ -59,6 +59,8 @@ def test_the_keys_in_which_two_runs_differ(tmp_path: Path) -> None:
     lines = printed(show_differences, str(one), str(other)).splitlines()
     assert lines == ["lr: 0.1 | 0.2", "outer: slowmo | slowmo:momentum=0.7", "outer.momentum: 0.5 | 0.7"]
     assert "same configuration" in printed(show_differences, str(one), str(one))
+    single = write_run(tmp_path / "single", Config(outer="slowmo", lr=0.1, local_steps=1), "localsgd", [0.5])
+    assert printed(show_differences, str(one), str(single)) == "local-steps: 10 | 1\n"  # it has no last, shorter round
 
 
 def test_every_run_is_a_line(study: Path) -> None:
