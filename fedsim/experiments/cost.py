@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import itertools
+import math
 import os
 import statistics
 from collections.abc import Iterator, Sequence
@@ -33,6 +34,7 @@ from fedsim.training.workers import workers_of
 
 SHORT_SECONDS = 10.0
 REFERENCE_FLOPS = 100e9  # FLOP/s of training on two CPU cores: the paper's model at 535 images/s
+LEAST = "at least "  # of a time by FLOP alone: steps of an optimizer, syncs and tests take some too
 KEPT = Path(__file__).parents[2] / "results"  # that come with a checkout
 Kind = tuple[str, str, str]  # of runs that have one pace
 
@@ -128,7 +130,7 @@ def flop_per_image(config: Config) -> float:
 
 
 def measured_rates(results: Path) -> dict[Kind, float]:
-    """Images per second for each kind of run: the median over the finished runs under `results`.
+    """Examples per second for each kind of run: the median over the finished runs under `results`.
 
     Of a run of less than `SHORT_SECONDS`, which are mostly those of its first row, the rows after that count alone.
     """
@@ -150,45 +152,82 @@ def measured_rates(results: Path) -> dict[Kind, float]:
 
 
 def _kind(config: Config) -> Kind:
-    """What the pace of a run depends on most: its model, its precision, and whether it runs on cpu or cuda."""
+    """What the pace of a run depends on most: its model, its precision, and whether it runs on cpu or cuda.
+
+    Where its examples are no images, the data set too: it says how long they are.
+    """
     auto = "cuda" if torch.cuda.is_available() else "cpu"
-    return config.model, config.precision, config.device.replace("auto", auto).partition(":")[0]
+    of = "" if task_of(config).of_images else f" on {config.dataset}"
+    return f"{config.model}{of}", config.precision, config.device.replace("auto", auto).partition(":")[0]
+
+
+class Time(NamedTuple):
+    """A predicted time in seconds; NaN: nothing is known."""
+
+    seconds: float
+    least: bool = False  # whether it is a lower bound
+
+    def __add__(self, other: Time) -> Time:  # type: ignore[override]
+        return Time(self.seconds + other.seconds, self.least or other.least)
+
+    def __str__(self) -> str:
+        if math.isnan(self.seconds):
+            return "unknown time"
+        shown = f"{self.seconds:.1f} s" if self.seconds < 60 else str(timedelta(seconds=round(self.seconds)))
+        return LEAST * self.least + shown
+
+    @property
+    def hours(self) -> str:
+        return "unknown hours" if math.isnan(self.seconds) else f"{LEAST * self.least}{self.seconds / 3600:,.1f} hours"
 
 
 class Pace:
-    """Predicts the time of runs: from the finished ones in the first of `folders` with their kind, or else by FLOP."""
+    """Predicts the time of runs: from the finished ones in the first of `folders` with their kind, or else by FLOP.
+
+    Nothing is known of a kind on a GPU that has no finished run.
+    """
 
     def __init__(self, *folders: Path) -> None:
-        self._rates: dict[Kind, float] = {}
-        self._parts: list[str] = []
-        for folder in dict.fromkeys(folders):
-            new = {kind: rate for kind, rate in measured_rates(folder).items() if kind not in self._rates}
-            measured = ", ".join(f"{rate:,.0f} images/s ({', '.join(kind)})" for kind, rate in sorted(new.items()))
-            of = ", perhaps of another machine" if folder == KEPT else ""
-            self._parts += [f"the median rate of finished runs in {folder}{of}, {measured}"] if new else []
-            self._rates |= new
-        self._parts.append(f"{REFERENCE_FLOPS / 1e9:g} GFLOP/s.")
+        self._found = {folder: measured_rates(folder) for folder in dict.fromkeys(folders)}
+        self._flop: dict[Kind, float] = {}
+        self._used: dict[str, dict[Kind, str]] = {}  # what the times are based on -> kinds and their rates
 
-    def seconds(self, config: Config, images: float) -> float:
-        """The time in which a run of `config` trains on so many images."""
-        kind = _kind(config)
-        if kind not in self._rates:
-            self._rates[kind] = REFERENCE_FLOPS / flop_per_image(config)
-        return images / self._rates[kind]
+    def time(self, config: Config, examples: float) -> Time:
+        """The time in which a run of `config` trains on so many examples."""
+        kind, of = _kind(config), examples_of(config)
+        for folder, rates in self._found.items():
+            if kind in rates:
+                of_another = ", perhaps of another machine" if folder == KEPT else ""
+                source = f"the median rate of finished runs in {folder}{of_another}"
+                self._used.setdefault(source, {})[kind] = f"{rates[kind]:,.0f} {of}/s"
+                return Time(examples / rates[kind])
+        if kind[2] != "cpu":
+            self._used.setdefault("an unknown rate, as no run of its kind is finished", {})[kind] = ""
+            return Time(math.nan)
+        if kind not in self._flop:
+            self._flop[kind] = flop_per_image(config)
+        rate = REFERENCE_FLOPS / self._flop[kind]
+        source = f"{REFERENCE_FLOPS / 1e9:g} GFLOP/s, of two cores, for convolutions and matrix products alone"
+        self._used.setdefault(source, {})[kind] = f"{rate:,.0f} {of}/s"
+        return Time(examples / rate, least=True)
 
     def __str__(self) -> str:
-        """What the times are based on."""
-        return f"one run after the other, at {'; else at '.join(self._parts)}"
+        """What the times so far are based on."""
+        parts = [
+            f"at {source}: " + ", ".join(f"{rate} ({', '.join(kind)})".strip() for kind, rate in sorted(kinds.items()))
+            for source, kinds in self._used.items()
+        ]
+        return "; ".join(["one run after the other", *parts])
 
 
 def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
     """A line on the cost of each of `cells` (resolved), and one on all that are not finished yet."""
-    total, most = 0.0, max((len(cell.config.name) for cell in cells), default=0)
+    total, most = Time(0.0), max((len(cell.config.name) for cell in cells), default=0)
     for cell in cells:
         _, mode, config = cell
         run, state = cost(config, mode), _state(cell)
-        seconds = pace.seconds(config, run.images)
-        total += seconds if state != "finished" else 0.0
+        time = pace.time(config, run.images)
+        total = total + time if state != "finished" else total
         parts = [f"{run.local_steps:,} local steps", f"{run.images:,.0f} {examples_of(config)}"]
         if mode == "localsgd":
             whole, peak = traffic(config)
@@ -196,9 +235,9 @@ def plan_lines(cells: Sequence[Cell], pace: Pace) -> Iterator[str]:
             of_round = f"in a round at most {peak.up / 1e6:,.3f} MB up, {peak.down / 1e6:,.3f} MB down"
             about = "about " * local_steps_schedule(config).decides  # while it trains
             rounds = f"{about}{run.syncs:,} round{'s' * (run.syncs != 1)}"
-            parts = [rounds, *parts, *sent, of_round, *_between_clients(config)]
-        yield f"{config.name:{most}}  {state}: {', '.join(parts)}, {_duration(seconds)}"
-    yield f"{len(cells)} run{'s' * (len(cells) > 1)}; those not finished take {_duration(total)} ({pace})"
+            parts = [rounds, *parts, *sent, *([of_round] if run.syncs > 1 else []), *_between_clients(config)]
+        yield f"{config.name:{most}}  {state}: {', '.join(parts)}, {time}"
+    yield f"{len(cells)} run{'s' * (len(cells) > 1)}; those not finished take {total} ({pace})"
 
 
 def _between_clients(config: Config) -> Iterator[str]:
@@ -220,10 +259,6 @@ def _state(cell: Cell) -> str:
     return "finished" if open_run(cell.config, cell.mode).finished else "begun"
 
 
-def _duration(seconds: float) -> str:
-    return f"{seconds:.1f} s" if seconds < 60 else str(timedelta(seconds=round(seconds)))
-
-
 def list_studies(seeds: Sequence[int], pace: Pace) -> Iterator[str]:
     """Lines on the studies that come with fedsim, by the question that they answer, and their costs."""
     by_question: dict[str, list[Study]] = {}
@@ -233,18 +268,18 @@ def list_studies(seeds: Sequence[int], pace: Pace) -> Iterator[str]:
         yield question or "Others"
         yield from (line for study in studies for line in _study_lines(study, seeds, pace))
         yield ""
-    yield f"Hours: {pace}"
+    yield f"Hours: {pace}."
 
 
 def _study_lines(study: Study, seeds: Sequence[int], pace: Pace) -> Iterator[str]:
     """The title of a study, and a line on its cost."""
-    images, steps, syncs, seconds, what = 0.0, 0, 0, 0.0, ""
+    images, steps, syncs, time, what = 0.0, 0, 0, Time(0.0), ""
     for _, mode, config in (cells := study.cells(seeds)):
         run = cost(config, mode)
         images, steps, syncs = images + run.images, steps + run.local_steps, syncs + run.syncs
-        seconds, what = seconds + pace.seconds(config, run.images), examples_of(config)
+        time, what = time + pace.time(config, run.images), examples_of(config)
     yield f"{study.name}: {study.title}"
     yield (
         f"    {len(cells)} runs (seed {', '.join(map(str, seeds or study.seeds))}): {images:,.0f} {what}, "
-        f"{steps:,} local steps, {syncs:,} syncs, {seconds / 3600:,.1f} hours"
+        f"{steps:,} local steps, {syncs:,} syncs, {time.hours}"
     )

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from fedsim.config import Config
+from fedsim.data.partition import images_of_epoch
 from fedsim.errors import UserError
 from fedsim.experiments.cost import (
     REFERENCE_FLOPS,
@@ -52,7 +53,8 @@ def test_the_list_counts_the_hours_of_a_model_by_its_flop(tmp_path: Path) -> Non
     for name, images, model in (("table1", 18 * 3 * 100 * 50_000, "lenet-bn"), ("scaled-small", 24_000_000, "lenet5")):
         expected = images * flop[model] / REFERENCE_FLOPS
         assert seconds_of(name, lines) == pytest.approx(expected, rel=0.02, abs=180)  # to a tenth of an hour
-    assert lines[-1] == "Hours: one run after the other, at 100 GFLOP/s."
+    assert lines[-1].startswith("Hours: one run after the other; at 100 GFLOP/s, of two cores, ")
+    assert "at least" in lines[2]
     (line,) = (
         line for line in list_studies([1], Pace(tmp_path)) if line.startswith("    18 runs (seed 1): 90,000,000 images")
     )
@@ -75,8 +77,8 @@ def test_the_list_uses_the_rate_of_finished_runs(tmp_path: Path) -> None:
     assert seconds_of("scaled-small", lines) == pytest.approx(
         24_000_000 / (2000 if torch.cuda.is_available() else 2500), abs=180
     )
-    rates = "2,500 images/s (lenet5, fp32, cpu), 2,000 images/s (lenet5, fp32, cuda)"
-    assert f"finished runs in {tmp_path}, {rates}; else at 100 GFLOP/s." in lines[-1]
+    rate = "2,000 images/s (lenet5, fp32, cuda)" if torch.cuda.is_available() else "2,500 images/s (lenet5, fp32, cpu)"
+    assert f"finished runs in {tmp_path}: {rate}" in lines[-1]
 
 
 def test_runs_that_come_with_fedsim_count_where_the_own_have_none_of_their_kind(
@@ -88,10 +90,36 @@ def test_runs_that_come_with_fedsim_count_where_the_own_have_none_of_their_kind(
         config = Config(model=model, device="cpu")
         write_run(folder / model, config, "centralized", [0.1], seconds=seconds)
     pace = Pace(own, kept)
-    assert pace.seconds(Config(model="lenet5", device="cpu"), 50_000) == 10.0
-    assert pace.seconds(Config(model="lenet-bn", device="cpu"), 50_000) == 100.0
-    assert f"{own}, 5,000 images/s (lenet5, fp32, cpu); else at the median rate of finished" in str(pace)
-    assert f"in {kept}, perhaps of another machine, 500 images/s (lenet-bn, fp32, cpu); else at 100" in str(pace)
+    assert pace.time(Config(model="lenet5", device="cpu"), 50_000) == (10.0, False)
+    assert pace.time(Config(model="lenet-bn", device="cpu"), 50_000) == (100.0, False)
+    assert f"{own}: 5,000 images/s (lenet5, fp32, cpu); at the median rate of finished" in str(pace)
+    assert f"in {kept}, perhaps of another machine: 500 images/s (lenet-bn, fp32, cpu)" in str(pace)
+
+
+def test_the_pace_of_texts_is_that_of_windows_as_long(tmp_path: Path) -> None:
+    text = Config(dataset="text", model="gpt-tiny", device="cpu")
+    images = Config(model="lenet5", device="cpu")
+    write_run(tmp_path / "text", text, "centralized", [0.1], seconds=20.0)
+    write_run(tmp_path / "images", images, "centralized", [0.1], seconds=10.0)
+    pace, windows = Pace(tmp_path), images_of_epoch(text, "centralized")
+    assert pace.time(text, windows) == (20.0, False)
+    assert str(pace).endswith(f"in {tmp_path}: {windows / 20:,.0f} windows/s (gpt-tiny on text, fp32, cpu)")
+    longer = pace.time(text.changed({"dataset": "text:context=128"}), windows)
+    assert str(longer).startswith("at least ")
+    assert longer.seconds == windows * flop_per_image(text.changed({"dataset.context": 128})) / REFERENCE_FLOPS
+
+
+def test_nothing_is_known_of_a_gpu_without_a_run_on_one(tmp_path: Path) -> None:
+    pace = Pace(tmp_path)
+    time = pace.time(Config(device="cuda"), 1) + pace.time(Config(device="cpu"), 1)
+    assert (str(time), time.hours) == ("unknown time", "unknown hours")
+    assert "at an unknown rate, as no run of its kind is finished: (lenet-bn, fp32, cuda)" in str(pace)
+
+
+def test_of_one_round_the_whole_traffic_is_the_peak(small: Config, tmp_path: Path) -> None:
+    cells = [Cell((), "localsgd", small.changed({"rounds": rounds, "device": "cpu"})) for rounds in (1, 2)]
+    one, two, _ = plan_lines(cells, Pace(tmp_path))
+    assert ("in a round at most" in one, "in a round at most" in two) == (False, True)
 
 
 @pytest.mark.parametrize(
@@ -143,7 +171,7 @@ def test_a_plan_says_what_is_left_to_run_and_writes_nothing(run: Execute, small:
     assert words in lines[2]
     first, *_, last = read_rows(tmp_path / "done")
     rate = (last["epoch"] - first["epoch"]) * 128 / (last["seconds"] - first["seconds"])  # without the start
-    assert f"those not finished take {6 * 128 / rate:.1f} s (one run after the other, at the median rate" in total
+    assert f"those not finished take {6 * 128 / rate:.1f} s (one run after the other; at the median rate" in total
     with pytest.raises(UserError, match="holds a run of another configuration"):
         list(plan_lines([cells[0]._replace(config=cells[0].config.changed({"lr": 0.5}))], Pace(tmp_path)))
     assert sorted(tmp_path.rglob("*")) == before
