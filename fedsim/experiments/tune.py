@@ -199,8 +199,11 @@ def _judged(trial: Trial, running: Sequence[Trial], failed: Sequence[str], part:
 
 def _best(trial: Trial, part: float) -> float | None:
     """The best value in the first part of a trial, even if it has trained on since; None before the first test."""
-    limit = _epochs(part, trial.cell)
-    tests = [row[metric_of(row).column] for row in read_rows(trial.cell.folder) if row["epoch"] <= limit]
+    tests = []
+    for row in read_rows(trial.cell.folder):
+        tests.append(row[metric_of(row).column])
+        if row["epoch"] >= _epochs(part, trial.cell):  # a round may end after the epoch
+            break
     return _metric(trial).best_of([value for value in tests if value is not None])
 
 

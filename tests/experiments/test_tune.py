@@ -25,7 +25,7 @@ mode = "localsgd"
 twins = true
 [grid]
 clients = [1, 2]
-local-steps = [2]
+local-steps = [3]  # a round does not end with the epoch
 seed = [1]
 [set]
 dataset = "synthetic:classes=2,images=320"
@@ -88,44 +88,44 @@ def trials(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
 
 
 def test_each_cell_and_baseline_runs_with_the_rate_chosen_for_it_alone(path: Path) -> None:
-    text = run(path, "k2-j2")
+    text = run(path, "k2-j3")
     folder = path.parent / "results" / "tuned"
     first = trials(folder)
     assert {key: line["outcome"] for key, line in first.items()} == {
-        ("k2-j2", "1e-09"): "stopped early",  # at chance, of two classes
-        ("k2-j2", "0.05"): "chosen",
-        ("k2-j2", "1000000000.0"): "failed",
+        ("k2-j3", "1e-09"): "stopped early",  # at chance, of two classes
+        ("k2-j3", "0.05"): "chosen",
+        ("k2-j3", "1000000000.0"): "failed",
     }
-    trial = path.parent / "results" / "tuned-tuning" / "k2-j2-lr0.05"
+    trial = path.parent / "results" / "tuned-tuning" / "k2-j3-lr0.05"
     config, summary = read_config(trial), read_summary(trial) or {}
     assert (config["seed"], config["validation"], config["epochs"], config["warmup-epochs"]) == (7, 64, 4.0, 0.4)
     assert {row["tested_on"] for row in read_rows(trial)} == {"validation"}
-    assert len(read_rows(trial.with_name("k2-j2-lr1e-09"))) < len(read_rows(trial))
+    assert len(read_rows(trial.with_name("k2-j3-lr1e-09"))) < len(read_rows(trial))
     first_stage, _, last_stage = (line for line in text.splitlines() if " of each trial" in line)
     assert (first_stage, last_stage) == ("tuned: to 25% of each trial, 3 left", "tuned: to 100% of each trial, 1 left")
     counts = "of 3 tried, 1 stopped early, 1 failed"
-    assert f"k2-j2: lr = 0.05 (validation {summary['final_test_accuracy']:.2%}; {counts})" in text.splitlines()
+    assert f"k2-j3: lr = 0.05 (validation {summary['final_test_accuracy']:.2%}; {counts})" in text.splitlines()
 
     # Another cell later: those that are finished are not run again, and what was chosen for them is the same
-    before = {file: file.stat().st_mtime_ns for file in (trial / "summary.json", folder / "k2-j2-seed1/summary.json")}
+    before = {file: file.stat().st_mtime_ns for file in (trial / "summary.json", folder / "k2-j3-seed1/summary.json")}
     run(path, "k2")
     assert {file: file.stat().st_mtime_ns for file in before} == before
     assert first.items() <= trials(folder).items()
-    assert read_study(str(folder / "study.toml")).chosen == {"k2-j2": {"lr": 0.05}, "k2-twin": {"lr": 0.05}}
-    for name in ("k2-j2-seed1", "k2-twin-seed1"):
+    assert read_study(str(folder / "study.toml")).chosen == {"k2-j3": {"lr": 0.05}, "k2-twin": {"lr": 0.05}}
+    for name in ("k2-j3-seed1", "k2-twin-seed1"):
         config, summary = read_config(folder / name), read_summary(folder / name) or {}
         assert (config["lr"], config["validation"], config["epochs"]) == (0.05, 0, 5.0)
         assert summary["tested_on"] == "test"
     run(path, "k2-twin")
-    assert read_study(str(folder / "study.toml")).chosen.keys() == {"k2-j2", "k2-twin"}
+    assert read_study(str(folder / "study.toml")).chosen.keys() == {"k2-j3", "k2-twin"}
     (table, of_trials), warnings = read_tables(path.parent / "results")  # the tuned cells are the study's
     assert (table.title, len(table.runs), of_trials.name, warnings) == ("Tuned", 2, "tuned-tuning", [])
     (text,) = (note for note in notes(table) if note.startswith("Tuning: "))
     assert "lr of 1e-09, 0.05, 1000000000.0; seed 7, 80% of the budget" in text
-    assert all(f"{cell}: lr = 0.05 (" in text for cell in ("k2-j2", "k2-twin"))
+    assert all(f"{cell}: lr = 0.05 (" in text for cell in ("k2-j3", "k2-twin"))
     assert not any("Tuning" in note for note in notes(of_trials))
     assert any("tested on the test images, keys were chosen on held-out training" in note for note in notes(table))
-    (folder / "tuning.csv").write_text("cell,outcome\nk2-j2,chosen\n")
+    (folder / "tuning.csv").write_text("cell,outcome\nk2-j3,chosen\n")
     assert any(note.endswith("tuned/tuning.csv cannot be read.") for note in notes(table))
 
 
@@ -157,7 +157,7 @@ def test_trials_of_another_configuration_are_refused_and_those_of_the_same_are_u
     shutil.rmtree((results := small_study.parent / "results") / "tuned")
     kept, text = contents(results), small_study.read_text()
     small_study.write_text(text.replace("seed = 7", "seed = 8"))
-    with pytest.raises(UserError, match=r"tuned-tuning/k1-j2-lr0.05 holds a run of another .*seed = 7, not 8"):
+    with pytest.raises(UserError, match=r"tuned-tuning/k1-j3-lr0.05 holds a run of another .*seed = 7, not 8"):
         run(small_study)
     assert contents(results) == kept
     small_study.write_text(text)
@@ -170,15 +170,15 @@ def test_a_cell_that_the_study_has_no_more_is_forgotten(path: Path) -> None:
     folder = path.parent / "results" / "tuned"
     folder.mkdir(parents=True)
     (folder / "study.toml").write_text(
-        study.with_settings({}, chosen={"k1-j2": {"lr": 0.5}, "k2-j2": {"lr": 0.1}}).toml
+        study.with_settings({}, chosen={"k1-j3": {"lr": 0.5}, "k2-j3": {"lr": 0.1}}).toml
     )
     path.write_text(TUNED.replace("[1, 2]", "[2]"))
-    assert with_stored_choice(read_study(str(path)), path.parent / "results").chosen == {"k2-j2": {"lr": 0.1}}
+    assert with_stored_choice(read_study(str(path)), path.parent / "results").chosen == {"k2-j3": {"lr": 0.1}}
 
 
 def test_where_no_trial_ends_the_study_does_not_run(path: Path) -> None:
     path.write_text(TUNED.replace("[1e-9, 0.05, 1e9]", "[1e8, 1e9]"))
-    with pytest.raises(RunFailed, match="tune: no trial of k1-j2, k1-twin came to its end: give smaller rates"):
+    with pytest.raises(RunFailed, match="tune: no trial of k1-j3, k1-twin came to its end: give smaller rates"):
         run(path, "k1")
     assert not (path.parent / "results" / "tuned").exists()
 
@@ -195,11 +195,11 @@ def test_a_budget_in_rounds_is_cut_too_and_other_keys_are_crossed(path: Path) ->
     study = read_study(str(path))
     found = {trial.cell.config.name: trial.cell.config for trial in trials_of(study, study.cells())}
     assert {name for name in found if name.startswith("k2")} == {
-        "k2-j2-lr0.1-outernone",
-        "k2-j2-lr0.1-outerslowmo",
+        "k2-j3-lr0.1-outernone",
+        "k2-j3-lr0.1-outerslowmo",
         "k2-twin-lr0.1",  # outer is no key of one machine
     }
-    config = found["k2-j2-lr0.1-outerslowmo"]
+    config = found["k2-j3-lr0.1-outerslowmo"]
     assert (config.rounds, config.schedule, config.outer) == (128, "multistep:milestones=2/3.2", "slowmo")
 
 
