@@ -203,7 +203,17 @@ def contents(folder: Path) -> Iterator[tuple[str, str]]:
     }
     if (folder / "checkpoint.pt").exists():
         parts["checkpoint"] = torch.load(folder / "checkpoint.pt", weights_only=True)
-    for name in ("seconds", "commit", "command", "versions", "sha256", "engine", "groups"):  # the case names its engine
+    for name in (
+        "seconds",
+        "date",
+        "host",
+        "commit",
+        "command",
+        "versions",
+        "sha256",
+        "engine",
+        "groups",
+    ):  # the case names its engine
         parts["summary"].pop(name, None)
     for name in ("seconds", "version", "config", "rows_bytes", "rows_sha256", "groups"):
         parts["checkpoint"].pop(name, None)

@@ -256,7 +256,7 @@ def diff(options: DiffOptions) -> None:
 
 @cli.of(ResultsOptions)
 def runs(options: ResultsOptions) -> None:
-    """List all runs in a folder: state, date, device, best and final metric, bytes, time."""
+    """List all runs in a folder: state, date, host, device, best and final metric, bytes, time."""
     from fedsim.report.compare import show_runs
 
     show_runs(options.results, _console())

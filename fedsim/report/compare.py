@@ -18,11 +18,12 @@ from fedsim.report.figures import plots_of
 from fedsim.report.load import escaped, read_records
 from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings, write_csv
 from fedsim.report.result_table import NOTHING, joined, read_tables
-from fedsim.report.tables import TRAFFIC, Entry, TextTable, number, result_table, rich_table, runs_frame
+from fedsim.report.tables import TRAFFIC, Entry, TextTable, number, result_table, runs_frame, show_table
 from fedsim.runs.folder import CONFIG, ROWS, differences, is_locked, read_config
 from fedsim.system.provenance import program
 
 NAME = "comparison"  # of the files
+MINUTE = len("2000-01-01T00:00")
 TITLES = {BUDGET: "epochs are met"}  # of what no key sets
 
 
@@ -40,7 +41,7 @@ def compare(folders: Sequence[str], out: str, console: Console) -> None:
         raise UserError(f"the studies are compared by {names}, which are not one measure: compare those of one task")
     together = joined(NAME, " and ".join(table.name for table in tables), tables)
     changes = paired_differences(together)
-    console.print(rich_table(result_table(together, changes, TRAFFIC)))
+    show_table(result_table(together, changes, TRAFFIC), console)
     console.print(*answers(together, changes), sep="\n", markup=False, highlight=False)
     command = f"{program()} {shlex.join(['compare', *folders, '-o', out])}"
     with output_folder(out) as path:
@@ -88,28 +89,34 @@ def show_runs(root: str, console: Console) -> None:
     show_warnings(records.warnings, console)
     if records.runs.empty:
         raise UserError(f"{escaped(root)} holds no runs: give a folder of results, for instance results")
-    rows = [_line(Path(root), run) for run in records.runs.to_dict("records")]
-    header = ["cell", "state", "date", "device", "best", "final", "MB sent", "minutes"]
-    table = rich_table(TextTable("", header, rows))
-    needed = console.measure(table, options=console.options.update(width=10_000)).maximum
-    console.width = max(console.width, needed)  # a run is a whole line, also in a pipe
-    console.print(table, crop=False)
+    runs, metrics = records.runs.to_dict("records"), list(dict.fromkeys(records.runs["metric"]))
+    lines = [_line(Path(root), run, with_units=len(metrics) > 1) for run in runs]
+    unknown = {name for name in ("date", "host") if all(line[name] == NOTHING for line in lines)}  # to old records
+    header = [name for name in lines[0] if name not in unknown]
+    rows = [[Entry(line[name]) for name in header] for line in lines]
+    unit = "" if len(metrics) > 1 else f"Best and final {metrics[0].label}"
+    show_table(TextTable(unit, header, rows), console)
 
 
-def _line(root: Path, run: dict[str, Any]) -> list[Entry]:
-    """The fields of a run in the list of runs."""
+def _line(root: Path, run: dict[str, Any], with_units: bool) -> dict[str, str]:
+    """The fields of a run in the list of runs, by their titles."""
     metric, place, rows = run["metric"], run["folder"], run["folder"] / ROWS
     state = "finished" if run["finished"] else "running" if is_locked(place) else "unfinished"
-    changed = datetime.fromtimestamp(rows.stat().st_mtime) if rows.exists() else None
+    date = run["date"] or ""
+    if not run["finished"] and rows.exists():
+        date = datetime.fromtimestamp(rows.stat().st_mtime).isoformat()
     sent = [run[f"bytes_{way}"] for way in ("up", "down")]
-    tests = [run.get(name) for name in (metric.best, metric.final)]
-    texts = [
-        escaped(place.relative_to(root)),
-        state,
-        f"{changed:%Y-%m-%d %H:%M}" if changed else NOTHING,
-        escaped((run["device"] or NOTHING).split(" ")[0]),
-        *(metric.number(test) if test is not None else NOTHING for test in tests),
-        number(sum(sent) / 1e6) if None not in sent else NOTHING,
-        number(run["seconds"] / 60) if run["seconds"] is not None else NOTHING,
-    ]
-    return [Entry(text) for text in texts]
+    tests = {title: run.get(name) for title, name in (("best", metric.best), ("final", metric.final))}
+    numbers = {title: NOTHING if value is None else metric.number(value) for title, value in tests.items()}
+    if with_units:
+        numbers = {title: text if text == NOTHING else metric.with_unit(text) for title, text in numbers.items()}
+    return {
+        "cell": escaped(place.relative_to(root)),
+        "state": state,
+        "date": escaped(date[:MINUTE].replace("T", " ") or NOTHING),
+        "host": escaped(run["host"] or NOTHING),
+        "device": escaped((run["device"] or NOTHING).split(" ")[0]),
+        **numbers,
+        "MB sent": number(sum(sent) / 1e6) if None not in sent else NOTHING,
+        "minutes": number(run["seconds"] / 60) if run["seconds"] is not None else NOTHING,
+    }

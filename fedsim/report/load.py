@@ -40,6 +40,8 @@ class Summary(Costs):
     metric: MetricRecord | None = None
     tests: dict[str, float | None] = Field(default_factory=dict)
     parameters: Natural | None = None
+    date: str | None = None  # of its end, in ISO 8601
+    host: str | None = None
     device: str | None = None
     commit: str | None = None
     command: str | None = None

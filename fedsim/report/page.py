@@ -24,7 +24,7 @@ from fedsim.report.drawing import Plot
 from fedsim.report.figures import plots_of
 from fedsim.report.load import escaped
 from fedsim.report.result_table import ResultTable, read_tables
-from fedsim.report.tables import TRAFFIC, csv_text, notes, origins, progress, result_table, rich_table, runs_frame
+from fedsim.report.tables import TRAFFIC, csv_text, notes, origins, progress, result_table, runs_frame, show_table
 from fedsim.system.provenance import program
 
 TITLE = "fedsim: results of the runs"
@@ -61,7 +61,7 @@ def show_results(root: Path, console: Console, save_as: str = "") -> None:
     for table in tables:
         console.print(table.question or table.title, markup=False, highlight=False)
         changes = paired_differences(table)
-        console.print(rich_table(result_table(table, changes, TRAFFIC)))
+        show_table(result_table(table, changes, TRAFFIC), console)
         console.print(answers(table, changes)[0], markup=False, highlight=False)
     if save_as:
         with output_folder(str(root)) as path:

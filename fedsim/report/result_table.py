@@ -124,11 +124,15 @@ def read_tables(root: Path) -> tuple[list[ResultTable], list[str]]:
     _warn_of_equal_names(records)
     tables: list[ResultTable] = []
     parents = records.runs["folder"].map(lambda path: path.parent)
-    for (folder, _), runs in records.runs.groupby([parents, records.runs["metric"].map(str)]):
+    metrics_of = records.runs.groupby(parents)["metric"].nunique()
+    for (folder, metric), runs in records.runs.groupby([parents, records.runs["metric"].map(str)]):
         name = _file_name("-".join(folder.relative_to(root).parts) or folder.resolve().name)
+        mixed = metrics_of[folder] > 1
+        name = _file_name(f"{name}-{metric}") if mixed else name
         taken = {table.name for table in tables}
         name = next(n for n in [name, *(f"{name}-{i}" for i in range(2, len(tables) + 3))] if n not in taken)
-        tables += _tables_of(name, folder, _without_duplicates(runs, records.warnings), records)
+        found = _tables_of(name, folder, _without_duplicates(runs, records.warnings), records)
+        tables += [replace(table, title=f"{table.title}: {metric}") if mixed else table for table in found]
     return _shown_together(tables), records.warnings
 
 

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 from rich import box
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -46,6 +47,11 @@ COSTS = {  # column: (title, unit)
     "network_peak": ("MB peak", 1e6),
     "seconds": ("minutes", 60),
 }
+# Columns that a narrow terminal leaves out, the least important first
+LEFT_OUT_FIRST = (
+    *("MB peak", "syncs", "within", "device", "host", "date", "runs", "MB down", "minutes", "the paper's best"),
+    *("best", "difference"),
+)
 TRAFFIC = ("network_syncs", "network_bytes", "network_peak")
 
 
@@ -200,16 +206,37 @@ def csv_text(frame: pd.DataFrame) -> str:
     return str(frame.map(_not_a_formula).convert_dtypes().to_csv(index=False))
 
 
-def rich_table(table: TextTable, caption: str = "") -> Table:
-    """`table` for the terminal."""
-    shown = Table(title=Text(table.caption), caption=Text(caption), box=box.SIMPLE, padding=(0, 1, 0, 0))
-    for name in table.header:
+def show_table(table: TextTable, console: Console, caption: str = "") -> None:
+    """Print `table`: a line is never broken in a pipe; a terminal gets the columns for which it is wide enough."""
+    left_out: list[str] = []
+    shown = _rich_table(table, left_out)
+    for name in LEFT_OUT_FIRST if console.is_terminal else ():
+        if _width(shown, console) > console.width and name in table.header:
+            left_out.append(name)
+            shown = _rich_table(table, left_out)
+    if not console.is_terminal:
+        console.width = max(console.width, _width(shown, console))
+    note = f"a wider terminal also shows {', '.join(left_out)}" if left_out else ""
+    for part in filter(None, (table.caption, shown, caption, note)):
+        console.print(part, crop=False, markup=False, highlight=False)
+
+
+def _width(table: Table, console: Console) -> int:
+    """The width at which no line of a table is broken."""
+    return console.measure(table, options=console.options.update(width=10_000)).maximum
+
+
+def _rich_table(table: TextTable, left_out: Sequence[str]) -> Table:
+    shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
+    kept = [number for number, name in enumerate(table.header) if name not in left_out]
+    for name in (table.header[number] for number in kept):
         if name == "cell":  # names are never cut
             shown.add_column(Text(name), overflow="fold")
         else:
             shown.add_column(Text(name), justify="right", no_wrap=True)
     for row in table.rows:
-        shown.add_row(*(Text(f"{entry.text} ({entry.note})" if entry.note else entry.text) for entry in row))
+        entries = [row[number] for number in kept if number < len(row)]
+        shown.add_row(*(Text(f"{entry.text} ({entry.note})" if entry.note else entry.text) for entry in entries))
     return shown
 
 

@@ -22,7 +22,7 @@ from fedsim.report.network import network_seconds
 from fedsim.report.page import folder, output_folder, save_plot, show_path, show_warnings, write_csv
 from fedsim.report.result_table import NOTHING, ResultTable, read_tables, split_by
 from fedsim.report.stragglers import Stragglers, computed_steps, stragglers
-from fedsim.report.tables import Entry, TextTable, number, rich_table
+from fedsim.report.tables import Entry, TextTable, number, show_table
 
 PARTS = ["computing", "waiting", "transfer"]  # of the seconds of a run
 CIRCUMSTANCES = ("dataset", "partition")  # between which nobody chooses: the fastest cell is that of each
@@ -54,6 +54,9 @@ def plan_of(options: TimeOptions) -> Plan:
 def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Console) -> None:
     """Print the times of every table under `root`, and write them and a figure to `out`."""
     whole, warnings = read_tables(folder("results", root))
+    if len(metrics := {table.metric for table in whole}) > 1:
+        names = " and ".join(sorted(metric.words for metric in metrics))
+        raise UserError(f"{escaped(root)} has runs compared by {names}, of which a target is one: give a folder of one")
     if any(table.metric.unit == "%" for table in whole) and not 0 < plan.target < 1:
         raise UserError(f"target = {plan.target} is not an accuracy: give a fraction between 0 and 1, for instance 0.5")
     tables = [part for table in whole for part in split_by(table, CIRCUMSTANCES)]
@@ -65,7 +68,7 @@ def time_to_accuracy(root: str, plan: Plan, out: str, command: str, console: Con
             files = save_plot(plot, path, command)
             times_file = path / f"time-to-accuracy-{table.name}.csv"
             write_csv(times_frame(times, table.metric), times_file)
-            console.print(rich_table(time_table(times, table, plan), CAPTION))
+            show_table(time_table(times, table, plan), console, CAPTION)
             console.print(escaped(plot.caption), markup=False, highlight=False)
             for file in (times_file, *files):
                 show_path(file, console)

@@ -1,4 +1,4 @@
-"""The origin of a result: device, commit, command and versions."""
+"""The origin of a result: date, host, device, commit, command and versions."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import platform
 import shlex
 import subprocess
 import sys
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,8 @@ def provenance(device: str) -> dict[str, Any]:
     cpu = platform.processor() or platform.machine()
     name = torch.cuda.get_device_name(device) if device.startswith("cuda") else cpu
     return {
+        "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+        "host": platform.node(),
         "device": f"{device} ({name})",
         **(json.loads(os.environ.get("FEDSIM_ORIGIN", "null")) or origin()),
         "versions": versions(),

@@ -1,8 +1,10 @@
 from __future__ import annotations
 
 import io
+import platform
 import shutil
 from collections.abc import Callable
+from datetime import datetime, timedelta
 from pathlib import Path
 
 import pytest
@@ -10,8 +12,13 @@ from rich.console import Console
 
 from fedsim.config import Config
 from fedsim.errors import UserError
+from fedsim.experiments.execute import execute
+from fedsim.network import Network
 from fedsim.report.compare import compare, show_differences, show_runs
-from tests.conftest import write_run
+from fedsim.report.page import show_results
+from fedsim.report.result_table import NOTHING, read_tables
+from fedsim.report.time_to_accuracy import Plan, time_to_accuracy
+from tests.conftest import Execute, write_run
 
 
 def printed(show: Callable[..., None], *arguments: object) -> str:
@@ -68,8 +75,44 @@ def test_every_run_is_a_line(study: Path) -> None:
     lines = {own[0]: own for own in words if own and own[0].startswith("mine/")}
     assert len(lines) == len(list(study.glob("*/config.json")))
     finished, begun = lines["mine/k2-j1-seed1"], lines["mine/k4-j8-seed1"]
-    assert (finished[1], finished[4:]) == ("finished", ["cpu", "43.00", "42.00", "0.128", "0.133"])
-    assert begun[1] == "unfinished"
+    assert finished[1:] == ["finished", NOTHING, "cpu", "43.00", "42.00", "0.128", "0.133"]  # when is not recorded
+    assert (begun[1], len(begun)) == ("unfinished", len(finished) + 1)
+
+
+def test_a_run_has_its_date_and_host(run: Execute) -> None:
+    folder = run(rounds=1).folder
+    words = printed(show_runs, str(folder.parent)).splitlines()[-2].split()
+    assert abs(datetime.fromisoformat(f"{words[2]} {words[3]}") - datetime.now()) < timedelta(minutes=5)
+    assert words[4:6] == [platform.node(), "cpu"]
+
+
+def test_runs_of_two_tasks_have_their_units_and_no_target_in_common(tmp_path: Path, small: Config) -> None:
+    text = small.changed({"dataset": "text:context=8", "model": "gpt-tiny:layers=1,width=8,heads=2", "rounds": 1})
+    execute(text.changed({"name": "text", "normalize": "dataset"}), "localsgd")
+    write_run(tmp_path / "images", small.changed({"rounds": 1}), "localsgd", [0.5])
+    lines = printed(show_runs, str(tmp_path))
+    assert "50.00 %" in lines
+    assert "bits per byte" in lines
+    assert [table.title.rpartition(": ")[2] for table in read_tables(tmp_path)[0]] == ["accuracy", "bits per byte"]
+    plan = Plan(0.5, Network(1e6, 0.01))
+    with pytest.raises(UserError, match="has runs compared by accuracy and bits per byte, of which a target is one"):
+        time_to_accuracy(str(tmp_path), plan, str(tmp_path / "out"), "", Console())
+
+
+@pytest.mark.parametrize(("width", "titles"), [
+    (80, "cell runs final difference syncs MB sent"),
+    (60, "cell runs final difference MB sent"),
+    (40, "cell final MB sent"),
+])  # fmt: skip
+def test_a_narrow_terminal_has_the_columns_that_fit(tmp_path: Path, width: int, titles: str) -> None:
+    methods(tmp_path)
+    console = Console(record=True, width=width, file=io.StringIO(), force_terminal=True)
+    show_results(tmp_path / "a", console)
+    lines = [line.strip() for line in console.export_text().splitlines()]
+    assert " ".join(next(line for line in lines if line.startswith("cell")).split()) == titles
+    left_out = [name for name in ("syncs", "runs", "difference") if name not in titles]
+    assert not left_out or f"a wider terminal also shows {', '.join(left_out)}" in " ".join(lines)
+    assert max(map(len, lines)) <= width
 
 
 def test_a_run_is_a_whole_line_in_a_narrow_terminal(study: Path) -> None:
