@@ -3,7 +3,6 @@ from __future__ import annotations
 import copy
 import importlib.util
 import re
-import shlex
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fedsim.cli.commands import cli
 from fedsim.reference import average, local_sgd
 from tests.commands import forked
 
@@ -69,17 +67,6 @@ def test_every_part_of_fedsim_and_every_page_is_named() -> None:
             assert f"{part.name}/`" in built or f"{part.name}`" in built, part.name
     for page in (ROOT / "docs").glob("*.md"):
         assert f"(docs/{page.name})" in readme, page.name
-
-
-def test_every_command_of_the_readme_and_docs_has_these_flags() -> None:
-    for page in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
-        for block in re.findall(r"```(?:sh|bash)\n(.*?)```", page.read_text(), re.DOTALL):
-            for line in block.replace("\\\n", " ").splitlines():
-                if found := re.search(r"(?:^|&& |\s)(?:fedsim|\S*python run\.py) (\w.*)", line):
-                    name, *arguments = shlex.split(found[1], comments=True)
-                    assert name in cli.commands, line
-                    if not {"--help", "--help-all"} & {*arguments}:
-                        cli.commands[name].make_context(name, arguments)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("pdoc") is None, reason="needs pdoc: pip install fedsim[docs]")

@@ -86,7 +86,7 @@ class Command(click.Command):
     """The command of `options`; its help has a section for each part of them."""
 
     def __init__(self, name: str, options: type[Options], callback: Callable[..., None], about_it: str) -> None:
-        sections = _sections(options)
+        self.options, sections = options, _sections(options)
         self.sections = {each.name: title for title, own in sections.items() for each in own}
         parameters = [each for own in sections.values() for each in own]
         if not set(sections) <= SHOWN:
