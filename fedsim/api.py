@@ -118,7 +118,7 @@ class Result:
         from matplotlib.figure import Figure
 
         rows = self.rows
-        names = [name for name in rows if name.startswith("test_") and rows[name].notna().any()]
+        names = [name for name in rows.select_dtypes("number") if name.startswith("test_") and rows[name].notna().any()]
         figure = Figure(figsize=(4 * max(len(names), 1), 3), layout="constrained")
         for panel, name in zip(figure.subplots(1, max(len(names), 1), squeeze=False)[0], names, strict=False):
             tested = rows[["epoch", name]].dropna()

@@ -279,7 +279,16 @@ CODECS = Seam(
     chain=True,
     none=True,
 )
-METRICS = Seam({"top5-accuracy": "fedsim.training.metrics:top5_accuracy"}, FUNCTION, leading=2, chain=True, none=True)
+METRICS = Seam(
+    {
+        "top5-accuracy": "fedsim.training.metrics:top5_accuracy",
+        "per-class-accuracy": "fedsim.training.metrics:per_class_accuracy",
+    },
+    FUNCTION,
+    leading=2,
+    chain=True,
+    none=True,
+)
 TRACKERS = Seam({"tensorboard": "fedsim.experiments.track:TensorBoard"}, FUNCTION, leading=2)
 
 

@@ -17,7 +17,17 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 Purpose = Literal[
-    "shard", "init", "shuffle", "augment", "dropout", "validation", "compress", "broadcast", "batchnorm", "workers"
+    "shard",
+    "init",
+    "shuffle",
+    "augment",
+    "dropout",
+    "validation",
+    "compress",
+    "broadcast",
+    "batchnorm",
+    "workers",
+    "test-share",
 ]
 _CODES = {purpose: code for code, purpose in enumerate(get_args(Purpose))}  # add new purposes at the end
 _GAMMA, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB  # SplitMix64's constants

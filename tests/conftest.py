@@ -57,6 +57,7 @@ RESNET: dict[str, Any] = {
     "fraction": 0.5,
     "momentum-at-sync": "reset",
     "error-feedback": False,
+    "evaluate-clients-every": 2,
 }
 
 # Every other method, for the tests that compare engines: three rounds of a model with BatchNorm each
@@ -76,6 +77,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "groups-topk": {"topology": "groups:size=2,every=2", "compress": "topk", "momentum-at-sync": "average"},
     "flowers-fedadam": {"outer": "flwr.serverapp.strategy:FedAdam:eta=0.01"},
 }
+METHODS["groups-topk"] |= {"evaluate-clients-every": 1}
 METHODS["qsr-qsgd-re-estimated"] |= {"batchnorm-at-sync": "re-estimated:images=100", "schedule": "constant"}
 for method in METHODS.values():
     by = "epoch" if "local-steps-schedule" in method else "round"
@@ -88,6 +90,7 @@ TEXT: dict[str, Any] = {  # what learns the next byte of a text, who holds which
     "optimizer": "adamw",
     "lr": 0.01,
     "rounds": 3,
+    "evaluate-clients-every": 2,
 }
 
 # These files start many processes: they run first and, where there are several workers, on one of them

@@ -176,6 +176,9 @@ class Config(Declared, frozen=True):
     """What models are tested by besides the metric of their task; a function of your own gets outputs and targets."""
     evaluate_every: Count = 1
     """Rounds or epochs between evaluations (see record-by)."""
+    evaluate_clients_every: Annotated[CountOrZero, LOCALSGD] = 0
+    """Rounds or epochs between evaluations on each client's share of the test data, of the global model and of the
+    client's own after its local steps; also at the end; 0: never."""
     checkpoint_every: Annotated[Count, OPERATIONAL] = 10
     """Rounds or epochs between checkpoints; the last one always has one."""
     stop_after_epochs: Annotated[EpochsOrZero, OPERATIONAL] = 0.0

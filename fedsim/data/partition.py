@@ -8,7 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedsim.config import Config, Mode
-from fedsim.data.datasets import task_of, training_examples
+from fedsim.data.datasets import load_dataset, task_of, training_examples
 from fedsim.data.uneven import partition_of, partition_seed, uneven_shards
 from fedsim.errors import UserError
 from fedsim.rng import generator
@@ -47,6 +47,13 @@ def shard_sizes(config: Config) -> list[int]:
     if config.device == "auto":
         config = config.changed({"device": "cpu"})
     return list(map(len, uneven_shards(config)))
+
+
+def class_counts(config: Config) -> NDArray[np.int64]:
+    """(K, classes) the number of images of each class that each client holds."""
+    data = load_dataset(config)
+    labels = data.train.groups.cpu().numpy()
+    return np.stack([np.bincount(labels[shard_of(config, k)], minlength=data.classes) for k in range(config.clients)])
 
 
 def images_held(config: Config) -> int:

@@ -157,6 +157,11 @@ class Task(ABC):
     def sums(self, outputs: Any, targets: Tensor) -> dict[str, Tensor]:
         """The sums of the loss and of each metric over the examples of a batch, by their names, as float64 scalars."""
 
+    def values(self, outputs: Any, targets: Tensor) -> Tensor:
+        """(B,) the metric of each example of a batch."""
+        each = zip(outputs.chunk(len(targets)), targets.chunk(len(targets)), strict=True)
+        return torch.stack([self.sums(*one)[self.metric.name] for one in each])
+
 
 def with_floats(batch: Batch, dtype: torch.dtype) -> Batch:
     """`batch` with floating-point numbers in the type of a model's parameters."""

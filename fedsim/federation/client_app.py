@@ -21,10 +21,11 @@ from fedsim.device import is_out_of_memory, resolve
 from fedsim.errors import UserError
 from fedsim.federation.client_state import MemoryLost, keep_memory, memory_after, restore_memory
 from fedsim.federation.flower_internals import CLIENT_FAILED
-from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, SHARED, decided_of
+from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, OWN_TEST, SEND_MEMORY, SHARED, decided_of
 from fedsim.models import cpu_model
 from fedsim.own_code import own_code
 from fedsim.registry import names_own
+from fedsim.training.client_tests import own_test
 from fedsim.training.failures import memory_lacks
 from fedsim.training.local_round import RoundEnd, RoundStart, check_machine, held_images, take_local_round
 from fedsim.training.local_steps import Decisions
@@ -212,6 +213,8 @@ def _reply(config: Config, layers: Layers, begun: Begun, end: RoundEnd, ended: E
     parameters, of_wire = layers.message(r, ended.sent.parameters, begun.memory)
     weight = len(held_images(config, r.worker)) if mean_of(config).by_shards else end.samples
     metrics = MetricRecord({"num-examples": weight, "train-loss": float(end.loss)})
+    if run_plan(config, begun.start.decided).tests_clients(r.round):
+        metrics[OWN_TEST] = own_test(config, r.worker, end.weights)
     content = RecordDict(
         {"arrays": tensor_record(join(ended.sent._replace(parameters=parameters))), "metrics": metrics}
     )

@@ -14,6 +14,7 @@ MEMORY = "memory"  # record of what a client keeps between rounds
 MEMORY_ROUNDS = "memory-rounds"  # for each worker, the last round in which its update was averaged
 SEND_MEMORY = "send-memory"  # whether a client sends its memory along with its update, for a checkpoint
 DECIDED = "decided-local-steps"  # where J is decided while the run trains: from which local step on, which J, in turn
+OWN_TEST = "own-test"  # metric of a client's own model on its share of the test data
 MEMORY_LOST = "it has lost what it kept between rounds and starts again without"  # why a client declines a round
 # The keys that messages bring from the server: those that shape the result, except for the machine's own
 SHARED = [name for name in Config().identity("localsgd") if name not in ("device", "threads")]

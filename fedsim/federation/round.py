@@ -15,11 +15,12 @@ from fedsim.errors import RunFailed
 from fedsim.federation.decisions import Decided, decide
 from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
-from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, SEND_MEMORY, announced, shared
+from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, OWN_TEST, SEND_MEMORY, announced, shared
 from fedsim.federation.shapes import zeros_of
 from fedsim.runs.columns import OF_UPDATES, names_with
 from fedsim.runs.records import Row
 from fedsim.system.locks import GLOBAL_GENERATORS
+from fedsim.training.client_tests import OWN, own_tests
 from fedsim.training.local_steps import Decisions, DecisionState
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import RunPlan, run_plan
@@ -92,9 +93,10 @@ def train_round(
     progress: Progress,
     with_memories: bool = False,
 ) -> tuple[Progress, dict[int, ArrayRecord], Row]:
-    """The progress after one more round, what each worker averaged keeps after it, and the drift of the updates.
+    """The progress after one more round, what each worker averaged keeps after it, and columns of a row.
 
-    The second is empty but `with_memories`, and the third has no numbers where the round is not tested.
+    The second is empty but `with_memories`. The third are the drift of the updates, without numbers where the round is
+    not tested, and the tests of the clients' own models.
 
     Raises TooFewClients where too few send a usable update, RunFailed where their average is not finite, the strategy
     fails, or a client has failed too often.
@@ -107,9 +109,12 @@ def train_round(
     result = _aggregated(config, strategy, request, replies, progress)
     if MEMORY_LOST in result.left_out.values() and strategy.layers.needs_all_memories(everyone(config)):
         raise TooFewClients(f"round {progress.round + 1}: {format_reasons(result.left_out)}", True)
-    progress = _after(config, progress, request, replies, result)
-    drift = {name: result.metrics.get(kebab(name)) for name in DRIFT}
-    return progress, _sent_by(result.averaged, MEMORY, request, replies), drift
+    plan, progress = run_plan(config, progress.decided), _after(config, progress, request, replies, result)
+    seen: Row = {name: result.metrics.get(kebab(name)) for name in DRIFT}
+    if plan.tests_clients(progress.round):
+        own = {worker: metrics.get(OWN_TEST) for worker, metrics in result.averaged.items()}
+        seen[OWN] = own_tests(config.clients, own)
+    return progress, _sent_by(result.averaged, MEMORY, request, replies), seen
 
 
 def _aggregated(

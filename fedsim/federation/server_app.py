@@ -12,6 +12,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
 from fedsim.config import Config
+from fedsim.data.client_shares import client_shares
 from fedsim.data.datasets import load_dataset, task_of
 from fedsim.data.local_folder import check_of_run
 from fedsim.data.partition import check_partition, images_left_out
@@ -40,6 +41,7 @@ from fedsim.runs.records import read_rows
 from fedsim.runs.run import Run
 from fedsim.runs.shown import print_row
 from fedsim.training.batchnorm import calibration_sample, reestimate
+from fedsim.training.client_tests import spreads
 from fedsim.training.failures import failing_in_one_line
 from fedsim.training.methods import fewest_updates, layers_of
 from fedsim.training.metrics import check_metrics, metrics_by_name
@@ -112,7 +114,7 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
 
         # Train a round
         try:
-            progress, sent, drift = train_round(messenger, config, strategy, registry, progress, with_memories=saves)
+            progress, sent, seen = train_round(messenger, config, strategy, registry, progress, with_memories=saves)
             memories = collect_memories(messenger, config, registry.nodes, progress, sent, model) if saves else {}
         except TooFewClients as failure:
             progress = recovery.after(failure, progress)
@@ -124,8 +126,10 @@ def train_localsgd(grid: Grid, config: Config, run: Run) -> None:
             tests: dict[str, float] = {}
             if plan.is_tested(progress.round):
                 as_tested = loaded(config, model, progress, data.train, strategy.layers)
-                tests = evaluate(task, as_tested, data.test, config.precision, metrics_by_name(config))
-            run.log_row(row_of(plan, progress, messenger) | drift | run.metrics_of(tests))
+                shares = client_shares(config) if plan.tests_clients(progress.round) else None
+                tests = evaluate(task, as_tested, data.test, config.precision, metrics_by_name(config), shares)
+            row = row_of(plan, progress, messenger) | seen | run.metrics_of(tests)
+            run.log_row(row | spreads(task.metric, row))
             progress = recorded(progress)
 
         # Save a checkpoint

@@ -12,7 +12,7 @@ from rich.table import Column, Table
 
 from fedsim.config import Config
 from fedsim.data.datasets import load_dataset
-from fedsim.data.partition import check_partition, examples_of, shard_of
+from fedsim.data.partition import check_partition, class_counts, examples_of
 from fedsim.errors import UserError
 from strategies.arguments import split_name
 
@@ -32,13 +32,6 @@ def show_partition(config: Config, out: str, console: Console) -> None:
     if out:
         figure(counts).savefig(out, dpi=150)
         console.print(f"drawn in {out}")
-
-
-def class_counts(config: Config) -> NDArray[np.int64]:
-    """(K, classes) the number of images of each class that each client holds."""
-    data = load_dataset(config)
-    labels = data.train.groups.cpu().numpy()
-    return np.stack([np.bincount(labels[shard_of(config, k)], minlength=data.classes) for k in range(config.clients)])
 
 
 def table(counts: NDArray[np.int64]) -> Table:

@@ -105,6 +105,11 @@ def tests_in(row: Mapping[str, Any]) -> list[str]:
     return [name for name, value in row.items() if name.startswith("test_") and isinstance(value, int | float | None)]
 
 
+def lists_in(row: Mapping[str, Any]) -> list[str]:
+    """The columns of a row that hold a list of what was tested, for instance of each class."""
+    return [name for name, value in row.items() if name.startswith("test_") and isinstance(value, list)]
+
+
 def names_with(mark: str) -> tuple[str, ...]:
     """The names of the columns with this mark."""
     return tuple(name for name, field in Columns.model_fields.items() if mark in field.metadata)

@@ -10,7 +10,7 @@ from typing import Any, TypeGuard
 
 from fedsim.data.metric import metric_of
 from fedsim.errors import UserError
-from fedsim.runs.columns import SENT, Costs, current_columns, current_row, names_with, tests_in
+from fedsim.runs.columns import SENT, Costs, current_columns, current_row, lists_in, names_with, tests_in
 from fedsim.runs.folder import MODEL, ROWS, SUMMARY, parsed, read_json, write_json
 from fedsim.system.files import open_file, read_file
 
@@ -113,7 +113,7 @@ def outcome_of(rows: Iterable[Row]) -> dict[str, Any]:
             best, final = metric_of(last).best_of([tested] if best is None else [best, tested]), tested
             last_test = last
     metric = metric_of(last)
-    others = [name for name in tests_in(last_test) if name not in ("test_loss", metric.column)]
+    others = [name for name in (*tests_in(last_test), *lists_in(last_test)) if name not in ("test_loss", metric.column)]
     return {
         metric.best: best,
         metric.final: final,

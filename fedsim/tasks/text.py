@@ -151,9 +151,16 @@ class Text(Task):
         return F.cross_entropy(outputs.flatten(0, -2), targets.flatten())
 
     def sums(self, outputs: Tensor, targets: Tensor) -> dict[str, Tensor]:
-        of_bytes = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
-        loss = of_bytes.view(targets.shape).double().mean(1).sum()
+        loss = self._losses(outputs, targets).sum()
         return {"loss": loss, "bits_per_byte": loss / math.log(2)}
+
+    def values(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        return self._losses(outputs, targets) / math.log(2)
+
+    def _losses(self, outputs: Tensor, targets: Tensor) -> Tensor:
+        """(B,) the mean loss of each window."""
+        of_bytes = F.cross_entropy(outputs.flatten(0, -2), targets.flatten(), reduction="none")
+        return of_bytes.view(targets.shape).double().mean(1)
 
     def _place(self, config: Config) -> Path:
         return located(config.dataset, self.path, str(data_folder(config))) if self.path else OF_THE_PACKAGE

@@ -100,6 +100,11 @@ def check_machine(config: Config) -> None:
             f"local-epochs = {config.local_epochs}: on a node with images of its own the length of a round is not "
             "known to the others: give local-steps"
         )
+    if own and config.evaluate_clients_every:
+        raise UserError(
+            f"evaluate-clients-every = {config.evaluate_clients_every}: of a node with images of its own it is not "
+            "known which share of the test data it has: leave it out"
+        )
     if own and partition_of(config).held(0, config.clients) is None:
         raise UserError(
             f"partition = {config.partition}: on a node with images of its own it is not known how many images the "

@@ -17,15 +17,20 @@ from fedsim.device import one_thread
 from fedsim.errors import UserError
 from fedsim.models import cpu_model
 from fedsim.registry import failures_of
+from fedsim.training.step import in_columns
 
-MetricFn = Callable[
-    [Any, Tensor], Tensor
-]  # outputs and targets of B examples -> (B,) values, of which the mean is taken
+# Outputs and targets of B examples -> (B,) or (B, C) values, of which the means are taken (see `evaluate`)
+MetricFn = Callable[[Any, Tensor], Tensor]
 
 
 def top5_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
     """Whether the class is among the five with the largest logits."""
     return (outputs.topk(min(5, outputs.shape[1]), dim=1).indices == targets[:, None]).any(1)
+
+
+def per_class_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
+    """(B, classes) whether the class is right, in its column."""
+    return in_columns(outputs.argmax(1) == targets, targets, outputs.shape[1])
 
 
 def metrics_by_name(config: Config) -> dict[str, MetricFn]:
@@ -36,9 +41,17 @@ def metrics_by_name(config: Config) -> dict[str, MetricFn]:
 
 @one_thread()
 def check_metrics(config: Config) -> None:
-    """Raise UserError where a metric fails on two made-up examples, or gives no finite number for each of them."""
-    if config.metrics == "none":
+    """Raise UserError where a metric fails on two made-up examples, or gives no finite number for each of them.
+
+    For tests on shares of clients, that of the task must give one.
+    """
+    every = config.evaluate_clients_every
+    if config.metrics == "none" and not every:
         return
+    if every % config.evaluate_every:
+        raise UserError(
+            f"evaluate-clients-every = {every} is no multiple of evaluate-every = {config.evaluate_every}: give one"
+        )
     model, task = cpu_model(config).eval(), task_of(config)
     batch = with_floats(task.trial(config, 2), torch.float32)
     with torch.inference_mode():
@@ -50,6 +63,18 @@ def check_metrics(config: Config) -> None:
                 raise UserError(f"{what} is tested already: give the function another name")
             with failures_of(f"{what} fails on {task.taken(config)}"):
                 values = metric(outputs, batch[1])
-            of_each = isinstance(values, Tensor) and values.shape == (2,)
-            if not of_each or not math.isfinite(float(values.double().sum())):
-                raise UserError(f"{what} gives {values} for two examples: it must give a tensor of a number for each")
+            if not _is_of_each(values):
+                raise UserError(
+                    f"{what} gives {values} for two examples: it must give a tensor of a number for each, or of C"
+                )
+        if every:
+            what = f"evaluate-clients-every = {every}: {task.metric.words} of the model is not that of each example"
+            with failures_of(what, remedy="leave it out"):
+                task.values(outputs, batch[1])
+
+
+def _is_of_each(values: Any) -> bool:
+    """Whether `values` are numbers of two examples or, with gaps, rows of them."""
+    if not isinstance(values, Tensor) or values.ndim not in (1, 2) or len(values) != 2:
+        return False
+    return math.isfinite(float(values.double().sum() if values.ndim == 1 else values.double().nansum()))

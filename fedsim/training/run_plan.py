@@ -41,6 +41,7 @@ class RunPlan:
     local_epochs: int = 0  # passes of a worker over its own images in a round; 0: as many steps as every other
     record_by: str = "round"  # unit of rows, tests and checkpoints
     evaluate_every: int = 1  # such units
+    evaluate_clients_every: int = 0  # such units; 0: never
     decided: Decisions = ()  # while the run trains
     turns: Turns = field(default_factory=lambda: Turns(Workers(), "even", 0))
 
@@ -103,6 +104,11 @@ class RunPlan:
         """Whether the model is tested after a round."""
         return round_ == self.rounds or self.completes(round_, self.evaluate_every)
 
+    def tests_clients(self, round_: int) -> bool:
+        """Whether models are tested on each client's share of the test data after a round."""
+        every = self.evaluate_clients_every
+        return every > 0 and (round_ == self.rounds or self.completes(round_, every))
+
 
 @functools.lru_cache(maxsize=8)  # every client asks in every round, and there may be a million rounds
 def run_plan(config: Config, decided: Decisions = ()) -> RunPlan:
@@ -141,7 +147,7 @@ def run_plan(config: Config, decided: Decisions = ()) -> RunPlan:
     if config.stop_after_epochs:
         stops.append(max(1, bisect.bisect_left(starts, _steps_of(steps_per_epoch, config.stop_after_epochs))))
     lr = schedule(starts[-1])
-    recorded = (config.record_by, config.evaluate_every)
+    recorded = (config.record_by, config.evaluate_every, config.evaluate_clients_every)
     turns = Turns.of(config)
     for worker in range(config.clients) if is_own(config.workers) else ():  # a trial
         turns.steps(1, worker, starts[1])

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from fedsim.config import Config
+from fedsim.data.client_shares import ClientShares
 from fedsim.data.task import Batch, Examples, Task, with_floats
 from fedsim.device import products_in, thread_pool
 from fedsim.errors import RunFailed
@@ -123,10 +124,13 @@ def evaluate(
     examples: Examples,
     precision: str = "fp32",
     metrics: Mapping[str, Callable[[Any, Tensor], Tensor]] | None = None,
-) -> dict[str, float]:
+    shares: ClientShares | None = None,
+) -> dict[str, Any]:
     """The mean of the loss and of each metric of `task` over all `examples`, of `model` in eval mode.
 
-    Of the other `metrics` too, which give a value for each example.
+    Of the other `metrics` too, which give a value for each example, or C values, of which the means are a list: NaN is
+    no value, and the mean of none is None. With `shares` of the examples, `clients` is the list of the means of the
+    task's metric over each client's share.
 
     On the CPU each core tests batches of its own on one thread, so that the result is the same on any number. Raises
     RunFailed where the loss or a metric is not finite: the others of such a model have no meaning.
@@ -140,8 +144,13 @@ def evaluate(
         part = with_floats(examples.plain(start, start + batch), parameter.dtype)
         with products_in(precision, parameter.device):
             outputs = task.forward(model, part)
-            own = {name: metric(outputs, part[1]).double().sum() for name, metric in (metrics or {}).items()}
-            return {**task.sums(outputs, part[1]), **own}
+            values = {name: metric(outputs, part[1]) for name, metric in (metrics or {}).items()}
+            if shares:
+                owners = shares.owners[start : start + batch]
+                values["clients"] = in_columns(task.values(outputs, part[1]), owners, shares.clients)
+            of_task = task.sums(outputs, part[1])
+        sums = {name: torch.stack([total, torch.full_like(total, len(part[1]))]) for name, total in of_task.items()}
+        return {**sums, **{name: sum_and_count(of_each) for name, of_each in values.items()}}
 
     starts = range(0, len(examples), batch)
     if parameter.device.type == "cpu":
@@ -149,11 +158,29 @@ def evaluate(
             sums = list(pool.map(test, starts))
     else:  # in this thread, whose convolution plans cuDNN remembers
         sums = list(map(test, starts))
-    parts = [torch.stack(list(part.values())) for part in sums]
-    totals = dict(zip(sums[0], sum(parts[1:], parts[0]).tolist(), strict=True))
-    for name, total in totals.items():
-        if not math.isfinite(total):
+    parts = [torch.cat([of_name.flatten() for of_name in part.values()]) for part in sums]
+    totals = torch.split(sum(parts[1:], parts[0]).cpu(), [of_name.numel() for of_name in sums[0].values()])
+    found: dict[str, Any] = {}
+    for (name, like), total in zip(sums[0].items(), totals, strict=True):
+        values, counts = total.view(2, -1).tolist()
+        if not all(map(math.isfinite, values)):
             raise RunFailed(
-                f"the {name} of the model in a test is {total}: a lower --lr may help, if its eval mode is right"
+                f"the {name} of the model in a test is {sum(values)}: a lower --lr may help, if its eval mode is right"
             )
-    return {name: total / len(examples) for name, total in totals.items()}
+        means = [value / count if count else None for value, count in zip(values, counts, strict=True)]
+        found[name] = means if like.ndim == 2 else means[0]
+    return found
+
+
+def sum_and_count(values: Tensor) -> Tensor:
+    """(2,) or (2, C) float64: the sum over (B,) or (B, C) `values` and their number; in a row of C, NaN is none."""
+    values = values.double()
+    if values.ndim == 1:
+        return torch.stack([values.sum(), torch.full_like(values.sum(), len(values))])
+    return torch.stack([values.nansum(0), (~values.isnan()).sum(0).double()])
+
+
+def in_columns(values: Tensor, columns: Tensor, count: int) -> Tensor:
+    """(B, `count`) float64: each of (B,) `values` in its column, and NaN in the others."""
+    apart = torch.full((len(values), count), math.nan, dtype=torch.float64, device=values.device)
+    return apart.scatter_(1, columns.to(values.device)[:, None], values.double()[:, None])

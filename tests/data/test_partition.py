@@ -17,7 +17,7 @@ from fedsim.data.image_sets import load_images
 from fedsim.data.local_folder import write_shards
 from fedsim.data.official import coarse_labels
 from fedsim.data.pachinko import pachinko
-from fedsim.data.partition import check_partition, images_held, shard_of
+from fedsim.data.partition import check_partition, class_counts, images_held, shard_of
 from fedsim.data.uneven import partition_of
 from fedsim.device import resolve
 from fedsim.errors import UserError
@@ -25,7 +25,7 @@ from fedsim.experiments.cost import cost
 from fedsim.experiments.execute import execute
 from fedsim.federation.strategy import build_strategy
 from fedsim.models import initial_model
-from fedsim.report.partition import class_counts, show_partition
+from fedsim.report.partition import show_partition
 from fedsim.rng import generator
 from fedsim.training.local_round import RoundStart, check_machine, take_local_round
 from fedsim.training.run_plan import run_plan

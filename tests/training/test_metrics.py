@@ -70,7 +70,7 @@ def test_a_tracker_draws_them(call: Call, small: Config) -> None:
         (f"{OWN}:mean", "two examples: it must give a tensor of a number for each"),
         (f"{OWN}:never", "two examples: it must give a tensor of a number for each"),
         ("tests.training.test_metrics:nothing", "has no function or class nothing"),
-        ("top6", "metrics = top6 is unknown: it must be one of none, top5-accuracy, or package.module:function"),
+        ("top6", "metrics = top6 is unknown: it must be one of none, top5-accuracy, per-class-accuracy, or "),
     ],
 )
 def test_a_metric_that_is_none_is_told_in_a_line(small: Config, metrics: str, message: str) -> None:
