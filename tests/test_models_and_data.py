@@ -18,7 +18,7 @@ def test_every_example_of_the_page_runs(tmp_path: Path) -> None:
     assert (tmp_path / "split.png").exists()
     in_order = sorted((tmp_path / "results").iterdir(), key=lambda folder: folder.stat().st_mtime)
     models = [final_model(folder) for folder in in_order]
-    assert len(models) == 9
+    assert len(models) == 10
     assert_same_bits(models[1], models[2])  # of the function and of the file
 
 

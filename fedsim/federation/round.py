@@ -17,10 +17,10 @@ from fedsim.federation.messenger import Messenger, payload
 from fedsim.federation.node_registry import NodeRegistry
 from fedsim.federation.protocol import MEMORY, MEMORY_LOST, MEMORY_ROUNDS, OWN_TEST, SEND_MEMORY, announced, shared
 from fedsim.federation.shapes import zeros_of
-from fedsim.runs.columns import OF_UPDATES, names_with
+from fedsim.runs.columns import OF_OWN_MODELS, OF_UPDATES, names_with
 from fedsim.runs.records import Row
 from fedsim.system.locks import GLOBAL_GENERATORS
-from fedsim.training.client_tests import OWN, own_tests
+from fedsim.training.client_tests import own_tests
 from fedsim.training.local_steps import Decisions, DecisionState
 from fedsim.training.methods import layers_of
 from fedsim.training.run_plan import RunPlan, run_plan
@@ -113,7 +113,7 @@ def train_round(
     seen: Row = {name: result.metrics.get(kebab(name)) for name in DRIFT}
     if plan.tests_clients(progress.round):
         own = {worker: metrics.get(OWN_TEST) for worker, metrics in result.averaged.items()}
-        seen[OWN] = own_tests(config.clients, own)
+        seen[OF_OWN_MODELS] = own_tests(config.clients, own)
     return progress, _sent_by(result.averaged, MEMORY, request, replies), seen
 
 

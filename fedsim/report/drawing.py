@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,6 +120,22 @@ def cell_styles(cells: pd.DataFrame) -> dict[int, dict[str, Any]]:
         cell: {**rows[line["row"]], "ls": LINES[columns.index(line["column"]) % len(LINES)]}
         for cell, line in cells[["row", "column"]].to_dict("index").items()
     }
+
+
+def draw_cells(cells: pd.DataFrame, points: pd.DataFrame, titles: Mapping[str, str], x: str, across: int) -> Figure:
+    """A panel for each column of `points` that `titles` names, against the column `x`, with a line for each cell."""
+    cells = cells.loc[sorted(points["cell"].unique())]
+    figure, panels = panels_of(len(titles), across, sharey=False)
+    styles = cell_styles(cells)
+    for (name, title), panel in zip(titles.items(), panels, strict=True):
+        panel.set_title(title, fontsize="medium")
+        panel.set_xlabel(x)
+        for cell, curve in points.dropna(subset=[name]).groupby("cell"):
+            label = cells["label"][cell] or "all runs"
+            every = max(len(curve) // 8, 1)
+            panel.plot(curve[x], curve[name], label=label, lw=1.3, ms=4, markevery=every, **styles[cell])
+    legend(figure, panels, list(cells["label"]))
+    return figure
 
 
 def log_scale(panel: Axes, which: str, unit: str = "") -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pandas as pd
 from matplotlib.figure import Figure
 
-from fedsim.report.drawing import Plot, cell_styles, legend, panels_of
+from fedsim.report.drawing import Plot, draw_cells
 from fedsim.report.result_table import ResultTable
 
 TITLES = {
@@ -32,21 +32,10 @@ def drift_curves(table: ResultTable) -> pd.DataFrame:
 def plot_drift(table: ResultTable) -> Plot:
     """Drift against epochs: a panel for each of its measures, a line for each cell."""
     points = drift_curves(table)
-    cells = table.cells.loc[sorted(points["cell"].unique())]
-    shown = [name for name in TITLES if points[name].notna().any()]
+    shown = {name: title for name, title in TITLES.items() if points[name].notna().any()}
 
     def draw(across: int) -> Figure:
-        figure, panels = panels_of(len(shown), across, sharey=False)
-        styles = cell_styles(cells)
-        for name, panel in zip(shown, panels, strict=True):
-            panel.set_title(TITLES[name], fontsize="medium")
-            panel.set_xlabel("epochs")
-            for cell, curve in points.dropna(subset=[name]).groupby("cell"):
-                label = cells["label"][cell] or "all runs"
-                every = max(len(curve) // 8, 1)
-                panel.plot(curve["epochs"], curve[name], label=label, lw=1.3, ms=4, markevery=every, **styles[cell])
-        legend(figure, panels, list(cells["label"]))
-        return figure
+        return draw_cells(table.cells, points, shown, "epochs", across)
 
     caption = (
         "Drift of the clients against epochs, in the rounds in which the model was tested, mean over seeds: the norm "
@@ -54,6 +43,5 @@ def plot_drift(table: ResultTable) -> Plot:
         "direction; the standard deviation of the norms of their updates, divided by the mean of these; and, where "
         "clients have models of their own, the root mean square of the distances of these to their mean."
     )
-    coords = pd.DataFrame(list(cells["coords"]), columns=list(table.axes), index=cells.index, dtype=object)
-    numbers = points[["epochs", *shown, "runs"]].join(coords, on=points["cell"])
-    return Plot(f"{table.name}-drift", caption, draw, numbers[[*table.axes, "epochs", *shown, "runs"]])
+    numbers = table.with_coords(points, ["epochs", *shown, "runs"])
+    return Plot(f"{table.name}-drift", caption, draw, numbers)

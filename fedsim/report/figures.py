@@ -28,6 +28,7 @@ from fedsim.report.drawing import (
 from fedsim.report.drift import plot_drift
 from fedsim.report.labels import name_series
 from fedsim.report.result_table import ResultTable
+from fedsim.report.spread import plot_spread
 from fedsim.report.tables import statistics, summarize
 
 FEWEST = 2  # tests of a curve
@@ -45,6 +46,8 @@ def plots_of(table: ResultTable) -> dict[str, Callable[[], Plot]]:
         makers[f"{table.name}-epochs"] = lambda: plot_curves(table)
     if table.rows["update_norm"].notna().any():
         makers[f"{table.name}-drift"] = lambda: plot_drift(table)
+    if table.lists:
+        makers[f"{table.name}-spread"] = lambda: plot_spread(table)
     return makers
 
 
@@ -91,7 +94,7 @@ def plot_curves(table: ResultTable) -> Plot:
 
     bands = "; bands: one standard deviation over seeds" if (points["runs"] > 1).any() else ""
     unfinished = "; unfinished runs included" if not table.counted["finished"].all() else ""
-    numbers = _with_coords(table, points, ["epochs", f"{metric.name}_mean", f"{metric.name}_std", "runs"])
+    numbers = table.with_coords(points, ["epochs", f"{metric.name}_mean", f"{metric.name}_std", "runs"])
     caption = f"{metric.on(table.tested_on)} against epochs{bands}{unfinished}."
     return Plot(f"{table.name}-epochs", caption, draw, numbers)
 
@@ -132,7 +135,7 @@ def plot_metric(table: ResultTable) -> Plot:
     what = f"{which.capitalize()} {metric.words} on {table.tested_on} {metric.examples}"
     caption = f"{what} against {against}{''.join(told)}."
     columns = ["sent", "mean", "std", "runs", *(["paper"] if with_paper else [])]
-    return Plot(f"{table.name}-{metric.name}", caption, draw, _with_coords(table, points, columns))
+    return Plot(f"{table.name}-{metric.name}", caption, draw, table.with_coords(points, columns))
 
 
 def _points(table: ResultTable) -> pd.DataFrame:
@@ -199,10 +202,3 @@ def _draw_curve(panel: Axes, curve: pd.DataFrame, metric: Metric, style: dict[st
     panel.plot(x, mean, lw=1.3, ms=4, markevery=max(len(curve) // 8, 1), **style)
     if deviation.any():
         panel.fill_between(x, mean - deviation, mean + deviation, color=style["color"], alpha=0.15, lw=0)
-
-
-def _with_coords(table: ResultTable, points: pd.DataFrame, columns: list[str]) -> pd.DataFrame:
-    """The coordinates of each point's cell, a column for each axis of the table, then `columns` of `points`."""
-    coords = pd.DataFrame(list(table.cells["coords"]), columns=list(table.axes), dtype=object)
-    parts = [coords.loc[points["cell"]], points[columns]]
-    return pd.concat([part.reset_index(drop=True) for part in parts], axis="columns")

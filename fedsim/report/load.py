@@ -19,7 +19,17 @@ from fedsim.config import ARGUMENTS, Config, Mode, Value
 from fedsim.data.metric import ACCURACY, metric_of
 from fedsim.errors import UserError
 from fedsim.registry import names_own
-from fedsim.runs.columns import LARGEST, Accuracy, Columns, Costs, Finite, MetricRecord, Natural, current_columns
+from fedsim.runs.columns import (
+    LARGEST,
+    Accuracy,
+    Columns,
+    Costs,
+    Finite,
+    MetricRecord,
+    Natural,
+    Tested,
+    current_columns,
+)
 from fedsim.runs.folder import CONFIG, MACHINE, ROWS, SUMMARY, check_version, complete_record
 from fedsim.runs.records import TRAFFIC, sha256_of_summary
 
@@ -32,13 +42,16 @@ T = TypeVar("T")
 
 
 class Summary(Costs):
-    """summary.json. Accuracies, or in `tests` those of another metric, are None if nothing was tested."""
+    """summary.json. Accuracies, or in `tests` those of another metric, are None if nothing was tested.
+
+    What else was tested is in `tests` too.
+    """
 
     finished: bool
     best_test_accuracy: Accuracy | None = None
     final_test_accuracy: Accuracy | None = None
     metric: MetricRecord | None = None
-    tests: dict[str, float | None] = Field(default_factory=dict)
+    tests: dict[str, Tested] = Field(default_factory=dict)
     parameters: Natural | None = None
     date: str | None = None  # of its end, in ISO 8601
     host: str | None = None
@@ -51,13 +64,14 @@ class Summary(Costs):
     @model_validator(mode="before")
     @classmethod
     def _current(cls, record: Any) -> Any:
-        """A summary of any version with the names of now, and its metric in `tests`."""
+        """A summary of any version with the names of now, and what was tested in `tests`."""
         if not isinstance(record, dict):
             return record
         metric = metric_of(record)
         if missing := [name for name in (metric.best, metric.final) if name not in record]:
             raise ValueError(f"{missing[0]} is missing")
-        tests = {} if metric == ACCURACY else {name: record[name] for name in (metric.best, metric.final)}
+        names = [metric.best, *(name for name in record if name.startswith("final_test_"))]
+        tests = {name: record[name] for name in names if name not in cls.model_fields}
         return {**current_columns(record), "tests": tests}
 
 
@@ -66,7 +80,7 @@ class Records(NamedTuple):
 
     `runs`: a line for each run: the keys of its configuration in kebab-case, those of its summary in snake_case,
     `folder`, `run` (its name), `metric` (what it is compared by) and `identity` (equal for all seeds of a cell).
-    Unfinished runs have their costs and metric so far.
+    Unfinished runs have their costs and metrics so far.
     `rows`: a line for each row of each run, with `run`, the index of its run.
     """
 
@@ -92,7 +106,9 @@ def read_records(root: Path) -> Records:
             warnings.append(f"{where}: its SHA-256 is not the one in summary.json; the run is left out")
             continue
         own = _parse_rows(path.with_name(ROWS), content or b"", warnings)
-        rows += [{"run": len(runs), **row.model_dump(exclude=NOT_NUMBERS), **row.tests} for row in own]
+        for row in own:
+            tests = {name: value for name, value in row.tests.items() if not isinstance(value, list)}
+            rows.append({"run": len(runs), **row.model_dump(exclude=NOT_NUMBERS), **tests})
         identity = json.dumps(cell_identity(config), sort_keys=True)
         keys = {name: value for name, value in config.items() if name not in MACHINE}
         run = {"folder": path.parent, "run": escaped(path.parent.name), "identity": identity}
@@ -155,7 +171,8 @@ def _outcome(summary: Summary | None, rows: list[Columns]) -> dict[str, Any]:
     recorded = (rows[-1].metric if rows else None) or (summary and summary.metric)
     metric = recorded.metric if recorded else ACCURACY
     tested = [value for row in rows if (value := row.value(metric)) is not None]
-    so_far: dict[str, Any] = {metric.best: metric.best_of(tested), metric.final: tested[-1] if tested else None}
+    so_far: dict[str, Any] = {f"final_{name}": value for row in rows for name, value in row.tests.items()}
+    so_far |= {metric.best: metric.best_of(tested), metric.final: tested[-1] if tested else None}
     last = rows[-1].model_dump(include=set(Costs.model_fields)) if rows else {}
     summarized: dict[str, Any] = {"finished": False}
     if summary:

@@ -91,6 +91,25 @@ class ResultTable:
         """What the runs are compared by."""
         return next(iter(self.runs["metric"]), ACCURACY)
 
+    def with_coords(self, points: pd.DataFrame, columns: Sequence[str]) -> pd.DataFrame:
+        """The coordinates of each point's cell, a column for each axis of the table, then `columns` of `points`."""
+        coords = pd.DataFrame(list(self.cells["coords"]), columns=list(self.axes), dtype=object)
+        parts = [coords.loc[points["cell"]], points[list(columns)]]
+        return pd.concat([part.reset_index(drop=True) for part in parts], axis="columns")
+
+    @property
+    def other_tests(self) -> list[str]:
+        """The columns of `runs` for numbers that were tested besides the metric."""
+        other = {self.metric.final, *self.lists}
+        names = [name for name in self.runs if name.startswith("final_test_") and name not in other]
+        return [name for name in names if self.runs[name].notna().any()]
+
+    @property
+    def lists(self) -> list[str]:
+        """The columns of `runs` for what was tested of each class or client."""
+        names = [name for name in self.runs if name.startswith("final_test_")]
+        return sorted(name for name in names if self.runs[name].map(lambda value: isinstance(value, list)).any())
+
     @property
     def tested_on(self) -> str:
         """The examples that the metric is measured on: test, validation, or both."""

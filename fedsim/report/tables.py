@@ -13,9 +13,10 @@ from rich.table import Table
 from rich.text import Text
 
 from fedsim.config import ARGUMENTS
-from fedsim.data.metric import ACCURACY
+from fedsim.data.metric import ACCURACY, Metric
 from fedsim.report.result_table import NOTHING, ResultTable
 from fedsim.report.tuning import tuning_notes
+from fedsim.runs.columns import OF_CLIENTS
 
 CSV_COLUMNS = (
     "run", "mode", "optimizer", "clients", "local_steps_per_round", "batch_size", "seed", "tested_on", "finished",
@@ -53,14 +54,15 @@ LEFT_OUT_FIRST = (
     *("best", "difference"),
 )
 TRAFFIC = ("network_syncs", "network_bytes", "network_peak")
+WORST_CLIENT = f"final_{OF_CLIENTS}_worst"
 
 
 def summarize(table: ResultTable) -> pd.DataFrame:
     """A line for each tested cell, over its `counted` runs.
 
-    `best`, `final` (means of the metric), `best_std`, `final_std` (NaN for one run), the means of `COSTS`, `left_out`
-    (the sum of updates left out), `finished` and `started` (numbers of runs), `reached` (the last epoch of unfinished
-    runs), and the columns of the cell.
+    `best`, `final` (means of the metric), `best_std`, `final_std` (NaN for one run), the means of `other_tests` and
+    `COSTS`, `left_out` (the sum of updates left out), `finished` and `started` (numbers of runs), `reached` (the last
+    epoch of unfinished runs), and the columns of the cell.
     """
     by_cell = table.counted.groupby("cell")
     tests = by_cell.agg(
@@ -74,13 +76,18 @@ def summarize(table: ResultTable) -> pd.DataFrame:
     runs = every.agg(finished=("finished", "sum"), started=("finished", "size"))
     unfinished = table.runs[~table.runs["finished"]]
     runs["reached"] = unfinished.groupby("cell")["epoch"].max()
-    return table.cells.join([tests, by_cell[list(COSTS)].mean(), runs], how="inner").sort_index()
+    others = table.counted[table.other_tests].astype(float).groupby(table.counted["cell"]).mean()
+    return table.cells.join([tests, others, by_cell[list(COSTS)].mean(), runs], how="inner").sort_index()
 
 
 def result_table(table: ResultTable, changes: pd.DataFrame, costs: Sequence[str] = tuple(COSTS)) -> TextTable:
-    """A line for each tested cell: runs, the metric with the paper's, `paired_differences`, mean costs."""
+    """A line for each tested cell: runs, the metric with the paper's, other tests, `paired_differences`, mean costs.
+
+    Of clients it has the worst one alone.
+    """
     summary = summarize(table).join(changes[["change", "interval"]])
     costs = [name for name in costs if name not in TRAFFIC or (table.with_traffic and summary[name].notna().all())]
+    others = [name for name in table.other_tests if name == WORST_CLIENT or OF_CLIENTS not in name]
     with_paper, compared = summary["paper"].notna().any(), not changes.empty
     rows, metric = [], table.metric
     for line in summary.to_dict("records"):
@@ -88,8 +95,10 @@ def result_table(table: ResultTable, changes: pd.DataFrame, costs: Sequence[str]
         change = [Entry(metric.difference(line["change"], line["interval"]))] if compared else []
         numbers = [Entry(number(line[name] / COSTS[name][1])) for name in costs]
         name, final = Entry(line["label"] or table.name), Entry(metric.number(line["final"], line["final_std"]))
-        rows.append([name, _runs(line), final, *best, *change, *numbers])
+        tests = [Entry(_other_test(metric, name, line[name])) for name in others]
+        rows.append([name, _runs(line), final, *best, *tests, *change, *numbers])
     header = ["cell", "runs", "final", *(["best", "the paper's best"] if with_paper else [])]
+    header += ["worst client" if n == WORST_CLIENT else n.removeprefix("final_test_").replace("_", " ") for n in others]
     header += [*(["difference"] if compared else []), *(COSTS[name][0] for name in costs)]
     title = f"{metric.on(table.tested_on)}{f', {metric.unit}' if metric.label != metric.words else ''}"
     return TextTable(f"{title}{_deviation(table)}; costs of a run", header, rows)
@@ -198,7 +207,7 @@ def runs_frame(table: ResultTable) -> pd.DataFrame:
     keys = sorted({name for config in table.cells["config"] for name in config} & set(runs.columns))
     shown = {*CSV_COLUMNS, "local-steps", "batch-size", ARGUMENTS}  # the key of a choice shows its arguments
     varying = [name for name in keys if name not in shown and runs[name].dropna().astype(str).nunique() > 1]
-    return frame[[*columns[:7], *varying, *columns[7:]]]
+    return frame[[*columns[:7], *varying, *columns[7:], *table.other_tests]]
 
 
 def csv_text(frame: pd.DataFrame) -> str:
@@ -257,6 +266,10 @@ def _runs(line: dict[str, Any]) -> Entry:
     started = line["started"] - line["finished"]
     notes = [f"{started} unfinished, to epoch {line['reached']:.1f}"] if line["reached"] > 0 else []
     return Entry(f"{line['finished']} of {line['expected']}", ", ".join([*notes, *_left_out(line)]))
+
+
+def _other_test(metric: Metric, name: str, value: float) -> str:
+    return metric.number(value) if name == WORST_CLIENT and not pd.isna(value) else number(value)
 
 
 def _of_paper(line: dict[str, Any]) -> Entry:

@@ -14,10 +14,12 @@ Natural = Annotated[int, Field(ge=0, le=LARGEST)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
 Quantity = Annotated[float, Field(ge=0, le=LARGEST)]
 Accuracy = Annotated[float, Field(ge=0, le=1)]
+Tested = float | list[float | None] | None  # a number, or those of each class or client
 # Marks in the metadata of a column
 TRACKED = "trackers such as TensorBoard draw it"
 SENT = "bytes that were sent"
 OF_UPDATES = "how far and how alike the workers have moved in the last round, and how far apart their models are"
+OF_CLIENTS, OF_OWN_MODELS = "test_clients", "test_clients_own"  # lists: of each client, the metric of these models
 RENAMED = {"local_steps": "steps_done"}  # former name in rows and summaries -> the present one
 
 
@@ -81,12 +83,12 @@ class Columns(Costs):
     update_spread: Annotated[Quantity | None, TRACKED, OF_UPDATES] = None
     consensus_distance: Annotated[Quantity | None, TRACKED, OF_UPDATES] = None  # of models that are not one
     metric: MetricRecord | None = None
-    tests: dict[str, float | None] = Field(default_factory=dict)
+    tests: dict[str, Tested] = Field(default_factory=dict)
 
     def value(self, metric: Metric) -> float | None:
         """The value of a metric, if it was tested."""
-        tested: dict[str, float | None] = {**self.tests, **self.model_dump(include={"test_accuracy", "test_loss"})}
-        return tested.get(metric.column)
+        tested = {**self.tests, **self.model_dump(include={"test_accuracy", "test_loss"})}.get(metric.column)
+        return None if isinstance(tested, list) else tested
 
     @model_validator(mode="before")
     @classmethod
@@ -97,7 +99,7 @@ class Columns(Costs):
         if "metric" not in record and "test_accuracy" not in record:
             raise ValueError("test_accuracy is missing")
         row = current_row(record)
-        return {**row, "tests": {name: row[name] for name in tests_in(row) if name not in cls.model_fields}}
+        return {**row, "tests": {n: row[n] for n in [*tests_in(row), *lists_in(row)] if n not in cls.model_fields}}
 
 
 def tests_in(row: Mapping[str, Any]) -> list[str]:

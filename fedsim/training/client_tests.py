@@ -15,9 +15,8 @@ from fedsim.data.datasets import task_of
 from fedsim.data.metric import Metric
 from fedsim.errors import RunFailed
 from fedsim.models import initial_model
+from fedsim.runs.columns import OF_CLIENTS, OF_OWN_MODELS
 from fedsim.training.step import evaluate
-
-GLOBAL, OWN = "test_clients", "test_clients_own"  # columns of rows: of each client, the metric of these models
 
 
 def own_test(config: Config, worker: int, weights: Mapping[str, Tensor]) -> float:
@@ -43,11 +42,12 @@ def own_tests(clients: int, reported: Mapping[int, Any]) -> list[float | None]:
 def spreads(metric: Metric, row: Mapping[str, Any]) -> dict[str, float | None]:
     """Columns for the lists that a `row` has of all clients, and how much better their own models are on average."""
     found: dict[str, float | None] = {}
-    for name in (GLOBAL, OWN):
+    for name in (OF_CLIENTS, OF_OWN_MODELS):
         found |= spread(metric, name, row[name]) if name in row else {}
-    both = zip(row.get(GLOBAL, ()), row.get(OWN, ()), strict=False)
+    both = zip(row.get(OF_CLIENTS, ()), row.get(OF_OWN_MODELS, ()), strict=False)
     gaps = [own - of_global for of_global, own in both if of_global is not None and own is not None]
-    return {**found, **({f"{OWN}_gain": float(np.mean(gaps))} if gaps else {})}
+    sign = 1 if metric.higher_is_better else -1
+    return {**found, **({f"{OF_OWN_MODELS}_gain": sign * float(np.mean(gaps))} if gaps else {})}
 
 
 def spread(metric: Metric, name: str, of_clients: Sequence[float | None]) -> dict[str, float | None]:

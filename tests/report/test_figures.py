@@ -18,7 +18,7 @@ from fedsim.experiments.study import LARGE_BATCH, read_study
 from fedsim.report.differences import paired_differences
 from fedsim.report.figures import mean_curves, plot_curves, plot_metric, plots_of
 from fedsim.report.result_table import ResultTable, read_tables
-from fedsim.report.tables import csv_text, result_table
+from fedsim.report.tables import csv_text, result_table, runs_frame
 from tests.conftest import write_run
 
 
@@ -194,3 +194,23 @@ def test_drift_is_a_mean_over_the_seeds_and_has_a_panel_for_each_measure(study: 
     }
     assert [row["update_cosine"] for row in others] == [""] * len(others)
     assert [len(panel.lines) for panel in plot.figure.axes] == [1, 1, 1]
+
+
+def test_what_was_tested_of_each_client_is_sorted_and_other_metrics_are_in_the_table(study: Path) -> None:
+    for seed in (1, 2):
+        path = study / f"k2-j8-seed{seed}" / "summary.json"
+        clients = {"final_test_clients": [0.5, None, 0.1 * seed], "final_test_clients_worst": 0.1 * seed}
+        summary = json.loads(path.read_text()) | clients | {"final_test_margin": 2.0 * seed}
+        path.write_text(json.dumps(summary))
+    (table,), warnings = read_tables(study)
+    assert not warnings
+    plot = plots_of(table)["mine-spread"]()
+    numbers = list(csv.DictReader(io.StringIO(csv_text(plot.numbers))))
+    assert {(row["clients"], row["local-steps"]) for row in numbers} == {("2", "8")}
+    assert [float(row["final_test_clients"]) for row in numbers[::5]] == pytest.approx([0.15, 0.325, 0.5])
+    shown = result_table(table, paired_differences(table))
+    columns = [shown.header.index(name) for name in ("worst client", "margin")]
+    texts = {row[0].text: [row[column].text for column in columns] for row in shown.rows}
+    assert texts["K = 2, J = 8"] == ["15.00", "3"]
+    assert texts["K = 2, J = 1"] == ["\N{EN DASH}", "\N{EN DASH}"]
+    assert {"final_test_margin", "final_test_clients_worst"} <= set(runs_frame(table))

@@ -19,7 +19,7 @@ from fedsim.runs.records import read_summary
 from fedsim.training.client_tests import own_tests, spread, spreads
 from fedsim.training.local_round import check_machine
 from fedsim.training.metrics import check_metrics, per_class_accuracy
-from tests.conftest import NEEDS_FLWR_DATASETS, SMALL_BATCHNORM, TEXT, Execute, rows_of
+from tests.conftest import NEEDS_FLWR_DATASETS, SMALL_BATCHNORM, TEXT, Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
 
 UNEVEN = {"partition": "dirichlet:alpha=0.3,small-shards=true", "clients": 3, "rounds": 5}
@@ -81,6 +81,14 @@ def test_stacked_clients_have_the_same_tests(small: Config, run: Execute) -> Non
         assert rows_of(stacked)[-1][name] == one_by_one[name]
 
 
+def test_the_rest_of_a_run_is_the_same_without_it(run: Execute) -> None:
+    keys = {"fraction": 0.5, "rounds": 3, "dataset": "synthetic:images=128", "model": SMALL_BATCHNORM}
+    plain, tested = run(name="plain", **keys), run(name="tested", **keys, evaluate_clients_every=1)
+    assert_same_bits(final_model(tested), final_model(plain))
+    rows = [{n: v for n, v in row.items() if not n.startswith("test_clients")} for row in rows_of(tested)]
+    assert rows == rows_of(plain)
+
+
 def test_clients_that_are_not_sampled_have_no_model_of_their_own(run: Execute) -> None:
     rows = rows_of(run(clients=4, fraction=0.5, evaluate_clients_every=1, rounds=3))
     for row in rows:
@@ -101,6 +109,7 @@ def test_a_spread_by_hand() -> None:
     assert set(spread(ACCURACY, "a", [None]).values()) == {None}
     row = {"test_clients": [0.5, 0.5, None, 0.5], "test_clients_own": [0.75, None, 1.0, 0.5]}
     assert spreads(ACCURACY, row)["test_clients_own_gain"] == 0.125
+    assert spreads(Metric("loss", higher_is_better=False), row)["test_clients_own_gain"] == -0.125
     assert own_tests(4, {0: 0.5, 2: float("nan"), 3: "much"}) == [0.5, None, None, None]
 
 
