@@ -162,13 +162,18 @@ def _in_base64(image: bytes) -> str:
 def _templates() -> Environment:
     loader, escape_html = FileSystemLoader(Path(__file__).parent), select_autoescape(["html.j2"])
     environment = Environment(loader=loader, autoescape=escape_html, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"md": _markdown, "code": _code}
+    environment.filters |= {"md": _markdown, "code": _code, "unbroken": _unbroken}
     return environment
 
 
 def _markdown(text: str) -> str:
     """`text` with Markdown's special characters escaped."""
     return re.sub(r"([\\`*\[\]|])", r"\\\1", escape(text, quote=False))
+
+
+def _unbroken(text: str) -> str:
+    """`text` with no line break beside = and ±."""
+    return re.sub(" ([=±]) ", "\u00a0\\1\u00a0", text)
 
 
 def _code(text: str) -> str:

@@ -174,8 +174,8 @@ def traffic_note(table: ResultTable) -> str:
 
 
 def origins(table: ResultTable) -> list[tuple[str, str]]:
-    """Commit, device, versions and commands of the runs, each with the number of runs that have it."""
-    facts = table.runs[["commit", "device", "versions", "command"]].copy()
+    """Commit, host, device, versions and commands of the runs, each with the number of runs that have it."""
+    facts = table.runs[["commit", "host", "device", "versions", "command"]].copy()
     facts["versions"] = facts["versions"].dropna().map(lambda of: ", ".join(f"{k} {v}" for k, v in of.items()))
     counts = {name: Counter(value for value in facts[name].dropna() if value) for name in facts}
     told = [(name, _values(found)) for name, found in counts.items() if found]

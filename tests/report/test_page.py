@@ -44,7 +44,7 @@ class Page(HTMLParser):
         self.links += [value or "" for name, value in attrs if name in ("src", "srcset", "href")]
 
     def handle_data(self, data: str) -> None:
-        self.text += data
+        self.text += data.replace("\xa0", " ")
 
 
 def test_a_study_is_a_line_with_a_thumbnail_then_two_figures_and_the_rest_folded(study: Path, tmp_path: Path) -> None:
