@@ -26,7 +26,7 @@ from fedsim.data.datasets import task_of
 from fedsim.data.metric import Metric, metric_of
 from fedsim.errors import RunFailed, UserError
 from fedsim.experiments.progress import ends_after
-from fedsim.experiments.study import STORED, TRIALS, TUNING, Cell, Study, Tune, read_study
+from fedsim.experiments.study import PLAIN_CELL, STORED, TRIALS, TUNING, Cell, Study, Tune, read_study
 from fedsim.experiments.sweep import (
     PLAIN,
     Runner,
@@ -156,9 +156,9 @@ def trials_of(study: Study, cells: Sequence[Cell]) -> list[Trial]:
         keys = [name for name in tune.grid if has_key(cell.mode, name.partition(".")[0].replace("-", "_"))]
         for values in itertools.product(*(tune.grid[name] for name in keys)):
             own = dict(zip(keys, values, strict=True))
-            part = "-".join(f"{key}{value}" for key, value in own.items())
+            name = "-".join([*([cell.name] if cell.name else []), *(f"{key}{value}" for key, value in own.items())])
             tested = {"validation": tune.validation, "record-by": "epoch", "evaluate-every": 1}
-            changes = {**_shortened(cell, tune.budget), **machine, **own, **tested, "name": f"{cell.name}-{part}"}
+            changes = {**_shortened(cell, tune.budget), **machine, **own, **tested, "name": name}
             trials.append(Trial(cell.name, own, cell._replace(config=cell.config.changed(changes))))
     return trials
 
@@ -240,7 +240,7 @@ def _summary(name: str, trials: Sequence[Trial], tune: Tune) -> str:
     counts = [(what, sum(trial.outcome == what for trial in trials)) for what in ("stopped early", "failed")]
     others = "".join(f", {count} {what}" for what, count in counts if count)
     beyond = "".join(f"; {key} = {chosen.keys[key]} is at the end of its list" for key in at_end(chosen.keys, tune))
-    return f"{name}: {keys} (validation {_metric(chosen).told(_final(chosen))}; of {len(trials)} tried{others}){beyond}"
+    return f"{name or PLAIN_CELL}: {keys} (validation {_metric(chosen).told(_final(chosen))}; of {len(trials)} tried{others}){beyond}"
 
 
 def at_end(keys: dict[str, Value], tune: Tune) -> list[str]:
