@@ -240,7 +240,8 @@ def _summary(name: str, trials: Sequence[Trial], tune: Tune) -> str:
     counts = [(what, sum(trial.outcome == what for trial in trials)) for what in ("stopped early", "failed")]
     others = "".join(f", {count} {what}" for what, count in counts if count)
     beyond = "".join(f"; {key} = {chosen.keys[key]} is at the end of its list" for key in at_end(chosen.keys, tune))
-    return f"{name or PLAIN_CELL}: {keys} (validation {_metric(chosen).told(_final(chosen))}; of {len(trials)} tried{others}){beyond}"
+    told = f"validation {_metric(chosen).told(_final(chosen))}; of {len(trials)} tried{others}"
+    return f"{name or PLAIN_CELL}: {keys} ({told}){beyond}"
 
 
 def at_end(keys: dict[str, Value], tune: Tune) -> list[str]:
