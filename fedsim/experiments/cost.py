@@ -177,8 +177,12 @@ class Time(NamedTuple):
         return LEAST * self.least + shown
 
     @property
-    def hours(self) -> str:
-        return "unknown hours" if math.isnan(self.seconds) else f"{LEAST * self.least}{self.seconds / 3600:,.1f} hours"
+    def rounded(self) -> str:
+        """In hours, or in minutes where it is less than one."""
+        if math.isnan(self.seconds):
+            return str(self)
+        minutes = math.ceil(self.seconds / 60)
+        return LEAST * self.least + (f"{minutes} minutes" if minutes < 60 else f"{self.seconds / 3600:,.1f} hours")
 
 
 class Pace:
@@ -268,7 +272,7 @@ def list_studies(seeds: Sequence[int], pace: Pace) -> Iterator[str]:
         yield question or "Others"
         yield from (line for study in studies for line in _study_lines(study, seeds, pace))
         yield ""
-    yield f"Hours: {pace}."
+    yield f"Times: {pace}."
 
 
 def _study_lines(study: Study, seeds: Sequence[int], pace: Pace) -> Iterator[str]:
@@ -281,5 +285,5 @@ def _study_lines(study: Study, seeds: Sequence[int], pace: Pace) -> Iterator[str
     yield f"{study.name}: {study.title}"
     yield (
         f"    {len(cells)} runs (seed {', '.join(map(str, seeds or study.seeds))}): {images:,.0f} {what}, "
-        f"{steps:,} local steps, {syncs:,} syncs, {time.hours}"
+        f"{steps:,} local steps, {syncs:,} syncs, {time.rounded}"
     )

@@ -44,7 +44,8 @@ def test_the_flop_of_a_step_by_hand() -> None:
 
 def seconds_of(name: str, lines: list[str]) -> float:
     (number,) = (number for number, line in enumerate(lines) if line.startswith(f"{name}: "))
-    return float(lines[number + 1].split()[-2].replace(",", "")) * 3600
+    *_, amount, unit = lines[number + 1].split()
+    return float(amount.replace(",", "")) * {"hours": 3600, "minutes": 60}[unit]
 
 
 def test_the_list_counts_the_hours_of_a_model_by_its_flop(tmp_path: Path) -> None:
@@ -53,7 +54,7 @@ def test_the_list_counts_the_hours_of_a_model_by_its_flop(tmp_path: Path) -> Non
     for name, images, model in (("table1", 18 * 3 * 100 * 50_000, "lenet-bn"), ("scaled-small", 24_000_000, "lenet5")):
         expected = images * flop[model] / REFERENCE_FLOPS
         assert seconds_of(name, lines) == pytest.approx(expected, rel=0.02, abs=180)  # to a tenth of an hour
-    assert lines[-1].startswith("Hours: one run after the other; at 100 GFLOP/s, of two cores, ")
+    assert lines[-1].startswith("Times: one run after the other; at 100 GFLOP/s, of two cores, ")
     assert "at least" in lines[2]
     (line,) = (
         line for line in list_studies([1], Pace(tmp_path)) if line.startswith("    18 runs (seed 1): 90,000,000 images")
@@ -112,7 +113,7 @@ def test_the_pace_of_texts_is_that_of_windows_as_long(tmp_path: Path) -> None:
 def test_nothing_is_known_of_a_gpu_without_a_run_on_one(tmp_path: Path) -> None:
     pace = Pace(tmp_path)
     time = pace.time(Config(device="cuda"), 1) + pace.time(Config(device="cpu"), 1)
-    assert (str(time), time.hours) == ("unknown time", "unknown hours")
+    assert (str(time), time.rounded) == ("unknown time", "unknown time")
     assert "at an unknown rate, as no run of its kind is finished: (lenet-bn, fp32, cuda)" in str(pace)
 
 
