@@ -344,7 +344,7 @@ def test_a_file_is_a_preset_and_a_dry_run_writes_nothing(call: Call, tmp_path: P
     code, out, _ = call("study", "tuned.toml", "--device", "cpu", "--threads", "1", "--dry-run")
     assert (code, f"{cell.config.name}  finished: " in out) == (0, True)
     code, out, _ = call("centralized", *TINY[:-10], "--epochs", "2", "--device", "cpu", "--dry-run")
-    assert (code, "  new: 32 local steps, 512 images, 0." in out) == (0, True)
+    assert (code, "  new: 32 local steps, 512 images, " in out) == (0, True)
 
 
 def test_any_key_of_a_grid_may_be_a_list(call: Call, tmp_path: Path) -> None:
