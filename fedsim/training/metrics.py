@@ -29,7 +29,7 @@ def top5_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
 
 
 def per_class_accuracy(outputs: Tensor, targets: Tensor) -> Tensor:
-    """(B, classes) whether the class is right, in its column."""
+    """The accuracy of each class: of each example, in the column of its class, whether it is right."""
     return in_columns(outputs.argmax(1) == targets, targets, outputs.shape[1])
 
 

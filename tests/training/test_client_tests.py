@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any
 
@@ -10,15 +11,18 @@ from torch import Tensor
 
 from fedsim.config import Config
 from fedsim.data.client_shares import client_shares
+from fedsim.data.datasets import load_dataset, task_of
 from fedsim.data.local_folder import write_shards
 from fedsim.data.metric import ACCURACY, Metric
 from fedsim.device import resolve
 from fedsim.errors import UserError
 from fedsim.experiments.execute import execute
+from fedsim.models import initial_model
 from fedsim.runs.records import read_summary
 from fedsim.training.client_tests import own_tests, spread, spreads
-from fedsim.training.local_round import check_machine
+from fedsim.training.local_round import RoundStart, check_machine, take_local_round
 from fedsim.training.metrics import check_metrics, per_class_accuracy
+from fedsim.training.step import evaluate
 from tests.conftest import NEEDS_FLWR_DATASETS, SMALL_BATCHNORM, TEXT, Execute, assert_same_bits, final_model, rows_of
 from tests.federation.equal_runs import resumed_and_pickled
 
@@ -71,6 +75,19 @@ def test_the_own_model_of_the_only_client_is_the_global_one(run: Execute) -> Non
     for row in rows_of(run(clients=1, evaluate_clients_every=1, rounds=3)):
         assert row["test_clients_own"] == row["test_clients"] == [row["test_accuracy"]]
         assert row["test_clients_own_gain"] == 0
+
+
+def test_a_client_tests_its_own_model_on_its_own_share(small: Config, run: Execute) -> None:
+    keys = {**OWN_LOSS, "clients": 2, "rounds": 1, "evaluate-clients-every": 1}
+    row, config = rows_of(run(**keys))[0], resolve(small.changed(keys), "localsgd")
+    test, owners = load_dataset(config).test, client_shares(config).owners.numpy()
+    for worker, value in enumerate(row["test_clients_own"]):
+        model = initial_model(config)
+        end = take_local_round(config, RoundStart(worker, 1, copy.deepcopy(model.state_dict()), {}))
+        model.load_state_dict(end.weights)
+        share = test.subset(np.flatnonzero(owners == worker))
+        assert evaluate(task_of(config), model, share)["loss"] == value
+    assert row["test_clients_own"] != row["test_clients"]
 
 
 def test_stacked_clients_have_the_same_tests(small: Config, run: Execute) -> None:
