@@ -94,6 +94,7 @@ def test_the_programs_of_the_page_on_python_run(tmp_path: Path, monkeypatch: pyt
         if language == "python":
             exec(code, names)
     assert len(names["found"].runs) == 4
+    assert names["chain"].config["compress"] == "topk:ratio=0.1+int8"
     assert {run.name for run in Path("results").iterdir()} >= {"rates", names["run"].folder.name}
 
 

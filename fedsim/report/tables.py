@@ -48,7 +48,8 @@ COSTS = {  # column: (title, unit)
     "network_peak": ("MB peak", 1e6),
     "seconds": ("minutes", 60),
 }
-# Columns that a narrow terminal leaves out, the least important first
+# Columns that a narrow terminal leaves out, the least important first; before these, others that are not always shown
+ALWAYS_SHOWN = ("cell", "state", "seconds", "final", "MB sent", "MB up")
 LEFT_OUT_FIRST = (
     *("MB peak", "syncs", "within", "device", "host", "date", "runs", "MB down", "minutes", "the paper's best"),
     *("best", "difference"),
@@ -219,7 +220,8 @@ def show_table(table: TextTable, console: Console, caption: str = "") -> None:
     """Print `table`: a line is never broken in a pipe; a terminal gets the columns for which it is wide enough."""
     left_out: list[str] = []
     shown = _rich_table(table, left_out)
-    for name in LEFT_OUT_FIRST if console.is_terminal else ():
+    others = [name for name in table.header if name not in (*ALWAYS_SHOWN, *LEFT_OUT_FIRST)]
+    for name in (*others, *LEFT_OUT_FIRST) if console.is_terminal else ():
         if _width(shown, console) > console.width and name in table.header:
             left_out.append(name)
             shown = _rich_table(table, left_out)

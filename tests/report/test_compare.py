@@ -17,6 +17,7 @@ from fedsim.network import Network
 from fedsim.report.compare import compare, show_differences, show_runs
 from fedsim.report.page import show_results
 from fedsim.report.result_table import NOTHING, read_tables
+from fedsim.report.tables import Entry, TextTable, show_table
 from fedsim.report.time_to_accuracy import Plan, time_to_accuracy
 from tests.conftest import Execute, write_run
 
@@ -121,3 +122,12 @@ def test_a_run_is_a_whole_line_in_a_narrow_terminal(study: Path) -> None:
     names = {line.split()[0] for line in console.export_text().splitlines() if line.strip()}
     assert names >= {f"mine/{path.parent.name}" for path in study.glob("*/config.json")}
     assert "…" not in console.export_text()
+
+
+def test_columns_that_are_not_always_shown_are_left_out_first() -> None:
+    console = Console(record=True, width=24, file=io.StringIO(), force_terminal=True)
+    row = [Entry(text) for text in ("J = 1", "50.00", "12.00", "2 of 2")]
+    show_table(TextTable("", ["cell", "final", "worst client", "runs"], [row]), console)
+    text = console.export_text()
+    assert text.split()[:3] == ["cell", "final", "runs"]
+    assert "also shows worst client" in " ".join(text.split())
