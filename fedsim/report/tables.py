@@ -219,12 +219,12 @@ def csv_text(frame: pd.DataFrame) -> str:
 def show_table(table: TextTable, console: Console, caption: str = "") -> None:
     """Print `table`: a line is never broken in a pipe; a terminal gets the columns for which it is wide enough."""
     left_out: list[str] = []
-    shown = _rich_table(table, left_out)
+    widest = 2 * console.width // 5  # of cells: a longer name is folded before a column is left out
     others = [name for name in table.header if name not in (*ALWAYS_SHOWN, *LEFT_OUT_FIRST)]
     for name in (*others, *LEFT_OUT_FIRST) if console.is_terminal else ():
-        if _width(shown, console) > console.width and name in table.header:
+        if name in table.header and _width(_rich_table(table, left_out, widest), console) > console.width:
             left_out.append(name)
-            shown = _rich_table(table, left_out)
+    shown = _rich_table(table, left_out)
     if not console.is_terminal:
         console.width = max(console.width, _width(shown, console))
     note = f"a wider terminal also shows {', '.join(left_out)}" if left_out else ""
@@ -237,12 +237,13 @@ def _width(table: Table, console: Console) -> int:
     return console.measure(table, options=console.options.update(width=10_000)).maximum
 
 
-def _rich_table(table: TextTable, left_out: Sequence[str]) -> Table:
+def _rich_table(table: TextTable, left_out: Sequence[str], widest: int | None = None) -> Table:
+    """`table` without the columns `left_out`; names of cells are folded at the width `widest`."""
     shown = Table(box=box.SIMPLE, padding=(0, 1, 0, 0))
     kept = [number for number, name in enumerate(table.header) if name not in left_out]
     for name in (table.header[number] for number in kept):
         if name == "cell":  # names are never cut
-            shown.add_column(Text(name), overflow="fold")
+            shown.add_column(Text(name), overflow="fold", max_width=widest)
         else:
             shown.add_column(Text(name), justify="right", no_wrap=True)
     for row in table.rows:
