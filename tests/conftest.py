@@ -45,11 +45,11 @@ SMALL_BATCHNORM = "tests.own_code:small_batchnorm"
 # What people compare: a ResNet-18 with GroupNorm, uneven shards, an optimizer on the server, compressed updates
 RESNET: dict[str, Any] = {
     **SMALL,
-    "dataset.images": 512,
+    "dataset": "synthetic:images=512",
     "model": "resnet18:norm=gn",
-    "augment.size": 8,
+    "augment": "crop:size=8+mirror",
     "partition": "dirichlet:alpha=0.5",
-    "mean.weights": "shard-size",
+    "mean": "exact:weights=shard-size",
     "outer": "fedadam:lr=0.01",
     "compress": "int8",
     "batch-size": 4,
@@ -74,10 +74,15 @@ METHODS: dict[str, dict[str, Any]] = {
     "adacomm": {"local-steps-schedule": "adacomm:every=0.2,shrink=0.6", "compress": "qsgd", "schedule": "constant"},
     "uneven-fednova": {"workers": "uneven:speed=0.5/1,away=0.3", "local-rule": "fednova", "momentum-at-sync": "reset"},
     "streaming-int8": {"outer": "streaming:fragments=3", "compress": "int8", "compress-down": "fp16"},
-    "groups-topk": {"topology": "groups:size=2,every=2", "compress": "topk", "momentum-at-sync": "average"},
+    "groups-noloco-topk": {
+        "topology": "groups:size=2,every=2",
+        "outer": "noloco",
+        "compress": "topk",
+        "momentum-at-sync": "average",
+        "evaluate-clients-every": 1,
+    },
     "flowers-fedadam": {"outer": "flwr.serverapp.strategy:FedAdam:eta=0.01"},
 }
-METHODS["groups-topk"] |= {"evaluate-clients-every": 1}
 METHODS["qsr-qsgd-re-estimated"] |= {"batchnorm-at-sync": "re-estimated:images=100", "schedule": "constant"}
 for method in METHODS.values():
     by = "epoch" if "local-steps-schedule" in method else "round"

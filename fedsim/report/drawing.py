@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import io
+import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -33,7 +34,8 @@ WIDTHS = {1: 6.4, 2: 8.0, 3: 9.6}  # inches, by the panels side by side
 PHONE = 3.8  # inches, the width of a figure with its panels below each other
 THUMBNAIL = (1.8, 1.2)  # inches
 CHARACTER = 0.085  # inches, the approximate width of a character
-MOST_IN_LEGEND = 24
+SAMPLE = 0.6  # inches, of a line or marker in a legend
+MOST_IN_LEGEND, FEW_IN_LEGEND = 24, 8
 
 
 @dataclass(frozen=True)
@@ -102,14 +104,20 @@ def series_style(number: int) -> dict[str, Any]:
     return {"color": COLORS[number % len(COLORS)], "marker": MARKERS[number % len(MARKERS)], "ls": line}
 
 
+def has_order(cells: pd.DataFrame) -> bool:
+    """Whether the rows of a table are numbers, such as J."""
+    return bool(pd.to_numeric(cells["tick"][~cells["baseline"]], errors="coerce").notna().all())
+
+
 def row_styles(cells: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """A colour from dark to light and a marker for each row of a table; the large-batch baseline is black, dashed."""
+    """A colour, from dark to light if rows have an order, and a marker for each row; baselines are black, dashed."""
     baselines = set(cells["row"][cells["baseline"]])
-    ordered = [row for row in cells["row"].unique() if row not in baselines]
+    rows = [row for row in cells["row"].unique() if row not in baselines]
     styles: dict[str, dict[str, Any]] = {row: {"color": "black", "ls": "--", "marker": "x"} for row in baselines}
-    for number, row in enumerate(ordered):
-        color = colormaps["viridis"](0.8 * number / max(len(ordered) - 1, 1))
-        styles[row] = {"color": color, "marker": MARKERS[number % len(MARKERS)]}
+    for number, row in enumerate(rows):
+        styles[row] = series_style(number)
+        if has_order(cells):
+            styles[row]["color"] = colormaps["viridis"](0.8 * number / max(len(rows) - 1, 1))
     return styles
 
 
@@ -157,8 +165,13 @@ def legend(figure: Figure, panels: Sequence[Axes], order: Sequence[str] = ()) ->
             found.setdefault(label, handle)
     found = {label: found[label] for label in [*order, *found] if label in found}
     if 0 < len(found) <= MOST_IN_LEGEND:  # more would cover the figure; its CSV has the names
-        widths = [0.6 + CHARACTER * len(label) for label in found]  # with the line sample
         room = figure.get_figwidth()
+        widest = room / 2 if room > PHONE and len(found) > FEW_IN_LEGEND else room
+        labels = [textwrap.fill(label, int((widest - SAMPLE) / CHARACTER), break_on_hyphens=False) for label in found]
+        widths = [SAMPLE + CHARACTER * max(map(len, label.splitlines())) for label in labels]
         across = len(found) if sum(widths) < room else max(1, int(room / max(widths)))
-        figure.set_figheight(figure.get_figheight() + 0.22 * -(-len(found) // across))
-        figure.legend(list(found.values()), list(found), loc="outside lower center", ncols=across, frameon=False)
+        down = -(-len(found) // across)
+        lines = [label.count("\n") + 1 for label in labels]
+        longest = max(sum(lines[start : start + down]) for start in range(0, len(lines), down))
+        figure.set_figheight(figure.get_figheight() + 0.22 * longest)
+        figure.legend(list(found.values()), labels, loc="outside lower center", ncols=across, frameon=False)

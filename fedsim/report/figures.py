@@ -18,6 +18,7 @@ from fedsim.report.drawing import (
     CHARACTER,
     MARKERS,
     Plot,
+    has_order,
     label_left,
     legend,
     log_scale,
@@ -170,26 +171,31 @@ def _at_rows(figure: Figure, panel: Axes, table: ResultTable, points: pd.DataFra
 
 
 def _draw_points(panel: Axes, table: ResultTable, points: pd.DataFrame, rows: Sequence[str]) -> None:
-    """Plot `mean` at `x`: a colour for each column and a marker for each of `rows`; numbers, such as J, are joined."""
+    """Plot `mean` at `x`: a colour for each column and a marker for each of `rows`; numbers, such as J, are joined.
+
+    In a single column, rows that are no numbers have colours too.
+    """
     markers: dict[str, dict[str, Any]] = {
         row: {"marker": MARKERS[number % len(MARKERS)], "ms": 6} for number, row in enumerate(rows)
     }
     colors = _colors(table, points)
-    cells = points[~points["baseline"]]
-    if pd.to_numeric(cells["tick"], errors="coerce").notna().all():
-        for column, own in cells.groupby("column"):
+    if has_order(points):
+        for column, own in points[~points["baseline"]].groupby("column"):
             panel.plot(own["x"], own["mean"], lw=1, zorder=1, color=colors[column])
+    elif len(colors) == 1:
+        for number, marker in enumerate(markers.values()):
+            marker["color"] = series_style(number)["color"]
     for point in points.to_dict("records"):
-        color: dict[str, Any] = {"color": colors[point["column"]]}
-        shape = LARGE if point["baseline"] else markers.get(point["row"], markers[rows[0]])
-        panel.errorbar(point["x"], point["mean"], point["std"] or None, capsize=3, lw=1, **color, **shape)
+        marker = LARGE if point["baseline"] else markers.get(point["row"], markers[rows[0]])
+        style: dict[str, Any] = {"color": colors[point["column"]], **marker}
+        panel.errorbar(point["x"], point["mean"], point["std"] or None, capsize=3, lw=1, **style)
         if pd.notna(point["paper"]):
-            panel.plot(point["x"], point["paper"], **color, **{**shape, **PAPER})
+            panel.plot(point["x"], point["paper"], **{**style, **PAPER})
     entries = {row: marker for row, marker in markers.items() if row}
     entries |= {LARGE_BATCH: LARGE} if points["baseline"].any() else {}
     entries |= {"the paper's": {"marker": "o", **PAPER}} if points["paper"].notna().any() else {}
     for name, style in entries.items():
-        panel.plot([], [], label=name, color="0.4", **{"ls": "", **style})
+        panel.plot([], [], label=name, **{"color": "0.4", "ls": "", **style})
 
 
 def _colors(table: ResultTable, points: pd.DataFrame) -> dict[str, str]:
