@@ -91,7 +91,7 @@ OPTIMIZERS: list[Choice] = [
     {"optimizer": "adagrad:lr-decay=0.1"},
     {"optimizer": "adadelta", "lr": 1.0},
     {"optimizer": "adamax:eps=1e-4"},  # a smaller one blows rounding errors up
-    {"optimizer": "nadam:eps=1e-4"},
+    {"optimizer": "nadam:eps=1e-3"},
     {"optimizer": "radam:eps=1e-4"},
     {"optimizer": "rmsprop:centered=true,momentum=0.5,eps=1e-3"},
     {"optimizer": "sgd:momentum=0.5,nesterov=true"},
@@ -112,7 +112,7 @@ NOT_WITH = {  # the beginning of a rule -> keys that it is nearly always refused
     "scaffold": "mean",
     "scaffold-inferred": "workers|fraction",
 }
-NOT_WITH_TOPOLOGY = "compress-down|layer|local-rule|mean|outer|test-model"
+NOT_WITH_TOPOLOGY = "compress-down|layer|local-rule|mean|test-model"
 MOMENTUM: list[Choice] = [
     *[{}] * 2,
     {"momentum-at-sync": "reset"},
@@ -163,6 +163,7 @@ LENGTHS: list[Choice] = [
     {"rounds": 3, "shuffle-every": "round"},
     {"rounds": 2, "record-by": "epoch"},
     {"rounds": 3, "evaluate-every": 2},
+    {"rounds": 3, "evaluate-clients-every": 1},
     {"local-steps-schedule": "post-local:switch-epoch=0.5", "record-by": "epoch", "rounds": 4},
     {"local-steps-schedule": "qsr:alpha=0.1", "record-by": "epoch", "rounds": 3},
     {"local-steps-schedule": "linear:max=3", "record-by": "epoch", "epochs": 1.5},
