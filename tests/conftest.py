@@ -9,6 +9,7 @@ import gc
 import importlib.util
 import json
 import os
+import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
@@ -114,6 +115,11 @@ NEEDS_GPU = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GP
 
 
 REAL_DATA = data_folder(Config())  # read before `cache` hides it
+
+
+def pytest_configure() -> None:
+    """SIGTERM ends the tests as Ctrl-C does: fixtures end the processes that they have started."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
