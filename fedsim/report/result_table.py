@@ -162,7 +162,7 @@ def joined(name: str, title: str, tables: Sequence[ResultTable]) -> ResultTable:
     labels of their cells.
     """
     shared = [axis for axis in tables[0].axes if all(axis in table.axes for table in tables)]
-    found = iter(_methods([config for table in tables for config in table.cells["config"]], shared))
+    found = iter(method_names([config for table in tables for config in table.cells["config"]], shared))
     methods_of = [(table, [next(found) for _ in range(len(table.cells))]) for table in tables]
     methods_of.sort(key=lambda pair: PLAIN not in pair[1])  # what the others are compared with stands first
     axes = (METHOD, *shared)
@@ -217,16 +217,17 @@ def _shown_together(tables: list[ResultTable]) -> list[ResultTable]:
     ]
 
 
-def _methods(configs: Sequence[Mapping[str, Any]], shared: Sequence[str]) -> list[str]:
+def method_names(configs: Sequence[Mapping[str, Any]], shared: Sequence[str]) -> list[str]:
     """The method of each cell: the names of its choices that are not the usual ones, or `PLAIN`.
 
-    The usual one of a key is its default if a cell has it, else that of the first cell.
+    The usual one of a key is its default if a cell has it, else that of the first cell with this key.
     """
     choices: dict[str, list[str]] = {}
     for key, default in Config().as_keys().items():
         if isinstance(default, str) and key not in shared:
-            names = [split_name(str(config.get(key, default)))[0] for config in configs]
-            usual = split_name(default)[0] if split_name(default)[0] in names else names[0]
+            names = [split_name(str(config[key]))[0] if key in config else "" for config in configs]
+            usual = split_name(default)[0]
+            usual = usual if usual in names else next(filter(None, names), "")
             choices[key] = ["" if name == usual else name for name in names]
     return [" + ".join(filter(None, names)) or PLAIN for names in zip(*choices.values(), strict=True)]
 

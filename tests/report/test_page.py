@@ -13,7 +13,7 @@ from rich.console import Console
 from fedsim.config import Config
 from fedsim.errors import RunFailed, UserError
 from fedsim.report.page import build_report, output_folder, show_results
-from fedsim.report.result_table import read_tables
+from fedsim.report.result_table import method_names, read_tables
 from tests.conftest import write_run
 
 
@@ -90,6 +90,11 @@ def test_studies_that_belong_together_are_one_table_and_one_figure(tmp_path: Pat
     assert (table.rows.groupby("cell").size() == 2).all()
     report(tmp_path, tmp_path / "report", "m-accuracy")
     assert (tmp_path / "report" / "m-accuracy.png").is_file()
+
+
+def test_a_key_that_a_large_batch_lacks_makes_no_method_of_it() -> None:
+    local = {"outer": "none", "record-by": "epoch"}
+    assert method_names([local, {**local, "outer": "slowmo"}, {}], []) == ["LocalSGD", "slowmo", "LocalSGD"]
 
 
 def test_every_figure_is_remade_by_the_command_with_its_name(
