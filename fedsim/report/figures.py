@@ -106,7 +106,7 @@ def plot_metric(table: ResultTable) -> Plot:
     Where all cells send equally many, it is drawn against the rows of the table.
     """
     points = _points(table)
-    with_paper, large = points["paper"].notna().any(), points["baseline"].any()
+    with_paper, large = points["paper"].notna().any(), set(points["row"][points["baseline"]])
     against = BYTES if _differ(points["sent"]) else ", ".join(table.row_axes)
     which, metric = "best" if with_paper else "final", table.metric
 
@@ -116,7 +116,7 @@ def plot_metric(table: ResultTable) -> Plot:
             own, rows = points[points["sent"] > 0].assign(x=points["sent"]), table.ordered(points, "row")
         else:
             own, rows = _at_rows(figure, panel, table, points), [""]  # the ticks tell the rows apart
-        _draw_points(panel, table, own, [row for row in rows if row != LARGE_BATCH])
+        _draw_points(panel, table, own, [row for row in rows if row not in large])
         if against == BYTES:
             log_scale(panel, "x")
         panel.set(xlabel=against, ylabel=f"{which} {table.tested_on} {metric.label}")
